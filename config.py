@@ -1,0 +1,195 @@
+"""Where settings come from: dataclass defaults <- RECIPE.toml <- `--section.key value` on the command line.
+
+Each file declares the dataclass of its own knobs; `train.py` composes them and calls `parse`. A key nobody declared is
+an error that names the nearest known one. The resolved settings are written beside the run (`to_toml`) and rerun it.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import difflib
+import io
+import json
+import sys
+import tomllib
+import types
+import typing
+from pathlib import Path
+
+import tyro
+
+
+def main_guard(main) -> int:
+    """Run `main()`; a user's mistake becomes one line on stderr and exit status 2, never a traceback."""
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line; for the commands whose options are few and flat."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._all_actions() for name in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0], known)}")
+        return parsed
+
+    def _all_actions(self):
+        for action in self._actions:
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._actions
+
+
+def nearest(word: str, known) -> str:
+    """`; did you mean X?` for the closest of `known`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse(cls, argv: list[str], description: str = ""):
+    """Settings from `argv`: an optional RECIPE.toml, then `--section.key value`. ValueError in one line if wrong."""
+    default = cls()
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        default = merge(default, read_toml(argv.pop(0)))
+    argv = _prepare(default, argv)
+    screen = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
+            return tyro.cli(cls, default=default, args=argv, description=description,
+                            config=(tyro.conf.FlagConversionOff,))
+    except SystemExit as stop:
+        if stop.code == 0:                     # --help
+            print(screen.getvalue(), end="")
+            raise
+        body = [line.strip() for line in screen.getvalue().splitlines()[2:]]
+        body = body[:next((i for i, line in enumerate(body) if line.startswith("---")), len(body))]
+        raise ValueError(" ".join(line for line in body if line)) from None
+
+
+def read_toml(path: str) -> dict:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist; recipes/ holds complete ones") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def merge(default, values: dict, prefix: str = ""):
+    """A copy of the dataclass `default` with the nested `values` laid over it; unknown keys and wrong types raise."""
+    result = copy.deepcopy(default)
+    hints = typing.get_type_hints(type(result))
+    for key, value in values.items():
+        name = prefix + key
+        if key not in hints:
+            raise ValueError(f"unknown key {name}{nearest(key, hints)}")
+        setattr(result, key, _convert(value, hints[key], getattr(result, key), name))
+    return result
+
+
+def _convert(value, hint, current, name):
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is a section, but its value is {value!r}")
+        return merge(current if dataclasses.is_dataclass(current) else hint(), value, name + ".")
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is a table of named sections, but its value is {value!r}")
+        return {**current, **{k: _convert(v, arguments[1], current.get(k), f"{name}.{k}") for k, v in value.items()}}
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(str, arguments))}")
+        return value
+    if origin in (tuple, list) and isinstance(value, list):
+        return origin(_convert(v, arguments[0], None, name) for v in value)
+    allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    for option in allowed:
+        if option is float and type(value) in (int, float):
+            return float(value)
+        if type(value) is option:
+            return value
+    wanted = " or ".join(option.__name__ for option in allowed if option is not type(None))
+    raise ValueError(f"{name} is {value!r}, but must be of type {wanted}")
+
+
+def _prepare(default, argv: list[str]) -> list[str]:
+    """Name the nearest key for an unknown one, let `--flag` stand for `--flag True`, and open new named sections."""
+    known, out = _keys(default), []
+    for position, word in enumerate(argv):
+        if not word.startswith("--") or word in ("--help",):
+            out.append({"true": "True", "false": "False"}.get(word, word))
+            continue
+        key, equals, value = word[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in known:
+            _open_section(default, key)
+            known = _keys(default)
+        if key not in known:
+            raise ValueError(f"unknown key {key}{nearest(key, known)}")
+        out += ["--" + key] + ([value] if equals else [])
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
+        if known[key] is bool and not equals and following.lower() not in ("true", "false"):
+            out.append("True")
+    return out
+
+
+def _keys(value, prefix: str = "") -> dict:
+    """{"section.key": type} of every setting that has a value."""
+    out = {}
+    for name, entry in _items(value):
+        if dataclasses.is_dataclass(entry) or isinstance(entry, dict):
+            out |= _keys(entry, f"{prefix}{name}.")
+        else:
+            out[prefix + name] = type(entry)
+    return out
+
+
+def _items(value) -> list:
+    """(name, value) of a dataclass or of a table of named sections."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+
+
+def _open_section(value, key: str) -> None:
+    """`--data.sources.NEW.path` makes the entry NEW in the table data.sources."""
+    *path, entry, _ = ["", *key.split(".")]
+    hint = None
+    for name in path[1:]:
+        if not hasattr(value, name):
+            return
+        hint, value = typing.get_type_hints(type(value))[name], getattr(value, name)
+    if isinstance(value, dict) and entry not in value:
+        value[entry] = typing.get_args(hint)[1]()
+
+
+def to_toml(config, prefix: str = "") -> str:
+    """The dataclass as TOML text that `parse` reads back to an equal one (a None is left out: it is the default)."""
+    lines, sections = [], []
+    for key, value in _items(config):
+        if dataclasses.is_dataclass(value) or isinstance(value, dict):
+            sections.append(f"\n[{prefix}{key}]\n{to_toml(value, f'{prefix}{key}.')}")
+        elif value is not None:
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")
+    return "".join(lines) + "".join(sections)

@@ -1,0 +1,376 @@
+"""Hugging Face checkpoints <-> model.py: one rename rule and one table of families, used in both directions.
+
+    model = hf.load("path/to/folder", dtype=torch.bfloat16)        a folder, or hf://org/name@revision
+    hf.save(model, "out/final", base="path/to/folder")             a folder that transformers and vLLM read
+
+Tensors are copied one at a time into a model built on the meta device, so that the peak is the weights and one tensor.
+Configs are written in both dialects (`rope_theta`, `rope_scaling`, `torch_dtype` of transformers 4; `rope_parameters`,
+`dtype` of 5): a config with the new keys alone makes transformers 4 fall back to a base of 10000 without a word.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from model import Model, ModelConfig
+
+# What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
+FAMILIES = {
+    "llama": {"architecture": "LlamaForCausalLM"},
+    "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "qkv_bias": True, "max_window_layers": 28},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "head_dim": 128, "max_window_layers": 28},
+    "smollm3": {"architecture": "SmolLM3ForCausalLM", "num_key_value_heads": 4, "rope_theta": 2e6,
+                "tie_word_embeddings": True},
+}
+REFUSED = {
+    "falcon": "this is the old Falcon architecture; Falcon3 is a plain Llama and works",
+    "gpt2": "learned positions and LayerNorm are not in model.py",
+}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+          "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+
+
+# ---- names: ours have no `model.` in front, and the head is `head`
+
+def to_hf_name(name: str) -> str:
+    return "lm_head." + name.removeprefix("head.") if name.startswith("head.") else "model." + name
+
+
+def from_hf_name(name: str) -> str | None:
+    """Our name, or None for what is computed and not stored (old checkpoints keep rotary frequencies)."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return None
+    return "head." + name.removeprefix("lm_head.") if name.startswith("lm_head.") else name.removeprefix("model.")
+
+
+# ---- config.json
+
+def read_config(folder: Path) -> ModelConfig:
+    """config.json of a folder as a ModelConfig; an architecture we do not have is refused by name."""
+    values = read_json(folder / "config.json")
+    family = values.get("model_type")
+    if family not in FAMILIES:
+        reason = f": {REFUSED[family]}" if family in REFUSED else ""
+        raise ValueError(f"{folder}/config.json has model_type {family!r}, which is not supported{reason}; known are "
+                         f"{', '.join(FAMILIES)} (Llama 1 to 3.2, TinyLlama, SmolLM2 and Falcon3 are llama)")
+    get = {**FAMILIES[family], **{k: v for k, v in values.items() if v is not None}}.get
+    if missing := [name for name in SIZES if not get(name)]:
+        raise ValueError(f"{folder}/config.json has no usable {', '.join(missing)}; a model needs at least 1")
+    if (act := get("hidden_act", "silu")) != "silu":
+        raise ValueError(f"{folder}/config.json has hidden_act {act!r}; only silu (SwiGLU) is implemented")
+    rope = {**(get("rope_scaling") or {}), **(get("rope_parameters") or {})}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"{folder}/config.json gives rope parameters by layer type; that is not supported")
+    theta = rope.pop("rope_theta", None) or get("rope_theta", 10000.0)
+    rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", "default")
+    rope.pop("type", None)
+    layers = get("num_hidden_layers")
+    return ModelConfig(
+        **{name: get(name) for name in SIZES},
+        num_key_value_heads=get("num_key_value_heads"),
+        head_dim=get("head_dim"),
+        max_position_embeddings=get("max_position_embeddings", 2048),
+        rms_norm_eps=get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling={} if rope["rope_type"] == "default" else rope,
+        tie_word_embeddings=get("tie_word_embeddings", False),
+        qkv_bias=get("qkv_bias", False),
+        attention_bias=get("attention_bias", False) if family != "qwen2" else False,
+        mlp_bias=get("mlp_bias", False),
+        qk_norm=get("qk_norm", False),
+        windows=_windows(family, values, get, layers),
+        no_rope_layers=_no_rope_layers(family, values, layers),
+        initializer_range=get("initializer_range", 0.02),
+        family=family,
+    )
+
+
+def _no_rope_layers(family, values, layers) -> list[int]:
+    if family != "smollm3":
+        return []
+    interval = values.get("no_rope_layer_interval", 4)
+    uses = values.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]   # 1: has rope
+    return [i for i, rope in enumerate(uses) if not rope]
+
+
+def _windows(family, values, get, layers) -> list[int | None] | None:
+    """Each layer's sliding window, from the three ways the families have of saying it."""
+    if family == "mistral":
+        window = values.get("sliding_window", get("sliding_window"))       # an explicit null means none
+        return [window] * layers if window else None
+    if family == "llama" or not values.get("use_sliding_window"):
+        return None
+    window = values.get("sliding_window", 4096)
+    kinds = values.get("layer_types")
+    if not kinds and family == "smollm3":
+        no_rope = _no_rope_layers(family, values, layers)
+        kinds = ["sliding_attention" if i in no_rope else "full_attention" for i in range(layers)]
+    elif not kinds:
+        first = get("max_window_layers")
+        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def write_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
+    """config.json for `config`, laid over the base's own so that keys we do not know survive."""
+    family = FAMILIES[config.family]
+    scaling = {"rope_type": "default", **config.rope_scaling}
+    name = str(dtype).removeprefix("torch.")
+    out = {
+        **base,
+        "architectures": [family["architecture"]],
+        "model_type": config.family,
+        **{key: getattr(config, key) for key in SIZES},
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling or None,
+        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
+        "torch_dtype": name,
+        "dtype": name,
+        "use_cache": True,
+    }
+    if config.family == "mistral":
+        out["sliding_window"] = config.windows[0] if config.windows else None
+    elif config.family != "llama":
+        out["use_sliding_window"] = config.windows is not None
+        out["sliding_window"] = next((w for w in config.windows or [] if w), None)
+        out["layer_types"] = ["sliding_attention" if w else "full_attention"
+                              for w in config.windows or [None] * config.num_hidden_layers]
+        if config.windows and config.family != "smollm3":
+            out["max_window_layers"] = next(i for i, w in enumerate(config.windows) if w)
+    if config.family == "smollm3":
+        out["no_rope_layers"] = [int(i not in config.no_rope_layers) for i in range(config.num_hidden_layers)]
+    return out
+
+
+# ---- folders
+
+def resolve(path) -> Path:
+    """A local folder for `path`; `hf://org/name@revision` is downloaded to, or found in, the Hub's cache."""
+    path = str(path)
+    if not path.startswith("hf://"):
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = path.removeprefix("hf://").partition("@")
+    wanted = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*wanted, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*wanted, "*.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
+    return folder
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: file} of a checkpoint, single or sharded; safetensors before pytorch_model.bin."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index, single = folder / f"{stem}.index.json", folder / stem
+        if index.exists():
+            files = read_json(index)["weight_map"]
+            for name in set(files.values()):
+                if Path(name).name != name or name in (".", ".."):
+                    raise ValueError(f"{index} points outside its folder: {name!r}")
+                if not (folder / name).is_file():
+                    raise ValueError(f"{index} names {name}, which is missing; the download is incomplete")
+            return {tensor: folder / name for tensor, name in files.items()}
+        if single.exists():
+            with _open(single) as file:
+                return dict.fromkeys(file.keys(), single)
+    raise ValueError(f"{folder} holds no model.safetensors, no index of one and no pytorch_model.bin")
+
+
+class _Pickle:
+    """pytorch_model.bin with safe_open's interface; read memory-mapped and through weights_only alone."""
+
+    def __init__(self, path: Path):
+        self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        self.keys, self.get_tensor = self.tensors.keys, self.tensors.__getitem__
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.tensors.clear()
+
+
+def _open(path: Path):
+    try:
+        return _Pickle(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from None
+    except Exception as error:                  # pickle.UnpicklingError: weights_only met code
+        raise ValueError(f"{path} is refused, it holds more than tensors: {str(error).splitlines()[0]}") from None
+
+
+def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
+    """The model in a Hugging Face folder or under an hf:// id, in `dtype` on `device`.
+
+    Raises ValueError where a tensor is missing, left over or of another shape than the config says.
+    """
+    folder = resolve(path)
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    wanted = dict(model.named_parameters(remove_duplicate=False))
+    filled, left_over = set(), []
+    for hf_name, file in tensor_files(folder).items():
+        name = from_hf_name(hf_name)
+        if name is None:
+            continue
+        if name not in wanted:
+            left_over.append(hf_name)
+            continue
+        with _open(file) as opened:             # opened anew for each tensor, so that the pages of the last are let go
+            tensor = opened.get_tensor(hf_name)
+            if tensor.shape != wanted[name].shape:
+                raise ValueError(f"{hf_name} in {file} has shape {list(tensor.shape)}, but config.json makes it "
+                                 f"{list(wanted[name].shape)}")
+            value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            del tensor
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+        filled.add(name)
+    if left_over:
+        raise ValueError(f"{folder} holds tensors this model has no place for: {_few(left_over)}")
+    if config.tie_word_embeddings:
+        if {"head.weight", "embed_tokens.weight"} <= filled and not torch.equal(model.embed_tokens.weight,
+                                                                                model.head.weight):
+            raise ValueError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
+                             f"embedding; set tie_word_embeddings to false there")
+        filled.add("head.weight")
+        model.tie()
+    if missing := [to_hf_name(name) for name in wanted if name not in filled]:
+        raise ValueError(f"{folder} lacks tensors the model needs: {_few(missing)}")
+    return model
+
+
+def _few(names) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def save(model: Model, path, base=None, state: dict | None = None, card: str = "", shard_bytes: int = 5 * 10**9):
+    """Write `model` as a Hugging Face folder at `path`, replacing it whole or not at all.
+
+    base: the folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, its config
+    keys kept. state: our names -> full tensors, where the parameters themselves are sharded. card: Markdown for the
+    model card, e.g. the before/after table.
+    """
+    path, config = Path(path), model.config
+    base_folder = resolve(base) if base else None
+    tensors = state if state is not None else model.state_dict()
+    tensors = {to_hf_name(name): t.detach().cpu().contiguous() for name, t in tensors.items()
+               if not (config.tie_word_embeddings and name == "head.weight")}
+    dtype = next(iter(tensors.values())).dtype
+    out = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    try:
+        _save_tensors(tensors, out, shard_bytes)
+        base_config = read_json(base_folder / "config.json") if base_folder else {}
+        new_config = write_config(config, dtype, base_config)
+        _write_json(out / "config.json", new_config)
+        _write_json(out / "generation_config.json", _generation_config(base_folder, new_config))
+        for pattern in COPIED if base_folder else ():
+            for file in base_folder.glob(pattern):
+                shutil.copyfile(file, out / file.name)
+        (out / "README.md").write_text(_model_card(base, base_folder, path.name, card), encoding="utf-8")
+        old = path.with_name(f"{path.name}.old{os.getpid()}")
+        if path.exists():
+            path.rename(old)
+        out.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _save_tensors(tensors: dict, out: Path, shard_bytes: int):
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], out / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, out / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _generation_config(base_folder, config: dict) -> dict:
+    """Only the token ids: servers take sampling values found here as their defaults, and a base model has none."""
+    file = base_folder / "generation_config.json" if base_folder else None
+    known = {**config, **(read_json(file) if file and file.exists() else {})}
+    ids = {key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if known.get(key) is not None}
+    return {"_from_model_config": True, **ids}
+
+
+def facts(path) -> dict:
+    """What a user should know of a base model before training it: {"license", "chat_template"}."""
+    folder = resolve(path)
+    template = (folder / "chat_template.jinja").exists()
+    if (folder / "tokenizer_config.json").exists():
+        template = template or bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
+    licence = None
+    if (folder / "README.md").exists():
+        lines = (folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()
+        licence = next((line.partition(":")[2].strip() for line in lines[:60] if line.startswith("license:")), None)
+    if not licence:
+        licence = next((f"see {file.name}" for file in sorted(folder.glob("LICENSE*"))), "not stated")
+    return {"license": licence, "chat_template": template}
+
+
+def _model_card(base, base_folder, name: str, card: str) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- continued-pretraining"]
+    if base:
+        known = facts(base_folder)["license"]
+        if str(base).startswith("hf://"):
+            lines += [f"base_model: {str(base).removeprefix('hf://').partition('@')[0]}",
+                      "base_model_relation: finetune"]
+        if not known.startswith(("see", "not")):
+            lines.append(f"license: {known}")
+    origin = f"Continued pretraining of `{Path(str(base)).name}`" if base else "Pretrained from scratch"
+    return "\n".join([*lines, "---", "", f"# {name}", "", f"{origin} with nanoCPT.", "", card, ""])
