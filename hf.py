@@ -241,52 +241,60 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
     Raises ValueError where a tensor is missing, left over or of another shape than the config says.
     """
     folder = resolve(path)
-    config = read_config(folder)
     with torch.device("meta"):
-        model = Model(config)
+        model = Model(read_config(folder))
+    fill(model, folder, dtype, device)
+    return model
+
+
+def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device="cpu", layout=None):
+    """Give every parameter its tensor from `folder`. `layout(full, parameter)` shards a tensor for parameters that are
+    already on their devices; without it parameters on the meta device are replaced."""
+    config, files = model.config, tensor_files(folder)
     wanted = dict(model.named_parameters(remove_duplicate=False))
-    filled, left_over = set(), []
-    for hf_name, file in tensor_files(folder).items():
+    if left_over := [name for name in files if from_hf_name(name) not in (None, *wanted)]:
+        raise ValueError(f"{folder} holds tensors this model has no place for: {_few(left_over)}")
+    filled = set()
+    for hf_name, file in files.items():
         name = from_hf_name(hf_name)
         if name is None:
-            continue
-        if name not in wanted:
-            left_over.append(hf_name)
             continue
         with _open(file) as opened:             # opened anew for each tensor, so that the pages of the last are let go
             tensor = opened.get_tensor(hf_name)
             if tensor.shape != wanted[name].shape:
                 raise ValueError(f"{hf_name} in {file} has shape {list(tensor.shape)}, but config.json makes it "
                                  f"{list(wanted[name].shape)}")
-            value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            if layout:
+                with torch.no_grad():
+                    wanted[name].copy_(layout(tensor, wanted[name]))
+            else:
+                value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
             del tensor
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
         filled.add(name)
-    if left_over:
-        raise ValueError(f"{folder} holds tensors this model has no place for: {_few(left_over)}")
     if config.tie_word_embeddings:
-        if {"head.weight", "embed_tokens.weight"} <= filled and not torch.equal(model.embed_tokens.weight,
-                                                                                model.head.weight):
+        if not layout and {"head.weight", "embed_tokens.weight"} <= filled and not torch.equal(
+                model.embed_tokens.weight, model.head.weight):
             raise ValueError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
                              f"embedding; set tie_word_embeddings to false there")
         filled.add("head.weight")
         model.tie()
     if missing := [to_hf_name(name) for name in wanted if name not in filled]:
         raise ValueError(f"{folder} lacks tensors the model needs: {_few(missing)}")
-    return model
 
 
 def _few(names) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def save(model: Model, path, base=None, state: dict | None = None, card: str = "", shard_bytes: int = 5 * 10**9):
+def save(model: Model, path, base=None, state: dict | None = None, card: str = "", tokenizer=None,
+         shard_bytes: int = 5 * 10**9):
     """Write `model` as a Hugging Face folder at `path`, replacing it whole or not at all.
 
     base: the folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, its config
     keys kept. state: our names -> full tensors, where the parameters themselves are sharded. card: Markdown for the
-    model card, e.g. the before/after table.
+    model card, e.g. the before/after table. tokenizer: folder or file to copy the tokenizer from instead.
     """
     path, config = Path(path), model.config
     base_folder = resolve(base) if base else None
@@ -305,6 +313,10 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
         _write_json(out / "generation_config.json", _generation_config(base_folder, new_config))
         for pattern in COPIED if base_folder else ():
             for file in base_folder.glob(pattern):
+                shutil.copyfile(file, out / file.name)
+        if tokenizer:
+            source = Path(tokenizer)
+            for file in [source] if source.is_file() else [f for pattern in COPIED for f in source.glob(pattern)]:
                 shutil.copyfile(file, out / file.name)
         (out / "README.md").write_text(_model_card(base, base_folder, path.name, card), encoding="utf-8")
         old = path.with_name(f"{path.name}.old{os.getpid()}")

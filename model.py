@@ -244,7 +244,8 @@ class Model(nn.Module):
         wanted = max(length, self.config.max_position_embeddings) if dynamic else length
         have, cos, sin = self._angles
         if (have != wanted if dynamic else have < wanted) or cos.device != device:
-            with torch.autocast(device.type, enabled=False):
+            # Kept across modes: a tensor made in inference mode could not serve a later backward pass.
+            with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
                 frequency, amplitude = rope_frequencies(self.config, wanted)
                 angle = torch.outer(torch.arange(wanted, dtype=torch.float32), frequency)
                 cos, sin = (angle.cos() * amplitude).to(device), (angle.sin() * amplitude).to(device)

@@ -26,6 +26,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         kept, target = (x, labels) if every else (x[rows], labels[rows])
         dx = torch.zeros_like(x) if want_dx else None
         dw = torch.zeros(weight.shape, dtype=token_loss.dtype, device=x.device) if want_dw else None
+        ctx.weight_dtype, weight = weight.dtype, weight.to(x.dtype)
         step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         for i in range(0, len(rows), step):
             part, label = kept[i:i + step], target[i:i + step, None].long()
@@ -42,7 +43,6 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if want_dw:
                     dw.addmm_(dz.T, part) if dw.dtype == dz.dtype else dw.add_(dz.T @ part)
         ctx.grads = dx, dw
-        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(token_loss)
         if want_hits:
             ctx.mark_non_differentiable(hits)
@@ -73,6 +73,6 @@ def linear_cross_entropy(x, weight, labels, want_hits: bool = False):
     grad = torch.is_grad_enabled()
     with torch.autocast(device, enabled=False):
         loss, token_loss, hits = LinearCrossEntropy.apply(
-            x.flatten(0, -2).to(dtype), weight.to(dtype), labels.flatten(),
+            x.flatten(0, -2).to(dtype), weight, labels.flatten(),
             grad and x.requires_grad, grad and weight.requires_grad, want_hits)
     return loss, token_loss.view(labels.shape), hits.view(labels.shape) if want_hits else None

@@ -1,0 +1,739 @@
+"""Text -> token shards -> batches. A batch is a pure function of (seed, step) and the shards' manifests.
+
+    python data.py pack --tokenizer DIR_OR_FILE --out shards/legal legal.txt --documents blank
+    python data.py verify shards/legal
+    python data.py info shards/legal
+
+One source is one folder:
+
+    manifest.json       the commit record, written last: tokenizer, counts, hashes of every file
+    train_000000.bin    1024-byte header (llm.c's, our fields in its spare words), then uint16 or uint32 tokens
+    train_000000.idx    uint64, where each document ends (datatrove's); documents are never split over shards
+    train_000000.bytes  uint32, UTF-8 bytes of each document's text, so that bits per byte are exact
+    heldout_000000.*    documents whose text hash falls in the held-out share; never trained on
+
+B sequences a step, T tokens of context, L tokens of a source.
+"""
+
+import bisect
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import ArgumentParser, main_guard
+
+HEADER_BYTES = 1024
+MAGIC = {2: (20240520, 1), 4: (20240801, 7)}       # llm.c's magic and version by token size
+OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1          # "nCPT"
+ORDER_VERSION = 1                                  # raise it when the same seed gives another order
+IGNORE = -100
+SPLITS = ("train", "heldout")
+
+
+# ---- reading documents
+
+def read_documents(path: str, documents: str = "blank", separator: str | None = None, column: str = "text",
+                   config: str | None = None, split: str = "train"):
+    """Yield the text of each document of a file, or of an hf://org/dataset[@revision] through `datasets`.
+
+    .jsonl[.gz|.zst] and .parquet: one record a document, its text under `column`. Anything else is text: one document
+    per line, per block between blank lines, or per file; or between `separator` strings.
+    """
+    if path.startswith("hf://"):
+        from datasets import load_dataset
+        name, _, revision = path.removeprefix("hf://").partition("@")
+        rows = load_dataset(name, config, split=split, streaming=True, revision=revision or None)
+        records = ((f"{path} record {i}", row) for i, row in enumerate(rows, 1))
+        yield from _texts(records, column)
+        return
+    if not os.path.isfile(path):
+        raise ValueError(f"input file {path} does not exist")
+    stem = re.sub(r"\.(gz|zst)$", "", path)
+    if stem.endswith(".parquet"):
+        yield from _texts(_parquet_records(path, column), column)
+    elif stem.endswith((".jsonl", ".ndjson")):
+        yield from _texts(_json_records(path), column)
+    else:
+        yield from _text_documents(path, documents, separator)
+
+
+def _texts(records, column):
+    for where, record in records:
+        text = record.get(column) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"{where} has no text under {column!r} (it has: {known}); name the column with --column")
+        yield text
+
+
+def _json_records(path):
+    with _open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"{path} line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+
+
+def _parquet_records(path, column):
+    import pyarrow
+    import pyarrow.parquet as parquet
+    try:
+        file = parquet.ParquetFile(path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+    if column not in file.schema_arrow.names:
+        raise ValueError(f"{path} has no column {column!r} (it has: {', '.join(file.schema_arrow.names)}); "
+                         f"name the column with --column")
+    for batch in file.iter_batches(batch_size=1024, columns=[column]):
+        for text in batch.column(0).to_pylist():
+            yield path, {column: text}
+
+
+def _open_text(path):
+    if path.endswith(".zst"):
+        import io
+
+        import pyarrow
+        return io.TextIOWrapper(pyarrow.input_stream(path, compression="zstd"), encoding="utf-8-sig", newline="\n")
+    opener = gzip.open if path.endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="\n")
+
+
+def _text_documents(path, documents, separator):
+    with _open_text(path) as file:
+        if separator:
+            rest = ""
+            while part := file.read(1 << 20):
+                *whole, rest = (rest + part).split(separator)
+                yield from (text.strip("\n") for text in whole)
+            yield rest.strip("\n")
+        elif documents == "file":
+            yield file.read()
+        elif documents == "line":
+            yield from (line.rstrip("\r\n") for line in file)
+        else:
+            block = []
+            for line in file:
+                if line.strip():
+                    block.append(line)
+                elif block:
+                    yield "".join(block).rstrip("\r\n")
+                    block = []
+            yield "".join(block).rstrip("\r\n")
+
+
+# ---- writing shards
+
+class ShardWriter:
+    """Appends documents to shards of about `shard_tokens` tokens. Plain writes, so that a full disk is an error."""
+
+    def __init__(self, folder: Path, split: str, tokenizer, itemsize: int, shard_tokens: int):
+        self.folder, self.split, self.tokenizer, self.shard_tokens = folder, split, tokenizer, shard_tokens
+        self.dtype = np.dtype(f"<u{itemsize}")
+        self.shards, self.file = [], None
+
+    def add(self, ids: np.ndarray, lengths: np.ndarray, nbytes: np.ndarray):
+        """Documents one after the other: token ids [n], tokens and text bytes of each document [documents]."""
+        while len(lengths):
+            if self.file is None:
+                self._open()
+            ends = np.cumsum(lengths)
+            fits = int(np.searchsorted(ends, self.shard_tokens - self.tokens, "right"))
+            fits = max(fits, 1 if self.tokens == 0 else 0)           # one document may be larger than a shard
+            if fits:
+                self._append(ids[:ends[fits - 1]], ends[:fits], nbytes[:fits])
+                ids, lengths, nbytes = ids[ends[fits - 1]:], lengths[fits:], nbytes[fits:]
+            if len(lengths):
+                self.close()
+
+    def _open(self):
+        self.name = f"{self.split}_{len(self.shards):06d}"
+        self.file = open(self.folder / f"{self.name}.bin", "wb")     # noqa: SIM115  (stays open until close())
+        self.file.write(bytes(HEADER_BYTES))
+        self.tokens, self.max_id, self.hash, self.ends, self.nbytes = 0, 0, hashlib.sha256(), [], []
+
+    def _append(self, ids, ends, nbytes):
+        payload = ids.astype(self.dtype)
+        self.max_id = max(self.max_id, int(ids.max()))
+        self.hash.update(payload)
+        self.file.write(payload)
+        self.ends.append(ends + self.tokens)
+        self.nbytes.append(nbytes)
+        self.tokens += len(ids)
+
+    def close(self):
+        """Finish the shard under way; returns nothing, the record is in self.shards."""
+        if self.file is None:
+            return
+        ends, nbytes = np.concatenate(self.ends).astype("<u8"), np.concatenate(self.nbytes).astype("<u4")
+        header = np.zeros(256, "<i4")
+        header[:2] = MAGIC[self.dtype.itemsize]
+        header[2:6] = self.tokens, OUR_MAGIC, FORMAT_VERSION, self.dtype.itemsize
+        header[6:8] = np.array([len(ends)], "<u8").view("<i4")
+        ids = (self.tokenizer.vocab_size, self.tokenizer.bos_id, self.tokenizer.eos_id, self.max_id)
+        header[8:12] = [-1 if x is None else x for x in ids]
+        header[16:24] = np.frombuffer(bytes.fromhex(self.tokenizer.fingerprint), "<i4")
+        header[24:32] = np.frombuffer(self.hash.digest(), "<i4")
+        self.file.seek(0)
+        self.file.write(header.tobytes())
+        _sync_and_close(self.file)
+        record = {"name": self.name, "tokens": self.tokens, "documents": len(ends), "bytes": int(nbytes.sum()),
+                  "max_id": self.max_id, "sha256": self.hash.hexdigest()}
+        for suffix, array in (("idx", ends), ("bytes", nbytes)):
+            with open(self.folder / f"{self.name}.{suffix}", "wb") as file:
+                file.write(array.tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            record[f"{suffix}_sha256"] = hashlib.sha256(array).hexdigest()
+        self.shards.append(record)
+        self.file = None
+
+
+def _sync_and_close(file):
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = None, shard_tokens: int = 10**8,
+         workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21, overwrite: bool = False) -> dict:
+    """Tokenise `texts` into shards at `out`; returns the manifest. The folder appears whole or not at all.
+
+    Every document gets an EOS at its end, and a BOS at its start where the tokenizer says the model was trained so
+    (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text.
+    The result depends neither on `workers` nor on `batch_bytes`.
+    """
+    out, bos = Path(out), tokenizer.add_bos if bos is None else bos
+    if tokenizer.eos_id is None:
+        raise ValueError("the tokenizer has no EOS token, and every document must end with one; name it as eos_token "
+                         "in tokenizer_config.json beside the tokenizer")
+    if bos and tokenizer.bos_id is None:
+        raise ValueError("--bos was asked for, but the tokenizer has no BOS token")
+    if not 0 <= heldout < 1:
+        raise ValueError(f"heldout is {heldout}, but must be a share from 0 to below 1")
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; remove it, choose another --out or add --overwrite")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    itemsize = 2 if tokenizer.vocab_size <= 65536 else 4
+    writers = {split: ShardWriter(partial, split, tokenizer, itemsize, shard_tokens) for split in SPLITS}
+    empty = 0
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = deque()
+            for batch in _batches(texts, batch_bytes):
+                waiting.append(pool.submit(_encode, tokenizer, batch, bos, heldout))
+                if len(waiting) > workers:
+                    empty += _write(writers, *waiting.popleft().result())
+            while waiting:
+                empty += _write(writers, *waiting.popleft().result())
+        for writer in writers.values():
+            writer.close()
+        splits = {name: {"tokens": sum(s["tokens"] for s in writer.shards),
+                         "documents": sum(s["documents"] for s in writer.shards),
+                         "bytes": sum(s["bytes"] for s in writer.shards), "shards": writer.shards}
+                  for name, writer in writers.items()}
+        if not splits["train"]["tokens"]:
+            raise ValueError(f"nothing to train on: {empty} empty documents, {splits['heldout']['documents']} held out")
+        manifest = {
+            "format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
+            "tokenizer": {"fingerprint": tokenizer.fingerprint, "library": tokenizer.library,
+                          "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+            "bos": bos, "eos": True, "heldout": heldout, "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout",
+            "inputs": inputs or [], "empty_documents_dropped": empty, "splits": splits,
+        }
+        with open(partial / "manifest.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def _batches(texts, batch_bytes):
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= batch_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer, texts, bos, heldout):
+    """One batch in a worker thread: (per split: ids, lengths, bytes), number of empty documents."""
+    limit = round(10000 * heldout)
+    raw = [utf8(text) for text in texts]
+    kept = [i for i, data in enumerate(raw) if data]
+    encoded = tokenizer.encode_batch([texts[i] for i in kept])
+    parts = {split: ([], [], []) for split in SPLITS}
+    start = [np.array([tokenizer.bos_id], np.uint32)] if bos else []
+    end = np.array([tokenizer.eos_id], np.uint32)
+    empty = len(texts) - len(kept)
+    for i, ids in zip(kept, encoded):
+        if not len(ids):
+            empty += 1
+            continue
+        digest = hashlib.blake2b(raw[i], digest_size=8).digest()
+        split = "heldout" if int.from_bytes(digest, "little") % 10000 < limit else "train"
+        pieces, lengths, nbytes = parts[split]
+        pieces += [*start, ids, end]
+        lengths.append(len(ids) + len(start) + 1)
+        nbytes.append(len(raw[i]))
+    return {split: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
+            for split, (pieces, lengths, nbytes) in parts.items() if pieces}, empty
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8 bytes; half a surrogate pair, which JSON can carry, becomes U+FFFD as in tokenizer.py."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).encode() if not text.isascii() else text.encode()
+
+
+def _write(writers, parts, empty) -> int:
+    for split, part in parts.items():
+        writers[split].add(*part)
+    return empty
+
+
+# ---- reading shards
+
+class Shards:
+    """The documents of one split of a packed folder, as one virtual array of L tokens. Opens by checking every size."""
+
+    def __init__(self, folder, split: str = "train"):
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder)
+        self.records = self.manifest["splits"][split]["shards"]
+        self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        opened = [open_shard(self.folder, record, self.dtype) for record in self.records]
+        self.token_maps, self.end_maps, self.byte_maps = zip(*opened) if opened else ((), (), ())
+        self.first_token = np.cumsum([0] + [len(t) for t in self.token_maps]).tolist()
+        self.first_document = np.cumsum([0] + [len(e) for e in self.end_maps]).tolist()
+
+    @property
+    def tokens(self) -> int:
+        return self.first_token[-1]
+
+    @property
+    def documents(self) -> int:
+        return self.first_document[-1]
+
+    def read(self, start: int, out: np.ndarray, doc_start: np.ndarray):
+        """Fill `out` [n] with the tokens from `start` on (past the end it begins again at 0); mark in `doc_start` [n],
+        zero on entry, each position at which a document begins with that position's own index."""
+        at, n = 0, len(out)
+        while at < n:
+            start %= self.tokens
+            shard = bisect.bisect_right(self.first_token, start) - 1
+            local = start - self.first_token[shard]
+            part = self.token_maps[shard][local:local + n - at]
+            out[at:at + len(part)] = part
+            ends = self.end_maps[shard]
+            lo, hi = ends.searchsorted(np.array([local + 1, local + len(part)], np.uint64), "left")
+            begins = ends[lo:hi].astype(np.int64) - (local - at)
+            doc_start[begins] = begins
+            if at and not local:
+                doc_start[at] = at
+            at, start = at + len(part), start + len(part)
+
+    def document(self, index: int) -> tuple[np.ndarray, int]:
+        """(tokens, bytes of text) of one document, its BOS and EOS included."""
+        shard = bisect.bisect_right(self.first_document, index) - 1
+        local = index - self.first_document[shard]
+        ends = self.end_maps[shard]
+        begin = int(ends[local - 1]) if local else 0
+        return self.token_maps[shard][begin:int(ends[local])], int(self.byte_maps[shard][local])
+
+    def text_document(self, index: int) -> tuple[np.ndarray, int]:
+        """(tokens of the text alone, bytes of text) of one document."""
+        ids, nbytes = self.document(index)
+        return ids[int(self.manifest["bos"]):len(ids) - 1], nbytes
+
+
+def read_manifest(folder: Path) -> dict:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != "nanocpt-shards" or manifest["version"] != FORMAT_VERSION:
+            raise KeyError(manifest["format"], manifest["version"])
+        names = [shard["name"] for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no manifest.json: it is no packed source, or packing did not finish; "
+                         f"make it with data.py pack") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/manifest.json is damaged or of another version: {error}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise ValueError(f"{folder}/manifest.json points outside its folder: {name!r}")
+    return manifest
+
+
+def open_shard(folder: Path, record: dict, dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Memory maps of (tokens, document ends, document bytes), after sizes and header are found to fit the manifest."""
+    arrays = []
+    for suffix, kind, count, skip in (("bin", dtype, record["tokens"], HEADER_BYTES),
+                                      ("idx", "<u8", record["documents"], 0), ("bytes", "<u4", record["documents"], 0)):
+        path = folder / f"{record['name']}.{suffix}"
+        wanted = skip + count * np.dtype(kind).itemsize
+        if not path.exists():
+            raise ValueError(f"shard file {path} is missing; pack {folder} again")
+        if path.stat().st_size != wanted:
+            raise ValueError(f"shard file {path} has {path.stat().st_size} bytes instead of {wanted}: it was cut short "
+                             f"or changed; pack {folder} again")
+        arrays.append(np.asarray(np.memmap(path, dtype=kind, mode="r", offset=skip, shape=(count,))))
+    header = np.fromfile(folder / f"{record['name']}.bin", "<i4", 256)
+    wanted = (*MAGIC[dtype.itemsize], record["tokens"], OUR_MAGIC, FORMAT_VERSION, dtype.itemsize)
+    if tuple(header[:6].tolist()) != wanted or header[24:32].tobytes().hex() != record["sha256"]:
+        raise ValueError(f"shard file {folder}/{record['name']}.bin has a header that does not fit the manifest; "
+                         f"pack {folder} again")
+    return tuple(arrays)
+
+
+def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
+    """Hash a folder's shards against its manifest (a random choice of them within a budget); returns bytes read."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+    records = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+    read = 0
+    for position in np.random.default_rng(seed).permutation(len(records)):
+        record = records[position]
+        if read and read + record["tokens"] * dtype.itemsize > budget_bytes:
+            continue
+        tokens, ends, nbytes = open_shard(folder, record, dtype)
+        for suffix, array, wanted in (("bin", tokens, record["sha256"]), ("idx", ends, record["idx_sha256"]),
+                                      ("bytes", nbytes, record["bytes_sha256"])):
+            if hashlib.sha256(np.ascontiguousarray(array)).hexdigest() != wanted:
+                raise ValueError(f"shard file {folder}/{record['name']}.{suffix} does not have the content it was "
+                                 f"written with (its hash differs); pack {folder} again")
+            read += array.nbytes
+        if len(ends) and (int(ends[-1]) != len(tokens) or (np.diff(ends.astype(np.int64)) <= 0).any()):
+            raise ValueError(f"shard {folder}/{record['name']} has document ends that do not rise to its length")
+    return read
+
+
+def check_tokenizer(name: str, shards: Shards, tokenizer, vocab_size: int):
+    """Refuse shards that the model cannot read: another tokenizer's, or with ids past its vocabulary."""
+    theirs = shards.manifest["tokenizer"]
+    largest = max((shard["max_id"] for shard in shards.records), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"source {name} ({shards.folder}) holds token id {largest}, but the model's vocabulary has "
+                         f"{vocab_size} entries; pack it with the model's tokenizer or resize the model")
+    if tokenizer is not None and theirs["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"source {name} ({shards.folder}) was packed with another tokenizer ({theirs['library']}, "
+                         f"{theirs['vocab_size']} entries) than the model's ({tokenizer.library}, "
+                         f"{tokenizer.vocab_size} entries); pack it again with the model's")
+
+
+# ---- order: counter-based random numbers and permutations (numpy, unsigned 64-bit, the same on every platform)
+
+def fmix64(x: np.ndarray) -> np.ndarray:
+    """MurmurHash3's finaliser: every input bit changes each output bit with probability one half."""
+    x = np.atleast_1d(np.asarray(x, np.uint64))        # scalars would warn of the overflow that is meant
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return x ^ (x >> np.uint64(33))
+
+
+def mix_keys(*parts) -> np.ndarray:
+    """One 64-bit key from integers or arrays of them; strings count by their hash."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        if isinstance(part, str):
+            part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
+        part = np.asarray(part, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        key = fmix64(key * np.uint64(5) + fmix64(part))
+    return key
+
+
+def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """index [k] -> its image under the keyed permutation of 0..n-1, without storing it.
+
+    Four Feistel rounds with a full-avalanche round function on an even number of bits; values that fall outside n walk
+    on along their cycle until they are inside.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    value = np.array(index, np.uint64)
+    key = np.broadcast_to(key, value.shape)
+    outside = np.ones(value.shape, bool)
+    while outside.any():
+        left, right, k = value[outside] >> half, value[outside] & mask, key[outside]
+        for turn in range(4):
+            left, right = right, left ^ (fmix64(right ^ fmix64(k + np.uint64(turn))) & mask)
+        value[outside] = (left << half) | right
+        outside = value >= n
+    return value.astype(np.int64)
+
+
+class RowRandom:
+    """Random numbers of a batch's rows: a function of (seed, step, row of the step, stream, position) and no state."""
+
+    def __init__(self, keys: np.ndarray):
+        self.keys = keys                                     # uint64 [B]
+
+    def uniform(self, stream: int, n: int) -> torch.Tensor:
+        """float32 [B, n] in [0, 1)."""
+        key = fmix64(self.keys + np.uint64(stream * 0x9E3779B97F4A7C15 % 2**64))[:, None]
+        bits = fmix64(key + np.arange(n, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)) >> np.uint64(40)
+        return torch.from_numpy(bits.astype(np.float32) / np.float32(2**24))
+
+
+# ---- mixture and loader
+
+@dataclass
+class SourceConfig:
+    path: str = ""
+    """folder made by data.py pack"""
+    role: Literal["domain", "general"] = "domain"
+    """domain: what is to be learned; general: replay, what is to be kept"""
+    weight: float = 1.0
+    """share among the sources of the same role"""
+
+
+@dataclass
+class DataConfig:
+    context: int = 2048
+    """tokens a sequence (T)"""
+    domain_share: float = 0.7
+    """share of domain sequences; the rest is replay of general text"""
+    schedule: Literal["warmup_cooldown", "static"] = "warmup_cooldown"
+    """how the domain share moves: from 0.3 up over the first 10 % of the run and down to 0.5 over the last, or never"""
+    mask_documents: bool = True
+    """attention stays inside a document of a packed sequence"""
+    reset_positions: bool = True
+    """positions restart with each document"""
+    drop_last: bool = False
+    """drop the last, short sequence of a source's epoch instead of padding it"""
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.context < 1:
+            raise ValueError(f"data.context is {self.context}, but a sequence needs at least 1 token")
+        if not 0 <= self.domain_share <= 1:
+            raise ValueError(f"data.domain_share is {self.domain_share}, but must be between 0 and 1")
+
+
+def domain_share(schedule: str, target: float, progress: float) -> float:
+    """Wanted share of domain sequences at `progress` (0 to 1) of the run."""
+    if schedule == "static":
+        return target
+    if progress < 0.1:
+        return min(0.3, target) + (target - min(0.3, target)) * progress / 0.1
+    if progress <= 0.9:
+        return target
+    return target + (min(0.5, target) - target) * (progress - 0.9) / 0.1
+
+
+def source_weights(sources: dict[str, SourceConfig], share: float) -> np.ndarray:
+    """[D] weights that sum to one: the domain sources share `share`, the general ones the rest."""
+    roles = {role: sum(s.weight for s in sources.values() if s.role == role) for role in ("domain", "general")}
+    if not roles["general"]:
+        share = 1.0
+    elif not roles["domain"]:
+        share = 0.0
+    part = {"domain": share, "general": 1 - share}
+    return np.array([part[s.role] * s.weight / roles[s.role] if roles[s.role] else 0.0 for s in sources.values()])
+
+
+def plan_counts(weights_at, steps: int, batch_size: int) -> np.ndarray:
+    """int64 [steps + 1, D]: sequences taken from each source before each step.
+
+    Largest remainder on what each source is owed, in integers of 2^-32, so that every platform agrees and every prefix
+    of the run is within one sequence of the wanted mix.
+    """
+    unit = 1 << 32
+    rows, owed = [np.zeros(len(weights_at(0.0)), np.int64)], 0
+    for step in range(steps):
+        weights = np.floor(weights_at(step / max(1, steps - 1)) * unit).astype(np.int64)
+        weights[weights.argmax()] += unit - weights.sum()
+        owed = owed + batch_size * weights
+        take = np.maximum(owed, 0) >> 32
+        rest = int(batch_size - take.sum())
+        order = np.argsort(take * unit - owed, kind="stable")          # most owed first
+        if rest < 0:
+            order = order[take[order] > 0][::-1]
+        take[order[:abs(rest)]] += np.sign(rest)
+        owed = owed - take * unit
+        rows.append(rows[-1] + take)
+    return np.stack(rows)
+
+
+@dataclass
+class Batch:
+    """Rows of T + 1 tokens: the inputs are the first T, and the objective shifts once to find the targets."""
+
+    tokens: torch.Tensor            # int32 [B, T + 1]
+    labels: torch.Tensor            # int32 [B, T + 1], the tokens, -100 in padding
+    position_ids: torch.Tensor      # int32 [B, T + 1]
+    doc_start: torch.Tensor         # int32 [B, T + 1], where in the row each position's document begins
+    source: np.ndarray              # int64 [B], which source a row is from
+    rng: RowRandom
+
+    def to(self, device) -> "Batch":
+        move = {name: getattr(self, name).to(device, non_blocking=True)
+                for name in ("tokens", "labels", "position_ids", "doc_start")}
+        return Batch(**move, source=self.source, rng=self.rng)
+
+
+class Loader:
+    """rows(step, lo, hi): rows lo to hi of the step's global batch of B rows, a pure function of its arguments.
+
+    A source is a circle of L tokens, re-cut at another offset every epoch into ceil(L / T) windows of T + 1 tokens at
+    a stride of T: each token is a target exactly once an epoch, and only the last window is short (padded, its labels
+    -100; with drop_last left out). Windows come in a keyed permutation, sources as `counts` says.
+    """
+
+    def __init__(self, sources: dict[str, Shards], counts: np.ndarray, context: int, seed: int,
+                 drop_last: bool = False, reset_positions: bool = True):
+        self.names, self.shards = list(sources), list(sources.values())
+        self.counts, self.context, self.seed, self.reset_positions = counts, context, seed, reset_positions
+        self.batch_size = int(counts[1].sum()) if len(counts) > 1 else 0
+        self.windows = []
+        for name, shards in sources.items():
+            if not shards.tokens:
+                raise ValueError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
+            whole = shards.tokens // context
+            self.windows.append(max(1, whole if drop_last else -(-shards.tokens // context)))
+
+    def slots(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source [B], how many rows of that source came before [B]) of each row of a step."""
+        before = self.counts[step]
+        taken = self.counts[step + 1] - before
+        source = np.repeat(np.arange(len(taken)), taken)
+        ordinal = np.arange(len(source)) - np.repeat(np.cumsum(taken) - taken, taken) + before[source]
+        order = permute(np.arange(len(source)), len(source), mix_keys(self.seed, "slots", step))
+        return source[order], ordinal[order]
+
+    def rows(self, step: int, lo: int = 0, hi: int | None = None) -> Batch:
+        T = self.context
+        source, ordinal = (a[lo:hi] for a in self.slots(step))
+        B = len(source)
+        tokens, doc_start = np.zeros((B, T + 1), np.int32), np.zeros((B, T + 1), np.int32)
+        valid = np.full(B, T + 1)
+        for i in np.unique(source):
+            shards, n, mine = self.shards[i], self.windows[i], np.flatnonzero(source == i)
+            epoch, position = np.divmod(ordinal[mine], n)
+            window = permute(position, n, mix_keys(self.seed, self.names[i], "window", epoch))
+            offset = mix_keys(self.seed, self.names[i], "offset", epoch) % np.uint64(shards.tokens)
+            for row, w, shift in zip(mine.tolist(), window.tolist(), offset.tolist()):
+                length = min(T, shards.tokens - w * T) + 1
+                valid[row] = length
+                shards.read(shift + w * T, tokens[row, :length], doc_start[row, :length])
+        labels = tokens
+        if (valid <= T).any():
+            padding = np.arange(T + 1) >= valid[:, None]
+            labels = np.where(padding, np.int32(IGNORE), tokens)
+            short = np.flatnonzero(valid <= T)
+            doc_start[short, valid[short]] = valid[short]          # padding is a document of its own
+        np.maximum.accumulate(doc_start, axis=1, out=doc_start)
+        position = np.arange(T + 1, dtype=np.int32)
+        positions = position - doc_start if self.reset_positions else np.broadcast_to(position, tokens.shape).copy()
+        keys = mix_keys(self.seed, "rows", step, np.arange(lo, lo + B))
+        return Batch(*(torch.from_numpy(a) for a in (tokens, labels, positions, doc_start)), source, RowRandom(keys))
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """How often each source has been read before `step`."""
+        return {name: float(self.counts[step][i] / self.windows[i]) for i, name in enumerate(self.names)}
+
+
+# ---- command line
+
+def cli_pack(args):
+    import tokenizer as tokenizers
+
+    tokenizer = tokenizers.load(args.tokenizer)
+    inputs = [{"name": Path(f).name, "bytes": os.path.getsize(f) if os.path.isfile(f) else None} for f in args.files]
+    if missing := [f for f in args.files if not f.startswith("hf://") and not os.path.isfile(f)]:
+        raise ValueError(f"input file {missing[0]} does not exist")
+    start, bar = time.perf_counter(), tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
+
+    def texts():
+        for path in args.files:
+            for text in read_documents(path, args.documents, args.separator, args.column, args.config, args.split):
+                bar.update(len(text))
+                yield text
+
+    manifest = pack(texts(), tokenizer, args.out, heldout=args.heldout, bos=args.bos, shard_tokens=args.shard_tokens,
+                    workers=args.workers, inputs=inputs, overwrite=args.overwrite)
+    bar.close()
+    seconds = time.perf_counter() - start
+    total = sum(s["tokens"] for s in manifest["splits"].values())
+    print(f"packed {total:,} tokens in {seconds:.1f} s ({total / seconds / 1e6:.2f} M tokens/s) into {args.out}")
+    if not manifest["splits"]["heldout"]["documents"] and args.heldout:
+        print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
+              "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
+    return print_info(args.out, args.json)
+
+
+def print_info(folder, json_file=None):
+    manifest = read_manifest(Path(folder))
+    for split in SPLITS:
+        s = manifest["splits"][split]
+        ratio = f"{s['tokens'] / s['bytes']:.3f} tokens per byte" if s["bytes"] else ""
+        print(f"  {split:8} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>14,} bytes  {ratio}")
+    t = manifest["tokenizer"]
+    print(f"  {manifest['dtype']}, {t['library']}, vocabulary {t['vocab_size']:,}, "
+          f"{'BOS, ' if manifest['bos'] else ''}EOS; {manifest['empty_documents_dropped']} empty documents dropped")
+    if json_file:
+        Path(json_file).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = ArgumentParser(prog="data.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
+    p = commands.add_parser("pack", help="tokenise files into shards", description="Tokenise files into shards.")
+    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl[.gz|.zst], .parquet, or hf://org/dataset")
+    p.add_argument("--tokenizer", required=True, help="a model folder or a tokenizer file")
+    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--documents", choices=("line", "blank", "file"), default="blank",
+                   help="a document of a text file is a line, a block between blank lines (default), or the file")
+    p.add_argument("--separator", help="documents of a text file stand between this string")
+    p.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
+    p.add_argument("--config", help="configuration of a Hub dataset")
+    p.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
+    p.add_argument("--heldout", type=float, default=0.02, help="share of documents kept for evaluation (default: 0.02)")
+    p.add_argument("--bos", action="store_true", default=None, help="BOS before each document, whatever the tokenizer")
+    p.add_argument("--no-bos", action="store_false", dest="bos", help="no BOS before documents")
+    p.add_argument("--shard-tokens", type=int, default=10**8, help="tokens a shard (default: 1e8)")
+    p.add_argument("--workers", type=int, default=2, help="batches tokenised at a time (default: 2)")
+    p.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    p.add_argument("--json", metavar="FILE", help="write the manifest there too")
+    p = commands.add_parser("verify", help="hash every shard against the manifest")
+    p.add_argument("dir")
+    p = commands.add_parser("info", help="what a packed folder holds")
+    p.add_argument("dir")
+    p.add_argument("--json", metavar="FILE", help="write the manifest there too")
+    args = parser.parse_args()
+    if args.command == "pack":
+        return cli_pack(args)
+    if args.command == "verify":
+        print(f"{args.dir}: {verify(args.dir):,} bytes have the hashes they were written with")
+        return 0
+    return print_info(args.dir, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

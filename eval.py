@@ -1,0 +1,292 @@
+"""Perplexity, bits per byte and forgetting, by one protocol that stands in every result.
+
+    python eval.py --model out/legal/final --baseline path/to/base --text legal=heldout.txt --text stories=tales.txt \\
+                   --general stories --json eval.json
+
+A document is scored in windows of T tokens, each token once: the first window sees the prefix token (BOS, or EOS where
+there is none), later ones the last token of the window before. BOS and EOS are not scored. Bits per byte divide by the
+UTF-8 bytes of the text and so stay comparable when the tokenizer changes; perplexity does not.
+Windows of several documents share a row and cannot see each other.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import data
+import hf
+import objectives
+import tokenizer as tokenizers
+from config import ArgumentParser, main_guard
+from generate import Settings, generate
+from model import Model, ModelConfig
+
+ADVICE = "raise replay to 40-50 %, or train adapters (LoRA), or merge the result with the base"
+
+
+def prefix_of(tokenizer) -> int:
+    """The token that stands before a document when it is scored."""
+    prefix = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if prefix is None:
+        raise ValueError("the tokenizer has neither BOS nor EOS, and a document's first token needs one before it")
+    return prefix
+
+
+def causal_segments(documents, prefix: int, context: int):
+    """(inputs, targets) of each window of each document's tokens."""
+    for ids in documents:
+        ids = np.concatenate([np.array([prefix], np.int32), ids.astype(np.int32)])
+        for i in range(0, len(ids) - 1, context):
+            yield ids[i:i + context][:len(ids) - 1 - i], ids[i + 1:i + context + 1]
+
+
+def masked_segments(documents, context: int):
+    """(tokens, tokens) of each window; the objective masks them."""
+    for ids in documents:
+        for i in range(0, len(ids), context):
+            yield (ids[i:i + context].astype(np.int32),) * 2
+
+
+def pack_rows(segments, context: int, rows: int):
+    """Lay segments side by side into batches of `rows` rows of `context` + 1 tokens (the last one is padding)."""
+    batch, room = [[]], context
+    for segment in segments:
+        if len(segment[0]) > room:
+            if len(batch) == rows:
+                yield _batch(batch, context)
+                batch = []
+            batch.append([])
+            room = context
+        batch[-1].append(segment)
+        room -= len(segment[0])
+    if batch[0]:
+        yield _batch(batch, context)
+
+
+def _batch(rows, context):
+    shape = (len(rows), context + 1)
+    tokens, labels = np.zeros(shape, np.int32), np.full(shape, objectives.IGNORE, np.int32)
+    doc_start = np.zeros(shape, np.int32)
+    for r, segments in enumerate(rows):
+        at = 0
+        for inputs, targets in segments:
+            end = at + len(inputs)
+            tokens[r, at:end], labels[r, at:end], doc_start[r, at:end] = inputs, targets, at
+            at = end
+        doc_start[r, at:] = at
+    positions = np.arange(context + 1, dtype=np.int32) - doc_start
+    return data.Batch(*(torch.from_numpy(a) for a in (tokens, labels, positions, doc_start)),
+                      source=np.zeros(len(rows), np.int64), rng=data.RowRandom(np.arange(len(rows), dtype=np.uint64)))
+
+
+@torch.no_grad()
+def score(model, objective, documents: list, prefix: int, context: int, world=None, rows: int = 4, autocast=None):
+    """Loss of `objective` on documents [(token ids of the text, bytes)]: the numbers of one source of a result.
+
+    With a world, the ranks share the batches and all return the same numbers.
+    """
+    device = next(model.parameters()).device
+    texts = [ids for ids, _ in documents]
+    segments = causal_segments(texts, prefix, context) if objective.causal else masked_segments(texts, context)
+    batches = list(pack_rows(segments, context, rows))
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    nats = tokens = hits = 0.0
+    mode = model.training
+    model.eval()
+    for i in range(-(-len(batches) // size)):          # every rank runs the same number of forwards, as FSDP needs
+        own = i * size + rank
+        batch = batches[min(own, len(batches) - 1)]
+        batch = _mask_again(objective, batch, own) if not objective.causal else _trim(batch)
+        if own >= len(batches):
+            batch.labels = torch.full_like(batch.labels, objectives.IGNORE)
+        with autocast() if autocast else torch.autocast(device.type, enabled=False):
+            loss, n, metrics = objective.loss(model, batch.to(device), want_hits=not objective.causal)
+        nats, tokens = nats + loss.double().item(), tokens + n.item()
+        hits += metrics["hits"].item() if not objective.causal else 0
+    model.train(mode)
+    nats, tokens, hits = world.sum([nats, tokens, hits]) if world else (nats, tokens, hits)
+    per_token = nats / tokens if tokens else float("nan")
+    result = {"nats_per_token": per_token, "perplexity": math.exp(min(per_token, 700)), "tokens": int(tokens),
+              "bytes": int(sum(nbytes for _, nbytes in documents))}
+    if objective.causal:
+        result["bits_per_byte"] = nats / math.log(2) / max(1, result["bytes"])
+    else:
+        result["accuracy"] = hits / tokens if tokens else float("nan")
+    return result
+
+
+def _trim(batch):
+    for name in ("tokens", "labels", "position_ids", "doc_start"):
+        setattr(batch, name, getattr(batch, name)[:, :-1])
+    return batch
+
+
+def _mask_again(objective, batch, index):
+    """The same masks at every evaluation: they are a function of the batch's number."""
+    keys = data.mix_keys("eval", index, np.arange(len(batch.source)))
+    return objective.corrupt(batch, data.RowRandom(keys))
+
+
+def heldout_documents(shards: data.Shards, max_tokens: int) -> list:
+    """The first held-out documents of a source, whole, up to about `max_tokens` tokens (at least one)."""
+    documents, total = [], 0
+    for i in range(shards.documents):
+        ids, nbytes = shards.text_document(i)
+        if documents and total + len(ids) > max_tokens:
+            break
+        documents.append((ids, nbytes))
+        total += len(ids)
+    return documents
+
+
+def protocol(prefix: int, context: int, dtype) -> dict:
+    return {"prefix_token_id": prefix, "context": context, "stride": context, "bos_eos_scored": False,
+            "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False}
+
+
+def compare(before: dict, after: dict, general) -> dict:
+    """Relative changes of bits per byte. `general` names the texts whose rise is forgetting; the rest is the domain.
+
+    Without a baseline the answers are None: unknown, not zero.
+    """
+    shared = [name for name in after if name in (before or {}) and "bits_per_byte" in after[name]]
+    change = {name: after[name]["bits_per_byte"] / before[name]["bits_per_byte"] - 1 for name in shared}
+    lost = [change[name] for name in shared if name in general]
+    gained = [-change[name] for name in shared if name not in general]
+    forgetting = sum(lost) / len(lost) if lost else None
+    gain = sum(gained) / len(gained) if gained else None
+    both = forgetting is not None and gain is not None
+    return {"change": change, "domain_gain": gain, "forgetting": forgetting,
+            "score": gain - max(0.0, forgetting - 0.05) if both else None}
+
+
+def verdict(comparison: dict) -> str:
+    """One line: what was gained, what was lost, and what to do about it."""
+    gain, loss = comparison["domain_gain"], comparison["forgetting"]
+    parts = []
+    if gain is not None:
+        parts.append(f"domain: bits per byte {-100 * gain:+.1f} %")
+    if loss is None:
+        parts.append("forgetting: unknown (no general text was scored before and after)")
+    else:
+        grade = "good" if loss < 0.05 else "warning" if loss < 0.10 else f"bad: {ADVICE}"
+        parts.append(f"forgetting: general bits per byte {100 * loss:+.1f} % ({grade})")
+    return "; ".join(parts)
+
+
+def table(before: dict | None, after: dict) -> str:
+    """Markdown table of bits per byte and perplexity (or masked accuracy), before and after."""
+    lines = ["| text | bits per byte before | after | change | perplexity before | after |", "|" + "---|" * 6]
+    for name, now in after.items():
+        was = (before or {}).get(name, {})
+        bits = [f"{x['bits_per_byte']:.4f}" if "bits_per_byte" in x else "" for x in (was, now)]
+        change = f"{100 * (now['bits_per_byte'] / was['bits_per_byte'] - 1):+.1f} %" if all(bits) else ""
+        perplexity = [f"{x['perplexity']:.2f}" if x else "" for x in (was, now)]
+        lines.append(f"| {name} | {bits[0]} | {bits[1]} | {change} | {perplexity[0]} | {perplexity[1]} |")
+    return "\n".join(lines)
+
+
+def samples(model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int) -> list[dict]:
+    """What the model makes of each prompt, drawn at temperature 0.7 from the same seed every time."""
+    out = []
+    for prompt in prompts:
+        ids = tokenizer.encode(prompt)
+        if tokenizer.add_bos or not ids:
+            ids = [prefix_of(tokenizer), *ids]
+        settings = Settings(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
+        stop = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+        new = generate(model, ids, settings, eos_ids=stop)
+        out.append({"prompt": prompt, "text": tokenizer.decode([i for i in new if i not in stop])})
+    return out
+
+
+def score_files(model, tokenizer, texts: dict[str, str], args) -> tuple[dict, dict]:
+    """({name: numbers}, protocol) of text files under a model."""
+    context = args.context or min(model.config.max_position_embeddings, 2048)
+    prefix, objective, results = prefix_of(tokenizer), objectives.Causal(mask_documents=True), {}
+    for name, file in texts.items():
+        raw = [text for text in data.read_documents(file, args.documents, args.separator, args.column) if text]
+        documents = [(ids, len(data.utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
+        if not documents:
+            raise ValueError(f"text {name} ({file}) is empty")
+        results[name] = score(model, objective, documents, prefix, context)
+    return results, protocol(prefix, context, next(model.parameters()).dtype)
+
+
+def checkpoints_of(run: Path):
+    """(step, model, tokenizer) of every checkpoint of a run, by number."""
+    for step in checkpoint.steps(run / "checkpoints"):
+        path = checkpoint.path_of(run / "checkpoints", step)
+        checkpoint.verify(path)
+        tensors, _, state = checkpoint.load(path)
+        model = Model(ModelConfig(**state["model_config"]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[name])
+        yield step, model, tokenizers.load(hf.resolve(state["tokenizer"]))
+
+
+def main():
+    parser = ArgumentParser(prog="eval.py", description=__doc__)
+    parser.add_argument("--model", help="Hugging Face folder or hf:// id")
+    parser.add_argument("--run", help="a run folder: score each of its checkpoints instead")
+    parser.add_argument("--baseline", help="the model before: adds changes and forgetting")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="text to score; repeatable")
+    parser.add_argument("--general", action="append", default=[], metavar="NAME",
+                        help="a text that is general and whose loss is forgetting; repeatable")
+    parser.add_argument("--documents", choices=("line", "blank", "file"), default="file",
+                        help="a document of a text file is a line, a block between blank lines, or the file (default)")
+    parser.add_argument("--separator", help="documents of a text file stand between this string")
+    parser.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
+    parser.add_argument("--context", type=int, help="tokens a window (default: the model's, at most 2048)")
+    parser.add_argument("--dtype", choices=tuple(hf.DTYPES), default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", metavar="FILE", help="write the result there")
+    args = parser.parse_args()
+    if bool(args.model) == bool(args.run):
+        raise ValueError("name one of --model and --run")
+    texts = {}
+    for text in args.text:
+        name, equals, file = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--text is {text!r}, but must be NAME=FILE")
+        texts[name] = file
+    if unknown := [name for name in args.general if name not in texts]:
+        raise ValueError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
+
+    if args.run:
+        result = {"run": args.run, "checkpoints": []}
+        for step, model, tokenizer in checkpoints_of(Path(args.run)):
+            scores, result["protocol"] = score_files(model.to(args.device), tokenizer, texts, args)
+            result["checkpoints"].append({"step": step, "texts": scores})
+            print(f"step {step}\n{table(None, scores)}")
+        if not result["checkpoints"]:
+            raise ValueError(f"{args.run} holds no checkpoints")
+    else:
+        def score_model(path):
+            model = hf.load(path, hf.DTYPES[args.dtype], args.device)
+            return score_files(model, tokenizers.load(hf.resolve(path)), texts, args)
+
+        scores, used = score_model(args.model)
+        result = {"model": args.model, "texts": scores, "protocol": used}
+        before = None
+        if args.baseline:
+            before, baseline_protocol = score_model(args.baseline)
+            result["baseline"] = {"model": args.baseline, "texts": before, "protocol": baseline_protocol}
+            result |= compare(before, scores, args.general)
+        print(table(before, scores))
+        print(f"windows of {used['context']} tokens, prefix token {used['prefix_token_id']}, {used['dtype']}")
+        if before:
+            print(verdict(result))
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))

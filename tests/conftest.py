@@ -1,0 +1,63 @@
+"""What several test files share. NANOCPT_DATA=folder-with-real-inputs adds the tests that need real text and models."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"          # read when huggingface_hub is imported: a test never waits for a network
+
+import pytest
+import torch
+
+from model import Model, ModelConfig
+
+torch.set_num_threads(2)
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+
+@torch.no_grad()
+def large_weights(model, seed: int = 0):
+    """Weights so large that the logits of a tiny model are of order 1 to 5, the same for the same seed and model."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        centre = 1.0 if name.endswith("norm.weight") else 0.0
+        parameter.copy_(torch.empty(parameter.shape).normal_(centre, 0.2, generator=generator))
+    return model
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real inputs (models, tokenizers, corpora), read only."""
+    folder = os.environ.get("NANOCPT_DATA")
+    if not folder:
+        pytest.skip("NANOCPT_DATA is not set; it names the folder with real models, tokenizers and corpora")
+    return Path(folder)
+
+
+@pytest.fixture
+def tiny_config():
+    """tiny_config(field=value, ...) -> ModelConfig of 3 layers and 97 tokens."""
+    return lambda **changes: ModelConfig(**{**SIZES, **changes})
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    """tiny_model(seed=0, field=value, ...) -> Model with large random weights, in eval mode."""
+    return lambda seed=0, **changes: large_weights(Model(tiny_config(**changes)), seed).eval()
+
+
+@pytest.fixture
+def hf_model(tmp_path):
+    """hf_model("qwen3", field=value, ...) -> (transformers' model with large random weights, its saved folder)."""
+    transformers = pytest.importorskip("transformers", minversion="5", reason="the truth is transformers 5")
+    transformers.utils.logging.disable_progress_bar()
+    count = iter(range(1000))
+
+    def build(family: str, **changes):
+        config = transformers.AutoConfig.for_model(family, **{**SIZES, **changes})
+        model = large_weights(transformers.AutoModelForCausalLM.from_config(config).eval())
+        folder = tmp_path / f"{family}{next(count)}"
+        model.save_pretrained(folder)
+        return model, folder
+    return build

@@ -1,0 +1,393 @@
+"""report.py against numbers worked out by hand from a run folder written by hand, and against laws: the last line of a
+step wins, nothing from a file becomes markup, the page loads nothing, an unknown forgetting is never shown as a number.
+The page is read back with the standard library's HTML parser, so what is checked is what a browser would see."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+import report
+
+ROOT = Path(report.__file__).parent
+VOID = {"meta", "br", "link", "img", "input"}
+
+
+class Page(HTMLParser):
+    """The tags, attributes and visible text of a page, and the rows of its tables."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.words, self.rows, self._open = [], [], [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.words.append(data)
+        if "td" in self._open or "th" in self._open:
+            self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
+
+    def row(self, start):
+        return next(row for row in self.rows if row[0].startswith(start))
+
+
+def side(legal=1.25, statutes=1.0, stories=0.8, web=1.0, **more):
+    """An evaluation of two domain and two general sources; bits per byte as given, perplexity twice that."""
+    roles = {"legal": "domain", "statutes": "domain", "stories": "general", "web": "general"}
+    values = {"legal": legal, "statutes": statutes, "stories": stories, "web": web}
+    return {name: {"role": roles[name], "bits_per_byte": bits, "nats_per_token": bits * 3, "perplexity": bits * 2,
+                   "tokens": 100, "bytes": 400} | more for name, bits in values.items() if bits is not None}
+
+
+AFTER = {"legal": 1.0, "statutes": 0.9, "stories": 0.84, "web": 1.03}  # gains 20 and 10 %, losses 5 and 3 %
+START = {"kind": "start", "step": 0, "time": 1.7e9, "run": "tiny", "parameters": 4000000,
+         "trainable_parameters": 1000000, "tokens_per_step": 100, "total_steps": 30, "device": "cpu",
+         "precision": "fp32", "versions": {"torch": "2.13.0"},
+         "sources": {"legal": {"role": "domain"}, "statutes": {"role": "domain"}, "stories": {"role": "general"},
+                     "web": {"role": "general"}}}
+
+
+def train(step, loss=2.0, **more):
+    return {"kind": "train", "step": step, "loss": loss, "lr": 1e-5, "grad_norm": 0.5, "tokens": step * 100,
+            "tokens_per_second": 1000.0, "step_ms": 100.0, "peak_gb": 1.5, "domain_share": 0.7,
+            "sources": {"legal": {"loss": loss, "tokens": step * 70, "epochs": step / 40},
+                        "stories": {"loss": loss + 1, "tokens": step * 30, "epochs": 0.25}}} | more
+
+
+def write(folder, lines=None, before=None, after=None, stated=True, tail="", **extra):
+    """A run folder: START, an evaluation at 0 and at 30, three training steps; eval.json when `stated`."""
+    before, after = side() if before is None else before, side(**AFTER) if after is None else after
+    folder.mkdir(parents=True, exist_ok=True)
+    if lines is None:
+        lines = [START, {"kind": "eval", "step": 0, "sources": before, "protocol": {"windows": 64}},
+                 {"kind": "samples", "step": 0, "samples": [{"prompt": "The court", "text": "The court was red."}]},
+                 train(10), train(20), train(30), {"kind": "eval", "step": 30, "sources": after},
+                 {"kind": "samples", "step": 30, "samples": [{"prompt": "The court", "text": " affirmed."}]}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    (folder / "config.toml").write_text('[run]\nname = "tiny"\n')
+    if stated:
+        stated = {"protocol": {"windows": 64}, "before": before, "after": after} | extra
+        (folder / "eval.json").write_text(json.dumps(stated))
+    return folder
+
+
+def page(*folders, draw=False):
+    """The page over these folders; without `draw` the charts have captions but no picture, which saves time."""
+    runs = [report.read_run(folder) for folder in folders]
+    if draw:
+        return Page(report.render(runs))
+    with mock.patch.object(report, "_with_svg", lambda charts, _: [chart | {"svg": ""} for chart in charts if chart]):
+        return Page(report.render(runs))
+
+
+# --- numbers ---
+
+def test_numbers_equal_hand_computed_ones(tmp_path):
+    run = report.read_run(write(tmp_path / "run", domain_gain=0.15, forgetting=0.04))
+    assert run.domain_gain == pytest.approx((0.20 + 0.10) / 2)
+    assert run.forgetting == pytest.approx((0.05 + 0.03) / 2)
+    assert run.overall == pytest.approx(0.15)  # forgetting below 5 % costs nothing
+    assert run.notes == []
+    shown = page(tmp_path / "run")
+    assert "The domain gained 15.0 % and general text lost 4.0 % , in bits per byte." in shown.text
+    assert "Forgetting is below 5 %: good. The source that lost most is stories, 5.0 %." in shown.text
+    assert "What helps" not in shown.text
+    # before, after, change, (bar), perplexity = 2 x bits, tokens = 70 and 30 a step, epochs
+    assert shown.row("legal") == ["legal domain", "1.250", "1.000", "−20.0 %", "", "2.50 → 2.00", "2,100", "0.75"]
+    assert shown.row("statutes") == ["statutes domain", "1.000", "0.900", "−10.0 %", "", "2.00 → 1.80", "–", "–"]
+    assert shown.row("stories") == ["stories general", "0.800", "0.840", "+5.0 %", "", "1.60 → 1.68", "900", "0.25"]
+    assert "1.00M (25 %)" in shown.text  # trainable parameters
+    assert "windows: 64" in shown.text
+    assert "torch 2.13.0" in shown.text
+    assert "Tokens per second, median 1,000; peak memory 1.50 GB." in shown.text
+    before, after = shown.text.index("was red."), shown.text.index("affirmed.")
+    assert before < after
+    assert "The court was red." not in shown.text  # the prompt stands once, above both
+
+
+@pytest.mark.parametrize(("rise", "grade"), [(-0.02, "good"), (0.049, "good"), (0.051, "warning"), (0.099, "warning"),
+                                             (0.101, "bad")])
+def test_forgetting_grades_and_advice(tmp_path, rise, grade):
+    write(tmp_path / "run", after=side(1.0, 0.9, 0.8 * (1 + rise), 1.0 * (1 + rise)))
+    run = report.read_run(tmp_path / "run")
+    shown = page(tmp_path / "run")
+    assert (report._percent(abs(rise)), grade) in report.verdict(run)
+    assert ("general text gained" in shown.text) == (rise < 0)
+    advice = "raise replay to 40-50 %, or LoRA, EWC, LwF, merge with the base"
+    assert (advice in shown.text) == (grade == "bad")
+    assert run.overall == pytest.approx(0.15 - max(0, rise - 0.05))
+
+
+def test_worse_and_flat_domains_are_said(tmp_path):
+    worse = page(write(tmp_path / "worse", after=side(1.5, 1.2, 0.8, 1.0)))
+    assert "The domain got worse by 20.0 % and general text gained 0.0 %" in worse.text
+    flat = page(write(tmp_path / "flat", after=side(1.25, 1.0, 0.8, 1.0)))
+    assert "learning rate 2-3x higher, shorter warm-up; more or cleaner domain data" in flat.text
+
+
+def test_a_statement_in_eval_json_that_its_own_values_contradict_is_noted(tmp_path):
+    shown = page(write(tmp_path / "run", forgetting=0.01))
+    assert "eval.json states a forgetting of 1.0 %; its values before and after give 4.0 %" in shown.text
+
+
+def test_masked_lm_without_bits_per_byte(tmp_path):
+    def masked(accuracy, **values):
+        fields = side(**values, accuracy=accuracy)
+        return {name: {k: v for k, v in field.items() if k != "bits_per_byte"} for name, field in fields.items()}
+
+    shown = page(write(tmp_path / "run", before=masked(0.5), after=masked(0.625, **AFTER)))
+    assert "gained 15.0 % and general text lost 4.0 % , in nats per predicted token." in shown.text
+    assert "Accuracy on domain text went from 50.0 % to 62.5 %." in shown.text
+    assert "50.0 % → 62.5 %" in shown.row("legal")
+    assert shown.row("legal")[1:3] == ["3.750", "3.000"]
+
+
+# --- what is unknown ---
+
+def test_without_a_baseline_forgetting_is_unknown_and_never_zero(tmp_path):
+    lines = [START, train(10), train(30), {"kind": "eval", "step": 30, "sources": side(**AFTER)}]
+    run = report.read_run(write(tmp_path / "run", lines, before={}, forgetting=None))
+    assert math.isnan(run.forgetting)
+    assert math.isnan(run.overall)
+    shown = page(tmp_path / "run")
+    assert "Gain and forgetting are unknown: no baseline" in shown.text
+    assert "Forgetting unknown: no baseline" in shown.text
+    assert "0.0 %" not in shown.text
+    assert shown.row("legal") == ["legal domain", "1.000", "2.00", "2,100", "0.75"]
+
+
+def test_without_general_text_forgetting_is_unknown(tmp_path):
+    domain = {"stories": None, "web": None}
+    shown = page(write(tmp_path / "run", before=side(**domain), after=side(**(AFTER | domain))))
+    assert "The domain gained 15.0 % , in bits per byte; forgetting is unknown: no general text was evaluated." \
+        in shown.text
+
+
+def test_a_run_still_going_uses_its_first_and_last_evaluation(tmp_path):
+    lines = [START, {"kind": "eval", "step": 0, "sources": side()}, train(10),
+             {"kind": "eval", "step": 10, "sources": side(1.1)}, {"kind": "eval", "step": 20, "sources": side(1.0)},
+             train(20)]
+    shown = page(write(tmp_path / "run", lines, stated=False))
+    assert "So far, at step 20 of 30, the domain gained 10.0 % and general text gained 0.0 %" in shown.text
+    assert "still going" in shown.text
+    assert "at step 20" in shown.row("source")
+    only_baseline = page(write(tmp_path / "early", lines[:3], stated=False), draw=True)
+    assert "No verdict yet: only the baseline at step 0 has been evaluated." in only_baseline.text
+    assert only_baseline.tags.count("svg") == 6  # one point is enough for every chart
+
+
+# --- the lines of metrics.jsonl ---
+
+def test_after_a_resume_the_last_line_of_a_step_wins_and_undone_steps_are_dropped(tmp_path):
+    lines = [START, {"kind": "eval", "step": 0, "sources": side()}, train(10, 3.0), train(20, 2.9), train(30, 2.8),
+             {"kind": "eval", "step": 30, "sources": side(9, 9, 9, 9)}, {"kind": "resume", "step": 10},
+             train(20, 2.5), {"kind": "eval", "step": 20, "sources": side(**AFTER)}, train(20, 2.4)]
+    run = report.read_run(write(tmp_path / "run", lines, stated=False))
+    assert [(row["step"], row["loss"]) for row in run.train] == [(10, 3.0), (20, 2.4)]
+    assert run.domain_gain == pytest.approx(0.15)
+    shown = page(tmp_path / "run")
+    assert "step 10: resumed" in shown.text
+    assert "dotted upright: resumed from there" in shown.text
+
+
+def test_a_cut_last_line_is_ignored_with_a_note(tmp_path):
+    write(tmp_path / "run", tail='{"kind": "train", "step": 40, "lo')
+    run = report.read_run(tmp_path / "run")
+    assert [row["step"] for row in run.train] == [10, 20, 30]
+    assert "The last line of metrics.jsonl is cut" in page(tmp_path / "run").text
+
+
+def test_unreadable_lines_in_the_middle_are_counted(tmp_path):
+    write(tmp_path / "run", tail='{"kind": "tr{"kind": "resume"}\n[1]\n{"kind": "train", "step": "x"}\n'
+          + json.dumps(train(31)) + "\n")
+    run = report.read_run(tmp_path / "run")
+    assert run.train[-1]["step"] == 31
+    assert run.notes == ["3 lines of metrics.jsonl cannot be read and left out (first: line 9)."]
+
+
+def test_a_loss_that_was_not_finite_is_reported(tmp_path):
+    lines = [START, {"kind": "eval", "step": 0, "sources": side()}, train(10), train(20, math.nan),
+             train(30) | {"loss": None}]
+    shown = page(write(tmp_path / "run", lines, stated=False))
+    assert "The loss was not finite at 2 logged steps (first: step 20). What helps: lower rate;" in shown.text
+
+
+def test_broken_eval_json_falls_back_to_the_metrics(tmp_path):
+    write(tmp_path / "run")
+    (tmp_path / "run" / "eval.json").write_text('{"before": ')
+    shown = page(tmp_path / "run")
+    assert "eval.json is not valid JSON" in shown.text
+    assert "gained 15.0 %" in shown.text
+
+
+# --- curves ---
+
+def test_realised_mix_keeps_the_count_of_a_source_that_is_absent_from_a_line(tmp_path):
+    lines = [START, train(10, domain_share=0.4, sources={"legal": {"tokens": 300}, "stories": {"tokens": 700}}),
+             train(20, domain_share=0.2, sources={"stories": {"tokens": 900}})]
+    run = report.read_run(write(tmp_path / "run", lines, stated=False))
+    axes = report._chart_mix(run, 400)["figure"].axes[0]
+    domain = axes.collections[0].get_paths()[0].vertices
+    top = {x: max(y for x_, y in domain if x_ == x) for x in (10, 20)}
+    assert top == {10: pytest.approx(30.0), 20: pytest.approx(300 / 1200 * 100)}
+    wanted, mean_so_far = (line.get_ydata() for line in axes.lines)
+    assert list(wanted) == pytest.approx([40, 20])
+    assert list(mean_so_far) == pytest.approx([40, 30])
+
+
+def test_smoothing_is_the_plain_mean_of_its_window():
+    y = np.random.default_rng(0).normal(size=203)
+    half = 203 // 40
+    want = [y[max(0, i - half): i + half + 1].mean() for i in range(len(y))]
+    np.testing.assert_allclose(report._smooth(y), want, rtol=1e-10)
+
+
+def test_thinning_keeps_ends_and_spikes():
+    y = np.random.default_rng(0).normal(size=100_000)
+    y[77_777], y[12_345] = 50, -50
+    x, thin = report._thin(np.arange(100_000), y, 400)
+    assert len(x) <= 402
+    assert (thin.max(), thin.min(), x[0], x[-1]) == (50, -50, 0, 99_999)
+    assert (np.diff(x) > 0).all()
+
+
+def test_a_long_run_stays_a_small_page(tmp_path):
+    lines = [START, {"kind": "eval", "step": 0, "sources": side()},
+             *(train(step, 2 + math.sin(step)) for step in range(1, 20_001))]
+    run = report.read_run(write(tmp_path / "run", lines, stated=False))
+    assert len(report.render([run])) < 300_000
+
+
+# --- the page itself ---
+
+NASTY = '"><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7777*3 }} $x^2$ &amp; </style></svg>'
+
+
+def test_nothing_from_a_file_becomes_markup(tmp_path):
+    source = {NASTY: {"role": "domain", "bits_per_byte": 1.0, "nats_per_token": 2.0, "perplexity": NASTY}}
+    lines = [START | {"run": NASTY, "device": NASTY, "versions": {NASTY: NASTY}, "sources": {NASTY: {"role": NASTY}}},
+             {"kind": "eval", "step": 0, "sources": source, "protocol": {NASTY: [NASTY]}},
+             {"kind": "samples", "step": 0, "samples": [{"prompt": NASTY, "text": NASTY}]},
+             {"kind": "event", "step": 5, "message": NASTY},
+             train(10, sources={NASTY: {"loss": 1.0, "tokens": 5, "epochs": NASTY}})]
+    for name in ("a", "b"):
+        write(tmp_path / name, lines, stated=False)
+        (tmp_path / name / "config.toml").write_text(NASTY)
+    for shown in (page(tmp_path / "a", draw=True), page(tmp_path / "a", tmp_path / "b", draw=True)):
+        assert not {"script", "img"} & set(shown.tags)
+        assert not [name for _, name, _ in shown.attributes if name.startswith("on")]
+        assert shown.text.count(NASTY) >= 7  # title, name, device, source, prompt, event, configuration: as text
+        assert "23331" not in shown.text  # nor a template
+
+
+def test_the_page_is_self_contained(tmp_path):
+    for name in ("a", "b", "c"):
+        write(tmp_path / name)
+    text = report.render([report.read_run(tmp_path / name) for name in ("a", "b", "c")])
+    assert "http:" not in text
+    assert "https:" not in text
+    assert "@import" not in text
+    assert re.findall(r"url\((?!#)", text) == []
+    shown = Page(text)
+    assert not {"script", "link", "img", "iframe"} & set(shown.tags)
+    links = [value for _, name, value in shown.attributes if name in ("src", "href", "xlink:href")]
+    ids = [value for _, name, value in shown.attributes if name == "id"]
+    assert links
+    assert all(value.startswith("#") and value[1:] in ids for value in links)
+    assert len(ids) == len(set(ids))  # inline drawings share one name space
+    assert shown.tags.count("svg") == 4 + 3 * 6
+
+
+def test_the_same_folder_gives_the_same_page(tmp_path):
+    run = write(tmp_path / "run")
+    assert report.render([report.read_run(run)]) == report.render([report.read_run(run)])
+
+
+def test_several_runs(tmp_path):
+    lines = {name: [START | {"run": name}, train(10), train(30)] for name in ("careful", "greedy", "blind")}
+    write(tmp_path / "careful", lines["careful"])
+    write(tmp_path / "greedy", lines["greedy"], after=side(0.75, 0.6, 1.0, 1.25))  # 40 % gained, 25 % lost
+    write(tmp_path / "blind", lines["blind"], before={}, protocol={"windows": 8})
+    shown = page(*(tmp_path / name for name in lines))
+    rows = [row for row in shown.rows if row[0][:1] in "123"]
+    assert rows == [
+        # 0.15, and 0.40 - (0.25 - 0.05) = 0.20; means of bits per byte over two sources each
+        ["1 careful", "1.125 → 0.950", "0.900 → 0.935", "15.0 %", "4.0 %", "+15.0 %", "3,000"],
+        ["2 greedy", "1.125 → 0.675", "0.900 → 1.125", "40.0 %", "25.0 %", "+20.0 %", "3,000"],
+        ["3 blind", "– → 0.950", "– → 0.935", "–", "unknown: no baseline", "–", "3,000"],
+    ]
+    assert "greedy scores best of 3 runs. The domain gained 40.0 % and general text lost 25.0 %" in shown.text
+    assert "not evaluated under the same protocol" in shown.text
+    runs = [report.read_run(tmp_path / name) for name in lines]
+    dots = [line.get_xydata()[0].tolist() for line in report._chart_scatter(runs)["figure"].axes[0].lines
+            if line.get_marker() == "o"]
+    assert dots == [pytest.approx([4, 15]), pytest.approx([25, 40])]  # (forgetting, gain) in per cent; blind has none
+
+
+# --- the command line ---
+
+def test_main_writes_beside_the_first_run_or_where_told(tmp_path, capsys):
+    run = write(tmp_path / "run")
+    assert report.main([str(run)]) == 0
+    assert (run / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    out = tmp_path / "new" / "both.html"
+    report.main([str(run), str(run), "--out", str(out)])
+    assert "Comparison" in out.read_text(encoding="utf-8")
+    assert "tiny: The domain gained 15.0 % and general text lost 4.0 %, in bits per byte." in capsys.readouterr().out
+
+
+def test_errors_are_one_line_with_a_remedy(tmp_path):
+    empty, nothing, a_file = tmp_path / "empty", tmp_path / "nothing", tmp_path / "file"
+    empty.mkdir()
+    write(nothing, [START], stated=False)
+    a_file.write_text("")
+    run = write(tmp_path / "run")
+    cases = [
+        ([tmp_path / "absent"], r"run folder '.*absent' does not exist: give the folder that train.py wrote"),
+        ([a_file], r"run folder '.*file' is a file, not a folder: give the folder"),
+        ([empty], r"no metrics.jsonl in '.*empty': give the folder"),
+        ([nothing], r"nothing to show: '.*metrics.jsonl' holds no training step and no evaluation yet; try again"),
+        ([run, "--out", tmp_path], r"--out '.*' is a folder: name a file, such as .*report.html"),
+        ([run, "--oot", "x"], r"unrecognized arguments: --oot x \(report.py --help"),
+        ([], r"the following arguments are required: RUN"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            report.main([str(argument) for argument in arguments])
+    done = subprocess.run([sys.executable, str(ROOT / "report.py"), str(empty)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"error: no metrics.jsonl in .*\n", done.stderr)
+
+
+def test_report_imports_nothing_of_ours_but_the_guard():
+    source = (ROOT / "report.py").read_text(encoding="utf-8")
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"kernels"}
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source, re.MULTILINE)) & ours
+    assert imported <= {"config"}
+    assert "\n    from config import main_guard\n" in source.split('if __name__ == "__main__":')[1]

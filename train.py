@@ -1,0 +1,579 @@
+"""Continue the pretraining of a model on a domain corpus, with replay of general text, and say what it was worth.
+
+    python train.py recipes/cpt.toml --model.path DIR --data.sources.domain.path shards/legal --out out/legal
+    python train.py recipes/cpt.toml ... --dry-run               one step, one evaluation, one save, and nothing left
+    torchrun --nproc-per-node 8 train.py recipes/llama2_7b_cpt.toml
+
+Everything the run leaves is in its folder: config.toml (reruns it), metrics.jsonl, plan.jsonl, eval_step_N.json,
+checkpoints/, eval.json, final/ (a Hugging Face folder), report.html. The same command again resumes it, bit for bit.
+A feature enters the loop as one call at one of five points: model built, loss computed, before the step, after the
+step, once in a while.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import data
+import eval as evaluation
+import guard
+import hf
+import log
+import objectives
+import optim
+import parallel
+import tokenizer as tokenizers
+from config import main_guard, parse, to_toml
+from data import DataConfig
+from log import LogConfig
+from model import Model, ModelConfig, matmul_flops_per_token
+from objectives import ObjectiveConfig
+from optim import OptimConfig
+from parallel import ParallelConfig
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}     # dense bf16, vendors' data sheets
+
+
+@dataclass
+class ModelSection:
+    path: str = ""
+    """Hugging Face folder or hf://org/name@revision"""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """scratch: fresh weights, with the sizes of path's config.json or, without a path, the sizes below"""
+    tokenizer: str = ""
+    """tokenizer folder or file; default: the one in path"""
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    tie_word_embeddings: bool = True
+    activation_checkpointing: bool = False
+    """recompute each block in the backward pass: less memory, a third more work"""
+
+
+@dataclass
+class TrainSection:
+    steps: int | None = None
+    """length of the run; or give tokens, or epochs (default: one epoch)"""
+    tokens: int | None = None
+    epochs: float | None = None
+    """passes over the domain sources (over the general ones where there is no domain)"""
+    batch_size: int = 32
+    """sequences a step, over all devices and micro-batches"""
+    micro_batch_size: int = 2
+    """sequences a device holds at once; the rest of its share is accumulated"""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    save_every: int = 1000
+    keep: int = 3
+    """checkpoints kept"""
+
+    def __post_init__(self):
+        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"train.{given[0]} and train.{given[1]} both set the run's length; keep one")
+        for name in ("batch_size", "micro_batch_size", *given):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}, but must be above 0")
+
+
+@dataclass
+class EvalSection:
+    every: int = 500
+    """steps between evaluations; there is always one before the first step and one after the last"""
+    tokens: int = 200_000
+    """held-out tokens scored of each source"""
+    prompts: list[str] = field(default_factory=list)
+    """texts the model continues before and after; default: the beginnings of held-out documents"""
+    sample_tokens: int = 64
+
+
+@dataclass
+class Config:
+    out: str = "out/run"
+    """run folder"""
+    seed: int = 0
+    device: str = "auto"
+    compile: bool = False
+    """torch.compile the model"""
+    dry_run: bool = False
+    """one step, one evaluation and one save; print what the run would cost, leave nothing"""
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainSection = field(default_factory=TrainSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# ---- building
+
+def open_tokenizer(c: Config):
+    """The model's tokenizer, or None where a folder has none (then only the vocabulary's size is checked)."""
+    if c.model.tokenizer:
+        return tokenizers.load(c.model.tokenizer)
+    if not c.model.path:
+        raise ValueError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
+                         "--model.tokenizer")
+    folder = hf.resolve(c.model.path)
+    has = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return tokenizers.load(folder) if has else None
+
+
+def model_config(c: Config, tokenizer) -> ModelConfig:
+    if c.model.path:
+        return hf.read_config(hf.resolve(c.model.path))
+    sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
+    return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
+
+
+def open_sources(c: Config, tokenizer, vocab_size: int, world) -> tuple[dict, dict]:
+    """({name: train shards}, {name: held-out shards}), verified; refused where the model cannot read them."""
+    if not c.data.sources:
+        raise ValueError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
+    train, heldout = {}, {}
+    for name, source in c.data.sources.items():
+        if not source.path:
+            raise ValueError(f"data.sources.{name}.path is not set; name a folder made by data.py pack")
+        if not Path(source.path).is_dir():
+            raise ValueError(f"data.sources.{name}.path {source.path} does not exist; make it with data.py pack")
+        train[name], heldout[name] = data.Shards(source.path), data.Shards(source.path, "heldout")
+        data.check_tokenizer(name, train[name], tokenizer, vocab_size)
+        if world.main:
+            data.verify(source.path, budget_bytes=4e9, seed=c.seed)
+    return train, heldout
+
+
+def make_plan(c: Config, sources: dict):
+    """Sequences of each source before each step, int64 [steps + 1, sources], from the run's length and the mix."""
+    T, B = c.data.context, c.train.batch_size
+
+    def weights(progress):
+        share = data.domain_share(c.data.schedule, c.data.domain_share, progress)
+        return data.source_weights(c.data.sources, share)
+
+    if c.train.steps:
+        steps = c.train.steps
+    elif c.train.tokens:
+        steps = -(-c.train.tokens // (T * B))
+    else:
+        roles = [s.role for s in c.data.sources.values()]
+        role = "domain" if "domain" in roles else "general"
+        windows = sum(-(-shards.tokens // T) for shards, r in zip(sources.values(), roles) if r == role)
+        mean = sum(weights(p / 200)[[r == role for r in roles]].sum() for p in range(201)) / 201
+        if mean <= 0:
+            raise ValueError(f"data.domain_share {c.data.domain_share} never draws a domain sequence, so an epoch of "
+                             f"them has no end; give train.steps or train.tokens")
+        steps = max(1, round((c.train.epochs or 1.0) * windows / (B * mean)))
+    return data.plan_counts(weights, steps, B)
+
+
+def build_model(c: Config, config: ModelConfig, world):
+    """The model on its device, filled and parallel: (what the loop calls, the model itself)."""
+    fsdp = world.size > 1 and c.parallel.strategy == "fsdp"
+    if c.model.init == "scratch":
+        model = Model(config)
+        model.initialise(c.seed)
+        fresh = parallel.model_state(model) if fsdp else None
+    if fsdp:
+        with torch.device("meta"):
+            model = Model(config)
+        dtype = PRECISIONS[c.train.precision]
+        parallel.shard(model, world, None if dtype == torch.float32 else dtype)
+        model.to_empty(device=world.device)
+        model.tie()
+        if c.model.init == "scratch":
+            parallel.load_model_state(model, fresh)
+        else:
+            hf.fill(model, hf.resolve(c.model.path), layout=parallel.like)
+    elif c.model.init == "scratch":
+        model.to(world.device)
+    else:
+        model = hf.load(c.model.path, torch.float32, world.device)
+    model.checkpoint_blocks = c.model.activation_checkpointing
+    model.train()
+    if c.compile:
+        model.compile()
+    return (parallel.replicate(model, world) if world.size > 1 and not fsdp else model), model
+
+
+@dataclass
+class Run:
+    """Everything a step, an evaluation or a save needs; built once by `setup`."""
+
+    c: Config
+    world: parallel.World
+    tokenizer: object
+    config: ModelConfig
+    loader: data.Loader
+    objective: object
+    documents: dict              # {source: [(token ids, bytes)]} held out, to be scored
+    model: torch.nn.Module       # what the loop calls
+    inner: Model                 # the model itself, inside DDP
+    optimizer: torch.optim.Optimizer
+    scale: optim.LossScale
+
+    @property
+    def total(self) -> int:
+        return len(self.loader.counts) - 1
+
+
+def setup(c: Config, world) -> Run:
+    if c.train.batch_size % world.size:
+        raise ValueError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
+    torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
+    tokenizer = open_tokenizer(c)
+    config = model_config(c, tokenizer)
+    sources, heldout = open_sources(c, tokenizer, config.vocab_size, world)
+    counts = make_plan(c, sources)
+    loader = data.Loader(sources, counts, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions)
+    objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
+    documents = {name: docs for name, s in heldout.items() if (docs := evaluation.heldout_documents(s, c.eval.tokens))}
+    model, inner = build_model(c, config, world)                           # model built
+    optimizer = optim.make_optimizer(inner, c.optim)
+    return Run(c, world, tokenizer, config, loader, objective, documents, model, inner, optimizer,
+               optim.LossScale(c.train.precision == "fp16"))
+
+
+# ---- one step
+
+def autocast(run: Run):
+    """The context of a forward pass in the run's precision."""
+    if run.c.train.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(run.world.device.type, PRECISIONS[run.c.train.precision])
+
+
+def micro_batches(run: Run, step: int) -> list:
+    """This rank's rows of the step's global batch, corrupted, in micro-batches."""
+    share = run.c.train.batch_size // run.world.size
+    first, size = run.world.rank * share, run.c.train.micro_batch_size
+    rows = (run.loader.rows(step, lo, min(lo + size, first + share)) for lo in range(first, first + share, size))
+    return [run.objective.corrupt(batch, batch.rng) for batch in rows]
+
+
+def train_step(run: Run, step: int, batches: list) -> dict:
+    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}}.
+
+    The loss is the sum over all targets of the step divided by their count over all ranks, so that accumulation,
+    packing and the number of ranks change nothing.
+    """
+    c, world, scale, names = run.c, run.world, run.scale, run.loader.names
+    valid = max(1.0, world.sum([sum((b.labels != objectives.IGNORE).sum().item() for b in batches)])[0])
+    row_loss, row_tokens = [], []
+    for i, batch in enumerate(batches):
+        with parallel.accumulate(run.model, last=i == len(batches) - 1):
+            with autocast(run):
+                loss, _, metrics = run.objective.loss(run.model, batch.to(world.device))
+            # ranks average their gradients; times their number, the average is the sum      <- loss computed
+            (loss * (scale.scale * world.size / valid)).backward()
+        row_loss.append(metrics["row_loss"])
+        row_tokens.append(metrics["row_tokens"])
+    sums = torch.zeros(2, len(names), dtype=torch.float64)
+    source = torch.cat([torch.from_numpy(b.source) for b in batches])
+    sums[0].index_add_(0, source, torch.cat(row_loss).double().cpu())          # waits for the device
+    sums[1].index_add_(0, source, torch.cat(row_tokens).double().cpu())
+    sums = torch.tensor(world.sum(sums.flatten().tolist())).view(2, -1).tolist()
+    sources = {name: (nats, int(n)) for name, nats, n in zip(names, *sums) if n}
+    loss = sum(sums[0]) / valid
+    guard.require_finite("loss", loss, step, sources)
+
+    parameters = [p for p in run.inner.parameters() if p.grad is not None]     # before the step
+    if scale.enabled:
+        torch._foreach_mul_([p.grad for p in parameters], 1.0 / scale.scale)
+    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, c.optim.clip or float("inf"))).item()
+    if not scale.enabled:
+        guard.require_finite("gradient norm", norm, step, sources)
+    lr = optim.learning_rate(step, run.total, c.optim)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    if scale.update(norm):
+        run.optimizer.step()                                                   # after the step
+    run.optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources}
+
+
+# ---- once in a while
+
+def evaluate(run: Run, step: int, out: Path, logger) -> dict:
+    """Score every source's held-out documents; eval_step_N.json and a line in metrics.jsonl."""
+    c = run.c
+    prefix = evaluation.prefix_of(run.tokenizer) if run.tokenizer else 0
+    result = {name: {"role": c.data.sources[name].role,
+                     **evaluation.score(run.inner, run.objective, documents, prefix, c.data.context, run.world,
+                                        c.train.micro_batch_size, lambda: autocast(run))}
+              for name, documents in run.documents.items()}
+    protocol = evaluation.protocol(prefix, c.data.context, PRECISIONS[c.train.precision])
+    logger.record("eval", step, sources=result, protocol=protocol)
+    unit = "bits_per_byte" if run.objective.causal else "accuracy"
+    logger.say(f"eval at step {step}: " + ", ".join(f"{name} {numbers[unit]:.4f}" for name, numbers in result.items())
+               + f" ({unit.replace('_', ' ')})")
+    if run.world.main:
+        _write_json(out / f"eval_step_{step}.json", {"step": step, "texts": result, "protocol": protocol})
+    return result
+
+
+def draw_samples(run: Run, step: int, logger):
+    """Continuations of the run's prompts, before and after."""
+    c = run.c
+    if not run.objective.causal or run.tokenizer is None or not c.eval.sample_tokens:
+        return
+    prompts = c.eval.prompts or [run.tokenizer.decode(ids[:12].tolist()) for documents in run.documents.values()
+                                 for ids, _ in documents[:2]]
+    logger.record("samples", step, samples=evaluation.samples(run.inner, run.tokenizer, prompts,
+                                                              c.eval.sample_tokens, c.seed))
+
+
+def identity(run: Run) -> dict:
+    """What must be the same for a resumed run to be the same run; the rest (ranks, micro-batch, logging) may change."""
+    c, loader = run.c, run.loader
+    tokens = {name: [record["sha256"] for record in s.records] for name, s in zip(loader.names, loader.shards)}
+    return json.loads(json.dumps({
+        "seed": c.seed, "order_version": data.ORDER_VERSION, "steps": run.total, "context": c.data.context,
+        "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
+        "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last,
+        "mix": hashlib.sha256(loader.counts.tobytes()).hexdigest()[:16],
+        "tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
+        "optim": dataclasses.asdict(c.optim), "objective": dataclasses.asdict(c.objective),
+        "model": dataclasses.asdict(run.config),
+    }))
+
+
+def save(run: Run, step: int, folder: Path, logger):
+    weights, moments = parallel.model_state(run.inner), parallel.optimizer_state(run.inner, run.optimizer)
+    if run.world.main:
+        checkpoint.save(folder, step, weights, moments,
+                        {"identity": identity(run), "loss_scale": run.scale.state_dict(),
+                         "tokenizer": run.c.model.tokenizer or run.c.model.path}, run.c.train.keep)
+    logger.record("event", step, message="checkpoint saved")
+    run.world.barrier()
+
+
+def resume(run: Run, out: Path, logger) -> int:
+    """Load the newest checkpoint that verifies, if there is one; returns the step to go on from."""
+    found = run.world.broadcast(checkpoint.newest(out / "checkpoints", logger.say) if run.world.main else None)
+    if found is None:
+        return 0
+    weights, moments, state = checkpoint.load(found)
+    differ = [f"{key} was {state['identity'].get(key)} and is {value}" for key, value in identity(run).items()
+              if state["identity"].get(key) != value]
+    if differ:
+        raise ValueError(f"{out} holds another run: {'; '.join(differ)}; use the same settings to resume it, or "
+                         f"another --out to start anew")
+    parallel.load_model_state(run.inner, weights)
+    parallel.load_optimizer_state(run.inner, run.optimizer, moments)
+    run.scale.load_state_dict(state["loss_scale"])
+    logger.say(f"resumed from {found} at step {state['step']}")
+    logger.record("resume", state["step"])
+    return state["step"]
+
+
+def finish(run: Run, after: dict, out: Path, logger):
+    """eval.json, the Hugging Face folder with its card, and the report."""
+    c, weights = run.c, parallel.model_state(run.inner)
+    if not run.world.main:
+        return
+    first = json.loads((out / "eval_step_0.json").read_text(encoding="utf-8"))
+    before, protocol = first["texts"], first["protocol"]
+    general = [name for name, source in c.data.sources.items() if source.role == "general"]
+    comparison = evaluation.compare(before, after, general) if run.objective.causal else {}
+    _write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
+    table = evaluation.table(before, after)
+    hf.save(run.inner, out / "final", base=c.model.path or None, state=weights, tokenizer=c.model.tokenizer or None,
+            card=f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
+    logger.say(table)
+    if comparison:
+        logger.say(evaluation.verdict(comparison))
+    logger.close()
+    made = subprocess.run([sys.executable, Path(__file__).with_name("report.py"), out], capture_output=True, text=True)
+    print(f"model: {out}/final   " + (f"report: {out}/report.html" if made.returncode == 0
+                                      else f"no report: {made.stderr.strip()}"), flush=True)
+
+
+def _write_json(path: Path, value):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def peak_gb(world) -> float:
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6            # kilobytes on Linux
+
+
+def describe(run: Run, say):
+    """What is about to be run, in a few lines, with the warnings a user would want before and not after."""
+    c, loader = run.c, run.loader
+    say(f"model: {run.inner.count_parameters() / 1e6:.1f}M parameters, {run.config.family}, "
+        f"vocabulary {run.config.vocab_size:,}")
+    if c.model.path and c.model.init == "pretrained":
+        known = hf.facts(c.model.path)
+        say(f"base: {c.model.path}, licence: {known['license']}")
+        if known["chat_template"]:
+            say("warning: the base carries a chat template; continuing the pretraining of a chat model costs it its "
+                "chat ability, its base model is the better start")
+    for name, shards, epochs in zip(loader.names, loader.shards, loader.epochs(run.total).values()):
+        scored = sum(len(ids) for ids, _ in run.documents.get(name, []))
+        say(f"  {name} ({c.data.sources[name].role}): {shards.tokens:,} tokens, read {epochs:.2f} times; "
+            f"{scored:,} held-out tokens scored")
+        if not scored:
+            say(f"warning: source {name} has no held-out documents, so it is not evaluated")
+    padded = [n for n, s in zip(loader.names, loader.shards) if s.tokens % c.data.context]
+    say(f"run: {run.total:,} steps of {c.train.batch_size} x {c.data.context} = "
+        f"{c.train.batch_size * c.data.context:,} tokens, seed {c.seed}, {c.train.precision}, "
+        f"{run.world.size} x {run.world.device.type}; a last short sequence an epoch in {', '.join(padded) or 'none'} "
+        f"is {'dropped' if c.data.drop_last else 'padded'}")
+
+
+def line_of(run: Run, step: int, done: dict, seconds: float) -> dict:
+    """The numbers of a console and metrics line after `step` steps, `seconds` each."""
+    c, loader = run.c, run.loader
+    tokens = c.train.batch_size * c.data.context
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if run.world.device.type == "cuda"
+                 and name in torch.cuda.get_device_name(run.world.device)), None)
+    flops = matmul_flops_per_token(run.config, c.data.context) * tokens / run.world.size / seconds
+    epochs, taken = loader.epochs(step), dict(zip(loader.names, loader.counts[step].tolist()))
+    return {"loss": done["loss"], "lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": step * tokens,
+            "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds, "peak_gb": peak_gb(run.world),
+            **({"mfu": flops / peak} if peak else {}),
+            "domain_share": data.domain_share(c.data.schedule, c.data.domain_share, (step - 1) / max(1, run.total - 1)),
+            "sources": {name: {"loss": nats / n, "tokens": taken[name] * c.data.context, "epochs": epochs[name]}
+                        for name, (nats, n) in done["sources"].items()}}
+
+
+# ---- the run
+
+def train(c: Config, world) -> int:
+    out = Path(c.out)
+    if (out / "final").exists():
+        raise ValueError(f"{out} holds a finished run; choose another --out, or remove it to run again")
+    run = setup(c, world)
+    with contextlib.ExitStack() as stack:
+        if world.main:
+            stack.callback(guard.RunLock(out).release)
+        logger = log.Logger(out, c.log, run.total, world.main, settings=dataclasses.asdict(c))
+        stack.callback(logger.close)
+        stop = guard.StopSignal()
+        stack.callback(stop.restore)
+        describe(run, logger.say)
+        start = resume(run, out, logger)
+        logger.at(start)
+        if start == 0 and world.main:
+            begin(run, out, logger)
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        ahead = pool.submit(micro_batches, run, start) if start < run.total else None
+        seconds, measured = 0.0, 0
+        for step in range(start, run.total):
+            # once in a while: evaluate
+            if step % c.eval.every == 0:
+                evaluate(run, step, out, logger)
+                if step == 0:
+                    draw_samples(run, 0, logger)
+            # the step
+            clock = time.perf_counter()
+            batches = ahead.result()
+            ahead = pool.submit(micro_batches, run, step + 1) if step + 1 < run.total else None
+            done = train_step(run, step, batches)
+            seconds, measured = seconds + time.perf_counter() - clock, measured + 1
+            # once in a while: log
+            line = None
+            if (step + 1) % c.log.every == 0 or step in (start, run.total - 1):
+                line = line_of(run, step + 1, done, seconds / measured)
+                logger.record("train", step + 1, **line)
+                seconds, measured = 0.0, 0
+            logger.step(step + 1, line)
+            # once in a while: save, and leave when asked to
+            asked = world.sum([stop.received is not None])[0] > 0
+            if (step + 1) % c.train.save_every == 0 or step + 1 == run.total or asked:
+                save(run, step + 1, out / "checkpoints", logger)
+            if asked and step + 1 < run.total:
+                logger.say(f"{stop.received or 'a signal'}: saved at step {step + 1} of {run.total}; "
+                           f"the same command resumes it")
+                return 0
+        after = evaluate(run, run.total, out, logger)
+        draw_samples(run, run.total, logger)
+        finish(run, after, out, logger)
+    return 0
+
+
+def begin(run: Run, out: Path, logger):
+    """The first files of a run folder."""
+    c, loader = run.c, run.loader
+    (out / "config.toml").write_text(to_toml(c), encoding="utf-8")
+    plan = {"step": 0, "steps": run.total, "schedule": c.data.schedule, "domain_share": c.data.domain_share,
+            "sequences": dict(zip(loader.names, loader.counts[-1].tolist()))}
+    (out / "plan.jsonl").write_text(json.dumps(plan) + "\n", encoding="utf-8")
+    logger.record("start", 0, time=time.time(), run=out.name, parameters=run.inner.count_parameters(),
+                  trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
+                  tokens_per_step=c.train.batch_size * c.data.context, total_steps=run.total,
+                  device=str(run.world.device), world_size=run.world.size, precision=c.train.precision,
+                  sources={name: {"role": c.data.sources[name].role, "tokens": s.tokens, "documents": s.documents}
+                           for name, s in zip(loader.names, loader.shards)},
+                  versions={"torch": torch.__version__, "python": sys.version.split()[0]})
+
+
+def dry_run(c: Config, world) -> int:
+    """One step, one evaluation and one save in a folder that is thrown away; prints what the whole run would take."""
+    run = setup(c, world)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        logger = log.Logger(out, LogConfig(), run.total, world.main)
+        describe(run, logger.say)
+        batches = micro_batches(run, 0)
+        train_step(run, 0, batches)                                            # the first one also warms up
+        clock = time.perf_counter()
+        train_step(run, min(1, run.total - 1), micro_batches(run, min(1, run.total - 1)))
+        step_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        evaluate(run, 0, out, logger)
+        eval_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        save(run, 0, out / "checkpoints", logger)
+        if world.main:
+            size = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
+            hours = (step_seconds * run.total + eval_seconds * (2 + run.total // c.eval.every)) / 3600
+            logger.say(f"dry run: step {step_seconds:.2f} s, evaluation {eval_seconds:.1f} s, save "
+                       f"{time.perf_counter() - clock:.1f} s; peak memory {peak_gb(world):.2f} GB, a checkpoint "
+                       f"{size / 1e9:.2f} GB")
+            logger.say(f"dry run: the whole run takes about {hours:.2f} hours; nothing was kept")
+            for row in range(min(2, len(batches[0].tokens))) if run.tokenizer else ():
+                show_row(run, batches[0], row, logger.say)
+        logger.close()
+    return 0
+
+
+def show_row(run: Run, batch, row: int, say):
+    """A packed sequence as text, its documents apart."""
+    tokens, begins = batch.tokens[row], batch.doc_start[row].unique().tolist()
+    say(f"--- a packed sequence of source {run.loader.names[batch.source[row]]}, {len(begins)} documents")
+    for begin, end in zip(begins, [*begins[1:], len(tokens)]):
+        say(f"[{begin}:{end}] {run.tokenizer.decode(tokens[begin:end].tolist())!r}")
+
+
+def main() -> int:
+    c = parse(Config, sys.argv[1:], description=__doc__)
+    world = parallel.start(c.device)
+    try:
+        return (dry_run if c.dry_run else train)(c, world)
+    finally:
+        parallel.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
