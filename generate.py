@@ -157,20 +157,19 @@ class TextStream:
         self.write(piece)
 
 
-def complete(model, tok, prompt: str, settings: Settings, eos_ids=(), stop=(), write=lambda piece: None) -> dict:
-    """{"prompt_ids", "new_ids", "text"}: text is the prompt and what follows, without BOS, end token and stop string.
+def first_ids(tok, prompt: str) -> list[int]:
+    """Ids of `prompt`, after BOS where the model was trained so; an empty one is BOS, or EOS where there is no BOS."""
+    ids = tok.encode(prompt, bos=tok.add_bos)
+    start = tok.bos_id if tok.bos_id is not None else tok.eos_id
+    if not ids and start is None:
+        raise ValueError("the prompt is empty, and the tokenizer has neither BOS nor EOS to begin with; give a prompt")
+    return ids or [start]
 
-    An empty prompt begins with BOS, or with EOS where the tokenizer has no BOS.
-    """
-    prompt_ids = tok.encode(prompt, bos=tok.add_bos)
-    shown = prompt_ids[1:] if tok.add_bos else prompt_ids
-    if not prompt_ids:
-        start = tok.bos_id if tok.bos_id is not None else tok.eos_id
-        if start is None:
-            raise ValueError("the prompt is empty, and the tokenizer has neither BOS nor EOS to begin with; give a "
-                             "prompt of one word or more")
-        prompt_ids = [start]
-    stream = TextStream(tok, shown, stop, write)
+
+def complete(model, tok, prompt: str, settings: Settings, eos_ids=(), stop=(), write=lambda piece: None) -> dict:
+    """{"prompt_ids", "new_ids", "text"}: text is prompt and continuation, without BOS, end token and stop string."""
+    prompt_ids = first_ids(tok, prompt)
+    stream = TextStream(tok, tok.encode(prompt), stop, write)
     new_ids = generate(model, prompt_ids, settings, eos_ids, stream.push)
     return {"prompt_ids": prompt_ids, "new_ids": new_ids, "text": stream.finish()}
 
@@ -236,7 +235,7 @@ def main(argv=None):
     def write(piece):
         print(piece, end="", flush=True)
 
-    length = len(tok.encode(text)) + settings.max_new_tokens
+    length = len(first_ids(tok, text)) + settings.max_new_tokens
     if length > model.config.max_position_embeddings:
         print(f"warning: prompt and new tokens make up to {length}, but the model was trained for "
               f"{model.config.max_position_embeddings}; the text may fall apart beyond", file=sys.stderr)

@@ -23,11 +23,14 @@ from model import Model, ModelConfig
 # What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
 FAMILIES = {
     "llama": {"architecture": "LlamaForCausalLM"},
-    "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"architecture": "Qwen2ForCausalLM", "qkv_bias": True, "max_window_layers": 28},
-    "qwen3": {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "head_dim": 128, "max_window_layers": 28},
-    "smollm3": {"architecture": "SmolLM3ForCausalLM", "num_key_value_heads": 4, "rope_theta": 2e6,
-                "tie_word_embeddings": True},
+    "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "sliding_window": 4096,
+                "max_position_embeddings": 131072},
+    "qwen2": {"architecture": "Qwen2ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
+              "qkv_bias": True, "max_window_layers": 28},
+    "qwen3": {"architecture": "Qwen3ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
+              "head_dim": 128, "qk_norm": True, "max_window_layers": 28},
+    "smollm3": {"architecture": "SmolLM3ForCausalLM", "num_key_value_heads": 4, "max_position_embeddings": 32768,
+                "rope_theta": 2e6, "tie_word_embeddings": True},
 }
 REFUSED = {
     "falcon": "this is the old Falcon architecture; Falcon3 is a plain Llama and works",
@@ -63,7 +66,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder}/config.json has model_type {family!r}, which is not supported{reason}; known are "
                          f"{', '.join(FAMILIES)} (Llama 1 to 3.2, TinyLlama, SmolLM2 and Falcon3 are llama)")
     get = {**FAMILIES[family], **{k: v for k, v in values.items() if v is not None}}.get
-    if missing := [name for name in SIZES if not get(name)]:
+    if missing := [name for name in SIZES if type(get(name)) is not int or get(name) < 1]:
         raise ValueError(f"{folder}/config.json has no usable {', '.join(missing)}; a model needs at least 1")
     if (act := get("hidden_act", "silu")) != "silu":
         raise ValueError(f"{folder}/config.json has hidden_act {act!r}; only silu (SwiGLU) is implemented")
@@ -76,7 +79,7 @@ def read_config(folder: Path) -> ModelConfig:
     layers = get("num_hidden_layers")
     return ModelConfig(
         **{name: get(name) for name in SIZES},
-        num_key_value_heads=get("num_key_value_heads"),
+        num_key_value_heads=values.get("num_key_value_heads", get("num_key_value_heads")),  # null: all heads
         head_dim=get("head_dim"),
         max_position_embeddings=get("max_position_embeddings", 2048),
         rms_norm_eps=get("rms_norm_eps", 1e-6),
@@ -117,7 +120,8 @@ def _windows(family, values, get, layers) -> list[int | None] | None:
     elif not kinds:
         first = get("max_window_layers")
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    return windows if any(windows) else None
 
 
 def write_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
@@ -187,11 +191,14 @@ def resolve(path) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object of named values")
+    return value
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -199,7 +206,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index, single = folder / f"{stem}.index.json", folder / stem
         if index.exists():
-            files = read_json(index)["weight_map"]
+            files = read_json(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+                raise ValueError(f"{index} has no weight_map from tensor names to file names")
             for name in set(files.values()):
                 if Path(name).name != name or name in (".", ".."):
                     raise ValueError(f"{index} points outside its folder: {name!r}")
@@ -260,6 +269,8 @@ def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device=
         if name is None:
             continue
         with _open(file) as opened:             # opened anew for each tensor, so that the pages of the last are let go
+            if hf_name not in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                raise ValueError(f"{file} does not hold {hf_name}, though the index says so")
             tensor = opened.get_tensor(hf_name)
             if tensor.shape != wanted[name].shape:
                 raise ValueError(f"{hf_name} in {file} has shape {list(tensor.shape)}, but config.json makes it "

@@ -62,9 +62,12 @@ class ModelConfig:
             raise ValueError(f"windows names {len(self.windows)} layers of {self.num_hidden_layers}")
         if (kind := self.rope_scaling.get("rope_type", "default")) not in ROPE_TYPES:
             raise ValueError(f"rope_type {kind!r} is not known; known are {', '.join(ROPE_TYPES)}")
+        if missing := [key for key in ROPE_TYPES[kind] if key not in self.rope_scaling]:
+            raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_scaling")
 
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}           # and what each must be told
 
 
 def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, float]:

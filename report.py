@@ -165,7 +165,8 @@ def _read_metrics(run: Run, path: Path) -> None:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                kind, step = str(row["kind"]), row.get("step", 0) + 0
+                kind = str(row["kind"])
+                step = row["step"] + 0 if kind in kinds else row.get("step")
             except (ValueError, KeyError, TypeError, AttributeError):
                 unreadable += [number] if line.strip() else []
                 continue
@@ -175,7 +176,7 @@ def _read_metrics(run: Run, path: Path) -> None:
                 run.start = row
             elif kind in ("event", "resume"):
                 run.events.append(row)
-                if kind == "resume":
+                if kind == "resume" and math.isfinite(_number(step)):
                     kinds = {k: {s: r for s, r in rows.items() if s <= step} for k, rows in kinds.items()}
     run.train, run.evals, run.samples = ([rows[s] for s in sorted(rows)] for rows in kinds.values())
     if unreadable == [number]:
@@ -468,7 +469,8 @@ def _chart_loss(run: Run, points: int) -> dict | None:
     figure, axes = _axes(HALF, end=run.step)
     for name, (x, y) in series.items():
         _line(axes, x, y, run.colours.get(name, "muted"), points, smooth=True)
-    resumed = [row["step"] for row in run.events if row["kind"] == "resume" and "step" in row]
+    resumed = [row["step"] for row in run.events 
+               if row["kind"] == "resume" and math.isfinite(_number(row.get("step")))]
     for step in resumed:
         axes.axvline(step, color=_hex("muted"), linewidth=0.8, linestyle=DOTTED)
     unit = "Nats per token" if run.metric == "bits_per_byte" else UNITS[run.metric].capitalize()

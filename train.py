@@ -70,10 +70,11 @@ class ModelSection:
 @dataclass
 class TrainSection:
     steps: int | None = None
-    """length of the run; or give tokens, or epochs (default: one epoch)"""
+    """length of the run; wins over tokens and epochs"""
     tokens: int | None = None
-    epochs: float | None = None
-    """passes over the domain sources (over the general ones where there is no domain)"""
+    """length of the run; wins over epochs"""
+    epochs: float = 1.0
+    """length of the run in passes over the domain sources (over the general ones where there is no domain)"""
     batch_size: int = 32
     """sequences a step, over all devices and micro-batches"""
     micro_batch_size: int = 2
@@ -84,11 +85,8 @@ class TrainSection:
     """checkpoints kept"""
 
     def __post_init__(self):
-        given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"train.{given[0]} and train.{given[1]} both set the run's length; keep one")
-        for name in ("batch_size", "micro_batch_size", *given):
-            if getattr(self, name) <= 0:
+        for name in ("steps", "tokens", "epochs", "batch_size", "micro_batch_size", "save_every", "keep"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, but must be above 0")
 
 
@@ -181,7 +179,7 @@ def make_plan(c: Config, sources: dict):
         if mean <= 0:
             raise ValueError(f"data.domain_share {c.data.domain_share} never draws a domain sequence, so an epoch of "
                              f"them has no end; give train.steps or train.tokens")
-        steps = max(1, round((c.train.epochs or 1.0) * windows / (B * mean)))
+        steps = max(1, round(c.train.epochs * windows / (B * mean)))
     return data.plan_counts(weights, steps, B)
 
 

@@ -200,6 +200,7 @@ def make_corpora(
     Each side stops at its budget in bytes of text; at least a tenth of it must be found (ValueError).
     Returns {"general": {"path", "documents", "bytes", "unreadable" (files), "seconds"}, "domain": {...}}.
     """
+    Path(out).mkdir(parents=True, exist_ok=True)
     roots = install_roots() if roots is None else roots
     sides = {
         "general": (english, GENERAL_CHARS, general_bytes),
@@ -222,7 +223,6 @@ def make_corpora(
                 f"{', '.join(map(str, roots)) or 'no folder'}: use a Python that has its standard library as .py files"
             )
         path = Path(out) / f"{side}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(records[key]) + "\n" for key in sorted(records)), encoding="utf-8")
         seconds = time.perf_counter() - began
         stats[side] = {"path": path, "documents": len(records), "bytes": size}

@@ -152,7 +152,7 @@ def test_stripped_code_is_the_same_tree_without_strings_and_comments():
     assert comments(stripped) == []
     assert 'TEXT = """kept # not a comment\n\n"""\n' in stripped
     assert '\n"""\n\n\ndef only_doc():\n    pass\n\n\ndef one_line(): pass\n' in stripped
-    assert "(self):\n        return {  'odd' :1 ,\n                  \"quotes\":   2}\n" in stripped  # layout is the original's
+    assert "(self):\n        return {  'odd' :1 ,\n                  \"quotes\":   2}\n" in stripped  # its layout
     assert stripped.startswith("import os\n\nTEXT")
     assert "\n\nclass C:\n    x: int = 1\n\n    async def" in stripped  # no blank lines where the strings were
 

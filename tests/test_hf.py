@@ -1,0 +1,599 @@
+"""hf.py against transformers (which must read what we write, with equal logits), huggingface_hub and safetensors.
+
+Byte equality where nothing may change; one named ValueError for each way in which a folder can be wrong; memory and the
+Hub's cache in processes of their own. NANOCPT_TRANSFORMERS4=folder made by `pip install --target folder
+"transformers==4.57.6"` adds a reader of the older dialect.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hf
+from model import Model
+
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SMOL3 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CASES = {
+    "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                           "original_max_position_embeddings": 16, "attention_factor": 0.9}}),
+    "tied_biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": 7}),
+    "mistral_null": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2_beyond": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
+    "qwen3": ("qwen3", {"head_dim": 24, "attention_bias": True, "use_sliding_window": True, "sliding_window": 6,
+                        "max_window_layers": 2}),
+    "smollm3": ("smollm3", {**SMOL3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5}),
+}
+
+
+@pytest.fixture
+def transformers():
+    module = pytest.importorskip("transformers", minversion="5", reason="the truth is transformers 5")
+    module.utils.logging.disable_progress_bar()
+    return module
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A small llama folder of our own writing, to be spoilt."""
+    hf.save(tiny_model(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def tokens(rows=2, length=40):
+    return torch.randint(0, 97, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, x):
+    with torch.no_grad():
+        return model.head(model(x))
+
+
+def greedy(model, x, count):
+    for _ in range(count):
+        x = torch.cat([x, logits(model, x)[:, -1:].argmax(-1)], dim=1)
+    return x
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def same_bytes(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert a[name].shape == b[name].shape, name
+        assert torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8)), name
+
+
+def all_tensors(folder) -> dict:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def python(code: str, *arguments, environment=None, cwd=ROOT):
+    """Run `code` in a fresh interpreter with our folder on its path; its stdout."""
+    paths = [str(ROOT), *filter(None, [(environment or {}).get("PYTHONPATH")])]
+    run = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
+                         env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(paths)}, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
+
+
+# ---- there and back
+
+@pytest.mark.parametrize("name", CASES)
+def test_exports_equal_what_was_loaded(hf_model, transformers, tmp_path, name):
+    """load, save, load again: the same bytes and config; transformers gets the same logits and greedy tokens."""
+    family, options = CASES[name]
+    theirs, original = hf_model(family, **options)
+    ours = hf.load(original)
+    hf.save(ours, tmp_path / "out", base=original)
+    again = hf.load(tmp_path / "out")
+    same_bytes(all_tensors(original), all_tensors(tmp_path / "out"))
+    assert again.config == ours.config
+    x = tokens()
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(exported) is type(theirs)
+    with torch.no_grad():
+        assert (exported(x).logits - theirs(x).logits).abs().max() == 0
+        assert (exported(x).logits - logits(ours, x)).abs().max() < 1e-4
+    new = exported.generate(x[:1, :6], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert new.tolist() == greedy(ours, x[:1, :6], 12).tolist()
+
+
+def test_exports_without_a_base_load_in_transformers(tiny_model, transformers, tmp_path):
+    model = tiny_model(rope_scaling={k: v for k, v in LLAMA3.items() if k != "rope_theta"}, rope_theta=5e5)
+    hf.save(model, tmp_path / "new" / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "out").eval()
+    with torch.no_grad():
+        assert (theirs(tokens()).logits - logits(model, tokens())).abs().max() < 1e-4
+    assert hf.load(tmp_path / "new" / "out").config == model.config
+
+
+def test_shards(tiny_model, transformers, tmp_path):
+    model = tiny_model()
+    hf.save(model, tmp_path / "one")
+    hf.save(model, tmp_path / "many", shard_bytes=20_000)
+    one, index = all_tensors(tmp_path / "one"), json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    shards = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 3
+    assert shards == [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    same_bytes(one, all_tensors(tmp_path / "many"))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in one.values())
+    for shard in shards:
+        held = load_file(tmp_path / "many" / shard)
+        assert {name for name, file in index["weight_map"].items() if file == shard} == set(held)
+        assert sum(t.nbytes for t in held.values()) <= 20_000
+    assert index["weight_map"].keys() == one.keys()
+    same_bytes(model.state_dict(), hf.load(tmp_path / "many").state_dict())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "many").eval()
+    with torch.no_grad():
+        assert (theirs(tokens()).logits - logits(model, tokens())).abs().max() < 1e-4
+
+
+def test_both_dialects_are_written_and_read(hf_model, tmp_path):
+    _, original = hf_model("llama", rope_parameters=LLAMA3)
+    model = hf.load(original)
+    hf.save(model, tmp_path / "out", base=original)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    assert config["rope_theta"] == 500000.0
+    assert config["rope_scaling"] == scaling
+    assert config["rope_parameters"] == LLAMA3
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    for dialect in (("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")):
+        old = {key: value for key, value in config.items() if key not in dialect}
+        (tmp_path / "out/config.json").write_text(json.dumps(old))
+        assert hf.read_config(tmp_path / "out") == model.config
+
+
+def test_oldest_rope_key(folder):
+    """`type` was the name before `rope_type`; a plain model writes null and has no scaling."""
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] is None
+    edit_json(folder / "config.json", rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
+    assert hf.read_config(folder).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_keys_of_the_base_survive(hf_model, tmp_path):
+    _, original = hf_model("llama", bos_token_id=5, eos_token_id=[6, 7])
+    edit_json(original / "config.json", something_of_theirs={"a": 1})
+    hf.save(hf.load(original), tmp_path / "out", base=original)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["something_of_theirs"] == {"a": 1}
+    assert (config["bos_token_id"], config["eos_token_id"]) == (5, [6, 7])
+
+
+@pytest.mark.parametrize("family", hf.FAMILIES)
+def test_silent_configs_mean_what_transformers_assumes(transformers, tmp_path, family):
+    sizes = {"vocab_size": 97, "hidden_size": 256, "intermediate_size": 72, "num_hidden_layers": 3,
+             "num_attention_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+    ours, theirs = hf.read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    head_dim = getattr(theirs, "head_dim", None) or 8
+    for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+                 "initializer_range"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == head_dim
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.windows == ([4096] * 3 if family == "mistral" else None)
+    assert ours.no_rope_layers == []                           # SmolLM3's every fourth: none among three
+
+
+def test_transformers_4_reads_the_old_dialect(hf_model, tmp_path):
+    """A reader that knows neither `rope_parameters` nor `dtype` gets the same logits."""
+    older = os.environ.get("NANOCPT_TRANSFORMERS4")
+    if not older:
+        pytest.skip("NANOCPT_TRANSFORMERS4 is not set; see the top of this file")
+    expected = {}
+    for name in ("llama3", "yarn", "mistral", "qwen2_windows", "qwen3", "smollm3"):
+        family, options = CASES[name]
+        _, original = hf_model(family, **options)
+        model = hf.load(original)
+        hf.save(model, tmp_path / f"out_{name}", base=original)
+        expected[name] = logits(model, tokens())
+    save_file({"x": tokens(), **expected}, tmp_path / "expected.safetensors")
+    code = """if True:
+        import sys, torch, transformers
+        from safetensors.torch import load_file
+        assert transformers.__version__.startswith("4."), transformers.__version__
+        folder = sys.argv[1]
+        truth = load_file(folder + "/expected.safetensors")
+        x = truth.pop("x")
+        for name, logits in truth.items():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/out_" + name).eval()
+            assert model.dtype == torch.float32, model.dtype
+            with torch.no_grad():
+                print(name, (model(x).logits - logits).abs().max().item())
+    """
+    rows = python(code, tmp_path, environment={"PYTHONPATH": older}, cwd=tmp_path).split("\n")
+    errors = dict(row.split() for row in rows if row)
+    assert errors.keys() == expected.keys()
+    assert all(float(error) < 1e-4 for error in errors.values()), errors
+
+
+def test_transformers_and_our_kernels_folder_share_a_root():
+    """transformers looks for a package named `kernels` and, run from our root, finds ours."""
+    code = """if True:
+        import torch, kernels, transformers
+        assert kernels.rmsnorm and kernels.__version__
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=9, hidden_size=8,
+            intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+        model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
+        print(kernels.__file__)
+    """
+    assert Path(python(code).strip().split("\n")[-1]).parent == ROOT / "kernels"
+
+
+# ---- dtypes, other files, other formats
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(folder, tmp_path, stored, wanted):
+    tensors = {name: t.to(stored) for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = hf.load(folder, dtype=wanted)
+    hf.save(model, tmp_path / "out", base=folder)
+    same_bytes({name: t.to(wanted) for name, t in tensors.items()}, all_tensors(tmp_path / "out"))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["torch_dtype"] == config["dtype"] == str(wanted).removeprefix("torch.")
+    assert all(p.requires_grad and p.is_leaf and p.dtype == wanted for p in model.parameters())
+
+
+def test_float32_is_the_default(folder):
+    tensors = {name: t.bfloat16() for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    assert hf.load(folder).embed_tokens.weight.dtype == torch.float32
+
+
+def test_tokenizer_and_licence_files_are_copied_byte_for_byte(folder, tmp_path):
+    files = {"tokenizer.json": b'{"a":\r\n 1}', "tokenizer.model": bytes(range(256)), "tokenizer_config.json": b"{}",
+             "special_tokens_map.json": b"{ }", "added_tokens.json": b"[]", "vocab.json": b"{}\n",
+             "merges.txt": b"\xc4", "chat_template.jinja": b"{{x}}", "LICENSE": b"\xff", "LICENSE.txt": b"L", "NOTICE": b"N",
+             "USE_POLICY.md": b"U"}
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "training_args.bin").write_bytes(b"not ours to hand on")
+    hf.save(hf.load(folder), tmp_path / "out", base=folder)
+    for name, content in files.items():
+        assert (tmp_path / "out" / name).read_bytes() == content, name
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
+        [*files, "config.json", "generation_config.json", "model.safetensors", "README.md"])
+
+
+def test_generation_config_has_no_sampling_values(folder, tmp_path):
+    (folder / "generation_config.json").write_text(json.dumps(
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "bos_token_id": 1,
+         "eos_token_id": [2, 3], "pad_token_id": 0}))
+    hf.save(hf.load(folder), tmp_path / "out", base=folder)
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written == {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
+
+
+def test_model_card(folder, tmp_path):
+    from huggingface_hub import ModelCard
+
+    (folder / "README.md").write_text("---\nlicense: llama3.1\ntags: [x]\n---\n# Base\n", encoding="utf-8")
+    hf.save(hf.load(folder), tmp_path / "out", base=folder, card="| before | after |\n|---|---|\n| 1.5 é | 1.2 |")
+    card = ModelCard.load(tmp_path / "out/README.md")                    # huggingface_hub's reader of the front matter
+    assert card.data.license == "llama3.1"
+    assert card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["continued-pretraining"]
+    assert card.data.base_model is None                                  # a local folder is no id on the Hub
+    assert "| 1.5 é | 1.2 |" in card.text
+    assert "`base`" in card.text
+    hf.save(hf.load(folder), tmp_path / "scratch")
+    assert "from scratch" in ModelCard.load(tmp_path / "scratch/README.md").text
+
+
+def test_facts(folder):
+    assert hf.facts(folder) == {"license": "not stated", "chat_template": False}
+    (folder / "LICENSE.txt").write_text("...")
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{messages}}"}')
+    assert hf.facts(folder) == {"license": "see LICENSE.txt", "chat_template": True}
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "chat_template.jinja").write_text("{{messages}}")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert hf.facts(folder) == {"license": "apache-2.0", "chat_template": True}
+
+
+def test_save_replaces_whole_or_not_at_all(folder, tiny_model, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.setattr(hf, "_model_card", lambda *_: 1 / 0)                     # fails after the tensors were written
+    with pytest.raises(ZeroDivisionError):
+        hf.save(tiny_model(seed=5), folder, base=folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    monkeypatch.undo()
+    (folder / "stale.txt").write_text("of the old export")
+    hf.save(tiny_model(seed=5), folder, base=folder)
+    assert not (folder / "stale.txt").exists()
+    same_bytes(hf.load(folder).state_dict(), tiny_model(seed=5).state_dict())
+    assert [file.name for file in folder.parent.iterdir()] == ["base"]           # nothing left beside it
+
+
+def test_state_is_written_instead_of_the_parameters(tiny_model, tmp_path):
+    model, other = tiny_model(), tiny_model(seed=3)
+    hf.save(model, tmp_path / "out", state=other.state_dict())
+    same_bytes(hf.load(tmp_path / "out").state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pytorch_bin_loads(folder, sharded):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if sharded:
+        names = sorted(tensors)
+        parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+        for file, part in parts.items():
+            torch.save({name: tensors[name] for name in part}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+            {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}))
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    loaded = hf.load(folder)
+    same_bytes({hf.to_hf_name(name): p.detach() for name, p in loaded.named_parameters()}, tensors)
+    for file in folder.glob("pytorch_model*.bin"):                    # the tensors own their memory, not the file's
+        file.write_bytes(b"\0" * file.stat().st_size)
+    assert torch.equal(loaded.norm.weight, tensors["model.norm.weight"])
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("wrapped", ["zip", "bare"])
+def test_malicious_pickle_is_refused_unrun(folder, tmp_path, wrapped):
+    (folder / "model.safetensors").unlink()
+    if wrapped == "zip":
+        torch.save({"model.norm.weight": Bomb(str(tmp_path / "boom"))}, folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(str(tmp_path / "boom")), protocol=2))
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is (refused|damaged)"):
+        hf.load(folder)
+    assert not (tmp_path / "boom").exists()
+    pickle.loads(pickle.dumps(Bomb(str(tmp_path / "boom"))))          # the bomb does go off where it is unpickled
+    assert (tmp_path / "boom").exists()
+
+
+def test_old_rotary_tensors_are_ignored(folder):
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(3):
+        tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, folder / "model.safetensors")
+    assert hf.load(folder).count_parameters() == sum(t.numel() for name, t in tensors.items() if "rotary" not in name)
+
+
+def test_tied_head_stored_twice_loads(tiny_model, tmp_path):
+    """Some exporters store lm_head beside the embedding although they are one; equal numbers are welcome."""
+    hf.save(tiny_model(tie_word_embeddings=True), tmp_path / "out")
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    model = hf.load(tmp_path / "out")
+    assert model.head.weight is model.embed_tokens.weight
+    tensors["lm_head.weight"][3, 4] += 1
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs from .*; set tie_word_embeddings to false"):
+        hf.load(tmp_path / "out")
+
+
+def test_names_are_a_bijection(tiny_model):
+    for name, _ in tiny_model(qk_norm=True, attention_bias=True, mlp_bias=True).named_parameters():
+        assert hf.from_hf_name(hf.to_hf_name(name)) == name
+
+
+# ---- what is wrong is said in one line
+
+def drop(folder, tensors):
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+
+
+def add(folder, tensors):
+    tensors["model.layers.9.extra.weight"] = torch.ones(2)
+
+
+def reshape(folder, tensors):
+    tensors["model.norm.weight"] = torch.ones(33)
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (drop, r"lacks tensors the model needs: model\.layers\.1\.mlp\.up_proj\.weight"),
+    (add, r"tensors this model has no place for: model\.layers\.9\.extra\.weight"),
+    (reshape, r"model\.norm\.weight in .*model\.safetensors has shape \[33\], but config\.json makes it \[32\]"),
+])
+def test_wrong_tensors_are_named(folder, spoil, message):
+    tensors = load_file(folder / "model.safetensors")
+    spoil(folder, tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        hf.load(folder)
+
+
+def test_many_missing_tensors_are_counted(folder):
+    save_file({"model.norm.weight": torch.ones(32)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks .*embed_tokens.* and 24 more"):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize("length", [0, 4, 100, -1, -1000])
+def test_truncated_files_are_named(folder, length):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or cut short"):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize("length", [0, 100, -100])
+def test_truncated_pickles_are_named(folder, length):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is"):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"model_type": "falcon"}, "'falcon', which is not supported: .*Falcon3 is a plain Llama"),
+    ({"model_type": "gpt2"}, "'gpt2', which is not supported: learned positions"),
+    ({"model_type": "bert"}, r"'bert', which is not supported; known are llama, mistral, qwen2, qwen3, smollm3"),
+    ({"model_type": None}, "None, which is not supported"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu"),
+    ({"hidden_size": None}, "no usable hidden_size"),
+    ({"num_hidden_layers": 0, "vocab_size": "97"}, "no usable vocab_size, num_hidden_layers"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not known"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor, high_freq_factor"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "by layer type"),
+    ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
+])
+def test_unusable_configs_say_why(folder, changes, message):
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (None, "config.json does not exist"), ("{", "is not valid JSON"), ("[]", "holds a list, not an object"),
+    ('{"a": "\udcff"}', "is not valid JSON"),
+])
+def test_broken_config_files_say_why(folder, content, message):
+    if content is None:
+        (folder / "config.json").unlink()
+    else:
+        (folder / "config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize("outside", ["../secret.safetensors", "..", "/etc/secret.safetensors", "a/b.safetensors"])
+def test_an_index_cannot_point_outside_its_folder(folder, outside):
+    shutil.copy(folder / "model.safetensors", folder.parent / "secret.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": outside}}))
+    with pytest.raises(ValueError, match="points outside its folder: '" + re.escape(outside)):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize(("index", "message"), [
+    ({"weight_map": {"model.norm.weight": "gone.safetensors"}}, r"names gone\.safetensors, which is missing"),
+    ({"weight_map": {"model.nowhere.weight": "model.safetensors"}}, "no place for: model.nowhere.weight"),
+    ({"metadata": {}}, "has no weight_map"),
+    ({"weight_map": {"model.norm.weight": 3}}, "has no weight_map"),
+])
+def test_broken_indices_say_why(folder, index, message):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        hf.load(folder)
+
+
+def test_an_index_that_promises_too_much(folder):
+    tensors = load_file(folder / "model.safetensors")
+    lost = "model.layers.0.mlp.up_proj.weight"
+    save_file({name: t for name, t in tensors.items() if name != lost}, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": dict.fromkeys(tensors, "model.safetensors")}))
+    with pytest.raises(ValueError, match=rf"model\.safetensors does not hold {re.escape(lost)}"):
+        hf.load(folder)
+
+
+def test_missing_folders_and_files(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"model folder .*nowhere does not exist; give .* hf://org/name"):
+        hf.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="does not exist"):
+        hf.load(folder / "config.json")                                 # a file is no folder
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no model\.safetensors, no index of one and no pytorch_model\.bin"):
+        hf.load(folder)
+
+
+# ---- the Hub's cache
+
+def test_hub_ids_come_from_the_cache(folder, tiny_model, tmp_path):
+    """A cache as huggingface_hub lays it out: two revisions, a branch, and an id that nobody fetched."""
+    home = tmp_path / "home"
+    repository = home / "hub" / "models--org--name"
+    new, old = "a" * 40, "b" * 40
+    for revision, seed in ((new, 0), (old, 7)):
+        hf.save(tiny_model(seed=seed), repository / "snapshots" / revision)
+        (repository / "snapshots" / revision / "tokenizer.model").write_bytes(revision.encode())
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(new)
+    (repository / "refs/v1").write_text(old)
+    code = """if True:
+        import json, sys, hf
+        names = "hf://org/name", "hf://org/name@v1", "hf://org/name@" + "b" * 40
+        out = {name: str(hf.resolve(name)) for name in names}
+        for name in ("hf://org/absent", "hf://org/name@v2", "hf://not an/id/at all"):
+            try:
+                hf.load(name)
+            except ValueError as error:
+                out[name] = str(error)
+        model = hf.load("hf://org/name@v1")
+        hf.save(model, sys.argv[1], base="hf://org/name@v1")
+        print(json.dumps(out))
+    """
+    found = json.loads(python(code, tmp_path / "out", environment={"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}))
+    assert Path(found["hf://org/name"]).name == new
+    assert Path(found["hf://org/name@v1"]).name == Path(found["hf://org/name@" + old]).name == old
+    for name in ("hf://org/absent", "hf://org/name@v2", "hf://not an/id/at all"):
+        assert found[name].startswith(f"{name} could not be fetched from the Hub and is not in its cache: ")
+        assert "\n" not in found[name]
+    same_bytes(hf.load(tmp_path / "out").state_dict(), tiny_model(seed=7).state_dict())
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == old.encode()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "base_model: org/name\nbase_model_relation: finetune\n" in card
+
+
+# ---- memory
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_of_loading(tiny_config, tmp_path, dtype):
+    """At most 1.2 times the weights that loading leaves behind, in the stored dtype and in half of it."""
+    config = tiny_config(vocab_size=4000, hidden_size=512, intermediate_size=1376, num_hidden_layers=16)
+    model = Model(config)
+    model.initialise(0)
+    hf.save(model, tmp_path / "big")
+    weights = model.count_parameters() * (4 if dtype == "float32" else 2)
+    assert model.count_parameters() * 4 > 200e6
+    del model
+    code = """if True:
+        import sys, threading, torch, hf
+        def memory(key):
+            rows = open("/proc/self/status").read().split("\\n")
+            return 1024 * int(next(row for row in rows if row.startswith(key)).split()[1])
+        torch.zeros(8, 8) @ torch.zeros(8, 8)
+        before, peaks, done = memory("VmRSS"), [0], threading.Event()
+        def watch():
+            while not done.wait(0.001):
+                peaks[0] = max(peaks[0], memory("VmRSS"))
+        thread = threading.Thread(target=watch)
+        thread.start()
+        model = hf.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+        done.set()
+        thread.join()
+        print(max(peaks[0], memory("VmRSS")) - before)
+    """
+    peak = int(python(code, tmp_path / "big", dtype))
+    shutil.rmtree(tmp_path / "big")
+    assert 0.9 * weights < peak < 1.2 * weights, peak / weights
