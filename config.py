@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import io
 import json
+import math
+import re
 import sys
 import tomllib
 import types
@@ -45,10 +47,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        known = [name for action in self._all_actions() for name in action.option_strings]
+        for word in args[:args.index("--")] if "--" in args else args:
+            if word.startswith("--") and (option := word.partition("=")[0]) not in known:
+                self.error(f"unknown argument {option}{nearest(option, known)}")
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [name for action in self._all_actions() for name in action.option_strings]
-            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0], known)}")
+            self.error(f"unknown argument {unknown[0]}")
         return parsed
 
     def _all_actions(self):
@@ -56,7 +62,7 @@ class ArgumentParser(argparse.ArgumentParser):
             yield action
             if isinstance(action, argparse._SubParsersAction):
                 for parser in action.choices.values():
-                    yield from parser._actions
+                    yield from parser._all_actions()
 
 
 def nearest(word: str, known) -> str:
@@ -88,10 +94,10 @@ def parse(cls, argv: list[str], description: str = ""):
 
 def read_toml(path: str) -> dict:
     try:
-        return tomllib.loads(Path(path).read_text())
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist; recipes/ holds complete ones") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
 
 
@@ -135,10 +141,10 @@ def _convert(value, hint, current, name):
 
 def _prepare(default, argv: list[str]) -> list[str]:
     """Name the nearest key for an unknown one, let `--flag` stand for `--flag True`, and open new named sections."""
-    known, out = _keys(default), []
+    known, out, flag = _keys(default), [], False
     for position, word in enumerate(argv):
-        if not word.startswith("--") or word in ("--help",):
-            out.append({"true": "True", "false": "False"}.get(word, word))
+        if not word.startswith("--") or word == "--help":
+            out.append(word.capitalize() if flag else word)
             continue
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
@@ -147,9 +153,10 @@ def _prepare(default, argv: list[str]) -> list[str]:
             known = _keys(default)
         if key not in known:
             raise ValueError(f"unknown key {key}{nearest(key, known)}")
-        out += ["--" + key] + ([value] if equals else [])
+        flag = known[key] is bool
+        out += ["--" + key] + ([value.capitalize() if flag else value] if equals else [])
         following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if known[key] is bool and not equals and following.lower() not in ("true", "false"):
+        if flag and not equals and following.lower() not in ("true", "false"):
             out.append("True")
     return out
 
@@ -184,12 +191,24 @@ def _open_section(value, key: str) -> None:
         value[entry] = typing.get_args(hint)[1]()
 
 
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+
+
+def _toml_value(value) -> str:
+    """JSON is TOML but for infinity, not-a-number and the one control character that JSON leaves bare."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def to_toml(config, prefix: str = "") -> str:
     """The dataclass as TOML text that `parse` reads back to an equal one (a None is left out: it is the default)."""
     lines, sections = [], []
     for key, value in _items(config):
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
-            sections.append(f"\n[{prefix}{key}]\n{to_toml(value, f'{prefix}{key}.')}")
+            name = prefix + _toml_key(key)
+            sections.append(f"\n[{name}]\n{to_toml(value, name + '.')}")
         elif value is not None:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}\n")
+            lines.append(f"{_toml_key(key)} = {_toml_value(value)}\n")
     return "".join(lines) + "".join(sections)

@@ -139,7 +139,7 @@ class TextStream:
         if token < self.tok.vocab_size:              # else a row that pads the model's embedding: no text
             self.ids.append(token)
         text = self.tok.decode(self.ids).rstrip("\ufffd")
-        held = [n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n], self.prompt)]
+        held = [n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])]
         self._write(text, len(text) - max(held, default=0))
         return self.stopped
 

@@ -166,18 +166,20 @@ def _read_metrics(run: Run, path: Path) -> None:
             try:
                 row = json.loads(line)
                 kind = str(row["kind"])
-                step = row["step"] + 0 if kind in kinds else row.get("step")
-            except (ValueError, KeyError, TypeError, AttributeError):
+                if kind in kinds:
+                    row["step"] = int(row["step"])
+            except (ValueError, KeyError, TypeError, OverflowError):
                 unreadable += [number] if line.strip() else []
                 continue
             if kind in kinds:
-                kinds[kind][step] = row
+                kinds[kind][row["step"]] = row
             elif kind == "start":
                 run.start = row
             elif kind in ("event", "resume"):
                 run.events.append(row)
-                if kind == "resume" and math.isfinite(_number(step)):
-                    kinds = {k: {s: r for s, r in rows.items() if s <= step} for k, rows in kinds.items()}
+                if kind == "resume":
+                    at = _number(row.get("step"))
+                    kinds = {k: {s: r for s, r in rows.items() if not s > at} for k, rows in kinds.items()}
     run.train, run.evals, run.samples = ([rows[s] for s in sorted(rows)] for rows in kinds.values())
     if unreadable == [number]:
         run.notes.append("The last line of metrics.jsonl is cut (a run stopped while writing it) and was ignored.")

@@ -1,7 +1,11 @@
 """The demo: continue a small English model on Python code, with nothing but this Python installation for text.
 
-    python experiments/demo.py --out out/demo              # general.jsonl (English) and domain.jsonl (Python code)
-    python experiments/demo.py --out out/demo --samples 2  # ... and two snippets of each
+    python experiments/demo.py --out out/demo                 # everything, some minutes on two cores
+    python experiments/demo.py --out out/demo --corpora-only  # general.jsonl (English) and domain.jsonl (Python code)
+
+It makes two corpora, trains a tokenizer, pretrains a small base on the general side, exports it as a Hugging Face folder
+and continues from that folder three times at the same budget: on the domain alone, with replay, and with a little replay.
+Each stage is a command of the project, printed before it runs, that a user would type.
 
 General is the prose of docstrings and of the topics of `help()`; domain is Python code without docstrings and comments,
 of the standard library first. Files are read, never imported; one installation always gives the same bytes.
@@ -15,6 +19,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -24,7 +30,8 @@ from collections import defaultdict, deque
 from itertools import accumulate
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout, wherever this file is run from
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
 
 from config import ArgumentParser, main_guard
 
@@ -238,14 +245,79 @@ def snippets(path: Path, count: int = 2, chars: int = 400) -> list[str]:
     return [f"--- {record['metadata']['source']}\n{record['text'][:chars].rstrip()}" for record in chosen]
 
 
+# ---- the main job, in the project's own commands
+
+RUNS = {"domain_only": 1.0, "replay": 0.8, "little_replay": 0.95}  # share of domain sequences
+BASE_STEPS, STEPS = 420, 180
+
+
+def run(*command) -> None:
+    """A project command, shown and run; its failure ends the demo with the line it printed."""
+    print("\n$ python " + " ".join(map(str, command)), flush=True)
+    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
+        raise ValueError(f"this command of the demo failed: python {' '.join(map(str, command))}")
+
+
+def demo(out: Path) -> dict:
+    """Everything from corpora to report; returns and writes `out`/summary.json."""
+    began = time.perf_counter()
+    shutil.rmtree(out, ignore_errors=True)
+    corpora = make_corpora(out)
+    sides = {side: corpora[side]["path"] for side in ("general", "domain")}
+    run("tokenizer.py", "train", "--kind", "bpe", "--vocab-size", 4096, "--out", out / "tokenizer", *sides.values())
+    for side, path in sides.items():
+        run("data.py", "pack", "--tokenizer", out / "tokenizer", "--out", out / "shards" / side, path,
+            "--heldout", 0.04)
+    general = ("--data.sources.general.path", out / "shards/general", "--data.sources.general.role", "general")
+    domain = ("--data.sources.domain.path", out / "shards/domain")
+    run("train.py", "recipes/demo.toml", "--model.init", "scratch", "--model.tokenizer", out / "tokenizer", *general,
+        "--train.steps", BASE_STEPS, "--out", out / "base")
+    for name, share in RUNS.items():
+        run("train.py", "recipes/demo.toml", "--model.path", out / "base/final", *domain, *general,
+            "--data.domain-share", share, "--train.steps", STEPS, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4,
+            "--out", out / name)
+    run("report.py", *(out / name for name in RUNS), "--out", out / "report.html")
+    summary = summarise(out, time.perf_counter() - began)
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def summarise(out: Path, seconds: float) -> dict:
+    """{"seconds", "runs": {"base": {"general_bpb", "domain_bpb"}, "domain_only": {...}, ...}} from the runs' eval.json."""
+    def numbers(texts):
+        return {f"{side}_bpb": texts[side]["bits_per_byte"] for side in ("general", "domain")}
+
+    found = {name: json.loads((out / name / "eval.json").read_text(encoding="utf-8")) for name in RUNS}
+    runs = {"base": numbers(found["replay"]["before"])}
+    return {"seconds": round(seconds, 1), "runs": runs | {name: numbers(e["after"]) for name, e in found.items()}}
+
+
+def show(summary: dict) -> None:
+    """The table the demo ends with, and what it says."""
+    runs = summary["runs"]
+    base, alone, replay = runs["base"], runs["domain_only"], runs["replay"]
+    print(f"\n{'bits per byte':16}{'domain':>10}{'':>9}{'general':>10}")
+    for name, r in runs.items():
+        changes = [f"{100 * (r[key] / base[key] - 1):+7.1f} %" if r is not base else "" for key in r]
+        print(f"{name:16}{r['domain_bpb']:10.4f}{changes[1]:>9}{r['general_bpb']:10.4f}{changes[0]:>9}")
+    lost, kept = alone["general_bpb"] - base["general_bpb"], alone["general_bpb"] - replay["general_bpb"]
+    cost = replay["domain_bpb"] / alone["domain_bpb"] - 1
+    print(f"replay removed {100 * kept / lost:.0f} % of what domain-only training forgot, and cost the domain "
+          f"{100 * cost:.1f} %")
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (%(default)s)")
-    parser.add_argument("--samples", type=int, default=0, metavar="N", help="also print N snippets of each corpus")
+    parser.add_argument("--corpora-only", action="store_true", help="make the two corpora, show snippets, and stop")
     args = parser.parse_args()
-    for side in make_corpora(args.out).values():
-        if args.samples > 0:
-            print("\n".join(snippets(side["path"], args.samples)))
+    if args.corpora_only:
+        for side in make_corpora(args.out).values():
+            print("\n".join(snippets(side["path"])))
+        return
+    summary = demo(args.out.resolve())
+    show(summary)
+    print(f"{summary['seconds']:.0f} s; report: {args.out}/report.html")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def some_logits():
 def test_same_tokens_kept_with_the_same_probabilities_as_transformers(monkeypatch, name, logits):
     monkeypatch.setattr(torch, "sort", functools.partial(torch.sort, stable=True))   # which of equals is left to chance
     seen = [1, 0, 3, 3, 7, 20, 49] if len(logits) == 50 else [0]
-    grid = itertools.product((1.0, 0.1, 2.5), (0, 1, 4, 1000), (1.0, 0.999, 0.6, 0.5, 0.01), (0.0, 0.05, 0.6, 1.0),
+    grid = itertools.product((1.0, 0.1, 2.5), (0, 1, 4, 1000), (1.0, 0.999, 0.6, 0.5, 1e-17), (0.0, 0.05, 0.6, 1.0),
                              (1.0, 1.4, 0.6))
     for temperature, top_k, top_p, min_p, penalty in grid:
         s = Settings(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
@@ -318,10 +318,10 @@ def test_stop_strings_across_tokens():
 
     source, words = random.Random(1), []
     for _ in range(500):
-        text = "".join(source.choices("ab\n中🙂", k=14)).encode()
-        stop = ["".join(source.choices("ab\n中🙂", k=source.randint(1, 4))) for _ in range(source.randint(1, 3))]
+        text = "".join(source.choices("ab🙂", k=14)).encode()
+        stop = ["".join(source.choices("ab🙂", k=source.randint(1, 5))) for _ in range(source.randint(1, 3))]
         prompt = "ab" * source.randint(0, 2)
-        cuts = sorted(source.sample(range(1, len(text)), 6))
+        cuts = sorted(source.sample(range(1, len(text)), 4))
         words[:] = [prompt.encode(), *(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))]
         _, out = streamed(Wide(), [1000], range(1001, 1000 + len(words)), stop)
         assert out == cut_at(prompt + text.decode(), len(prompt), stop)

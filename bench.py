@@ -1,0 +1,345 @@
+"""Speed and memory, side by side with the peer in one run; ratios are ours / peer, medians over rounds in turn.
+
+    python bench.py data  --json out/bench_data.json       packing against the raw encoder and datasets.map, reading
+    python bench.py train --json out/bench_train.json      a training step against transformers on the same batches
+
+Each training measurement is a process of its own, so that peaks of memory are its own. Both sides get the same
+weights, batches, threads, dtype (fp32 on a CPU) and fused AdamW with clipping. Theirs is the plain loop
+`model(input_ids, labels=...).loss.backward(); clip; step`, which is faster than their Trainer.
+"""
+
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import hf
+import kernels
+import parallel
+import tokenizer as tokenizers
+from config import ArgumentParser, main_guard
+from model import Model, ModelConfig
+from objectives import Causal
+from optim import OptimConfig, make_optimizer
+
+
+def machine() -> dict:
+    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), platform.processor())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), "commit": commit,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
+
+
+def row(name, unit, ours, peer=None, peer_name=None, **more) -> dict:
+    out = {"name": name, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name,
+           "ratio": ours / peer if peer else None, **more}
+    numbers = f"{ours:12,.4g}" + (f"  {peer_name} {peer:12,.4g}  ratio {out['ratio']:.2f}" if peer else "")
+    print(f"{name:34} {numbers}  {unit}" + (f"  (spread {more['spread']:.0%})" if "spread" in more else ""), flush=True)
+    return out
+
+
+def spread(values) -> float:
+    """Range of the middle half over the median."""
+    q = statistics.quantiles(values, n=4) if len(values) > 2 else [min(values), 0, max(values)]
+    return (q[2] - q[0]) / statistics.median(values)
+
+
+# ---- data
+
+def bench_data(args) -> list:
+    texts = [t for t in data.read_documents(args.text, "blank") if t.strip()]
+    size = sum(len(data.utf8(t)) for t in texts)
+    repeat = max(1, int(args.mbytes * 1e6 / size))
+    texts *= repeat
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        source = folder / "corpus.jsonl"
+        source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+        paths = args.tokenizer or [default_tokenizer(texts, folder)]
+        for path in paths:
+            rows += bench_packing(tokenizers.load(path), Path(path).name, source, texts, folder, args.rounds)
+        rows += bench_reading(folder / "shards", args.rounds)
+    return rows
+
+
+def default_tokenizer(texts, folder):
+    tokenizers.train(texts[:20000], "bpe", 8192, folder / "tokenizer")
+    return folder / "tokenizer"
+
+
+def bench_packing(tokenizer, name, source, texts, folder, rounds) -> list:
+    """Packing a jsonl file from disk to disk, against the encoder alone on the texts in memory, and against
+    datasets.map with group_texts as in transformers' run_clm.py, all with the same tokenizer and cores."""
+    out, times = folder / "shards", {"ours": [], "raw": [], "datasets": []}
+    tokens = 0
+    for _ in range(rounds):
+        start = time.perf_counter()
+        manifest = data.pack(data.read_documents(str(source)), tokenizer, out, heldout=0.0, overwrite=True)
+        times["ours"].append(time.perf_counter() - start)
+        tokens = manifest["splits"]["train"]["tokens"]
+        start = time.perf_counter()
+        raw_encode(tokenizer, texts)
+        times["raw"].append(time.perf_counter() - start)
+    rate = {side: tokens / statistics.median(t) for side, t in times.items() if t}
+    rows = [row(f"pack_vs_encoder[{name}]", "tokens/s", rate["ours"], rate["raw"], tokenizer.library,
+                spread=spread(times["ours"]))]
+    if tokenizer.kind == "tokenizers":
+        for _ in range(max(1, rounds // 2)):
+            times["datasets"].append(datasets_pipeline(tokenizer, source, folder))
+        rows.append(row(f"pack_vs_datasets[{name}]", "tokens/s", rate["ours"],
+                        tokens / statistics.median(times["datasets"]), "datasets.map + group_texts"))
+    return rows
+
+
+def raw_encode(tokenizer, texts):
+    """The library's own batch call, on all cores, and nothing else."""
+    if tokenizer.library.startswith("tokenizers"):
+        return tokenizer._lib.encode_batch_fast(texts, add_special_tokens=False)
+    if tokenizer.library.startswith("sentencepiece"):
+        return tokenizer._lib.encode(texts, num_threads=os.cpu_count())
+    return tokenizer._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+
+
+def datasets_pipeline(tokenizer, source, folder) -> float:
+    import datasets
+    datasets.disable_progress_bars()
+    context, backend, eos = 1024, tokenizer._lib, tokenizer.eos_id
+
+    def encode(batch):
+        return {"input_ids": [e.ids + [eos] for e in backend.encode_batch_fast(batch["text"],
+                                                                               add_special_tokens=False)]}
+
+    def group_texts(batch):
+        joined = list(itertools.chain.from_iterable(batch["input_ids"]))
+        length = len(joined) // context * context
+        chunks = [joined[i:i + context] for i in range(0, length, context)]
+        return {"input_ids": chunks, "labels": [list(c) for c in chunks]}
+
+    cache = tempfile.mkdtemp(dir=folder)
+    start = time.perf_counter()
+    raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
+    encoded = raw.map(encode, batched=True, remove_columns=raw.column_names)
+    encoded.map(group_texts, batched=True)
+    return time.perf_counter() - start
+
+
+def bench_reading(folder, rounds) -> list:
+    """Batches at T = 2048 with labels, positions and document starts; peer: nanoGPT's get_batch (tokens alone)."""
+    shards, T, B = data.Shards(folder), 2048, 64
+    steps = 20
+    counts = np.arange(steps * rounds + 2, dtype=np.int64)[:, None] * B
+    loader = data.Loader({"text": shards}, counts, T, seed=0)
+    loader.rows(0)
+    ours, peer = [], []
+    tokens = np.memmap(folder / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=data.HEADER_BYTES)
+    rng = np.random.default_rng(0)
+    for r in range(rounds):
+        start = time.perf_counter()
+        for step in range(r * steps, (r + 1) * steps):
+            loader.rows(step)
+        ours.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(steps):
+            index = rng.integers(0, len(tokens) - T - 1, B)
+            torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in index])
+            torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + T].astype(np.int64)) for i in index])
+        peer.append(time.perf_counter() - start)
+    rate = [steps * B * T / 1e6 / statistics.median(t) for t in (ours, peer)]
+    return [row("read_mtokens_per_second", "M tokens/s", rate[0], rate[1], "nanoGPT get_batch", spread=spread(ours))]
+
+
+# ---- train
+
+MODEL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4, "num_attention_heads": 8,
+         "num_key_value_heads": 4}
+CASES = {   # vocabulary, context, rows, documents of mixed length
+    "vocab_8k": (8192, 512, 4, False),
+    "vocab_32k": (32768, 512, 4, False),
+    "packed_2k": (8192, 2048, 2, True),
+}
+
+
+def case_batches(case, count, seed=0):
+    """Random tokens [rows, T + 1]; packed rows hold documents of 32 to 640 tokens."""
+    vocab, T, rows, packed = CASES[case]
+    rng, out = np.random.default_rng(seed), []
+    for _ in range(count):
+        tokens = torch.from_numpy(rng.integers(0, vocab, (rows, T + 1)).astype(np.int32))
+        doc_start = np.zeros((rows, T + 1), np.int32)
+        for r in range(rows if packed else 0):
+            at = 0
+            while at < T + 1:
+                length = int(np.exp(rng.uniform(np.log(32), np.log(640))))
+                doc_start[r, at:at + length] = at
+                at += length
+        doc_start = torch.from_numpy(doc_start)
+        positions = torch.arange(T + 1, dtype=torch.int32) - doc_start
+        out.append(data.Batch(tokens, tokens, positions, doc_start, np.zeros(rows, np.int64), None))
+    return out
+
+
+def worker(args):
+    """One side of one case in a process of its own; prints {"step_s": [...], "peak_bytes", ...} as JSON."""
+    vocab, T, rows, packed = CASES[args.case]
+    config = ModelConfig(vocab_size=vocab, max_position_embeddings=T, tie_word_embeddings=False, **MODEL)
+    batches, times, result = case_batches(args.case, args.steps), [], {}
+    model = Model(config)
+    model.initialise(0)
+    if args.side == "ours":
+        parallel.start(args.device)
+        model.to(args.device)
+        objective, optimizer = Causal(mask_documents=packed), make_optimizer(model, OptimConfig(lr=1e-4, min_lr=0))
+        prepared = [objective.corrupt(b, None).to(args.device) for b in batches]
+
+        def step(batch):
+            loss, n, _ = objective.loss(model, batch)
+            (loss / n).backward()
+            return (loss / n).item()
+    else:
+        import transformers
+        values = hf.write_config(config, torch.float32, {})
+        peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
+        peer.load_state_dict({hf.to_hf_name(k): v for k, v in model.state_dict().items()})
+        model = peer.to(args.device).train()
+        result["transformers"] = transformers.__version__
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        prepared = [b.tokens[:, :-1].long().to(args.device) for b in batches]
+
+        def step(tokens):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            return loss.item()
+    for batch in prepared:
+        start = time.perf_counter()
+        result["loss"] = step(batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - start)
+    result["peak_bytes"] = (torch.cuda.max_memory_allocated() if args.device == "cuda"
+                            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if args.products:
+        result["products_s"] = [time_products(config, rows * T, T, args.device) for _ in range(3)]
+    print(json.dumps({**result, "step_s": times[1:]}))
+    return 0
+
+
+@torch.no_grad()
+def time_products(config, N, T, device) -> float:
+    """Seconds of one step's matrix products alone, on its shapes: three a weight, and attention's at half their full
+    squares (causal): two forward, five backward (one of them recomputed)."""
+    D, F = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes = [(D, q), (D, kv), (D, kv), (q, D), (D, F), (D, F), (F, D)]
+    total = 0.0
+    for n, (i, o) in [(config.num_hidden_layers, s) for s in shapes] + [(1, (D, config.vocab_size))]:
+        chunk = min(N, max(1, kernels.cross_entropy.CHUNK_BYTES // (4 * o))) if o == config.vocab_size else N
+        x, w, dy = (torch.randn(*s, device=device) for s in ((chunk, i), (o, i), (chunk, o)))
+        y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
+
+        def products(x=x, w=w, dy=dy, y=y, dx=dx, dw=dw):
+            torch.mm(x, w.T, out=y)
+            torch.mm(dy, w, out=dx)
+            torch.mm(dy.T, x, out=dw)
+        total += n * N / chunk * timed(products)
+    shape = (N // T * config.num_attention_heads, T, config.head_dim)
+    a, b = torch.randn(shape, device=device), torch.randn(shape, device=device).transpose(1, 2).contiguous()
+    square, out = a @ b, torch.empty_like(a)
+    attention = 3 * timed(lambda: torch.bmm(a, b, out=square)) + 4 * timed(lambda: torch.bmm(square, a, out=out))
+    return total + config.num_hidden_layers * attention / 2
+
+
+def timed(f, repeats: int = 3) -> float:
+    f()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def bench_train(args) -> list:
+    rows, share = [], None
+    for case, (vocab, T, batch, packed) in CASES.items():
+        found = {"ours": [], "transformers": []}
+        for _ in range(args.rounds):
+            for side in found:
+                command = [sys.executable, __file__, "worker", "--case", case, "--side", side, "--steps",
+                           str(args.steps), "--device", args.device, *(["--products"] if side == "ours" else [])]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise ValueError(f"the {side} side of {case} failed: {done.stderr.strip().splitlines()[-1:]}")
+                found[side].append(json.loads(done.stdout.splitlines()[-1]))
+        steps = {side: [s for r in results for s in r["step_s"]] for side, results in found.items()}
+        median = {side: statistics.median(s) for side, s in steps.items()}
+        peer = f"transformers {found['transformers'][0]['transformers']}"
+        rows.append(row(case, "tokens/s", batch * T / median["ours"], batch * T / median["transformers"], peer,
+                        spread=spread(steps["ours"]), loss=[found[s][0]["loss"] for s in found],
+                        model={**MODEL, "vocab_size": vocab}, context=T, rows=batch, packed=packed))
+        if case == "vocab_32k":
+            peak = {side: statistics.median(r["peak_bytes"] for r in results) for side, results in found.items()}
+            rows.append(row("peak_memory_32k", "bytes", peak["ours"], peak["transformers"], peer))
+            share = statistics.median(statistics.median(r["products_s"]) / statistics.median(r["step_s"])
+                                      for r in found["ours"])
+    rows.append(row("matmul_share", "of the step is its matrix products at the machine's own rate", share))
+    return rows
+
+
+def default_text() -> str:
+    paths = [Path("out/demo/general.jsonl"), Path(os.environ.get("NANOCPT_DATA", ""), "corpora/wikitext2/wiki.test.raw")]
+    return next((str(path) for path in paths if path.exists()), "")
+
+
+def main():
+    parser = ArgumentParser(prog="bench.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
+    p = commands.add_parser("data", help="packing and reading")
+    p.add_argument("--text", default=default_text(), help="text file (default: the demo's, or WikiText-2)")
+    p.add_argument("--tokenizer", action="append", help="repeatable (default: a BPE trained on the text)")
+    p.add_argument("--mbytes", type=float, default=20, help="the text is repeated to about this size (default: 20)")
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--json", metavar="FILE")
+    p = commands.add_parser("train", help="training steps")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--steps", type=int, default=6, help="steps a process; the first is not counted (default: 6)")
+    p.add_argument("--rounds", type=int, default=2, help="processes a side, in turn (default: 2)")
+    p.add_argument("--json", metavar="FILE")
+    p = commands.add_parser("worker")
+    p.add_argument("--case", choices=tuple(CASES), required=True)
+    p.add_argument("--side", choices=("ours", "transformers"), required=True)
+    p.add_argument("--steps", type=int, default=6)
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--products", action="store_true")
+    args = parser.parse_args()
+    if args.command == "worker":
+        return worker(args)
+    if args.command == "data" and not args.text:
+        raise ValueError("no text to pack: give --text FILE, or run make demo first")
+    result = {"machine": machine(), "command": sys.argv[1:],
+              "rows": (bench_data if args.command == "data" else bench_train)(args)}
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main_guard(main))
