@@ -89,7 +89,7 @@ def parse(cls, argv: list[str], description: str = ""):
             raise
         body = [line.strip() for line in screen.getvalue().splitlines()[2:]]
         body = body[:next((i for i, line in enumerate(body) if line.startswith("---")), len(body))]
-        raise ValueError(" ".join(line for line in body if line)) from None
+        raise ValueError(re.sub(r"^Error parsing (\w+): ", "", " ".join(line for line in body if line))) from None
 
 
 def read_toml(path: str) -> dict:

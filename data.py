@@ -24,6 +24,7 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -63,12 +64,16 @@ def read_documents(path: str, documents: str = "blank", separator: str | None = 
     if not os.path.isfile(path):
         raise ValueError(f"input file {path} does not exist")
     stem = re.sub(r"\.(gz|zst)$", "", path)
-    if stem.endswith(".parquet"):
-        yield from _texts(_parquet_records(path, column), column)
-    elif stem.endswith((".jsonl", ".ndjson")):
-        yield from _texts(_json_records(path), column)
-    else:
-        yield from _text_documents(path, documents, separator)
+    try:
+        if stem.endswith(".parquet"):
+            yield from _texts(_parquet_records(path, column), column)
+        elif stem.endswith((".jsonl", ".ndjson")):
+            yield from _texts(_json_records(path), column)
+        else:
+            yield from _text_documents(path, documents, separator)
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:       # none of which names the file
+        raise ValueError(f"input file {path} cannot be read as UTF-8 text: {error}; convert it or fetch it again"
+                         ) from None
 
 
 def _texts(records, column):
@@ -121,8 +126,9 @@ def _text_documents(path, documents, separator):
             rest = ""
             while part := file.read(1 << 20):
                 *whole, rest = (rest + part).split(separator)
-                yield from (text.strip("\n") for text in whole)
-            yield rest.strip("\n")
+                yield from (text.strip("\r\n") for text in whole)
+            if rest.strip("\r\n"):
+                yield rest.strip("\r\n")
         elif documents == "file":
             yield file.read()
         elif documents == "line":
@@ -135,7 +141,8 @@ def _text_documents(path, documents, separator):
                 elif block:
                     yield "".join(block).rstrip("\r\n")
                     block = []
-            yield "".join(block).rstrip("\r\n")
+            if block:
+                yield "".join(block).rstrip("\r\n")
 
 
 # ---- writing shards
@@ -182,19 +189,11 @@ class ShardWriter:
         if self.file is None:
             return
         ends, nbytes = np.concatenate(self.ends).astype("<u8"), np.concatenate(self.nbytes).astype("<u4")
-        header = np.zeros(256, "<i4")
-        header[:2] = MAGIC[self.dtype.itemsize]
-        header[2:6] = self.tokens, OUR_MAGIC, FORMAT_VERSION, self.dtype.itemsize
-        header[6:8] = np.array([len(ends)], "<u8").view("<i4")
-        ids = (self.tokenizer.vocab_size, self.tokenizer.bos_id, self.tokenizer.eos_id, self.max_id)
-        header[8:12] = [-1 if x is None else x for x in ids]
-        header[16:24] = np.frombuffer(bytes.fromhex(self.tokenizer.fingerprint), "<i4")
-        header[24:32] = np.frombuffer(self.hash.digest(), "<i4")
-        self.file.seek(0)
-        self.file.write(header.tobytes())
-        _sync_and_close(self.file)
         record = {"name": self.name, "tokens": self.tokens, "documents": len(ends), "bytes": int(nbytes.sum()),
                   "max_id": self.max_id, "sha256": self.hash.hexdigest()}
+        self.file.seek(0)
+        self.file.write(shard_header(record, describe_tokenizer(self.tokenizer), self.dtype.itemsize).tobytes())
+        _sync_and_close(self.file)
         for suffix, array in (("idx", ends), ("bytes", nbytes)):
             with open(self.folder / f"{self.name}.{suffix}", "wb") as file:
                 file.write(array.tobytes())
@@ -203,6 +202,24 @@ class ShardWriter:
             record[f"{suffix}_sha256"] = hashlib.sha256(array).hexdigest()
         self.shards.append(record)
         self.file = None
+
+
+def shard_header(record: dict, tokenizer: dict, itemsize: int) -> np.ndarray:
+    """int32 [256]: what stands before a shard's tokens; all of it follows from the manifest."""
+    header = np.zeros(256, "<i4")
+    header[:2] = MAGIC[itemsize]
+    header[2:6] = record["tokens"], OUR_MAGIC, FORMAT_VERSION, itemsize
+    header[6:8] = np.array([record["documents"]], "<u8").view("<i4")
+    ids = (tokenizer["vocab_size"], tokenizer["bos_id"], tokenizer["eos_id"], record["max_id"])
+    header[8:12] = [-1 if x is None else x for x in ids]
+    header[16:24] = np.frombuffer(bytes.fromhex(tokenizer["fingerprint"]), "<i4")
+    header[24:32] = np.frombuffer(bytes.fromhex(record["sha256"]), "<i4")
+    return header
+
+
+def describe_tokenizer(tokenizer) -> dict:
+    return {"fingerprint": tokenizer.fingerprint, "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
 
 
 def _sync_and_close(file):
@@ -229,6 +246,11 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
         raise ValueError(f"heldout is {heldout}, but must be a share from 0 to below 1")
     if out.exists() and not overwrite:
         raise ValueError(f"{out} exists already; remove it, choose another --out or add --overwrite")
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise ValueError(f"{out} is no packed source, so --overwrite does not remove it; choose another --out")
+    if workers < 1 or not 1 <= shard_tokens < 2**31:
+        raise ValueError(f"{workers} workers and {shard_tokens} tokens a shard were asked for; there must be at least "
+                         f"1 worker, and from 1 to 2**31 - 1 tokens a shard")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -254,8 +276,7 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
             raise ValueError(f"nothing to train on: {empty} empty documents, {splits['heldout']['documents']} held out")
         manifest = {
             "format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
-            "tokenizer": {"fingerprint": tokenizer.fingerprint, "library": tokenizer.library,
-                          "vocab_size": tokenizer.vocab_size, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id},
+            "tokenizer": describe_tokenizer(tokenizer),
             "bos": bos, "eos": True, "heldout": heldout, "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout",
             "inputs": inputs or [], "empty_documents_dropped": empty, "splits": splits,
         }
@@ -309,7 +330,10 @@ def _encode(tokenizer, texts, bos, heldout):
 
 def utf8(text: str) -> bytes:
     """UTF-8 bytes; half a surrogate pair, which JSON can carry, becomes U+FFFD as in tokenizer.py."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text).encode() if not text.isascii() else text.encode()
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 def _write(writers, parts, empty) -> int:
@@ -378,7 +402,9 @@ def read_manifest(folder: Path) -> dict:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != "nanocpt-shards" or manifest["version"] != FORMAT_VERSION:
             raise KeyError(manifest["format"], manifest["version"])
-        names = [shard["name"] for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+        names = [str(shard["name"]) for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+        if manifest["dtype"] not in ("uint16", "uint32") or not isinstance(manifest["tokenizer"], dict):
+            raise KeyError(manifest["dtype"], manifest["tokenizer"])
     except FileNotFoundError:
         raise ValueError(f"{folder} holds no manifest.json: it is no packed source, or packing did not finish; "
                          f"make it with data.py pack") from None
@@ -423,6 +449,10 @@ def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
         if read and read + record["tokens"] * dtype.itemsize > budget_bytes:
             continue
         tokens, ends, nbytes = open_shard(folder, record, dtype)
+        header = shard_header(record, manifest["tokenizer"], dtype.itemsize)
+        if np.fromfile(folder / f"{record['name']}.bin", "<i4", 256).tolist() != header.tolist():
+            raise ValueError(f"shard file {folder}/{record['name']}.bin has a header that does not fit the manifest; "
+                             f"pack {folder} again")
         for suffix, array, wanted in (("bin", tokens, record["sha256"]), ("idx", ends, record["idx_sha256"]),
                                       ("bytes", nbytes, record["bytes_sha256"])):
             if hashlib.sha256(np.ascontiguousarray(array)).hexdigest() != wanted:
@@ -437,7 +467,7 @@ def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
 def check_tokenizer(name: str, shards: Shards, tokenizer, vocab_size: int):
     """Refuse shards that the model cannot read: another tokenizer's, or with ids past its vocabulary."""
     theirs = shards.manifest["tokenizer"]
-    largest = max((shard["max_id"] for shard in shards.records), default=0)
+    largest = max(shard["max_id"] for split in SPLITS for shard in shards.manifest["splits"][split]["shards"])
     if largest >= vocab_size:
         raise ValueError(f"source {name} ({shards.folder}) holds token id {largest}, but the model's vocabulary has "
                          f"{vocab_size} entries; pack it with the model's tokenizer or resize the model")
@@ -511,6 +541,10 @@ class SourceConfig:
     """domain: what is to be learned; general: replay, what is to be kept"""
     weight: float = 1.0
     """share among the sources of the same role"""
+
+    def __post_init__(self):
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"a source's weight is {self.weight}, but must be 0 or more")
 
 
 @dataclass

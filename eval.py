@@ -224,7 +224,7 @@ def checkpoints_of(run: Path):
         path = checkpoint.path_of(run / "checkpoints", step)
         checkpoint.verify(path)
         tensors, _, state = checkpoint.load(path)
-        model = Model(ModelConfig(**state["model_config"]))
+        model = Model(ModelConfig(**state["identity"]["model"]))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[name])

@@ -23,6 +23,10 @@ class ObjectiveConfig:
     mask_token_id: int | None = None
     """masked: id that stands for a masked token; default: the tokenizer's mask token"""
 
+    def __post_init__(self):
+        if not 0 < self.mask_ratio <= 1:
+            raise ValueError(f"objective.mask_ratio is {self.mask_ratio}, but must be above 0 and at most 1")
+
 
 class Causal:
     """mean of -log p(token t+1 | tokens up to t). Where attention stays inside documents, a document's first token
@@ -99,5 +103,5 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
                          "does not use, e.g. --objective.mask-token-id 0")
     if not 0 <= mask_id < vocab_size:
         raise ValueError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
-    special = tokenizer.special_ids if tokenizer is not None else ()
+    special = [i for i in tokenizer.special_ids if i < vocab_size] if tokenizer is not None else ()
     return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio)

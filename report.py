@@ -471,7 +471,7 @@ def _chart_loss(run: Run, points: int) -> dict | None:
     figure, axes = _axes(HALF, end=run.step)
     for name, (x, y) in series.items():
         _line(axes, x, y, run.colours.get(name, "muted"), points, smooth=True)
-    resumed = [row["step"] for row in run.events 
+    resumed = [row["step"] for row in run.events
                if row["kind"] == "resume" and math.isfinite(_number(row.get("step")))]
     for step in resumed:
         axes.axvline(step, color=_hex("muted"), linewidth=0.8, linestyle=DOTTED)
@@ -686,7 +686,7 @@ def _table(run: Run) -> list:
             "perplexity": known(lambda value: _decimal(value, 2), base.get("perplexity"), now.get("perplexity")),
             "accuracy": known(_percent, base.get("accuracy"), now.get("accuracy")),
             "tokens": known(_short, trained.get("tokens")),
-            "epochs": known(lambda value: _decimal(value, 2), trained.get("epochs")),
+            "epochs": known(lambda value: "< 0.01" if 0 < value < 0.01 else _decimal(value, 2), trained.get("epochs")),
         })
     return rows
 
@@ -698,7 +698,7 @@ def _pairs(run: Run) -> list:
         sides.append({})
         for sample in row["samples"] if isinstance(row.get("samples"), list) else []:
             prompt, text = (str(_dict(sample).get(key, "")) for key in ("prompt", "text"))
-            text = text.removeprefix(prompt).strip()
+            text = text.removeprefix(prompt).rstrip()
             text = text if len(text) <= 3000 else f"{text[:3000]} … ({len(text) - 3000:,} more characters)"
             sides[-1].setdefault(prompt, []).append(text)
     prompts = dict.fromkeys(prompt for side in sides for prompt in side)
@@ -818,7 +818,7 @@ TEMPLATE = """<!doctype html>
 {% if v.has.tokens %}<th>tokens trained</th>{% endif %}
 {% if v.has.epochs %}<th>epochs</th>{% endif %}</tr></thead><tbody>
 {% for row in v.rows %}<tr><td class="name"><i class="swatch" style="--c:var(--{{ row.colour }})"></i>{{ row.name }}
-<small>{{ row.role }}</small></td>
+{% if row.role != row.name %}<small>{{ row.role }}</small>{% endif %}</td>
 {% if v.has.before %}<td>{{ row.before or "–" }}</td>{% endif %}
 {% if v.has.after %}<td>{{ row.after or "–" }}</td>{% endif %}
 {% if v.has.change %}<td class="{{ row.grade }}">{{ row.change or "–" }}</td>

@@ -190,11 +190,12 @@ def test_modes_are_restored_and_training_goes_on(tiny_model):
     model, seen = tiny_model().train(), []
     model.layers[1].eval()                         # a frozen block
     before = [part.training for part in model.modules()]
-    model.layers[0].register_forward_pre_hook(lambda part, _: seen.append((part.training, torch.is_grad_enabled())))
+    model.layers[0].register_forward_pre_hook(lambda part, _: seen.append((part.training, torch.is_grad_enabled(),
+                                                                           torch.is_inference_mode_enabled())))
     generate(model, [1, 2], Settings(3))
     with pytest.raises(KeyError):
         generate(model, [1], Settings(3), on_token=lambda token: {}[token])
-    assert set(seen) == {(False, False)}
+    assert set(seen) == {(False, False, False)}
     assert [part.training for part in model.modules()] == before
     model.head(model(torch.tensor([[1, 2, 3, 4, 5, 6]]))).sum().backward()
     assert all(p.grad is not None for p in model.parameters())

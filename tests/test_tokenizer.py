@@ -350,6 +350,8 @@ def test_sentencepiece_roles_and_order_of_files(tmp_path):
     assert (t.bos_id, t.eos_id, t.pad_id, t.unk_id, t.add_bos, t.special_ids) == (1, 2, None, 0, True, [0, 1, 2])
     t = T.load(spm(tmp_path / "t5", bos_id=-1, pad_id=3))
     assert (t.bos_id, t.pad_id, t.add_bos) == (None, 3, False)
+    t = T.load(spm(tmp_path / "more", control_symbols=["<sep>"], user_defined_symbols=["res_judicata"]))
+    assert t.special_ids == [0, 1, 2, t.token_to_id("<sep>")]                   # a user's symbol is found in text
     write(tmp_path / "llama", tokenizer_config={"add_bos_token": False})
     assert not T.load(tmp_path / "llama").add_bos
     assert T.load(words(tmp_path / "llama", *VOCAB)).kind == "tokenizers"       # tokenizer.json comes first
@@ -393,6 +395,9 @@ def test_extended_llama3_ranks_stand_after_the_special_tokens(small, tmp_path):
     assert (new.vocab_size, new.special_ids, new.eos_id) == (128257, old.special_ids, 128001)
     assert new.encode("the habeas cat") == old.encode("the") + [128256] + old.encode(" cat")
     assert new.fingerprint != old.fingerprint
+    (tmp_path / "tokenizer.model").write_text(data + base64.b64encode(b" habeas").decode() + " 128005\n")
+    with pytest.raises(ValueError, match="and then 256 free"):                  # a special token's id
+        T.load(tmp_path)
 
 
 class TestFingerprint:

@@ -1,0 +1,48 @@
+# Every target sets up what it needs in .venv and works on a bare machine with python3 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+REQUIREMENTS = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	print(*p["dependencies"], *(d for e in sys.argv[1:] for d in p["optional-dependencies"][e]), sep="\n")
+
+.PHONY: setup demo test bench lint clean
+
+setup: .venv/core
+
+# Debian ships python3 without ensurepip: there the venv module is a package of its own
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || { rm -rf .venv; \
+		echo "installing python3-venv"; apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null && \
+		$(PYTHON) -m venv .venv; } || { rm -rf .venv; echo "error: install python3-venv, then run make again"; exit 2; }
+
+.venv/core: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -c '$(REQUIREMENTS)' > .venv/requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r .venv/requirements.txt
+	@touch $@
+
+.venv/test: .venv/core
+	$(BIN)/python -c '$(REQUIREMENTS)' test bench > .venv/requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r .venv/requirements.txt
+	@touch $@
+
+# an older transformers beside the pinned one: what we export must load in both
+.venv/transformers4: | .venv/test
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@ \
+		transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
+
+demo: .venv/core
+	$(BIN)/python experiments/demo.py --out out/demo
+
+test: .venv/test .venv/transformers4
+	NANOCPT_TRANSFORMERS4=$(CURDIR)/.venv/transformers4 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+bench: .venv/test
+	$(BIN)/python bench.py data --json out/bench_data.json
+	$(BIN)/python bench.py train --json out/bench_train.json
+
+lint: .venv/test
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv out

@@ -1,0 +1,637 @@
+"""train.py against laws and independent truths.
+
+Laws: the same settings give the same bits; a run that was stopped, killed or damaged and resumed equals one that never
+was, in every loss, weight and moment; a user's mistake is one line and leaves nothing behind. Truths: the gradient of
+the mean over all targets by transformers, document by document, without packing or accumulation.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import config
+import data
+import guard
+import hf
+import optim
+import parallel
+import tokenizer
+import train
+
+ROOT = Path(__file__).parent.parent
+WORDS = {"legal": "court lien tenant statute appeal the of shall notice title any person hereby section under writ",
+         "story": "once a little cat was so happy and ran to the big red tree with her friend mom said play"}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+# ---- two small corpora and a short run (test_parallel.py and test_eval.py use these too)
+
+def texts(kind: str, n: int = 240) -> list[str]:
+    draw, words = random.Random(kind), WORDS[kind].split()
+    return [" ".join(draw.choices(words, k=draw.randint(4, 30))) + "." for _ in range(n)]
+
+
+def make_lab(folder: Path) -> Path:
+    """folder/{tok, legal, story}: a tokenizer of 300 ids and two packed sources."""
+    tok = tokenizer.train(texts("legal") + texts("story"), "bpe", 300, folder / "tok")
+    for kind in WORDS:
+        data.pack(texts(kind), tok, folder / kind, heldout=0.1)
+    return folder
+
+
+def arguments(lab: Path, out, *more, steps: int = 8) -> list[str]:
+    """A scratch run on both sources, as words of a command line; later words win."""
+    return ["--out", str(out), "--device", "cpu", "--model.init", "scratch", "--model.tokenizer", str(lab / "tok"),
+            "--model.hidden-size", "32", "--model.intermediate-size", "64", "--model.num-hidden-layers", "2",
+            "--model.num-attention-heads", "4", "--model.num-key-value-heads", "2", "--data.context", "32",
+            "--data.sources.legal.path", str(lab / "legal"), "--data.sources.story.path", str(lab / "story"),
+            "--data.sources.story.role", "general", "--optim.lr", "1e-2", "--optim.min-lr", "1e-3",
+            "--train.precision", "fp32", "--train.batch-size", "4", "--train.micro-batch-size", "2",
+            "--train.steps", str(steps), "--train.save-every", "1000", "--eval.every", "1000", "--eval.tokens", "400",
+            "--eval.sample-tokens", "0", "--log.every", "1", *map(str, more)]
+
+
+def settings(lab, out, *more, steps: int = 8) -> train.Config:
+    return config.parse(train.Config, arguments(lab, out, *more, steps=steps))
+
+
+def one(device="cpu") -> parallel.World:
+    return parallel.World(0, 1, torch.device(device))
+
+
+def lines(out, kind: str) -> list[dict]:
+    records = map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines())
+    return [r for r in records if r["kind"] == kind]
+
+
+def trace(out) -> dict:
+    """{step: everything that is a function of the step}; the last record of a step that was done twice."""
+    return {r["step"]: (r["loss"], r["grad_norm"], r["lr"], r["domain_share"], str(r["sources"]))
+            for r in lines(out, "train")}
+
+
+def digest(batches) -> str:
+    parts = [t.numpy().tobytes() for b in batches for t in (b.tokens, b.labels, b.position_ids, b.doc_start)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def same_checkpoint(a, b, step: int):
+    """Weights, moments and state of two runs at `step` are equal in every bit."""
+    a, b = (checkpoint.load(checkpoint.path_of(Path(x) / "checkpoints", step)) for x in (a, b))
+    for mine, theirs in zip(a[:2], b[:2]):
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    assert a[1], "no optimizer state"
+    assert {k: v for k, v in a[2].items() if k != "tokenizer"} == {k: v for k, v in b[2].items() if k != "tokenizer"}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, so that sums have one order here and in the processes started here; and no report for each run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = types.SimpleNamespace(returncode=0, stderr="")
+    monkeypatch.setattr(train, "subprocess", types.SimpleNamespace(run=lambda *a, **k: made))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(lab, tmp_path_factory):
+    """A run of 8 steps that nothing interrupted, and the hash of the tokens of each step."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        seen = spy(patch)
+        torch.set_num_threads(1)
+        assert train.train(settings(lab, out), one()) == 0
+    return out, seen
+
+
+def spy(monkeypatch, at=None, act=None) -> dict:
+    """Note the tokens of every step; after the step numbered `at` call act()."""
+    seen, real = {}, train.train_step
+
+    def step(run, number, batches):
+        seen[number] = digest(batches)
+        done = real(run, number, batches)
+        if number == at:
+            act()
+        return done
+    monkeypatch.setattr(train, "train_step", step)
+    return seen
+
+
+class Crash(RuntimeError):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+def crash_at(monkeypatch, c, step: int):
+    """Run until the process "dies" in the middle of `step`."""
+    with monkeypatch.context() as patch:
+        spy(patch, step, crash)
+        with pytest.raises(Crash):
+            train.train(c, one())
+
+
+def command(monkeypatch, capsys, words) -> tuple[int, str, str]:
+    """train.py's command line in this process: (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    status = config.main_guard(train.main)
+    return status, *capsys.readouterr()
+
+
+def process(*words, **more):
+    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, words)], env=ENV, capture_output=True,
+                          text=True, **more)
+
+
+# ---- the whole way
+
+def test_from_text_to_report_and_again_from_the_run_folder(lab, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    assert command(monkeypatch, capsys, arguments(lab, tmp_path / "base"))[0] == 0
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[data]\ncontext = 32\n[data.sources.legal]\nrole = "domain"\n[train]\nprecision = "fp32"\n')
+    words = arguments(lab, tmp_path / "run", "--eval.every", 5, "--eval.sample-tokens", 4, steps=7)
+    words = [w for i, w in enumerate(words) if not {"--model.init", "--model.tokenizer"} & {w, words[i - 1]}]
+    words += ["--model.path", str(tmp_path / "base/final")]
+    done = process(recipe, *words)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "run"
+    names = {f.name for f in out.iterdir()}
+    assert names >= {"config.toml", "metrics.jsonl", "plan.jsonl", "eval_step_0.json", "eval_step_5.json",
+                     "eval_step_7.json", "eval.json", "checkpoints", "final", "report.html"}
+    assert not [f for f in out.rglob("*") if "tmp" in f.name or "partial" in f.name]
+    assert (out / "report.html").read_text().lstrip().lower().startswith("<!doctype html")
+    assert [len(lines(out, k)) for k in ("start", "train", "eval", "samples")] == [1, 7, 3, 2]
+    result = json.loads((out / "eval.json").read_text())
+    assert result["before"] == json.loads((out / "eval_step_0.json").read_text())["texts"]
+    assert result["after"] == json.loads((out / "eval_step_7.json").read_text())["texts"]
+    change = result["after"]["story"]["bits_per_byte"] / result["before"]["story"]["bits_per_byte"] - 1
+    assert result["forgetting"] == pytest.approx(change)
+
+    ours, theirs = hf.load(out / "final").eval(), transformers.AutoModelForCausalLM.from_pretrained(out / "final")
+    tokens = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.head(ours(tokens)), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+    last = checkpoint.load(checkpoint.path_of(out / "checkpoints", 7))[0]
+    assert all(torch.equal(p, last[name]) for name, p in ours.named_parameters())
+
+    again = tmp_path / "again"
+    status, _, _ = command(monkeypatch, capsys, [out / "config.toml", "--out", again])
+    assert status == 0
+    assert trace(again) == trace(out)
+    same_checkpoint(again, out, 7)
+    written = [(x / "config.toml").read_text().replace(str(x), "") for x in (out, again)]
+    assert written[0] == written[1]
+
+
+def test_a_run_learns_and_its_plan_is_what_it_drew(lab, tmp_path):
+    out = tmp_path / "run"
+    train.train(settings(lab, out, "--data.schedule", "static", "--data.domain-share", 0.75, steps=30), one())
+    losses = [r["loss"] for r in lines(out, "train")]
+    assert losses[0] == pytest.approx(5.7, abs=0.2)              # ln 300: a fresh model knows nothing
+    assert losses[-1] < losses[0] - 1.5
+    plan = json.loads((out / "plan.jsonl").read_text())
+    assert plan["sequences"] == {"legal": 90, "story": 30}
+    last = lines(out, "train")[-1]
+    assert {n: s["tokens"] for n, s in last["sources"].items()}.items() <= {"legal": 90 * 32, "story": 30 * 32}.items()
+
+
+# ---- stopped and resumed
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(lab, tmp_path, monkeypatch, whole, stop):
+    out, c = tmp_path / "run", settings(lab, tmp_path / "run")
+    steps = sorted(random.Random(stop).sample(range(7), 3))       # stopped three times in a row
+    tokens = {}
+    for at in steps:
+        with monkeypatch.context() as patch:
+            tokens |= spy(patch, at, lambda: os.kill(os.getpid(), stop))
+            assert train.train(c, one()) == 0
+        assert checkpoint.steps(out / "checkpoints")[-1] == at + 1
+        assert not (out / "final").exists()
+    with monkeypatch.context() as patch:
+        tokens |= spy(patch)
+        assert train.train(c, one()) == 0
+    assert tokens == whole[1]
+    assert [r["step"] for r in lines(out, "train")] == list(range(1, 9)), "a step was done twice or left out"
+    assert [r["step"] for r in lines(out, "resume")] == [at + 1 for at in steps]
+    assert trace(out) == trace(whole[0])
+    same_checkpoint(out, whole[0], 8)
+    assert (out / "eval.json").read_text() == (whole[0] / "eval.json").read_text()
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(lab, tmp_path, monkeypatch, whole, capsys):
+    out, c = tmp_path / "run", settings(lab, tmp_path / "run", "--train.save-every", 3)
+    crash_at(monkeypatch, c, 7)
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')                          # what a killed process may leave
+    assert train.train(c, one()) == 0
+    assert f"resumed from {out}/checkpoints/step_00000006 at step 6" in capsys.readouterr().out
+    broken = [line for line in (out / "metrics.jsonl").read_text().splitlines() if not line.endswith("}")]
+    assert broken == ['{"kind": "train", "st']
+    (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text().replace(broken[0] + "\n", ""))
+    assert trace(out) == trace(whole[0])
+    same_checkpoint(out, whole[0], 8)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "lose"])
+def test_damaged_checkpoint_is_named_and_the_one_before_is_used(lab, tmp_path, monkeypatch, whole, capsys, damage):
+    out, c = tmp_path / "run", settings(lab, tmp_path / "run", "--train.save-every", 2)
+    crash_at(monkeypatch, c, 7)
+    newest = out / "checkpoints/step_00000006"
+    file = newest / "optimizer.safetensors"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[-5] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        (newest / "manifest.json").unlink()
+    assert train.train(c, one()) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"warning: checkpoint \S+step_00000006 ", said)
+    assert "step_00000004 at step 4" in said
+    assert trace(out) == trace(whole[0])
+    same_checkpoint(out, whole[0], 8)
+
+
+def test_signals_to_a_real_process(lab, tmp_path):
+    out, reference = tmp_path / "run", tmp_path / "reference"
+    words = arguments(lab, out, steps=150)
+    reached = 0
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        running = subprocess.Popen([sys.executable, ROOT / "train.py", *words], env=ENV, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and running.poll() is None:
+            if out.joinpath("metrics.jsonl").exists() and len(lines(out, "train")) >= reached + 3:
+                break
+            time.sleep(0.01)
+        running.send_signal(stop)
+        said, errors = running.communicate(timeout=60)
+        assert (running.returncode, errors) == (0, ""), errors
+        assert re.search(rf"{stop.name}: saved at step \d+ of 150; the same command resumes it", said)
+        assert reached < (reached := checkpoint.steps(out / "checkpoints")[-1]) < 150
+    train.train(settings(lab, out, steps=150), one())
+    train.train(settings(lab, reference, steps=150), one())
+    assert trace(out) == trace(reference)
+    same_checkpoint(out, reference, 150)
+
+
+def test_resume_under_other_settings_is_refused_with_what_differs(lab, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    crash_at(monkeypatch, settings(lab, out, "--train.save-every", 2), 3)
+    data.pack(texts("legal")[:200], tokenizer.load(lab / "tok"), tmp_path / "other", heldout=0.1)
+    before = {f: f.read_bytes() for f in (out / "checkpoints").rglob("*") if f.is_file()}
+    for words, differs in (("--seed 1", "seed was 0 and is 1"), ("--train.batch-size 8", "batch_size was 4 and is 8"),
+                           (f"--data.sources.legal.path {tmp_path / 'other'}", "tokens was"),
+                           ("--optim.lr 0.02", "'lr': 0.02")):
+        status, _, errors = command(monkeypatch, capsys, arguments(lab, out, *words.split()))
+        assert status == 2
+        assert errors.startswith(f"error: {out} holds another run: ")
+        assert differs in errors
+        assert errors.count("\n") == 1
+    assert before == {f: f.read_bytes() for f in (out / "checkpoints").rglob("*") if f.is_file()}
+    capsys.readouterr()
+    c = settings(lab, out, "--train.micro-batch-size", 4, "--log.every", 5)      # these may change
+    assert train.train(c, one()) == 0
+    assert "at step 2" in capsys.readouterr().out
+
+
+def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, capsys, whole):
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, whole[0]))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "holds a finished run" in errors
+    lock = guard.RunLock(tmp_path / "run")
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "another process is writing the run folder" in errors
+    lock.release()
+    assert [f.name for f in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_full_disk_during_a_save(lab, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    crash_at(monkeypatch, settings(lab, out, "--train.save-every", 2), 2)
+    full = process(*arguments(lab, out, "--train.save-every", 2),
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)))
+    assert full.returncode == 2, full.stderr
+    assert re.fullmatch(r"error: .*step_00000004.*\n", full.stderr)
+    assert [f.name for f in (out / "checkpoints").iterdir()] == ["step_00000002"]
+    checkpoint.verify(out / "checkpoints/step_00000002")
+
+
+# ---- one step
+
+def gradients(run, step: int = 0) -> tuple[dict, dict]:
+    """(what train_step returns, gradients as the optimizer meets them)."""
+    kept = {}
+
+    def keep(*_, **__):
+        kept.update({n: parallel.whole(p.grad).clone() for n, p in run.inner.named_parameters()})
+    hook = run.optimizer.register_step_pre_hook(keep)
+    done = train.train_step(run, step, train.micro_batches(run, step))
+    hook.remove()
+    return done, kept
+
+
+@pytest.mark.parametrize("micro", [1, 3, 6])
+def test_gradient_is_that_of_the_mean_over_all_targets(lab, whole, tmp_path, micro):
+    """Truth: transformers on each document piece alone, all targets of the step weighing the same."""
+    transformers = pytest.importorskip("transformers")
+    truth = transformers.AutoModelForCausalLM.from_pretrained(whole[0] / "final").train()
+    c = settings(lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", whole[0] / "final",
+                 "--train.batch-size", 6, "--train.micro-batch-size", micro, "--optim.clip", 0)
+    run = train.setup(c, one())
+    sources = {n: data.Shards(lab / n) for n in WORDS}
+    windows = -(-sources["legal"].tokens // 32)
+    step = next(s for s in range(400) if (run.loader.rows(s).labels == -100).any()) if windows < 0 else 0
+    rows = run.loader.rows(step)
+    rows.labels[1, 12:], rows.labels[4, 3:] = -100, -100        # two rows with few targets
+    run.loader.rows = lambda s, lo=0, hi=None: data.Batch(
+        *(getattr(rows, k)[lo:hi] for k in ("tokens", "labels", "position_ids", "doc_start", "source")),
+        rng=data.RowRandom(rows.rng.keys[lo:hi]))
+
+    total, count = 0.0, 0
+    for tokens, labels, start in zip(rows.tokens.long(), rows.labels.long(), rows.doc_start):
+        for begin in start.unique():
+            piece = start == begin
+            ids, targets = tokens[piece], labels[piece]
+            if len(ids) > 1:
+                logits = truth(ids[None, :-1]).logits[0]
+                total = total + torch.nn.functional.cross_entropy(logits, targets[1:], reduction="sum")
+                count += (targets[1:] != -100).sum().item()
+    (total / count).backward()
+
+    done, ours = gradients(run, step)
+    assert done["loss"] == pytest.approx((total / count).item(), rel=1e-5)
+    theirs = {hf.from_hf_name(n): p.grad for n, p in truth.named_parameters()}
+    assert sum(n for _, n in done["sources"].values()) == count
+    for name, grad in ours.items():                             # fp32, another order of sums
+        torch.testing.assert_close(grad, theirs[name], rtol=2e-4, atol=2e-6, msg=name)
+    norm = torch.stack([g.norm() for g in theirs.values()]).norm().item()
+    assert done["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+def test_padding_of_the_last_window_is_no_target(lab, tmp_path):
+    """Over a whole epoch each token of a source is a target once, but for the first of each document piece."""
+    c = settings(lab, tmp_path / "run", "--data.sources.story.weight", 0, "--data.domain-share", 1,
+                 "--data.schedule", "static", "--data.mask-documents", "false")
+    shards = data.Shards(lab / "legal")
+    windows = -(-shards.tokens // 32)
+    c.train.batch_size, c.train.steps = windows, 1
+    run = train.setup(c, one())
+    done = train.train_step(run, 0, train.micro_batches(run, 0))
+    assert done["sources"] == {"legal": (pytest.approx(done["loss"] * shards.tokens), shards.tokens)}
+
+
+def test_gradient_clipping_reports_the_norm_before_and_bounds_the_one_after(lab, tmp_path):
+    run = train.setup(settings(lab, tmp_path / "run", "--optim.clip", 0.05), one())
+    done, ours = gradients(run)
+    assert done["grad_norm"] > 0.1
+    assert torch.stack([g.norm() for g in ours.values()]).norm().item() == pytest.approx(0.05, rel=1e-3)
+
+
+def test_activation_checkpointing_changes_nothing(lab, tmp_path, whole):
+    out = tmp_path / "run"
+    train.train(settings(lab, out, "--model.activation-checkpointing"), one())
+    assert trace(out) == trace(whole[0])
+    same_checkpoint(out, whole[0], 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_model_has_the_same_losses(lab, tmp_path, whole):
+    run = train.setup(settings(lab, tmp_path / "run", "--compile"), one())
+    for step, (loss, norm, *_) in list(trace(whole[0]).items())[:3]:     # fused kernels round otherwise
+        done = train.train_step(run, step - 1, train.micro_batches(run, step - 1))
+        assert (done["loss"], done["grad_norm"]) == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3))
+
+
+# ---- precision
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_learns_and_resumes_bit_for_bit(lab, tmp_path, monkeypatch, precision):
+    outs = tmp_path / "a", tmp_path / "b"
+    for out in outs:
+        c = settings(lab, out, "--train.precision", precision, steps=20)
+        if out == outs[1]:
+            with monkeypatch.context() as patch:
+                spy(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                train.train(c, one())
+        train.train(c, one())
+    losses = [r["loss"] for r in lines(outs[0], "train")]
+    assert losses[-1] < losses[0] - 1
+    assert trace(outs[0]) == trace(outs[1])
+    same_checkpoint(*outs, 20)
+    model, _, state = checkpoint.load(outs[0] / "checkpoints/step_00000020")
+    assert {t.dtype for t in model.values()} == {torch.float32}
+    assert (state["loss_scale"]["scale"] > 1) == (precision == "fp16")
+
+
+def test_fp16_gradients_are_those_of_fp32(lab, tmp_path):
+    norms = []
+    for precision in ("fp32", "fp16"):
+        run = train.setup(settings(lab, tmp_path / "run", "--train.precision", precision), one())
+        norms.append(gradients(run)[0]["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=0.01)       # 11 bits of mantissa
+
+
+def test_overflow_in_fp16_leaves_the_step_out_and_the_scale_is_kept(lab, tmp_path):
+    c = settings(lab, tmp_path / "run", "--train.precision", "fp16", "--train.save-every", 2)
+    run = train.setup(c, one())
+    run.scale.scale = 2.0**60
+    before = parallel.model_state(run.inner)
+    before = {k: v.clone() for k, v in before.items()}
+    done = train.train_step(run, 0, train.micro_batches(run, 0))
+    assert not done["grad_norm"] < float("inf")
+    assert all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
+    assert not run.optimizer.state
+    assert run.scale.state_dict() == {"scale": 2.0**59, "good_steps": 0}
+    run.scale.scale = 1024.0
+    assert train.train_step(run, 1, train.micro_batches(run, 1))["grad_norm"] < 1e4
+    assert not all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
+    logger = types.SimpleNamespace(record=lambda *a, **k: None, say=lambda *a: None)
+    train.save(run, 2, tmp_path / "run/checkpoints", logger)
+    fresh = train.setup(c, one())
+    assert train.resume(fresh, tmp_path / "run", logger) == 2
+    assert fresh.scale.state_dict() == run.scale.state_dict() == {"scale": 1024.0, "good_steps": 1}
+
+
+def test_loss_scale_grows_after_2000_good_steps():
+    scale = optim.LossScale(True)
+    assert all(scale.update(1.0) for _ in range(1999))
+    assert scale.scale == 2**16
+    assert scale.update(1.0)
+    assert scale.scale == 2**17
+    assert not scale.update(float("nan"))
+    assert scale.state_dict() == {"scale": 2**16, "good_steps": 0}
+
+
+# ---- mistakes and accidents
+
+def test_not_a_number_stops_before_the_step(lab, tmp_path, monkeypatch, capsys):
+    run = train.setup(settings(lab, tmp_path / "r"), one())
+    with torch.no_grad():
+        run.inner.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    before = {k: v.clone() for k, v in parallel.model_state(run.inner).items()}
+    with pytest.raises(ValueError, match=r"the loss of step 0 is nan \(sources in the step: .*legal"):
+        train.train_step(run, 0, train.micro_batches(run, 0))
+    after = parallel.model_state(run.inner)
+    assert all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in after.items())
+
+    real = train.build_model
+
+    def poisoned(*args):
+        model, inner = real(*args)
+        inner.embed_tokens.weight.data.fill_(float("inf"))
+        return model, inner
+    monkeypatch.setattr(train, "build_model", poisoned)
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
+    assert status == 2
+    assert re.fullmatch(r"error: the loss of step 0 is \w+ .*lower --optim.lr.*\n", errors)
+
+
+def mistakes(lab, tmp_path):
+    """(words after a good command line, what the error says)."""
+    good = lab / "tok"
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text('{"model_type": "bert"}')
+    other = tokenizer.train(texts("legal"), "bpe", 280, tmp_path / "othertok")
+    data.pack(texts("legal"), other, tmp_path / "othershards")
+    shutil.copytree(lab / "legal", tmp_path / "flipped")
+    file = tmp_path / "flipped/train_000000.bin"
+    content = bytearray(file.read_bytes())
+    content[1024 + 300] ^= 4
+    file.write_bytes(content)
+    shutil.copytree(lab / "legal", tmp_path / "short")
+    os.truncate(tmp_path / "short/train_000000.bin", 2000)
+    source = "--data.sources.legal.path"
+    yield f"--train.btch-size 4 --model.tokenizer {good}", "unknown key train.btch_size; did you mean train.batch_size?"
+    yield f"{source} {tmp_path}/nowhere", "data.sources.legal.path"
+    yield "--data.sources.new.role general", "data.sources.new.path is not set"
+    yield "--model.tokenizer /nowhere/tok", "/nowhere/tok"
+    yield "--model.path /nowhere/model --model.init pretrained", "/nowhere/model"
+    yield f"--model.path {bert}", "model_type 'bert'"
+    yield f"{source} {tmp_path / 'othershards'}", "another tokenizer"
+    yield f"{source} {tmp_path / 'flipped'}", "its hash differs"
+    yield f"{source} {tmp_path / 'short'}", "cut short"
+    yield f"{source} {lab}", "manifest.json"
+    yield "--train.steps 0", "train.steps"
+    yield "--train.steps many", "many"
+    yield "--train.precision int8", "int8"
+    yield "--eval.every 0", "eval.every"
+    yield "--log.every 0", "log.every"
+    yield "--optim.lr -1", "optim.lr"
+    yield "--objective.name masked --objective.mask-token-id 4000", "4000"
+    yield "--model.num-attention-heads 5", "num_attention_heads"
+    yield "--device cuda", "CUDA"
+
+
+def test_mistakes_are_one_line_and_leave_nothing(lab, tmp_path, monkeypatch, capsys):
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for number, (words, says) in enumerate(mistakes(lab, tmp_path)):
+        out = tmp_path / f"run{number}"
+        status, said, errors = command(monkeypatch, capsys, arguments(lab, out, *words.split()))
+        assert (status, said) == (2, ""), words
+        assert re.fullmatch(r"error: .+\n", errors), (words, errors)
+        assert says in errors, words
+        assert not out.exists(), words
+    status, _, errors = command(monkeypatch, capsys, ["--out", tmp_path / "none", "--model.init", "scratch",
+                                                      "--model.tokenizer", lab / "tok"])
+    assert (status, errors.startswith("error: no data: name at least one source")) == (2, True)
+    status, _, errors = command(monkeypatch, capsys, [tmp_path / "recipe.toml"])
+    assert (status, "recipe.toml does not exist" in errors) == (2, True)
+    with pytest.raises(ValueError, match="train.batch_size 4 is not a multiple of the 3 ranks"):
+        train.train(settings(lab, tmp_path / "three"), parallel.World(0, 3, torch.device("cpu")))
+    assert not (tmp_path / "three").exists()
+
+
+def test_a_mistake_in_a_real_process(lab, tmp_path):
+    done = process(*arguments(lab, tmp_path / "run", "--optim.learningrate", "1"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: unknown key optim.learningrate")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_chat_model_and_a_source_without_held_out_text_are_warned_of(lab, tmp_path, whole, monkeypatch, capsys):
+    base = shutil.copytree(whole[0] / "final", tmp_path / "chat")
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    data.pack(texts("legal")[:20], tokenizer.load(lab / "tok"), tmp_path / "all", heldout=0)
+    status, said, _ = command(monkeypatch, capsys, arguments(
+        lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", base, "--dry-run",
+        "--data.sources.legal.path", tmp_path / "all"))
+    assert status == 0
+    assert "warning: the base carries a chat template" in said
+    assert "warning: source legal has no held-out documents" in said
+
+
+def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monkeypatch, capsys):
+    before = set(tmp_path.iterdir())
+    monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path))
+    calls = {name: 0 for name in ("evaluate", "save")}
+    for name in calls:
+        def counted(*args, name=name, real=getattr(train, name)):
+            calls[name] += 1
+            return real(*args)
+        monkeypatch.setattr(train, name, counted)
+    status, said, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=1000))
+    assert (status, errors) == (0, "")
+    assert calls == {"evaluate": 1, "save": 1}
+    for pattern in (r"1,000 steps of 4 x 32 = 128 tokens", r"legal \(domain\): [\d,]+ tokens, read [\d.]+ times",
+                    r"story \(general\): [\d,]+ tokens, read [\d.]+ times", r"peak memory \d+\.\d\d GB",
+                    r"a checkpoint \d\.\d\d GB", r"takes about \d+\.\d\d hours"):
+        assert re.search(pattern, said), pattern
+    shown = re.findall(r"--- a packed sequence of source (\w+), (\d+) documents\n((?:\[\d+:\d+\] .*\n)+)", said)
+    assert len(shown) == 2
+    run = train.setup(settings(lab, tmp_path / "run", steps=1000), one())
+    batch = run.loader.rows(0)
+    for row, (source, count, body) in enumerate(shown):
+        assert source == run.loader.names[batch.source[row]]
+        pieces = re.findall(r"\[(\d+):(\d+)\] (.*)", body)
+        assert len(pieces) == int(count)
+        assert [int(a) for a, _, _ in pieces] == batch.doc_start[row].unique().tolist()
+        assert all(eval(text).count("<|eos|>") <= 1 for _, _, text in pieces)
+    assert set(tmp_path.iterdir()) == before
+
+
+# ---- the other objective
+
+def test_masked_language_model_improves_on_held_out_text(lab, tmp_path):
+    out = tmp_path / "run"
+    train.train(settings(lab, out, "--objective.name", "masked", "--eval.tokens", 2000, steps=60), one())
+    before, after = (json.loads((out / f"eval_step_{n}.json").read_text())["texts"] for n in (0, 60))
+    for name in WORDS:
+        assert before[name]["accuracy"] < 0.05
+        assert after[name]["accuracy"] > before[name]["accuracy"] + 0.05
+        assert after[name]["nats_per_token"] < before[name]["nats_per_token"] - 1
+        assert before[name]["tokens"] == after[name]["tokens"] > 50
+    assert "bits_per_byte" not in after["legal"]
