@@ -304,8 +304,8 @@ def bench_train(args) -> list:
 
 
 def default_text() -> str:
-    paths = [Path("out/demo/general.jsonl"), Path(os.environ.get("NANOCPT_DATA", ""), "corpora/wikitext2/wiki.test.raw")]
-    return next((str(path) for path in paths if path.exists()), "")
+    paths = ["out/demo/general.jsonl", os.environ.get("NANOCPT_DATA", "") + "/corpora/wikitext2/wiki.test.raw"]
+    return next((path for path in paths if Path(path).exists()), "")
 
 
 def main():

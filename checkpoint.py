@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -35,6 +36,9 @@ def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dic
                 os.fsync(handle.fileno())
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {final} could not be written ({error}); make room, and the same command resumes "
+                         f"from the one before") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in steps(folder)[:-keep] if keep else []:

@@ -250,6 +250,8 @@ def main():
     args = parser.parse_args()
     if bool(args.model) == bool(args.run):
         raise ValueError("name one of --model and --run")
+    if args.context is not None and args.context < 1:
+        raise ValueError(f"--context is {args.context}, but a window needs at least 1 token")
     texts = {}
     for text in args.text:
         name, equals, file = text.partition("=")

@@ -1,6 +1,7 @@
 """What a run says: metrics.jsonl always; a console line or progress bar on rank 0; TensorBoard and W&B when asked."""
 
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ class LogConfig:
     """write TensorBoard events into the run folder (extra: log)"""
     wandb: str = ""
     """Weights & Biases project; offline without a key (extra: log)"""
+
+    def __post_init__(self):
+        if self.every <= 0:
+            raise ValueError(f"log.every is {self.every}, but must be above 0")
 
 
 class Logger:
@@ -82,10 +87,11 @@ class Logger:
 
 
 def format_line(step: int, total: int, v: dict) -> str:
-    """step 120/2000 | loss 2.134 | legal 2.01 stories 2.3 | lr 2.9e-05 | gnorm 0.71 | 41.2k tok/s | eta 0:42:10"""
+    """step 120/2000 | loss 2.134 | ppl 8.4 | legal 2.01 stories 2.3 | replay 30% | lr 2.9e-05 | ... | eta 0:42:10"""
     sources = " ".join(f"{name} {s['loss']:.3f}" for name, s in v["sources"].items())
     eta = int((total - step) * v["step_ms"] / 1000)
-    parts = [f"step {step}/{total}", f"loss {v['loss']:.3f}", sources, f"lr {v['lr']:.2e}",
+    parts = [f"step {step}/{total}", f"loss {v['loss']:.3f}", f"ppl {math.exp(min(v['loss'], 99)):.1f}", sources,
+             f"replay {100 * v['replay_share']:.0f}%", f"lr {v['lr']:.2e}",
              f"gnorm {v['grad_norm']:.2f}", f"{v['tokens_per_second'] / 1000:.1f}k tok/s"]
     if v.get("mfu"):
         parts.append(f"mfu {100 * v['mfu']:.0f}%")

@@ -136,6 +136,8 @@ def like(full: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
 def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """{name: whole CPU tensor} of the parameters (a tied one once); a collective call."""
     model = getattr(model, "module", model)
+    if hasattr(model, "reshard"):             # an evaluation leaves FSDP's root gathered, in the products' dtype
+        model.reshard()
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
@@ -157,5 +159,5 @@ def load_optimizer_state(model: nn.Module, optimizer, state: dict[str, torch.Ten
     for name, p in getattr(model, "module", model).named_parameters():
         mine = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
         if mine:
-            optimizer.state[p] = {key: like(value, p) if value.shape == p.shape else value.clone()
+            optimizer.state[p] = {key: like(value, p) if value.shape == p.shape else value.to(p.device)
                                   for key, value in mine.items()}

@@ -100,6 +100,11 @@ class EvalSection:
     """texts the model continues before and after; default: the beginnings of held-out documents"""
     sample_tokens: int = 64
 
+    def __post_init__(self):
+        for name in ("every", "tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"eval.{name} is {getattr(self, name)}, but must be above 0")
+
 
 @dataclass
 class Config:
@@ -449,9 +454,10 @@ def line_of(run: Run, step: int, done: dict, seconds: float) -> dict:
                  and name in torch.cuda.get_device_name(run.world.device)), None)
     flops = matmul_flops_per_token(run.config, c.data.context) * tokens / run.world.size / seconds
     epochs, taken = loader.epochs(step), dict(zip(loader.names, loader.counts[step].tolist()))
+    general = sum(n for name, n in taken.items() if c.data.sources[name].role == "general")
     return {"loss": done["loss"], "lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": step * tokens,
             "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds, "peak_gb": peak_gb(run.world),
-            **({"mfu": flops / peak} if peak else {}),
+            **({"mfu": flops / peak} if peak else {}), "replay_share": general / sum(taken.values()),
             "domain_share": data.domain_share(c.data.schedule, c.data.domain_share, (step - 1) / max(1, run.total - 1)),
             "sources": {name: {"loss": nats / n, "tokens": taken[name] * c.data.context, "epochs": epochs[name]}
                         for name, (nats, n) in done["sources"].items()}}

@@ -3,9 +3,9 @@
     python experiments/demo.py --out out/demo                 # everything, some minutes on two cores
     python experiments/demo.py --out out/demo --corpora-only  # general.jsonl (English) and domain.jsonl (Python code)
 
-It makes two corpora, trains a tokenizer, pretrains a small base on the general side, exports it as a Hugging Face folder
-and continues from that folder three times at the same budget: on the domain alone, with replay, and with a little replay.
-Each stage is a command of the project, printed before it runs, that a user would type.
+It makes two corpora, trains a tokenizer, pretrains a small base on the general side, exports it as a Hugging Face
+folder, and continues from that folder three times at the same budget: on the domain alone, with replay, and with a
+little replay. Each stage is a command of the project that a user would type, printed before it runs.
 
 General is the prose of docstrings and of the topics of `help()`; domain is Python code without docstrings and comments,
 of the standard library first. Files are read, never imported; one installation always gives the same bytes.
@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
 
-from config import ArgumentParser, main_guard
+from config import ArgumentParser, main_guard  # noqa: E402
 
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)  # bounds of one record
 SKIP_FOLDERS = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}
@@ -248,7 +248,7 @@ def snippets(path: Path, count: int = 2, chars: int = 400) -> list[str]:
 # ---- the main job, in the project's own commands
 
 RUNS = {"domain_only": 1.0, "replay": 0.8, "little_replay": 0.95}  # share of domain sequences
-BASE_STEPS, STEPS = 420, 180
+BASE_STEPS, STEPS = 450, 180
 
 
 def run(*command) -> None:
@@ -264,18 +264,18 @@ def demo(out: Path) -> dict:
     shutil.rmtree(out, ignore_errors=True)
     corpora = make_corpora(out)
     sides = {side: corpora[side]["path"] for side in ("general", "domain")}
-    run("tokenizer.py", "train", "--kind", "bpe", "--vocab-size", 4096, "--out", out / "tokenizer", *sides.values())
+    run("tokenizer.py", "train", "--kind", "bpe", "--vocab-size", 2048, "--out", out / "tokenizer", *sides.values())
     for side, path in sides.items():
         run("data.py", "pack", "--tokenizer", out / "tokenizer", "--out", out / "shards" / side, path,
             "--heldout", 0.04)
     general = ("--data.sources.general.path", out / "shards/general", "--data.sources.general.role", "general")
     domain = ("--data.sources.domain.path", out / "shards/domain")
     run("train.py", "recipes/demo.toml", "--model.init", "scratch", "--model.tokenizer", out / "tokenizer", *general,
-        "--train.steps", BASE_STEPS, "--out", out / "base")
+        "--train.steps", BASE_STEPS, "--eval.every", 150, "--optim.lr", 4e-3, "--optim.min-lr", 4e-4,
+        "--out", out / "base")
     for name, share in RUNS.items():
         run("train.py", "recipes/demo.toml", "--model.path", out / "base/final", *domain, *general,
-            "--data.domain-share", share, "--train.steps", STEPS, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4,
-            "--out", out / name)
+            "--data.domain-share", share, "--train.steps", STEPS, "--out", out / name)
     run("report.py", *(out / name for name in RUNS), "--out", out / "report.html")
     summary = summarise(out, time.perf_counter() - began)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
@@ -283,7 +283,7 @@ def demo(out: Path) -> dict:
 
 
 def summarise(out: Path, seconds: float) -> dict:
-    """{"seconds", "runs": {"base": {"general_bpb", "domain_bpb"}, "domain_only": {...}, ...}} from the runs' eval.json."""
+    """{"seconds", "runs": {"base": {"general_bpb", "domain_bpb"}, "domain_only": {...}, ...}} of the runs' eval.json."""
     def numbers(texts):
         return {f"{side}_bpb": texts[side]["bits_per_byte"] for side in ("general", "domain")}
 

@@ -1,8 +1,8 @@
 """Attention over one contiguous interval of keys per query.
 
 A causal mask, a sliding window and packed documents all leave each query one interval [first, last] of keys:
-    last  = its own position when causal, else the end of its document (or row)
-    first = the start of its document, and with a window of w tokens not before last - w + 1
+    last  = its own position i when causal, else the end of its document (or row), with a window at most i + w - 1
+    first = the start of its document (or row), with a window of w tokens at least i - w + 1
 
 On the CPU packed rows are split into their documents and each document attends alone, so that the cost follows the
 documents' lengths; no T x T mask of a packed row is ever made there.

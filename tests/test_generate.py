@@ -399,7 +399,7 @@ def command(*words):
     return main_guard(lambda: module.main([str(word) for word in words]))
 
 
-def test_command_writes_what_it_prints(byte_folder, tmp_path, capsys):
+def test_command_writes_what_it_prints(byte_folder, tmp_path, capsys, monkeypatch):
     file, tok = tmp_path / "out.json", tokenizer.load(byte_folder)
     model = hf.load(byte_folder)
     for words, settings in ((["--temperature", 0], {"temperature": 0}),
@@ -415,6 +415,9 @@ def test_command_writes_what_it_prints(byte_folder, tmp_path, capsys):
         assert result["text"] == tok.decode(result["prompt_ids"][1:] + kept)
         assert printed.out == result["text"] + "\n"
         assert printed.err == ""
+        assert "é 中" in file.read_text(encoding="utf-8")
+    monkeypatch.setattr(module, "KVCache", None)            # calling it would be an error
+    assert command("--model", byte_folder, "--max-new-tokens", 3, "--no-cache") == 0
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
@@ -457,6 +460,8 @@ def test_past_the_trained_length_it_warns_in_one_line_and_goes_on(byte_folder, t
     assert error.count("\n") == 1
     assert "91" in error
     assert "64" in error
+    assert command("--model", byte_folder, "--max-new-tokens", 63, "--seed", 1) == 0
+    assert capsys.readouterr().err == ""
     assert command("--model", byte_folder, "--prompt", "abc", "--max-new-tokens", 0, "--json", file) == 0
     assert capsys.readouterr() == ("abc\n", "")
     assert json.loads(file.read_text())["new_ids"] == []

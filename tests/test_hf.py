@@ -195,6 +195,21 @@ def test_silent_configs_mean_what_transformers_assumes(transformers, tmp_path, f
     assert ours.no_rope_layers == []                           # SmolLM3's every fourth: none among three
 
 
+@pytest.mark.parametrize(("family", "options"), [
+    CASES["qwen2_windows"], CASES["qwen3"],
+    ("smollm3", {**SMOL3, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5}),
+])
+def test_layers_are_counted_where_they_are_not_named(hf_model, family, options):
+    """Configs older than `layer_types` say the same with a number; the truth is transformers' own list of layers."""
+    _, original = hf_model(family, **options)
+    named = hf.read_config(original)
+    values = json.loads((original / "config.json").read_text())
+    assert len(set(values["layer_types"])) == 2
+    (original / "config.json").write_text(json.dumps(
+        {key: value for key, value in values.items() if key not in ("layer_types", "no_rope_layers")}))
+    assert hf.read_config(original) == named
+
+
 def test_transformers_4_reads_the_old_dialect(hf_model, tmp_path):
     """A reader that knows neither `rope_parameters` nor `dtype` gets the same logits."""
     older = os.environ.get("NANOCPT_TRANSFORMERS4")
@@ -319,18 +334,34 @@ def test_save_replaces_whole_or_not_at_all(folder, tiny_model, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         hf.save(tiny_model(seed=5), folder, base=folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [file.name for file in folder.parent.iterdir()] == ["base"]           # nothing left beside it
     monkeypatch.undo()
     (folder / "stale.txt").write_text("of the old export")
     hf.save(tiny_model(seed=5), folder, base=folder)
     assert not (folder / "stale.txt").exists()
     same_bytes(hf.load(folder).state_dict(), tiny_model(seed=5).state_dict())
-    assert [file.name for file in folder.parent.iterdir()] == ["base"]           # nothing left beside it
+    assert [file.name for file in folder.parent.iterdir()] == ["base"]
 
 
 def test_state_is_written_instead_of_the_parameters(tiny_model, tmp_path):
     model, other = tiny_model(), tiny_model(seed=3)
     hf.save(model, tmp_path / "out", state=other.state_dict())
     same_bytes(hf.load(tmp_path / "out").state_dict(), other.state_dict())
+
+
+def test_fill_writes_into_parameters_that_are_already_laid_out(folder, tiny_model):
+    """With `layout` the parameters stay the same objects; it is given each full tensor and its parameter."""
+    model, truth, seen = tiny_model(seed=9), hf.load(folder).state_dict(), []
+    before = dict(model.named_parameters())
+
+    def layout(full, parameter):
+        seen.append(full.shape == parameter.shape)
+        return full
+
+    hf.fill(model, folder, layout=layout)
+    same_bytes(model.state_dict(), truth)
+    assert seen == [True] * len(before)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -1,0 +1,120 @@
+"""Truth: learning rates worked out by hand, AdamW written out in float64 (arXiv 1711.05101, algorithm 2)."""
+
+import math
+
+import pytest
+import torch
+
+from optim import LossScale, OptimConfig, learning_rate, make_optimizer
+
+
+def test_the_schedule_step_by_step():
+    config = OptimConfig(lr=1.0, min_lr=0.2, warmup_ratio=0.2)
+    # 10 steps: 2 of warm-up, then 8 down the cosine 0.2 + 0.4 (1 + cos(pi k / 8)), k = 1 to 8
+    root = math.sqrt(0.5)
+    by_hand = {0: 0.5, 1: 1.0, 3: 0.6 + 0.4 * root, 5: 0.6, 7: 0.6 - 0.4 * root, 9: 0.2, 10: 0.2, 500: 0.2}
+    for step, rate in by_hand.items():
+        assert learning_rate(step, 10, config) == pytest.approx(rate, rel=1e-12), step
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 10, 99, 100, 1000])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.01, 0.5, 1.0])
+def test_the_schedule_rises_falls_and_stays(total, warmup_ratio):
+    config = OptimConfig(lr=3e-4, min_lr=3e-5, warmup_ratio=warmup_ratio)
+    rates = [learning_rate(step, total, config) for step in range(2 * total + 5)]
+    assert min(rates[:total]) > 0
+    assert max(rates) == pytest.approx(3e-4)
+    top = rates.index(max(rates))
+    assert rates[:top + 1] == sorted(rates[:top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert set(rates[total:]) == {3e-5}                              # held after the end
+    if total > 2 and warmup_ratio < 1:
+        assert rates[total - 1] == pytest.approx(3e-5)               # and reached at it
+    assert rates[0] == pytest.approx(3e-4 / max(1, round(warmup_ratio * total)))
+
+
+def test_a_floor_of_zero_and_a_flat_rate():
+    assert learning_rate(99, 100, OptimConfig(lr=1e-3, min_lr=0.0)) == pytest.approx(0, abs=1e-18)
+    flat = OptimConfig(lr=1e-3, min_lr=1e-3, warmup_ratio=0.0)
+    assert {learning_rate(step, 50, flat) for step in range(60)} == {1e-3}
+
+
+@pytest.mark.parametrize("wrong", [{"min_lr": 2e-5}, {"min_lr": -1e-9}, {"lr": -1.0, "min_lr": -2.0},
+                                   {"lr": float("nan")}, {"warmup_ratio": 1.1}, {"warmup_ratio": -0.1}])
+def test_wrong_settings(wrong):
+    with pytest.raises(ValueError, match=r"optim\."):
+        OptimConfig(**wrong)
+
+
+def test_norms_and_biases_have_no_decay(tiny_model):
+    model = tiny_model()
+    model.extra = torch.nn.Linear(3, 3, bias=True)
+    frozen = model.extra.weight.requires_grad_(False)
+    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.3, beta1=0.8, beta2=0.7, eps=1e-5, lr=2e-3))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter is frozen:
+            assert id(parameter) not in decay
+        else:
+            plain = "norm" in name or name.endswith("bias")
+            assert decay.pop(id(parameter)) == (0.0 if plain else 0.3), name
+    assert not decay
+    for group in optimizer.param_groups:
+        assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.8, 0.7), 1e-5)
+
+
+def test_a_model_of_vectors_alone_has_one_group():
+    norm = torch.nn.LayerNorm(4)
+    assert [g["weight_decay"] for g in make_optimizer(norm, OptimConfig()).param_groups] == [0.0]
+
+
+def test_adamw_written_out():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 4)
+    config = OptimConfig(lr=0.01, min_lr=0.001, warmup_ratio=0.4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+    optimizer = make_optimizer(model, config)
+    truth = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    mean, square = ({n: torch.zeros_like(p) for n, p in truth.items()} for _ in range(2))
+    for step in range(5):
+        rate = learning_rate(step, 5, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for name, p in model.named_parameters():
+            p.grad = torch.randn_like(p)
+            g = p.grad.double()
+            truth[name] *= 1 - rate * (0.1 if name == "weight" else 0.0)
+            mean[name] = 0.9 * mean[name] + 0.1 * g
+            square[name] = 0.95 * square[name] + 0.05 * g * g
+            unbiased = mean[name] / (1 - 0.9 ** (step + 1)), square[name] / (1 - 0.95 ** (step + 1))
+            truth[name] -= rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)
+        optimizer.step()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach().double(), truth[name], rtol=1e-5, atol=1e-6)
+
+
+def test_loss_scale():
+    scale = LossScale(enabled=True)
+    assert scale.scale == 65536
+    for wrong in (float("inf"), float("nan")):
+        assert scale.update(wrong) is False
+    assert scale.scale == 16384
+    assert all(scale.update(1.0) for _ in range(1999))
+    assert scale.scale == 16384
+    other = LossScale(enabled=True)
+    other.load_state_dict(scale.state_dict())
+    for both in (scale, other):
+        assert both.update(1.0)
+        assert both.scale == 32768
+        assert all(both.update(1.0) for _ in range(1999))
+        assert both.update(float("inf")) is False                    # so near, and from the beginning
+        assert both.scale == 16384
+        assert all(both.update(1.0) for _ in range(1999))
+        assert both.scale == 16384
+    assert scale.state_dict() == other.state_dict() == {"scale": 16384, "good_steps": 1999}
+
+
+def test_no_loss_scale():
+    scale = LossScale(enabled=False)
+    assert [scale.update(norm) for norm in (1.0, float("nan"), float("inf"))] == [True, False, False]
+    assert all(scale.update(1.0) for _ in range(2001))
+    assert scale.scale == 1.0

@@ -1,0 +1,215 @@
+"""parallel.py: ranks, strategies and micro-batches change nothing but the order of sums.
+
+The truth is one process with the whole batch in one piece. Two real ranks (torchrun, gloo) go through every case in one
+start; this file is also what each of them runs. Tolerance: in fp32 only the order in which gradients and losses are
+added differs, a few units of 2^-24 = 6e-8, which steps of AdamW magnify; 1e-5 relative leaves room for five steps and
+none for a factor. AdamW does not see the scale of gradients, so that their norms are compared too.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ENV, ROOT, digest, lines, make_lab, same_checkpoint, settings, trace
+
+import checkpoint
+import hf
+import parallel
+import train
+
+STEPS, BATCH = 5, 8
+CASES = list(itertools.product(("ddp", "fsdp"), (True, False), (1, 2, 4)))        # strategy, tied head, micro-batch
+
+
+def steps_of(c, world) -> dict:
+    """Losses, norms, rows of tokens and the weights' checksum of a short run without files."""
+    run = train.setup(c, world)
+    rows = {}
+    out = {"loss": [], "norm": [], "sources": []}
+    for step in range(STEPS):
+        batches = train.micro_batches(run, step)
+        share = c.train.batch_size // world.size
+        parts = [dataclasses.replace(b, **{k: getattr(b, k)[i:i + 1] for k in
+                                           ("tokens", "labels", "position_ids", "doc_start")})
+                 for b in batches for i in range(len(b.tokens))]
+        rows |= {f"{step}/{world.rank * share + i}": digest([part]) for i, part in enumerate(parts)}
+        done = train.train_step(run, step, batches)
+        for key, value in (("loss", done["loss"]), ("norm", done["grad_norm"]), ("sources", done["sources"])):
+            out[key].append(value)
+    weights = parallel.model_state(run.inner)
+    moments = parallel.optimizer_state(run.inner, run.optimizer)
+    return out | {"rows": rows, "weights": {k: v.double().norm().item() for k, v in weights.items()},
+                  "moments": {k: v.double().norm().item() for k, v in moments.items()}}
+
+
+def case(lab, strategy, tied, micro):
+    return settings(lab, "unused", "--parallel.strategy", strategy, "--model.tie-word-embeddings", str(tied),
+                    "--train.batch-size", BATCH, "--train.micro-batch-size", micro, "--optim.clip", 0, steps=STEPS)
+
+
+def as_rank(folder: Path):
+    """What each of the two ranks does."""
+    torch.set_num_threads(1)
+    lab, world = folder / "lab", parallel.start("cpu")
+    results = {str(k): steps_of(case(lab, *k), world) for k in CASES}
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
+
+    for strategy in ("ddp", "fsdp"):                   # whole runs: uninterrupted here, and begun or ended on one rank
+        c = settings(lab, folder / f"{strategy}_two", "--parallel.strategy", strategy, steps=6)
+        train.train(c, world)
+        c.out = str(folder / f"{strategy}_two_one")
+        stop_after(c, world, 3)
+        c.out = str(folder / f"{strategy}_one_two")
+        train.train(c, world)
+    c = settings(lab, folder / "bf16", "--parallel.strategy", "fsdp", "--train.precision", "bf16", steps=6)
+    train.train(c, world)
+    parallel.stop()
+
+
+def stop_after(c, world, steps: int):
+    """Leave a run as a signal after `steps` steps does."""
+    real = train.train_step
+
+    def step(run, number, batches):
+        if number == steps - 1:
+            os.kill(os.getpid(), 15)
+        return real(run, number, batches)
+    train.train_step = step
+    try:
+        train.train(c, world)
+    finally:
+        train.train_step = real
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    make_lab(folder / "lab")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    world = parallel.World(0, 1, torch.device("cpu"))
+    for strategy in ("ddp", "fsdp"):
+        stop_after(settings(folder / "lab", folder / f"{strategy}_one_two", steps=6), world, 3)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           __file__, folder], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    yield folder
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def truth(ranks):
+    world = parallel.World(0, 1, torch.device("cpu"))
+    return {tied: steps_of(case(ranks / "lab", "ddp", tied, BATCH), world) for tied in (True, False)}
+
+
+def close(mine, theirs, rel=1e-5):
+    assert mine.keys() == theirs.keys()
+    for key in theirs:
+        assert mine[key] == pytest.approx(theirs[key], rel=rel), key
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_two_ranks_are_one(ranks, truth, key):
+    one = truth[key[1]]
+    first, second = (json.loads((ranks / f"rank{r}.json").read_text())[str(key)] for r in (0, 1))
+    assert first["rows"] | second["rows"] == one["rows"]                   # exactly the same tokens, each row once
+    assert len(first["rows"]) == len(second["rows"]) == STEPS * BATCH // 2
+    assert not first["rows"].keys() & second["rows"].keys()
+    for name in ("loss", "norm"):
+        assert first[name] == second[name]
+        assert first[name] == pytest.approx(one[name], rel=1e-5)
+    assert one["norm"][0] > 0.1
+    for mine, theirs in zip(first["sources"], one["sources"]):
+        close({k: v[0] for k, v in mine.items()}, {k: v[0] for k, v in theirs.items()})
+        assert {k: v[1] for k, v in mine.items()} == {k: v[1] for k, v in theirs.items()}
+    close(first["weights"], one["weights"])
+    close(first["moments"], one["moments"], 1e-4)
+    assert all("exp_avg" in k or k.endswith("/step") for k in one["moments"])
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_accumulation_on_one_rank_changes_nothing(ranks, truth, micro):
+    mine = steps_of(case(ranks / "lab", "ddp", True, micro), parallel.World(0, 1, torch.device("cpu")))
+    assert mine["rows"] == truth[True]["rows"]
+    assert mine["loss"] == pytest.approx(truth[True]["loss"], rel=1e-5)
+    assert mine["norm"] == pytest.approx(truth[True]["norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_checkpoints_move_between_one_and_two_ranks(ranks, strategy):
+    world, lab = parallel.World(0, 1, torch.device("cpu")), ranks / "lab"
+    reference = ranks / "reference"
+    if not reference.exists():
+        train.train(settings(lab, reference, steps=6), world)
+    train.train(settings(lab, ranks / f"{strategy}_two_one", steps=6), world)
+    whole = checkpoint.load(checkpoint.path_of(reference / "checkpoints", 6))
+    for name in ("two", "two_one", "one_two"):
+        out = ranks / f"{strategy}_{name}"
+        assert [r["step"] for r in lines(out, "resume")] == ([] if name == "two" else [3])
+        for step, numbers in trace(reference).items():
+            assert trace(out)[step][:3] == pytest.approx(numbers[:3], rel=1e-5)
+        weights, moments, state = checkpoint.load(checkpoint.path_of(out / "checkpoints", 6))
+        assert weights.keys() == whole[0].keys()
+        assert moments.keys() == whole[1].keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(value, whole[0][key], rtol=1e-3, atol=1e-5, msg=key)
+        assert state["identity"] == whole[2]["identity"]
+        assert (out / "eval.json").exists()
+        score, true = (json.loads((x / "eval.json").read_text())["after"] for x in (out, reference))
+        for source in true:                                                  # shared by two ranks, the same numbers
+            close({k: v for k, v in score[source].items() if k != "role"},
+                  {k: v for k, v in true[source].items() if k != "role"})
+    with pytest.raises(AssertionError):
+        same_checkpoint(reference, ranks / "bf16", 6)                        # the comparison can tell runs apart
+
+
+def test_the_exported_model_is_the_last_checkpoint_in_full_precision(ranks):
+    """An evaluation comes just before, and leaves FSDP's outer weights gathered in bf16."""
+    weights = checkpoint.load(checkpoint.path_of(ranks / "bf16/checkpoints", 6))[0]
+    model = hf.load(ranks / "bf16/final")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, weights[name]), name
+    losses = [r["loss"] for r in lines(ranks / "bf16", "train")]
+    assert losses[-1] < losses[0]
+
+
+def test_one_process_needs_no_group():
+    world = parallel.World(0, 1, torch.device("cpu"))
+    assert world.main
+    assert world.sum([1, 2.5, True]) == [1.0, 2.5, 1.0]
+    assert world.broadcast({"a": Path("b")}) == {"a": Path("b")}
+    world.barrier()
+    parallel.stop()
+    assert not torch.distributed.is_initialized()
+
+
+def test_sums_are_exact_in_float64():
+    assert parallel.World(0, 1, torch.device("cpu")).sum([2**40 + 1])[0] == 2**40 + 1
+
+
+def test_state_survives_a_round_trip_tied_and_untied(tiny_model):
+    for tied in (True, False):
+        a, b = tiny_model(0, tie_word_embeddings=tied), tiny_model(1, tie_word_embeddings=tied)
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (a, b)]
+        for model, optimizer in zip((a, b), optimizers):
+            model.head(model(torch.arange(9)[None])).logsumexp(-1).sum().backward()
+            optimizer.step()
+        parallel.load_model_state(b, parallel.model_state(a))
+        parallel.load_optimizer_state(b, optimizers[1], parallel.optimizer_state(a, optimizers[0]))
+        assert ("head.weight" in parallel.model_state(a)) != tied
+        assert (b.head.weight is b.embed_tokens.weight) == tied
+        for p, q in zip(a.parameters(), b.parameters()):
+            assert torch.equal(p, q)
+            assert all(torch.equal(v, optimizers[1].state[q][k]) for k, v in optimizers[0].state[p].items())
+
+
+if __name__ == "__main__":
+    as_rank(Path(sys.argv[1]))
