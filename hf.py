@@ -38,8 +38,9 @@ REFUSED = {
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COPIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-          "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 # ---- names: ours have no `model.` in front, and the head is `head`
@@ -305,7 +306,8 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
 
     base: the folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, its config
     keys kept. state: our names -> full tensors, where the parameters themselves are sharded. card: Markdown for the
-    model card, e.g. the before/after table. tokenizer: folder or file to copy the tokenizer from instead.
+    model card, e.g. the before/after table. tokenizer: folder or file whose tokenizer takes the place of
+    base's.
     """
     path, config = Path(path), model.config
     base_folder = resolve(base) if base else None
@@ -322,13 +324,10 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
         new_config = write_config(config, dtype, base_config)
         _write_json(out / "config.json", new_config)
         _write_json(out / "generation_config.json", _generation_config(base_folder, new_config))
-        for pattern in COPIED if base_folder else ():
-            for file in base_folder.glob(pattern):
-                shutil.copyfile(file, out / file.name)
-        if tokenizer:
-            source = Path(tokenizer)
-            for file in [source] if source.is_file() else [f for pattern in COPIED for f in source.glob(pattern)]:
-                shutil.copyfile(file, out / file.name)
+        if base_folder:
+            _copy(base_folder, LICENCES, out)
+        if tokenizer or base_folder:
+            _copy_tokenizer(Path(tokenizer or base_folder), out)
         (out / "README.md").write_text(_model_card(base, base_folder, path.name, card), encoding="utf-8")
         old = path.with_name(f"{path.name}.old{os.getpid()}")
         if path.exists():
@@ -337,6 +336,23 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(out, ignore_errors=True)
+
+
+def _copy(folder: Path, patterns, out: Path):
+    for file in (file for pattern in patterns for file in folder.glob(pattern)):
+        shutil.copyfile(file, out / file.name)
+
+
+def _copy_tokenizer(source: Path, out: Path):
+    """A folder's tokenizer; or one file under the name that readers look for, with the settings beside it."""
+    if source.is_dir():
+        _copy(source, VOCABULARIES + TOKENIZER_SETTINGS, out)
+        return
+    _copy(source.parent, TOKENIZER_SETTINGS, out)
+    if source.name in ("vocab.json", "merges.txt"):
+        _copy(source.parent, ("vocab.json", "merges.txt"), out)
+    else:
+        shutil.copyfile(source, out / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
 
 
 def _save_tensors(tensors: dict, out: Path, shard_bytes: int):

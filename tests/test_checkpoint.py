@@ -48,7 +48,7 @@ def test_failure_in_the_middle_leaves_the_older_ones_and_nothing_else(tmp_path, 
     with monkeypatch.context() as patch:
         owner = {"fsync": checkpoint.os, "rename": checkpoint.Path}.get(at, checkpoint)
         patch.setattr(owner, at, fail)
-        with pytest.raises(ValueError, match="step_00000002 could not be written .*No space left"):
+        with pytest.raises(ValueError, match=r"step_00000002 could not be written .*No space left"):
             put(tmp_path, 2, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     checkpoint.verify(tmp_path / "step_00000001")

@@ -291,6 +291,35 @@ def test_tokenizer_and_licence_files_are_copied_byte_for_byte(folder, tmp_path):
         [*files, "config.json", "generation_config.json", "model.safetensors", "README.md"])
 
 
+@pytest.mark.parametrize(("given", "written"), [
+    ("", {"tokenizer.json": "j", "tokenizer.model": "m", "tokenizer_config.json": "c"}),
+    ("tokenizer.model", {"tokenizer.model": "m", "tokenizer_config.json": "c"}),
+    ("tokenizer.json", {"tokenizer.json": "j", "tokenizer_config.json": "c"}),
+    ("own.model", {"tokenizer.model": "o", "tokenizer_config.json": "c"}),
+])
+def test_another_tokenizer_takes_the_place_of_the_bases(folder, tmp_path, given, written):
+    """Two vocabularies in one folder would be two tokenizers: which one a reader takes is then its own affair."""
+    for name in ("tokenizer.json", "added_tokens.json", "merges.txt", "vocab.json", "LICENSE"):
+        (folder / name).write_text("of the base")
+    (tmp_path / "other").mkdir()
+    for name, text in {"tokenizer.json": "j", "tokenizer.model": "m", "own.model": "o", "tokenizer_config.json": "c",
+                       "LICENSE": "of the tokenizer"}.items():
+        (tmp_path / "other" / name).write_text(text)
+    hf.save(hf.load(folder), tmp_path / "out", base=folder, tokenizer=tmp_path / "other" / given)
+    found = {file.name: file.read_text() for file in (tmp_path / "out").iterdir() if file.suffix != ".safetensors"}
+    for name in ("config.json", "generation_config.json", "README.md"):
+        del found[name]
+    assert found == {**written, "LICENSE": "of the base"}
+
+
+def test_a_byte_pair_tokenizer_in_two_files_stays_together(folder, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text(name)
+    hf.save(hf.load(folder), tmp_path / "out", base=folder, tokenizer=tmp_path / "vocab.json")
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "out" / name).read_text() == name
+
+
 def test_generation_config_has_no_sampling_values(folder, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps(
         {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_length": 4096, "bos_token_id": 1,

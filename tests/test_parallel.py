@@ -12,11 +12,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import ENV, ROOT, digest, lines, make_lab, same_checkpoint, settings, trace
+from test_train import ENV, digest, lines, make_lab, same_checkpoint, settings, trace
 
 import checkpoint
 import hf
@@ -56,6 +57,7 @@ def case(lab, strategy, tied, micro):
 def as_rank(folder: Path):
     """What each of the two ranks does."""
     torch.set_num_threads(1)
+    train.subprocess = types.SimpleNamespace(run=lambda *a, **k: types.SimpleNamespace(returncode=0))      # no report
     lab, world = folder / "lab", parallel.start("cpu")
     results = {str(k): steps_of(case(lab, *k), world) for k in CASES}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
@@ -129,7 +131,7 @@ def test_two_ranks_are_one(ranks, truth, key):
     for mine, theirs in zip(first["sources"], one["sources"]):
         close({k: v[0] for k, v in mine.items()}, {k: v[0] for k, v in theirs.items()})
         assert {k: v[1] for k, v in mine.items()} == {k: v[1] for k, v in theirs.items()}
-    close(first["weights"], one["weights"])
+    close(first["weights"], one["weights"], 1e-4)         # where a gradient is nearly 0, AdamW's step is a coin's toss
     close(first["moments"], one["moments"], 1e-4)
     assert all("exp_avg" in k or k.endswith("/step") for k in one["moments"])
 

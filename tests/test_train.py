@@ -297,7 +297,8 @@ def test_signals_to_a_real_process(lab, tmp_path):
         said, errors = running.communicate(timeout=60)
         assert (running.returncode, errors) == (0, ""), errors
         assert re.search(rf"{stop.name}: saved at step \d+ of 150; the same command resumes it", said)
-        assert reached < (reached := checkpoint.steps(out / "checkpoints")[-1]) < 150
+        before, reached = reached, checkpoint.steps(out / "checkpoints")[-1]
+        assert before < reached < 150
     train.train(settings(lab, out, steps=150), one())
     train.train(settings(lab, reference, steps=150), one())
     assert trace(out) == trace(reference)
@@ -425,11 +426,13 @@ def test_activation_checkpointing_changes_nothing(lab, tmp_path, whole):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_model_has_the_same_losses(lab, tmp_path, whole):
-    run = train.setup(settings(lab, tmp_path / "run", "--compile"), one())
-    for step, (loss, norm, *_) in list(trace(whole[0]).items())[:3]:     # fused kernels round otherwise
-        done = train.train_step(run, step - 1, train.micro_batches(run, step - 1))
-        assert (done["loss"], done["grad_norm"]) == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3))
+def test_compiled_model_has_the_same_losses(lab, tmp_path):
+    runs = [train.setup(settings(lab, tmp_path / "run", "--model.num-hidden-layers", 1, "--compile", c), one())
+            for c in ("false", "true")]
+    for step in range(2):                                            # fused kernels round otherwise
+        plain, fused = (train.train_step(run, step, train.micro_batches(run, step)) for run in runs)
+        assert fused["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert fused["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
 # ---- precision
@@ -568,7 +571,7 @@ def test_mistakes_are_one_line_and_leave_nothing(lab, tmp_path, monkeypatch, cap
     assert (status, errors.startswith("error: no data: name at least one source")) == (2, True)
     status, _, errors = command(monkeypatch, capsys, [tmp_path / "recipe.toml"])
     assert (status, "recipe.toml does not exist" in errors) == (2, True)
-    with pytest.raises(ValueError, match="train.batch_size 4 is not a multiple of the 3 ranks"):
+    with pytest.raises(ValueError, match=r"train\.batch_size 4 is not a multiple of the 3 ranks"):
         train.train(settings(lab, tmp_path / "three"), parallel.World(0, 3, torch.device("cpu")))
     assert not (tmp_path / "three").exists()
 
@@ -595,9 +598,11 @@ def test_a_chat_model_and_a_source_without_held_out_text_are_warned_of(lab, tmp_
 def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monkeypatch, capsys):
     before = set(tmp_path.iterdir())
     monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path))
-    calls = {name: 0 for name in ("evaluate", "save")}
+    calls = dict.fromkeys(("evaluate", "save"), 0)
     for name in calls:
-        def counted(*args, name=name, real=getattr(train, name)):
+        real = getattr(train, name)
+
+        def counted(*args, name=name, real=real):
             calls[name] += 1
             return real(*args)
         monkeypatch.setattr(train, name, counted)
@@ -624,11 +629,15 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
 # ---- the other objective
 
 def test_masked_language_model_improves_on_held_out_text(lab, tmp_path):
-    out = tmp_path / "run"
-    train.train(settings(lab, out, "--objective.name", "masked", "--eval.tokens", 2000, steps=60), one())
-    before, after = (json.loads((out / f"eval_step_{n}.json").read_text())["texts"] for n in (0, 60))
-    for name in WORDS:
-        assert after[name]["accuracy"] > before[name]["accuracy"] + 0.03
-        assert after[name]["nats_per_token"] < before[name]["nats_per_token"] - 1
-        assert before[name]["tokens"] == after[name]["tokens"] > 50
-    assert "bits_per_byte" not in after["legal"]
+    """Text that goes round in a circle can be guessed from either side."""
+    circle, out = " ".join(WORDS["legal"].split() * 3), tmp_path / "run"
+    data.pack([circle[i:i + 90] for i in range(len(circle) // 2)], tokenizer.load(lab / "tok"), tmp_path / "circle",
+              heldout=0.2)
+    train.train(settings(lab, out, "--objective.name", "masked", "--eval.tokens", 2000, "--data.sources.legal.path",
+                         tmp_path / "circle", "--data.schedule", "static", "--data.domain-share", 1,
+                         "--train.batch-size", 8, "--train.micro-batch-size", 8, steps=150), one())
+    before, after = (json.loads((out / f"eval_step_{n}.json").read_text())["texts"]["legal"] for n in (0, 150))
+    assert after["accuracy"] > before["accuracy"] + 0.1
+    assert after["nats_per_token"] < before["nats_per_token"] - 1.5
+    assert before["tokens"] == after["tokens"] > 50
+    assert "bits_per_byte" not in after

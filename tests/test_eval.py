@@ -1,0 +1,298 @@
+"""eval.py against transformers, document by document and window by window, and against numbers worked out by hand."""
+
+import json
+import math
+import random
+import shutil
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+import torch
+from test_train import make_lab, one, settings, texts
+
+import checkpoint
+import config
+import data
+import eval as evaluation
+import hf
+import objectives
+import tokenizer
+import train
+from parallel import World
+
+CAUSAL = objectives.Causal(mask_documents=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def truth(model, documents, prefix: int, context: int) -> dict:
+    """Each document alone: windows of `context` targets, the first after the prefix token, no packing."""
+    nats, tokens = 0.0, 0
+    for ids, _ in documents:
+        ids = torch.tensor([prefix, *ids.tolist()])
+        for i in range(0, len(ids) - 1, context):
+            window = ids[i:i + context + 1]
+            log_p = model(window[None, :-1]).logits[0].double().log_softmax(-1)
+            nats -= log_p.gather(1, window[1:, None]).sum().item()
+            tokens += len(window) - 1
+    nbytes = sum(n for _, n in documents)
+    return {"nats_per_token": nats / tokens, "perplexity": math.exp(nats / tokens), "tokens": tokens,
+            "bytes": nbytes, "bits_per_byte": nats / math.log(2) / nbytes}
+
+
+def random_documents(n: int, longest: int, seed: int = 0) -> list:
+    draw = np.random.default_rng(seed)
+    lengths = [1, 2, longest, *draw.integers(1, longest, n - 3).tolist()]
+    return [(draw.integers(0, 97, k).astype(np.uint16), 3 * k + 1) for k in lengths]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("context", [1, 7, 32, 64])
+def test_same_numbers_as_a_loop_over_documents_in_transformers(hf_model, family, context):
+    theirs, folder = hf_model(family)
+    documents, model = random_documents(14, 150), hf.load(folder)
+    ours = evaluation.score(model, CAUSAL, documents, 5, context)
+    for key, value in truth(theirs, documents, 5, context).items():
+        assert ours[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_packing_changes_nothing_and_each_token_counts_once(tiny_model):
+    model, documents = tiny_model(), random_documents(20, 90)
+    whole = evaluation.score(model, CAUSAL, documents, 1, 32)
+    alone = [evaluation.score(model, CAUSAL, [d], 1, 32, rows=1) for d in documents]
+    assert whole["tokens"] == sum(len(ids) for ids, _ in documents) == sum(r["tokens"] for r in alone)
+    nats = sum(r["nats_per_token"] * r["tokens"] for r in alone)
+    assert whole["nats_per_token"] * whole["tokens"] == pytest.approx(nats, rel=1e-6)
+    shuffled = random.Random(0).sample(documents, len(documents))
+    for rows in (1, 3, 100):
+        assert evaluation.score(model, CAUSAL, shuffled, 1, 32, rows=rows) == pytest.approx(whole, rel=1e-6)
+
+
+def test_model_comes_back_in_its_mode_and_without_gradients(tiny_model):
+    model = tiny_model().train()
+    evaluation.score(model, CAUSAL, random_documents(4, 9), 0, 8)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Ranks:
+    """Two ranks as two threads that meet at a sum."""
+
+    def __init__(self, size):
+        self.meet, self.parts = threading.Barrier(size), [None] * size
+
+    def world(self, rank):
+        def total(values):
+            self.parts[rank] = values
+            self.meet.wait()
+            return [sum(v) for v in zip(*self.parts)]
+        return types.SimpleNamespace(rank=rank, size=len(self.parts), sum=total)
+
+
+@pytest.mark.parametrize("size", [2, 3, 50])
+@pytest.mark.parametrize("causal", [True, False])
+def test_shared_by_ranks_it_equals_one(tiny_model, size, causal):
+    objective = CAUSAL if causal else objectives.Masked(True, 96, [0], 97)
+    documents, ranks, results, forwards = random_documents(12, 60), Ranks(size), {}, {}
+    alone = evaluation.score(tiny_model(), objective, documents, 0, 16, World(0, 1, torch.device("cpu")))
+
+    def run(rank):
+        model = tiny_model()
+        model.register_forward_pre_hook(lambda *_: forwards.update({rank: forwards.get(rank, 0) + 1}))
+        results[rank] = evaluation.score(model, objective, documents, 0, 16, ranks.world(rank))
+    threads = [threading.Thread(target=run, args=(r,)) for r in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(results[r] == results[0] for r in range(size))
+    assert results[0] == pytest.approx(alone, rel=1e-6)
+    assert len(set(forwards.values())) == 1                # FSDP gathers in every forward: all ranks make as many
+
+
+def test_masked_loss_and_accuracy(tiny_model):
+    """Truth: cross-entropy and argmax over the targets of the rows the objective made."""
+    model, objective = tiny_model(), objectives.Masked(True, 96, [0], 97, mask_ratio=0.5)
+    documents = random_documents(6, 30)
+    result = evaluation.score(model, objective, documents, 0, 32)
+    assert evaluation.score(model, objective, documents, 0, 32) == result          # the same masks every time
+    nats, hits, n = 0.0, 0, 0
+    for i, batch in enumerate(evaluation.pack_rows(evaluation.masked_segments([d for d, _ in documents], 32), 32, 4)):
+        rng = data.RowRandom(data.mix_keys("eval", i, np.arange(len(batch.source))))
+        batch = objective.corrupt(batch, rng)
+        with torch.no_grad():
+            logits = model.head(model(batch.tokens, batch.position_ids, batch.doc_start, False)).double()
+        labels = batch.labels.long()
+        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        hits += (logits.argmax(-1) == labels).sum().item()
+        n += (labels != -100).sum().item()
+    assert 0.3 < n / sum(len(d) for d, _ in documents) < 0.7
+    assert (result["tokens"], result["accuracy"]) == (n, pytest.approx(hits / n))
+    assert result["nats_per_token"] == pytest.approx(nats / n, rel=1e-5)
+
+
+def test_comparison_by_hand():
+    before = {n: {"bits_per_byte": b} for n, b in (("law", 2.0), ("tales", 1.0), ("wiki", 4.0))}
+    after = {n: {"bits_per_byte": b} for n, b in (("law", 1.5), ("tales", 1.2), ("wiki", 4.0), ("new", 9.0))}
+    result = evaluation.compare(before, after, ["tales", "wiki"])
+    assert result == {"change": pytest.approx({"law": -0.25, "tales": 0.2, "wiki": 0.0}),
+                      "domain_gain": pytest.approx(0.25), "forgetting": pytest.approx(0.1),
+                      "score": pytest.approx(0.25 - 0.05)}
+    assert evaluation.compare(before, {"law": after["law"]}, ["tales"]) == {
+        "change": {"law": -0.25}, "domain_gain": 0.25, "forgetting": None, "score": None}
+    for none in (None, {}):
+        unknown = evaluation.compare(none, after, ["tales"])
+        assert unknown == {"change": {}, "domain_gain": None, "forgetting": None, "score": None}
+        assert evaluation.verdict(unknown).startswith("forgetting: unknown")
+    better = evaluation.compare(before, {"law": {"bits_per_byte": 1.0}, "tales": {"bits_per_byte": 0.5}}, ["tales"])
+    assert (better["forgetting"], better["score"]) == (-0.5, 0.5)          # what improved is no credit
+
+
+@pytest.mark.parametrize(("loss", "grade"), [(-0.1, "good"), (0.0499, "good"), (0.05, "warning"), (0.0999, "warning"),
+                                             (0.1, "bad: raise replay to 40-50 %"), (0.5, "bad")])
+def test_verdict(loss, grade):
+    text = evaluation.verdict({"domain_gain": 0.125, "forgetting": loss})
+    assert text.startswith("domain: bits per byte -12.5 %; forgetting: general bits per byte ")
+    assert f"{100 * loss:+.1f} % ({grade}" in text
+
+
+def test_table():
+    was, now = {"bits_per_byte": 2.0, "perplexity": 8.0}, {"bits_per_byte": 1.5, "perplexity": 4.0}
+    assert evaluation.table({"law": was}, {"law": now}).splitlines()[-1] == (
+        "| law | 2.0000 | 1.5000 | -25.0 % | 8.00 | 4.00 |")
+    assert evaluation.table(None, {"law": now}).splitlines()[-1] == "| law |  | 1.5000 |  |  | 4.00 |"
+
+
+# ---- command line
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A lab, a run with checkpoints at 2, 4 and 5 of 5 steps, and two text files."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        made = types.SimpleNamespace(returncode=0, stderr="")
+        patch.setattr(train, "subprocess", types.SimpleNamespace(run=lambda *a, **k: made))
+        make_lab(folder / "lab")
+        train.train(settings(folder / "lab", folder / "run", "--train.save-every", 2, steps=5), one())
+        train.train(settings(folder / "lab", folder / "more", "--model.init", "pretrained", "--model.path",
+                             folder / "run/final", steps=6), one())
+    for name in ("legal", "story"):
+        (folder / f"{name}.txt").write_text("\n\n".join(texts(name)[:20]))
+    return folder
+
+
+def command(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+    try:
+        status = config.main_guard(evaluation.main)
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def test_model_against_its_baseline(runs, monkeypatch, capsys, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    status, said, errors = command(
+        monkeypatch, capsys, "--model", runs / "more/final", "--baseline", runs / "run/final", "--documents", "blank",
+        "--text", f"law={runs}/legal.txt", "--text", f"tales={runs}/story.txt", "--general", "tales", "--device", "cpu",
+        "--context", 16, "--json", tmp_path / "out.json")
+    assert (status, errors) == (0, "")
+    result = json.loads((tmp_path / "out.json").read_text())
+    tok = tokenizer.load(runs / "lab/tok")
+    for key, folder in (("texts", runs / "more/final"), ("baseline", runs / "run/final")):
+        numbers = result[key] if key == "texts" else result[key]["texts"]
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for name, kind in (("law", "legal"), ("tales", "story")):
+            docs = [(np.array(tok.encode(t)), len(t.encode())) for t in texts(kind)[:20]]
+            assert numbers[name] == pytest.approx(truth(model, docs, tok.bos_id, 16), rel=1e-5)
+    bits = [r["tales"]["bits_per_byte"] for r in (result["baseline"]["texts"], result["texts"])]
+    assert result["forgetting"] == pytest.approx(bits[1] / bits[0] - 1)
+    assert result["protocol"] == {"prefix_token_id": tok.bos_id, "context": 16, "stride": 16, "bos_eos_scored": False,
+                                  "dtype": "float32", "documents_see_each_other": False}
+    assert "| law | " in said
+    assert "forgetting: general bits per byte" in said
+
+
+def test_a_model_alone_claims_nothing_about_forgetting(runs, monkeypatch, capsys, tmp_path):
+    status, said, _ = command(monkeypatch, capsys, "--model", runs / "run/final", "--text", f"law={runs}/legal.txt",
+                              "--json", tmp_path / "o.json", "--device", "cpu")
+    assert status == 0
+    assert set(json.loads((tmp_path / "o.json").read_text())) == {"model", "texts", "protocol"}
+    assert "%" not in said
+
+
+def test_every_checkpoint_of_a_run_by_number(runs, monkeypatch, capsys, tmp_path):
+    run = shutil.copytree(runs / "run", tmp_path / "run")
+    (run / "checkpoints/step_00000002").rename(run / "checkpoints/step_100000000")
+    status, said, errors = command(monkeypatch, capsys, "--run", run, "--text", f"law={runs}/legal.txt",
+                                   "--documents", "blank", "--json", tmp_path / "o.json", "--device", "cpu")
+    assert (status, errors) == (0, "")
+    rows = json.loads((tmp_path / "o.json").read_text())["checkpoints"]
+    assert [r["step"] for r in rows] == [4, 5, 100_000_000]
+    final = hf.load(runs / "run/final")
+    tok = tokenizer.load(runs / "lab/tok")
+    docs = [(np.array(tok.encode(t)), len(t.encode())) for t in texts("legal")[:20]]
+    alone = evaluation.score(final, CAUSAL, docs, tok.bos_id, 32)
+    assert rows[1]["texts"]["law"] == pytest.approx(alone)
+    assert said.index("step 4") < said.index("step 5") < said.index("step 100000000")
+    path = checkpoint.path_of(run / "checkpoints", 5) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    status, _, errors = command(monkeypatch, capsys, "--run", run, "--text", f"law={runs}/legal.txt")
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "is damaged" in errors
+
+
+def test_mistakes_are_one_line(runs, monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    model, law = ("--model", runs / "run/final"), ("--text", f"law={runs}/legal.txt")
+    for words, says in ((law, "name one of --model and --run"), ((*model, "--run", runs, *law), "name one of"),
+                        (model, "--text"), ((*model, "--text", "legal.txt"), "must be NAME=FILE"),
+                        ((*model, "--text", "law=/nowhere.txt"), "/nowhere.txt does not exist"),
+                        ((*model, "--text", f"law={tmp_path}/empty.txt"), "is empty"),
+                        ((*model, *law, "--general", "tales"), "--general names 'tales'"),
+                        (("--model", "/nowhere", *law), "/nowhere"), (("--run", tmp_path, *law), "no checkpoints"),
+                        ((*model, *law, "--context", "0"), "--context is 0"),
+                        ((*model, *law, "--contxt", "9"), "did you mean --context?")):
+        status, said, errors = command(monkeypatch, capsys, *words, "--device", "cpu")
+        assert (status, said, errors.count("\n")) == (2, "", 1), (words, errors)
+        assert errors.startswith("error: ")
+        assert says in errors, words
+
+
+def test_a_tokenizer_without_bos_and_eos_is_refused():
+    assert evaluation.prefix_of(types.SimpleNamespace(bos_id=0, eos_id=2)) == 0
+    assert evaluation.prefix_of(types.SimpleNamespace(bos_id=None, eos_id=2)) == 2
+    with pytest.raises(ValueError, match="neither BOS nor EOS"):
+        evaluation.prefix_of(types.SimpleNamespace(bos_id=None, eos_id=None))
+
+
+# ---- a real model on real text
+
+@pytest.mark.parametrize("context", [512, 100])
+@pytest.mark.parametrize("corpus", ["tinystories", "wikitext2", "legal_en_dc"])
+def test_stories260k_on_real_text(data_dir, corpus, context):
+    transformers = pytest.importorskip("transformers")
+    file = {"tinystories": "tinystories_sample_2MiB.txt", "wikitext2": "wiki.valid.raw",
+            "legal_en_dc": "dc_code_title28.txt"}[corpus]
+    text = (data_dir / "corpora" / corpus / file).read_text(encoding="utf-8")[:40_000]
+    raw = [t for t in (text.split("<|endoftext|>") if corpus == "tinystories" else text.split("\n\n")) if t.strip()]
+    folder = data_dir / "models/stories260K"
+    tok, theirs = tokenizer.load(folder), transformers.AutoModelForCausalLM.from_pretrained(folder)
+    documents = [(np.array(tok.encode(t)), len(t.encode())) for t in raw]
+    ours = evaluation.score(hf.load(folder), CAUSAL, documents, tok.bos_id, context)
+    theirs = truth(theirs, documents, tok.bos_id, context)
+    assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], abs=1e-3)
+    assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], rel=1e-5)
+    assert (ours["tokens"], ours["bytes"]) == (theirs["tokens"], theirs["bytes"])
+    if corpus == "tinystories":
+        assert ours["bits_per_byte"] < 1.2              # llama2.c reports a validation loss of 1.297 a token
