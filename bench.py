@@ -165,10 +165,10 @@ def bench_reading(folder, rounds) -> list:
 
 # ---- train
 
-MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4,
          "num_key_value_heads": 2}
 CASES = {   # vocabulary, context, rows, documents of mixed length
-    "vocab_8k": (8192, 512, 8, False),
+    "vocab_8k": (8192, 512, 16, False),
     "vocab_32k": (32768, 512, 8, False),
     "packed_2k": (8192, 2048, 2, True),
 }
