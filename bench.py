@@ -165,10 +165,10 @@ def bench_reading(folder, rounds) -> list:
 
 # ---- train
 
-MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 5, "num_attention_heads": 4,
+MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
          "num_key_value_heads": 2}
 CASES = {   # vocabulary, context, rows, documents of mixed length
-    "vocab_8k": (8192, 512, 16, False),
+    "vocab_8k": (8192, 512, 8, False),
     "vocab_32k": (32768, 512, 8, False),
     "packed_2k": (8192, 2048, 2, True),
 }
@@ -194,10 +194,11 @@ def case_batches(case, count, seed=0):
 
 
 def worker(args):
-    """One side of one case in a process of its own; prints {"step_s": [...], "peak_bytes", ...} as JSON."""
+    """One side of one case in a process of its own: for each line on stdin it does a step, or a step's matrix products
+    alone, and prints the seconds; at the end {"loss", "peak_bytes", ...} as JSON."""
     vocab, T, rows, packed = CASES[args.case]
     config = ModelConfig(vocab_size=vocab, max_position_embeddings=T, tie_word_embeddings=False, **MODEL)
-    batches, times, result = case_batches(args.case, args.steps), [], {}
+    batches, result = case_batches(args.case, 8), {}
     model = Model(config)
     model.initialise(0)
     if args.side == "ours":
@@ -224,18 +225,22 @@ def worker(args):
             loss = model(input_ids=tokens, labels=tokens).loss
             loss.backward()
             return loss.item()
-    for batch in prepared:
+    number = 0
+    for line in sys.stdin:                          # an answer for each line that comes in
+        if line.strip() == "products":
+            print(time_products(config, rows * T, T, args.device), flush=True)
+            continue
         start = time.perf_counter()
-        result["loss"] = step(batch)
+        result["loss"] = step(prepared[number % len(prepared)])
+        number += 1
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - start)
-    result["peak_bytes"] = (torch.cuda.max_memory_allocated() if args.device == "cuda"
-                            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    if args.products:
-        result["products_s"] = [time_products(config, rows * T, T, args.device) for _ in range(3)]
-    print(json.dumps({**result, "step_s": times[1:]}))
+        if number <= 3:                             # before anything but steps has asked for memory
+            result["peak_bytes"] = (torch.cuda.max_memory_allocated() if args.device == "cuda"
+                                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(time.perf_counter() - start, flush=True)
+    print(json.dumps(result))
     return 0
 
 
@@ -277,28 +282,40 @@ def timed(f, repeats: int = 3) -> float:
 
 
 def bench_train(args) -> list:
+    """Both sides stay loaded and take their steps in turn, so that what else the machine does hits both alike."""
     rows, share = [], None
     for case, (vocab, T, batch, packed) in CASES.items():
-        found = {"ours": [], "transformers": []}
-        for _ in range(args.rounds):
-            for side in found:
-                command = [sys.executable, __file__, "worker", "--case", case, "--side", side, "--steps",
-                           str(args.steps), "--device", args.device, *(["--products"] if side == "ours" else [])]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise ValueError(f"the {side} side of {case} failed: {done.stderr.strip().splitlines()[-1:]}")
-                found[side].append(json.loads(done.stdout.splitlines()[-1]))
-        steps = {side: [s for r in results for s in r["step_s"]] for side, results in found.items()}
-        median = {side: statistics.median(s) for side, s in steps.items()}
-        peer = f"transformers {found['transformers'][0]['transformers']}"
+        sides = ("ours", "transformers")
+        workers = {side: subprocess.Popen(
+            [sys.executable, __file__, "worker", "--case", case, "--side", side, "--device", args.device],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
+
+        def ask(side, what, workers=workers, case=case):
+            print(what, file=workers[side].stdin, flush=True)
+            if not (answer := workers[side].stdout.readline()):
+                raise ValueError(f"the {side} side of {case} failed; its error stands above")
+            return float(answer)
+
+        seconds, products, results = {side: [] for side in sides}, [], {}
+        for side in sides:                                   # the first step warms up
+            ask(side, "step")
+        for number in range(args.steps):
+            for side in sides if number % 2 else sides[::-1]:
+                seconds[side].append(ask(side, "step"))
+        for side, process in workers.items():
+            if side == "ours" and case == "vocab_32k":
+                products = [(ask(side, "products"), ask(side, "step")) for _ in range(3)]
+            process.stdin.close()
+            results[side] = json.loads(process.stdout.read())
+            process.wait()
+        median = {side: statistics.median(s) for side, s in seconds.items()}
+        peer = f"transformers {results['transformers']['transformers']}"
         rows.append(row(case, "tokens/s", batch * T / median["ours"], batch * T / median["transformers"], peer,
-                        spread=spread(steps["ours"]), loss=[found[s][0]["loss"] for s in found],
-                        model={**MODEL, "vocab_size": vocab}, context=T, rows=batch, packed=packed))
+                        spread=spread([b / a for a, b in zip(*seconds.values())]), context=T, rows=batch, packed=packed,
+                        loss=[results[s]["loss"] for s in sides], model={**MODEL, "vocab_size": vocab}))
         if case == "vocab_32k":
-            peak = {side: statistics.median(r["peak_bytes"] for r in results) for side, results in found.items()}
-            rows.append(row("peak_memory_32k", "bytes", peak["ours"], peak["transformers"], peer))
-            share = statistics.median(statistics.median(r["products_s"]) / statistics.median(r["step_s"])
-                                      for r in found["ours"])
+            rows.append(row("peak_memory_32k", "bytes", *(results[side]["peak_bytes"] for side in sides), peer))
+            share = statistics.median(p / s for p, s in products)
     rows.append(row("matmul_share", "of the step is its matrix products at the machine's own rate", share))
     return rows
 
@@ -319,15 +336,12 @@ def main():
     p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("train", help="training steps")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    p.add_argument("--steps", type=int, default=6, help="steps a process; the first is not counted (default: 6)")
-    p.add_argument("--rounds", type=int, default=2, help="processes a side, in turn (default: 2)")
+    p.add_argument("--steps", type=int, default=12, help="steps of each side, in turn (default: 12)")
     p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("worker")
     p.add_argument("--case", choices=tuple(CASES), required=True)
     p.add_argument("--side", choices=("ours", "transformers"), required=True)
-    p.add_argument("--steps", type=int, default=6)
     p.add_argument("--device", default="cpu")
-    p.add_argument("--products", action="store_true")
     args = parser.parse_args()
     if args.command == "worker":
         return worker(args)

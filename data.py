@@ -596,7 +596,7 @@ def plan_counts(weights_at, steps: int, batch_size: int) -> np.ndarray:
     """int64 [steps + 1, D]: sequences taken from each source before each step.
 
     Largest remainder on what each source is owed, in integers of 2^-32, so that every platform agrees and every prefix
-    of the run is within one sequence of the wanted mix.
+    of the run stays within about one sequence of the wanted mix (below one under the shipped schedules).
     """
     unit = 1 << 32
     rows, owed = [np.zeros(len(weights_at(0.0)), np.int64)], 0

@@ -180,14 +180,16 @@ def verdict(comparison: dict) -> str:
 
 
 def table(before: dict | None, after: dict) -> str:
-    """Markdown table of bits per byte and perplexity (or masked accuracy), before and after."""
-    lines = ["| text | bits per byte before | after | change | perplexity before | after |", "|" + "---|" * 6]
+    """Markdown table of bits per byte (masked LM: accuracy) and perplexity, before and after."""
+    unit = "accuracy" if any("accuracy" in now for now in after.values()) else "bits_per_byte"
+    lines = [f"| text | {unit.replace('_', ' ')} before | after | change | perplexity before | after |",
+             "|" + "---|" * 6]
     for name, now in after.items():
         was = (before or {}).get(name, {})
-        bits = [f"{x['bits_per_byte']:.4f}" if "bits_per_byte" in x else "" for x in (was, now)]
-        change = f"{100 * (now['bits_per_byte'] / was['bits_per_byte'] - 1):+.1f} %" if all(bits) else ""
+        first, second = (f"{x[unit]:.4f}" if x else "" for x in (was, now))
+        change = f"{100 * (now[unit] / was[unit] - 1):+.1f} %" if was.get(unit) else ""
         perplexity = [f"{x['perplexity']:.2f}" if x else "" for x in (was, now)]
-        lines.append(f"| {name} | {bits[0]} | {bits[1]} | {change} | {perplexity[0]} | {perplexity[1]} |")
+        lines.append(f"| {name} | {first} | {second} | {change} | {perplexity[0]} | {perplexity[1]} |")
     return "\n".join(lines)
 
 

@@ -125,6 +125,10 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, but must be 0 or more")
+
 
 # ---- building
 

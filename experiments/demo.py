@@ -283,7 +283,8 @@ def demo(out: Path) -> dict:
 
 
 def summarise(out: Path, seconds: float) -> dict:
-    """{"seconds", "runs": {"base": {"general_bpb", "domain_bpb"}, "domain_only": {...}, ...}} of the runs' eval.json."""
+    """{"seconds", "runs": {"base": {"general_bpb", "domain_bpb"}, "domain_only": {...}, ...}}"""
+
     def numbers(texts):
         return {f"{side}_bpb": texts[side]["bits_per_byte"] for side in ("general", "domain")}
 

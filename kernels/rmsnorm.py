@@ -27,13 +27,12 @@ class RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, rstd = ctx.saved_tensors
+        dy, wide_weight = upcast(dy), upcast(weight)
         xhat = upcast(x) * rstd
-        dy = upcast(dy)
-        dw = (dy * xhat).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dx = dy * weight
-        # mean over the row of (w dy xhat), as a batched dot product
-        mean = torch.linalg.vecdot(dx, xhat, dim=-1).unsqueeze(-1).mul_(1 / x.shape[-1])
-        dx = dx.sub_(xhat.mul_(mean)).mul_(rstd).to(x.dtype)
+        product = dy * xhat
+        dw = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        mean = (product @ wide_weight).unsqueeze(-1).mul_(1 / x.shape[-1])       # mean over the row of w dy xhat
+        dx = (dy * wide_weight).addcmul_(xhat, mean, value=-1).mul_(rstd).to(x.dtype)
         return dx, dw, None
 
 

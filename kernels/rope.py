@@ -11,11 +11,14 @@ from kernels.rmsnorm import upcast
 
 def rotate(x, cos, sin):
     """x [B, T, H, d] by the angles whose cosine and sine are [B or 1, T, 1, d/2]."""
-    a, b = upcast(x).chunk(2, dim=-1)
-    y = torch.empty(x.shape, dtype=a.dtype, device=x.device)
+    wide = upcast(x)
+    a, b = wide.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():            # fuses this itself; views that are written to only hinder it
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    y = wide * torch.cat([cos, cos], -1)
     ya, yb = y.chunk(2, dim=-1)
-    torch.mul(a, cos, out=ya).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=yb).addcmul_(a, sin)
+    ya.addcmul_(b, sin, value=-1)
+    yb.addcmul_(a, sin)
     return y.to(x.dtype)
 
 

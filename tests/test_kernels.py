@@ -226,6 +226,14 @@ def test_rope_gradcheck_and_laws():
     assert y.flatten().tolist() == pytest.approx([0.0, 1.0], abs=1e-6)        # (1, 0) turns towards the second half
 
 
+def test_rope_has_one_formula_compiled_or_not(monkeypatch):
+    angle = angles(2, 5, 3)
+    x = [normal(2, 5, 4, 6), normal(2, 5, 2, 6, seed=1), angle.cos().float(), angle.sin().float()]
+    plain = kernels.rope(*x)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(plain, kernels.rope(*x)))
+
+
 # ---- attention
 
 def documents(rows):
@@ -426,6 +434,20 @@ def test_cross_entropy_of_huge_logits():
     loss.backward()
     assert loss == 1e4
     assert x.grad.tolist() == [[1.0, -1.0]]
+
+
+@pytest.mark.parametrize("chunk", [4 * 13 * 2, 2**26], ids=["2_rows", "all"])
+def test_cross_entropy_of_hopeless_labels(monkeypatch, chunk):
+    """Where a label's probability underflows, its loss is still logsumexp - logit, beside likelier labels."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", chunk)
+    x, w, labels = head()
+    x = x * 60
+    expected = F.cross_entropy(x.double() @ w.double().T, labels, reduction="none")
+    assert (expected > 104).any()                       # exp(-104) is 0 in fp32
+    assert ((expected > 0) & (expected < 60)).any()
+    close(kernels.linear_cross_entropy(x, w, labels)[1], expected, 2.0**-19, 4)
+    against(lambda a, b: kernels.linear_cross_entropy(a, b, labels)[0], lambda a, b: naive_loss(a, b, labels), [x, w],
+            2.0**-19, 64)
 
 
 def test_cross_entropy_bf16():
