@@ -37,8 +37,8 @@ def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dic
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {final} could not be written ({error}); make room, and the same command resumes "
-                         f"from the one before") from None
+        raise ValueError(f"checkpoint {final} could not be written ({error}); make room, and the same command goes "
+                         f"on from the newest there is") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in steps(folder)[:-keep] if keep else []:

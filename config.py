@@ -65,6 +65,12 @@ class ArgumentParser(argparse.ArgumentParser):
                     yield from parser._all_actions()
 
 
+def write_json(path, value) -> None:
+    """`value` as JSON in a file; its folder is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
 def nearest(word: str, known) -> str:
     """`; did you mean X?` for the closest of `known`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import ArgumentParser, main_guard
+from config import ArgumentParser, main_guard, write_json
 
 HEADER_BYTES = 1024
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}       # llm.c's magic and version by token size
@@ -43,6 +43,7 @@ OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1          # "nCPT"
 ORDER_VERSION = 1                                  # raise it when the same seed gives another order
 IGNORE = -100
 SPLITS = ("train", "heldout")
+NOT_TEXT = (".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".pdf", ".docx", ".zip")
 
 
 # ---- reading documents
@@ -62,7 +63,10 @@ def read_documents(path: str, documents: str = "blank", separator: str | None = 
         yield from _texts(records, column)
         return
     if not os.path.isfile(path):
-        raise ValueError(f"input file {path} does not exist")
+        raise ValueError(f"input file {path} " + ("is a folder; name the files in it" if os.path.isdir(path)
+                                                  else "does not exist"))
+    if Path(path).suffix.lower() in NOT_TEXT:
+        raise ValueError(f"input file {path} is no plain text; make it .txt or .jsonl (one {{\"text\": ...}} a line)")
     stem = re.sub(r"\.(gz|zst)$", "", path)
     try:
         if stem.endswith(".parquet"):
@@ -251,7 +255,7 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
     if workers < 1 or not 1 <= shard_tokens < 2**31:
         raise ValueError(f"{workers} workers and {shard_tokens} tokens a shard were asked for; there must be at least "
                          f"1 worker, and from 1 to 2**31 - 1 tokens a shard")
-    partial = out.with_name(out.name + ".partial")
+    partial = out.with_name(f".{out.name}.partial")        # hidden, so that it is nobody's but a killed pack's
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     itemsize = 2 if tokenizer.vocab_size <= 65536 else 4
@@ -284,9 +288,15 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
             file.write(json.dumps(manifest, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        if overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        if out.exists():
+            old = partial.with_name(partial.name + ".old")
+            out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+    except OSError as error:
+        raise ValueError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -700,8 +710,8 @@ def cli_pack(args):
 
     tokenizer = tokenizers.load(args.tokenizer)
     inputs = [{"name": Path(f).name, "bytes": os.path.getsize(f) if os.path.isfile(f) else None} for f in args.files]
-    if missing := [f for f in args.files if not f.startswith("hf://") and not os.path.isfile(f)]:
-        raise ValueError(f"input file {missing[0]} does not exist")
+    for path in args.files:                    # all of them, before any work
+        next(read_documents(path, args.documents, args.separator, args.column, args.config, args.split), None)
     start, bar = time.perf_counter(), tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
 
     def texts():
@@ -732,7 +742,7 @@ def print_info(folder, json_file=None):
     print(f"  {manifest['dtype']}, {t['library']}, vocabulary {t['vocab_size']:,}, "
           f"{'BOS, ' if manifest['bos'] else ''}EOS; {manifest['empty_documents_dropped']} empty documents dropped")
     if json_file:
-        Path(json_file).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, manifest)
 
 
 def main():

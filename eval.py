@@ -1,7 +1,7 @@
 """Perplexity, bits per byte and forgetting, by one protocol that stands in every result.
 
-    python eval.py --model out/legal/final --baseline path/to/base --text legal=heldout.txt --text stories=tales.txt \\
-                   --general stories --json eval.json
+    python eval.py --model out/legal/final --baseline path/to/base --text law=shards/domain --text tales=tales.txt \\
+                   --general tales --json eval.json
 
 A document is scored in windows of T tokens, each token once: the first window sees the prefix token (BOS, or EOS where
 there is none), later ones the last token of the window before. BOS and EOS are not scored. Bits per byte divide by the
@@ -9,7 +9,6 @@ UTF-8 bytes of the text and so stay comparable when the tokenizer changes; perpl
 Windows of several documents share a row and cannot see each other.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -22,8 +21,8 @@ import data
 import hf
 import objectives
 import tokenizer as tokenizers
-from config import ArgumentParser, main_guard
-from generate import Settings, generate
+from config import ArgumentParser, main_guard, write_json
+from generate import Settings, generate, pick_device
 from model import Model, ModelConfig
 
 ADVICE = "raise replay to 40-50 %, or train adapters (LoRA), or merge the result with the base"
@@ -212,8 +211,13 @@ def score_files(model, tokenizer, texts: dict[str, str], args) -> tuple[dict, di
     context = args.context or min(model.config.max_position_embeddings, 2048)
     prefix, objective, results = prefix_of(tokenizer), objectives.Causal(mask_documents=True), {}
     for name, file in texts.items():
-        raw = [text for text in data.read_documents(file, args.documents, args.separator, args.column) if text]
-        documents = [(ids, len(data.utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
+        if (Path(file) / "manifest.json").is_file():           # a packed source: its held-out documents
+            shards = data.Shards(file, "heldout")
+            data.check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
+            documents = heldout_documents(shards, max_tokens=2**62)
+        else:
+            raw = [text for text in data.read_documents(file, args.documents, args.separator, args.column) if text]
+            documents = [(ids, len(data.utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
         if not documents:
             raise ValueError(f"text {name} ({file}) is empty")
         results[name] = score(model, objective, documents, prefix, context)
@@ -238,23 +242,27 @@ def main():
     parser.add_argument("--model", help="Hugging Face folder or hf:// id")
     parser.add_argument("--run", help="a run folder: score each of its checkpoints instead")
     parser.add_argument("--baseline", help="the model before: adds changes and forgetting")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="text to score; repeatable")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE",
+                        help="text to score, or a packed folder, whose held-out documents are scored; repeatable")
     parser.add_argument("--general", action="append", default=[], metavar="NAME",
                         help="a text that is general and whose loss is forgetting; repeatable")
     parser.add_argument("--documents", choices=("line", "blank", "file"), default="file",
-                        help="a document of a text file is a line, a block between blank lines, or the file (default)")
-    parser.add_argument("--separator", help="documents of a text file stand between this string")
+                        help="a document of each text file is a line, a block between blank lines, or the file "
+                             "(default)")
+    parser.add_argument("--separator", help="documents of each text file stand between this string")
     parser.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
     parser.add_argument("--context", type=int, help="tokens a window (default: the model's, at most 2048)")
     parser.add_argument("--dtype", choices=tuple(hf.DTYPES), default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     parser.add_argument("--json", metavar="FILE", help="write the result there")
     args = parser.parse_args()
     if bool(args.model) == bool(args.run):
         raise ValueError("name one of --model and --run")
     if args.context is not None and args.context < 1:
         raise ValueError(f"--context is {args.context}, but a window needs at least 1 token")
-    texts = {}
+    if args.run and (args.baseline or args.general):
+        raise ValueError("--baseline and --general go with --model; --run scores each checkpoint alone")
+    args.device, texts = pick_device(args.device), {}
     for text in args.text:
         name, equals, file = text.partition("=")
         if not equals or not name:
@@ -288,7 +296,7 @@ def main():
         if before:
             print(verdict(result))
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, result)
     return 0
 
 

@@ -6,7 +6,6 @@ Order as in transformers: repetition penalty (arXiv 1909.05858), temperature, to
 min-p (2407.01082). One text at a time. T tokens, D hidden_size, V vocab_size.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 import hf
 import tokenizer
-from config import ArgumentParser, main_guard
+from config import ArgumentParser, main_guard, write_json
 from model import KVCache
 
 
@@ -243,7 +242,7 @@ def main(argv=None):
     result = complete(model, tok, text, settings, end_ids(folder, tok), args.stop, write)
     print()
     if args.json:
-        args.json.write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -42,5 +42,5 @@ class RunLock:
 def require_finite(what: str, value: float, step: int, sources) -> None:
     """Stop before the step that would spoil the weights."""
     if not math.isfinite(value):
-        raise ValueError(f"the {what} of step {step} is {value} (sources in the step: {', '.join(sources)}); nothing "
-                         f"was updated, and the last checkpoint is good: lower --optim.lr, or look at the documents")
+        raise ValueError(f"the {what} of step {step + 1} is {value} (sources in the step: {', '.join(sources)}); the "
+                         f"update was not made: lower --optim.lr, or look at those documents")

@@ -300,13 +300,14 @@ def _few(names) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def save(model: Model, path, base=None, state: dict | None = None, card: str = "", tokenizer=None,
+def save(model: Model, path, base=None, state: dict | None = None, card: str = "", tokenizer=None, scratch=False,
          shard_bytes: int = 5 * 10**9):
     """Write `model` as a Hugging Face folder at `path`, replacing it whole or not at all.
 
     base: the folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, its config
     keys kept. state: our names -> full tensors, where the parameters themselves are sharded. card: Markdown for the
-    model card, e.g. the before/after table. tokenizer: folder or file whose tokenizer takes the place of
+    model card, e.g. the before/after table. scratch: only sizes came
+    from base, and the card says so. tokenizer: folder or file whose tokenizer takes the place of
     base's.
     """
     path, config = Path(path), model.config
@@ -328,7 +329,8 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
             _copy(base_folder, LICENCES, out)
         if tokenizer or base_folder:
             _copy_tokenizer(Path(tokenizer or base_folder), out)
-        (out / "README.md").write_text(_model_card(base, base_folder, path.name, card), encoding="utf-8")
+        text = _model_card(None if scratch else base, base_folder, path.name, card)
+        (out / "README.md").write_text(text, encoding="utf-8")
         old = path.with_name(f"{path.name}.old{os.getpid()}")
         if path.exists():
             path.rename(old)

@@ -25,6 +25,12 @@ class OptimConfig:
     def __post_init__(self):
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.min_lr {self.min_lr} is not between 0 and optim.lr {self.lr}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}, but must be from 0 to below 1")
+        for name in ("eps", "weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}, but must be 0 or more")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"optim.warmup_ratio is {self.warmup_ratio}, but must be a share between 0 and 1")
 

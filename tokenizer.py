@@ -551,12 +551,15 @@ def main():
     p.add_argument("--kind", choices=("bpe", "unigram", "wordpiece"), default="bpe")
     p.add_argument("--vocab-size", type=int, required=True, help="ids in all, special tokens included")
     p.add_argument("--out", required=True, help="folder for tokenizer.json and tokenizer_config.json")
+    p.add_argument("--overwrite", action="store_true", help="replace the tokenizer in the folder")
     p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl, or .gz of these")
     p = commands.add_parser("encode", help="show the ids and pieces of a text")
     p.add_argument("--tokenizer", required=True, metavar="PATH", help="a model folder or a tokenizer file")
     p.add_argument("text", metavar="TEXT")
     args = parser.parse_args()
     if args.command == "train":
+        if (Path(args.out) / "tokenizer.json").exists() and not args.overwrite:
+            raise ValueError(f"{args.out} holds a tokenizer already; choose another --out or add --overwrite")
         tokenizer = train(read_texts(args.files), args.kind, args.vocab_size, args.out)
         fewer = f" of {args.vocab_size}: the text gave no more" if tokenizer.vocab_size < args.vocab_size else ""
         print(f"{args.out}: {args.kind} tokenizer with {tokenizer.vocab_size} ids{fewer}")

@@ -351,12 +351,13 @@ def draw_samples(run: Run, step: int, logger):
 def identity(run: Run) -> dict:
     """What must be the same for a resumed run to be the same run; the rest (ranks, micro-batch, logging) may change."""
     c, loader = run.c, run.loader
-    tokens = {name: [record["sha256"] for record in s.records] for name, s in zip(loader.names, loader.shards)}
+    tokens = {name: [record["sha256"] for split in data.SPLITS for record in s.manifest["splits"][split]["shards"]]
+              for name, s in zip(loader.names, loader.shards)}
     return json.loads(json.dumps({
         "seed": c.seed, "order_version": data.ORDER_VERSION, "steps": run.total, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
         "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last,
-        "mix": hashlib.sha256(loader.counts.tobytes()).hexdigest()[:16],
+        "eval_tokens": c.eval.tokens, "mix": hashlib.sha256(loader.counts.tobytes()).hexdigest()[:16],
         "tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "optim": dataclasses.asdict(c.optim), "objective": dataclasses.asdict(c.objective),
         "model": dataclasses.asdict(run.config),
@@ -404,6 +405,7 @@ def finish(run: Run, after: dict, out: Path, logger):
     _write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
     table = evaluation.table(before, after)
     hf.save(run.inner, out / "final", base=c.model.path or None, state=weights, tokenizer=c.model.tokenizer or None,
+            scratch=c.model.init == "scratch",
             card=f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
     logger.say(table)
     if comparison:
@@ -477,6 +479,9 @@ def train(c: Config, world) -> int:
     with contextlib.ExitStack() as stack:
         if world.main:
             stack.callback(guard.RunLock(out).release)
+            if not checkpoint.steps(out / "checkpoints"):      # what a run left that died before its first save
+                for stale in [out / "metrics.jsonl", *out.glob("eval_step_*.json")]:
+                    stale.unlink(missing_ok=True)
         logger = log.Logger(out, c.log, run.total, world.main, settings=dataclasses.asdict(c))
         stack.callback(logger.close)
         stop = guard.StopSignal()
@@ -545,20 +550,19 @@ def dry_run(c: Config, world) -> int:
         out = Path(folder)
         logger = log.Logger(out, LogConfig(), run.total, world.main)
         describe(run, logger.say)
-        batches = micro_batches(run, 0)
-        train_step(run, 0, batches)                                            # the first one also warms up
         clock = time.perf_counter()
-        train_step(run, min(1, run.total - 1), micro_batches(run, min(1, run.total - 1)))
-        step_seconds, clock = time.perf_counter() - clock, time.perf_counter()
         evaluate(run, 0, out, logger)
         eval_seconds, clock = time.perf_counter() - clock, time.perf_counter()
+        batches = micro_batches(run, 0)
+        train_step(run, 0, batches)
+        step_seconds, clock = time.perf_counter() - clock, time.perf_counter()
         save(run, 0, out / "checkpoints", logger)
         if world.main:
             size = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*") if file.is_file())
             hours = (step_seconds * run.total + eval_seconds * (2 + run.total // c.eval.every)) / 3600
             logger.say(f"dry run: step {step_seconds:.2f} s, evaluation {eval_seconds:.1f} s, save "
                        f"{time.perf_counter() - clock:.1f} s; peak memory {peak_gb(world):.2f} GB, a checkpoint "
-                       f"{size / 1e9:.2f} GB")
+                       f"{size / 1e6:,.0f} MB")
             logger.say(f"dry run: the whole run takes about {hours:.2f} hours; nothing was kept")
             for row in range(min(2, len(batches[0].tokens))) if run.tokenizer else ():
                 show_row(run, batches[0], row, logger.say)

@@ -316,9 +316,11 @@ def main() -> None:
         for side in make_corpora(args.out).values():
             print("\n".join(snippets(side["path"])))
         return
-    summary = demo(args.out.resolve())
+    out = Path(os.path.relpath(args.out.resolve(), ROOT))  # short paths in the commands that are shown
+    os.chdir(ROOT)
+    summary = demo(out)
     show(summary)
-    print(f"{summary['seconds']:.0f} s; report: {args.out}/report.html")
+    print(f"{summary['seconds']:.0f} s; report: {out}/report.html")
 
 
 if __name__ == "__main__":

@@ -859,7 +859,7 @@ def test_command_line(tmp_path, tiny_bpe, monkeypatch, capsys):
     fails("pack", "--tokenizer", tmp_path / "no", "--out", tmp_path / "t", tmp_path / "in.txt", match="does not exist")
     fails("verify", tmp_path / "t", match="holds no manifest")
     assert not (tmp_path / "t").exists()
-    assert not (tmp_path / "t.partial").exists()
+    assert not list(tmp_path.glob(".t.partial"))
     raw = bytearray((out / "train_000000.bin").read_bytes())
     raw[-1] ^= 4
     (out / "train_000000.bin").write_bytes(raw)
