@@ -5,8 +5,8 @@
 
 Each side of a training measurement is a process of its own, so that peaks of memory are its own (imports included).
 Both get the same weights, batches, threads, dtype (fp32 on a CPU) and fused AdamW with clipping. Theirs is the plain
-loop `model(input_ids, labels=...).loss.backward(); clip; step`. What train.py does to the process counts as ours: it tells
-glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
+loop `model(input_ids, labels=...).loss.backward(); clip; step`. What train.py does to its process counts as ours: it
+tells glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
 """
 
 import itertools
