@@ -68,7 +68,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def write_json(path, value) -> None:
     """`value` as JSON in a file; its folder is made where it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def nearest(word: str, known) -> str:

@@ -484,7 +484,6 @@ def test_past_the_trained_length_it_warns_in_one_line_and_goes_on(byte_folder, t
     (["--prompt", "\udcff"], "not UTF-8"),
     (["--stop", ""], "stop string is empty"),
     (["--model", "no/such/folder"], "no/such/folder"),
-    (["--json", "no/such/folder/out.json"], "no/such/folder"),
 ])
 def test_mistakes_end_in_one_line(byte_folder, tmp_path, capsys, words, message):
     (tmp_path / "latin1").write_bytes(b"Gr\xfc\xdfe")
