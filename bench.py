@@ -73,19 +73,41 @@ def bench_data(args) -> list:
         source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
         paths = args.tokenizer or [default_tokenizer(texts, folder)]
         for path in paths:
-            rows += bench_packing(tokenizers.load(path), Path(path).name, source, texts, folder, args.rounds)
+            rows += bench_packing(path, source, texts, folder, args.rounds)
         rows += bench_reading(folder / "shards", args.rounds)
     return rows
 
 
 def default_tokenizer(texts, folder):
-    tokenizers.train(texts[:20000], "bpe", 8192, folder / "tokenizer")
+    """A byte-level BPE of 8,192 ids trained on the text, as GPT-2's two files."""
+    from tokenizers import ByteLevelBPETokenizer
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts[:20000], vocab_size=8192, special_tokens=["<|endoftext|>"], show_progress=False)
+    (folder / "tokenizer").mkdir()
+    trained.save_model(str(folder / "tokenizer"))
     return folder / "tokenizer"
 
 
-def bench_packing(tokenizer, name, source, texts, folder, rounds) -> list:
+def hugging_face_twin(path, tokenizer, texts):
+    """The same tokenizer in the library that datasets.map is used with, or None; its ids are compared."""
+    from tokenizers import ByteLevelBPETokenizer
+    if tokenizer.library.startswith("tokenizers"):
+        twin = tokenizer._lib
+    elif tokenizer.kind == "gpt2":
+        files = (str(Path(path) / name) for name in ("vocab.json", "merges.txt"))
+        twin = ByteLevelBPETokenizer.from_file(*files)._tokenizer
+    else:
+        return None
+    for text in texts[:200]:
+        assert twin.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), "the two sides differ"
+    return twin
+
+
+def bench_packing(path, source, texts, folder, rounds) -> list:
     """Packing a jsonl file from disk to disk, against the encoder alone on the texts in memory, and against
     datasets.map with group_texts as in transformers' run_clm.py, all with the same tokenizer and cores."""
+    tokenizer = tokenizers.load(path)
+    twin = hugging_face_twin(path, tokenizer, texts)
     out, times = folder / "shards", {"ours": [], "raw": [], "datasets": []}
     tokens = 0
     for _ in range(rounds):
@@ -97,13 +119,14 @@ def bench_packing(tokenizer, name, source, texts, folder, rounds) -> list:
         raw_encode(tokenizer, texts)
         times["raw"].append(time.perf_counter() - start)
     rate = {side: tokens / statistics.median(t) for side, t in times.items() if t}
-    rows = [row(f"pack_vs_encoder[{name}]", "tokens/s", rate["ours"], rate["raw"], tokenizer.library,
-                spread=spread(times["ours"]))]
-    if tokenizer.kind == "tokenizers":
-        for _ in range(max(1, rounds // 2)):
-            times["datasets"].append(datasets_pipeline(tokenizer, source, folder))
-        rows.append(row(f"pack_vs_datasets[{name}]", "tokens/s", rate["ours"],
-                        tokens / statistics.median(times["datasets"]), "datasets.map + group_texts"))
+    which = {"tokenizer": Path(path).name, "spread": spread(times["ours"])}
+    rows = [row("pack_vs_encoder", "tokens/s", rate["ours"], rate["raw"], tokenizer.library, **which)]
+    if twin:
+        for processes in (None, os.cpu_count()):            # the better of its two ways to use the cores
+            times["datasets"].append(datasets_pipeline(twin, source, folder, processes))
+        rows.append(row("pack_vs_datasets", "tokens/s", rate["ours"],
+                        tokens / min(times["datasets"]), "datasets.map + group_texts",
+                        seconds_by_processes=times["datasets"], **which))
     return rows
 
 
@@ -116,26 +139,27 @@ def raw_encode(tokenizer, texts):
     return tokenizer._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
 
-def datasets_pipeline(tokenizer, source, folder) -> float:
+def datasets_pipeline(twin, source, folder, processes=None) -> float:
+    """Seconds of what transformers' run_clm.py does: the fast tokenizer in a batched map, then group_texts."""
     import datasets
+    import transformers
     datasets.disable_progress_bars()
-    context, backend, eos = 1024, tokenizer._lib, tokenizer.eos_id
-
-    def encode(batch):
-        return {"input_ids": [e.ids + [eos] for e in backend.encode_batch_fast(batch["text"],
-                                                                               add_special_tokens=False)]}
+    transformers.logging.set_verbosity_error()
+    context, peer = 1024, transformers.PreTrainedTokenizerFast(tokenizer_object=twin)
 
     def group_texts(batch):
-        joined = list(itertools.chain.from_iterable(batch["input_ids"]))
-        length = len(joined) // context * context
-        chunks = [joined[i:i + context] for i in range(0, length, context)]
-        return {"input_ids": chunks, "labels": [list(c) for c in chunks]}
+        joined = {k: list(itertools.chain(*batch[k])) for k in batch}
+        length = len(joined["input_ids"]) // context * context
+        result = {k: [t[i:i + context] for i in range(0, length, context)] for k, t in joined.items()}
+        result["labels"] = result["input_ids"].copy()
+        return result
 
     cache = tempfile.mkdtemp(dir=folder)
     start = time.perf_counter()
     raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
-    encoded = raw.map(encode, batched=True, remove_columns=raw.column_names)
-    encoded.map(group_texts, batched=True)
+    encoded = raw.map(lambda batch: peer(batch["text"]), batched=True, remove_columns=raw.column_names,
+                      num_proc=processes)
+    encoded.map(group_texts, batched=True, num_proc=processes)
     return time.perf_counter() - start
 
 
@@ -335,7 +359,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
     p = commands.add_parser("data", help="packing and reading")
     p.add_argument("--text", default=default_text(), help="text file (default: the demo's, or WikiText-2)")
-    p.add_argument("--tokenizer", action="append", help="repeatable (default: a BPE trained on the text)")
+    p.add_argument("--tokenizer", action="append", help="repeatable (default: GPT-2 files trained on the text)")
     p.add_argument("--mbytes", type=float, default=20, help="the text is repeated to about this size (default: 20)")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--json", metavar="FILE")
