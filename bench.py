@@ -376,7 +376,7 @@ def main():
         return worker(args)
     if args.command == "data" and not args.text:
         raise ValueError("no text to pack: give --text FILE, or run make demo first")
-    result = {"machine": machine(), "command": sys.argv[1:],
+    result = {"machine": machine(), "command": [Path(word).name if "/" in word else word for word in sys.argv[1:]],
               "rows": (bench_data if args.command == "data" else bench_train)(args)}
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
