@@ -58,9 +58,11 @@ def read_documents(path: str, documents: str = "blank", separator: str | None = 
     if path.startswith("hf://"):
         from datasets import load_dataset
         name, _, revision = path.removeprefix("hf://").partition("@")
-        rows = load_dataset(name, config, split=split, streaming=True, revision=revision or None)
-        records = ((f"{path} record {i}", row) for i, row in enumerate(rows, 1))
-        yield from _texts(records, column)
+        try:
+            rows = load_dataset(name, config, split=split, streaming=True, revision=revision or None)
+            yield from _texts(((f"{path} record {i}", row) for i, row in enumerate(rows, 1)), column)
+        except OSError as error:               # no such dataset, no network: not to be taken for a full disk
+            raise ValueError(f"{path} cannot be read from the Hub: {str(error).splitlines()[0]}") from None
         return
     if not os.path.isfile(path):
         raise ValueError(f"input file {path} " + ("is a folder; name the files in it" if os.path.isdir(path)

@@ -885,3 +885,13 @@ def test_no_bos_and_a_warning_where_nothing_is_held_out(tmp_path, tiny_bpe, monk
                tmp_path / "in.txt") == 0
     assert capsys.readouterr().err == ""
     assert Shards(tmp_path / "s").text_document(0)[0].tolist() == tokenizer.encode("one document")
+
+
+def test_a_hub_that_cannot_be_reached_is_named_and_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(*_, **__):
+        raise ConnectionError("no route to the Hub")
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(ValueError, match="hf://org/name cannot be read from the Hub: no route"):
+        list(data.read_documents("hf://org/name"))
