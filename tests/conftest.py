@@ -61,3 +61,12 @@ def hf_model(tmp_path):
         model.save_pretrained(folder)
         return model, folder
     return build
+
+
+@pytest.fixture
+def one_thread():
+    """Steps of one token are too small to share; on a busy machine waiting for the other thread takes all the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -23,15 +23,8 @@ import tokenizer
 import train
 from parallel import World
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = objectives.Causal(mask_documents=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -22,17 +22,9 @@ import tokenizer
 from config import main_guard
 from generate import Settings, TextStream, complete, end_ids, generate, penalised, probabilities, sample_logits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = {"max_new_tokens": 30, "temperature": 0.0}
 MIXED = "Zażółć gęślą — 中文字、日本語 🙂👩‍💻🇩🇪 e\u0301 ok"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps of one token are too small to share; on a busy machine waiting for the other thread takes all the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---- one token
