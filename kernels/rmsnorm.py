@@ -1,12 +1,23 @@
-"""Root-mean-square layer normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467).
+"""Root-mean-square layer normalisation (Zhang and Sennrich, 2019, arXiv 1910.07467), alone and after a residual add.
 
-    r = 1 / sqrt(mean(x^2) + eps)        y = w * x * r
-    dx = r * (w dy - x r^2 mean(w dy x))         dw = sum over rows of dy x r
+    s = x + residual                 (add_rmsnorm only; s is the residual stream from here on)
+    r = 1 / sqrt(mean(s^2) + eps)    y = w * s * r
+    ds = r * (w dy - s r^2 mean(w dy s)) + the gradient that reaches s by the residual stream
+    dw = sum over rows of dy s r
 
-Only x and r (one number a row) are kept for the backward pass.
+Kept for the backward pass: s and r (one fp32 number a row). With n bytes a number and M rows of D, an ideal device
+moves 2 M D n forward (4 with the add) and 3 M D n backward (4 with the add); there is hardly any arithmetic.
+
+Forward, a program takes a tile of whole rows. Backward, a fixed number of programs stride over the tiles, so that each
+keeps its share of dw in registers; the shares are summed in a second step, in a fixed order: two runs agree bitwise.
 """
 
 import torch
+import torch.nn.functional as F
+
+from kernels.backend import Case, jit, launch, multiprocessors, op, power_of_two, tl, use_triton
+
+TILE = 4096          # numbers a program holds; narrow rows share one
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -14,28 +25,173 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-class RMSNorm(torch.autograd.Function):
+# ---- reference
+
+def reference_backward(dy, s, weight, rstd, want_dw):
+    """-> ds in at least fp32, dw or None."""
+    dy, wide_weight = upcast(dy), upcast(weight)
+    xhat = upcast(s) * rstd
+    product = dy * xhat
+    dw = product.flatten(0, -2).sum(0).to(weight.dtype) if want_dw else None
+    mean = (product @ wide_weight).unsqueeze(-1).mul_(1 / s.shape[-1])       # mean over the row of w dy xhat
+    return (dy * wide_weight).addcmul_(xhat, mean, value=-1).mul_(rstd), dw
+
+
+class Reference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = upcast(x)
+    def forward(ctx, x, residual, weight, eps):
+        s = x if residual is None else x + residual
+        wide = upcast(s)
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rstd = rstd.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        rstd = rstd.square_().mul_(1 / s.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(s, weight, rstd)
+        y = (wide * rstd).mul_(weight).to(s.dtype)
+        return y if residual is None else (y, s)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        dy, wide_weight = upcast(dy), upcast(weight)
-        xhat = upcast(x) * rstd
-        product = dy * xhat
-        dw = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        mean = (product @ wide_weight).unsqueeze(-1).mul_(1 / x.shape[-1])       # mean over the row of w dy xhat
-        dx = (dy * wide_weight).addcmul_(xhat, mean, value=-1).mul_(rstd).to(x.dtype)
-        return dx, dw, None
+    def backward(ctx, dy, dstream=None):
+        s, weight, rstd = ctx.saved_tensors
+        ds, dw = reference_backward(dy, s, weight, rstd, ctx.needs_input_grad[2])
+        ds = ds.to(s.dtype) if dstream is None else ds.add_(dstream).to(s.dtype)
+        return ds, ds if dstream is not None else None, dw, None
 
+
+# ---- Triton
+
+@jit
+def forward_kernel(X, R, W, S, Y, RSTD, M, D, eps, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < M)[:, None] & (col < D)
+    at = row.to(tl.int64)[:, None] * D + col
+    s = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        s += tl.load(R + at, mask=mask, other=0.0).to(tl.float32)
+        s = s.to(S.dtype.element_ty)              # the norm is of what the residual stream keeps
+        tl.store(S + at, s, mask=mask)
+        s = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(s * s, 1) / D + eps)
+    tl.store(RSTD + row, rstd, mask=row < M)
+    w = tl.load(W + col, mask=col < D, other=0.0).to(tl.float32)
+    tl.store(Y + at, s * rstd[:, None] * w, mask=mask)
+
+
+@jit
+def backward_kernel(DY, DSTREAM, S, W, RSTD, DS, DW, M, D, ADD: tl.constexpr, WANT_DW: tl.constexpr,
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    col = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(W + col, mask=col < D, other=0.0).to(tl.float32)
+    dw = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(M, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        mask = (row < M)[:, None] & (col < D)
+        at = row.to(tl.int64)[:, None] * D + col
+        rstd = tl.load(RSTD + row, mask=row < M, other=0.0)[:, None]
+        xhat = tl.load(S + at, mask=mask, other=0.0).to(tl.float32) * rstd
+        dy = tl.load(DY + at, mask=mask, other=0.0).to(tl.float32)
+        if WANT_DW:
+            dw += dy * xhat
+        dy *= w
+        ds = (dy - xhat * (tl.sum(dy * xhat, 1)[:, None] / D)) * rstd
+        if ADD:
+            ds += tl.load(DSTREAM + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(DS + at, ds, mask=mask)
+    if WANT_DW:
+        tl.store(DW + tl.program_id(0) * D + col, tl.sum(dw, 0)[None, :], mask=col < D)
+
+
+def tiling(D: int) -> dict:
+    block = power_of_two(D)
+    return {"ROWS": max(1, TILE // block), "BLOCK": block, "num_warps": min(32, max(TILE, block) // 512)}
+
+
+@op
+def rmsnorm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor,
+                    eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> y, the stream s (empty without a residual), r [M] fp32; x and residual contiguous."""
+    D, add = x.shape[-1], residual is not None
+    M = x.numel() // D if D else 0
+    s = torch.empty_like(x, dtype=torch.promote_types(x.dtype, residual.dtype)) if add else x.new_empty(0)
+    y = torch.empty_like(s if add else x)
+    rstd = torch.empty(M, dtype=torch.float32, device=x.device)
+    tiles = tiling(D)
+    launch(forward_kernel, (-(-M // tiles["ROWS"]),), x, residual if add else x, weight, s, y, rstd, M, D, eps,
+           ADD=add, **tiles)
+    return y, s, rstd
+
+
+@op
+def rmsnorm_backward(dy: torch.Tensor, dstream: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor,
+                     rstd: torch.Tensor, want_dw: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> ds, dw (empty if not wanted)."""
+    M, D, add = rstd.numel(), s.shape[-1], dstream is not None
+    tiles = tiling(D)
+    programs = min(2 * multiprocessors(s.device), -(-M // tiles["ROWS"]))
+    ds = torch.empty_like(s)
+    dw = torch.empty(programs if want_dw else 0, D, dtype=torch.float32, device=s.device)
+    launch(backward_kernel, (programs,), dy, dstream if add else dy, s, weight, rstd, ds, dw, M, D,
+           ADD=add, WANT_DW=want_dw, **tiles)
+    return ds, dw.sum(0).to(weight.dtype) if want_dw else dw
+
+
+class Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        x, weight = x.contiguous(), weight.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        y, s, rstd = rmsnorm_forward(x, residual, weight, eps)
+        ctx.save_for_backward(x if residual is None else s, weight, rstd)
+        return y if residual is None else (y, s)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dstream=None):
+        s, weight, rstd = ctx.saved_tensors
+        add = dstream is not None
+        ds, dw = rmsnorm_backward(dy.contiguous(), dstream.contiguous() if add else None, s, weight, rstd,
+                                  ctx.needs_input_grad[2])
+        return ds, ds if add else None, dw if ctx.needs_input_grad[2] else None, None
+
+
+# ---- public ops
 
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., D], weight [D] -> [..., D] in x's dtype."""
-    return RMSNorm.apply(x, weight, eps)
+    return (Kernel if use_triton(x) else Reference).apply(x, None, weight, eps)
+
+
+def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
+    """x, residual [..., D], weight [D] -> rmsnorm(x + residual), x + residual, both in the wider dtype of the two."""
+    return (Kernel if use_triton(x) else Reference).apply(x, residual, weight, eps)
+
+
+# ---- what is checked and measured
+
+def case(name, width, heads=1, add=False) -> Case:
+    def inputs(device, dtype, tokens):
+        shape = (tokens, heads, width) if heads > 1 else (tokens, width)
+        x = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(1 + add)]
+        return *x, torch.randn(width, device=device, dtype=dtype, requires_grad=True), 1e-5
+
+    def traffic(tokens):
+        row = tokens * heads * width * 2
+        return (4 * row, 4 * row) if add else (2 * row, 3 * row)
+    own = None if add else lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+    return Case(name, add_rmsnorm if add else rmsnorm, inputs, traffic, torch=own)
+
+
+def examples() -> list[Case]:
+    """Small and odd, for the check."""
+    return [case("rmsnorm 37", 37), case("rmsnorm 3 heads of 16", 16, heads=3), case("add_rmsnorm 130", 130, add=True)]
+
+
+def cases() -> list[Case]:
+    """The widths of Llama-3.2-1B and Llama-3-8B, and Qwen3's norm over the heads' 128."""
+    return [case("rmsnorm 2048", 2048), case("rmsnorm 4096", 4096), case("rmsnorm 32 heads of 128", 128, heads=32),
+            case("add_rmsnorm 2048", 2048, add=True), case("add_rmsnorm 4096", 4096, add=True)]
+
+
+if __name__ == "__main__":
+    from kernels.measure import main
+    main("rmsnorm")

@@ -8,6 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"          # read when huggingface_hub is impor
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"    # read when a kernel is defined: the tests run kernels in numpy
+
 from model import Model, ModelConfig
 
 torch.set_num_threads(2)

@@ -1,0 +1,159 @@
+"""How an op reaches its kernel: which backend runs, how a kernel is launched, what torch.compile sees.
+
+    NANOCPT_KERNELS=            Triton on CUDA, the plain-PyTorch reference elsewhere
+    NANOCPT_KERNELS=reference   the reference everywhere
+    NANOCPT_KERNELS=triton      Triton everywhere; on a CPU that needs TRITON_INTERPRET=1 as well: Triton's interpreter
+                                runs the kernels in numpy, slowly, but by the same lines
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:               # there are no wheels for macOS and Windows: the references are the product there
+    triton, tl = None, SimpleNamespace(constexpr=object)
+
+# `python -m kernels.rmsnorm` runs a file that the package has imported already; that is meant.
+warnings.filterwarnings("ignore", "'kernels.* found in sys.modules", RuntimeWarning)
+
+CHOICES = ("", "reference", "triton")
+choice = os.environ.get("NANOCPT_KERNELS", "")
+receiver = None                   # takes kernels instead of a device: torch.compile's fake tensors, the static check
+
+
+def jit(kernel):
+    return triton.jit(kernel) if triton else kernel
+
+
+def interpreting() -> bool:
+    return triton is not None and triton.knobs.runtime.interpret
+
+
+@contextmanager
+def using(name: str):
+    """Force a backend for the ops inside: `reference` or `triton`."""
+    global choice
+    before, choice = choice, name
+    try:
+        yield
+    finally:
+        choice = before
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    """Whether an op on x runs its Triton kernel. float64 never does: the kernels compute in fp32."""
+    if choice == "reference" or x.dtype == torch.float64:
+        return False
+    if choice not in CHOICES:
+        raise ValueError(f"NANOCPT_KERNELS is {choice!r}; it may be reference, triton or empty")
+    if choice == "" or x.device.type == "cuda":
+        return x.device.type == "cuda" and triton is not None
+    if triton is None:
+        raise ValueError("NANOCPT_KERNELS=triton, but Triton is not installed; it comes for Linux only")
+    if x.device.type == "cpu" and not interpreting() and receiver is None:
+        raise ValueError("NANOCPT_KERNELS=triton on a CPU needs TRITON_INTERPRET=1 (Triton's interpreter, slow)")
+    return True
+
+
+def launch(kernel, grid: tuple, *args, **options):
+    """kernel[grid](*args, **options) on the device of its first argument; an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if receiver is not None:
+        receiver(kernel, grid, args, options)
+    elif args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
+        with torch.cuda.device(args[0].device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+@contextmanager
+def sending_to(function):
+    """Give launches to function(kernel, grid, args, options) instead of the device."""
+    global receiver
+    before, receiver = receiver, function
+    try:
+        yield
+    finally:
+        receiver = before
+
+
+def op(function):
+    """What the autograd functions call: the Python function in eager mode, a registered op under torch.compile.
+
+    Calling through torch's dispatcher costs several microseconds, as much as a small kernel; only the compiler needs
+    it, which then sees one opaque node and learns its outputs' shapes by running `function` without its launches.
+    function's annotations are its schema (torch.library.custom_op); it writes to no input and returns no view of one.
+    """
+    registered = torch.library.custom_op(f"nanocpt::{function.__name__}", function, mutates_args=())
+
+    @registered.register_fake
+    def _(*args):
+        with sending_to(lambda *launched: None):
+            return function(*args)
+
+    @functools.wraps(function)
+    def call(*args):
+        return registered(*args) if torch.compiler.is_compiling() else function(*args)
+    return call
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability as 80, 90, 100, ... of a CUDA device; of the card compiled for in the static check."""
+    if device.type == "cuda":
+        return _capability(device.index)
+    return getattr(receiver, "architecture", 90)
+
+
+@functools.cache
+def _capability(index) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _multiprocessors(index) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; in the interpreter few, so that small inputs already give every program several turns."""
+    return _multiprocessors(device.index) if device.type == "cuda" else 132 if receiver else 2
+
+
+def table(by_architecture: dict, device: torch.device):
+    """The entry of a static table for the newest architecture that is not newer than the device's."""
+    mine = architecture(device)
+    return by_architecture[max((a for a in by_architecture if a <= mine), default=min(by_architecture))]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@dataclass
+class Case:
+    """One use of an op that is checked, compiled and timed; `cases()` of a kernel's file lists them.
+
+    inputs(device, dtype, tokens) -> the arguments of `op`; those that require gradients get them.
+    traffic, work: of the tokens, the bytes (bf16) an ideal forward and an ideal backward pass move, and the
+    floating-point operations they need. torch: PyTorch's own op for the same, with the same arguments.
+    """
+    name: str
+    op: Callable
+    inputs: Callable
+    traffic: Callable = lambda tokens: (0, 0)
+    work: Callable = lambda tokens: (0, 0)
+    torch: Callable | None = None
+    one_shot: bool = False        # keeps its gradients for one backward pass: only forward + backward can be timed

@@ -1,0 +1,206 @@
+"""Checks, static figures and timings of a kernel; `python -m kernels.rmsnorm` prints all three for one file.
+
+check     against the float64 reference, on the GPU or in Triton's interpreter
+compile   for a card that need not be here: registers, spills, shared memory, occupancy, and gates on what must not be
+time      on a GPU, against the reference, torch.compile of it and PyTorch's own op
+
+The kernels that are compiled are the ones that ship: the op runs on meta tensors of the case's shapes, and each launch
+goes to Triton's compiler, with the same specialisation a real launch has, instead of to a device.
+"""
+
+import importlib
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from kernels import backend
+
+MODULES = ("rmsnorm", "rope", "swiglu", "cross_entropy", "linear_kl", "attention", "lora", "nf4", "adamw",
+           "grouped_mm")
+ARCHITECTURES = (80, 90, 100)
+# of one multiprocessor: registers, threads, blocks, bytes of shared memory in all and for one block
+LIMITS = {80: (65536, 2048, 32, 164 * 1024, 163 * 1024), 90: (65536, 2048, 32, 228 * 1024, 227 * 1024),
+          100: (65536, 2048, 32, 228 * 1024, 227 * 1024)}
+
+
+# ---- check
+
+def run(op, inputs, upstream=None):
+    """-> [differentiable outputs..., gradients of the inputs that require them], upstream gradients."""
+    outputs = op(*inputs)
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,))
+               if isinstance(y, torch.Tensor) and y.requires_grad]
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    if upstream is None:
+        upstream = [torch.randn_like(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, wanted, upstream) if wanted else ()
+    return [y.detach() for y in outputs] + list(gradients), upstream
+
+
+def in_dtype(inputs, dtype):
+    """The same numbers as leaves of another floating-point dtype; whole numbers and booleans stay."""
+    return [x.detach().to(dtype).requires_grad_(x.requires_grad)
+            if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+
+
+def compare(op, inputs, terms: int = 1, kernel="triton"):
+    """Errors of op's outputs and gradients against the float64 reference, and what they may be.
+
+    -> [(index, error, bound)], largest absolute values. The yardstick is the reference in the same dtype: another
+    order of the same roundings may double its error. To that come a rounding of the result, counted as a whole
+    spacing because the interpreter truncates bf16, and the random walk of fp32 roundings in a sum of `terms` numbers:
+    partial sums grow like sqrt(k), so that the error is below sqrt(terms) 2^-24 times the largest result, four
+    standard deviations of it allowed.
+    """
+    with backend.using(kernel):
+        ours, upstream = run(op, inputs)
+    with backend.using("reference"):
+        plain, _ = run(op, in_dtype(inputs, inputs_dtype(inputs)), upstream)
+        truth, _ = run(op, in_dtype(inputs, torch.float64), [u.double() for u in upstream])
+    assert len(ours) == len(plain) == len(truth)
+    found = []
+    for i, (got, same, true) in enumerate(zip(ours, plain, truth)):
+        assert (got.shape, got.dtype) == (true.shape, same.dtype), f"result {i}: {got.dtype} {tuple(got.shape)}"
+        if true.numel():
+            assert got.isfinite().all() or not true.isfinite().all(), f"result {i} is not finite"
+            largest = true.abs().max().item()
+            rounding = 2 * torch.finfo(got.dtype).eps + 4 * math.sqrt(terms) * 2.0**-24
+            found.append((i, (got.double() - true).abs().max().item(),
+                          2 * (same.double() - true).abs().max().item() + rounding * largest))
+    return found
+
+
+def inputs_dtype(inputs):
+    return next(x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+
+def check(module: str) -> bool:
+    """Print the examples' errors; True where all are within their bounds."""
+    device, good = "cuda" if torch.cuda.is_available() else "cpu", True
+    dtypes = [torch.float32, torch.bfloat16 if device == "cuda" else torch.float16]
+    for case in importlib.import_module(f"kernels.{module}").examples():
+        for dtype in dtypes:
+            torch.manual_seed(0)
+            found = compare(case.op, case.inputs(device, dtype, 23), terms=1024)
+            worst = max(error / bound for _, error, bound in found)
+            good &= worst <= 1
+            print(f"{case.name:32} {str(dtype)[6:]:9} {worst:5.0%} of what rounding allows", flush=True)
+    return good
+
+
+# ---- compile
+
+class FakeDriver:
+    """What Triton's JIT asks of a driver before it compiles; no device behind it."""
+
+    def __init__(self, architecture):
+        from triton.backends.compiler import GPUTarget
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch              # Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compiler:
+    """A receiver of launches that compiles each kernel once and keeps its figures."""
+
+    def __init__(self, architecture: int):
+        self.architecture, self.rows, self.seen, self.case = architecture, [], set(), ""
+        self.driver = FakeDriver(architecture)
+
+    def __call__(self, kernel, grid, args, options):
+        from triton.runtime import driver
+        driver.set_active(self.driver)
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        if compiled.hash not in self.seen:
+            self.seen.add(compiled.hash)
+            self.rows.append({"case": self.case, **figures(compiled, self.architecture)})
+
+
+def figures(compiled, architecture: int) -> dict:
+    """Registers a thread, spilled bytes, shared memory and what follows; instructions of note, from the PTX."""
+    import triton
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
+                               capture_output=True, text=True, check=True).stdout
+    used = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    ptx, warps = compiled.asm["ptx"], compiled.metadata.num_warps
+    registers, threads, blocks, shared, _ = LIMITS[architecture]
+    fit = [blocks, threads // (32 * warps), registers // (32 * warps * max(8, -(-used["REG"] // 8) * 8))]
+    if compiled.metadata.shared:
+        fit.append(shared // (compiled.metadata.shared + 1024))        # the driver keeps 1 KB a block
+    return {"kernel": compiled.metadata.name, "arch": f"sm_{architecture}", "registers": used["REG"],
+            "spill_bytes": used["STACK"] + used["LOCAL"], "shared_bytes": compiled.metadata.shared, "warps": warps,
+            "occupancy": min(fit) * 32 * warps / threads,
+            "wide_loads": len(re.findall(r"ld\.global\S*\.v[24]\.b(?:32|64)|cp\.async\S*", ptx)),
+            "narrow_loads": len(re.findall(r"ld\.global(?!\S*\.v[248])\S*", ptx)),
+            "tensor_core": len(re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)),
+            "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)), "fp64": len(re.findall(r"\.f64", ptx))}
+
+
+def compile_all(modules=MODULES, architectures=ARCHITECTURES, tokens: int = 8192) -> list[dict]:
+    """The figures of every kernel that the cases of `modules` launch, forward and backward, in bf16."""
+    rows = []
+    for module in modules:
+        found = importlib.import_module(f"kernels.{module}")
+        for architecture in architectures:
+            compiler = Compiler(architecture)
+            with backend.using("triton"), backend.sending_to(compiler):
+                for case in found.cases():
+                    compiler.case = case.name
+                    run(case.op, case.inputs("meta", torch.bfloat16, tokens))
+            rows += [{"module": module, **row} for row in compiler.rows]
+    return rows
+
+
+def faults(row: dict) -> list[str]:
+    """What a compiled kernel must not be."""
+    shared = LIMITS[int(row["arch"][3:])][4]
+    memory_bound = row["tensor_core"] == 0
+    bad = []
+    if row["spill_bytes"]:
+        bad.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > shared:
+        bad.append(f"needs {row['shared_bytes']} bytes of shared memory, the card has {shared}")
+    if row["fp64"]:
+        bad.append(f"computes in fp64 ({row['fp64']} instructions)")
+    if memory_bound and not row["wide_loads"]:
+        bad.append("loads nothing in vectors")
+    if memory_bound and row["occupancy"] < 0.25:
+        bad.append(f"fills {row['occupancy']:.0%} of the threads, too few to hide the memory's latency")
+    if row["arch"] == "sm_90" and not memory_bound and not row["wgmma"]:
+        bad.append("multiplies without wgmma")
+    return bad
+
+
+def print_static(rows):
+    print(f"{'kernel':28} {'case':30} {'arch':7} {'regs':>4} {'spill':>5} {'shared':>7} {'warps':>5} {'occup.':>6}")
+    for row in rows:
+        print(f"{row['kernel']:28} {row['case']:30} {row['arch']:7} {row['registers']:4} {row['spill_bytes']:5} "
+              f"{row['shared_bytes']:7} {row['warps']:5} {row['occupancy']:6.0%}  {'; '.join(faults(row))}")
+
+
+# ---- the page of one file
+
+def main(module: str):
+    """Check and measure one kernel file, on the GPU or without one."""
+    if torch.cuda.is_available():
+        ok = check(module)
+    else:                        # the interpreter and the compiler cannot share a process
+        script = f"from kernels.measure import check; raise SystemExit(not check({module!r}))"
+        ok = subprocess.run([sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"}).returncode == 0
+        print_static(compile_all([module]))
+    sys.exit(not ok)
