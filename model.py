@@ -116,8 +116,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
-        return kernels.rmsnorm(x, self.weight, self.eps)
+    def forward(self, x, residual=None):
+        """The norm of x; with a residual, the norm of x + residual and x + residual itself."""
+        if residual is None:
+            return kernels.rmsnorm(x, self.weight, self.eps)
+        return kernels.add_rmsnorm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -169,8 +172,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y, x = self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), *context), x)
+        return x + self.mlp(y)
 
 
 class KVCache:

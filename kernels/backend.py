@@ -25,6 +25,7 @@ except ImportError:               # there are no wheels for macOS and Windows: t
 # `python -m kernels.rmsnorm` runs a file that the package has imported already; that is meant.
 warnings.filterwarnings("ignore", "'kernels.* found in sys.modules", RuntimeWarning)
 
+interpreting = triton is not None and triton.knobs.runtime.interpret      # TRITON_INTERPRET=1
 CHOICES = ("", "reference", "triton")
 choice = os.environ.get("NANOCPT_KERNELS", "")
 receiver = None                   # takes kernels instead of a device: torch.compile's fake tensors, the static check
@@ -32,10 +33,6 @@ receiver = None                   # takes kernels instead of a device: torch.com
 
 def jit(kernel):
     return triton.jit(kernel) if triton else kernel
-
-
-def interpreting() -> bool:
-    return triton is not None and triton.knobs.runtime.interpret
 
 
 @contextmanager
@@ -59,7 +56,7 @@ def use_triton(x: torch.Tensor) -> bool:
         return x.device.type == "cuda" and triton is not None
     if triton is None:
         raise ValueError("NANOCPT_KERNELS=triton, but Triton is not installed; it comes for Linux only")
-    if x.device.type == "cpu" and not interpreting() and receiver is None:
+    if x.device.type == "cpu" and not interpreting and receiver is None:
         raise ValueError("NANOCPT_KERNELS=triton on a CPU needs TRITON_INTERPRET=1 (Triton's interpreter, slow)")
     return True
 
