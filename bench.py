@@ -2,6 +2,9 @@
 
     python bench.py data  --json out/bench_data.json       packing against the raw encoder and datasets.map, reading
     python bench.py train --json out/bench_train.json      a training step against transformers on the same batches
+    python bench.py kernels --json out/bench_kernels.json  with a GPU: times beside torch.compile's, PyTorch's, Liger's;
+                                                           without: what the compiler says of each kernel, CPU times
+    python bench.py gpu --json out/bench_gpu.json          all that needs a GPU in 8 minutes: tests, kernels, steps
 
 Each side of a training measurement is a process of its own, so that peaks of memory are its own (imports included).
 Both get the same weights, batches, threads, dtype (fp32 on a CPU) and fused AdamW with clipping. Theirs is the plain
@@ -9,6 +12,7 @@ loop `model(input_ids, labels=...).loss.backward(); clip; step`. What train.py d
 tells glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -23,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import hf
@@ -30,6 +35,8 @@ import kernels
 import parallel
 import tokenizer as tokenizers
 from config import ArgumentParser, main_guard
+from kernels import measure
+from kernels.attention import interval_mask
 from model import Model, ModelConfig
 from objectives import Causal
 from optim import OptimConfig, make_optimizer
@@ -349,6 +356,169 @@ def bench_train(args) -> list:
     return rows
 
 
+# ---- kernels
+
+def bench_kernels(args) -> list:
+    if torch.cuda.is_available():
+        return kernel_times(args.tokens, args.seconds, Path(args.json).with_suffix(".png") if args.json else None)
+    return static_rows() + cpu_rows(args.rounds) + cross_entropy_memory()
+
+
+def static_rows() -> list:
+    """A row a kernel function and architecture: the largest figures of the variants that ship, which are listed."""
+    compiled = measure.compile_all()
+    measure.print_static(compiled)
+    rows = {}
+    for found in compiled:
+        rows.setdefault((f"{found['module']}.{found['kernel']}", found["arch"]), []).append(found)
+    return [{"name": name, "unit": "registers", "ours": max(v["registers"] for v in variants), "peer": None,
+             "peer_name": None, "ratio": None, "arch": arch,
+             **{key: max(v[key] for v in variants) for key in ("registers", "spill_bytes", "shared_bytes")},
+             "occupancy": min(v["occupancy"] for v in variants), "variants": variants,
+             "faults": [fault for v in variants for fault in measure.faults(v)]}
+            for (name, arch), variants in rows.items()]
+
+
+def cpu_cases() -> dict:
+    """{name: (our op, the plain way, inputs)} at sizes of a small model on a CPU, fp32."""
+    def normal(*shape):
+        return torch.randn(shape, requires_grad=True)
+
+    def turn(x, cos, sin):
+        cos, sin = (torch.cat([a, a], -1).unsqueeze(2) for a in (cos, sin))
+        half = x.shape[-1] // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+    def dense(q, k, v, doc_start):
+        mask = interval_mask(q.shape[1], k.shape[1], True, None, doc_start)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True)
+
+    T, D, H, K, d = 2048, 1024, 8, 4, 64
+    angle = torch.rand(1, T, d // 2)
+    doc_start = (torch.arange(T, dtype=torch.int32) // 256 * 256)[None]
+    labels = torch.randint(0, 32768, (T,))
+    return {
+        "cpu_rmsnorm": (lambda x, w: kernels.rmsnorm(x, w, 1e-5), lambda x, w: F.rms_norm(x, (D,), w, 1e-5),
+                        (normal(T, D), normal(D))),
+        "cpu_add_rmsnorm": (lambda x, r, w: kernels.add_rmsnorm(x, r, w, 1e-5),
+                            lambda x, r, w: (F.rms_norm(x + r, (D,), w, 1e-5), x + r),
+                            (normal(T, D), normal(T, D), normal(D))),
+        "cpu_swiglu": (kernels.swiglu, lambda g, u: F.silu(g) * u, (normal(T, 2752), normal(T, 2752))),
+        "cpu_rope": (kernels.rope, lambda q, k, cos, sin: (turn(q, cos, sin), turn(k, cos, sin)),
+                     (normal(1, T, H, d), normal(1, T, K, d), angle.cos(), angle.sin())),
+        "cpu_attention_documents": (lambda q, k, v, s: kernels.attention(q, k, v, doc_start=s), dense,
+                                    (normal(1, T, H, d), normal(1, T, K, d), normal(1, T, K, d), doc_start)),
+        "cpu_linear_cross_entropy_32k": (lambda x, w, y: kernels.linear_cross_entropy(x, w, y)[0],
+                                         lambda x, w, y: F.cross_entropy(x @ w.T, y, reduction="sum"),
+                                         (normal(T, 256), normal(32768, 256), labels)),
+    }
+
+
+def cpu_rows(rounds: int) -> list:
+    """Milliseconds of a forward and backward pass on the CPU, both ways in turn."""
+    rows = []
+    for name, (ours, plain, inputs) in cpu_cases().items():
+        _, upstream = measure.run(ours, inputs)
+        upstreams = {ours: upstream, plain: measure.run(plain, inputs)[1]}
+        times = {ours: [], plain: []}
+        for _ in range(rounds):
+            for op, taken in times.items():
+                start = time.perf_counter()
+                measure.run(op, inputs, upstreams[op])
+                taken.append(1000 * (time.perf_counter() - start))
+        rows.append(row(name, "ms", *(statistics.median(t) for t in times.values()), "plain PyTorch",
+                        spread=spread(times[ours])))
+    return rows
+
+
+def cross_entropy_memory() -> list:
+    """Peak memory of a training step's head at 32,768 ids, each way in a process of its own, beside the imports."""
+    script = """if True:
+        import resource, sys, torch, kernels, parallel
+        import torch.nn.functional as F
+        parallel.keep_freed_memory()
+        x, w = torch.randn(4096, 256, requires_grad=True), torch.randn(32768, 256, requires_grad=True)
+        labels = torch.randint(0, 32768, (4096,))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        if sys.argv[1] == "ours":
+            kernels.linear_cross_entropy(x, w, labels)[0].backward()
+        else:
+            F.cross_entropy(x @ w.T, labels, reduction="sum").backward()
+        print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"""
+    peak = [int(subprocess.run([sys.executable, "-c", script, side], capture_output=True, text=True, check=True,
+                               cwd=Path(__file__).parent).stdout) for side in ("ours", "plain")]
+    return [row("cpu_linear_cross_entropy_32k_peak_memory", "bytes", *peak, "materialised logits")]
+
+
+def liger_peers() -> dict:
+    """{first word of a case's name: Liger-Kernel's op with our arguments}, empty where it is not installed."""
+    try:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError:
+        return {}
+
+    def rope(q, k, cos, sin):
+        cos, sin = (torch.cat([a, a], -1).to(q.dtype) for a in (cos, sin))
+        q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        return q.transpose(1, 2), k.transpose(1, 2)
+    return {"rmsnorm": lambda x, w, eps: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
+            "add_rmsnorm": lambda x, r, w, eps: LigerFusedAddRMSNormFunction.apply(x, r, w, eps, 0.0, "llama", False),
+            "rope": rope, "swiglu": LigerSiLUMulFunction.apply,
+            "linear_cross_entropy": lambda x, w, y: LigerFusedLinearCrossEntropyFunction.apply(
+                x, w, y.long(), None, None, -100, 0.0, 0.0, "sum")[0]}
+
+
+def kernel_times(tokens: list[int], seconds: float, picture: Path | None) -> list:
+    """Every case of every kernel on this GPU; what the time does not suffice for is named."""
+    end, rows, liger, limits = time.monotonic() + seconds, [], liger_peers(), measure.device_limits()
+    rows = [row(name, name, value) for name, value in limits.items()]
+    todo = [(name, case, n) for n in tokens for name in measure.MODULES
+            for case in importlib.import_module(f"kernels.{name}").cases()]
+    found = []
+    for module, case, n in todo:
+        if time.monotonic() > end:
+            print(f"no time left for {case.name} at {n} tokens")
+            rows.append({"name": f"{case.name} {n}", "unit": "ms", "ours": None, "peer": None, "peer_name": None,
+                         "ratio": None, "left_out": f"{seconds:.0f} seconds were up"})
+            continue
+        other = liger.get(case.name.split()[0])
+        timed_rows = measure.time_case(case, n, limits, {"liger": other} if other else {})
+        measure.print_times(timed_rows)
+        found += timed_rows
+        for t in timed_rows:
+            best = min(((ms, name) for name, ms in t["ms"].items() if name != "triton"), default=(None, None))
+            ours = t["ms"].get("triton")
+            rows.append({"name": f"{case.name} {n} {t['pass']}", "unit": "ms", "ours": ours, "peer": best[0],
+                         "peer_name": best[1], "ratio": ours / best[0] if ours and best[0] else None,
+                         "module": module, **t})
+    if picture:
+        plot_times(found, picture)
+    return rows
+
+
+def plot_times(found: list, picture: Path):
+    """A bar a provider and case: the share of what this device can do at most."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = sorted({name for t in found for name in t["ms"]})
+    figure, axes = plt.subplots(figsize=(10, 0.35 * len(found) + 2))
+    for i, name in enumerate(names):
+        at = [(y + 0.8 * i / len(names), t["floor_ms"] / t["ms"][name]) for y, t in enumerate(found) if name in t["ms"]]
+        axes.barh([y for y, _ in at], [share for _, share in at], 0.8 / len(names), label=name)
+    axes.set_yticks(range(len(found)), [f"{t['case']} {t['tokens']} {t['pass']}" for t in found])
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the device's measured limit")
+    axes.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, bbox_inches="tight")
+    plt.close(figure)
+
+
 def default_text() -> str:
     paths = ["out/demo/general.jsonl", os.environ.get("NANOCPT_DATA", "") + "/corpora/wikitext2/wiki.test.raw"]
     return next((path for path in paths if Path(path).exists()), "")
@@ -367,6 +537,11 @@ def main():
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--steps", type=int, default=12, help="steps of each side, in turn (default: 12)")
     p.add_argument("--json", metavar="FILE")
+    p = commands.add_parser("kernels", help="every kernel")
+    p.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384], help="on a GPU (default: 2k, 8k, 16k)")
+    p.add_argument("--seconds", type=float, default=1800, help="on a GPU: begin no case after so long (default: 1800)")
+    p.add_argument("--rounds", type=int, default=9, help="on a CPU (default: 9)")
+    p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("worker")
     p.add_argument("--case", choices=tuple(CASES), required=True)
     p.add_argument("--side", choices=("ours", "transformers", "transformers_allocator"), required=True)
@@ -377,7 +552,7 @@ def main():
     if args.command == "data" and not args.text:
         raise ValueError("no text to pack: give --text FILE, or run make demo first")
     result = {"machine": machine(), "command": [Path(word).name if "/" in word else word for word in sys.argv[1:]],
-              "rows": (bench_data if args.command == "data" else bench_train)(args)}
+              "rows": {"data": bench_data, "train": bench_train, "kernels": bench_kernels}[args.command](args)}
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

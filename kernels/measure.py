@@ -20,8 +20,7 @@ import torch
 
 from kernels import backend
 
-MODULES = ("rmsnorm", "rope", "swiglu", "cross_entropy", "linear_kl", "attention", "lora", "nf4", "adamw",
-           "grouped_mm")
+MODULES = ("rmsnorm",)
 ARCHITECTURES = (80, 90, 100)
 # of one multiprocessor: registers, threads, blocks, bytes of shared memory in all and for one block
 LIMITS = {80: (65536, 2048, 32, 164 * 1024, 163 * 1024), 90: (65536, 2048, 32, 228 * 1024, 227 * 1024),
@@ -193,12 +192,96 @@ def print_static(rows):
               f"{row['shared_bytes']:7} {row['warps']:5} {row['occupancy']:6.0%}  {'; '.join(faults(row))}")
 
 
+# ---- time
+
+def device_limits() -> dict:
+    """What this GPU reaches: a copy's bytes a second, read and written, and bf16 products of random numbers."""
+    from triton.testing import do_bench
+    a, b = (torch.empty(2**30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
+    copy = 2 * a.numel() / do_bench(lambda: b.copy_(a), return_mode="median")
+    m = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    product = 2 * 8192**3 / do_bench(lambda: m @ m, return_mode="median")
+    return {"copy_gb_per_second": copy / 1e6, "bf16_tflops": product / 1e9}
+
+
+def providers(case, peers: dict) -> dict:
+    """{name: op} of what is timed beside each other; names the backend that an op of ours is run with."""
+    ours = {"triton": case.op, "reference": case.op, "compiled": torch.compile(case.op, dynamic=False)}
+    return ours | ({"torch": case.torch} if case.torch else {}) | peers
+
+
+def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> list[dict]:
+    """Milliseconds of each provider's passes on the GPU, in turn: medians over `rounds` of do_bench's medians.
+
+    A row a pass: what an ideal device needs by case.traffic and case.work at this device's own limits, over what ours
+    needed, is `share`. A provider that fails stands in `failed` with its message.
+    """
+    from torch._functorch import config as functorch_config
+    from triton.testing import do_bench
+    functorch_config.donated_buffer = False       # a compiled backward pass is timed more than once
+    torch._dynamo.reset()                         # cases share their op: a ninth shape would not be compiled any more
+    torch.manual_seed(0)
+    inputs = case.inputs("cuda", torch.bfloat16, tokens)
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+    passes = ["step"] if case.one_shot else ["forward", "backward"] if wanted else ["forward"]
+    calls, memory, failed = {}, {}, {}
+    for name, op in providers(case, peers).items():
+        try:
+            with backend.using("triton" if name == "triton" else "reference"):
+                calls[name], memory[name] = prepare(op, inputs, wanted, passes)
+        except Exception as error:                # a peer's failure must not cost the others their figures
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    rows = []
+    for number, which in enumerate(passes):
+        times = {name: [] for name in calls}
+        for _ in range(rounds):
+            for name, made in calls.items():
+                with backend.using("triton" if name == "triton" else "reference"):
+                    times[name].append(do_bench(made[which], warmup=10, rep=40, return_mode="median"))
+        median = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
+        bytes_, flops = case.traffic(tokens), case.work(tokens)
+        moved, done = (sum(bytes_), sum(flops)) if which == "step" else (bytes_[number], flops[number])
+        floor = max(moved / limits["copy_gb_per_second"], done / limits["bf16_tflops"] / 1000) / 1e6
+        rows.append({"case": case.name, "tokens": tokens, "pass": which, "ms": median, "floor_ms": floor,
+                     "share": floor / median["triton"] if "triton" in median else None, "failed": failed,
+                     "spread": {name: (max(t) - min(t)) / median[name] for name, t in times.items()},
+                     "peak_bytes": memory})
+    return rows
+
+
+def prepare(op, inputs, wanted, passes):
+    """-> {pass: what to time}, bytes that a forward and backward pass hold at most beside their inputs."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _, upstream = run(op, inputs)                 # compiles
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    if passes == ["step"]:
+        return {"step": lambda: run(op, inputs, upstream)}, peak
+    outputs = op(*inputs)
+    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
+    return {"forward": lambda: op(*inputs),
+            "backward": lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)}, peak
+
+
+def print_times(rows):
+    for row in rows:
+        times = "  ".join(f"{name} {ms:.3f}" for name, ms in row["ms"].items())
+        share = f"{row['share']:4.0%}" if row["share"] is not None else "fail"
+        print(f"{row['case']:34} {row['tokens']:6} {row['pass']:8} {share} of the limit   ms: {times}"
+              + "".join(f"  {name}: {text}" for name, text in row["failed"].items()), flush=True)
+
+
 # ---- the page of one file
 
 def main(module: str):
     """Check and measure one kernel file, on the GPU or without one."""
     if torch.cuda.is_available():
-        ok = check(module)
+        ok, limits = check(module), device_limits()
+        print(f"this device: {limits['copy_gb_per_second']:,.0f} GB/s copied, {limits['bf16_tflops']:,.0f} TFLOP/s")
+        for case in importlib.import_module(f"kernels.{module}").cases():
+            print_times(time_case(case, 8192, limits, {}))
     else:                        # the interpreter and the compiler cannot share a process
         script = f"from kernels.measure import check; raise SystemExit(not check({module!r}))"
         ok = subprocess.run([sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"}).returncode == 0

@@ -1,0 +1,73 @@
+"""Kernels with one fault each that the static check must find; test_kernel_measure.py compiles them in a process of
+its own and prints {name: {architecture: faults}}."""
+
+import json
+
+import torch
+
+from kernels import measure
+from kernels.backend import jit, launch, sending_to, tl, using
+
+
+@jit
+def copy_kernel(X, Y, SIZE, SCALE: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(X + at * STRIDE, mask=at < SIZE, other=0.0)
+    if WIDE:
+        x = x.to(tl.float64) * SCALE
+    tl.store(Y + at * STRIDE, x.to(Y.dtype.element_ty), mask=at < SIZE)
+
+
+@jit
+def softmax_kernel(X, Y, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x = tl.load(X + at)
+    p = tl.exp(x - tl.max(x, 0)[None, :])              # all of the tile is alive until both sums are known
+    tl.store(Y + at, p / tl.sum(p, 0)[None, :] + x / tl.sum(x, 1)[:, None])
+
+
+@jit
+def matmul_kernel(A, B, C, K, M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    m = tl.arange(0, M)[:, None]
+    n = tl.arange(0, N)[None, :]
+    k = tl.arange(0, BLOCK)
+    c = tl.zeros([M, N], tl.float32)
+    for start in range(0, K, BLOCK):
+        c += tl.dot(tl.load(A + m * K + start + k[None, :]), tl.load(B + (start + k)[:, None] * N + n))
+    tl.store(C + m * N + n, c)
+
+
+def empty(dtype=torch.bfloat16):
+    return torch.empty(2**20, dtype=dtype, device="meta")
+
+
+def copy(SCALE=2, STRIDE=1, WIDE=False, BLOCK=1024):
+    launch(copy_kernel, (1024,), empty(), empty(), 2**20, SCALE=SCALE, STRIDE=STRIDE, WIDE=WIDE, BLOCK=BLOCK)
+
+
+def matmul(M, N, BLOCK, **options):
+    launch(matmul_kernel, (1,), empty(), empty(), empty(torch.float32), 1024, M=M, N=N, BLOCK=BLOCK, **options)
+
+
+BROKEN = {
+    "sound copy": copy,
+    "sound product": lambda: matmul(64, 64, 64, num_warps=4),
+    "fp64": lambda: copy(SCALE=0.1, WIDE=True),
+    "narrow": lambda: copy(STRIDE=3),
+    "spills": lambda: launch(softmax_kernel, (1,), empty(torch.float32), empty(torch.float32), ROWS=128, BLOCK=128,
+                             num_warps=1),
+    "shared": lambda: matmul(128, 256, 128, num_warps=8, num_stages=4),
+    "no wgmma": lambda: matmul(16, 64, 64, num_warps=4),
+    "few threads": lambda: launch(softmax_kernel, (1,), empty(torch.float32), empty(torch.float32), ROWS=32, BLOCK=128,
+                                  num_warps=1),
+}
+
+if __name__ == "__main__":
+    found = {}
+    for name, broken in BROKEN.items():
+        for architecture in measure.ARCHITECTURES:
+            compiler = measure.Compiler(architecture)
+            with using("triton"), sending_to(compiler):
+                broken()
+            found.setdefault(name, {})[architecture] = [f for row in compiler.rows for f in measure.faults(row)]
+    print(json.dumps(found))
