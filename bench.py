@@ -12,11 +12,12 @@ loop `model(input_ids, labels=...).loss.backward(); clip; step`. What train.py d
 tells glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
 """
 
-import importlib
+import importlib.util
 import itertools
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ import tokenizer as tokenizers
 from config import ArgumentParser, main_guard
 from kernels import measure
 from kernels.attention import interval_mask
-from model import Model, ModelConfig
+from model import Model, ModelConfig, matmul_flops_per_token
 from objectives import Causal
 from optim import OptimConfig, make_optimizer
 
@@ -519,6 +520,131 @@ def plot_times(found: list, picture: Path):
     plt.close(figure)
 
 
+# ---- everything that needs a GPU
+
+STEPS = {   # a Hugging Face config's sizes, vocabulary, context, rows
+    "8b": ({"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8}, 128256, 8192, 1),
+    "1b": ({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "tie_word_embeddings": True}, 128256, 8192, 2),
+    "tiny": ({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2}, 512, 64, 2),
+}
+
+
+def bench_gpu(args) -> list:
+    """Tests, training steps and the kernel table, each in a process of its own, so that none takes another down; the
+    table gets what time is left."""
+    if not torch.cuda.is_available():
+        raise ValueError("bench.py gpu needs a CUDA device; bench.py kernels says what can be known without one")
+    end = time.monotonic() + 60 * args.minutes
+    rows, here = [], Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        for size in ("8b", "1b"):
+            rows += stage(["step", "--size", size], Path(folder) / f"{size}.json", 90)
+        many = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
+        tests = subprocess.Popen([sys.executable, "-m", "pytest", "-m", "gpu or kernel", *many, "tests"], cwd=here,
+                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        rows.append(test_row(tests, 60 * args.minutes / 3))
+        left = end - time.monotonic() - 20
+        rows += stage(["kernels", "--tokens", "8192", "--seconds", f"{left:.0f}"], Path(folder) / "kernels.json",
+                      left + 60)
+    return rows
+
+
+def stage(words: list[str], out: Path, limit: float) -> list:
+    """The rows of another bench.py command, or one row that says how it failed."""
+    try:
+        done = subprocess.run([sys.executable, __file__, *words, "--json", str(out)], timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        done = f"{limit:.0f} seconds were up"
+    if done == 0:
+        return json.loads(out.read_text(encoding="utf-8"))["rows"]
+    return [{"name": " ".join(words), "unit": "", "ours": None, "peer": None, "peer_name": None, "ratio": None,
+             "failed": f"exit status {done}" if isinstance(done, int) else done}]
+
+
+def test_row(process, limit: float) -> dict:
+    """pytest's counts, and its last lines where something failed."""
+    try:
+        out, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", out.splitlines()[-1])}
+    made = row("gpu_tests", "passed", counts.get("passed", 0), counts=counts, exit_status=process.returncode)
+    if process.returncode:
+        print(out[-6000:])
+        made["failed"] = out[-6000:]
+    return made
+
+
+def bench_step(args) -> list:
+    """A full training step on random tokens: forward, loss, backward, clipping, AdamW; ours, or transformers' with
+    torch's fused AdamW (bf16 moments) where the card holds it."""
+    sizes, vocab, T, B = STEPS[args.size]
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=vocab, max_position_embeddings=T, rope_theta=500000.0, **sizes)
+    flops = matmul_flops_per_token(config, T) * B * T
+    rate = measure.device_limits()["bf16_tflops"] if cuda else None
+    rows, sides = [], ["ours"] if args.size == "8b" else ["ours", "transformers"]
+    found = {side: time_steps(side, args.size, config, B, T, device, args.steps) for side in sides}
+    for name, unit in (("tokens_per_second", "tokens/s"), ("peak_bytes", "bytes")):
+        peer = found.get("transformers", {}).get(name)
+        rows.append(row(f"step_{args.size}_full_{name}", unit, found["ours"][name], peer, peer and "transformers"))
+    rows[0] |= {"context": T, "rows": B, "sides": found, "parameters": found["ours"]["parameters"]}
+    if rate:
+        done = flops * found["ours"]["tokens_per_second"] / (B * T) / 1e12
+        rows.append(row(f"step_{args.size}_full_matrix_rate", "TFLOP/s", done, rate, "8192 x 8192 product"))
+    return rows
+
+
+def time_steps(side, size, config, B, T, device, steps) -> dict:
+    """Medians over steps after two that warm up; the same random batch each time, so that the loss must fall."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with device:
+        torch.set_default_dtype(torch.bfloat16)
+        if side == "ours":
+            model = Model(config)
+        else:
+            import transformers
+            same = {**STEPS[size][0], "vocab_size": config.vocab_size, "rope_theta": config.rope_theta}
+            model = transformers.AutoModelForCausalLM.from_config(
+                transformers.LlamaConfig(**same, max_position_embeddings=T))
+        torch.set_default_dtype(torch.float32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02)
+    tokens = torch.randint(0, config.vocab_size, (B, T + 1), device=device, dtype=torch.int32)
+    batch = data.Batch(tokens[:, :-1], tokens[:, 1:], torch.arange(T, device=device).expand(B, T), None, None, None)
+    objective, seconds, losses = Causal(mask_documents=False), [], []
+    if side == "ours":
+        optimizer = make_optimizer(model, OptimConfig(name="adamw_8bit", lr=1e-4, min_lr=0.0))
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        if side == "ours":
+            loss, n, _ = objective.loss(model, batch)
+            loss = loss / n
+        else:
+            loss = model(input_ids=tokens[:, :-1].long(), labels=tokens[:, :-1].long()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())                 # waits for the device
+        seconds.append(time.perf_counter() - start)
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {"tokens_per_second": B * T / statistics.median(seconds[2:]), "peak_bytes": peak, "losses": losses,
+            "spread": spread(seconds[2:]), "parameters": sum(p.numel() for p in model.parameters())}
+
+
 def default_text() -> str:
     paths = ["out/demo/general.jsonl", os.environ.get("NANOCPT_DATA", "") + "/corpora/wikitext2/wiki.test.raw"]
     return next((path for path in paths if Path(path).exists()), "")
@@ -542,6 +668,13 @@ def main():
     p.add_argument("--seconds", type=float, default=1800, help="on a GPU: begin no case after so long (default: 1800)")
     p.add_argument("--rounds", type=int, default=9, help="on a CPU (default: 9)")
     p.add_argument("--json", metavar="FILE")
+    p = commands.add_parser("gpu", help="tests, training steps and kernels on this GPU")
+    p.add_argument("--minutes", type=float, default=8, help="for everything (default: 8)")
+    p.add_argument("--json", metavar="FILE")
+    p = commands.add_parser("step", help="one training step of a whole model, bf16")
+    p.add_argument("--size", choices=tuple(STEPS), required=True)
+    p.add_argument("--steps", type=int, default=8)
+    p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("worker")
     p.add_argument("--case", choices=tuple(CASES), required=True)
     p.add_argument("--side", choices=("ours", "transformers", "transformers_allocator"), required=True)
@@ -552,7 +685,8 @@ def main():
     if args.command == "data" and not args.text:
         raise ValueError("no text to pack: give --text FILE, or run make demo first")
     result = {"machine": machine(), "command": [Path(word).name if "/" in word else word for word in sys.argv[1:]],
-              "rows": {"data": bench_data, "train": bench_train, "kernels": bench_kernels}[args.command](args)}
+              "rows": {"data": bench_data, "train": bench_train, "kernels": bench_kernels, "gpu": bench_gpu,
+                       "step": bench_step}[args.command](args)}
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

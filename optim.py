@@ -1,13 +1,20 @@
-"""AdamW with parameter groups, and the learning rate as a pure function of the step."""
+"""AdamW with parameter groups, in full or with 8-bit moments, and the learning rate as a function of the step."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch.distributed.tensor import DTensor
+
+from kernels.adamw import State, Table, adamw_, init_state
 
 
 @dataclass
 class OptimConfig:
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: fp32 weights and moments, 16 bytes a parameter with its gradient; adamw_8bit: 8-bit moments, and with
+    precision bf16 weights in bf16 + 8 bits of correction, 7 bytes"""
     lr: float = 1e-5
     """peak learning rate (7B: 1e-5, 13B: 8e-6, 70B: 5e-6; from scratch about 3e-4)"""
     min_lr: float = 1e-6
@@ -44,13 +51,66 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over what is trainable; weight decay on tensors of two or more dimensions only."""
+def make_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trainable; weight decay on tensors of two or more dimensions only."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
               {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2),
-                             eps=config.eps, fused=True)
+    groups = [g for g in groups if g["params"]]
+    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "adamw_8bit":
+        return AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose moments are 8-bit codes; bf16 weights keep the next 8 bits of their value beside them
+    (kernels/adamw.py). Matrices of 32 n columns; the rest, norms and biases above all, has moments in fp32.
+
+    state[p] holds tensors only, sharded like p where p is, so that a checkpoint fits any number of ranks.
+    """
+
+    def __init__(self, groups, lr: float, betas: tuple, eps: float):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.table = Table()
+
+    @staticmethod
+    def kind(p) -> str:
+        moments = "int8" if p.ndim >= 2 and p.shape[-1] % 32 == 0 else "fp32"
+        return moments + ("+ecc" if p.dtype == torch.bfloat16 else "")
+
+    def begin(self, p) -> dict:
+        state = {"step": torch.tensor(0.0)}
+        for name, x in init_state(local(p), self.kind(p)).tensors().items():
+            if isinstance(p, DTensor):           # scales have a 32nd of the columns and are sharded by rows as p is
+                shape = p.shape if p.ndim == 1 else torch.Size((*p.shape[:-1], x.shape[-1]))
+                stride = torch.empty(shape, device="meta").stride()
+                x = DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
+            state[name] = x
+        return state
+
+    @torch.no_grad()
+    def step(self, grad_scale=1.0):
+        """grad_scale: what gradients are multiplied by on the way, a number or a device tensor of one element."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                self.state[p] = self.state[p] or self.begin(p)
+            if not params:
+                continue
+            step = int(self.state[params[0]]["step"]) + 1
+            states = []
+            for p in params:
+                self.state[p]["step"] = torch.tensor(float(step))
+                tensors = {name: local(x) for name, x in self.state[p].items() if name != "step"}
+                states.append(State(self.kind(p), **tensors))
+            adamw_([local(p) for p in params], [local(p.grad) for p in params], states, group["lr"], group["betas"],
+                   group["eps"], group["weight_decay"], step, grad_scale, self.table)
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's share of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x.detach()
 
 
 class LossScale:

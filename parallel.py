@@ -129,9 +129,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
-def like(full: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
-    """`full`, which every rank holds, laid out over devices as `pattern` is."""
-    full = full.to(pattern.device, pattern.dtype)
+def like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """`full`, which every rank holds, laid out over devices as `pattern` is; in its dtype unless another is given."""
+    full = full.to(pattern.device, dtype or pattern.dtype)
     if isinstance(pattern, DTensor):
         return distribute_tensor(full, pattern.device_mesh, pattern.placements, src_data_rank=None)
     return full
@@ -163,5 +163,5 @@ def load_optimizer_state(model: nn.Module, optimizer, state: dict[str, torch.Ten
     for name, p in getattr(model, "module", model).named_parameters():
         mine = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
         if mine:
-            optimizer.state[p] = {key: like(value, p) if value.shape == p.shape else value.to(p.device)
+            optimizer.state[p] = {key: like(value, p, value.dtype) if value.ndim else value.to(p.device)
                                   for key, value in mine.items()}

@@ -195,13 +195,15 @@ def make_plan(c: Config, sources: dict):
 def build_model(c: Config, config: ModelConfig, world):
     """The model on its device, filled and parallel: (what the loop calls, the model itself)."""
     fsdp = world.size > 1 and c.parallel.strategy == "fsdp"
+    # bf16 weights alone would lose small updates; adamw_8bit keeps what bf16 cannot hold
+    weights = torch.bfloat16 if c.optim.name == "adamw_8bit" and c.train.precision == "bf16" else torch.float32
     if c.model.init == "scratch":
-        model = Model(config)
+        model = Model(config).to(weights)
         model.initialise(c.seed)
         fresh = parallel.model_state(model) if fsdp else None
     if fsdp:
         with torch.device("meta"):
-            model = Model(config)
+            model = Model(config).to(weights)
         dtype = PRECISIONS[c.train.precision]
         parallel.shard(model, world, None if dtype == torch.float32 else dtype)
         model.to_empty(device=world.device)
@@ -213,7 +215,7 @@ def build_model(c: Config, config: ModelConfig, world):
     elif c.model.init == "scratch":
         model.to(world.device)
     else:
-        model = hf.load(c.model.path, torch.float32, world.device)
+        model = hf.load(c.model.path, weights, world.device)
     model.checkpoint_blocks = c.model.activation_checkpointing
     model.train()
     if c.compile:

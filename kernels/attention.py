@@ -5,11 +5,38 @@ A causal mask, a sliding window and packed documents all leave each query one in
     first = the start of its document (or row), with a window of w tokens at least i - w + 1
 
 On the CPU packed rows are split into their documents and each document attends alone, so that the cost follows the
-documents' lengths; no T x T mask of a packed row is ever made there.
+documents' lengths; on CUDA the kernels of flash.py visit only the tiles that an interval touches. No T x T mask of a
+packed row is made by either. Rows that are one whole document need nothing of that and go to PyTorch's own kernels,
+on Hopper first to cuDNN's, which is about twice as fast there as the FlashAttention-2 that PyTorch would choose
+(github.com/pytorch/pytorch/issues/142132).
+
+With P pairs of a query and a key it sees, H heads of size d: 4 H d P operations forward (two products), 10 H d P
+backward (five; flash.py does seven). Memory, ideally: q, k, v read and o written; backward also do, and dq, dk, dv.
+
+    NANOCPT_ATTENTION=          chosen as above
+    NANOCPT_ATTENTION=triton    flash.py for every row
+    NANOCPT_ATTENTION=sdpa      scaled_dot_product_attention, with a T x T mask where it is needed
+    NANOCPT_ATTENTION=flex      torch.nn.attention.flex_attention with a block mask of the same intervals
+    NANOCPT_ATTENTION=varlen    torch.nn.attention.varlen.varlen_attn (FlashAttention) on CUDA in bf16 or fp16
+NANOCPT_KERNELS=triton or reference (backend.py) goes before it. Of these only flash.py is deterministic by itself;
+torch.use_deterministic_algorithms(True) makes PyTorch's own so.
 """
+
+import functools
+import inspect
+import os
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import backend
+from kernels.backend import Case, use_triton
+from kernels.flash import Flash
+
+choice = os.environ.get("NANOCPT_ATTENTION", "")
+HOPPER_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                SDPBackend.MATH]
 
 
 def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc_start=None, device=None):
@@ -28,35 +55,178 @@ def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc
     return mask
 
 
-def _sdpa(q, k, v, causal, window):
-    """q [B, T, H, d], k and v [B, S, K, d] without documents -> [B, T, H, d]."""
+# ---- PyTorch's scaled_dot_product_attention: the reference, and the fastest for rows that are one document
+
+def _sdpa(q, k, v, causal, window, doc_start=None):
+    """q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d]; documents through a dense mask."""
     queries, keys = q.shape[1], k.shape[1]
     window = None if window is None or window >= keys else window
     mask = None
-    if window is not None or (causal and 1 < queries < keys):
-        mask = interval_mask(queries, keys, causal, window, device=q.device)
+    if window is not None or doc_start is not None or (causal and 1 < queries < keys):
+        mask = interval_mask(queries, keys, causal, window, doc_start, q.device)
     y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
                                        is_causal=causal and mask is None and queries > 1,
                                        enable_gqa=q.shape[2] != k.shape[2])
     return y.transpose(1, 2)
 
 
-def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start=None) -> torch.Tensor:
-    """Scaled dot-product attention with grouped heads.
-
-    q [B, T, H, d], k and v [B, S, K, d] with H a multiple of K -> [B, T, H, d].
-    doc_start [B, T] (S == T): for each position, where in its row its document begins; None: a row is one document.
-    """
-    if doc_start is None:
-        return _sdpa(q, k, v, causal, window)
-    if q.device.type == "cpu":
+def sdpa(q, k, v, causal, window, doc_start):
+    if doc_start is not None and q.device.type == "cpu":
         position = torch.arange(q.shape[1], dtype=doc_start.dtype)
         starts = (doc_start == position).flatten().nonzero().flatten()
         ends = torch.cat([starts[1:], starts.new_tensor([doc_start.numel()])])
         lengths = (ends - starts).tolist()
         parts = zip(*(x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)))
         return torch.cat([_sdpa(a, b, c, causal, window) for a, b, c in parts], dim=1).view(q.shape)
-    mask = interval_mask(q.shape[1], k.shape[1], causal, window, doc_start, q.device)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
-                                       enable_gqa=q.shape[2] != k.shape[2])
-    return y.transpose(1, 2)
+    # cuDNN builds a plan for each shape, in milliseconds: not for prompts of every length, nor for a growing cache.
+    if q.is_cuda and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0 and backend.architecture(q.device) == 90:
+        with sdpa_kernel(HOPPER_FIRST, set_priority=True):
+            return _sdpa(q, k, v, causal, window, doc_start)
+    return _sdpa(q, k, v, causal, window, doc_start)
+
+
+# ---- the others
+
+def triton(q, k, v, causal, window, doc_start):
+    if q.dtype == torch.float64 or q.shape[-1] > 256 or not (q.is_cuda or q.is_meta or backend.interpreting):
+        raise ValueError(f"NANOCPT_ATTENTION=triton for heads of {q.shape[-1]} in {q.dtype} on {q.device.type}: "
+                         "flash.py takes 256 at most, no float64, and needs CUDA; leave NANOCPT_ATTENTION empty")
+    return Flash.apply(q, k, v, causal, window, doc_start)
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function)
+
+
+flex_mask = (None, None, None)   # what the last one was made for, the mask: the layers of a model share it
+
+
+def flex(q, k, v, causal, window, doc_start):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        raise ValueError("NANOCPT_ATTENTION=flex: flex_attention has no backward pass on a CPU; leave it empty there")
+    (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
+
+    def sees(b, h, i, j):
+        at = i + (S - T)
+        seen = j <= at if causal else j >= 0
+        if window is not None:
+            seen = seen & (j > at - window) & (j < at + window)
+        return seen if doc_start is None else seen & (doc_start[b, at] == doc_start[b, j])
+
+    global flex_mask
+    wrap = compiled if q.is_cuda and not torch.compiler.is_compiling() else lambda function: function
+    wanted = (B, T, S, causal, window, q.device, None if doc_start is None else doc_start._version)
+    if flex_mask[0] != wanted or flex_mask[1] is not doc_start:
+        flex_mask = wanted, doc_start, wrap(create_block_mask)(sees, None if doc_start is None else B, None, T, S,
+                                                               device=q.device)
+    return wrap(flex_attention)(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=flex_mask[2],
+                                enable_gqa=H != K).transpose(1, 2)
+
+
+def varlen(q, k, v, causal, window, doc_start):
+    from torch.nn.attention.varlen import varlen_attn
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"NANOCPT_ATTENTION=varlen in {q.dtype} on {q.device.type}: varlen_attn needs bf16 or fp16 "
+                         "and CUDA; leave NANOCPT_ATTENTION empty")
+    (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
+    starts, keys = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (T, S))
+    if doc_start is not None:
+        begins = doc_start == torch.arange(T, device=q.device)
+        starts = keys = F.pad(begins.flatten().nonzero().flatten().int(), (0, 1), value=B * T)
+    left = -1 if window is None else window - 1
+    # torch 2.11 groups heads without being asked to, 2.12 wants it said.
+    grouped = {"enable_gqa": H != K} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, keys, T, S,
+                    window_size=(left, 0 if causal else left), **grouped)
+    return y.view(q.shape)
+
+
+BACKENDS = {"triton": triton, "sdpa": sdpa, "flex": flex, "varlen": varlen}
+
+
+# ---- the public op
+
+def select(q, k, causal, window, doc_start) -> str:
+    """The backend that runs: a forced one, else by what is static about the call."""
+    if choice and not backend.choice:
+        if choice not in BACKENDS:
+            raise ValueError(f"NANOCPT_ATTENTION is {choice!r}; it may be {', '.join(BACKENDS)} or empty")
+        return choice
+    if not use_triton(q) or q.shape[-1] > 256:
+        return "sdpa"
+    whole = doc_start is None and window is None and (q.shape[1] in (1, k.shape[1]) or not causal)
+    # In fp32 PyTorch has no fused kernel for grouped heads and would make the T x T scores.
+    return "sdpa" if whole and q.dtype != torch.float32 and backend.choice != "triton" else "triton"
+
+
+def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start=None) -> torch.Tensor:
+    """Scaled dot-product attention with grouped heads.
+
+    q [B, T, H, d], k and v [B, S, K, d] with H a multiple of K -> [B, T, H, d], all in one dtype; the last query is
+    aligned with the last key. window: a query sees as many keys up to its own (causal=False: to both sides).
+    doc_start [B, T] (S == T): for each position, where in its row its document begins; None: a row is one document.
+    """
+    (_, T, H, _), (_, S, K, _) = q.shape, k.shape
+    if H % max(1, K) or S < T or (doc_start is not None and S != T):
+        raise ValueError(f"attention of q {tuple(q.shape)} and k {tuple(k.shape)}: heads must be a multiple of "
+                         "key-value heads, keys at least as many as queries, with doc_start exactly as many")
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention of q, k, v in {q.dtype}, {k.dtype}, {v.dtype}: give all three one dtype")
+    if window is not None and window >= S:
+        window = None
+    if window is not None and causal and T == 1:               # decoding: what the query does not see is cut off
+        k, v, window = k[:, -window:], v[:, -window:], None
+    return BACKENDS[select(q, k, causal, window, doc_start)](q, k, v, causal, window, doc_start)
+
+
+# ---- what is checked and measured
+
+def pairs(tokens, causal, window, length) -> int:
+    """Pairs of a query and a key it sees in a row of documents of `length`."""
+    whole, rest = divmod(tokens, length)
+
+    def inside(n):
+        w = min(n, window or n)
+        before = w * (w + 1) // 2 + (n - w) * w
+        return before if causal else 2 * before - n
+    return whole * inside(length) + inside(rest)
+
+
+def case(name, H, K, d, causal=True, window=None, length=None, past=0) -> Case:
+    """A row of `tokens` in documents of `length` tokens (None: one document), after `past` keys of a cache."""
+    def inputs(device, dtype, tokens):
+        q, k, v = (torch.randn(1, n, heads, d, device=device, dtype=dtype, requires_grad=True)
+                   for n, heads in ((tokens, H), (tokens + past, K), (tokens + past, K)))
+        at = torch.arange(tokens, dtype=torch.int32, device=device)[None]
+        return q, k, v, causal, window, None if length is None else at - at % length
+
+    def traffic(tokens):
+        return 4 * tokens * d * (H + K), 8 * tokens * d * (H + K)
+
+    def work(tokens):
+        products = 2 * H * d * pairs(tokens, causal, window, length or tokens)
+        return 2 * products, 5 * products
+    return Case(name, attention, inputs, traffic, work, torch=sdpa if window is None and length is None else varlen)
+
+
+def examples() -> list[Case]:
+    """Small and odd, for the check."""
+    return [case("causal 4/2 heads of 16", 4, 2, 16), case("both ways 3/1 heads of 40", 3, 1, 40, causal=False),
+            case("documents of 9", 2, 1, 20, length=9), case("documents of 9 both ways", 2, 2, 16, False, None, 9),
+            case("window of 5 after 30 keys", 2, 1, 16, window=5, past=30)]
+
+
+def cases() -> list[Case]:
+    """Llama-3-8B, Llama-3.2-1B: one document, packed ones of 1024 tokens; Mistral-7B's window."""
+    return [case("Llama-3-8B", 32, 8, 128), case("Llama-3-8B, documents of 1024", 32, 8, 128, length=1024),
+            case("Llama-3.2-1B", 32, 8, 64), case("Llama-3.2-1B, documents of 1024", 32, 8, 64, length=1024),
+            case("Mistral-7B, window of 4096", 32, 8, 128, window=4096)]
+
+
+if __name__ == "__main__":
+    from kernels.measure import main
+    main("attention")

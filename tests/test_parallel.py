@@ -54,6 +54,11 @@ def case(lab, strategy, tied, micro):
                     "--train.batch-size", BATCH, "--train.micro-batch-size", micro, "--optim.clip", 0, steps=STEPS)
 
 
+def eight_bit(lab, out, strategy):
+    return settings(lab, out, "--parallel.strategy", strategy, "--optim.name", "adamw_8bit", "--train.precision",
+                    "bf16", steps=6)
+
+
 def as_rank(folder: Path):
     """What each of the two ranks does."""
     torch.set_num_threads(1)
@@ -71,6 +76,9 @@ def as_rank(folder: Path):
         train.train(c, world)
     c = settings(lab, folder / "bf16", "--parallel.strategy", "fsdp", "--train.precision", "bf16", steps=6)
     train.train(c, world)
+    for strategy in ("ddp", "fsdp"):
+        c = eight_bit(lab, folder / f"{strategy}_8bit", strategy)
+        stop_after(c, world, 3)
     parallel.stop()
 
 
@@ -181,6 +189,23 @@ def test_the_exported_model_is_the_last_checkpoint_in_full_precision(ranks):
         assert torch.equal(p, weights[name]), name
     losses = [r["loss"] for r in lines(ranks / "bf16", "train")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_8_bit_states_are_sharded_and_go_on_elsewhere(ranks, strategy):
+    """Three steps on two ranks, three on one: what one rank alone does, within what bf16 gradients allow."""
+    world, lab = parallel.World(0, 1, torch.device("cpu")), ranks / "lab"
+    alone, moved = ranks / "8bit", ranks / f"{strategy}_8bit"
+    if not alone.exists():
+        train.train(eight_bit(lab, alone, "ddp"), world)
+    half = checkpoint.load(checkpoint.path_of(moved / "checkpoints", 3))[1]
+    train.train(eight_bit(lab, moved, "ddp"), world)
+    states = [checkpoint.load(checkpoint.path_of(folder / "checkpoints", 6))[1] for folder in (alone, moved)]
+    shapes = [{k: (v.shape, v.dtype) for k, v in state.items()} for state in states]
+    assert shapes[0] == shapes[1]
+    assert all(v.shape == states[0][k].shape for k, v in half.items())
+    for step, numbers in trace(alone).items():
+        assert trace(moved)[step][:2] == pytest.approx(numbers[:2], rel=0.02)
 
 
 def test_one_process_needs_no_group():

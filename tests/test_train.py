@@ -457,6 +457,33 @@ def test_half_precision_learns_and_resumes_bit_for_bit(lab, tmp_path, monkeypatc
     assert (state["loss_scale"]["scale"] > 1) == (precision == "fp16")
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_8_bit_adamw_learns_and_resumes_bit_for_bit(lab, tmp_path, monkeypatch, whole, precision):
+    outs = tmp_path / "a", tmp_path / "b"
+    for out in outs:
+        c = settings(lab, out, "--train.precision", precision, "--optim.name", "adamw_8bit", steps=20)
+        if out == outs[1]:
+            with monkeypatch.context() as patch:
+                spy(patch, 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                train.train(c, one())
+        train.train(c, one())
+    full = tmp_path / "full"
+    train.train(settings(lab, full, "--train.precision", precision, steps=20), one())
+    losses, exact = ([r["loss"] for r in lines(out, "train")] for out in (outs[0], full))
+    assert losses[-1] == pytest.approx(exact[-1], rel=0.02)               # where fp32 moments lead
+    assert losses[-1] < losses[0] - 1
+    assert trace(outs[0]) == trace(outs[1])
+    same_checkpoint(*outs, 20)
+    weights, moments, _ = checkpoint.load(outs[0] / "checkpoints/step_00000020")
+    half = precision == "bf16"
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16 if half else torch.float32}
+    matrix = {k.rpartition("/")[2]: v.dtype for k, v in moments.items() if "q_proj" in k}
+    assert matrix == {"step": torch.float32, "m": torch.int8, "v": torch.uint8, "m_scale": torch.bfloat16,
+                      "v_scale": torch.float32, **({"ecc": torch.int8} if half else {})}
+    exported = hf.load(outs[0] / "final")
+    assert all(torch.equal(p, weights[name].float()) for name, p in exported.named_parameters())
+
+
 def test_fp16_gradients_are_those_of_fp32(lab, tmp_path):
     norms = []
     for precision in ("fp32", "fp16"):

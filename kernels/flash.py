@@ -1,0 +1,313 @@
+"""Flash attention in Triton over one contiguous interval of keys per query (attention.py says why that is enough).
+
+    s_ij = q_i k_j / sqrt(d)            p_ij = exp(s_ij - logsumexp_j s_ij)              o_i = sum_j p_ij v_j
+    dv_j = sum_i p_ij do_i              ds_ij = p_ij (do_i v_j - delta_i)                delta_i = sum(o_i do_i)
+    dq_i = sum_j ds_ij k_j / sqrt(d)    dk_j = sum_i ds_ij q_i / sqrt(d)                 (Dao, 2023, arXiv 2307.08691)
+
+Document, window and causality all grow with the position, so that a tile of queries needs only the interval of its
+first and of its last query: key tiles before `lo` and from `hi` on are never read, and those that every query of the
+tile sees whole skip the mask. The same holds the other way round, for the queries that see a tile of keys:
+
+    below(x) = max(start of x's document, x - window + 1)     above(x) = min(end of x's document - 1, x + window - 1)
+    keys of query p: below(p) ... p if causal, else above(p)  queries of key j: j if causal, else below(j) ... above(j)
+
+Forward, a program keeps a tile of queries of one head; backward, one kernel keeps a tile of keys of one key-value head
+and walks over the queries of all its query heads, another keeps a tile of queries: each result has one program that
+sums it in a fixed order, so that two runs agree bitwise and no atomics are needed. It costs two products more than the
+five that a backward pass with atomics needs. Kept for it: q, k, v, o and one fp32 number a query and head, the
+logarithm of the softmax's denominator; logarithms and exponentials are to the base 2, which the hardware has.
+"""
+
+import math
+
+import torch
+
+from kernels.backend import jit, launch, op, power_of_two, table, tl
+
+# (queries, keys, warps, stages) of a program by architecture and padded head size; "fp32" for inputs of 4 bytes.
+FORWARD = {
+    80: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2), "fp32": (32, 32, 4, 1)},
+    90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), "fp32": (32, 32, 4, 1)},
+}
+DQ = {
+    80: {64: (128, 64, 8, 2), 128: (64, 64, 4, 2), 256: (64, 32, 8, 1), "fp32": (32, 32, 4, 1)},
+    90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2), "fp32": (32, 32, 4, 1)},
+}
+DKDV = {
+    80: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1), "fp32": (32, 32, 4, 1)},
+    90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2), "fp32": (32, 32, 4, 1)},
+}
+
+
+@jit
+def around(x, START, END, S, DOCS: tl.constexpr, WINDOW: tl.constexpr):
+    """The first and last position in x's document and window."""
+    if DOCS:
+        below = tl.load(START + x)
+        above = tl.load(END + x) - 1
+    else:
+        below = x * 0
+        above = x * 0 + S - 1
+    if WINDOW > 0:
+        below = tl.maximum(below, x - WINDOW + 1)
+        above = tl.minimum(above, x + WINDOW - 1)
+    return below, above
+
+
+@jit
+def seen(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
+    """The first and last key of the query at position x."""
+    below, above = around(x, START, END, S, DOCS, WINDOW)
+    if CAUSAL:
+        above = x
+    return below, above
+
+
+@jit
+def seeing(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
+    """The first and last position whose query sees key x."""
+    below, above = around(x, START, END, S, DOCS, WINDOW)
+    if CAUSAL:
+        below = x
+    return below, above
+
+
+@jit
+def rows(P, stride: tl.constexpr, start, limit, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[SIZE, BLOCK_D] from row `start` on, zeros from row `limit` and column D on."""
+    row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
+    at = P + tl.cast(start, tl.int64) * stride + row[:, None] * stride + col[None, :]
+    mask = (start + row < limit)[:, None]
+    if BLOCK_D != D:
+        mask = mask & (col < D)[None, :]
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@jit
+def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v_h, q_t: tl.constexpr,
+                   k_t: tl.constexpr, v_t: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+                   CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Grid: query heads, tiles of queries (the last first: a causal row's longest), rows of the batch."""
+    head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(0)
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    Q += b * q_b + head.to(tl.int64) * q_h
+    K += b * k_b + (head // GROUP).to(tl.int64) * k_h
+    V += b * v_b + (head // GROUP).to(tl.int64) * v_h
+    START += b * S
+    END += b * S
+
+    i = start + tl.arange(0, BLOCK_M)
+    first, last = seen(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    lo, full_hi = seen(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    full_lo, hi = seen(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+
+    q = rows(Q, q_t, start, T, BLOCK_M, D, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = tl.full([BLOCK_M], -1e30, tl.float32)          # not -inf: -inf - -inf in a tile without a key is NaN
+    for j in range(lo // BLOCK_N * BLOCK_N, hi + 1, BLOCK_N):
+        k = rows(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if (j < full_lo) | (j + BLOCK_N - 1 > full_hi):
+            key = (j + tl.arange(0, BLOCK_N))[None, :]
+            s = tl.where((key >= first[:, None]) & (key <= last[:, None]), s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1) * SCALE)
+        p = tl.exp2(s * SCALE - new[:, None])
+        shrink = tl.exp2(top - new)
+        total = total * shrink + tl.sum(p, 1)
+        v = rows(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new
+
+    col = tl.arange(0, BLOCK_D)
+    at = ((b * T + start) * H + head) * D + tl.arange(0, BLOCK_M)[:, None] * (H * D) + col[None, :]
+    tl.store(O + at, acc / total[:, None], mask=(i < T)[:, None] & (col < D)[None, :])
+    tl.store(LSE + (b * H + head) * T + i, top + tl.log2(total), mask=i < T)
+
+
+@jit
+def delta_kernel(O, DO, DELTA, T, do_b, do_h, do_t: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                 BLOCK_D: tl.constexpr):
+    head, b, start = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1) * BLOCK_M
+    H = tl.num_programs(0)
+    o = rows(O + (b * T * H + head) * D, H * D, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    do = rows(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    i = start + tl.arange(0, BLOCK_M)
+    tl.store(DELTA + (b * H + head) * T + i, tl.sum(o * do, 1), mask=i < T)
+
+
+@jit
+def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
+                q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
+                D: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+                PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Grid: key-value heads, tiles of keys (the first first: the longest of a causal row), rows of the batch."""
+    kv, b, start = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1) * BLOCK_N
+    heads = tl.num_programs(0)
+    K += b * k_b + kv.to(tl.int64) * k_h
+    V += b * v_b + kv.to(tl.int64) * v_h
+    START += b * S
+    END += b * S
+
+    j = start + tl.arange(0, BLOCK_N)
+    past = S - T                               # query i is at position past + i
+    first, last = seeing(tl.minimum(j, S - 1), START, END, S, CAUSAL, DOCS, WINDOW)
+    first -= past
+    last -= past
+    lo, full_hi = seeing(start, START, END, S, CAUSAL, DOCS, WINDOW)
+    full_lo, hi = seeing(tl.minimum(start + BLOCK_N, S) - 1, START, END, S, CAUSAL, DOCS, WINDOW)
+    lo = tl.maximum(lo - past, 0) // BLOCK_M * BLOCK_M
+
+    k = rows(K, k_t, start, S, BLOCK_N, D, BLOCK_D)
+    v = rows(V, v_t, start, S, BLOCK_N, D, BLOCK_D)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    hi = hi - past + 1
+    m = lo
+    head = kv * GROUP
+    for _ in range(0, GROUP * tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)):        # the group's heads, each from lo to hi
+        i = m + tl.arange(0, BLOCK_M)
+        row = (b * heads * GROUP + head) * T
+        q = rows(Q + b * q_b + tl.cast(head, tl.int64) * q_h, q_t, m, T, BLOCK_M, D, BLOCK_D)
+        lse = tl.load(LSE + row + i, mask=i < T, other=0.0)[None, :]
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE - lse)           # [keys, queries]
+        if (m < full_lo - past) | (m + BLOCK_M - 1 > full_hi - past):
+            p = tl.where((i[None, :] >= first[:, None]) & (i[None, :] <= last[:, None]), p, 0.0)
+        do = rows(DO + b * do_b + tl.cast(head, tl.int64) * do_h, do_t, m, T, BLOCK_M, D, BLOCK_D)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        delta = tl.load(DELTA + row + i, mask=i < T, other=0.0)[None, :]
+        ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        m += BLOCK_M
+        head += (m >= hi).to(tl.int32)
+        m = tl.where(m >= hi, lo, m)
+
+    col = tl.arange(0, BLOCK_D)
+    mask = (j < S)[:, None] & (col < D)[None, :]
+    at = ((b * S + start) * heads + kv) * D + tl.arange(0, BLOCK_N)[:, None] * (heads * D) + col[None, :]
+    tl.store(DK + at, dk * (SCALE * 0.6931471805599453), mask=mask)           # SCALE holds log2(e)
+    tl.store(DV + at, dv, mask=mask)
+
+
+@jit
+def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
+              q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
+              D: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+              PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The grid and the walk of forward_kernel."""
+    head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(0)
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    K += b * k_b + (head // GROUP).to(tl.int64) * k_h
+    V += b * v_b + (head // GROUP).to(tl.int64) * v_h
+    START += b * S
+    END += b * S
+
+    i = start + tl.arange(0, BLOCK_M)
+    first, last = seen(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    lo, full_hi = seen(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    full_lo, hi = seen(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+
+    q = rows(Q + b * q_b + head.to(tl.int64) * q_h, q_t, start, T, BLOCK_M, D, BLOCK_D)
+    do = rows(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D)
+    lse = tl.load(LSE + (b * H + head) * T + i, mask=i < T, other=0.0)
+    delta = tl.load(DELTA + (b * H + head) * T + i, mask=i < T, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for j in range(lo // BLOCK_N * BLOCK_N, hi + 1, BLOCK_N):
+        k = rows(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE - lse[:, None])
+        if (j < full_lo) | (j + BLOCK_N - 1 > full_hi):
+            key = (j + tl.arange(0, BLOCK_N))[None, :]
+            p = tl.where((key >= first[:, None]) & (key <= last[:, None]), p, 0.0)
+        v = rows(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
+        ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    col = tl.arange(0, BLOCK_D)
+    at = ((b * T + start) * H + head) * D + tl.arange(0, BLOCK_M)[:, None] * (H * D) + col[None, :]
+    tl.store(DQ + at, dq * (SCALE * 0.6931471805599453), mask=(i < T)[:, None] & (col < D)[None, :])
+
+
+def tiles(by_architecture, q) -> dict:
+    D = max(16, power_of_two(q.shape[-1]))
+    size = "fp32" if q.dtype == torch.float32 else max(64, D)
+    m, n, warps, stages = table(by_architecture, q.device)[size]
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": D, "num_warps": warps, "num_stages": stages}
+
+
+def apart(**tensors) -> tuple[list, dict]:
+    """How far rows of the batch and heads lie apart in memory, an argument each; positions, constants each."""
+    return ([x.stride(dim) for x in tensors.values() for dim in (0, 2)],
+            {f"{name}_t": x.stride(1) for name, x in tensors.items()})
+
+
+def setting(q, k, causal, window, docs) -> dict:
+    """What a kernel is compiled for."""
+    d, S = q.shape[-1], k.shape[1]
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return {"GROUP": q.shape[2] // max(1, k.shape[2]), "D": d, "SCALE": math.log2(math.e) / math.sqrt(d),
+            "CAUSAL": causal, "WINDOW": window if window is not None and window < S else 0, "DOCS": docs,
+            "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+@op
+def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor | None, causal: bool,
+                  window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> o [B, T, H, d], logsumexp to the base 2 [B, H, T] fp32, doc_end [B, T] int32 (empty without documents)."""
+    (B, T, H, _), S = q.shape, k.shape[1]
+    docs = doc_start is not None
+    # A row of doc_start is sorted: the positions that are not above its own value end where its document ends.
+    end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True) if docs else q.new_empty(0)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    size, (strides, constants) = tiles(FORWARD, q), apart(q=q, k=k, v=v)
+    launch(forward_kernel, (H, -(-T // size["BLOCK_M"]), B), q, k, v, doc_start if docs else q, end if docs else q, o,
+           lse, T, S, *strides, **constants, **setting(q, k, causal, window, docs), **size)
+    return o, lse, end
+
+
+@op
+def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+                   lse: torch.Tensor, doc_start: torch.Tensor | None, doc_end: torch.Tensor, causal: bool,
+                   window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> dq, dk, dv, contiguous."""
+    (B, T, H, d), (S, K) = q.shape, k.shape[1:3]
+    docs = doc_start is not None
+    delta = torch.empty_like(lse)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    launch(delta_kernel, (H, -(-T // 64), B), o, do, delta, T, do.stride(0), do.stride(2), do_t=do.stride(1), D=d,
+           BLOCK_M=64, BLOCK_D=max(16, power_of_two(d)), num_warps=8 if d > 64 else 4)
+    given = (q, k, v, doc_start if docs else q, doc_end if docs else q, do, lse, delta)
+    strides, constants = apart(q=q, k=k, v=v, do=do)
+    constants |= setting(q, k, causal, window, docs)
+    size = tiles(DKDV, q)
+    launch(dkdv_kernel, (K, -(-S // size["BLOCK_N"]), B), *given, dk, dv, T, S, *strides, **constants, **size)
+    size = tiles(DQ, q)
+    launch(dq_kernel, (H, -(-T // size["BLOCK_M"]), B), *given, dq, T, S, *strides, **constants, **size)
+    return dq, dk, dv
+
+
+def rowwise(x):
+    """x itself where each head's numbers lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Flash(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, causal, window, doc_start):
+        q, k, v = rowwise(q), rowwise(k), rowwise(v)
+        if doc_start is not None:
+            doc_start = doc_start.to(torch.int32).contiguous()
+        o, lse, doc_end = flash_forward(q, k, v, doc_start, causal, window)
+        ctx.save_for_backward(q, k, v, o, lse, doc_start, doc_end)
+        ctx.causal, ctx.window = causal, window
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse, doc_start, doc_end = ctx.saved_tensors
+        gradients = flash_backward(rowwise(do), q, k, v, o, lse, doc_start, doc_end, ctx.causal, ctx.window)
+        return *gradients, None, None, None

@@ -1,0 +1,256 @@
+"""A product for each expert, of the rows that the router gave it (Mixtral: Jiang et al., 2024, arXiv 2401.04088).
+
+    rows of expert e: offsets[e - 1] <= n < offsets[e]
+    y[n] = W[e] x[n]              dx[n] = W[e]^T dy[n]            dW[e] = sum over its rows of dy[n] x[n]^T
+
+N rows of D in, F out, E experts: 2 N D F operations forward and 4 N D F backward; an ideal device moves
+N D + E F D + N F numbers for each of the three products. What that costs is arithmetic, on tensor cores.
+
+The offsets stay on the device and nothing waits for them. Forward and dx: rows are cut into tiles that belong to one
+expert; there are at most N / tile + E of them, so that many are launched, each finds its expert from the offsets, and
+those beyond the end do nothing. Tiles of the same columns and of neighbouring rows run at the same time: they share W
+in the cache. dW: a program owns a tile of one expert's dW and walks through the expert's rows: no sum is split, two
+runs agree bitwise. Rows behind the last offset belong to no expert: their y and dx are zero and they reach no dW.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import Case, jit, launch, op, power_of_two, table, tl, use_triton
+
+GROUP = 8            # tiles of rows that run beside each other
+
+
+# ---- reference
+
+class Reference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, offsets):
+        ctx.save_for_backward(x, weight, offsets)
+        y = x.new_empty(len(x), weight.shape[1])
+        for e, (start, stop) in enumerate(segments(offsets)):
+            torch.mm(x[start:stop], weight[e].T, out=y[start:stop])
+        y[stop:] = 0
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, offsets = ctx.saved_tensors
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        for e, (start, stop) in enumerate(segments(offsets)):
+            if dx is not None:
+                torch.mm(dy[start:stop], weight[e], out=dx[start:stop])
+            if dw is not None:
+                torch.mm(dy[start:stop].T, x[start:stop], out=dw[e])
+        if dx is not None:
+            dx[stop:] = 0
+        return dx, dw, None
+
+
+def segments(offsets):
+    """[(first, last + 1)] of the experts' rows; waits for the device."""
+    ends = offsets.tolist()
+    return zip([0, *ends], ends)
+
+
+# ---- Triton
+
+@jit
+def rows_kernel(A, B, OFFSETS, C, N, COLUMNS, K, E, stride_e, stride_n, stride_k,
+                TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
+                EXPERTS: tl.constexpr):
+    """C[n, :] = B[e] A[n, :] of rows n of expert e; B [E, COLUMNS, K] by its strides, A [N, K], C [N, COLUMNS]."""
+    tiles_n = tl.cdiv(COLUMNS, TILE_N)
+    most = tl.num_programs(0) // tiles_n                      # tiles of rows, if every expert leaves one unfilled
+    group = tl.program_id(0) // (GROUP * tiles_n)
+    height = tl.minimum(most - group * GROUP, GROUP)
+    inside = tl.program_id(0) - group * GROUP * tiles_n
+    tile_m = group * GROUP + inside % height
+    tile_n = inside // height
+
+    expert = tl.arange(0, EXPERTS)                            # one behind the last stands for the rows of none
+    stop = tl.load(OFFSETS + expert, mask=expert < E, other=N)
+    start = tl.load(OFFSETS + expert - 1, mask=(expert > 0) & (expert <= E), other=0)
+    start = tl.where(expert > E, N, start)
+    tiles = tl.cdiv(stop - start, TILE_M)
+    behind = tl.cumsum(tiles, 0)
+    mine = (behind - tiles <= tile_m) & (tile_m < behind)
+    if tl.max(mine.to(tl.int32), 0) == 1:
+        e = tl.sum(tl.where(mine, expert, 0), 0)
+        first = tl.sum(tl.where(mine, start + (tile_m - behind + tiles) * TILE_M, 0), 0)
+        last = tl.sum(tl.where(mine, stop, 0), 0)
+        row = first + tl.arange(0, TILE_M)
+        column = tile_n * TILE_N + tl.arange(0, TILE_N)
+        k = tl.arange(0, TILE_K)
+        # rows outside repeat the last one, which costs no mask; they are not stored
+        a = A + tl.minimum(row, last - 1).to(tl.int64)[:, None] * K + k[None, :]
+        b = B + e.to(tl.int64) * stride_e
+        b += column.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
+        total = tl.zeros([TILE_M, TILE_N], tl.float32)
+        for begin in range(0, tl.where(e < E, K, 0), TILE_K):
+            left = tl.load(a, mask=(k < K - begin)[None, :], other=0.0)
+            right = tl.load(b, mask=(k < K - begin)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+            total = tl.dot(left, right, total, input_precision="ieee")
+            a += TILE_K
+            b += TILE_K * stride_k
+        c = C + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+        tl.store(c, total.to(C.dtype.element_ty), mask=(row < last)[:, None] & (column < COLUMNS)[None, :])
+
+
+@jit
+def weight_kernel(DY, X, OFFSETS, DW, OUT, IN, TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+                  GROUP: tl.constexpr):
+    """DW[e] = the sum over the expert's rows of dy x^T; DY [N, OUT], X [N, IN], DW [E, OUT, IN]."""
+    tiles_m = tl.cdiv(OUT, TILE_M)
+    tiles_n = tl.cdiv(IN, TILE_N)
+    e = tl.program_id(0) // (tiles_m * tiles_n)
+    tile = tl.program_id(0) - e * tiles_m * tiles_n
+    group = tile // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP, GROUP)
+    inside = tile - group * GROUP * tiles_n
+    m = (group * GROUP + inside % height) * TILE_M + tl.arange(0, TILE_M)
+    n = inside // height * TILE_N + tl.arange(0, TILE_N)
+    start = tl.load(OFFSETS + e - 1, mask=e > 0, other=0)
+    stop = tl.load(OFFSETS + e)
+    row = tl.arange(0, TILE_K)
+    dy = DY + (start + row).to(tl.int64)[:, None] * OUT + m[None, :]
+    x = X + (start + row).to(tl.int64)[:, None] * IN + n[None, :]
+    total = tl.zeros([TILE_M, TILE_N], tl.float32)
+    for begin in range(start, stop, TILE_K):
+        mine = (begin + row < stop)[:, None]
+        left = tl.load(dy, mask=mine & (m < OUT)[None, :], other=0.0)
+        right = tl.load(x, mask=mine & (n < IN)[None, :], other=0.0)
+        total = tl.dot(tl.trans(left), right, total, input_precision="ieee")
+        dy += TILE_K * OUT
+        x += TILE_K * IN
+    dw = DW + e.to(tl.int64) * OUT * IN + m.to(tl.int64)[:, None] * IN + n[None, :]
+    tl.store(dw, total.to(DW.dtype.element_ty), mask=(m < OUT)[:, None] & (n < IN)[None, :])
+
+
+def tiling(x) -> dict:
+    if x.dtype == torch.float32:                              # no tensor cores: correct, not fast
+        return {"TILE_M": 64, "TILE_N": 64, "TILE_K": 32, "num_warps": 4, "num_stages": 2}
+    return table({80: {"TILE_M": 128, "TILE_N": 128, "TILE_K": 32, "num_warps": 8, "num_stages": 4},
+                  90: {"TILE_M": 128, "TILE_N": 256, "TILE_K": 64, "num_warps": 8, "num_stages": 3}}, x.device)
+
+
+def launch_rows(a, weight, offsets, out, columns, strides):
+    tiles = tiling(a)
+    N, K, E = *a.shape, len(weight)
+    grid = (-(-N // tiles["TILE_M"]) + E) * -(-columns // tiles["TILE_N"]) if N else 0
+    launch(rows_kernel, (grid,), a, weight, offsets, out, N, columns, K, E, weight.stride(0), *strides,
+           GROUP=GROUP, EXPERTS=power_of_two(E + 1), **tiles)
+    return out
+
+
+@op
+def grouped_mm_forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """x, weight contiguous -> y."""
+    out, width = weight.shape[1:]
+    return launch_rows(x, weight, offsets, x.new_empty(len(x), out), out, (width, 1))
+
+
+@op
+def grouped_mm_dx(dy: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """dy, weight contiguous -> dx."""
+    width = weight.shape[2]
+    return launch_rows(dy, weight, offsets, dy.new_empty(len(dy), width), width, (1, width))
+
+
+@op
+def grouped_mm_dweight(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """dy, x contiguous -> dW [E, out, in]."""
+    tiles = tiling(x)
+    E, OUT, IN = len(offsets), dy.shape[1], x.shape[1]
+    dw = x.new_empty(E, OUT, IN)
+    launch(weight_kernel, (E * -(-OUT // tiles["TILE_M"]) * -(-IN // tiles["TILE_N"]),), dy, x, offsets, dw, OUT, IN,
+           GROUP=GROUP, **tiles)
+    return dw
+
+
+class Kernel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, offsets):
+        x, weight, offsets = x.contiguous(), weight.contiguous(), offsets.contiguous()
+        ctx.save_for_backward(x, weight, offsets)
+        return grouped_mm_forward(x, weight, offsets)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, offsets = ctx.saved_tensors
+        dy = dy.contiguous()
+        return (grouped_mm_dx(dy, weight, offsets) if ctx.needs_input_grad[0] else None,
+                grouped_mm_dweight(dy, x, offsets) if ctx.needs_input_grad[1] else None, None)
+
+
+# ---- public op
+
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """x [N, D] sorted by expert, weight [E, F, D], offsets [E] int32: where each expert's rows end -> [N, F].
+
+    The same as torch's F.grouped_mm(x, weight.transpose(1, 2), offs=offsets), for any sizes and in every dtype; sums
+    are fp32. Under autocast x and weight are taken in its dtype. Offsets must rise and not exceed N; they are on x's
+    device and not looked at here.
+    """
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"grouped_mm got {x.dtype} rows and {weight.dtype} weights; cast one to the other's dtype")
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or offsets.shape != weight.shape[:1]:
+        raise ValueError(f"grouped_mm got x {tuple(x.shape)}, weight {tuple(weight.shape)}, offsets "
+                         f"{tuple(offsets.shape)}; they must be [N, D], [E, F, D] and [E]")
+    if offsets.dtype != torch.int32:
+        raise ValueError(f"grouped_mm got offsets in {offsets.dtype}; they must be torch.int32")
+    return (Kernel if use_triton(x) else Reference).apply(x, weight, offsets)
+
+
+# ---- what is checked and measured
+
+def torch_grouped_mm(x, weight, offsets):
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def even(rows: int, experts: int, device) -> torch.Tensor:
+    """Offsets of equal shares."""
+    return torch.arange(1, experts + 1, dtype=torch.int32, device=device) * rows // experts
+
+
+def case(name, experts, width, out, per_token=2, offsets=even) -> Case:
+    def inputs(device, dtype, tokens):
+        x = torch.randn(per_token * tokens, width, device=device, dtype=dtype)
+        weight = torch.randn(experts, out, width, device=device, dtype=dtype).mul_(width**-0.5)
+        return x.requires_grad_(), weight.requires_grad_(), offsets(len(x), experts, device).to(torch.int32)
+
+    def traffic(tokens):
+        product = 2 * (per_token * tokens * (width + out) + experts * width * out)
+        return product, 2 * product
+
+    def work(tokens):
+        product = 2 * per_token * tokens * width * out
+        return product, 2 * product
+    return Case(name, grouped_mm, inputs, traffic, work, torch=torch_grouped_mm)
+
+
+def uneven(rows: int, experts: int, device) -> torch.Tensor:
+    """The first expert empty, the second one row, the last the most."""
+    return torch.tensor([0, *(1 + 2 * e for e in range(experts - 2)), rows], device=device)
+
+
+def examples() -> list[Case]:
+    """Small and odd, for the check."""
+    return [case("grouped_mm 3 of 37 x 21", 3, 37, 21), case("grouped_mm uneven", 5, 64, 48, offsets=uneven)]
+
+
+def cases() -> list[Case]:
+    """Mixtral-8x7B: the products into and out of the 14336 of 8 experts, 2 for each token."""
+    return [case("grouped_mm 4096 to 14336", 8, 4096, 14336), case("grouped_mm 14336 to 4096", 8, 14336, 4096)]
+
+
+if __name__ == "__main__":
+    from kernels.measure import main
+    main("grouped_mm")

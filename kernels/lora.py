@@ -1,0 +1,194 @@
+"""Linear layers with low-rank adapters (LoRA; Hu et al., 2021, arXiv 2106.09685), several on one input at once.
+
+    S = x [A_1; A_2; ...]^T          y_i = x W_i^T + bias_i + scale_i S_i B_i^T         (W_i, bias_i frozen)
+    dS_i = scale_i dy_i B_i          dx = sum_i dy_i W_i + dS [A_1; A_2; ...]
+    d[A_1; A_2; ...] = dS^T x        dB_i = scale_i dy_i^T S_i
+
+for x [M, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i] and n bytes a number. Beside a plain linear layer's
+products (2 M in out_i operations each way, no weight gradient) the adapters cost 2 M r (in + out_i) forward, twice
+that backward, which is nothing for r << in, and memory traffic, which is not: S has to read x again, and S_i B_i^T
+has to be added into y_i, n M (in + 2 sum out_i) forward; at 8192 tokens a tenth of the products' time in a layer of
+Llama-3-8B. So q/k/v and gate/up read x once for all of their A's, the addition happens inside the product (addmm),
+and so does every factor. Kept for the backward pass are x, which the layer before kept anyway, and S.
+
+There is no Triton here. The time is the products with W, where the library runs at the card's rate and a Triton
+product does not on Hopper; a kernel that adds S B^T in the epilogue of the base product would save 2 n M out bytes,
+6 % of it, and lose more than that to the library (LoRAFusion, arXiv 2510.00206, measures such kernels).
+
+4-bit weights (kernels/nf4.py) are turned into a scratch buffer just before their product, one at a time, each time.
+"""
+
+import threading
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+
+from kernels.backend import Case
+from kernels.nf4 import NF4, dequantise
+
+scratch = {}                     # (device, dtype, stream or thread) -> the one buffer, as large as the largest weight
+
+
+def product_weight(weight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in `dtype`. A 4-bit weight's numbers hold until the next one's are asked for.
+
+    Whoever asks launches the product at once, on the same stream, so that the next weight is written after it was
+    read; other streams (and on a CPU other threads) have buffers of their own.
+    """
+    if not isinstance(weight, NF4):
+        return weight.to(dtype)
+    device, size = weight.packed.device, weight.shape.numel()
+    if torch.compiler.is_compiling() or device.type == "meta":
+        return dequantise(weight, dtype)                       # the compiler plans the memory itself
+    place = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
+    buffer = scratch.get((device, dtype, place))
+    if buffer is None or buffer.numel() < size:
+        buffer = scratch[device, dtype, place] = torch.empty(size, dtype=dtype, device=device)
+    return dequantise(weight, dtype, out=buffer[:size].view(weight.shape))
+
+
+def scaled(factor: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """factor * left @ right; the product itself applies the factor, to its sums before they are rounded."""
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
+
+
+def weights_of(records, plain):
+    """The weights in order: the 4-bit records, and where there is None the next plain one."""
+    plain = iter(plain)
+    return [next(plain) if record is None else record for record in records]
+
+
+class LoraLinear(torch.autograd.Function):
+    """tensors: x, then the biases, the A's, the B's, then the weights that are plain tensors."""
+
+    @staticmethod
+    def forward(ctx, dtype, records, scales, x, *tensors):
+        count = len(scales)
+        biases, a, b, plain = (*(tensors[i * count:(i + 1) * count] for i in range(3)), tensors[3 * count:])
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        low = rows @ torch.cat(a).to(dtype).T                                       # S [M, sum r]
+        outputs = []
+        parts = low.split([len(each) for each in a], 1)
+        for weight, bias, part, each, scale in zip(weights_of(records, plain), biases, parts, b, scales):
+            y = F.linear(rows, product_weight(weight, dtype), None if bias is None else bias.to(dtype))
+            y.addmm_(part, each.to(dtype).T, alpha=scale)
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+        ctx.save_for_backward(rows, low, *a, *b, *plain)
+        ctx.dtype, ctx.records, ctx.scales, ctx.shape, ctx.x_dtype = dtype, records, scales, x.shape, x.dtype
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *upstream):
+        dtype, scales, count = ctx.dtype, ctx.scales, len(ctx.scales)
+        rows, low, *saved = ctx.saved_tensors
+        a, b, plain = saved[:count], saved[count:2 * count], saved[2 * count:]
+        needs = ctx.needs_input_grad[4:]
+        need_bias, need_a, need_b = (needs[i * count:(i + 1) * count] for i in range(3))
+        need_x = ctx.needs_input_grad[3]
+        with nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
+            dy = [y.reshape(-1, y.shape[-1]) for y in upstream]
+            ranks = [len(each) for each in a]
+            dbias = [y.sum(0).to(kind) if need else None for y, need, kind in zip(dy, need_bias, ctx.bias_dtypes)]
+            db = [scaled(scale, y.T, part).to(each.dtype) if need else None
+                  for scale, y, part, each, need in zip(scales, dy, low.split(ranks, 1), b, need_b)]
+            da, dx = [None] * count, None
+            if need_x or any(need_a):
+                dlow = torch.cat([scaled(scale, y, each.to(dtype)) for scale, y, each in zip(scales, dy, b)], 1)
+            if any(need_a):
+                da = [each.to(like.dtype) for each, like in zip((dlow.T @ rows).split(ranks), a)]
+            if need_x:
+                dx = dlow @ torch.cat(a).to(dtype)
+                for y, weight in zip(dy, weights_of(ctx.records, plain)):
+                    dx.addmm_(y, product_weight(weight, dtype))
+                dx = dx.view(ctx.shape).to(ctx.x_dtype)
+        return None, None, None, dx, *dbias, *da, *db, *[None] * len(plain)
+
+
+# ---- public op
+
+def lora_linear(x: torch.Tensor, weights, biases, a, b, scales) -> tuple[torch.Tensor, ...]:
+    """One or several frozen linear layers of the same input, each with its adapter.
+
+    x         [..., in]
+    weights   of each layer [out_i, in], or an NF4 record of that shape; none may require a gradient
+    biases    of each layer [out_i] or None; gets a gradient if it requires one
+    a, b      of each layer [r_i, in] and [out_i, r_i]; fp32 parameters beside a bf16 x are fine
+    scales    of each layer alpha / r, or alpha / sqrt(r) (rsLoRA; Kalajdzievski, 2023, arXiv 2312.03732)
+    ->        a tuple of y_i [..., out_i], of one element for one layer
+
+    All products are in autocast's dtype, without autocast in x's; gradients come in the dtype of what they belong to.
+    ValueError where a weight requires a gradient, has another dtype than x outside of autocast, or the lists differ
+    in length. There is no dropout on the adapter's input: it would be another x for each layer, to be kept for each.
+    """
+    count = len(weights)
+    if not count or {len(biases), len(a), len(b), len(scales)} != {count}:
+        raise ValueError(f"lora_linear needs one weight, bias (or None), A, B and scale a layer, not {count}, "
+                         f"{len(biases)}, {len(a)}, {len(b)} and {len(scales)}")
+    kind, dtype = x.device.type, x.dtype
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if autocast else dtype
+    records = tuple(weight if isinstance(weight, NF4) else None for weight in weights)
+    plain = [weight for weight in weights if not isinstance(weight, NF4)]
+    for weight in plain:
+        if weight.requires_grad:
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} requires a gradient, but LoRA's weights are "
+                             "frozen; call requires_grad_(False) on it, or train it without an adapter")
+        if weight.dtype != dtype and not autocast:
+            raise ValueError(f"x is {dtype} and a weight {weight.dtype}; convert one of them or use torch.autocast")
+    return LoraLinear.apply(dtype, records, tuple(map(float, scales)), x, *biases, *a, *b, *plain)
+
+
+# ---- what is checked and measured
+
+RANK = 16
+
+
+def plain_torch(x, *tensors):
+    """The same in PyTorch's own ops, a layer after the other."""
+    count = len(tensors) // 3
+    return tuple(F.linear(x, w) + 2.0 * F.linear(F.linear(x, a), b)
+                 for w, a, b in zip(*(tensors[i * count:(i + 1) * count] for i in range(3))))
+
+
+def ours(x, *tensors):
+    count = len(tensors) // 3
+    weights, a, b = (tensors[i * count:(i + 1) * count] for i in range(3))
+    return lora_linear(x, weights, [None] * count, a, b, [2.0] * count)
+
+
+def case(name, width, *outs, rank=RANK) -> Case:
+    def inputs(device, dtype, tokens):
+        def numbers(*shape, scale=1.0, train=True):
+            return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_(train)
+        return (numbers(tokens, width), *(numbers(out, width, scale=width**-0.5, train=False) for out in outs),
+                *(numbers(rank, width, scale=width**-0.5) for _ in outs),
+                *(numbers(out, rank, scale=rank**-0.5) for out in outs))
+
+    def traffic(tokens):
+        weights, adapters = width * sum(outs), rank * (width * len(outs) + sum(outs))
+        rows, low = tokens * (width + sum(outs)), tokens * rank * len(outs)
+        return 2 * (rows + low + weights + adapters), 2 * (rows + tokens * width + low + weights + 2 * adapters)
+
+    def work(tokens):
+        adapters = rank * (width * len(outs) + sum(outs))
+        return 2 * tokens * (width * sum(outs) + adapters), 2 * tokens * (width * sum(outs) + 2 * adapters)
+    return Case(f"lora {name}", ours, inputs, traffic, work, plain_torch)
+
+
+def examples() -> list[Case]:
+    """Small and odd, for the check."""
+    return [case("37 to 19", 37, 19, rank=3), case("64 to 64, 16, 16", 64, 64, 16, 16, rank=4)]
+
+
+def cases() -> list[Case]:
+    """The linear layers of Llama-3-8B."""
+    return [case("q/k/v 8B", 4096, 4096, 1024, 1024), case("o 8B", 4096, 4096),
+            case("gate/up 8B", 4096, 14336, 14336), case("down 8B", 14336, 4096)]
+
+
+if __name__ == "__main__":
+    from kernels.measure import main
+    main("lora")

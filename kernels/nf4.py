@@ -1,0 +1,318 @@
+"""NF4: weights in four bits (QLoRA; Dettmers et al., 2023, arXiv 2305.14314), byte for byte as bitsandbytes keeps them.
+
+The flattened weight is cut into blocks of 64. A block keeps a = max |w| and, of every number, the index of the level
+nearest to w / a among 16 quantiles of the normal distribution between -1 and 1. Double quantisation keeps `a` itself
+in 8 bits: a - mean(a) in blocks of 256, as the nearest of 256 dynamic levels (Dettmers, 2015, arXiv 1511.04561) times
+the block's largest. That makes 4 + 8/64 + 32/(64 * 256) = 4.127 bits a number; without it 4.5.
+
+    a = nested[absmax[block]] * absmax2[block / 256] + offset         w = level[code] * a
+
+Dequantising N numbers to bf16 moves 0.516 N + 2 N bytes, of which the output is four fifths, and should cost that and
+no more, for a QLoRA step does it twice a weight. It is one kernel, the nested absmax included. A level is a load from
+64 bytes that stay in L1: 32 a cycle and multiprocessor, four times what the memory asks for; a tree of 15 selects a
+number would take longer than the memory does. The products are rounded one by one, without fused multiply-adds: the
+numbers are bitwise those of bitsandbytes. Quantising happens once in a weight's life; its kernel only has to stream.
+
+What cannot be: a product of activations with packed weights. At training sizes the library's product takes ten times
+as long as dequantising into a scratch buffer first, and no fused kernel reaches it (kernels/lora.py does that).
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from kernels.backend import Case, jit, launch, op, tl, use_triton
+
+BLOCK, BLOCK2 = 64, 256          # numbers that share an absmax; absmaxes that share an absmax2
+LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+          -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+          0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+SMALLEST = 2.0**-126             # fp32's least normal number; an absmax below counts as this: no 0 / 0
+CHUNK = 4096                     # blocks the CPU turns at once: a megabyte, which its caches hold
+ROWS = 64                        # blocks of a program; divides BLOCK2, so that it needs one absmax2
+
+
+@dataclass(frozen=True, eq=False)
+class NF4:
+    """A quantised weight. Beside a parameter `NAME`, bitsandbytes and transformers write these tensors:
+
+    packed   uint8 [ceil(N / 2)]       NAME (as [ceil(N / 2), 1])     two codes a byte, the first in the high nibble
+    absmax   uint8 or fp32 [N / 64]    NAME.absmax                    uint8: double quantisation
+    code     fp32 [16]                 NAME.quant_map                 the levels
+    absmax2  fp32 [N / 64 / 256]       NAME.nested_absmax             this and the next two: None without it
+    code2    fp32 [256]                NAME.nested_quant_map
+    offset   fp32 []                   nested_offset in the JSON
+    shape    of the weight             shape in the JSON
+    dtype    the weight's before       dtype in the JSON ("bfloat16")
+
+    (divisions rounded up). The JSON is NAME.quant_state.bitsandbytes__nf4, its UTF-8 bytes as a uint8 tensor, with
+    quant_type "nf4", blocksize 64, dtype, shape and, with double quantisation, nested_blocksize 256, nested_dtype
+    "float32" and nested_offset. Other block sizes exist in the wild; these kernels know these two only.
+    """
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    code: torch.Tensor
+    absmax2: torch.Tensor | None
+    code2: torch.Tensor | None
+    offset: torch.Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    block: ClassVar[int] = BLOCK
+    block2: ClassVar[int] = BLOCK2
+
+    def to(self, device) -> "NF4":
+        moved = (x if x is None else x.to(device) for x in (self.packed, self.absmax, self.code, self.absmax2,
+                                                            self.code2, self.offset))
+        return NF4(*moved, self.shape, self.dtype)
+
+
+def dynamic_levels() -> torch.Tensor:
+    """-> fp32 [256], sorted: a sign, then 0 to 6 zeros that are an exponent of ten, a one, and a linear fraction.
+
+    The smaller the number the more bits its exponent takes: 2^i fractions between 0.1 and 1, each in the middle of
+    its interval, for 10^(i - 6). To these come 0 and 1.
+    """
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        fractions = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        levels += fractions + [-x for x in fractions]
+    return torch.tensor(sorted(levels), dtype=torch.float32)
+
+
+def middles(levels: torch.Tensor) -> torch.Tensor:
+    """Where the nearest level changes; a number in the very middle belongs to the lower one."""
+    return (levels[:-1] + levels[1:]) / 2
+
+
+def reciprocal(absmax: torch.Tensor) -> torch.Tensor:
+    return 1 / absmax.clamp(min=SMALLEST)
+
+
+# ---- reference
+
+def nearest_level(levels: torch.Tensor):
+    """-> function(x fp32 of [-1, 1]) -> how many of the 15 middles lie below each, uint8: a bisection's result.
+
+    [-1, 1] is cut into cells narrower than the distances of the middles, so that a cell has one of them at most. The
+    cell of x is monotone in x: middles of lower cells are below x, and only the next one has to be compared.
+    """
+    def cell(x):
+        return (x * 16).add_(16).int()
+    bounds = middles(levels)
+    edges = torch.arange(33, dtype=torch.int32, device=levels.device)
+    below = torch.searchsorted(cell(bounds), edges)                        # middles in lower cells
+    following = torch.cat([bounds, bounds.new_full((1,), torch.inf)])[below]
+    below = below.to(torch.uint8)
+
+    def nearest(x):
+        cells = cell(x)
+        return below.index_select(0, cells).add_(x > following.index_select(0, cells))
+    return nearest
+
+
+def reference_quantise(weight: torch.Tensor, code: torch.Tensor):
+    """weight flat -> packed uint8, absmax fp32."""
+    N = weight.numel()
+    packed = torch.empty(-(-N // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-N // BLOCK), dtype=torch.float32, device=weight.device)
+    nearest = nearest_level(code)
+    for first in range(0, len(absmax), CHUNK):
+        w = weight[first * BLOCK:(first + CHUNK) * BLOCK].float()
+        if len(w) % BLOCK:
+            w = torch.cat([w, w.new_zeros(BLOCK - len(w) % BLOCK)])
+        w = w.view(-1, BLOCK)
+        largest = absmax[first:first + CHUNK] = w.abs().amax(1)
+        x = (w * reciprocal(largest)[:, None]).flatten()
+        if not largest.isfinite().all():
+            x.nan_to_num_()                                                # quantise refuses it, by its absmax
+        codes = nearest(x).view(-1, 2)
+        part = packed[first * BLOCK // 2:(first + CHUNK) * BLOCK // 2]
+        part.copy_(((codes[:, 0] << 4) | codes[:, 1])[:len(part)])
+    return packed, absmax
+
+
+def reference_dequantise(packed, absmax, code, absmax2, code2, offset, out):
+    """Into out, flat; in float64 where out is, else in fp32."""
+    wide, blocks = torch.promote_types(out.dtype, torch.float32), len(absmax)
+    code = code.to(wide)
+    if absmax2 is not None:
+        absmax = code2.to(wide).index_select(0, absmax.int())
+        absmax = absmax.mul_(absmax2.to(wide).repeat_interleave(BLOCK2)[:blocks]).add_(offset)
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)      # of each byte
+    whole = torch.complex128 if wide == torch.float64 else torch.int64         # a pair as one number: one load
+    pairs = pairs.view(whole).flatten()
+    for first in range(0, blocks, CHUNK):
+        part = out[first * BLOCK:(first + CHUNK) * BLOCK]
+        bytes_ = packed[first * BLOCK // 2:(first + CHUNK) * BLOCK // 2].int()
+        if len(part) % BLOCK:
+            bytes_ = torch.cat([bytes_, bytes_.new_zeros(BLOCK // 2 - len(bytes_) % (BLOCK // 2))])
+        w = pairs.index_select(0, bytes_).view(wide).view(-1, BLOCK)
+        w *= absmax[first:first + CHUNK, None].to(wide)
+        part.copy_(w.flatten()[:len(part)])
+
+
+# ---- Triton
+
+@jit
+def quantise_kernel(W, BOUNDS, PACKED, ABSMAX, N, BYTES, SMALLEST: tl.constexpr, ROWS: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    w = tl.load(W + at, mask=at < N, other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(w), 1)
+    absmax = tl.where(tl.sum((w != w).to(tl.int32), 1) > 0, float("nan"), absmax)      # max passes over NaN
+    tl.store(ABSMAX + row, absmax, mask=row * BLOCK < N)
+    x = w * tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.maximum(absmax, SMALLEST))[:, None]
+    code = tl.zeros([ROWS, BLOCK], tl.int32)
+    for i in tl.static_range(15):
+        code += (x > tl.load(BOUNDS + i)).to(tl.int32)
+    high, low = tl.split(tl.reshape(code, [ROWS, BLOCK // 2, 2]))
+    at = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    tl.store(PACKED + at, ((high << 4) | low).to(tl.uint8), mask=at < BYTES)
+
+
+@jit
+def dequantise_kernel(PACKED, ABSMAX, CODE, ABSMAX2, CODE2, OFFSET, OUT, N, BYTES, NESTED: tl.constexpr,
+                      ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = first + tl.arange(0, ROWS)
+    at = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    byte = tl.load(PACKED + at, mask=at < BYTES, other=0, eviction_policy="evict_first").to(tl.int32)
+    absmax = tl.load(ABSMAX + row, mask=row * BLOCK < N, other=0)
+    if NESTED:
+        scale = tl.load(ABSMAX2 + first // BLOCK2, mask=first * BLOCK < N, other=0.0)
+        absmax = tl.load(CODE2 + absmax.to(tl.int32)) * scale + tl.load(OFFSET)
+    high = tl.load(CODE + (byte >> 4)) * absmax[:, None]
+    low = tl.load(CODE + (byte & 15)) * absmax[:, None]
+    w = tl.reshape(tl.join(high, low), [ROWS, BLOCK])
+    at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(OUT + at, w, mask=at < N)
+
+
+def fill(packed, absmax, code, absmax2, code2, offset, out):
+    """out, flat, of the tensors of a record."""
+    nested = absmax2 is not None
+    if not use_triton(packed) or out.dtype == torch.float64:
+        return reference_dequantise(packed, absmax, code, absmax2, code2, offset, out)
+    launch(dequantise_kernel, (-(-len(absmax) // ROWS),), packed, absmax, code, absmax2 if nested else code,
+           code2 if nested else code, offset if nested else code, out, out.numel(), packed.numel(), NESTED=nested,
+           ROWS=ROWS, BLOCK=BLOCK, BLOCK2=BLOCK2, num_warps=4, enable_fp_fusion=False)
+
+
+@op
+def nf4_quantise(weight: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight flat, contiguous -> packed, absmax fp32."""
+    N = weight.numel()
+    packed = torch.empty(-(-N // 2), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-N // BLOCK), dtype=torch.float32, device=weight.device)
+    launch(quantise_kernel, (-(-N // (32 * BLOCK)),), weight, bounds, packed, absmax, N, len(packed), SMALLEST=SMALLEST,
+           ROWS=32, BLOCK=BLOCK, num_warps=4)
+    return packed, absmax
+
+
+@op
+def nf4_dequantise(packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, absmax2: torch.Tensor | None,
+                   code2: torch.Tensor | None, offset: torch.Tensor | None, N: int,
+                   dtype: torch.dtype) -> torch.Tensor:
+    """-> the weight, flat."""
+    out = torch.empty(N, dtype=dtype, device=packed.device)
+    fill(packed, absmax, code, absmax2, code2, offset, out)
+    return out
+
+
+# ---- public ops
+
+def quantise(weight: torch.Tensor, double_quant: bool = True) -> NF4:
+    """weight of any shape, fp32, bf16 or fp16 -> NF4 on its device. Blocks of zeros stay exactly zero.
+
+    ValueError on another dtype and on a weight with NaN or infinite numbers.
+    """
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"NF4 quantises fp32, bf16 and fp16 weights, not {weight.dtype}; convert it first")
+    flat = weight.detach().contiguous().view(-1)
+    code = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
+    packed, absmax = nf4_quantise(flat, middles(code)) if use_triton(flat) else reference_quantise(flat, code)
+    if not absmax.is_meta and not absmax.isfinite().all():
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite numbers; NF4 cannot keep it")
+    if not double_quant:
+        return NF4(packed, absmax, code, None, None, None, weight.shape, weight.dtype)
+    code2 = dynamic_levels().to(weight.device)
+    offset = absmax.mean() if len(absmax) else absmax.new_zeros(())
+    centred = absmax - offset
+    tail = -len(absmax) % BLOCK2
+    blocks = torch.nn.functional.pad(centred, (0, tail)).view(-1, BLOCK2)
+    absmax2 = blocks.abs().amax(1)
+    nearest = torch.bucketize(blocks * reciprocal(absmax2)[:, None], middles(code2), out_int32=True)
+    return NF4(packed, nearest.to(torch.uint8).view(-1)[:len(absmax)].clone(), code, absmax2, code2, offset,
+               weight.shape, weight.dtype)
+
+
+def dequantise(nf4: NF4, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor | None = None) -> torch.Tensor:
+    """-> the weight in `dtype` (fp32, bf16, fp16; fp64 through the reference), of nf4.shape, with no gradient.
+
+    out: a contiguous tensor of that shape, dtype and device to write to; it is returned. ValueError if it is not.
+    """
+    if out is not None and (out.dtype, out.shape, out.device, out.is_contiguous()) != (
+            dtype, nf4.shape, nf4.packed.device, True):
+        raise ValueError(f"out must be a contiguous {dtype} tensor of shape {tuple(nf4.shape)} on {nf4.packed.device}, "
+                         f"not {out.dtype} {tuple(out.shape)} on {out.device}")
+    parts = nf4.packed, nf4.absmax, nf4.code, nf4.absmax2, nf4.code2, nf4.offset
+    if out is None or torch.compiler.is_compiling():
+        made = nf4_dequantise(*parts, nf4.shape.numel(), dtype).view(nf4.shape)
+        return made if out is None else out.copy_(made)
+    fill(*parts, out.view(-1))
+    return out
+
+
+# ---- what is checked and measured
+
+def random_nf4(shape, device) -> NF4:
+    """A record of these sizes; on the meta device too, where nothing can be quantised by a reference."""
+    blocks = -(-shape.numel() // BLOCK)
+
+    def numbers(*size):
+        return torch.rand(size, device=device)
+    packed = torch.randint(0, 256, (-(-shape.numel() // 2),), dtype=torch.uint8, device=device)
+    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
+    code = torch.tensor(LEVELS, device=device)
+    return NF4(packed, absmax, code, numbers(-(-blocks // BLOCK2)), dynamic_levels().to(device), numbers(), shape,
+               torch.bfloat16)
+
+
+def case(*shape) -> Case:
+    shape, N = torch.Size(shape), torch.Size(shape).numel()
+    return Case(f"nf4 dequantise {' x '.join(map(str, shape))}", dequantise,
+                lambda device, dtype, tokens: (random_nf4(shape, device), dtype),
+                lambda tokens: (N // 2 + N // BLOCK + N // BLOCK // BLOCK2 * 4 + 2 * N, 0))
+
+
+def quantise_case(*shape) -> Case:
+    N = torch.Size(shape).numel()
+    return Case(f"nf4 quantise {' x '.join(map(str, shape))}", quantise,
+                lambda device, dtype, tokens: (torch.randn(shape, device=device, dtype=dtype),),
+                lambda tokens: (2 * N + N // 2 + N // BLOCK * 4, 0))
+
+
+def example(*shape) -> Case:
+    """There and back, times x, because the check looks at what has gradients; one wrong code would show."""
+    def inputs(device, dtype, tokens):
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True), [torch.randn(shape, device=device)]
+    return Case(f"nf4 {' x '.join(map(str, shape))}", lambda x, weight: x * dequantise(quantise(weight[0]), x.dtype),
+                inputs)
+
+
+def examples() -> list[Case]:
+    """Small and odd, for the check."""
+    return [example(64, 300), example(7, 37), example(1)]
+
+
+def cases() -> list[Case]:
+    """The largest and the square weight of Llama-3-8B."""
+    return [case(4096, 14336), case(4096, 4096), quantise_case(4096, 14336)]
+
+
+if __name__ == "__main__":
+    from kernels.measure import main
+    main("nf4")

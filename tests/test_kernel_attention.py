@@ -1,0 +1,403 @@
+"""Flash attention (kernels/flash.py) and the other backends of kernels/attention.py, against a naive formula.
+
+On a CPU the kernels run in Triton's interpreter. The truth is written out with an explicit mask in float64; how far a
+result may be from it is measure.compare's rule, with PyTorch's own attention in the same dtype as the yardstick.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kernels import attention as module
+from kernels import backend, flash
+from kernels.attention import attention, select
+from kernels.measure import compare, run
+
+pytestmark = pytest.mark.kernel
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]      # no bf16 dots in the interpreter
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """So small that about 40 tokens meet several tiles, some of them whole and some cut."""
+    for name, (m, n) in {"FORWARD": (32, 16), "DQ": (16, 16), "DKDV": (16, 32)}.items():
+        size = (m, n, 4, 1)
+        monkeypatch.setattr(flash, name, {80: {64: size, 128: size, 256: size, "fp32": size}})
+
+
+def documents(rows):
+    """doc_start [B, T] int32 of rows that hold documents of these lengths."""
+    return torch.tensor([[sum(row[:i]) for i, n in enumerate(row) for _ in range(n)] for row in rows],
+                        dtype=torch.int32, device=DEVICE)
+
+
+PACKED = [[1, 16, 3, 21], [41]]                       # a document of one token, one that fills a tile, a row of one
+MASKS = {
+    "causal": {}, "both_ways": {"causal": False},
+    "window": {"window": 7}, "window_of_one": {"window": 1}, "window_of_a_tile": {"window": 16},
+    "window_larger_than_T": {"window": 100}, "window_both_ways": {"causal": False, "window": 5},
+    "documents": {"doc_start": PACKED}, "documents_both_ways": {"doc_start": PACKED, "causal": False},
+    "documents_of_one_token": {"doc_start": [[1] * 41, [1] * 40 + [1]]},
+    "documents_window": {"doc_start": PACKED, "window": 4},
+    "documents_window_both_ways": {"doc_start": PACKED, "window": 4, "causal": False},
+}
+
+
+def options(name):
+    given = {"causal": True, "window": None, "doc_start": None, **MASKS[name]}
+    if given["doc_start"] is not None:
+        given["doc_start"] = documents(given["doc_start"])
+    return tuple(given.values())
+
+
+def qkv(B=2, T=41, S=None, H=2, K=1, d=20, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, n, heads, d, generator=generator).to(DEVICE, dtype).requires_grad_()
+            for n, heads in ((T, H), (S or T, K), (S or T, K))]
+
+
+def sees(T, S, causal, window, doc_start, b):
+    """The mask of one row, from the definition, query by query."""
+    starts = None if doc_start is None else doc_start[b].tolist()
+    return torch.tensor([[(j <= i if causal else True) and (window is None or abs(i - j) < window)
+                          and (starts is None or starts[i] == starts[j]) for j in range(S)]
+                         for i in range(S - T, S)], dtype=torch.bool).view(T, S)
+
+
+def naive(q, k, v, causal=True, window=None, doc_start=None):
+    B, T, H, d = q.shape
+    S, K = k.shape[1:3]
+    k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
+    mask = torch.stack([sees(T, S, causal, window, doc_start, b) for b in range(B)])[:, None].to(q.device)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / d**0.5
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def op(q, k, v, *rest):
+    """The naive formula where compare() wants the truth."""
+    return (naive if q.dtype == torch.float64 else attention)(q, k, v, *rest)
+
+
+def check(inputs, kernel="triton", terms=64):
+    """compare()'s rule; where a query sees one key, do_i v_j - delta_i cancels: fp32 roundings of numbers up to 16 stay."""
+    for i, error, bound in compare(op, inputs, terms, kernel):
+        assert error <= bound + 2 * 16 * 2.0**-24, f"result {i}: {error:.2e}, allowed {bound:.2e}"
+
+
+# ---- the kernels against the formula
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name):
+    check([*qkv(), *options(name)])
+
+
+@pytest.mark.parametrize("name", ["causal", "documents_window_both_ways"])
+def test_half_precision(name):
+    check([*qkv(dtype=DTYPES[1]), *options(name)])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (3, 1), (8, 2), (5, 1), (6, 1), (7, 1), (8, 1)], ids=str)
+def test_groups_of_heads(heads):
+    check([*qkv(1, 37, None, *heads, d=8), True, None, documents([[20, 17]])])
+
+
+@pytest.mark.parametrize("d", [1, 16, 37, 64, 80, 96, 128, 256])
+def test_head_sizes(d):
+    check([*qkv(1, 19, H=2, K=1, d=d, dtype=DTYPES[1]), True, None, documents([[7, 12]])])
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
+@pytest.mark.parametrize("window", [None, 1, 6, 50])
+@pytest.mark.parametrize("T", [1, 3, 18])
+def test_cache(T, window, causal):
+    """The last query is aligned with the last key; keys that a window has left behind get a gradient of zero."""
+    check([*qkv(2, T, 41), causal, window, None])
+
+
+@pytest.mark.parametrize("name", ["causal", "documents"])
+def test_shipped_tiles(monkeypatch, name):
+    monkeypatch.undo()
+    check([*qkv(H=2, K=1, d=64, dtype=DTYPES[1]), *options(name)])
+    starts = documents([[130, 3, 67]]) if name == "documents" else None
+    check([*qkv(1, 200, H=2, K=1, d=64, dtype=DTYPES[1]), True, None, starts])
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 0), (0, 5, 5), (2, 0, 7)], ids=str)
+def test_nothing(shape):
+    B, T, S = shape
+    q, k, v = qkv(B, T)[0], *qkv(B, S)[1:]
+    with backend.using("triton"):
+        (y, dq, dk, dv), _ = run(attention, [q, k, v, True, None, None])
+    assert (y.shape, dq.shape, dk.shape, dv.shape) == (q.shape, q.shape, k.shape, v.shape)
+    assert not dk.any()
+    assert not dv.any()
+    if T == S:
+        check([q, k, v, True, None, torch.zeros(B, T, dtype=torch.int32, device=DEVICE)])
+
+
+# ---- laws
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_key_outside_the_interval_does_nothing(name):
+    """Not to the output of the queries that do not see it, bit by bit, and it gets no gradient from them."""
+    q, k, v = qkv()
+    rest = options(name)
+    j = 19       # in PACKED's rows: the last of a document of 3; in the middle of one
+    with backend.using("triton"):
+        y = attention(q, k, v, *rest)
+        k2, v2 = (x.detach().clone() for x in (k, v))
+        k2[:, j] += 3
+        v2[:, j] -= 2
+        other = attention(q, k2, v2, *rest)
+    same = (y == other).flatten(2).all(-1)                                               # [B, T]
+    for b in range(2):
+        blind = ~sees(41, 41, *rest, b)[:, j].to(DEVICE)
+        assert torch.equal(same[b], blind)
+        upstream = torch.zeros_like(y)
+        upstream[b, blind] = 1
+        dk, dv = torch.autograd.grad(y, [k, v], upstream, retain_graph=True)
+        assert not dk[:, j].any()
+        assert not dv[:, j].any()
+
+
+def test_documents_are_rows_of_their_own():
+    lengths = [9, 1, 24, 7]
+    q, k, v = qkv(1)
+    with backend.using("triton"):
+        packed = attention(q, k, v, doc_start=documents([lengths]))
+        parts = [attention(*part) for part in zip(*(x.split(lengths, dim=1) for x in (q, k, v)))]
+        assert (packed - torch.cat(parts, dim=1)).abs().max() < 1e-6
+        whole = attention(q, k, v, doc_start=documents([[41]]))
+        assert torch.equal(whole, attention(q, k, v))
+        ones = attention(q, k, v, doc_start=documents([[1] * 41]))
+    assert torch.equal(ones, v.repeat_interleave(2, dim=2))
+
+
+@pytest.mark.parametrize("name", ["documents", "documents_window_both_ways"])
+def test_two_runs_agree_bitwise_and_nothing_is_written_to(name):
+    inputs = [*qkv(dtype=DTYPES[1]), *options(name)]
+    kept = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    with backend.using("triton"):
+        first, upstream = run(attention, inputs)
+        before = upstream[0].clone()
+        second, _ = run(attention, inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert torch.equal(before, upstream[0])
+    assert all(torch.equal(a, b) for a, b in zip(kept, inputs) if isinstance(a, torch.Tensor))
+
+
+def test_strides():
+    """q, k, v cut out of one product, transposed, with gaps in the last dimension; an expanded upstream gradient."""
+    starts = documents(PACKED)
+    fused = torch.randn(2, 41, 8 * 20, device=DEVICE)
+    q, k, v = (x.unflatten(2, (-1, 20)).detach().requires_grad_() for x in fused.split([80, 40, 40], dim=2))
+    assert not q.is_contiguous()
+    check([q, k, v, True, None, starts])
+    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    check([q, k, v, True, None, starts])
+    gaps = torch.randn(2, 41, 4, 20, 2, device=DEVICE).unbind(-1)[0].requires_grad_()
+    check([gaps, k, v, True, None, torch.stack([starts, starts], -1)[..., 0]])
+    for upstream in (torch.randn(1, device=DEVICE).expand(2, 41, 4, 20),
+                     torch.randn(2, 1, 1, 20, device=DEVICE).expand(2, 41, 4, 20)):
+        with backend.using("triton"):
+            ours, _ = run(attention, [q, k, v, True, None, starts], [upstream])
+        plain, _ = run(naive, [x.detach().double().requires_grad_() for x in (q, k, v)] + [True, None, starts],
+                       [upstream.double()])
+        assert all((a - b).abs().max() < 1e-4 for a, b in zip(ours, plain))
+
+
+def test_int64_doc_start():
+    inputs = [*qkv(), *options("documents")[:2], documents(PACKED).long()]
+    check(inputs)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
+def test_offsets_do_not_overflow(monkeypatch):
+    """Rows that lie 2^26 numbers apart: the 32nd begins past 2^31. All but the first are past T, and not read."""
+    from triton.runtime import interpreter
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+
+    def forward():
+        q, k, v = (x.detach() for x in qkv(1, 1, H=1, K=1, d=16))
+        o, lse = torch.empty_like(q), torch.empty(1, 1, 1)
+        flash.forward_kernel[(1, 4, 1)](q, k, v, q, q, o, lse, 1, 1, 0, 0, 0, 0, 0, 0, q_t=2**26, k_t=16, v_t=16,
+                                        BLOCK_M=16, BLOCK_N=16, BLOCK_D=16, **flash.setting(q, k, True, None, False))
+        return torch.equal(o, v)
+    assert forward()
+
+    @backend.jit
+    def rows(P, stride, start, limit, SIZE, D, BLOCK_D):
+        row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
+        mask = (start + row < limit)[:, None] & (col < D)[None, :]
+        return tl.load(P + start * stride + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
+
+    import triton.language as tl
+    globals()["tl"] = tl
+    monkeypatch.setattr(flash, "rows", rows)
+    with pytest.raises(Exception, match="overflow"):
+        forward()
+
+
+# ---- inside torch
+
+def test_compile():
+    inputs = [*qkv(), *options("documents")]
+    with backend.using("triton"):
+        plain, upstream = run(attention, inputs)
+        torch._dynamo.reset()
+        compiled, _ = run(torch.compile(attention, fullgraph=True, backend="aot_eager"), inputs, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled))
+
+
+def test_checkpoint_and_autocast():
+    from torch.utils.checkpoint import checkpoint
+    q, k, v = qkv()
+    k = k.detach().to(DTYPES[1]).requires_grad_()           # as after a norm in fp32 and one in half precision
+    rest = options("documents")
+
+    def step(q, k, v):
+        with torch.autocast(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float16):
+            y = attention(q * 2, k, v, *rest)
+        assert y.dtype == DTYPES[1]
+        return y
+    with backend.using("triton"):
+        plain, upstream = run(step, [q, k, v])
+        kept, _ = run(lambda *x: checkpoint(step, *x, use_reentrant=False), [q, k, v], upstream)
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept))
+    assert [x.dtype for x in plain[1:]] == [torch.float32, DTYPES[1], torch.float32]
+    halves = [(q * 2).detach().to(DTYPES[1]).requires_grad_(), k, v.detach().to(DTYPES[1]).requires_grad_()]
+    with backend.using("triton"):
+        assert torch.equal(plain[0], attention(*halves, *rest))
+
+
+def test_frozen_parts():
+    """Gradients only for q, as with an adapter on q_proj alone."""
+    q, k, v = qkv()
+    with backend.using("triton"):
+        (_, dq), upstream = run(attention, [q, k.detach(), v.detach(), True, None, None])
+        (_, same, _, _), _ = run(attention, [q, k, v, True, None, None], upstream)
+    assert torch.equal(dq, same)
+
+
+# ---- the choice of a backend
+
+def test_static_choice(monkeypatch):
+    q, k, _ = (x.detach().half() for x in qkv(T=3, S=3))
+    assert select(q, k, True, None, None) == "sdpa"
+    monkeypatch.setattr(module, "use_triton", lambda x: x.dtype != torch.float64)
+    long = torch.empty(2, 9, 2, 20, dtype=torch.half)
+    starts = documents([[3], [3]])
+    assert select(q, k, True, None, None) == select(q, k, False, None, None) == "sdpa"
+    assert select(q[:, :1], long, True, None, None) == select(q, long, False, None, None) == "sdpa"
+    assert select(q, k, True, None, starts) == select(q, k, True, 2, None) == "triton"
+    assert select(q, long, True, None, None) == "triton"
+    assert select(q.float(), k, True, None, None) == "triton"
+    assert select(q.double(), k, True, None, starts) == "sdpa"
+    assert select(q.new_empty(2, 3, 4, 264), k, True, None, starts) == "sdpa"
+    with backend.using("triton"):
+        assert select(q, k, True, None, None) == "triton"
+    monkeypatch.setattr(module, "choice", "flex")
+    assert select(q, k, True, None, None) == "flex"
+    with backend.using("reference"):
+        monkeypatch.setattr(module, "use_triton", backend.use_triton)
+        assert select(q, k, True, None, None) == "sdpa"
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_flex(monkeypatch, name):
+    monkeypatch.setattr(module, "choice", "flex")
+    inputs = qkv(d=32, dtype=DTYPES[1] if DEVICE == "cuda" else torch.float32)
+    if DEVICE == "cpu":
+        inputs = [x.detach() for x in inputs]
+        assert (attention(*inputs, *options(name)) - naive(*inputs, *options(name))).abs().max() < 1e-5
+    else:
+        check([*inputs, *options(name)], kernel="")
+
+
+@pytest.mark.parametrize("T", [1, 5])
+def test_flex_with_a_cache(monkeypatch, T):
+    monkeypatch.setattr(module, "choice", "flex")
+    inputs = [x.detach() for x in qkv(2, T, 41, d=32)]
+    assert (attention(*inputs, True, 6) - naive(*inputs, True, 6)).abs().max() < 1e-2 if DEVICE == "cuda" else 1e-5
+
+
+def test_flex_makes_a_mask_once_for_all_layers(monkeypatch):
+    monkeypatch.setattr(module, "choice", "flex")
+    starts, (q, k, v) = documents(PACKED), (x.detach() for x in qkv(d=32))
+    first = attention(q, k, v, doc_start=starts)
+    mask = module.flex_mask[2]
+    assert torch.equal(first, attention(q, k, v, doc_start=starts))
+    assert module.flex_mask[2] is mask
+    starts.copy_(documents([[41], [41]]))                             # a buffer that is filled anew
+    assert (attention(q, k, v, doc_start=starts) - naive(q, k, v)).abs().max() < (1e-5 if DEVICE == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("name", ["varlen", "sdpa", "triton"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.skipif(DEVICE == "cpu", reason="on CUDA only")
+def test_other_backends(monkeypatch, name, mask):
+    monkeypatch.setattr(module, "choice", name)
+    check([*qkv(d=64, dtype=torch.bfloat16), *options(mask)], kernel="")
+
+
+def test_varlen_gets_the_same_intervals(monkeypatch):
+    """Its arguments, with the op itself replaced: cumulative lengths, window to the left and to the right."""
+    from torch.nn.attention import varlen
+    seen = []
+
+    def varlen_attn(q, k, v, starts, keys, most, most_keys, *, window_size=(-1, -1), enable_gqa=False):
+        seen.append((q.shape[0], k.shape[0], starts.tolist(), keys.tolist(), most, most_keys, window_size, enable_gqa))
+        return q
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    q, k, v = (x.detach().half() for x in qkv())
+    module.varlen(q, k, v, *options("documents"))
+    module.varlen(q, k, v, *options("documents_window_both_ways"))
+    module.varlen(q[:, :3], k, v, True, 6, None)
+    rows = [0, 1, 17, 20, 41, 82]
+    assert seen == [(82, 82, rows, rows, 41, 41, (-1, 0), True), (82, 82, rows, rows, 41, 41, (3, 3), True),
+                    (6, 82, [0, 3, 6], [0, 41, 82], 3, 41, (5, 0), True)]
+
+
+def test_hopper_asks_cudnn_first(monkeypatch):
+    """Only for whole rows of a multiple of 128 tokens; the order is restored afterwards."""
+    from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+    order, seen = _cur_sdpa_kernel_backends(with_priority=True), []
+    monkeypatch.setattr(module, "_sdpa", lambda *x: seen.append(_cur_sdpa_kernel_backends(with_priority=True)))
+    monkeypatch.setattr(backend, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for T, S in ((128, 128), (127, 127), (128, 256)):
+        module.sdpa(*(x.detach() for x in qkv(1, T, S, d=16)), False, None, None)
+    assert seen[0][0] == SDPBackend.CUDNN_ATTENTION
+    assert seen[1] == seen[2] == _cur_sdpa_kernel_backends(with_priority=True) == order
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("flax", lambda x: x, "NANOCPT_ATTENTION is 'flax'"),
+    ("varlen", lambda x: x.float(), "needs bf16 or fp16 and CUDA"),
+    ("triton", lambda x: x.double(), "no float64"),
+    ("triton", lambda x: torch.cat([x] * 14, -1), "heads of 280"),
+])
+def test_backends_say_what_they_cannot(monkeypatch, name, change, message):
+    monkeypatch.setattr(module, "choice", name)
+    with pytest.raises(ValueError, match=message):
+        attention(*(change(x.detach()) for x in qkv()))
+
+
+def test_users_mistakes(monkeypatch):
+    q, k, v = qkv()
+    with pytest.raises(ValueError, match="multiple of key-value heads"):
+        attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="as many as queries"):
+        attention(q, k[:, :40], v[:, :40])
+    with pytest.raises(ValueError, match="exactly as many"):
+        attention(q[:, :40], k, v, doc_start=documents([[40], [40]]))
+    with pytest.raises(ValueError, match="one dtype"):
+        attention(q, k.half(), v)
+    monkeypatch.setattr(module, "choice", "flex")
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="no backward pass on a CPU"):
+            attention(q, k, v)
