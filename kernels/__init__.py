@@ -5,6 +5,7 @@ CUDA the Triton kernels run (backend.py). `python -m kernels.rmsnorm` checks and
 B sequences, T tokens, D model, H heads, K key-value heads, V vocabulary.
 """
 
+from kernels.adamw import adamw_, grad_norm
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
@@ -13,4 +14,4 @@ from kernels.swiglu import swiglu
 
 # transformers looks for a package named `kernels`, finds this folder first, and parses its version.
 __version__ = "0.0.0"
-__all__ = ["add_rmsnorm", "attention", "linear_cross_entropy", "rmsnorm", "rope", "swiglu"]
+__all__ = ["adamw_", "add_rmsnorm", "attention", "grad_norm", "linear_cross_entropy", "rmsnorm", "rope", "swiglu"]

@@ -15,7 +15,7 @@ and 0.0018 with ours (beta2 = 0.999: 0.018, 0.0040), and a square is a cheaper d
 v would divide a momentum by eps (error 0.39, updates of 112 times the rate). v's scale is fp32 because with beta2 =
 0.999 a step changes sqrt(v) by 0.05 %, less than 16 bits hold: it would never come down again.
 
-Weights, one of three: fp32; bf16 + `ecc`, an int8 with the next 8 bits of the number: the weight is known to 2^-17;
+Weights, one of three: fp32; bf16 + `ecc`, an int8 with the next 8 bits of the number: the weight is known to 2^-16;
 bf16 + `sr`, rounded up or down at random so that the mean is right. Plain bf16 loses updates below 2^-9 of the weight.
 
 The random bits are a hash of (seed, step, element), so a run that resumes, or is sharded by rows, rounds alike.
@@ -44,7 +44,7 @@ from kernels.backend import Case, jit, launch, tl, triton, use_triton
 GROUP = 32           # elements that share a scale
 BLOCK = 1024         # elements a program holds at once
 CHUNK = 8 * BLOCK    # elements a program updates, all of one tensor
-SLICE = 1 << 18      # elements the reference takes at once: its intermediates stay in the cache
+SLICE = 1 << 16      # elements the reference takes at once: its intermediates stay in the cache
 COLUMNS = 12         # of a row of the table: elements, first chunk, decay, 7 addresses or 0, seed, first element
 TRITON_DTYPE = {} if triton is None else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16,
                                           torch.float16: tl.float16}

@@ -216,14 +216,14 @@ def row_kernel(Z, LABELS, LOSS, HITS, V, stride, z_loss, smoothing, cap, DZ: tl.
     top = -3e38                              # finite: a tile of -inf must not make NaN
     best = -2                                # no label
     total = tl.zeros([BLOCK], tl.float32)    # summed over the lanes at the end; the maximum alone waits for all
-    plain = tl.zeros([BLOCK], tl.float32)
+    plain = 0.0
     for start in range(0, V, BLOCK):
         col = start + tl.arange(0, BLOCK)
         z = load_row(Z, col, V, stride)
         if CAP:
             z = soften(z, cap)
         if SMOOTH:
-            plain += tl.where(col < V, z, 0.0)
+            plain += tl.sum(tl.where(col < V, z, 0.0), 0)
         z = tl.where(col < V, z, float("-inf"))
         here = tl.max(z, 0)
         if WANT_HITS:
@@ -235,7 +235,7 @@ def row_kernel(Z, LABELS, LOSS, HITS, V, stride, z_loss, smoothing, cap, DZ: tl.
     lse = top + tl.log(total_sum)
     loss = (top - label_logit) + tl.log(total_sum) + z_loss * lse * lse
     if SMOOTH:
-        loss += smoothing * (label_logit - tl.sum(plain, 0) / V)
+        loss += smoothing * (label_logit - plain / V)
     tl.store(LOSS + row, loss)
     if WANT_HITS:
         tl.store(HITS + row, best == label)

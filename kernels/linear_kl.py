@@ -79,10 +79,10 @@ def row_kernel(S, T, LOSS, V, stride, temperature, REVERSE: tl.constexpr, DZ: tl
         new_s = tl.maximum(top_s, tl.max(s, 0))
         new_t = tl.maximum(top_t, tl.max(t, 0))
         old_s = tl.exp(top_s - new_s)
-        old_t = tl.exp(top_t - new_t)
         s = tl.exp(s - new_s)
-        t = tl.exp(t - new_t)
         total_s = total_s * old_s + s
+        old_t = tl.exp(top_t - new_t)
+        t = tl.exp(t - new_t)
         total_t = total_t * old_t + t
         dot = dot * old_s + s * difference if REVERSE else dot * old_t + t * difference
         top_s = new_s

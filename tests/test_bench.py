@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 
@@ -51,3 +54,76 @@ def test_both_sides_start_from_the_same_weights_and_batches(monkeypatch):
         assert done.returncode == 0, done.stderr
         losses.append(json.loads(done.stdout.splitlines()[-1])["first_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)      # theirs leaves out the last target of a row
+
+
+# ---- kernels and gpu
+
+def test_the_gpu_suite_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "gpu"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "error: bench.py gpu needs a CUDA device; bench.py kernels says what can be known without one"]
+
+
+def test_a_step_of_a_whole_model_learns_on_both_sides(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    out = tmp_path / "step.json"
+    monkeypatch.setattr(sys, "argv", ["bench.py", "step", "--size", "tiny", "--steps", "3", "--json", str(out)])
+    assert bench.main() == 0
+    first = json.loads(out.read_text())["rows"][0]
+    assert first["name"] == "step_tiny_full_tokens_per_second"
+    sides = first["sides"]
+    assert sides["ours"]["parameters"] == sides["transformers"]["parameters"]
+    for side in sides.values():
+        assert side["losses"][0] == pytest.approx(6.24, abs=0.05)           # log(512)
+        assert side["losses"] == sorted(side["losses"], reverse=True)
+
+
+def test_stages_keep_what_others_found(tmp_path, monkeypatch, capsys):
+    """The suite goes on when a stage fails, runs out of time or leaves failing tests behind."""
+    def run(words, timeout):
+        if "1b" in words:
+            raise subprocess.TimeoutExpired(words, timeout)
+        if "kernels" in words:
+            assert 300 < float(words[words.index("--seconds") + 1]) < 480
+            Path(words[-1]).write_text(json.dumps({"rows": [{"name": "found"}]}))
+            return types.SimpleNamespace(returncode=0)
+        return types.SimpleNamespace(returncode=3)
+
+    tests = types.SimpleNamespace(returncode=1, communicate=lambda timeout: ("F.\n1 failed, 22 passed in 3s\n", None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "subprocess", types.SimpleNamespace(
+        run=run, Popen=lambda *a, **k: tests, TimeoutExpired=subprocess.TimeoutExpired, PIPE=-1, STDOUT=-2))
+    rows = bench.bench_gpu(types.SimpleNamespace(minutes=8))
+    assert [(r["name"], r.get("failed", "")[:12]) for r in rows] == [
+        ("step --size 8b", "exit status "), ("step --size 1b", "90 seconds w"), ("gpu_tests", "F.\n1 failed,"),
+        ("found", "")]
+    assert rows[2]["counts"] == {"failed": 1, "passed": 22}
+
+
+def test_the_kernel_table_and_its_picture(tmp_path, monkeypatch, capsys):
+    from kernels import measure
+    cases = iter(range(100))
+
+    def timed(case, tokens, limits, peers):
+        time.sleep(0.05 * (next(cases) > 1))
+        return [{"case": case.name, "tokens": tokens, "pass": "forward", "ms": {"triton": 2.0, "torch": 4.0},
+                 "floor_ms": 1.0, "share": 0.5, "failed": {}, "spread": {}, "peak_bytes": {}}]
+    monkeypatch.setattr(measure, "device_limits", lambda: {"copy_gb_per_second": 3000.0, "bf16_tflops": 700.0})
+    monkeypatch.setattr(measure, "time_case", timed)
+    rows = bench.kernel_times([64], 0.01, tmp_path / "deep" / "picture.png")
+    assert [r["name"] for r in rows[:2]] == ["copy_gb_per_second", "bf16_tflops"]
+    assert (rows[2]["ours"], rows[2]["peer"], rows[2]["peer_name"], rows[2]["ratio"]) == (2.0, 4.0, "torch", 0.5)
+    assert "seconds were up" in rows[-1]["left_out"]
+    assert (tmp_path / "deep" / "picture.png").stat().st_size > 1000
+
+
+def test_cpu_paths_compute_what_the_plain_way_computes():
+    for name, (ours, plain, inputs) in bench.cpu_cases().items():
+        with torch.no_grad():
+            a, b = (f(*inputs) for f in (ours, plain))
+        for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (a, b))):
+            x, y = (x.transpose(1, 2), y) if name == "cpu_attention_documents" else (x, y)
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-4), name

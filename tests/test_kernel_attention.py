@@ -5,24 +5,25 @@ result may be from it is measure.compare's rule, with PyTorch's own attention in
 """
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
 
-from kernels import attention as module
 from kernels import backend, flash
 from kernels.attention import attention, select
 from kernels.measure import compare, run
 
 pytestmark = pytest.mark.kernel
+module = importlib.import_module("kernels.attention")        # the package's own `attention` is the op
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]      # no bf16 dots in the interpreter
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """So small that about 40 tokens meet several tiles, some of them whole and some cut."""
-    for name, (m, n) in {"FORWARD": (32, 16), "DQ": (16, 16), "DKDV": (16, 32)}.items():
+    """So small that 37 tokens meet several tiles, some of them whole and some cut."""
+    for name, (m, n) in {"FORWARD": (16, 16), "DQ": (32, 16), "DKDV": (16, 32)}.items():
         size = (m, n, 4, 1)
         monkeypatch.setattr(flash, name, {80: {64: size, 128: size, 256: size, "fp32": size}})
 
@@ -33,13 +34,13 @@ def documents(rows):
                         dtype=torch.int32, device=DEVICE)
 
 
-PACKED = [[1, 16, 3, 21], [41]]                       # a document of one token, one that fills a tile, a row of one
+PACKED = [[1, 16, 3, 17]]                 # a document of one token, one of a tile's length, one that ends the row
 MASKS = {
     "causal": {}, "both_ways": {"causal": False},
     "window": {"window": 7}, "window_of_one": {"window": 1}, "window_of_a_tile": {"window": 16},
     "window_larger_than_T": {"window": 100}, "window_both_ways": {"causal": False, "window": 5},
     "documents": {"doc_start": PACKED}, "documents_both_ways": {"doc_start": PACKED, "causal": False},
-    "documents_of_one_token": {"doc_start": [[1] * 41, [1] * 40 + [1]]},
+    "documents_of_one_token": {"doc_start": [[1] * 37]}, "document_of_the_row": {"doc_start": [[37]]},
     "documents_window": {"doc_start": PACKED, "window": 4},
     "documents_window_both_ways": {"doc_start": PACKED, "window": 4, "causal": False},
 }
@@ -52,7 +53,7 @@ def options(name):
     return tuple(given.values())
 
 
-def qkv(B=2, T=41, S=None, H=2, K=1, d=20, dtype=torch.float32, seed=0):
+def qkv(B=1, T=37, S=None, H=2, K=1, d=20, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(B, n, heads, d, generator=generator).to(DEVICE, dtype).requires_grad_()
             for n, heads in ((T, H), (S or T, K), (S or T, K))]
@@ -81,7 +82,7 @@ def op(q, k, v, *rest):
 
 
 def check(inputs, kernel="triton", terms=64):
-    """compare()'s rule; where a query sees one key, do_i v_j - delta_i cancels: fp32 roundings of numbers up to 16 stay."""
+    """compare()'s rule; where a query sees one key, do_i v_j - delta_i cancels: roundings of 16 in fp32."""
     for i, error, bound in compare(op, inputs, terms, kernel):
         assert error <= bound + 2 * 16 * 2.0**-24, f"result {i}: {error:.2e}, allowed {bound:.2e}"
 
@@ -105,23 +106,25 @@ def test_groups_of_heads(heads):
 
 @pytest.mark.parametrize("d", [1, 16, 37, 64, 80, 96, 128, 256])
 def test_head_sizes(d):
-    check([*qkv(1, 19, H=2, K=1, d=d, dtype=DTYPES[1]), True, None, documents([[7, 12]])])
+    check([*qkv(1, 19, H=1, d=d, dtype=DTYPES[1]), True, None, documents([[7, 12]])])
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both_ways"])
-@pytest.mark.parametrize("window", [None, 1, 6, 50])
-@pytest.mark.parametrize("T", [1, 3, 18])
+def test_rows_of_a_batch():
+    check([*qkv(2), True, None, documents([[37], [20, 17]])])
+
+
+@pytest.mark.parametrize(("T", "window", "causal"), [(1, None, True), (1, None, False), (1, 6, False), (18, None, True),
+                                                     (18, 1, True), (18, 6, False), (18, 50, True), (3, 6, True)])
 def test_cache(T, window, causal):
     """The last query is aligned with the last key; keys that a window has left behind get a gradient of zero."""
-    check([*qkv(2, T, 41), causal, window, None])
+    check([*qkv(1, T, 37), causal, window, None])
 
 
 @pytest.mark.parametrize("name", ["causal", "documents"])
 def test_shipped_tiles(monkeypatch, name):
     monkeypatch.undo()
-    check([*qkv(H=2, K=1, d=64, dtype=DTYPES[1]), *options(name)])
     starts = documents([[130, 3, 67]]) if name == "documents" else None
-    check([*qkv(1, 200, H=2, K=1, d=64, dtype=DTYPES[1]), True, None, starts])
+    check([*qkv(1, 200, H=1, d=64, dtype=DTYPES[1]), True, None, starts])
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 0), (0, 5, 5), (2, 0, 7)], ids=str)
@@ -139,7 +142,7 @@ def test_nothing(shape):
 
 # ---- laws
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", ["causal", "window_both_ways", "documents", "documents_window_both_ways"])
 def test_a_key_outside_the_interval_does_nothing(name):
     """Not to the output of the queries that do not see it, bit by bit, and it gets no gradient from them."""
     q, k, v = qkv()
@@ -151,33 +154,29 @@ def test_a_key_outside_the_interval_does_nothing(name):
         k2[:, j] += 3
         v2[:, j] -= 2
         other = attention(q, k2, v2, *rest)
-    same = (y == other).flatten(2).all(-1)                                               # [B, T]
-    for b in range(2):
-        blind = ~sees(41, 41, *rest, b)[:, j].to(DEVICE)
-        assert torch.equal(same[b], blind)
-        upstream = torch.zeros_like(y)
-        upstream[b, blind] = 1
-        dk, dv = torch.autograd.grad(y, [k, v], upstream, retain_graph=True)
-        assert not dk[:, j].any()
-        assert not dv[:, j].any()
+    same = (y == other).flatten(2).all(-1)[0]                                            # [T]
+    blind = ~sees(37, 37, *rest, 0)[:, j].to(DEVICE)
+    assert torch.equal(same, blind)
+    dk, dv = torch.autograd.grad(y, [k, v], blind[None, :, None, None].to(y.dtype).expand_as(y))
+    assert not dk[:, j].any()
+    assert not dv[:, j].any()
 
 
 def test_documents_are_rows_of_their_own():
-    lengths = [9, 1, 24, 7]
-    q, k, v = qkv(1)
+    lengths = [9, 1, 20, 7]
+    q, k, v = (x.detach() for x in qkv())
     with backend.using("triton"):
         packed = attention(q, k, v, doc_start=documents([lengths]))
         parts = [attention(*part) for part in zip(*(x.split(lengths, dim=1) for x in (q, k, v)))]
         assert (packed - torch.cat(parts, dim=1)).abs().max() < 1e-6
-        whole = attention(q, k, v, doc_start=documents([[41]]))
+        whole = attention(q, k, v, doc_start=documents([[37]]))
         assert torch.equal(whole, attention(q, k, v))
-        ones = attention(q, k, v, doc_start=documents([[1] * 41]))
-    assert torch.equal(ones, v.repeat_interleave(2, dim=2))
+        ones = attention(q, k, v, doc_start=documents([[1] * 37]))
+    assert torch.equal(ones, v.expand(-1, -1, 2, -1))
 
 
-@pytest.mark.parametrize("name", ["documents", "documents_window_both_ways"])
-def test_two_runs_agree_bitwise_and_nothing_is_written_to(name):
-    inputs = [*qkv(dtype=DTYPES[1]), *options(name)]
+def test_two_runs_agree_bitwise_and_nothing_is_written_to():
+    inputs = [*qkv(dtype=DTYPES[1]), *options("documents")]
     kept = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
     with backend.using("triton"):
         first, upstream = run(attention, inputs)
@@ -191,21 +190,20 @@ def test_two_runs_agree_bitwise_and_nothing_is_written_to(name):
 def test_strides():
     """q, k, v cut out of one product, transposed, with gaps in the last dimension; an expanded upstream gradient."""
     starts = documents(PACKED)
-    fused = torch.randn(2, 41, 8 * 20, device=DEVICE)
-    q, k, v = (x.unflatten(2, (-1, 20)).detach().requires_grad_() for x in fused.split([80, 40, 40], dim=2))
+    fused = torch.randn(1, 37, 4 * 20, device=DEVICE)
+    q, k, v = (x.unflatten(2, (-1, 20)).detach().requires_grad_() for x in fused.split([40, 20, 20], dim=2))
     assert not q.is_contiguous()
     check([q, k, v, True, None, starts])
-    q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
-    check([q, k, v, True, None, starts])
-    gaps = torch.randn(2, 41, 4, 20, 2, device=DEVICE).unbind(-1)[0].requires_grad_()
-    check([gaps, k, v, True, None, torch.stack([starts, starts], -1)[..., 0]])
-    for upstream in (torch.randn(1, device=DEVICE).expand(2, 41, 4, 20),
-                     torch.randn(2, 1, 1, 20, device=DEVICE).expand(2, 41, 4, 20)):
+    q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    k = torch.stack([k, k], -1).detach().unbind(-1)[0].requires_grad_()
+    inputs = [q, k, v, True, None, torch.stack([starts, starts], -1)[..., 0]]
+    for shape in ((1,), (1, 1, 1, 20)):
+        upstream = torch.randn(shape, device=DEVICE).expand(1, 37, 2, 20)
         with backend.using("triton"):
-            ours, _ = run(attention, [q, k, v, True, None, starts], [upstream])
-        plain, _ = run(naive, [x.detach().double().requires_grad_() for x in (q, k, v)] + [True, None, starts],
+            ours, _ = run(attention, inputs, [upstream])
+        plain, _ = run(naive, [x.detach().double().requires_grad_() for x in inputs[:3]] + inputs[3:],
                        [upstream.double()])
-        assert all((a - b).abs().max() < 1e-4 for a, b in zip(ours, plain))
+        assert all((a - b).abs().max() < 1e-5 for a, b in zip(ours, plain))
 
 
 def test_int64_doc_start():
@@ -288,15 +286,15 @@ def test_static_choice(monkeypatch):
     q, k, _ = (x.detach().half() for x in qkv(T=3, S=3))
     assert select(q, k, True, None, None) == "sdpa"
     monkeypatch.setattr(module, "use_triton", lambda x: x.dtype != torch.float64)
-    long = torch.empty(2, 9, 2, 20, dtype=torch.half)
-    starts = documents([[3], [3]])
+    long = torch.empty(1, 9, 1, 20, dtype=torch.half)
+    starts = documents([[3]])
     assert select(q, k, True, None, None) == select(q, k, False, None, None) == "sdpa"
     assert select(q[:, :1], long, True, None, None) == select(q, long, False, None, None) == "sdpa"
     assert select(q, k, True, None, starts) == select(q, k, True, 2, None) == "triton"
     assert select(q, long, True, None, None) == "triton"
     assert select(q.float(), k, True, None, None) == "triton"
     assert select(q.double(), k, True, None, starts) == "sdpa"
-    assert select(q.new_empty(2, 3, 4, 264), k, True, None, starts) == "sdpa"
+    assert select(q.new_empty(1, 3, 2, 264), k, True, None, starts) == "sdpa"
     with backend.using("triton"):
         assert select(q, k, True, None, None) == "triton"
     monkeypatch.setattr(module, "choice", "flex")
@@ -320,8 +318,8 @@ def test_flex(monkeypatch, name):
 @pytest.mark.parametrize("T", [1, 5])
 def test_flex_with_a_cache(monkeypatch, T):
     monkeypatch.setattr(module, "choice", "flex")
-    inputs = [x.detach() for x in qkv(2, T, 41, d=32)]
-    assert (attention(*inputs, True, 6) - naive(*inputs, True, 6)).abs().max() < 1e-2 if DEVICE == "cuda" else 1e-5
+    inputs = [x.detach() for x in qkv(2, T, 37, d=32)]
+    assert (attention(*inputs, True, 6) - naive(*inputs, True, 6)).abs().max() < (1e-5 if DEVICE == "cpu" else 1e-2)
 
 
 def test_flex_makes_a_mask_once_for_all_layers(monkeypatch):
@@ -331,7 +329,7 @@ def test_flex_makes_a_mask_once_for_all_layers(monkeypatch):
     mask = module.flex_mask[2]
     assert torch.equal(first, attention(q, k, v, doc_start=starts))
     assert module.flex_mask[2] is mask
-    starts.copy_(documents([[41], [41]]))                             # a buffer that is filled anew
+    starts.copy_(documents([[37]]))                             # a buffer that is filled anew
     assert (attention(q, k, v, doc_start=starts) - naive(q, k, v)).abs().max() < (1e-5 if DEVICE == "cpu" else 1e-2)
 
 
@@ -353,13 +351,14 @@ def test_varlen_gets_the_same_intervals(monkeypatch):
         return q
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    q, k, v = (x.detach().half() for x in qkv())
-    module.varlen(q, k, v, *options("documents"))
-    module.varlen(q, k, v, *options("documents_window_both_ways"))
+    q, k, v = (x.detach().half() for x in qkv(2))
+    starts = documents([[1, 16, 20], [37]])
+    module.varlen(q, k, v, True, None, starts)
+    module.varlen(q, k, v, False, 4, starts)
     module.varlen(q[:, :3], k, v, True, 6, None)
-    rows = [0, 1, 17, 20, 41, 82]
-    assert seen == [(82, 82, rows, rows, 41, 41, (-1, 0), True), (82, 82, rows, rows, 41, 41, (3, 3), True),
-                    (6, 82, [0, 3, 6], [0, 41, 82], 3, 41, (5, 0), True)]
+    rows = [0, 1, 17, 37, 74]
+    assert seen == [(74, 74, rows, rows, 37, 37, (-1, 0), True), (74, 74, rows, rows, 37, 37, (3, 3), True),
+                    (6, 74, [0, 3, 6], [0, 37, 74], 3, 37, (5, 0), True)]
 
 
 def test_hopper_asks_cudnn_first(monkeypatch):
@@ -390,11 +389,11 @@ def test_backends_say_what_they_cannot(monkeypatch, name, change, message):
 def test_users_mistakes(monkeypatch):
     q, k, v = qkv()
     with pytest.raises(ValueError, match="multiple of key-value heads"):
-        attention(q[:, :, :3], k, v)
+        attention(q, *(x.expand(-1, -1, 3, -1) for x in (k, v)))
     with pytest.raises(ValueError, match="as many as queries"):
-        attention(q, k[:, :40], v[:, :40])
+        attention(q, k[:, :30], v[:, :30])
     with pytest.raises(ValueError, match="exactly as many"):
-        attention(q[:, :40], k, v, doc_start=documents([[40], [40]]))
+        attention(q[:, :30], k, v, doc_start=documents([[30]]))
     with pytest.raises(ValueError, match="one dtype"):
         attention(q, k.half(), v)
     monkeypatch.setattr(module, "choice", "flex")

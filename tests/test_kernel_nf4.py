@@ -176,6 +176,15 @@ def test_round_trip_of_what_is_on_the_levels(kernel):
     assert record.packed[:8].tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]      # the first is high
 
 
+@pytest.mark.parametrize("kernel", BACKENDS)
+def test_the_very_middle_belongs_to_the_lower_level(kernel):
+    middles = nf4.middles(torch.tensor(nf4.LEVELS))
+    w = torch.cat([middles, middles.nextafter(torch.ones(15)), torch.ones(34)]).to(DEVICE)
+    with backend.using(kernel):
+        codes = unpack(quantise(w, double_quant=False).packed, 64)
+    assert codes.tolist() == [*range(15), *range(1, 16), *[15] * 34]
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kernel", BACKENDS)
 def test_blocks_of_zeros_stay_zero(kernel, double_quant):

@@ -22,7 +22,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # B, T, heads of q and of k, d, r: groups of 1 to 8, heads that are no power of two, partial rotation, several tiles
 SHAPES = [(2, 5, 4, 2, 6, 6), (1, 1, 1, 1, 2, 2), (3, 7, 3, 1, 34, 34), (2, 9, 8, 1, 16, 8), (1, 11, 7, 7, 10, 6),
-          (2, 60, 4, 2, 64, 64), (1, 9, 5, 2, 80, 32), (2, 3, 2, 4, 8, 2), (1, 40, 14, 2, 128, 128), (2, 3, 2, 1, 8, 0)]
+          (2, 60, 4, 2, 64, 64), (1, 64, 3, 2, 64, 64), (1, 9, 5, 2, 80, 32), (2, 3, 2, 4, 8, 2),
+          (1, 40, 14, 2, 128, 128), (2, 3, 2, 1, 8, 0)]
 EMPTY = [(0, 3, 2, 1, 4, 4), (2, 0, 2, 1, 4, 2)]
 
 
