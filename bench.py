@@ -287,7 +287,7 @@ def time_products(config, N, T, device) -> float:
     shapes = [(D, q), (D, kv), (D, kv), (q, D), (D, F), (D, F), (F, D)]
     total = 0.0
     for n, (i, o) in [(config.num_hidden_layers, s) for s in shapes] + [(1, (D, config.vocab_size))]:
-        chunk = min(N, max(1, kernels.cross_entropy.CHUNK_BYTES // (4 * o))) if o == config.vocab_size else N
+        chunk = kernels.cross_entropy.chunk_rows(N, 4 * o, torch.device(device)) if o == config.vocab_size else N
         x, w, dy = (torch.randn(*s, device=device) for s in ((chunk, i), (o, i), (chunk, o)))
         y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
 
@@ -469,7 +469,7 @@ def liger_peers() -> dict:
     return {"rmsnorm": lambda x, w, eps: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
             "add_rmsnorm": lambda x, r, w, eps: LigerFusedAddRMSNormFunction.apply(x, r, w, eps, 0.0, "llama", False),
             "rope": rope, "swiglu": LigerSiLUMulFunction.apply,
-            "linear_cross_entropy": lambda x, w, y: LigerFusedLinearCrossEntropyFunction.apply(
+            "cross_entropy": lambda x, w, y: LigerFusedLinearCrossEntropyFunction.apply(
                 x, w, y.long(), None, None, -100, 0.0, 0.0, "sum")[0]}
 
 

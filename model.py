@@ -132,19 +132,22 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * d, bias=bias)
         self.v_proj = nn.Linear(D, K * d, bias=bias)
         self.o_proj = nn.Linear(H * d, D, bias=config.attention_bias)
-        self.q_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(d, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(d, config.rms_norm_eps), RMSNorm(d, config.rms_norm_eps)
         self.layer, self.head_dim = layer, d
         self.window = config.windows[layer] if config.windows else None
         self.use_rope = layer not in config.no_rope_layers
 
     def forward(self, x, cos, sin, causal, doc_start, cache):
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads))              # [B, T, H, d]
-        k = self.k_norm(self.k_proj(x).view(heads))              # [B, T, K, d]
-        v = self.v_proj(x).view(heads)
-        if self.use_rope:
-            q, k = kernels.rope(q, k, cos, sin)
+        q, k, v = (linear(x).view(heads) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm and self.use_rope:
+            q, k = kernels.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, self.q_norm.eps)
+        elif self.use_rope:
+            q, k = kernels.rope(q, k, cos, sin)                  # [B, T, H, d], [B, T, K, d]
+        elif self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                # [B, S, K, d]
         y = kernels.attention(q, k, v, causal, self.window, doc_start)

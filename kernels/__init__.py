@@ -8,10 +8,14 @@ B sequences, T tokens, D model, H heads, K key-value heads, V vocabulary.
 from kernels.adamw import adamw_, grad_norm
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.linear_kl import linear_kl
+from kernels.lora import lora_linear
+from kernels.nf4 import NF4, dequantise, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
-from kernels.rope import rope
+from kernels.rope import qk_norm_rope, rope
 from kernels.swiglu import swiglu
 
 # transformers looks for a package named `kernels`, finds this folder first, and parses its version.
 __version__ = "0.0.0"
-__all__ = ["adamw_", "add_rmsnorm", "attention", "grad_norm", "linear_cross_entropy", "rmsnorm", "rope", "swiglu"]
+__all__ = ["NF4", "adamw_", "add_rmsnorm", "attention", "dequantise", "grad_norm", "linear_cross_entropy", "linear_kl",
+           "lora_linear", "qk_norm_rope", "quantise", "rmsnorm", "rope", "swiglu"]

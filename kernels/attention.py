@@ -71,7 +71,7 @@ def _sdpa(q, k, v, causal, window, doc_start=None):
 
 
 def sdpa(q, k, v, causal, window, doc_start):
-    if doc_start is not None and q.device.type == "cpu":
+    if doc_start is not None and q.device.type == "cpu" and q.numel():
         position = torch.arange(q.shape[1], dtype=doc_start.dtype)
         starts = (doc_start == position).flatten().nonzero().flatten()
         ends = torch.cat([starts[1:], starts.new_tensor([doc_start.numel()])])

@@ -20,7 +20,8 @@ import torch
 
 from kernels import backend
 
-MODULES = ("rmsnorm",)
+MODULES = ("rmsnorm", "rope", "swiglu", "cross_entropy", "linear_kl", "attention", "lora", "nf4", "adamw",
+           "grouped_mm")
 ARCHITECTURES = (80, 90, 100)
 # of one multiprocessor: registers, threads, blocks, bytes of shared memory in all and for one block
 LIMITS = {80: (65536, 2048, 32, 164 * 1024, 163 * 1024), 90: (65536, 2048, 32, 228 * 1024, 227 * 1024),
@@ -42,9 +43,9 @@ def run(op, inputs, upstream=None):
 
 
 def in_dtype(inputs, dtype):
-    """The same numbers as leaves of another floating-point dtype; whole numbers and booleans stay."""
-    return [x.detach().to(dtype).requires_grad_(x.requires_grad)
-            if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    """The same numbers as leaves of another floating-point dtype; constants (angles) only ever become wider."""
+    return [x.detach().to(dtype if x.requires_grad or dtype == torch.float64 else x.dtype).requires_grad_(
+        x.requires_grad) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
 
 
 def compare(op, inputs, terms: int = 1, kernel="triton"):
@@ -206,8 +207,10 @@ def device_limits() -> dict:
 
 def providers(case, peers: dict) -> dict:
     """{name: op} of what is timed beside each other; names the backend that an op of ours is run with."""
-    ours = {"triton": case.op, "reference": case.op, "compiled": torch.compile(case.op, dynamic=False)}
-    return ours | ({"torch": case.torch} if case.torch else {}) | peers
+    found = {"triton": case.op, "reference": case.op} | ({"torch": case.torch} if case.torch else {}) | peers
+    if case.compiled:
+        found["compiled"] = torch.compile(case.op if case.compiled == "reference" else case.torch, dynamic=False)
+    return found
 
 
 def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> list[dict]:

@@ -9,7 +9,7 @@ import torch
 from kernels import adamw, backend
 from kernels.adamw import KINDS, Table, adamw_, grad_norm, init_state, join, split
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("one_thread")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "triton"]
 EIGHT = [kind for kind in KINDS if kind.startswith("int8")]
@@ -333,20 +333,24 @@ def test_companding_is_better_than_the_paper(monkeypatch):
         paper = nmse("int8", gradients, BETAS)
         monkeypatch.setattr(adamw, "encode_v", lambda v: encode_v(v, least=0))
         zero = nmse("int8", gradients, BETAS)
-    assert ours < 0.5 * paper < 0.05 * zero
+    assert ours < 0.5 * paper
+    assert 2 * paper < zero
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_small_second_moment_never_vanishes(name):
-    """One element's gradients are 10^-6 of its neighbour's; updates stay below a few rates, not m / eps."""
-    param, grad = torch.zeros(32, device=DEVICE), torch.full((32,), 1e-8, device=DEVICE)
-    grad[0] = 1e-2
-    state = init_state(param, "int8")
+    """Beside one large gradient long ago, small ones: m has codes for them and v would have none. Updates stay below
+    a few rates where they would be m / eps."""
+    param, state = torch.zeros(32, device=DEVICE), init_state(torch.zeros(32, device=DEVICE), "int8")
+    once, small = torch.zeros(32, device=DEVICE), torch.full((32,), 4e-9, device=DEVICE)
+    once[0], small[0] = 1e-2, 0.0
     with backend.using(name):
-        for step in range(1, 12):
+        for step in range(1, 50):
+            grad = once if step == 1 else small if 40 <= step < 45 else 0 * small
             before = param.clone()
-            adamw_([param], [grad if step < 8 else grad * 0], [state], 1.0, BETAS, 1e-16, 0.0, step)
-            assert (param - before).abs().max() < 3
+            adamw_([param], [grad], [state], 1.0, BETAS, 1e-16, 0.0, step)
+            assert (param - before).abs().max() < 5
+    assert state.m.ne(0).all()
 
 
 def test_second_moment_comes_down_again():
@@ -409,13 +413,14 @@ def test_split_and_join():
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_error_correction_keeps_updates_that_bf16_loses(name):
-    """Twenty steps of 2^-11 of the weight: bf16 loses every one; with ecc a step rounds by 2^-16 at most."""
+    """Twenty steps of about 2^-11 of the weight: bf16 loses them; with ecc a step rounds by 2^-16 at most."""
     steps, lr = 20, 2.0**-11
     start = (1 + torch.rand(2000, generator=torch.Generator().manual_seed(0))).to(DEVICE, torch.bfloat16)
-    grad, full, param, plain = normal(2000).sign(), start.float(), start.clone(), start.clone()
+    full, param, plain = start.float(), start.clone(), start.clone()
     states = [init_state(full, "fp32"), init_state(param, "fp32+ecc"), init_state(full, "fp32")]
     with backend.using(name):
         for step in range(1, steps + 1):
+            grad = normal(2000).sign() + normal(2000, seed=step, scale=0.3)
             adamw_([full, param], [grad, grad], states[:2], lr, BETAS, EPS, DECAY, step)
             wide = plain.float()
             adamw_([wide], [grad], states[2:], lr, BETAS, EPS, DECAY, step)
@@ -424,7 +429,7 @@ def test_error_correction_keeps_updates_that_bf16_loses(name):
     assert error.max() <= steps * 2.0**-16
     assert error.square().mean().sqrt() <= math.sqrt(steps) * 2.0**-16
     assert (plain == start).float().mean() > 0.9
-    assert ((full - start.float()).abs() > 15 * lr).all()
+    assert ((full - start.float()).abs() > 10 * lr).all()
 
 
 def test_noise_is_the_written_hash():

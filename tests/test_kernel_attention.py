@@ -70,6 +70,8 @@ def sees(T, S, causal, window, doc_start, b):
 def naive(q, k, v, causal=True, window=None, doc_start=None):
     B, T, H, d = q.shape
     S, K = k.shape[1:3]
+    if not q.numel():
+        return q * 0 + 0 * (k.sum() + v.sum())
     k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
     mask = torch.stack([sees(T, S, causal, window, doc_start, b) for b in range(B)])[:, None].to(q.device)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / d**0.5
@@ -99,9 +101,9 @@ def test_half_precision(name):
     check([*qkv(dtype=DTYPES[1]), *options(name)])
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (3, 1), (8, 2), (5, 1), (6, 1), (7, 1), (8, 1)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1)], ids=str)
 def test_groups_of_heads(heads):
-    check([*qkv(1, 37, None, *heads, d=8), True, None, documents([[20, 17]])])
+    check([*qkv(1, 19, None, *heads, d=8), True, None, documents([[10, 9]])])
 
 
 @pytest.mark.parametrize("d", [1, 16, 37, 64, 80, 96, 128, 256])

@@ -12,7 +12,7 @@ from kernels import backend, measure
 from kernels import grouped_mm as module
 from kernels.grouped_mm import grouped_mm
 
-pytestmark = pytest.mark.kernel
+pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("one_thread")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
 ENDS = {"uneven": [3, 3, 50, 51], "all on one": [0, 0, 51, 51], "last": [0, 0, 0, 51], "one expert": [51],
