@@ -8,6 +8,7 @@ B sequences, T tokens, D model, H heads, K key-value heads, V vocabulary.
 from kernels.adamw import adamw_, grad_norm
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.grouped_mm import grouped_mm
 from kernels.linear_kl import linear_kl
 from kernels.lora import lora_linear
 from kernels.nf4 import NF4, dequantise, quantise
@@ -17,5 +18,5 @@ from kernels.swiglu import swiglu
 
 # transformers looks for a package named `kernels`, finds this folder first, and parses its version.
 __version__ = "0.0.0"
-__all__ = ["NF4", "adamw_", "add_rmsnorm", "attention", "dequantise", "grad_norm", "linear_cross_entropy", "linear_kl",
-           "lora_linear", "qk_norm_rope", "quantise", "rmsnorm", "rope", "swiglu"]
+__all__ = ["NF4", "adamw_", "add_rmsnorm", "attention", "dequantise", "grad_norm", "grouped_mm", "linear_cross_entropy",
+           "linear_kl", "lora_linear", "qk_norm_rope", "quantise", "rmsnorm", "rope", "swiglu"]

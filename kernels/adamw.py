@@ -523,7 +523,8 @@ def case(name, dtype, kinds, bytes_moved, own=None) -> Case:
     def inputs(device, _, tokens):
         params = layer(device, dtype)
         return params, layer(device, dtype), [init_state(p, kinds[p.ndim == 1]) for p in params]
-    return Case(name, op, inputs, lambda tokens: (int(bytes_moved * numel()), 0), torch=own)
+    return Case(name, op, inputs, lambda tokens: (int(bytes_moved * numel()), 0), torch=own,
+                compiled="")
 
 
 def numel() -> int:
@@ -547,7 +548,7 @@ def cases() -> list[Case]:
             case("adamw int8+ecc", torch.bfloat16, ("int8+ecc", "fp32+ecc"), 12.375),
             case("adamw int8+sr", torch.bfloat16, ("int8+sr", "fp32+sr"), 10.375),
             Case("grad_norm", grad_norm, norm_inputs, lambda tokens: (2 * numel(), 0),
-                 torch=torch.nn.utils.get_total_norm)]
+                 torch=torch.nn.utils.get_total_norm, compiled="")]
 
 
 if __name__ == "__main__":

@@ -204,7 +204,8 @@ def case(name, D, teacher_D, V, frozen=False, ignored=False, **options) -> Case:
 
 def examples() -> list[Case]:
     """Small and odd, for the check."""
-    return [case("linear_kl 16x37", 16, 16, 37, ignored=True), case("linear_kl 16 from 33, T 2", 16, 33, 300, temperature=2.0),
+    return [case("linear_kl 16x37", 16, 16, 37, ignored=True),
+            case("linear_kl 16 from 33, T 2", 16, 33, 300, temperature=2.0),
             case("linear_kl, reverse, frozen", 16, 9, 130, frozen=True, ignored=True, reverse=True),
             case("linear_kl, reverse, T 0.5", 16, 9, 130, temperature=0.5, reverse=True)]
 
