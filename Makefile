@@ -22,7 +22,7 @@ setup: .venv/core
 	@touch $@
 
 .venv/test: .venv/core
-	$(BIN)/python -c '$(REQUIREMENTS)' test bench > .venv/requirements.txt
+	$(BIN)/python -c '$(REQUIREMENTS)' test bench clean > .venv/requirements.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r .venv/requirements.txt
 	@touch $@
 
