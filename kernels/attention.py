@@ -60,6 +60,8 @@ def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc
 def _sdpa(q, k, v, causal, window, doc_start=None):
     """q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d]; documents through a dense mask."""
     queries, keys = q.shape[1], k.shape[1]
+    if q.is_cuda and q.dtype == torch.float32:       # the only fused kernel for fp32 takes as many key-value heads
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     window = None if window is None or window >= keys else window
     mask = None
     if window is not None or doc_start is not None or (causal and 1 < queries < keys):
@@ -79,9 +81,10 @@ def sdpa(q, k, v, causal, window, doc_start):
         parts = zip(*(x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)))
         return torch.cat([_sdpa(a, b, c, causal, window) for a, b, c in parts], dim=1).view(q.shape)
     # cuDNN builds a plan for each shape, in milliseconds: not for prompts of every length, nor for a growing cache.
-    if q.is_cuda and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0 and backend.architecture(q.device) == 90:
+    whole = doc_start is None and window is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
+    if whole and q.is_cuda and backend.architecture(q.device) == 90:
         with sdpa_kernel(HOPPER_FIRST, set_priority=True):
-            return _sdpa(q, k, v, causal, window, doc_start)
+            return _sdpa(q, k, v, causal, window)
     return _sdpa(q, k, v, causal, window, doc_start)
 
 
@@ -99,7 +102,7 @@ def compiled(function):
     return torch.compile(function)
 
 
-flex_mask = (None, None, None)   # what the last one was made for, the mask: the layers of a model share it
+flex_mask = (None, None, None)   # what it was made for (numbers, doc_start) and the mask: a model's layers share it
 
 
 def flex(q, k, v, causal, window, doc_start):
@@ -116,13 +119,19 @@ def flex(q, k, v, causal, window, doc_start):
         return seen if doc_start is None else seen & (doc_start[b, at] == doc_start[b, j])
 
     global flex_mask
-    wrap = compiled if q.is_cuda and not torch.compiler.is_compiling() else lambda function: function
-    wanted = (B, T, S, causal, window, q.device, None if doc_start is None else doc_start._version)
-    if flex_mask[0] != wanted or flex_mask[1] is not doc_start:
-        flex_mask = wanted, doc_start, wrap(create_block_mask)(sees, None if doc_start is None else B, None, T, S,
-                                                               device=q.device)
-    return wrap(flex_attention)(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=flex_mask[2],
-                                enable_gqa=H != K).transpose(1, 2)
+    eager = not torch.compiler.is_compiling()
+    wrap = compiled if eager and q.is_cuda else lambda function: function
+    filled = 0 if doc_start is None or doc_start.is_inference() else doc_start._version      # it may be a buffer
+    wanted = (B, T, S, causal, window, q.device, filled)
+    if eager and flex_mask[0] == wanted and flex_mask[1] is doc_start:
+        mask = flex_mask[2]
+    else:
+        mask = wrap(create_block_mask)(sees, None if doc_start is None else B, None, T, S, device=q.device)
+        if eager:
+            flex_mask = wanted, doc_start, mask
+    y = wrap(flex_attention)(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask,
+                             enable_gqa=H != K)
+    return y.transpose(1, 2)
 
 
 def varlen(q, k, v, causal, window, doc_start):
@@ -157,8 +166,7 @@ def select(q, k, causal, window, doc_start) -> str:
     if not use_triton(q) or q.shape[-1] > 256:
         return "sdpa"
     whole = doc_start is None and window is None and (q.shape[1] in (1, k.shape[1]) or not causal)
-    # In fp32 PyTorch has no fused kernel for grouped heads and would make the T x T scores.
-    return "sdpa" if whole and q.dtype != torch.float32 and backend.choice != "triton" else "triton"
+    return "sdpa" if whole and backend.choice != "triton" else "triton"
 
 
 def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start=None) -> torch.Tensor:
@@ -210,7 +218,8 @@ def case(name, H, K, d, causal=True, window=None, length=None, past=0) -> Case:
     def work(tokens):
         products = 2 * H * d * pairs(tokens, causal, window, length or tokens)
         return 2 * products, 5 * products
-    return Case(name, attention, inputs, traffic, work, torch=sdpa if window is None and length is None else varlen)
+    own = sdpa if window is None and length is None else varlen
+    return Case(f"attention {name}", attention, inputs, traffic, work, torch=own, compiled="")
 
 
 def examples() -> list[Case]:

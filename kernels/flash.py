@@ -5,7 +5,7 @@
     dq_i = sum_j ds_ij k_j / sqrt(d)    dk_j = sum_i ds_ij q_i / sqrt(d)                 (Dao, 2023, arXiv 2307.08691)
 
 Document, window and causality all grow with the position, so that a tile of queries needs only the interval of its
-first and of its last query: key tiles before `lo` and from `hi` on are never read, and those that every query of the
+first and of its last query: key tiles before `lo` and after `hi` are never read, and those that every query of the
 tile sees whole skip the mask. The same holds the other way round, for the queries that see a tile of keys:
 
     below(x) = max(start of x's document, x - window + 1)     above(x) = min(end of x's document - 1, x + window - 1)
@@ -26,19 +26,19 @@ from kernels.backend import jit, launch, op, power_of_two, table, tl
 
 # (queries, keys, warps, stages) of a program by architecture and padded head size; "fp32" for inputs of 4 bytes.
 FORWARD = {
-    80: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), "fp32": (32, 32, 4, 1)},
-    90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), "fp32": (32, 32, 4, 1)},
-    100: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2), "fp32": (32, 32, 4, 1)},
+    80: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), "fp32": (32, 32, 8, 1)},
+    90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), "fp32": (32, 32, 8, 1)},
+    100: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2), "fp32": (32, 32, 8, 1)},
 }
 DQ = {
-    80: {64: (128, 64, 8, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2), "fp32": (32, 32, 4, 1)},
-    90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2), "fp32": (32, 32, 4, 1)},
-    100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), "fp32": (32, 32, 4, 1)},
+    80: {64: (128, 64, 8, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2), "fp32": (16, 16, 8, 1)},
+    90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2), "fp32": (16, 16, 8, 1)},
+    100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), "fp32": (16, 16, 8, 1)},
 }
 DKDV = {
-    80: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1), "fp32": (32, 32, 4, 1)},
-    90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2), "fp32": (32, 32, 4, 1)},
-    100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1), "fp32": (32, 32, 4, 1)},
+    80: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1), "fp32": (32, 32, 8, 1)},
+    90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2), "fp32": (32, 32, 8, 1)},
+    100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (64, 64, 8, 1), "fp32": (32, 32, 8, 1)},
 }
 
 
@@ -76,7 +76,7 @@ def seeing(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: t
 
 
 @jit
-def rows(P, stride: tl.constexpr, start, limit, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def rows(P, stride, start, limit, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """[SIZE, BLOCK_D] from row `start` on, zeros from row `limit` and column D on."""
     row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
     at = P + tl.cast(start, tl.int64) * stride + row[:, None] * stride + col[None, :]
