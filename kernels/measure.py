@@ -36,8 +36,10 @@ def run(op, inputs, upstream=None):
     outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,))
                if isinstance(y, torch.Tensor) and y.requires_grad]
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    if upstream is None:
-        upstream = [torch.randn_like(y) for y in outputs]
+    if upstream is None:                          # the same numbers in every run
+        upstream = [torch.empty_like(y) if y.is_meta else torch.randn(
+            y.shape, generator=torch.Generator(y.device).manual_seed(i), device=y.device, dtype=y.dtype)
+            for i, y in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, wanted, upstream) if wanted else ()
     return [y.detach() for y in outputs] + list(gradients), upstream
 
@@ -48,14 +50,14 @@ def in_dtype(inputs, dtype):
         x.requires_grad) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
 
 
-def compare(op, inputs, terms: int = 1, kernel="triton"):
+def compare(op, inputs, terms: int = 1, scale: float = 0.0, kernel: str = "triton"):
     """Errors of op's outputs and gradients against the float64 reference, and what they may be.
 
     -> [(index, error, bound)], largest absolute values. The yardstick is the reference in the same dtype: another
     order of the same roundings may double its error. To that come a rounding of the result, counted as a whole
     spacing because the interpreter truncates bf16, and the random walk of fp32 roundings in a sum of `terms` numbers:
     partial sums grow like sqrt(k), so that the error is below sqrt(terms) 2^-24 times the largest result, four
-    standard deviations of it allowed.
+    standard deviations of it allowed. scale: the size of what cancels inside, where that is larger than every result.
     """
     with backend.using(kernel):
         ours, upstream = run(op, inputs)
@@ -68,7 +70,7 @@ def compare(op, inputs, terms: int = 1, kernel="triton"):
         assert (got.shape, got.dtype) == (true.shape, same.dtype), f"result {i}: {got.dtype} {tuple(got.shape)}"
         if true.numel():
             assert got.isfinite().all() or not true.isfinite().all(), f"result {i} is not finite"
-            largest = true.abs().max().item()
+            largest = max(true.abs().max().item(), scale)
             rounding = 2 * torch.finfo(got.dtype).eps + 4 * math.sqrt(terms) * 2.0**-24
             found.append((i, (got.double() - true).abs().max().item(),
                           2 * (same.double() - true).abs().max().item() + rounding * largest))

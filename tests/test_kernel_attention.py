@@ -85,7 +85,7 @@ def op(q, k, v, *rest):
 
 def check(inputs, kernel="triton", terms=64):
     """compare()'s rule; where a query sees one key, do_i v_j - delta_i cancels: roundings of 16 in fp32."""
-    for i, error, bound in compare(op, inputs, terms, kernel):
+    for i, error, bound in compare(op, inputs, terms, kernel=kernel):
         assert error <= bound + 2 * 16 * 2.0**-24, f"result {i}: {error:.2e}, allowed {bound:.2e}"
 
 

@@ -1,6 +1,7 @@
 """kernels/grouped_mm.py: the reference against torch's own grouped_mm and a loop, the kernels against the reference."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from kernels import backend, measure
-from kernels import grouped_mm as module
 from kernels.grouped_mm import grouped_mm
 
+module = sys.modules["kernels.grouped_mm"]           # the package shows the op under this name
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("one_thread")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]

@@ -33,13 +33,19 @@ def added(x, r, w):
     return kernels.add_rmsnorm(x, r, w, 1e-5)
 
 
+def cancelled(x, w):
+    """The size of r w dy, of which dx subtracts its part along x: all of it where a row has one number."""
+    rms = x.detach().double().square().mean(-1).sqrt()
+    return 4 * w.abs().max().item() / rms.min().item() if x.numel() else 0.0
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_and_gradients(shape, dtype):
     x, r, w = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1), normal(shape[-1], dtype=dtype, seed=2)
     terms = max(shape[-1], x.numel() // shape[-1])            # a row's sum forward, a column's sum for dw
     for op, inputs in ((norm, (x, w)), (added, (x, r, w))):
-        for index, error, bound in compare(op, inputs, terms):
+        for index, error, bound in compare(op, inputs, terms, cancelled(sum(inputs[:-1]), w)):
             assert error <= bound, f"result {index} of {op.__name__}"
 
 

@@ -1,0 +1,557 @@
+"""Truth: brute force over all pairs with Python sets of word tuples, on real text with planted copies; datasketch's
+MinHash; the banding's formula; a ten-line greedy loop; hand-made cases. Laws: what is removed is similar enough to
+something kept; neither order, nor workers, nor a kill changes the result.
+"""
+
+import gzip
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dedup as module
+from config import main_guard
+from dedup import BANDS, ROWS, band_keys, dedup, jaccard, ngram_hashes, signatures, words
+
+ROOT = Path(__file__).parent.parent
+
+
+def found_share(s: float) -> float:
+    """The banding's chance to propose a pair of similarity s."""
+    return 1 - (1 - s**8) ** 14
+
+
+def spoken(text: str) -> list[str]:
+    return re.sub("[\u3040-\u30ff\u4e00-\u9fff]", r" \g<0> ", text.casefold()).split()      # WikiText quotes kana
+
+
+def shingle_set(text: str, n: int = 5) -> set:
+    listed = spoken(text)
+    return {tuple(listed[i:i + n]) for i in range(max(len(listed) - n + 1, 1))}
+
+
+def all_similar(texts: list[str], least: float) -> dict:
+    """{(i, j): Jaccard similarity} of every pair i < j that shares a shingle and has at least this similarity."""
+    sets, where, common = [shingle_set(t) for t in texts], {}, Counter()
+    for i, shingles in enumerate(sets):
+        for shingle in shingles:
+            common.update((j, i) for j in where.setdefault(shingle, []))
+            where[shingle].append(i)
+    pairs = {(i, j): n / (len(sets[i]) + len(sets[j]) - n) for (i, j), n in common.items()}
+    return {pair: s for pair, s in pairs.items() if s >= least}
+
+
+def write_jsonl(path, records) -> str:
+    Path(path).write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+def read_jsonl(path) -> list:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def results(out) -> tuple[list, list]:
+    """The lines of kept.jsonl and removed.jsonl, sorted."""
+    return tuple(sorted(Path(out, name).read_bytes().splitlines()) for name in ("kept.jsonl", "removed.jsonl"))
+
+
+def random_texts(n: int, seed: int = 0, copies: float = 0.3) -> list[str]:
+    """Texts of 20 to 120 words, a share of them copies with up to two changed words."""
+    rng, texts = random.Random(seed), []
+    for _ in range(n):
+        if texts and rng.random() < copies:
+            listed = rng.choice(texts).split()
+            for _ in range(rng.randrange(3)):
+                listed[rng.randrange(len(listed))] = f"new{rng.randrange(99)}"
+        else:
+            listed = [f"w{int(rng.paretovariate(0.6)) % 5000}" for _ in range(rng.randrange(20, 120))]
+        texts.append(" ".join(listed))
+    return texts
+
+
+def records_of(texts) -> list[dict]:
+    return [{"text": t, "id": f"d{i}", "metadata": {"source": "test", "n": i}} for i, t in enumerate(texts)]
+
+
+def edited(text: str, share: float, rng) -> str:
+    listed = text.split(" ")
+    for i in rng.sample(range(len(listed)), max(round(share * len(listed)), 1)):
+        listed[i] = "".join(rng.choice("aeioubcdfg") for _ in range(7))
+    return " ".join(listed)
+
+
+@pytest.fixture(scope="module")
+def planted(data_dir) -> list[str]:
+    """2,000 documents of four real corpora, 900 of them planted copies in nine ways."""
+    corpora, rng = data_dir / "corpora", random.Random(0)
+    wiki = (corpora / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8").splitlines()
+    law = re.split(r"\n\s*\n", (corpora / "legal_en_dc" / "dc_code_title16.txt").read_text(encoding="utf-8"))
+    stories = (corpora / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
+    medicine = json.loads((corpora / "medical_pubmedqa" / "ori_pqal.json").read_text(encoding="utf-8"))
+    sources = [wiki, law, stories.split("<|endoftext|>"), ["\n".join(m["CONTEXTS"]) for m in medicine.values()]]
+    base = []
+    for source in sources:
+        long = [text.strip() for text in source if 60 <= len(text.split()) <= 600]
+        base += rng.sample(long, 275)
+    ways = [lambda t: t, lambda t: "\n".join(t.split()), str.upper,
+            lambda t: f"Updated on {rng.randrange(28)} May {rng.randrange(1990, 2030)} by the editor\n\n{t}",
+            *(lambda t, share=share: edited(t, share, rng) for share in (0.005, 0.01, 0.015, 0.02, 0.03))]
+    copies = [ways[i % 9](text) for i, text in enumerate(rng.sample(base, 900))]
+    texts = base + copies
+    rng.shuffle(texts)
+    assert len(texts) == 2000
+    return texts
+
+
+@pytest.fixture(scope="module")
+def truth(planted) -> dict:
+    return all_similar(planted, 0.5)
+
+
+def test_planted_copies_in_real_text_against_brute_force(planted, truth, tmp_path):
+    report = dedup([write_jsonl(tmp_path / "all.jsonl", records_of(planted))], tmp_path / "out")
+    kept = {int(r["id"][1:]) for r in read_jsonl(tmp_path / "out" / "kept.jsonl")}
+    removed = {int(r["id"][1:]): r for r in read_jsonl(tmp_path / "out" / "removed.jsonl")}
+    assert kept | removed.keys() == set(range(2000))
+    assert not kept & removed.keys()
+    assert report["kept"] == len(kept)
+    assert report["exact"] + report["near"] == len(removed)
+
+    for number, row in removed.items():                                  # nothing removed below the threshold
+        other = int(row["duplicate_of"][1:])
+        assert other in kept
+        s = truth[min(number, other), max(number, other)]
+        assert s >= 0.8
+        assert row["similarity"] == pytest.approx(s, abs=1e-6)
+        assert (row["reason"] == "exact") == (spoken(planted[number]) == spoken(planted[other]))
+
+    same = {}
+    for number, text in enumerate(planted):                              # every exact copy found
+        same.setdefault(tuple(spoken(text)), []).append(number)
+    assert sum(len(group) - 1 for group in same.values()) >= 250
+    assert all(len(kept.intersection(group)) <= 1 for group in same.values())
+
+    close = [pair for pair, s in truth.items() if s >= 0.9]
+    missed = [pair for pair in close if kept.issuperset(pair)]
+    assert len(close) > 500
+    assert len(missed) <= 0.01 * len(close)
+
+    near = {pair: s for pair, s in truth.items() if 0.8 <= s < 0.9}
+    wanted = sum(map(found_share, near.values()))
+    sigma = sum(found_share(s) * (1 - found_share(s)) for s in near.values()) ** 0.5
+    assert len(near) > 100
+    assert sum(not kept.issuperset(pair) for pair in near) >= wanted - 3 * sigma
+
+
+@pytest.mark.parametrize("threshold", [0.6, 0.8])
+def test_what_is_kept_is_what_a_plain_loop_over_the_ranking_keeps(threshold, tmp_path):
+    texts = random_texts(600, seed=1, copies=0.6)
+    similar = all_similar(texts, threshold)
+    keys = band_keys(ngram_hashes([words(t) for t in texts], 5))
+    ranking = sorted(range(600), key=lambda i: (-len(texts[i]), int.from_bytes(blake2b(texts[i].encode(), digest_size=8).digest(), "little"), i))
+    kept, target = [], {}
+    for i in ranking:
+        close = (j for j in kept if (min(i, j), max(i, j)) in similar and (keys[i] == keys[j]).any())
+        target[i] = next(close, i)
+        if target[i] == i:
+            kept.append(i)
+    dedup([write_jsonl(tmp_path / "a.jsonl", records_of(texts))], tmp_path / "out", threshold=threshold)
+    assert {r["text"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")} == {texts[i] for i in kept}
+    rows = read_jsonl(tmp_path / "out" / "removed.jsonl")
+    assert all(texts[int(r["duplicate_of"][1:])] == texts[target[int(r["id"][1:])]] for r in rows)
+    assert 150 < len(rows) == 600 - len(kept)
+
+
+def test_no_chain_removes_what_is_unlike_the_kept_one(tmp_path):
+    """a-b and b-c are similar, a-c is not: the longest goes first, c is no duplicate of a and stays."""
+    listed = [f"w{i}" for i in range(100)]
+    a, b, c = [f"x{i}" for i in range(10)] + listed, listed[:97] + ["end"], listed[12:97] + ["end"]
+    dedup([write_jsonl(tmp_path / "a.jsonl", records_of(" ".join(t) for t in (a, b, c)))], tmp_path / "out")
+    similarity = all_similar([" ".join(t) for t in (a, b, c)], 0)
+    assert similarity[0, 1] >= 0.8
+    assert similarity[1, 2] >= 0.8
+    assert similarity[0, 2] < 0.8
+    assert [r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")] == ["d0", "d2"]
+    assert read_jsonl(tmp_path / "out" / "removed.jsonl")[0]["duplicate_of"] == "d0"
+
+
+def test_order_files_and_workers_change_nothing(tmp_path):
+    records = records_of(random_texts(1500, seed=2))
+    for record in records[::7]:
+        record["text"] = records[0]["text"]                              # many exact copies, told apart by their ids
+    rng, seen = random.Random(3), []
+    for n_files, workers in ((1, 1), (1, 2), (3, 1), (4, 3)):
+        rng.shuffle(records)
+        folder = tmp_path / f"{n_files}{workers}"
+        folder.mkdir()
+        files = [write_jsonl(folder / f"{i}.jsonl", records[i::n_files]) for i in range(n_files)]
+        rng.shuffle(files)
+        dedup(files, folder / "out", workers=workers)
+        seen.append(results(folder / "out"))
+    assert all(s == seen[0] for s in seen)
+    folder = tmp_path / "31"                                             # the same files: the same bytes
+    before = [(folder / "out" / n).read_bytes() for n in ("kept.jsonl", "removed.jsonl", "dedup.json")]
+    dedup([str(folder / f"{i}.jsonl") for i in (2, 0, 1)], folder / "out", workers=2, overwrite=True)
+    assert before == [(folder / "out" / n).read_bytes() for n in ("kept.jsonl", "removed.jsonl", "dedup.json")]
+
+
+def test_everything_of_a_record_is_kept(tmp_path):
+    records = [{"text": "one two three", "id": 7, "metadata": {"scores": {"a": 0.5}}, "url": "x", "n": None},
+               {"text": "Straße é 漢字 🙂 \u0000 tab\t", "metadata": {}}, {"text": ""}]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    dedup([path], tmp_path / "out")
+    assert read_jsonl(tmp_path / "out" / "kept.jsonl") == [records[0], {**records[1], "id": f"{path}:2"},
+                                                          {"text": "", "id": f"{path}:3"}]
+
+
+# ---- the arithmetic
+
+def test_band_keys_meet_as_often_as_the_formula_says():
+    rng, n, size = np.random.default_rng(0), 3000, 360
+    for s in (0.6, 0.8, 0.9):
+        common = round(2 * size * s / (1 + s))
+        pool = rng.integers(2**64, size=(n, 2 * size - common), dtype=np.uint64)
+        a, b = pool[:, :size], pool[:, size - common:]
+        exact = common / (2 * size - common)
+        ka, kb = (band_keys(list(np.sort(x, axis=1))) for x in (a, b))
+        for share, p in (((ka == kb).any(1).mean(), found_share(exact)), ((ka == kb).mean(), exact**8)):
+            assert abs(share - p) < 4 * (p * (1 - p) / n) ** 0.5 + 1e-3, (s, share, p)
+
+
+def test_estimates_agree_with_datasketch_within_sampling_error():
+    datasketch = pytest.importorskip("datasketch")
+    rng, ours, theirs, exact = random.Random(0), [], [], []
+    for _ in range(120):
+        listed = [f"w{rng.randrange(5000)}" for _ in range(150)]
+        texts = [" ".join(listed), edited(" ".join(listed), rng.choice((0.01, 0.03, 0.06, 0.1)), rng)]
+        a, b = signatures(ngram_hashes([words(t) for t in texts], 5))
+        sketches = [datasketch.MinHash(num_perm=BANDS * ROWS) for _ in texts]
+        for sketch, text in zip(sketches, texts):
+            sketch.update_batch([" ".join(shingle).encode() for shingle in shingle_set(text)])
+        ours.append(float((a == b).mean()))
+        theirs.append(sketches[0].jaccard(sketches[1]))
+        exact.append(all_similar(texts, 0)[0, 1])
+    ours, theirs, exact = map(np.array, (ours, theirs, exact))
+    sigma = (exact * (1 - exact) / (BANDS * ROWS)) ** 0.5
+    assert (abs(ours - exact) < 4.5 * sigma).all()
+    assert (abs(ours - theirs) < 4.5 * 2**0.5 * sigma).all()
+    assert abs((ours - exact).mean()) < 4 * (sigma**2).sum() ** 0.5 / len(sigma)
+    assert 0.8 < ((ours - exact) / sigma).std() < 1.2                    # as widely spread as independent rows are
+
+
+def test_shingle_sets_and_similarity_against_python_sets():
+    texts = [*random_texts(60, seed=4), "", "one", "one two", "a a a a a a a a a", "one two three four",
+             "one two three four five"]
+    sets = ngram_hashes([words(t) for t in texts], 5)
+    truths = [shingle_set(t) if t else set() for t in texts]
+    unique = [np.unique(s) for s in sets]
+    assert [len(s) for s in unique] == [len(t) for t in truths]
+    for i, j in itertools.combinations([i for i, t in enumerate(texts) if t], 2):
+        assert jaccard(unique[i], unique[j]) == len(truths[i] & truths[j]) / len(truths[i] | truths[j])
+    alone = [ngram_hashes([words(t)], 5)[0] for t in texts]              # a batch changes nothing
+    assert all(np.array_equal(a, b) for a, b in zip(sets, alone))
+    assert np.array_equal(band_keys(sets), np.concatenate([band_keys([s]) for s in alone]))
+
+
+def test_words():
+    assert words("The  LAW,\r\n§ 5\t(a)") == ["the", "law,", "§", "5", "(a)"]
+    assert words("Straße Cafe\u0301") == words("STRASSE CAFÉ")
+    assert words("漢字とkana is") == ["漢", "字", "と", "kana", "is"]
+    assert words("漢\n字") == words("漢字")
+    assert words("กขค") == ["ก", "ข", "ค"]
+    assert words("a\ud800b") == ["a\ufffdb"]
+
+
+def test_scripts_without_spaces_are_compared_by_characters(tmp_path):
+    rng = random.Random(5)
+    text = "".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(200))
+    texts = [text, text[:100] + "\n" + text[100:], text[:50] + "一" + text[51:], text[::-1]]
+    dedup([write_jsonl(tmp_path / "a.jsonl", records_of(texts))], tmp_path / "out")
+    rows = read_jsonl(tmp_path / "out" / "removed.jsonl")
+    assert sorted(r["reason"] for r in rows) == ["exact", "near"]
+    assert sum(r["id"] == "d3" for r in rows) == 0
+
+
+# ---- paragraphs and benchmarks
+
+def test_paragraphs(tmp_path):
+    notice = "This notice stands at the end of each and every page of the manual, word for word, as it always did."
+    records = records_of([f"Intro\n\nThe first text says one thing and then another.\n\n{notice}",
+                          f"Intro\n\n{notice.upper()}\n  \n\n    indented code stays as it is written here\n",
+                          f"{notice}", "Intro"])
+    report = dedup([write_jsonl(tmp_path / "a.jsonl", records)], tmp_path / "out", paragraphs=True)
+    kept = {r["id"]: r for r in read_jsonl(tmp_path / "out" / "kept.jsonl")}
+    rows = read_jsonl(tmp_path / "out" / "removed.jsonl")
+    holder = rows[0]["duplicate_of"]
+    assert {r["id"] for r in rows} | {holder} == {"d0#2", "d1#1", "d2#0"}
+    assert all(r["reason"] == "paragraph" and r["similarity"] == 1 and r["duplicate_of"] == holder for r in rows)
+    assert sum(notice.lower() in r["text"].lower() for r in kept.values()) == 1
+    assert kept["d3"] == records[3]                                      # a short paragraph is left alone
+    if holder != "d1#1":
+        assert kept["d1"]["text"] == "Intro\n\n    indented code stays as it is written here\n"
+    assert all(kept[i]["metadata"] == records[int(i[1:])]["metadata"] for i in kept)
+    assert (report["documents"], report["paragraph"], report["kept"]) == (4, 2, len(kept))
+
+
+def write_benchmarks(folder) -> dict:
+    """One long item in every kind of file; {file: its text}."""
+    texts = {f"b{i}": " ".join(f"{'abcdefg'[i]}{j}" for j in range(20)) for i in range(6)}
+    write_jsonl(folder / "b0.jsonl", [{"question": "short"}, {"choices": {"text": ["x", texts["b0"]]}, "n": 3}])
+    (folder / "b1.csv").write_text(f'question,A\n"{texts["b1"]}, ""quoted""",B\n')
+    with gzip.open(folder / "b2.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"prompt": texts["b2"]}) + "\n")
+    (folder / "b3.txt").write_text(f"first block\n\n{texts['b3']}\n")
+    (folder / "b4.json").write_text(json.dumps({"17": {"context": [texts["b4"]]}}))
+    import pyarrow
+    import pyarrow.parquet as parquet
+    parquet.write_table(pyarrow.table({"n": [1], "q": [texts["b5"]]}), folder / "b5.parquet")
+    return {next(folder.glob(f"{name}.*")): text for name, text in texts.items()}
+
+
+def test_decontamination_by_file_type_and_edge(tmp_path):
+    benchmarks = write_benchmarks(tmp_path)
+    texts = []
+    for text in benchmarks.values():
+        listed = text.split()
+        texts += ["before " + " ".join(listed[3:16]).upper().replace(" ", ",\n") + ". after",      # 13 words in a row
+                  "before " + " ".join(listed[3:15]) + " other " + " ".join(listed[16:]) + " after"]       # 12
+    path = write_jsonl(tmp_path / "in.jsonl", records_of(texts))
+    report = dedup([path], tmp_path / "out", against=benchmarks)
+    rows = read_jsonl(tmp_path / "out" / "removed.jsonl")
+    assert [r["id"] for r in rows] == [f"d{i}" for i in range(0, 12, 2)]
+    assert [r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")] == [f"d{i}" for i in range(1, 12, 2)]
+    item = {"b0": 2, "b1": 2, "b2": 1, "b3": 2, "b4": 1, "b5": 1}
+    for row, file in zip(rows, benchmarks):
+        assert row["reason"] == "contaminated"
+        assert row["duplicate_of"] == f"{file}:{item[file.name[:2]]}"
+        grams = 9 if file.name == "b1.csv" else 8                        # "quoted" is a word of that field
+        assert row["overlaps"] == [{"item": row["duplicate_of"], "ngrams": 1, "share": round(1 / grams, 4)}]
+        assert report["against"][str(file)]["found"] == 1
+    assert report["against"][str(tmp_path / "b0.jsonl")] == {"items": 2, "too_short": 1, "found": 1}
+
+
+def test_decontamination_against_real_benchmarks(data_dir, tmp_path):
+    """Items planted in stories are found; the truth is a set of 13-tuples. The clean copy of one stays."""
+    files = [data_dir / "bench" / "gsm8k" / "test.jsonl", data_dir / "bench" / "humaneval" / "HumanEval.jsonl.gz",
+             data_dir / "bench" / "mmlu" / "test" / "jurisprudence_test.csv"]
+    questions = [json.loads(line)["question"] for line in files[0].read_text(encoding="utf-8").splitlines()]
+    stories = (data_dir / "corpora" / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
+    stories = [s.strip() for s in stories.split("<|endoftext|>") if len(s.split()) > 80][:300]
+    texts = [f"{story}\n{questions[i]}" if i % 10 == 0 else story for i, story in enumerate(stories)]
+    path = write_jsonl(tmp_path / "in.jsonl", records_of([*texts, stories[0]]))
+
+    def tuples(text):
+        listed = re.findall(r"\w+", text.lower())
+        return {tuple(listed[i:i + 13]) for i in range(len(listed) - 12)}
+    grams = set().union(*map(tuples, questions))
+    wanted = {f"d{i}" for i, text in enumerate(texts) if tuples(text) & grams}
+    assert len(wanted) >= 29
+    dedup([path], tmp_path / "out", against=files, workers=2)
+    rows = [r for r in read_jsonl(tmp_path / "out" / "removed.jsonl") if r["reason"] == "contaminated"]
+    assert {r["id"] for r in rows} == wanted
+    numbers = {int(r["duplicate_of"].rpartition(":")[2]) for r in rows if str(files[0]) in r["duplicate_of"]}
+    assert len(numbers - {10 * i + 1 for i in range(30)}) <= 1           # item = line of the file
+    assert f"d{len(texts)}" in {r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")}
+
+
+# ---- kills and hostile input
+
+def test_stopped_at_any_commit_and_run_again_gives_the_same_bytes(tmp_path, monkeypatch):
+    texts = random_texts(90, seed=6)
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", records_of(texts)[i::3]) for i in range(3)]
+    bench = tmp_path / "bench.txt"
+    bench.write_text(" ".join(texts[0].split()[:15]))
+    names = ("kept.jsonl", "removed.jsonl", "dedup.json")
+    dedup(files, tmp_path / "out", against=[bench])
+    wanted = [(tmp_path / "out" / name).read_bytes() for name in names]
+    replace, fsync, calls = os.replace, os.fsync, [0]
+
+    def counted(real):
+        def call(*arguments):
+            calls[0] -= 1
+            if calls[0] == 0:
+                raise KeyboardInterrupt
+            return real(*arguments)
+        return call
+    monkeypatch.setattr(os, "replace", counted(replace))
+    monkeypatch.setattr(os, "fsync", counted(fsync))
+    for stop in range(1, 100):
+        out, calls[0] = tmp_path / f"out{stop}", stop
+        try:
+            dedup(files, out, against=[bench])
+            break
+        except KeyboardInterrupt:
+            assert not (out / "dedup.json").exists()
+        for torn in list((out / ".work").glob("*.partial"))[:1]:
+            torn.write_bytes(b"torn")
+        for short in list((out / ".work").glob("*.bands"))[:stop % 2]:    # as after a power cut
+            short.write_bytes(short.read_bytes()[:-8])
+        calls[0] = 0
+        dedup(files, out, against=[bench])
+        assert [(out / name).read_bytes() for name in names] == wanted
+        assert sorted(p.name for p in out.iterdir()) == sorted(names)
+    assert stop > 35                                                     # 3 files, 14 bands, 3 results
+
+
+def test_an_input_that_changed_after_the_kill_is_read_again(tmp_path):
+    texts = random_texts(60, seed=7)
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", records_of(texts)[i::2]) for i in range(2)]
+    (tmp_path / "2.jsonl").write_text('{"text": "a"}\n{')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        dedup([*files, tmp_path / "2.jsonl"], tmp_path / "out")
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / ".work").glob("*.units")}
+    assert len(made) == 3
+    write_jsonl(tmp_path / "2.jsonl", records_of(texts[:5]))
+    write_jsonl(files[1], records_of(texts)[:1])
+    dedup([*files, tmp_path / "2.jsonl"], tmp_path / "out")
+    dedup([*files, tmp_path / "2.jsonl"], tmp_path / "new")
+    assert results(tmp_path / "out") == results(tmp_path / "new")
+
+
+def processes_with(word: str) -> list[str]:
+    return [p for p in os.listdir("/proc") if p.isdigit() and word.encode() in _command(p)]
+
+
+def _command(pid: str) -> bytes:
+    try:
+        return Path("/proc", pid, "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for processes in /proc")
+def test_a_killed_run_leaves_no_process_and_is_completed_by_the_same_command(tmp_path):
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", records_of(random_texts(1500, seed=i))) for i in range(3)]
+    command = [sys.executable, str(ROOT / "dedup.py"), *files, "--workers", "2", "--out", str(tmp_path / "out")]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "out").glob(".work/*.json")):
+        assert run.poll() is None
+        time.sleep(0.005)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    for _ in range(100):
+        if not processes_with(str(tmp_path)):
+            break
+        time.sleep(0.05)
+    assert not processes_with(str(tmp_path))
+    assert not (tmp_path / "out" / "dedup.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "4,500 documents" in done.stdout
+    dedup(files, tmp_path / "straight")
+    for name in ("kept.jsonl", "removed.jsonl", "dedup.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
+def refused(capsys, monkeypatch, *arguments) -> str:
+    """The one line that the command ends with."""
+    monkeypatch.setattr(sys, "argv", ["dedup.py", *map(str, arguments)])
+    try:
+        status = main_guard(module.main)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    def no(*arguments):
+        return refused(capsys, monkeypatch, *arguments)
+    good = write_jsonl(tmp_path / "good.jsonl", [{"text": "a b c"}])
+    (tmp_path / "folder").mkdir()
+    for name, data, word in (("no.jsonl", b'{"text": \n', "line 1 is not JSON"),
+                             ("column.jsonl", b'{"body": "x"}\n', "'text'"),
+                             ("null.jsonl", b'{"text": null}\n', "'text'"),
+                             ("list.jsonl", b"[1]\n", "list"), ("latin.jsonl", b'{"text": "\xe9"}\n', "utf-8"),
+                             ("deep.jsonl", b"[" * 200_000 + b"\n", "recursion"),
+                             ("big.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "big.jsonl"),
+                             ("bad.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-30], "bad.jsonl.gz"),
+                             ("no.jsonl.gz", b"plain", "no.jsonl.gz"), ("no.jsonl.zst", b"plain", "no.jsonl.zst"),
+                             ("no.parquet", b"PAR1", "no.parquet"), ("empty.jsonl", b"", "no document"),
+                             ("a.csv", b"x,y\n", "list"), ("a.json", b"3", "a.json"),
+                             ("a.pdf", b"x", "no plain text")):
+        (tmp_path / name).write_bytes(data)
+        assert word in no(tmp_path / name, "--out", tmp_path / "out"), name
+        assert not (tmp_path / "out" / "kept.jsonl").exists()
+        if name not in ("column.jsonl", "null.jsonl", "list.jsonl", "a.csv"):
+            assert name in no(good, "--out", tmp_path / "o", "--against", tmp_path / name)
+    assert "is a folder" in no(tmp_path / "folder", "--out", tmp_path / "out")
+    assert "does not exist" in no(tmp_path / "nothing", "--out", tmp_path / "out")
+    assert "is a folder" in no(good, "--out", tmp_path / "out", "--against", tmp_path / "folder", "--overwrite")
+    assert "threshold" in no(good, "--out", tmp_path / "out", "--threshold", 1.5)
+    assert "at least one worker" in no(good, "--out", tmp_path / "out", "--workers", 0)
+    assert "--against" in no(good, "--out", tmp_path / "out", "--againts", good)
+    assert "--out" in no(good)
+    dedup([good], tmp_path / "done")
+    assert "exists already" in no(good, "--out", tmp_path / "done")
+    (tmp_path / "mine").mkdir()
+    kept = write_jsonl(tmp_path / "mine" / "kept.jsonl", [{"text": "from clean.py"}])
+    assert "exists already" in no(kept, "--out", tmp_path / "mine")
+    assert Path(kept).exists()
+
+
+def test_hostile_text_is_handled(tmp_path):
+    texts = ["\ud800 half a pair", "half \udc00", "nul \u0000 inside", "^" * 1_000_000, "", " \n\t ", "\u3000",
+             "a" * 3_000_000, "word " * 300_000, "漢" * 200_000, "\n" * 100_000 + "x", "한국어 텍스트"]
+    path = write_jsonl(tmp_path / "a.jsonl", records_of(texts))
+    for paragraphs in (False, True):
+        out = tmp_path / f"out{paragraphs}"
+        report = dedup([path], out, paragraphs=paragraphs)
+        rows = read_jsonl(out / "removed.jsonl")
+        assert report["documents"] == len(texts)
+        assert {r["id"] for r in rows} == (set() if paragraphs else {"d5", "d6", "d4"} - {
+            r["id"] for r in read_jsonl(out / "kept.jsonl")})
+        assert len(rows) == (0 if paragraphs else 2)                     # the three empty ones are one document
+
+
+def test_a_record_that_is_not_json_inside_a_later_batch_stops_the_run(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", records_of(random_texts(2000)))
+    with open(path, "a") as file:
+        file.write("{\n")
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="line 2001 is not JSON"):
+            dedup([path], tmp_path / "out", workers=workers)
+
+
+def test_parquet_text_and_other_columns(tmp_path):
+    import datetime
+
+    import pyarrow
+    import pyarrow.parquet as parquet
+    now = datetime.datetime(2024, 5, 1)
+    parquet.write_table(pyarrow.table({"body": ["a b c", "A  b c", "d"], "id": [1, 2, 3], "at": [now] * 3}),
+                        tmp_path / "a.parquet")
+    dedup([tmp_path / "a.parquet"], tmp_path / "out", column="body")
+    kept = read_jsonl(tmp_path / "out" / "kept.jsonl")
+    assert [r["body"] for r in kept][-1:] == ["d"]
+    assert len(kept) == 2
+    assert kept[0]["at"] == str(now)
+    (tmp_path / "a.txt").write_text("one block\n\nanother block\n\none  BLOCK\n")
+    assert dedup([tmp_path / "a.txt"], tmp_path / "text")["exact"] == 1
+    assert dedup([tmp_path / "a.txt"], tmp_path / "file", documents="file")["kept"] == 1
+
+
+def test_command_line_prints_and_writes_the_report(tmp_path, capsys, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", records_of(["one two", "One two", "three"]))
+    monkeypatch.setattr(sys, "argv", ["dedup.py", path, "--out", str(tmp_path / "out"), "--workers", "1", "--against",
+                                      path, "--json", str(tmp_path / "report.json")])
+    assert main_guard(module.main) == 0
+    printed = capsys.readouterr().out
+    assert "2 kept" in printed
+    assert "1 exact" in printed
+    assert "3 have no field of 13 words" in printed
+    assert (tmp_path / "report.json").read_bytes() == (tmp_path / "out" / "dedup.json").read_bytes()
