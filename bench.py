@@ -15,10 +15,10 @@ tells glibc's allocator to keep freed memory. A row `..._their_allocator_too` gi
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -59,6 +59,15 @@ def row(name, unit, ours, peer=None, peer_name=None, **more) -> dict:
     numbers = f"{ours:12,.4g}" + (f"  {peer_name} {peer:12,.4g}  ratio {out['ratio']:.2f}" if peer else "")
     print(f"{name:34} {numbers}  {unit}" + (f"  (spread {more['spread']:.0%})" if "spread" in more else ""), flush=True)
     return out
+
+
+def peak_bytes(device) -> int:
+    """The most memory held so far, of the GPU or of this process. Not by getrusage: its maximum is inherited from the
+    process that started this one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def spread(values) -> float:
@@ -236,15 +245,20 @@ def worker(args):
     model.initialise(0)
     if args.side != "transformers":
         parallel.start(args.device)
-    if args.side == "ours":
+    if args.side in ("ours", "materialised"):
         model.to(args.device)
         objective, optimizer = Causal(mask_documents=packed), make_optimizer(model, OptimConfig(lr=1e-4, min_lr=0))
         prepared = [objective.corrupt(b, None).to(args.device) for b in batches]
 
         def step(batch):
-            loss, n, _ = objective.loss(model, batch)
-            (loss / n).backward()
-            return (loss / n).item()
+            if args.side == "ours":
+                loss, n, _ = objective.loss(model, batch)
+                loss = loss / n
+            else:                                   # the same model with all its logits
+                logits = model.head(model(batch.tokens, batch.position_ids))
+                loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().long())
+            loss.backward()
+            return loss.item()
     else:
         import transformers
         values = hf.write_config(config, torch.float32, {})
@@ -271,8 +285,7 @@ def worker(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if number <= 3:                             # before anything but steps has asked for memory
-            result["peak_bytes"] = (torch.cuda.max_memory_allocated() if args.device == "cuda"
-                                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            result["peak_bytes"] = peak_bytes(torch.device(args.device))
         print(time.perf_counter() - start, flush=True)
     print(json.dumps(result))
     return 0
@@ -315,33 +328,42 @@ def timed(f, repeats: int = 3) -> float:
     return statistics.median(times)
 
 
+def in_turn(case: str, sides: tuple, steps: int, device: str, products: str = ""):
+    """-> ({side: seconds of each step}, {side: what its worker reported}, [(seconds of the products, of a step)]).
+
+    All sides stay loaded and take their steps in turn, so that what else the machine does hits them alike.
+    """
+    workers = {side: subprocess.Popen(
+        [sys.executable, __file__, "worker", "--case", case, "--side", side, "--device", device],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
+
+    def ask(side, what):
+        print(what, file=workers[side].stdin, flush=True)
+        if not (answer := workers[side].stdout.readline()):
+            raise ValueError(f"the {side} side of {case} failed; its error stands above")
+        return float(answer)
+
+    seconds, results, shares = {side: [] for side in sides}, {}, []
+    for side in sides:                                       # the first step warms up
+        ask(side, "step")
+    for number in range(steps):
+        for side in sides if number % 2 else sides[::-1]:
+            seconds[side].append(ask(side, "step"))
+    for side, process in workers.items():
+        if side == products:
+            shares = [(ask(side, "products"), ask(side, "step")) for _ in range(3)]
+        process.stdin.close()
+        results[side] = json.loads(process.stdout.read())
+        process.wait()
+    return seconds, results, shares
+
+
 def bench_train(args) -> list:
-    """Both sides stay loaded and take their steps in turn, so that what else the machine does hits both alike."""
     rows, share = [], None
+    sides = ("ours", "transformers", "transformers_allocator")
     for case, (vocab, T, batch, packed) in CASES.items():
-        sides = ("ours", "transformers", "transformers_allocator")
-        workers = {side: subprocess.Popen(
-            [sys.executable, __file__, "worker", "--case", case, "--side", side, "--device", args.device],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
-
-        def ask(side, what, workers=workers, case=case):
-            print(what, file=workers[side].stdin, flush=True)
-            if not (answer := workers[side].stdout.readline()):
-                raise ValueError(f"the {side} side of {case} failed; its error stands above")
-            return float(answer)
-
-        seconds, products, results = {side: [] for side in sides}, [], {}
-        for side in sides:                                   # the first step warms up
-            ask(side, "step")
-        for number in range(args.steps):
-            for side in sides if number % 2 else sides[::-1]:
-                seconds[side].append(ask(side, "step"))
-        for side, process in workers.items():
-            if side == "ours" and case == "vocab_32k":
-                products = [(ask(side, "products"), ask(side, "step")) for _ in range(3)]
-            process.stdin.close()
-            results[side] = json.loads(process.stdout.read())
-            process.wait()
+        seconds, results, products = in_turn(case, sides, args.steps, args.device,
+                                             "ours" if case == "vocab_32k" else "")
         median = {side: statistics.median(s) for side, s in seconds.items()}
         peer = f"transformers {results['transformers']['transformers']}"
         rows.append(row(case, "tokens/s", batch * T / median["ours"], batch * T / median["transformers"], peer,
@@ -362,7 +384,8 @@ def bench_train(args) -> list:
 def bench_kernels(args) -> list:
     if torch.cuda.is_available():
         return kernel_times(args.tokens, args.seconds, Path(args.json).with_suffix(".png") if args.json else None)
-    return static_rows() + cpu_rows(args.rounds) + cross_entropy_memory()
+    parallel.keep_freed_memory()                     # for both sides: else the page faults of each tensor are timed
+    return static_rows() + cpu_rows(args.rounds) + logits_rows(args.rounds)
 
 
 def static_rows() -> list:
@@ -411,7 +434,7 @@ def cpu_cases() -> dict:
                                     (normal(1, T, H, d), normal(1, T, K, d), normal(1, T, K, d), doc_start)),
         "cpu_linear_cross_entropy_32k": (lambda x, w, y: kernels.linear_cross_entropy(x, w, y)[0],
                                          lambda x, w, y: F.cross_entropy(x @ w.T, y, reduction="sum"),
-                                         (normal(T, 256), normal(32768, 256), labels)),
+                                         (normal(T, 256), (normal(32768, 256) / 16).detach().requires_grad_(), labels)),
     }
 
 
@@ -432,23 +455,16 @@ def cpu_rows(rounds: int) -> list:
     return rows
 
 
-def cross_entropy_memory() -> list:
-    """Peak memory of a training step's head at 32,768 ids, each way in a process of its own, beside the imports."""
-    script = """if True:
-        import resource, sys, torch, kernels, parallel
-        import torch.nn.functional as F
-        parallel.keep_freed_memory()
-        x, w = torch.randn(4096, 256, requires_grad=True), torch.randn(32768, 256, requires_grad=True)
-        labels = torch.randint(0, 32768, (4096,))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if sys.argv[1] == "ours":
-            kernels.linear_cross_entropy(x, w, labels)[0].backward()
-        else:
-            F.cross_entropy(x @ w.T, labels, reduction="sum").backward()
-        print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))"""
-    peak = [int(subprocess.run([sys.executable, "-c", script, side], capture_output=True, text=True, check=True,
-                               cwd=Path(__file__).parent).stdout) for side in ("ours", "plain")]
-    return [row("cpu_linear_cross_entropy_32k_peak_memory", "bytes", *peak, "materialised logits")]
+def logits_rows(steps: int) -> list:
+    """Training at 32,768 ids with the fused linear cross-entropy, and with the logits of all rows at once."""
+    seconds, results, _ = in_turn("vocab_32k", ("ours", "materialised"), steps, "cpu")
+    assert math.isclose(*(r["first_loss"] for r in results.values()), rel_tol=1e-5), results
+    ours, theirs = (statistics.median(s) for s in seconds.values())
+    _, T, batch, _ = CASES["vocab_32k"]
+    return [row("cpu_training_32k", "tokens/s", batch * T / ours, batch * T / theirs, "materialised logits",
+                spread=spread([b / a for a, b in zip(*seconds.values())])),
+            row("cpu_training_32k_peak_memory", "bytes", *(r["peak_bytes"] for r in results.values()),
+                "materialised logits")]
 
 
 def liger_peers() -> dict:
@@ -649,10 +665,8 @@ def time_steps(side, size, config, B, T, device, steps) -> dict:
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())                 # waits for the device
         seconds.append(time.perf_counter() - start)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return {"tokens_per_second": B * T / statistics.median(seconds[2:]), "peak_bytes": peak, "losses": losses,
-            "recompute": recompute, "spread": spread(seconds[2:]),
+    return {"tokens_per_second": B * T / statistics.median(seconds[2:]), "peak_bytes": peak_bytes(device),
+            "losses": losses, "recompute": recompute, "spread": spread(seconds[2:]),
             "parameters": sum(p.numel() for p in model.parameters())}
 
 
@@ -688,7 +702,8 @@ def main():
     p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("worker")
     p.add_argument("--case", choices=tuple(CASES), required=True)
-    p.add_argument("--side", choices=("ours", "transformers", "transformers_allocator"), required=True)
+    p.add_argument("--side", choices=("ours", "materialised", "transformers", "transformers_allocator"),
+                   required=True)
     p.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.command == "worker":
