@@ -243,7 +243,8 @@ class Model(nn.Module):
 
     def _length(self, position_ids, row: int) -> int:
         """Rows never hold positions past their own length, but for a caller who places them by hand."""
-        if position_ids.device.type == "cpu" or self.config.rope_scaling.get("rope_type") == "dynamic":
+        ask = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()      # it breaks a graph
+        if ask or self.config.rope_scaling.get("rope_type") == "dynamic":
             return int(position_ids.max()) + 1
         return max(row, self.config.max_position_embeddings)
 
