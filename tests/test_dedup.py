@@ -22,7 +22,7 @@ import pytest
 
 import dedup as module
 from config import main_guard
-from dedup import BANDS, ROWS, band_keys, dedup, jaccard, ngram_hashes, signatures, words
+from dedup import BANDS, ROWS, band_keys, dedup, jaccard, ngram_hashes, normalise, signatures
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,7 +46,8 @@ def all_similar(texts: list[str], least: float) -> dict:
     sets, where, common = [shingle_set(t) for t in texts], {}, Counter()
     for i, shingles in enumerate(sets):
         for shingle in shingles:
-            common.update((j, i) for j in where.setdefault(shingle, []))
+            for j in where.setdefault(shingle, []):
+                common[j, i] += 1
             where[shingle].append(i)
     pairs = {(i, j): n / (len(sets[i]) + len(sets[j]) - n) for (i, j), n in common.items()}
     return {pair: s for pair, s in pairs.items() if s >= least}
@@ -158,8 +159,9 @@ def test_planted_copies_in_real_text_against_brute_force(planted, truth, tmp_pat
 def test_what_is_kept_is_what_a_plain_loop_over_the_ranking_keeps(threshold, tmp_path):
     texts = random_texts(600, seed=1, copies=0.6)
     similar = all_similar(texts, threshold)
-    keys = band_keys(ngram_hashes([words(t) for t in texts], 5))
-    ranking = sorted(range(600), key=lambda i: (-len(texts[i]), int.from_bytes(blake2b(texts[i].encode(), digest_size=8).digest(), "little"), i))
+    keys = band_keys(ngram_hashes([normalise(t) for t in texts], 5))
+    ties = [int.from_bytes(blake2b(t.encode(), digest_size=8).digest(), "little") for t in texts]
+    ranking = sorted(range(600), key=lambda i: (-len(texts[i]), ties[i], i))
     kept, target = [], {}
     for i in ranking:
         close = (j for j in kept if (min(i, j), max(i, j)) in similar and (keys[i] == keys[j]).any())
@@ -235,7 +237,7 @@ def test_estimates_agree_with_datasketch_within_sampling_error():
     for _ in range(120):
         listed = [f"w{rng.randrange(5000)}" for _ in range(150)]
         texts = [" ".join(listed), edited(" ".join(listed), rng.choice((0.01, 0.03, 0.06, 0.1)), rng)]
-        a, b = signatures(ngram_hashes([words(t) for t in texts], 5))
+        a, b = signatures(ngram_hashes([normalise(t) for t in texts], 5))
         sketches = [datasketch.MinHash(num_perm=BANDS * ROWS) for _ in texts]
         for sketch, text in zip(sketches, texts):
             sketch.update_batch([" ".join(shingle).encode() for shingle in shingle_set(text)])
@@ -253,24 +255,24 @@ def test_estimates_agree_with_datasketch_within_sampling_error():
 def test_shingle_sets_and_similarity_against_python_sets():
     texts = [*random_texts(60, seed=4), "", "one", "one two", "a a a a a a a a a", "one two three four",
              "one two three four five"]
-    sets = ngram_hashes([words(t) for t in texts], 5)
+    sets = ngram_hashes([normalise(t) for t in texts], 5)
     truths = [shingle_set(t) if t else set() for t in texts]
     unique = [np.unique(s) for s in sets]
     assert [len(s) for s in unique] == [len(t) for t in truths]
     for i, j in itertools.combinations([i for i, t in enumerate(texts) if t], 2):
         assert jaccard(unique[i], unique[j]) == len(truths[i] & truths[j]) / len(truths[i] | truths[j])
-    alone = [ngram_hashes([words(t)], 5)[0] for t in texts]              # a batch changes nothing
+    alone = [ngram_hashes([normalise(t)], 5)[0] for t in texts]              # a batch changes nothing
     assert all(np.array_equal(a, b) for a, b in zip(sets, alone))
     assert np.array_equal(band_keys(sets), np.concatenate([band_keys([s]) for s in alone]))
 
 
-def test_words():
-    assert words("The  LAW,\r\n§ 5\t(a)") == ["the", "law,", "§", "5", "(a)"]
-    assert words("Straße Cafe\u0301") == words("STRASSE CAFÉ")
-    assert words("漢字とkana is") == ["漢", "字", "と", "kana", "is"]
-    assert words("漢\n字") == words("漢字")
-    assert words("กขค") == ["ก", "ข", "ค"]
-    assert words("a\ud800b") == ["a\ufffdb"]
+def test_normalise():
+    assert normalise("The  LAW,\r\n§ 5\t(a)") == "the law, § 5 (a)"
+    assert normalise("Straße Cafe\u0301") == normalise("STRASSE CAFÉ")
+    assert normalise("漢字とkana is") == "漢 字 と kana is"
+    assert normalise("漢\n字") == normalise("漢字")
+    assert normalise("กขค") == "ก ข ค"
+    assert normalise("a\ud800b") == "a\ufffdb"
 
 
 def test_scripts_without_spaces_are_compared_by_characters(tmp_path):
@@ -393,9 +395,9 @@ def test_stopped_at_any_commit_and_run_again_gives_the_same_bytes(tmp_path, monk
             break
         except KeyboardInterrupt:
             assert not (out / "dedup.json").exists()
-        for torn in list((out / ".work").glob("*.partial"))[:1]:
+        for torn in list((out / ".dedup").glob("*.partial"))[:1]:
             torn.write_bytes(b"torn")
-        for short in list((out / ".work").glob("*.bands"))[:stop % 2]:    # as after a power cut
+        for short in list((out / ".dedup").glob("*.bands"))[:stop % 2]:    # as after a power cut
             short.write_bytes(short.read_bytes()[:-8])
         calls[0] = 0
         dedup(files, out, against=[bench])
@@ -410,7 +412,7 @@ def test_an_input_that_changed_after_the_kill_is_read_again(tmp_path):
     (tmp_path / "2.jsonl").write_text('{"text": "a"}\n{')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         dedup([*files, tmp_path / "2.jsonl"], tmp_path / "out")
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / ".work").glob("*.units")}
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / ".dedup").glob("*.units")}
     assert len(made) == 3
     write_jsonl(tmp_path / "2.jsonl", records_of(texts[:5]))
     write_jsonl(files[1], records_of(texts)[:1])
@@ -435,7 +437,7 @@ def test_a_killed_run_leaves_no_process_and_is_completed_by_the_same_command(tmp
     files = [write_jsonl(tmp_path / f"{i}.jsonl", records_of(random_texts(1500, seed=i))) for i in range(3)]
     command = [sys.executable, str(ROOT / "dedup.py"), *files, "--workers", "2", "--out", str(tmp_path / "out")]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list((tmp_path / "out").glob(".work/*.json")):
+    while not list((tmp_path / "out").glob(".dedup/*.json")):
         assert run.poll() is None
         time.sleep(0.005)
     run.send_signal(signal.SIGKILL)
@@ -500,7 +502,8 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert "exists already" in no(good, "--out", tmp_path / "done")
     (tmp_path / "mine").mkdir()
     kept = write_jsonl(tmp_path / "mine" / "kept.jsonl", [{"text": "from clean.py"}])
-    assert "exists already" in no(kept, "--out", tmp_path / "mine")
+    assert "exists already" in no(good, "--out", tmp_path / "mine")
+    assert "would be overwritten" in no(kept, "--out", tmp_path / "mine", "--overwrite")
     assert Path(kept).exists()
 
 
