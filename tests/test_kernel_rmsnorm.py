@@ -1,7 +1,10 @@
 """RMSNorm's Triton kernels and the fused residual add. Truth: the float64 reference, itself checked against
 torch.nn.functional.rms_norm and finite differences. In the interpreter without a GPU, on the device with one."""
 
+import dataclasses
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +145,31 @@ def test_rows_of_many_programs_and_a_last_tile(monkeypatch):
     monkeypatch.setattr(module, "TILE", 8)
     for index, error, bound in compare(norm, (normal(21, 4), normal(4, seed=1)), 21):
         assert error <= bound, index
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
+def test_rows_behind_2_to_the_31(monkeypatch, tmp_path):
+    """Row 3,000,000 of 1,024 numbers; the same file with 32-bit offsets fails here."""
+    from triton.runtime import interpreter
+    from triton.runtime.errors import InterpreterError
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    number = type(builder).create_get_program_id
+
+    def far(axis):
+        handle = number(builder, axis)
+        handle.data = handle.data + handle.data.dtype.type(3_000_000)
+        return handle
+    monkeypatch.setattr(builder, "create_get_program_id", far)
+    text, x, y = Path(module.__file__).read_text(encoding="utf-8").replace("@op\n", ""), torch.ones(8), torch.zeros(8)
+
+    def launch(name, text):
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, tmp_path / f"{name}.py")
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        loaded.forward_kernel[(1,)](x, x, x, y, y, y, 8, 1024, 1e-5, ADD=True, ROWS=1, BLOCK=8)    # behind its 8 rows
+    launch("wide", text)
+    assert not y.any()
+    with pytest.raises(InterpreterError, match="int32 overflow"):
+        launch("narrow", text.replace(".to(tl.int64)", ""))
