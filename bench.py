@@ -19,6 +19,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ import parallel
 import tokenizer as tokenizers
 from config import ArgumentParser, main_guard
 from kernels import measure
-from kernels.attention import interval_mask
+from kernels.attention import BACKENDS, interval_mask
 from model import Model, ModelConfig, matmul_flops_per_token
 from objectives import Causal
 from optim import OptimConfig, make_optimizer
@@ -47,7 +48,7 @@ def machine() -> dict:
     cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.processor())
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                            cwd=Path(__file__).parent).stdout.strip()
+                            cwd=Path(__file__).parent).stdout.strip() if shutil.which("git") else ""
     return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), "commit": commit,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
@@ -383,7 +384,7 @@ def bench_train(args) -> list:
 
 def bench_kernels(args) -> list:
     if torch.cuda.is_available():
-        return kernel_times(args.tokens, args.seconds, Path(args.json).with_suffix(".png") if args.json else None)
+        return kernel_times(args)
     parallel.keep_freed_memory()                     # for both sides: else the page faults of each tensor are timed
     return static_rows() + cpu_rows(args.rounds) + logits_rows(args.rounds)
 
@@ -467,8 +468,9 @@ def logits_rows(steps: int) -> list:
                 "materialised logits")]
 
 
-def liger_peers() -> dict:
-    """{first word of a case's name: Liger-Kernel's op with our arguments}, empty where it is not installed."""
+def kernel_peers() -> dict:
+    """{first word of a case's name: {name: op with our arguments}} beyond PyTorch's own: what is installed."""
+    peers = {"attention": {"flex": BACKENDS["flex"]}}
     try:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
@@ -476,34 +478,36 @@ def liger_peers() -> dict:
         from liger_kernel.ops.rope import LigerRopeFunction
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
     except ImportError:
-        return {}
+        return peers
+    doubled = {}                                        # its layout of the angles, made once
 
     def rope(q, k, cos, sin):
-        cos, sin = (torch.cat([a, a], -1).to(q.dtype) for a in (cos, sin))
-        q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        if cos.data_ptr() not in doubled:
+            doubled[cos.data_ptr()] = [torch.cat([a, a], -1).to(q.dtype) for a in (cos, sin)]
+        q, k = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *doubled[cos.data_ptr()])
         return q.transpose(1, 2), k.transpose(1, 2)
-    return {"rmsnorm": lambda x, w, eps: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
-            "add_rmsnorm": lambda x, r, w, eps: LigerFusedAddRMSNormFunction.apply(x, r, w, eps, 0.0, "llama", False),
-            "rope": rope, "swiglu": LigerSiLUMulFunction.apply,
-            "cross_entropy": lambda x, w, y: LigerFusedLinearCrossEntropyFunction.apply(
-                x, w, y.long(), None, None, -100, 0.0, 0.0, "sum")[0]}
+    liger = {"rmsnorm": lambda x, w, eps: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False),
+             "add_rmsnorm": lambda x, r, w, eps: LigerFusedAddRMSNormFunction.apply(x, r, w, eps, 0.0, "llama", False),
+             "rope": rope, "swiglu": LigerSiLUMulFunction.apply,
+             "cross_entropy": lambda x, w, y: LigerFusedLinearCrossEntropyFunction.apply(
+                 x, w, y.long(), None, None, -100, 0.0, 0.0, "sum")[0]}
+    return peers | {name: {"liger": op} for name, op in liger.items()}
 
 
-def kernel_times(tokens: list[int], seconds: float, picture: Path | None) -> list:
-    """Every case of every kernel on this GPU; what the time does not suffice for is named."""
-    end, rows, liger, limits = time.monotonic() + seconds, [], liger_peers(), measure.device_limits()
-    rows = [row(name, name, value) for name, value in limits.items()]
-    todo = [(name, case, n) for n in tokens for name in measure.MODULES
+def kernel_times(args) -> list:
+    """Every case of every kernel on this GPU; what the time does not suffice for is named. The rows so far are on disk
+    after each case."""
+    end, peers, limits = time.monotonic() + args.seconds, kernel_peers(), measure.device_limits()
+    rows, found = [row(name, name, value) for name, value in limits.items()], []
+    todo = [(name, case, n) for n in args.tokens for name in measure.MODULES
             for case in importlib.import_module(f"kernels.{name}").cases()]
-    found = []
     for module, case, n in todo:
         if time.monotonic() > end:
             print(f"no time left for {case.name} at {n} tokens")
             rows.append({"name": f"{case.name} {n}", "unit": "ms", "ours": None, "peer": None, "peer_name": None,
-                         "ratio": None, "left_out": f"{seconds:.0f} seconds were up"})
+                         "ratio": None, "left_out": f"{args.seconds:.0f} seconds were up"})
             continue
-        other = liger.get(case.name.split()[0])
-        timed_rows = measure.time_case(case, n, limits, {"liger": other} if other else {})
+        timed_rows = measure.time_case(case, n, limits, peers.get(case.name.split()[0], {}))
         measure.print_times(timed_rows)
         found += timed_rows
         for t in timed_rows:
@@ -512,8 +516,9 @@ def kernel_times(tokens: list[int], seconds: float, picture: Path | None) -> lis
             rows.append({"name": f"{case.name} {n} {t['pass']}", "unit": "ms", "ours": ours, "peer": best[0],
                          "peer_name": best[1], "ratio": ours / best[0] if ours and best[0] else None,
                          "module": module, **t})
-    if picture:
-        plot_times(found, picture)
+        write(args, rows)
+    if args.json and found:
+        plot_times(found, Path(args.json).with_suffix(".png"))
     return rows
 
 
@@ -553,42 +558,47 @@ def bench_gpu(args) -> list:
     table gets what time is left."""
     if not torch.cuda.is_available():
         raise ValueError("bench.py gpu needs a CUDA device; bench.py kernels says what can be known without one")
-    end = time.monotonic() + 60 * args.minutes
-    rows, here = [], Path(__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        for size in ("8b", "1b"):
-            rows += stage(["step", "--size", size], Path(folder) / f"{size}.json", 90)
-        many = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
-        tests = subprocess.Popen([sys.executable, "-m", "pytest", "-m", "gpu or kernel", *many, "tests"], cwd=here,
-                                 text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        rows.append(test_row(tests, 60 * args.minutes / 3))
-        left = end - time.monotonic() - 20
-        rows += stage(["kernels", "--tokens", "8192", "--seconds", f"{left:.0f}"], Path(folder) / "kernels.json",
-                      left + 60)
+    end, rows, here = time.monotonic() + 60 * args.minutes, [], Path(__file__).parent
+    out = Path(args.json).with_suffix("") if args.json else Path("out/gpu")
+    out.mkdir(parents=True, exist_ok=True)
+    for size in ("8b", "1b"):
+        rows += stage(["step", "--size", size], out / f"{size}.json", 90)
+        write(args, rows)
+    many = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
+    files = [str(path) for path in [*sorted(here.glob("tests/test_kernel*.py")), here / "tests/test_generate.py"]]
+    tests = subprocess.Popen([sys.executable, "-m", "pytest", "-v", "-m", "gpu or kernel", *many, *files], cwd=here,
+                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    rows.append(test_row(tests, 60 * args.minutes / 3))
+    write(args, rows)
+    left = end - time.monotonic() - 45
+    rows += stage(["kernels", "--tokens", "8192", "--seconds", f"{left:.0f}"], out / "kernels.json", left + 40)
     return rows
 
 
 def stage(words: list[str], out: Path, limit: float) -> list:
-    """The rows of another bench.py command, or one row that says how it failed."""
+    """The rows of another bench.py command, those that it had written if it failed, and then a row that says how."""
+    out.unlink(missing_ok=True)
     try:
         done = subprocess.run([sys.executable, __file__, *words, "--json", str(out)], timeout=limit).returncode
     except subprocess.TimeoutExpired:
         done = f"{limit:.0f} seconds were up"
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
     if done == 0:
-        return json.loads(out.read_text(encoding="utf-8"))["rows"]
-    return [{"name": " ".join(words), "unit": "", "ours": None, "peer": None, "peer_name": None, "ratio": None,
-             "failed": f"exit status {done}" if isinstance(done, int) else done}]
+        return rows
+    return [*rows, {"name": " ".join(words), "unit": "", "ours": None, "peer": None, "peer_name": None, "ratio": None,
+                    "failed": f"exit status {done}" if isinstance(done, int) else done}]
 
 
 def test_row(process, limit: float) -> dict:
-    """pytest's counts, and its last lines where something failed."""
+    """How many tests had which outcome, also where the time was up, and the last lines where something failed."""
     try:
         out, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         process.kill()
         out, _ = process.communicate()
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", out.splitlines()[-1])}
-    made = row("gpu_tests", "passed", counts.get("passed", 0), counts=counts, exit_status=process.returncode)
+        out += f"\n{limit:.0f} seconds were up\n"
+    counts = {word.lower(): len(re.findall(rf"\b{word}\b", out)) for word in ("PASSED", "FAILED", "SKIPPED", "ERROR")}
+    made = row("gpu_tests", "passed", counts["passed"], counts=counts, exit_status=process.returncode)
     if process.returncode:
         print(out[-6000:])
         made["failed"] = out[-6000:]
@@ -597,7 +607,7 @@ def test_row(process, limit: float) -> dict:
 
 def bench_step(args) -> list:
     """A full training step on random tokens: forward, loss, backward, clipping, AdamW; ours, or transformers' with
-    torch's fused AdamW (bf16 moments) where the card holds it."""
+    torch's fused AdamW (bf16 moments); if the card does not hold that, it says so."""
     sizes, vocab, T, B = STEPS[args.size]
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -606,7 +616,14 @@ def bench_step(args) -> list:
     flops = matmul_flops_per_token(config, T) * B * T
     rate = measure.device_limits()["bf16_tflops"] if cuda else None
     rows, sides = [], ["ours"] if args.size == "8b" else ["ours", "transformers"]
-    found = {side: time_steps(side, args.size, config, B, T, device, args.steps) for side in sides}
+    found = {}
+    for side in sides:
+        try:
+            found[side] = time_steps(side, args.size, config, B, T, device, args.steps)
+        except (torch.cuda.OutOfMemoryError, ImportError) as error:          # of the peer: ours stand
+            if side == "ours":
+                raise
+            found[side] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     for name, unit in (("tokens_per_second", "tokens/s"), ("peak_bytes", "bytes")):
         peer = found.get("transformers", {}).get(name)
         rows.append(row(f"step_{args.size}_full_{name}", unit, found["ours"][name], peer, peer and "transformers"))
@@ -670,6 +687,15 @@ def time_steps(side, size, config, B, T, device, steps) -> dict:
             "parameters": sum(p.numel() for p in model.parameters())}
 
 
+def write(args, rows: list):
+    """The rows, and where they come from, into the file that --json names."""
+    if args.json:
+        result = {"machine": machine(), "command": [Path(word).name if "/" in word else word for word in sys.argv[1:]],
+                  "rows": rows}
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def default_text() -> str:
     paths = ["out/demo/general.jsonl", os.environ.get("NANOCPT_DATA", "") + "/corpora/wikitext2/wiki.test.raw"]
     return next((path for path in paths if Path(path).exists()), "")
@@ -710,12 +736,9 @@ def main():
         return worker(args)
     if args.command == "data" and not args.text:
         raise ValueError("no text to pack: give --text FILE, or run make demo first")
-    result = {"machine": machine(), "command": [Path(word).name if "/" in word else word for word in sys.argv[1:]],
-              "rows": {"data": bench_data, "train": bench_train, "kernels": bench_kernels, "gpu": bench_gpu,
-                       "step": bench_step}[args.command](args)}
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    commands = {"data": bench_data, "train": bench_train, "kernels": bench_kernels, "gpu": bench_gpu,
+                "step": bench_step}
+    write(args, commands[args.command](args))
     return 0
 
 

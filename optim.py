@@ -93,19 +93,28 @@ class AdamW8bit(torch.optim.Optimizer):
     def step(self, grad_scale=1.0):
         """grad_scale: what gradients are multiplied by on the way, a number or a device tensor of one element."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                self.state[p] = self.state[p] or self.begin(p)
-            if not params:
-                continue
-            step = int(self.state[params[0]]["step"]) + 1
-            states = []
-            for p in params:
-                self.state[p]["step"] = torch.tensor(float(step))
-                tensors = {name: local(x) for name, x in self.state[p].items() if name != "step"}
-                states.append(State(self.kind(p), **tensors))
-            adamw_([local(p) for p in params], [local(p.grad) for p in params], states, group["lr"], group["betas"],
-                   group["eps"], group["weight_decay"], step, grad_scale, self.table)
+            same = {}                                    # a parameter that thaws late is at a step of its own
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p] = self.state[p] or self.begin(p)
+                    same.setdefault(int(self.state[p]["step"]) + 1, []).append(p)
+            for step, params in same.items():
+                states = []
+                for p in params:
+                    self.state[p]["step"] = torch.tensor(float(step))
+                    tensors = {name: local(x) for name, x in self.state[p].items() if name != "step"}
+                    states.append(State(self.kind(p), **tensors))
+                adamw_([local(p) for p in params], [local(p.grad) for p in params], states, group["lr"],
+                       group["betas"], group["eps"], group["weight_decay"], step, grad_scale, self.table)
+
+    def load_state_dict(self, state_dict):
+        """As torch's, which would turn the codes into numbers of the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(numbers, [p for group in self.param_groups for p in group["params"]]):
+            if i in state_dict["state"]:
+                self.state[p] = {name: x.clone() if name == "step" else x.to(p.device, copy=True)
+                                 for name, x in state_dict["state"][i].items()}
 
 
 def local(x: torch.Tensor) -> torch.Tensor:

@@ -443,6 +443,8 @@ def adamw_(params: list, grads: list, states: list, lr: float, betas: tuple, eps
         check_dtype(param, state.kind)
         if not param.is_contiguous():
             raise ValueError(f"parameter {i} of shape {tuple(param.shape)} is not contiguous; adamw_ updates in place")
+        if grad.dtype not in TRITON_DTYPE and use_triton(param):
+            raise ValueError(f"gradient {i} is {grad.dtype}; the kernel takes fp32, bf16 and fp16")
         if grad.shape != param.shape or state.m.shape != param.shape:
             raise ValueError(f"parameter {i} is {tuple(param.shape)}, its gradient {tuple(grad.shape)}, its state "
                              f"{tuple(state.m.shape)}; they must agree")
@@ -524,7 +526,7 @@ def case(name, dtype, kinds, bytes_moved, own=None) -> Case:
         params = layer(device, dtype)
         return params, layer(device, dtype), [init_state(p, kinds[p.ndim == 1]) for p in params]
     return Case(name, op, inputs, lambda tokens: (int(bytes_moved * numel()), 0), torch=own,
-                compiled="")
+                bars=())
 
 
 def numel() -> int:
@@ -548,7 +550,7 @@ def cases() -> list[Case]:
             case("adamw int8+ecc", torch.bfloat16, ("int8+ecc", "fp32+ecc"), 12.375),
             case("adamw int8+sr", torch.bfloat16, ("int8+sr", "fp32+sr"), 10.375),
             Case("grad_norm", grad_norm, norm_inputs, lambda tokens: (2 * numel(), 0),
-                 torch=torch.nn.utils.get_total_norm, compiled="")]
+                 torch=torch.nn.utils.get_total_norm, bars=())]
 
 
 if __name__ == "__main__":

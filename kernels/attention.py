@@ -176,10 +176,15 @@ def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start
     aligned with the last key. window: a query sees as many keys up to its own (causal=False: to both sides).
     doc_start [B, T] (S == T): for each position, where in its row its document begins; None: a row is one document.
     """
-    (_, T, H, _), (_, S, K, _) = q.shape, k.shape
-    if H % max(1, K) or S < T or (doc_start is not None and S != T):
-        raise ValueError(f"attention of q {tuple(q.shape)} and k {tuple(k.shape)}: heads must be a multiple of "
-                         "key-value heads, keys at least as many as queries, with doc_start exactly as many")
+    (B, T, H, d), (_, S, K, _) = q.shape, k.shape
+    if H % max(1, K) or S < T or k.shape != (B, S, K, d) or v.shape != k.shape:
+        raise ValueError(f"attention of q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}: heads must be a "
+                         "multiple of key-value heads, keys at least as many as queries, all else equal")
+    if doc_start is not None and (S != T or doc_start.shape != (B, T)):
+        raise ValueError(f"attention of {S} keys to q {tuple(q.shape)} with doc_start {tuple(doc_start.shape)}: it "
+                         "says of each query's position where its document begins, and there must be as many keys")
+    if window is not None and window < 1:
+        raise ValueError(f"attention with a window of {window}: a query sees at least itself, say 1 or more or None")
     if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
@@ -219,7 +224,7 @@ def case(name, H, K, d, causal=True, window=None, length=None, past=0) -> Case:
         products = 2 * H * d * pairs(tokens, causal, window, length or tokens)
         return 2 * products, 5 * products
     own = sdpa if window is None and length is None else varlen
-    return Case(f"attention {name}", attention, inputs, traffic, work, torch=own, compiled="")
+    return Case(f"attention {name}", attention, inputs, traffic, work, torch=own, bars=())
 
 
 def examples() -> list[Case]:

@@ -145,8 +145,9 @@ class Case:
 
     inputs(device, dtype, tokens) -> the arguments of `op`; those that require gradients get them.
     traffic, work: of the tokens, the bytes (bf16) an ideal forward and an ideal backward pass move, and the
-    floating-point operations they need. torch: PyTorch's own op for the same, with the same arguments. compiled: what
-    torch.compile is given as the bar, the `reference`, the plain way under `torch`, or nothing.
+    floating-point operations they need. torch: PyTorch's own op for the same, with the same arguments. bars: what else
+    is timed beside it on a GPU: `reference`, `compiled` (torch.compile of the reference), `compiled torch`. References
+    that work in pieces of a CPU's cache take tens of thousands of launches there and are not.
     """
     name: str
     op: Callable
@@ -154,5 +155,5 @@ class Case:
     traffic: Callable = lambda tokens: (0, 0)
     work: Callable = lambda tokens: (0, 0)
     torch: Callable | None = None
-    compiled: str = "reference"
+    bars: tuple = ("reference", "compiled")
     one_shot: bool = False        # keeps its gradients for one backward pass: only forward + backward can be timed

@@ -360,7 +360,8 @@ def case(name, D, V, frozen=False, ignored=False, **options) -> Case:
     matrix = 2 * V * D
     return Case(name, lambda *given: linear_cross_entropy(*given, **options)[0], inputs,
                 lambda tokens: (4 * tokens * D + matrix * (1 if frozen else 2), 0),
-                lambda tokens: (tokens * matrix * (2 if frozen else 3), 0), own, compiled="torch", one_shot=True)
+                lambda tokens: (tokens * matrix * (2 if frozen else 3), 0), own,
+                bars=("compiled torch",), one_shot=True)
 
 
 def examples() -> list[Case]:

@@ -199,7 +199,7 @@ def case(name, D, teacher_D, V, frozen=False, ignored=False, **options) -> Case:
     return Case(name, lambda *given: linear_kl(*given, **options)[0], inputs,
                 lambda tokens: (tokens * (4 * D + 2 * teacher_D) + 2 * V * ((1 if frozen else 2) * D + teacher_D), 0),
                 lambda tokens: (2 * tokens * V * ((2 if frozen else 3) * D + teacher_D), 0), own,
-                compiled="torch", one_shot=True)
+                bars=("compiled torch",), one_shot=True)
 
 
 def examples() -> list[Case]:

@@ -175,7 +175,7 @@ def case(name, width, *outs, rank=RANK) -> Case:
     def work(tokens):
         adapters = rank * (width * len(outs) + sum(outs))
         return 2 * tokens * (width * sum(outs) + adapters), 2 * tokens * (width * sum(outs) + 2 * adapters)
-    return Case(f"lora {name}", ours, inputs, traffic, work, plain_torch, compiled="torch")
+    return Case(f"lora {name}", ours, inputs, traffic, work, plain_torch, bars=("compiled torch",))
 
 
 def examples() -> list[Case]:

@@ -20,9 +20,13 @@ import torch
 
 from kernels import backend
 
-MODULES = ("rmsnorm", "rope", "swiglu", "cross_entropy", "linear_kl", "attention", "lora", "nf4", "adamw",
-           "grouped_mm")
+MODULES = ("attention", "cross_entropy", "rmsnorm", "rope", "swiglu", "linear_kl", "adamw", "nf4", "grouped_mm",
+           "lora")
 ARCHITECTURES = (80, 90, 100)
+# loads of single numbers that are meant, where more than 8: row numbers and log-sum-exps, levels of a table, the masked
+# tails of tensors
+NARROW = {"dkdv_kernel": 10, "dq_kernel": 18, "dequantise_kernel": 36, "quantise_kernel": 15, "adamw_kernel": 56,
+          "squares_kernel": 12}
 # of one multiprocessor: registers, threads, blocks, bytes of shared memory in all and for one block
 LIMITS = {80: (65536, 2048, 32, 164 * 1024, 163 * 1024), 90: (65536, 2048, 32, 228 * 1024, 227 * 1024),
           100: (65536, 2048, 32, 228 * 1024, 227 * 1024)}
@@ -32,9 +36,7 @@ LIMITS = {80: (65536, 2048, 32, 164 * 1024, 163 * 1024), 90: (65536, 2048, 32, 2
 
 def run(op, inputs, upstream=None):
     """-> [differentiable outputs..., gradients of the inputs that require them], upstream gradients."""
-    outputs = op(*inputs)
-    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,))
-               if isinstance(y, torch.Tensor) and y.requires_grad]
+    outputs = differentiable(op(*inputs))
     wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     if upstream is None:                          # the same numbers in every run
         upstream = [torch.empty_like(y) if y.is_meta else torch.randn(
@@ -42,6 +44,12 @@ def run(op, inputs, upstream=None):
             for i, y in enumerate(outputs)]
     gradients = torch.autograd.grad(outputs, wanted, upstream) if wanted else ()
     return [y.detach() for y in outputs] + list(gradients), upstream
+
+
+def differentiable(outputs) -> list:
+    """The tensors among an op's outputs through which gradients flow."""
+    return [y for y in (outputs if isinstance(outputs, tuple) else (outputs,))
+            if isinstance(y, torch.Tensor) and y.requires_grad]
 
 
 def in_dtype(inputs, dtype):
@@ -181,10 +189,12 @@ def faults(row: dict) -> list[str]:
         bad.append(f"computes in fp64 ({row['fp64']} instructions)")
     if memory_bound and not row["wide_loads"]:
         bad.append("loads nothing in vectors")
+    if row["narrow_loads"] > NARROW.get(row["kernel"], 8):
+        bad.append(f"has {row['narrow_loads']} loads of single numbers, {NARROW.get(row['kernel'], 8)} are meant")
     if memory_bound and row["occupancy"] < 0.25:
         bad.append(f"fills {row['occupancy']:.0%} of the threads, too few to hide the memory's latency")
-    if row["arch"] == "sm_90" and not memory_bound and not row["wgmma"]:
-        bad.append("multiplies without wgmma")
+    if row["arch"] == "sm_90" and row["wgmma"] < row["tensor_core"]:
+        bad.append(f"makes {row['tensor_core'] - row['wgmma']} of its products without wgmma")
     return bad
 
 
@@ -208,18 +218,19 @@ def device_limits() -> dict:
 
 
 def providers(case, peers: dict) -> dict:
-    """{name: op} of what is timed beside each other; names the backend that an op of ours is run with."""
-    found = {"triton": case.op, "reference": case.op} | ({"torch": case.torch} if case.torch else {}) | peers
-    if case.compiled:
-        found["compiled"] = torch.compile(case.op if case.compiled == "reference" else case.torch, dynamic=False)
-    return found
+    """{name: op} of what is timed beside each other."""
+    made = {"reference": lambda: case.op, "compiled": lambda: torch.compile(case.op, dynamic=False),
+            "compiled torch": lambda: torch.compile(case.torch, dynamic=False)}
+    own = {"torch": case.torch} if case.torch else {}
+    return {"triton": case.op} | {name: made[name]() for name in case.bars} | own | peers
 
 
 def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> list[dict]:
     """Milliseconds of each provider's passes on the GPU, in turn: medians over `rounds` of do_bench's medians.
 
     A row a pass: what an ideal device needs by case.traffic and case.work at this device's own limits, over what ours
-    needed, is `share`. A provider that fails stands in `failed` with its message.
+    needed, is `share`. A provider that fails stands in `failed` with its message. Each has inputs of its own, because
+    some peers write into theirs.
     """
     from torch._functorch import config as functorch_config
     from triton.testing import do_bench
@@ -227,13 +238,15 @@ def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> 
     torch._dynamo.reset()                         # cases share their op: a ninth shape would not be compiled any more
     torch.manual_seed(0)
     inputs = case.inputs("cuda", torch.bfloat16, tokens)
-    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-    passes = ["step"] if case.one_shot else ["forward", "backward"] if wanted else ["forward"]
+    trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    passes = ["step"] if case.one_shot else ["forward", "backward"] if trained else ["forward"]
     calls, memory, failed = {}, {}, {}
     for name, op in providers(case, peers).items():
+        own = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+               for x in inputs]
         try:
             with backend.using("triton" if name == "triton" else "reference"):
-                calls[name], memory[name] = prepare(op, inputs, wanted, passes)
+                calls[name], memory[name] = prepare(op, own, passes)
         except Exception as error:                # a peer's failure must not cost the others their figures
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     rows = []
@@ -254,7 +267,7 @@ def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> 
     return rows
 
 
-def prepare(op, inputs, wanted, passes):
+def prepare(op, inputs, passes):
     """-> {pass: what to time}, bytes that a forward and backward pass hold at most beside their inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -264,10 +277,12 @@ def prepare(op, inputs, wanted, passes):
     peak = torch.cuda.max_memory_allocated() - before
     if passes == ["step"]:
         return {"step": lambda: run(op, inputs, upstream)}, peak
-    outputs = op(*inputs)
-    outputs = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
-    return {"forward": lambda: op(*inputs),
-            "backward": lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)}, peak
+    calls = {"forward": lambda: op(*inputs)}
+    if "backward" in passes:
+        outputs, wanted = differentiable(op(*inputs)), [x for x in inputs
+                                                        if isinstance(x, torch.Tensor) and x.requires_grad]
+        calls["backward"] = lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
+    return calls, peak
 
 
 def print_times(rows):

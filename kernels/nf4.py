@@ -285,14 +285,14 @@ def case(*shape) -> Case:
     shape, N = torch.Size(shape), torch.Size(shape).numel()
     return Case(f"nf4 dequantise {' x '.join(map(str, shape))}", dequantise,
                 lambda device, dtype, tokens: (random_nf4(shape, device), dtype),
-                lambda tokens: (N // 2 + N // BLOCK + N // BLOCK // BLOCK2 * 4 + 2 * N, 0), compiled="")
+                lambda tokens: (N // 2 + N // BLOCK + N // BLOCK // BLOCK2 * 4 + 2 * N, 0), bars=())
 
 
 def quantise_case(*shape) -> Case:
     N = torch.Size(shape).numel()
     return Case(f"nf4 quantise {' x '.join(map(str, shape))}", quantise,
                 lambda device, dtype, tokens: (torch.randn(shape, device=device, dtype=dtype),),
-                lambda tokens: (2 * N + N // 2 + N // BLOCK * 4, 0), compiled="")
+                lambda tokens: (2 * N + N // 2 + N // BLOCK * 4, 0), bars=())
 
 
 def example(*shape) -> Case:

@@ -156,13 +156,21 @@ class Kernel(torch.autograd.Function):
 
 # ---- public ops
 
+def check_shapes(x, residual, weight):
+    if weight.shape != x.shape[-1:] or not x.shape[-1] or residual.shape != x.shape:
+        raise ValueError(f"rmsnorm of x {tuple(x.shape)} and residual {tuple(residual.shape)} with weight "
+                         f"{tuple(weight.shape)}: x and residual must agree, the weight be as long as their rows")
+
+
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., D], weight [D] -> [..., D] in x's dtype."""
+    check_shapes(x, x, weight)
     return (Kernel if use_triton(x) else Reference).apply(x, None, weight, eps)
 
 
 def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
     """x, residual [..., D], weight [D] -> rmsnorm(x + residual), x + residual, both in the wider dtype of the two."""
+    check_shapes(x, residual, weight)
     return (Kernel if use_triton(x) else Reference).apply(x, residual, weight, eps)
 
 

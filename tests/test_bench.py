@@ -85,6 +85,7 @@ def test_stages_keep_what_others_found(tmp_path, monkeypatch, capsys):
     """The suite goes on when a stage fails, runs out of time or leaves failing tests behind."""
     def run(words, timeout):
         if "1b" in words:
+            Path(words[-1]).write_text(json.dumps({"rows": [{"name": "half"}]}))         # what it had found by then
             raise subprocess.TimeoutExpired(words, timeout)
         if "kernels" in words:
             assert 300 < float(words[words.index("--seconds") + 1]) < 480
@@ -92,15 +93,16 @@ def test_stages_keep_what_others_found(tmp_path, monkeypatch, capsys):
             return types.SimpleNamespace(returncode=0)
         return types.SimpleNamespace(returncode=3)
 
-    tests = types.SimpleNamespace(returncode=1, communicate=lambda timeout: ("F.\n1 failed, 22 passed in 3s\n", None))
+    tests = types.SimpleNamespace(returncode=1, communicate=lambda timeout: ("a PASSED\nb FAILED\nc PASSED\n", None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "machine", dict)
     monkeypatch.setattr(bench, "subprocess", types.SimpleNamespace(
         run=run, Popen=lambda *a, **k: tests, TimeoutExpired=subprocess.TimeoutExpired, PIPE=-1, STDOUT=-2))
-    rows = bench.bench_gpu(types.SimpleNamespace(minutes=8))
+    rows = bench.bench_gpu(types.SimpleNamespace(minutes=8, json=str(tmp_path / "gpu.json")))
     assert [(r["name"], r.get("failed", "")[:12]) for r in rows] == [
-        ("step --size 8b", "exit status "), ("step --size 1b", "90 seconds w"), ("gpu_tests", "F.\n1 failed,"),
-        ("found", "")]
-    assert rows[2]["counts"] == {"failed": 1, "passed": 22}
+        ("step --size 8b", "exit status "), ("half", ""), ("step --size 1b", "90 seconds w"),
+        ("gpu_tests", "a PASSED\nb F"), ("found", "")]
+    assert rows[3]["counts"] == {"passed": 2, "failed": 1, "skipped": 0, "error": 0}
 
 
 def test_the_kernel_table_and_its_picture(tmp_path, monkeypatch, capsys):
@@ -113,11 +115,13 @@ def test_the_kernel_table_and_its_picture(tmp_path, monkeypatch, capsys):
                  "floor_ms": 1.0, "share": 0.5, "failed": {}, "spread": {}, "peak_bytes": {}}]
     monkeypatch.setattr(measure, "device_limits", lambda: {"copy_gb_per_second": 3000.0, "bf16_tflops": 700.0})
     monkeypatch.setattr(measure, "time_case", timed)
-    rows = bench.kernel_times([64], 0.01, tmp_path / "deep" / "picture.png")
+    args = types.SimpleNamespace(tokens=[64], seconds=0.01, json=str(tmp_path / "deep" / "table.json"))
+    rows = bench.kernel_times(args)
     assert [r["name"] for r in rows[:2]] == ["copy_gb_per_second", "bf16_tflops"]
     assert (rows[2]["ours"], rows[2]["peer"], rows[2]["peer_name"], rows[2]["ratio"]) == (2.0, 4.0, "torch", 0.5)
     assert "seconds were up" in rows[-1]["left_out"]
-    assert (tmp_path / "deep" / "picture.png").stat().st_size > 1000
+    assert (tmp_path / "deep" / "table.png").stat().st_size > 1000
+    assert 2 < len(json.loads((tmp_path / "deep" / "table.json").read_text())["rows"]) <= len(rows)
 
 
 def test_cpu_paths_compute_what_the_plain_way_computes():
@@ -127,3 +131,34 @@ def test_cpu_paths_compute_what_the_plain_way_computes():
         for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (a, b))):
             x, y = (x.transpose(1, 2), y) if name == "cpu_attention_documents" else (x, y)
             assert torch.allclose(x, y, rtol=1e-4, atol=1e-4), name
+
+
+def test_a_peer_that_does_not_fit_leaves_our_figures(tmp_path, monkeypatch, capsys):
+    real = bench.time_steps
+
+    def steps(side, *more):
+        if side != "ours":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.\nand more")
+        return real(side, *more)
+    monkeypatch.setattr(bench, "time_steps", steps)
+    rows = bench.bench_step(types.SimpleNamespace(size="tiny", steps=2))
+    assert rows[0]["ours"] > 0
+    assert rows[0]["peer"] is None
+    assert rows[0]["sides"]["transformers"] == {"failed": "OutOfMemoryError: CUDA out of memory."}
+
+
+def test_tests_that_take_too_long_are_counted_as_far_as_they_came(capsys):
+    class Slow:
+        returncode, calls = -9, 0
+
+        def communicate(self, timeout=None):
+            self.calls += 1
+            if self.calls == 1:
+                raise subprocess.TimeoutExpired("pytest", timeout)
+            return "", None
+
+        def kill(self):
+            pass
+    made = bench.test_row(Slow(), 5)
+    assert made["counts"]["passed"] == 0
+    assert "5 seconds were up" in made["failed"]

@@ -393,7 +393,7 @@ def test_users_mistakes(monkeypatch):
         attention(q, *(x.expand(-1, -1, 3, -1) for x in (k, v)))
     with pytest.raises(ValueError, match="as many as queries"):
         attention(q, k[:, :30], v[:, :30])
-    with pytest.raises(ValueError, match="exactly as many"):
+    with pytest.raises(ValueError, match="must be as many keys"):
         attention(q[:, :30], k, v, doc_start=documents([[30]]))
     with pytest.raises(ValueError, match="one dtype"):
         attention(q, k.half(), v)
@@ -401,3 +401,13 @@ def test_users_mistakes(monkeypatch):
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="no backward pass on a CPU"):
             attention(q, k, v)
+
+
+def test_arguments_that_do_not_fit():
+    q, k, v = qkv(B=2, T=7)
+    start = torch.zeros(2, 7, dtype=torch.int32, device=DEVICE)
+    for change, word in (({"v": v[:, :5]}, "v"), ({"v": v[..., :4]}, "v"), ({"k": k[:1]}, "k"),
+                         ({"window": 0}, "window"), ({"window": -3}, "window"), ({"doc_start": start[:1]}, "doc_start"),
+                         ({"doc_start": start[:, :3]}, "doc_start")):
+        with pytest.raises(ValueError, match=word):
+            attention(**{"q": q, "k": k, "v": v, **change})

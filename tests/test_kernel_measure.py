@@ -59,7 +59,9 @@ def kernels_of(name):
 
 
 def test_products_run_on_tensor_cores_and_the_rest_loads_in_vectors(compiled):
-    assert any(row["wgmma"] for row in compiled if row["arch"] == "sm_90")
+    hopper = [row for row in compiled if row["arch"] == "sm_90" and row["tensor_core"]]
+    assert hopper
+    assert all(row["wgmma"] == row["tensor_core"] for row in hopper)
     assert not any(row["wgmma"] for row in compiled if row["arch"] == "sm_80")       # the count reads what it says
     assert all(row["tensor_core"] or row["wide_loads"] for row in compiled)
     assert all(0 < row["registers"] <= 255 and 0 < row["occupancy"] <= 1 for row in compiled)
@@ -79,7 +81,8 @@ def test_each_planted_fault_is_found():
 def test_the_benchmark_without_a_gpu_writes_the_promised_rows(tmp_path, monkeypatch):
     import bench
     made = [{"module": "m", "case": c, "kernel": "k", "arch": "sm_80", "registers": r, "spill_bytes": 0, "warps": 4,
-             "shared_bytes": 9, "occupancy": 0.5, "wide_loads": 1, "tensor_core": 0, "wgmma": 0, "fp64": 0}
+             "shared_bytes": 9, "occupancy": 0.5, "wide_loads": 1, "narrow_loads": 0, "tensor_core": 0, "wgmma": 0,
+             "fp64": 0}
             for c, r in (("one", 20), ("two", 30))]
     monkeypatch.setattr(measure, "compile_all", lambda: made)
     rows = bench.static_rows()
@@ -193,12 +196,15 @@ def test_a_timed_row_names_the_share_of_the_limit_and_who_failed(monkeypatch):
     forward, backward = measure.time_case(case, 5, limits, {"theirs": breaks})
     assert (forward["pass"], backward["pass"]) == ("forward", "backward")
     # three rounds over four providers in turn: the first is timed as 1, 5 and 9 ms, then as 13, 17 and 21
-    assert forward["ms"] == {"triton": 5.0, "reference": 6.0, "torch": 7.0, "compiled": 8.0}
+    assert forward["ms"] == {"triton": 5.0, "reference": 6.0, "compiled": 7.0, "torch": 8.0}
     assert forward["floor_ms"] == pytest.approx(2.0)
     assert forward["share"] == pytest.approx(2.0 / 5.0)
     assert backward["ms"]["triton"] == 17.0
     assert backward["share"] == pytest.approx(4.0 / 17.0)
     assert forward["failed"] == {"theirs": "RuntimeError: no such kernel"}
+    in_place, = measure.time_case(Case("in place", lambda x: None, lambda *given: (torch.ones(3),)), 5, limits, {})
+    assert in_place["pass"] == "forward"
+    assert in_place["ms"].keys() == {"triton", "reference", "compiled"}
     once, = measure.time_case(Case("once", torch.mul, inputs, one_shot=True, work=lambda n: (1e9, 2e9)), 5, limits, {})
     assert once["pass"] == "step"
     assert once["floor_ms"] == pytest.approx(3.0)

@@ -63,6 +63,23 @@ def test_wider_residual_stream():
     assert (x.grad.dtype, r.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_norm_is_of_what_the_stream_keeps(dtype):
+    """Not of the sum before it was rounded: the norm of the stream alone gives the same bits."""
+    x, r, w = normal(5, 130, dtype=dtype), normal(5, 130, dtype=dtype, seed=1), normal(130, dtype=dtype, seed=2)
+    with backend.using("triton"):
+        y, s = added(x, r, w)
+        assert torch.equal(y, norm(s, w))
+
+
+def test_shapes_that_do_not_fit():
+    x, w = normal(4, 8), normal(8)
+    for wrong in (lambda: norm(x, normal(16)), lambda: norm(x, normal(1)), lambda: added(x, normal(1, 8), w),
+                  lambda: norm(normal(4, 0), normal(0))):
+        with pytest.raises(ValueError, match="must agree"):
+            wrong()
+
+
 def test_strides_and_expanded_gradients_and_untouched_inputs():
     x = normal(40, 6).T[1:4].detach().requires_grad_()              # rows with gaps, columns 6 apart
     w = normal(80, seed=1)[::2].detach().requires_grad_()

@@ -118,20 +118,63 @@ def test_8_bit_adamw_stays_near_the_exact_one():
     assert (state["step"].item(), state["m"].dtype, state["v"].dtype) == (60, torch.int8, torch.uint8)
 
 
-def test_8_bit_adamw_scales_gradients_on_the_way():
+def eight_bit(*shapes, dtype=torch.bfloat16, **settings):
+    """Random parameters and their optimizer."""
     torch.manual_seed(0)
-    weights = torch.randn(8, 32, dtype=torch.bfloat16)
+    net = torch.nn.ParameterList(torch.randn(shape).to(dtype) for shape in shapes)
+    return list(net), make_optimizer(net, OptimConfig(name="adamw_8bit", lr=1e-2, **settings))
+
+
+def test_8_bit_adamw_scales_gradients_on_the_way():
+    """AdamW's first step is blind to the gradient's size; its moments are not."""
     results = []
     for factor, scale in ((1.0, 0.25), (0.25, 1.0)):
-        net = torch.nn.Linear(32, 8, bias=False, dtype=torch.bfloat16)
-        net.weight.data.copy_(weights)
-        optimizer = make_optimizer(net, OptimConfig(name="adamw_8bit", lr=1e-2))
-        net.weight.grad = torch.ones_like(net.weight) * factor
+        (p,), optimizer = eight_bit((8, 32))
+        p.grad = torch.ones_like(p) * factor
         optimizer.step(grad_scale=scale)
-        results.append((net.weight.detach().clone(), optimizer.state[net.weight]["ecc"]))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+        results.append([p.detach().clone(), *(optimizer.state[p][name] for name in ("ecc", "m_scale", "v_scale"))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert results[0][2].unique().tolist() == pytest.approx([0.25 * 0.1], rel=2**-7)     # (1 - beta1) g
     assert results[0][1].any()
+
+
+def test_8_bit_adamw_decays_matrices_only():
+    (matrix, vector), optimizer = eight_bit((8, 32), (32,), dtype=torch.float32, weight_decay=0.5)
+    before = [p.detach().clone() for p in (matrix, vector)]
+    for p in (matrix, vector):
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(matrix.detach(), before[0] * (1 - 1e-2 * 0.5))
+    assert torch.equal(vector, before[1])
+
+
+def test_8_bit_adamw_counts_the_steps_of_each_parameter():
+    """One that gets gradients late begins at its first step, and the others go on."""
+    (late, early), optimizer = eight_bit((4, 32), (4, 32), dtype=torch.float32, weight_decay=0.0)
+    for _ in range(5):
+        early.grad = torch.ones_like(early)
+        optimizer.step()
+    late.grad, before = torch.ones_like(late), [p.detach().clone() for p in (late, early)]
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in (late, early)] == [1, 6]
+    for p, old in zip((late, early), before):                     # a constant gradient moves each by the rate
+        torch.testing.assert_close(old - p.detach(), torch.full_like(old, 1e-2), rtol=0.02, atol=0)
+
+
+def test_8_bit_adamw_goes_on_from_its_own_state_dict():
+    (p,), optimizer = eight_bit((8, 32))
+    (q,), other = eight_bit((8, 32))
+    for t in range(4):
+        p.grad = torch.randn(8, 32, generator=torch.Generator().manual_seed(t)).bfloat16()
+        if t == 2:
+            other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            q.data.copy_(p)
+        optimizer.step()
+        if t >= 2:
+            q.grad = p.grad.clone()
+            other.step()
+    assert torch.equal(p, q)
+    assert all(torch.equal(optimizer.state[p][name], other.state[q][name]) for name in optimizer.state[p])
 
 
 def test_loss_scale():
