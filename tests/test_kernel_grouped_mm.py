@@ -197,3 +197,14 @@ def test_offsets_beyond_int32(overflow_is_an_error, monkeypatch, tmp_path):
     import narrow_grouped_mm
     with pytest.raises(Exception, match="int32 overflow"):
         far_products(narrow_grouped_mm)
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_offsets_beyond_the_rows_count_as_all_rows(name):
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 8, device=DEVICE), torch.randn(2, 6, 8, device=DEVICE)
+    ends = [torch.tensor([2, end], dtype=torch.int32, device=DEVICE) for end in (5, 1000)]
+    with backend.using(name):
+        assert torch.equal(grouped_mm(x, weight, ends[0]), grouped_mm(x, weight, ends[1]))
+        with pytest.raises(ValueError, match="E at least 1"):
+            grouped_mm(x, weight[:0], ends[0][:0])
