@@ -69,9 +69,8 @@ def test_products_run_on_tensor_cores_and_the_rest_loads_in_vectors(compiled):
 
 def test_each_planted_fault_is_found():
     found = answer(outside("tests/broken_kernels.py"))
-    words = {"sound copy": "", "sound product": "", "fp64": "fp64", "narrow": "vectors", "half narrow": "single numbers",
-             "spills": "spills",
-             "shared": "shared memory", "few threads": "fills"}
+    words = {"sound copy": "", "sound product": "", "fp64": "fp64", "narrow": "vectors",
+             "half narrow": "single numbers", "spills": "spills", "shared": "shared memory", "few threads": "fills"}
     for name, word in words.items():
         for architecture, faults in found[name].items():
             assert bool(faults) == bool(word), (name, architecture, faults)
