@@ -1,8 +1,11 @@
 """Text -> token shards -> batches. A batch is a pure function of (seed, step) and the shards' manifests.
 
     python data.py pack --tokenizer DIR_OR_FILE --out shards/legal legal.txt --documents blank
+    python data.py pack --buckets 10 --score quality --tokenizer DIR_OR_FILE --out shards/legal kept.jsonl
     python data.py verify shards/legal
     python data.py info shards/legal
+    python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
+    python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl --domain-ratio 0.7
 
 One source is one folder:
 
@@ -12,30 +15,37 @@ One source is one folder:
     train_000000.bytes  uint32, UTF-8 bytes of each document's text, so that bits per byte are exact
     heldout_000000.*    documents whose text hash falls in the held-out share; never trained on
 
+or, packed by a score, a folder of such folders in the order in which a curriculum reads them, and buckets.json.
+
 B sequences a step, T tokens of context, L tokens of a source.
 """
 
 import bisect
+import contextlib
+import dataclasses
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import ArgumentParser, main_guard, write_json
+import mixture
+from config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
+from mixture import Bucket, DataConfig, LengthConfig, SourceConfig
 
 HEADER_BYTES = 1024
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}       # llm.c's magic and version by token size
@@ -43,6 +53,13 @@ OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1          # "nCPT"
 ORDER_VERSION = 1                                  # raise it when the same seed gives another order
 IGNORE = -100
 SPLITS = ("train", "heldout")
+MIX_HELP = """Show what a recipe draws when, as a table and a picture; --data.* and --train.* settings come last:
+
+    python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
+
+or write a mixed JSONL for other tools, each record with its source_type:
+
+    python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl --domain-ratio 0.7"""
 NOT_TEXT = (".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".pdf", ".docx", ".zip")
 
 
@@ -55,12 +72,20 @@ def read_documents(path: str, documents: str = "blank", separator: str | None = 
     .jsonl[.gz|.zst] and .parquet: one record a document, its text under `column`. Anything else is text: one document
     per line, per block between blank lines, or per file; or between `separator` strings.
     """
+    for _, record in read_records(path, documents, separator, column, config, split, only=[column]):
+        yield record[column]
+
+
+def read_records(path: str, documents: str = "blank", separator: str | None = None, column: str = "text",
+                 config: str | None = None, split: str = "train", only: list | None = None):
+    """Yield (where it stands, record) for each document; the record has a string under `column` and, unless a parquet
+    file is to give `only` some columns, all else that the file says of it."""
     if path.startswith("hf://"):
         from datasets import load_dataset
         name, _, revision = path.removeprefix("hf://").partition("@")
         try:
             rows = load_dataset(name, config, split=split, streaming=True, revision=revision or None)
-            yield from _texts(((f"{path} record {i}", row) for i, row in enumerate(rows, 1)), column)
+            yield from _with_text(((f"{path} record {i}", row) for i, row in enumerate(rows, 1)), column)
         except OSError as error:               # no such dataset, no network: not to be taken for a full disk
             raise ValueError(f"{path} cannot be read from the Hub: {str(error).splitlines()[0]}") from None
         return
@@ -72,23 +97,27 @@ def read_documents(path: str, documents: str = "blank", separator: str | None = 
     stem = re.sub(r"\.(gz|zst)$", "", path)
     try:
         if stem.endswith(".parquet"):
-            yield from _texts(_parquet_records(path, column), column)
+            yield from _with_text(_parquet_records(path, column, only), column)
         elif stem.endswith((".jsonl", ".ndjson")):
-            yield from _texts(_json_records(path), column)
+            yield from _with_text(_json_records(path), column)
         else:
-            yield from _text_documents(path, documents, separator)
+            yield from ((path, {column: text}) for text in _text_documents(path, documents, separator))
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:       # none of which names the file
         raise ValueError(f"input file {path} cannot be read as UTF-8 text: {error}; convert it or fetch it again"
                          ) from None
 
 
-def _texts(records, column):
+def _with_text(records, column):
     for where, record in records:
         text = record.get(column) if isinstance(record, dict) else None
         if not isinstance(text, str):
             known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise ValueError(f"{where} has no text under {column!r} (it has: {known}); name the column with --column")
-        yield text
+        yield where, record
+
+
+def _texts(records, column):
+    return (record[column] for _, record in _with_text(records, column))
 
 
 def _json_records(path):
@@ -101,7 +130,7 @@ def _json_records(path):
                     raise ValueError(f"{path} line {number} is not JSON: {error}") from None
 
 
-def _parquet_records(path, column):
+def _parquet_records(path, column, only):
     import pyarrow
     import pyarrow.parquet as parquet
     try:
@@ -111,9 +140,8 @@ def _parquet_records(path, column):
     if column not in file.schema_arrow.names:
         raise ValueError(f"{path} has no column {column!r} (it has: {', '.join(file.schema_arrow.names)}); "
                          f"name the column with --column")
-    for batch in file.iter_batches(batch_size=1024, columns=[column]):
-        for text in batch.column(0).to_pylist():
-            yield path, {column: text}
+    for batch in file.iter_batches(batch_size=1024, columns=only):
+        yield from ((path, record) for record in batch.to_pylist())
 
 
 def _open_text(path):
@@ -250,20 +278,13 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
         raise ValueError("--bos was asked for, but the tokenizer has no BOS token")
     if not 0 <= heldout < 1:
         raise ValueError(f"heldout is {heldout}, but must be a share from 0 to below 1")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already; remove it, choose another --out or add --overwrite")
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise ValueError(f"{out} is no packed source, so --overwrite does not remove it; choose another --out")
     if workers < 1 or not 1 <= shard_tokens < 2**31:
         raise ValueError(f"{workers} workers and {shard_tokens} tokens a shard were asked for; there must be at least "
                          f"1 worker, and from 1 to 2**31 - 1 tokens a shard")
-    partial = out.with_name(f".{out.name}.partial")        # hidden, so that it is nobody's but a killed pack's
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    itemsize = 2 if tokenizer.vocab_size <= 65536 else 4
-    writers = {split: ShardWriter(partial, split, tokenizer, itemsize, shard_tokens) for split in SPLITS}
-    empty = 0
-    try:
+    with _new_folder(out, overwrite) as partial:
+        itemsize = 2 if tokenizer.vocab_size <= 65536 else 4
+        writers = {split: ShardWriter(partial, split, tokenizer, itemsize, shard_tokens) for split in SPLITS}
+        empty = 0
         with ThreadPoolExecutor(workers) as pool:
             waiting = deque()
             for batch in _batches(texts, batch_bytes):
@@ -290,6 +311,21 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
             file.write(json.dumps(manifest, indent=1) + "\n")
             file.flush()
             os.fsync(file.fileno())
+    return manifest
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path, overwrite: bool):
+    """A hidden folder to write to, which becomes `out` in the end; after an error nothing is left of it."""
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists already; remove it, choose another --out or add --overwrite")
+    if out.exists() and not any((out / name).is_file() for name in ("manifest.json", "buckets.json")):
+        raise ValueError(f"{out} is no packed source, so --overwrite does not remove it; choose another --out")
+    partial = out.with_name(f".{out.name}.partial")        # hidden, so that it is nobody's but a killed pack's
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
         if out.exists():
             old = partial.with_name(partial.name + ".old")
             out.rename(old)
@@ -301,7 +337,6 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
         raise ValueError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return manifest
 
 
 def _batches(texts, batch_bytes):
@@ -352,6 +387,100 @@ def _write(writers, parts, empty) -> int:
     for split, part in parts.items():
         writers[split].add(*part)
     return empty
+
+
+# ---- score buckets
+
+def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: str = "low", column: str = "text",
+                 overwrite: bool = False, **options) -> dict:
+    """Pack the documents into `buckets` folders of as many documents each, by their metadata.scores[score]; returns
+    what buckets.json says. Bucket 0 is the one that a curriculum reads first: the `first` ("low" or "high") scores.
+
+    `records()` gives (where, record) and is called twice. Equal scores keep the order of the input. `options` are
+    pack's. The folder appears whole or not at all.
+    """
+    out = Path(out)
+    if not 2 <= buckets <= 100:
+        raise ValueError(f"{buckets} buckets were asked for; there must be from 2 to 100")
+    with _new_folder(out, overwrite) as partial:
+        values = np.array([_score_of(record, score, where) for where, record in records()])
+        if len(values) < buckets:
+            raise ValueError(f"{len(values)} documents do not fill {buckets} buckets; ask for fewer")
+        order = np.argsort(-values if first == "high" else values, kind="stable")
+        places = np.empty(len(values), np.int64)
+        places[order] = np.arange(len(values)) * buckets // len(values)
+        with contextlib.ExitStack() as stack:                  # the texts apart, on disk, so that memory stays small
+            spools = [stack.enter_context(open(partial / f"{k}.spool", "w", encoding="utf-8")) for k in range(buckets)]
+            for place, (_, record) in zip(places, records(), strict=True):
+                spools[place].write(json.dumps(record[column]) + "\n")
+        parts = []
+        for k in range(buckets):
+            name, inside = f"bucket_{k:02d}", values[places == k]
+            with open(partial / f"{k}.spool", encoding="utf-8") as file:
+                try:
+                    manifest = pack(map(json.loads, file), tokenizer, partial / name, **options)
+                except ValueError as error:
+                    raise ValueError(f"bucket {k} of {buckets}: {error}".replace(str(partial), str(out))) from None
+            (partial / f"{k}.spool").unlink()
+            parts.append({"name": name, "low": float(inside.min()), "high": float(inside.max()),
+                          **{key: manifest["splits"]["train"][key] for key in ("documents", "tokens")}})
+        index = {"format": "nanocpt-buckets", "version": 1, "score": score, "first": first, "buckets": parts}
+        with open(partial / "buckets.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps(index, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    return index
+
+
+def _score_of(record, score, where) -> float:
+    metadata = record.get("metadata")
+    scores = metadata.get("scores") if isinstance(metadata, dict) else None
+    value = scores.get(score) if isinstance(scores, dict) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        known = ", ".join(scores) if isinstance(scores, dict) else "no scores"
+        raise ValueError(f"{where} has no number under metadata.scores.{score} (it has: {known}); clean.py writes "
+                         f"scores")
+    return float(value)
+
+
+def read_buckets(folder) -> dict | None:
+    """What buckets.json says of a folder of score buckets; None where it is none."""
+    path = Path(folder) / "buckets.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(part["name"]) for part in index["buckets"]]
+        if index["format"] != "nanocpt-buckets" or index["version"] != 1 or not names:
+            raise KeyError(index["format"], index["version"])
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version: {error}") from None
+    for name in names:
+        if name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"{path} points outside its folder: {name!r}")
+    return index
+
+
+def packed_folders(folder) -> list[Path]:
+    """The folder itself or, where it holds score buckets, theirs in order."""
+    index = read_buckets(folder)
+    return [Path(folder) / part["name"] for part in index["buckets"]] if index else [Path(folder)]
+
+
+def open_buckets(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+    """The sources, one that holds score buckets replaced by its buckets as sources NAME/0, NAME/1, ..."""
+    found = {}
+    for name, source in sources.items():
+        index = read_buckets(source.path) if source.path else None
+        if index is None:
+            found[name] = source
+            continue
+        for k, folder in enumerate(packed_folders(source.path)):
+            tokens = read_manifest(folder)["splits"]["train"]["tokens"]
+            K = len(index["buckets"])
+            found[f"{name}/{k}"] = Bucket(**{**vars(source), "path": str(folder)}, of=name, low=k / K,
+                                          high=(k + 1) / K, tokens=tokens)
+    return found
 
 
 # ---- reading shards
@@ -418,6 +547,8 @@ def read_manifest(folder: Path) -> dict:
         if manifest["dtype"] not in ("uint16", "uint32") or not isinstance(manifest["tokenizer"], dict):
             raise KeyError(manifest["dtype"], manifest["tokenizer"])
     except FileNotFoundError:
+        if (folder / "buckets.json").is_file():
+            raise ValueError(f"{folder} holds score buckets; name one of them, such as {folder}/bucket_00") from None
         raise ValueError(f"{folder} holds no manifest.json: it is no packed source, or packing did not finish; "
                          f"make it with data.py pack") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -543,89 +674,7 @@ class RowRandom:
         return torch.from_numpy(bits.astype(np.float32) / np.float32(2**24))
 
 
-# ---- mixture and loader
-
-@dataclass
-class SourceConfig:
-    path: str = ""
-    """folder made by data.py pack"""
-    role: Literal["domain", "general"] = "domain"
-    """domain: what is to be learned; general: replay, what is to be kept"""
-    weight: float = 1.0
-    """share among the sources of the same role"""
-
-    def __post_init__(self):
-        if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"a source's weight is {self.weight}, but must be 0 or more")
-
-
-@dataclass
-class DataConfig:
-    context: int = 2048
-    """tokens a sequence (T)"""
-    domain_share: float = 0.7
-    """share of domain sequences; the rest is replay of general text"""
-    schedule: Literal["warmup_cooldown", "static"] = "warmup_cooldown"
-    """how the domain share moves: from 0.3 up over the first 10 % of the run and down to 0.5 over the last, or never"""
-    mask_documents: bool = True
-    """attention stays inside a document of a packed sequence"""
-    reset_positions: bool = True
-    """positions restart with each document"""
-    drop_last: bool = False
-    """drop the last, short sequence of a source's epoch instead of padding it"""
-    sources: dict[str, SourceConfig] = field(default_factory=dict)
-
-    def __post_init__(self):
-        if self.context < 1:
-            raise ValueError(f"data.context is {self.context}, but a sequence needs at least 1 token")
-        if not 0 <= self.domain_share <= 1:
-            raise ValueError(f"data.domain_share is {self.domain_share}, but must be between 0 and 1")
-
-
-def domain_share(schedule: str, target: float, progress: float) -> float:
-    """Wanted share of domain sequences at `progress` (0 to 1) of the run."""
-    if schedule == "static":
-        return target
-    if progress < 0.1:
-        return min(0.3, target) + (target - min(0.3, target)) * progress / 0.1
-    if progress <= 0.9:
-        return target
-    return target + (min(0.5, target) - target) * (progress - 0.9) / 0.1
-
-
-def source_weights(sources: dict[str, SourceConfig], share: float) -> np.ndarray:
-    """[D] weights that sum to one: the domain sources share `share`, the general ones the rest."""
-    roles = {role: sum(s.weight for s in sources.values() if s.role == role) for role in ("domain", "general")}
-    if not roles["general"]:
-        share = 1.0
-    elif not roles["domain"]:
-        share = 0.0
-    part = {"domain": share, "general": 1 - share}
-    return np.array([part[s.role] * s.weight / roles[s.role] if roles[s.role] else 0.0 for s in sources.values()])
-
-
-def plan_counts(weights_at, steps: int, batch_size: int) -> np.ndarray:
-    """int64 [steps + 1, D]: sequences taken from each source before each step.
-
-    Largest remainder on what each source is owed, in integers of 2^-32, so that every platform agrees and every prefix
-    of the run stays within about one sequence of the wanted mix (below one under the shipped schedules).
-    """
-    unit = 1 << 32
-    rows, owed = [np.zeros(len(weights_at(0.0)), np.int64)], 0
-    for step in range(steps):
-        weights = np.floor(weights_at(step / max(1, steps - 1)) * unit).astype(np.int64)
-        weights[weights.argmax()] += unit - weights.sum()
-        owed = owed + batch_size * weights
-        take = np.maximum(owed, 0) >> 32
-        rest = int(batch_size - take.sum())
-        order = np.argsort(take * unit - owed, kind="stable")          # most owed first
-        if rest < 0:
-            order = order[take[order] > 0][::-1]
-        take[order[:abs(rest)]] += np.sign(rest)
-        owed = owed - take * unit
-        rows.append(rows[-1] + take)
-    return np.stack(rows)
-
+# ---- loader
 
 @dataclass
 class Batch:
@@ -705,66 +754,234 @@ class Loader:
         return {name: float(self.counts[step][i] / self.windows[i]) for i, name in enumerate(self.names)}
 
 
+# ---- mixed text for other tools
+
+def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = None, seed: int = 0,
+              max_epochs: float = SourceConfig.max_epochs) -> dict:
+    """Write `total` records to the JSONL file `out`, the share `ratio` of them from `domain`, in an order of `seed`.
+
+    domain, general: iterators over records (dict). A side's records come in a new order every epoch, none twice within
+    one; each gets "source_type", the name of its side. total None: every domain record once. Returns what was done.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"--domain-ratio is {ratio}, but must be between 0 and 1")
+    if total is None and not ratio:
+        raise ValueError("without --total-samples the domain file gives the length, but --domain-ratio is 0")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.partial")
+    try:
+        with tempfile.TemporaryFile(dir=out.parent) as spool:
+            places = {"domain": _spool(domain, "domain", spool), "general": _spool(general, "general", spool)}
+            total = round(len(places["domain"]) / ratio) if total is None else total
+            if total < 1:
+                raise ValueError(f"{total} samples were asked for, or the domain files hold no records; there must be "
+                                 f"at least 1")
+            wanted = {"domain": round(total * ratio)}
+            wanted["general"] = total - wanted["domain"]
+            for side, n in wanted.items():
+                if n and not len(places[side]):
+                    raise ValueError(f"the {side} files hold no records, but {n} are wanted of them")
+            epochs = {side: n / max(1, len(places[side])) for side, n in wanted.items()}
+            sides = {side: SourceConfig(role=side, max_epochs=max_epochs) for side in wanted}
+            warnings = mixture.check_epochs(epochs, sides, "--max-epochs {1}")
+            lines = np.concatenate([_draw(side, n, places[side], seed) for side, n in wanted.items()])
+            with open(temporary, "wb") as file:
+                for line in permute(np.arange(total), total, mix_keys(seed, "mix")).tolist():
+                    spool.seek(int(lines[line]))
+                    file.write(spool.readline())
+                _sync_and_close(file)
+        os.replace(temporary, out)
+    except OSError as error:
+        raise ValueError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"total": total, "seed": seed, "warnings": warnings,
+            **{side: {"records": len(places[side]), "written": n, "epochs": epochs[side]}
+               for side, n in wanted.items()}}
+
+
+def _spool(records, side, spool) -> np.ndarray:
+    """Where each record stands in the file it was written to."""
+    places = [spool.tell()]
+    for record in records:
+        line = json.dumps({**record, "source_type": side}, ensure_ascii=False, default=str)
+        spool.write(utf8(line) + b"\n")
+        places.append(spool.tell())
+    return np.array(places[:-1], np.int64)
+
+
+def _draw(side, n, places, seed) -> np.ndarray:
+    epoch, position = np.divmod(np.arange(n), max(1, len(places)))
+    order = permute(position, len(places), mix_keys(seed, side, "mix", epoch)) if n else position
+    return places[order]
+
+
 # ---- command line
 
 def cli_pack(args):
     import tokenizer as tokenizers
 
+    if (args.buckets is None) != (args.score is None) or (args.first and not args.score):
+        raise ValueError("--buckets K and --score NAME go together, and --first with them")
     tokenizer = tokenizers.load(args.tokenizer)
     inputs = [{"name": Path(f).name, "bytes": os.path.getsize(f) if os.path.isfile(f) else None} for f in args.files]
     for path in args.files:                    # all of them, before any work
         next(read_documents(path, args.documents, args.separator, args.column, args.config, args.split), None)
     start, bar = time.perf_counter(), tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
 
-    def texts():
+    def records():
         for path in args.files:
-            for text in read_documents(path, args.documents, args.separator, args.column, args.config, args.split):
-                bar.update(len(text))
-                yield text
+            for record in read_records(path, args.documents, args.separator, args.column, args.config, args.split,
+                                       only=[args.column] if not args.score else None):
+                bar.update(len(record[1][args.column]))
+                yield record
 
-    manifest = pack(texts(), tokenizer, args.out, heldout=args.heldout, bos=args.bos, shard_tokens=args.shard_tokens,
-                    workers=args.workers, inputs=inputs, overwrite=args.overwrite)
+    options = {"heldout": args.heldout, "bos": args.bos, "shard_tokens": args.shard_tokens, "workers": args.workers,
+               "inputs": inputs, "overwrite": args.overwrite}
+    if args.buckets:
+        first = args.first or ("high" if "quality" in args.score else "low")
+        pack_buckets(records, tokenizer, args.out, args.buckets, args.score, first=first, column=args.column, **options)
+    else:
+        pack((record[args.column] for _, record in records()), tokenizer, args.out, **options)
     bar.close()
     seconds = time.perf_counter() - start
-    total = sum(s["tokens"] for s in manifest["splits"].values())
+    manifests = [read_manifest(folder) for folder in packed_folders(args.out)]
+    total = sum(s["tokens"] for manifest in manifests for s in manifest["splits"].values())
     print(f"packed {total:,} tokens in {seconds:.1f} s ({total / seconds / 1e6:.2f} M tokens/s) into {args.out}")
-    if not manifest["splits"]["heldout"]["documents"] and args.heldout:
+    if not any(manifest["splits"]["heldout"]["documents"] for manifest in manifests) and args.heldout:
         print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
               "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
     return print_info(args.out, args.json)
 
 
 def print_info(folder, json_file=None):
-    manifest = read_manifest(Path(folder))
-    for split in SPLITS:
-        s = manifest["splits"][split]
-        ratio = f"{s['tokens'] / s['bytes']:.3f} tokens per byte" if s["bytes"] else ""
-        print(f"  {split:8} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>14,} bytes  {ratio}")
+    index = read_buckets(folder)
+    manifests = [read_manifest(path) for path in packed_folders(folder)]
+    for k, manifest in enumerate(manifests):
+        if index:
+            part = index["buckets"][k]
+            print(f"{part['name']}, read {'first' if not k else 'next' if k < len(manifests) - 1 else 'last'}: "
+                  f"{index['score']} from {part['low']:g} to {part['high']:g}")
+        for split in SPLITS:
+            s = manifest["splits"][split]
+            ratio = f"{s['tokens'] / s['bytes']:.3f} tokens per byte" if s["bytes"] else ""
+            print(f"  {split:8} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>14,} bytes  "
+                  f"{ratio}".rstrip(" "))
     t = manifest["tokenizer"]
     print(f"  {manifest['dtype']}, {t['library']}, vocabulary {t['vocab_size']:,}, "
-          f"{'BOS, ' if manifest['bos'] else ''}EOS; {manifest['empty_documents_dropped']} empty documents dropped")
+          f"{'BOS, ' if manifest['bos'] else ''}EOS; {sum(m['empty_documents_dropped'] for m in manifests)} empty "
+          f"documents dropped")
     if json_file:
-        write_json(json_file, manifest)
+        write_json(json_file, {**index, "manifests": manifests} if index else manifest)
 
 
-def main():
-    parser = ArgumentParser(prog="data.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
-    p = commands.add_parser("pack", help="tokenise files into shards", description="Tokenise files into shards.")
-    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl[.gz|.zst], .parquet, or hf://org/dataset")
-    p.add_argument("--tokenizer", required=True, help="a model folder or a tokenizer file")
-    p.add_argument("--out", required=True, help="folder to make")
+@dataclass
+class MixSettings:
+    """What of a recipe decides the mix."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: LengthConfig = field(default_factory=LengthConfig)
+
+
+def cli_preview(args, words):
+    recipe, known = read_toml(args.recipe), {f.name for f in dataclasses.fields(LengthConfig)}
+    length = {key: value for key, value in recipe.get("train", {}).items() if key in known}
+    settings = merge(MixSettings(), {"data": recipe.get("data", {}), "train": length})
+    with tempfile.TemporaryDirectory() as folder:              # of the recipe only what MixSettings knows
+        file = Path(folder) / "mix.toml"
+        file.write_text(to_toml(settings), encoding="utf-8")
+        settings = parse(MixSettings, [str(file), *words])
+    if not settings.data.sources:
+        raise ValueError(f"{args.recipe} names no source; add one, e.g. --data.sources.domain.path shards/legal")
+    packed = {name: Path(source.path).is_dir() for name, source in settings.data.sources.items() if source.path}
+    if not all(packed.get(name) for name in settings.data.sources) and not (settings.train.steps
+                                                                           or settings.train.tokens):
+        missing = next(name for name in settings.data.sources if not packed.get(name))
+        raise ValueError(f"data.sources.{missing}.path is no folder, so an epoch has no length; make it with data.py "
+                         f"pack, or give --train.steps")
+    sources = open_buckets(settings.data.sources)
+    shards = {name: Shards(s.path) for name, s in sources.items() if s.path and Path(s.path).is_dir()}
+    counts = mixture.make_plan(settings.data, settings.train, sources, {n: s.tokens for n, s in shards.items()})
+    steps, T = len(counts) - 1, settings.data.context
+    drawn = dict(zip(sources, counts[-1].tolist()))
+    epochs = {name: drawn[name] / Loader({name: s}, counts[:1], T, 0, settings.data.drop_last).windows[0]
+              for name, s in shards.items()}
+    rows, out = mixture.realised(settings.data, sources, counts, 10), Path(args.out or "out/mix.png")
+    title = f"{settings.data.schedule}, {steps:,} steps of {settings.train.batch_size} sequences"
+    print(f"{title} of {T} tokens\n\n{'steps':>17} {'wanted':>8} {'domain':>8}   "
+          + " ".join(f"{name[-12:]:>12}" for name in sources))
+    for row in rows:
+        print(f"{row['first_step']:>8}-{row['last_step']:<8} {row['wanted']:>8.3f} {row['domain']:>8.3f}   "
+              + " ".join(f"{share:>12.3f}" for share in row["sources"].values()))
+    print()
+    for name, source in sources.items():
+        read = f", read {epochs[name]:.2f} times" if name in epochs else ""
+        print(f"{name} ({source.role}{', ' + source.stratum if source.stratum else ''}): {drawn[name]:,} sequences, "
+              f"{drawn[name] * T:,} tokens{read}")
+    shares, empty = mixture.replay_strata(sources, settings.data.strata)
+    notes = mixture.notes(settings.data, sources)
+    try:
+        notes += mixture.check_epochs(epochs, sources)
+    except ValueError as error:
+        notes.append(f"warning: train.py refuses this plan: {error}")
+    print("".join(line + "\n" for line in notes), end="")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    mixture.draw(out, title, sources, mixture.realised(settings.data, sources, counts, 200))
+    print(f"picture: {out}")
+    if args.json:
+        write_json(args.json, {"steps": steps, "batch_size": settings.train.batch_size, "context": T, "rows": rows,
+                               "schedule": settings.data.schedule, "sequences": drawn, "epochs": epochs,
+                               "strata": shares, "empty_strata": empty, "notes": notes, "picture": str(out)})
+
+
+def cli_mix(args):
+    def records(files):
+        for path in files:
+            for _, record in read_records(path, args.documents, args.separator, args.column, args.config, args.split):
+                yield record
+
+    done = mix_files(records(args.domain), records(args.general), args.out, ratio=args.domain_ratio,
+                     total=args.total_samples, seed=args.seed, max_epochs=args.max_epochs)
+    for side in ("domain", "general"):
+        print(f"{side}: {done[side]['written']:,} of {done['total']:,} samples from {done[side]['records']:,} records, "
+              f"read {done[side]['epochs']:.2f} times")
+    for warning in done["warnings"]:
+        print(warning, file=sys.stderr)
+    print(f"mixed into {args.out}, seed {args.seed}")
+    if args.json:
+        write_json(args.json, done)
+
+
+def _reader_options(p):
     p.add_argument("--documents", choices=("line", "blank", "file"), default="blank",
                    help="a document of a text file is a line, a block between blank lines (default), or the file")
     p.add_argument("--separator", help="documents of a text file stand between this string")
     p.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
     p.add_argument("--config", help="configuration of a Hub dataset")
     p.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
+
+
+def main():
+    words = sys.argv[1:]
+    settings = next((i for i, w in enumerate(words) if w.startswith(("--data.", "--train."))), len(words))
+    parser = ArgumentParser(prog="data.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
+    p = commands.add_parser("pack", help="tokenise files into shards", description="Tokenise files into shards.")
+    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl[.gz|.zst], .parquet, or hf://org/dataset")
+    p.add_argument("--tokenizer", required=True, help="a model folder or a tokenizer file")
+    p.add_argument("--out", required=True, help="folder to make")
+    _reader_options(p)
     p.add_argument("--heldout", type=float, default=0.02, help="share of documents kept for evaluation (default: 0.02)")
     p.add_argument("--bos", action="store_true", default=None, help="BOS before each document, whatever the tokenizer")
     p.add_argument("--no-bos", action="store_false", dest="bos", help="no BOS before documents")
     p.add_argument("--shard-tokens", type=int, default=10**8, help="tokens a shard (default: 1e8)")
     p.add_argument("--workers", type=int, default=2, help="batches tokenised at a time (default: 2)")
+    p.add_argument("--buckets", type=int, metavar="K", help="split the documents into K folders by --score; a source "
+                                                            "of such buckets can be read in their order")
+    p.add_argument("--score", metavar="NAME", help="number under metadata.scores of each record to split by")
+    p.add_argument("--first", choices=("low", "high"), help="end of the score that is read first "
+                                                            "(default: high for quality, low for any other)")
     p.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     p.add_argument("--json", metavar="FILE", help="write the manifest there too")
     p = commands.add_parser("verify", help="hash every shard against the manifest")
@@ -772,11 +989,33 @@ def main():
     p = commands.add_parser("info", help="what a packed folder holds")
     p.add_argument("dir")
     p.add_argument("--json", metavar="FILE", help="write the manifest there too")
-    args = parser.parse_args()
+    p = commands.add_parser("mix", help="show a recipe's mix, or write a mixed JSONL", description=MIX_HELP)
+    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe of train.py")
+    p.add_argument("--preview", action="store_true", help="draw what the recipe's schedule draws")
+    p.add_argument("--domain", nargs="+", metavar="FILE", help="files of the domain")
+    p.add_argument("--general", nargs="+", metavar="FILE", help="files of general text")
+    p.add_argument("--out", metavar="FILE", help="the mixed JSONL; of --preview the picture (default: out/mix.png)")
+    p.add_argument("--domain-ratio", type=float, default=0.7, help="share of domain records (default: 0.7)")
+    p.add_argument("--total-samples", type=int, metavar="N", help="records (default: each of the domain once)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max-epochs", type=float, default=SourceConfig.max_epochs,
+                   help="refuse to repeat a side more often (default: 16)")
+    _reader_options(p)
+    p.add_argument("--json", metavar="FILE", help="write what is printed there too")
+    args = parser.parse_args(words[:settings])
+    if settings < len(words) and not (args.command == "mix" and args.preview):
+        parser.error(f"unknown argument {words[settings]}")
     if args.command == "pack":
         return cli_pack(args)
+    if args.command == "mix":
+        if args.preview and args.recipe and not args.domain and not args.general:
+            return cli_preview(args, words[settings:])
+        if args.recipe or args.preview or not (args.domain and args.general and args.out):
+            parser.error("mix wants either RECIPE --preview, or --domain, --general and --out")
+        return cli_mix(args)
     if args.command == "verify":
-        print(f"{args.dir}: {verify(args.dir):,} bytes have the hashes they were written with")
+        total = sum(verify(folder) for folder in packed_folders(args.dir))
+        print(f"{args.dir}: {total:,} bytes have the hashes they were written with")
         return 0
     return print_info(args.dir, args.json)
 

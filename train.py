@@ -33,13 +33,14 @@ import eval as evaluation
 import guard
 import hf
 import log
+import mixture
 import objectives
 import optim
 import parallel
 import tokenizer as tokenizers
 from config import main_guard, parse, to_toml
-from data import DataConfig
 from log import LogConfig
+from mixture import DataConfig, LengthConfig
 from model import Model, ModelConfig, matmul_flops_per_token
 from objectives import ObjectiveConfig
 from optim import OptimConfig
@@ -68,15 +69,7 @@ class ModelSection:
 
 
 @dataclass
-class TrainSection:
-    steps: int | None = None
-    """length of the run; wins over tokens and epochs"""
-    tokens: int | None = None
-    """length of the run; wins over epochs"""
-    epochs: float = 1.0
-    """length of the run in passes over the domain sources (over the general ones where there is no domain)"""
-    batch_size: int = 32
-    """sequences a step, over all devices and micro-batches"""
+class TrainSection(LengthConfig):
     micro_batch_size: int = 2
     """sequences a device holds at once; the rest of its share is accumulated"""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
@@ -85,8 +78,9 @@ class TrainSection:
     """checkpoints kept"""
 
     def __post_init__(self):
-        for name in ("steps", "tokens", "epochs", "batch_size", "micro_batch_size", "save_every", "keep"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+        super().__post_init__()
+        for name in ("micro_batch_size", "save_every", "keep"):
+            if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, but must be above 0")
 
 
@@ -151,45 +145,23 @@ def model_config(c: Config, tokenizer) -> ModelConfig:
     return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
 
 
-def open_sources(c: Config, tokenizer, vocab_size: int, world) -> tuple[dict, dict]:
-    """({name: train shards}, {name: held-out shards}), verified; refused where the model cannot read them."""
+def open_sources(c: Config, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict]:
+    """({name: source}, {name: train shards}, {name: held-out shards}), a score bucket being a source; verified, and
+    refused where the model cannot read them."""
     if not c.data.sources:
         raise ValueError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
-    train, heldout = {}, {}
     for name, source in c.data.sources.items():
         if not source.path:
             raise ValueError(f"data.sources.{name}.path is not set; name a folder made by data.py pack")
         if not Path(source.path).is_dir():
             raise ValueError(f"data.sources.{name}.path {source.path} does not exist; make it with data.py pack")
+    sources, train, heldout = data.open_buckets(c.data.sources), {}, {}
+    for name, source in sources.items():
         train[name], heldout[name] = data.Shards(source.path), data.Shards(source.path, "heldout")
         data.check_tokenizer(name, train[name], tokenizer, vocab_size)
         if world.main:
             data.verify(source.path, budget_bytes=4e9, seed=c.seed)
-    return train, heldout
-
-
-def make_plan(c: Config, sources: dict):
-    """Sequences of each source before each step, int64 [steps + 1, sources], from the run's length and the mix."""
-    T, B = c.data.context, c.train.batch_size
-
-    def weights(progress):
-        share = data.domain_share(c.data.schedule, c.data.domain_share, progress)
-        return data.source_weights(c.data.sources, share)
-
-    if c.train.steps:
-        steps = c.train.steps
-    elif c.train.tokens:
-        steps = -(-c.train.tokens // (T * B))
-    else:
-        roles = [s.role for s in c.data.sources.values()]
-        role = "domain" if "domain" in roles else "general"
-        windows = sum(-(-shards.tokens // T) for shards, r in zip(sources.values(), roles) if r == role)
-        mean = sum(weights(p / 200)[[r == role for r in roles]].sum() for p in range(201)) / 201
-        if mean <= 0:
-            raise ValueError(f"data.domain_share {c.data.domain_share} never draws a domain sequence, so an epoch of "
-                             f"them has no end; give train.steps or train.tokens")
-        steps = max(1, round(c.train.epochs * windows / (B * mean)))
-    return data.plan_counts(weights, steps, B)
+    return sources, train, heldout
 
 
 def build_model(c: Config, config: ModelConfig, world):
@@ -231,6 +203,7 @@ class Run:
     world: parallel.World
     tokenizer: object
     config: ModelConfig
+    sources: dict                # {name: SourceConfig}, a score bucket being a source
     loader: data.Loader
     objective: object
     documents: dict              # {source: [(token ids, bytes)]} held out, to be scored
@@ -250,14 +223,16 @@ def setup(c: Config, world) -> Run:
     torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
     tokenizer = open_tokenizer(c)
     config = model_config(c, tokenizer)
-    sources, heldout = open_sources(c, tokenizer, config.vocab_size, world)
-    counts = make_plan(c, sources)
-    loader = data.Loader(sources, counts, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions)
+    sources, shards, heldout = open_sources(c, tokenizer, config.vocab_size, world)
+    counts = mixture.make_plan(c.data, c.train, sources, {name: s.tokens for name, s in shards.items()})
+    loader = data.Loader(shards, counts, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions)
+    mixture.check_epochs(loader.epochs(len(counts) - 1), sources)
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
-    documents = {name: docs for name, s in heldout.items() if (docs := evaluation.heldout_documents(s, c.eval.tokens))}
+    documents = {name: docs for name, s in heldout.items()
+                 if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
     model, inner = build_model(c, config, world)                           # model built
     optimizer = optim.make_optimizer(inner, c.optim)
-    return Run(c, world, tokenizer, config, loader, objective, documents, model, inner, optimizer,
+    return Run(c, world, tokenizer, config, sources, loader, objective, documents, model, inner, optimizer,
                optim.LossScale(c.train.precision == "fp16"))
 
 
@@ -325,7 +300,7 @@ def evaluate(run: Run, step: int, out: Path, logger) -> dict:
     """Score every source's held-out documents; eval_step_N.json and a line in metrics.jsonl."""
     c = run.c
     prefix = evaluation.prefix_of(run.tokenizer) if run.tokenizer else 0
-    result = {name: {"role": c.data.sources[name].role,
+    result = {name: {"role": run.sources[name].role,
                      **evaluation.score(run.inner, run.objective, documents, prefix, c.data.context, run.world,
                                         c.train.micro_batch_size, lambda: autocast(run))}
               for name, documents in run.documents.items()}
@@ -402,7 +377,7 @@ def finish(run: Run, after: dict, out: Path, logger):
         return
     first = json.loads((out / "eval_step_0.json").read_text(encoding="utf-8"))
     before, protocol = first["texts"], first["protocol"]
-    general = [name for name, source in c.data.sources.items() if source.role == "general"]
+    general = [name for name, source in run.sources.items() if source.role == "general"]
     comparison = evaluation.compare(before, after, general) if run.objective.causal else {}
     _write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
     table = evaluation.table(before, after)
@@ -443,10 +418,12 @@ def describe(run: Run, say):
                 "chat ability, its base model is the better start")
     for name, shards, epochs in zip(loader.names, loader.shards, loader.epochs(run.total).values()):
         scored = sum(len(ids) for ids, _ in run.documents.get(name, []))
-        say(f"  {name} ({c.data.sources[name].role}): {shards.tokens:,} tokens, read {epochs:.2f} times; "
+        say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs:.2f} times; "
             f"{scored:,} held-out tokens scored")
         if not scored:
             say(f"warning: source {name} has no held-out documents, so it is not evaluated")
+    for line in mixture.notes(c.data, run.sources) + mixture.check_epochs(loader.epochs(run.total), run.sources):
+        say(line)
     padded = [n for n, s in zip(loader.names, loader.shards) if s.tokens % c.data.context]
     say(f"run: {run.total:,} steps of {c.train.batch_size} x {c.data.context} = "
         f"{c.train.batch_size * c.data.context:,} tokens, seed {c.seed}, {c.train.precision}, "
@@ -462,11 +439,11 @@ def line_of(run: Run, step: int, done: dict, seconds: float) -> dict:
                  and name in torch.cuda.get_device_name(run.world.device)), None)
     flops = matmul_flops_per_token(run.config, c.data.context) * tokens / run.world.size / seconds
     epochs, taken = loader.epochs(step), dict(zip(loader.names, loader.counts[step].tolist()))
-    general = sum(n for name, n in taken.items() if c.data.sources[name].role == "general")
+    general = sum(n for name, n in taken.items() if run.sources[name].role == "general")
     return {"loss": done["loss"], "lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": step * tokens,
             "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds, "peak_gb": peak_gb(run.world),
             **({"mfu": flops / peak} if peak else {}), "replay_share": general / sum(taken.values()),
-            "domain_share": data.domain_share(c.data.schedule, c.data.domain_share, (step - 1) / max(1, run.total - 1)),
+            "domain_share": mixture.share_at(c.data, (step - 1) / max(1, run.total - 1), run.total),
             "sources": {name: {"loss": nats / n, "tokens": taken[name] * c.data.context, "epochs": epochs[name]}
                         for name, (nats, n) in done["sources"].items()}}
 
@@ -540,7 +517,7 @@ def begin(run: Run, out: Path, logger):
                   trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
                   tokens_per_step=c.train.batch_size * c.data.context, total_steps=run.total,
                   device=str(run.world.device), world_size=run.world.size, precision=c.train.precision,
-                  sources={name: {"role": c.data.sources[name].role, "tokens": s.tokens, "documents": s.documents}
+                  sources={name: {"role": run.sources[name].role, "tokens": s.tokens, "documents": s.documents}
                            for name, s in zip(loader.names, loader.shards)},
                   versions={"torch": torch.__version__, "python": sys.version.split()[0]})
 

@@ -24,7 +24,8 @@ import torch
 import data
 import tokenizer as tokenizers
 from config import main_guard
-from data import Loader, Shards, SourceConfig, domain_share, pack, permute, plan_counts, read_documents
+from data import Loader, Shards, pack, permute, read_documents
+from mixture import SourceConfig, domain_share, plan_counts, source_weights
 
 ROOT = Path(__file__).parent.parent
 FIELDS = ("tokens", "labels", "position_ids", "doc_start")
@@ -110,7 +111,7 @@ def three_sources(tmp_path) -> tuple[dict, np.ndarray]:
     configs = {"legal": SourceConfig(), "wiki": SourceConfig(role="general", weight=2.0),
                "code": SourceConfig(role="general", weight=1.0)}
     return sources, plan_counts(
-        lambda p: data.source_weights(configs, domain_share("warmup_cooldown", 0.7, p)), 200, 12)
+        lambda p: source_weights(configs, domain_share("warmup_cooldown", 0.7, p)), 200, 12)
 
 
 def arrays(batch) -> list[np.ndarray]:
@@ -149,6 +150,26 @@ def test_golden_order(tmp_path):
     assert digest.hexdigest() == GOLDEN, (
         f"the same seed gives another order than ORDER_VERSION {data.ORDER_VERSION} stands for: "
         f"raise data.ORDER_VERSION and pin the new hash, or undo the change")
+
+
+GOLDEN_1000 = "9a130e808ce440f0acb7cdb549269de2716731874020b33df512b5ec7363e775"      # the plan too
+
+
+def test_golden_order_of_the_first_1000_batches_of_five_sources(tmp_path):
+    """Sources of one window, of many epochs, of several shards, and one that is never drawn."""
+    sources, configs = {}, {}
+    for number, (tokens, weight, shard_tokens) in enumerate(((5000, 2.0, 999), (7, 0.1, 10**8), (640, 1.0, 100),
+                                                             (20000, 1.0, 10**8), (300, 0.0, 10**8))):
+        lengths = [1 + (17 * i + number) % 41 for i in range(tokens // 20)] or [tokens]
+        name = f"source{number}"
+        sources[name] = source(tmp_path / name, lengths, shard_tokens)
+        configs[name] = SourceConfig(role="general" if number in (1, 3) else "domain", weight=weight)
+    counts = plan_counts(lambda p: source_weights(configs, domain_share("warmup_cooldown", 0.7, p)), 1000, 8)
+    loader, digest = Loader(sources, counts, 16, seed=11), hashlib.sha256(counts.astype("<i8"))
+    for step in range(1000):
+        for array in arrays(loader.rows(step)):
+            digest.update(np.ascontiguousarray(array).astype("<f4" if array.dtype.kind == "f" else "<i8"))
+    assert digest.hexdigest() == GOLDEN_1000, f"this is not the order of ORDER_VERSION {data.ORDER_VERSION}"
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
@@ -262,60 +283,6 @@ def test_a_source_without_tokens_is_refused(tmp_path):
     source(tmp_path / "s", [5])
     with pytest.raises(ValueError, match=r"source law .* no tokens in its heldout split"):
         Loader({"law": Shards(tmp_path / "s", "heldout")}, counts_of([1]), 8, seed=0)
-
-
-# ---- 5: the mix
-
-def deviation(weights_at, steps, batch_size) -> float:
-    counts = plan_counts(weights_at, steps, batch_size)
-    taken = np.diff(counts, axis=0)
-    assert counts.dtype == np.int64
-    assert not counts[0].any()
-    assert (taken >= 0).all()
-    assert (taken.sum(1) == batch_size).all()
-    wanted = np.cumsum([batch_size * np.asarray(weights_at(s / max(1, steps - 1))) for s in range(steps)], 0)
-    return float(np.abs(counts[1:] - wanted).max())
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 64])
-def test_counts_keep_within_one_sequence_of_the_mix(batch_size):
-    configs = {"a": SourceConfig(weight=1.0), "b": SourceConfig(weight=3.0), "c": SourceConfig(weight=0.0),
-               "d": SourceConfig(role="general", weight=2.0), "e": SourceConfig(role="general", weight=0.01)}
-    for schedule in ("static", "warmup_cooldown"):
-        assert deviation(lambda p, s=schedule: data.source_weights(configs, domain_share(s, 0.7, p)),
-                         700, batch_size) < 1
-    for sources in (1, 2, 3, 6):
-        jumps = np.random.default_rng(sources).dirichlet(np.full(sources, 0.5), 700)
-        assert deviation(lambda p, j=jumps: j[round(p * 699)], 700, batch_size) < 1
-    assert not plan_counts(lambda p: np.array([0.5, 0.0, 0.5]), 100, batch_size)[:, 1].any()
-    assert plan_counts(lambda p: np.array([1.0]), 5, batch_size)[:, 0].tolist() == [batch_size * i for i in range(6)]
-
-
-def test_the_schedule_of_the_domain_share():
-    def share(p):
-        return domain_share("warmup_cooldown", 0.7, p)
-    assert [round(share(p), 12) for p in (0, 0.05, 0.1, 0.5, 0.9, 0.95, 1)] == [0.3, 0.5, 0.7, 0.7, 0.7, 0.6, 0.5]
-    assert {domain_share("static", 0.7, p) for p in (0, 0.05, 0.5, 1)} == {0.7}
-    assert [domain_share("warmup_cooldown", 0.2, p) for p in (0, 0.5, 1)] == [0.2] * 3     # never above the target
-    counts = plan_counts(lambda p: np.array([share(p), 1 - share(p)]), 1001, 10)
-    assert abs(counts[100, 0] - 10 * sum(0.3 + 0.4 * s / 100 for s in range(100))) < 1
-    assert abs(counts[900, 0] - counts[100, 0] - 0.7 * 8000) < 2
-
-
-def test_weights_of_sources():
-    one = SourceConfig(weight=3.0)
-    two, general = SourceConfig(weight=1.0), SourceConfig(role="general", weight=5.0)
-    assert data.source_weights({"a": one, "b": two, "c": general}, 0.6).round(9).tolist() == [0.45, 0.15, 0.4]
-    assert data.source_weights({"a": one, "b": two}, 0.6).tolist() == [0.75, 0.25]
-    assert data.source_weights({"c": general}, 0.6).tolist() == [1.0]
-    silent = SourceConfig(role="general", weight=0.0)
-    assert data.source_weights({"a": one, "c": silent}, 0.6).tolist() == [1.0, 0.0]
-    for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="weight"):
-            SourceConfig(weight=weight)
-    for wrong in ({"context": 0}, {"domain_share": 1.5}, {"domain_share": -0.1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            data.DataConfig(**wrong)
 
 
 # ---- 6: the permutation
@@ -895,3 +862,176 @@ def test_a_hub_that_cannot_be_reached_is_named_and_not_taken_for_a_full_disk(tmp
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match="hf://org/name cannot be read from the Hub: no route"):
         list(data.read_documents("hf://org/name"))
+
+
+# ---- score buckets
+
+def scored(n: int, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+    return [{"text": f"{i} {text}", "id": str(i), "metadata": {"scores": {"quality": rng.randrange(n // 2)}}}
+            for i, text in enumerate(some_texts(n, seed))]
+
+
+@pytest.mark.parametrize("first", ["low", "high"])
+def test_buckets_are_the_documents_in_the_order_of_their_scores(tmp_path, first):
+    records, out = scored(103), tmp_path / "s"
+    index = data.pack_buckets(lambda: ((f"line {i}", r) for i, r in enumerate(records)), Bytes(), out, 4, "quality",
+                              first=first, heldout=0.1, shard_tokens=500)
+    sign = 1 if first == "low" else -1
+    ordered = sorted(records, key=lambda r: sign * r["metadata"]["scores"]["quality"])       # stable, as promised
+    at = 0
+    for part, size in zip(index["buckets"], (26, 26, 26, 25), strict=True):
+        mine = ordered[at:at + size]
+        pack([r["text"] for r in records if r in mine], Bytes(), tmp_path / "plain", heldout=0.1, shard_tokens=500)
+        for file in (tmp_path / "plain").iterdir():                        # an ordinary folder, byte for byte
+            assert (out / part["name"] / file.name).read_bytes() == file.read_bytes()
+        scores = [r["metadata"]["scores"]["quality"] for r in mine]
+        assert (part["low"], part["high"]) == (min(scores), max(scores))
+        shutil.rmtree(tmp_path / "plain")
+        at += size
+    assert data.read_buckets(out) == json.loads((out / "buckets.json").read_text()) == index
+    assert sorted(p.name for p in out.iterdir()) == [*(f"bucket_0{k}" for k in range(4)), "buckets.json"]
+    opened = data.open_buckets({"law": SourceConfig(path=str(out), weight=2.0), "wiki": SourceConfig(path="elsewhere")})
+    assert list(opened) == ["law/0", "law/1", "law/2", "law/3", "wiki"]
+    assert [(b.of, b.weight, b.low, b.high) for b in list(opened.values())[:4]] == [
+        ("law", 2.0, k / 4, (k + 1) / 4) for k in range(4)]
+    for b in list(opened.values())[:4]:
+        assert b.tokens == Shards(b.path).tokens
+
+
+def test_buckets_that_cannot_be(tmp_path, monkeypatch):
+    def made(records, out=tmp_path / "s", buckets=3, **more):
+        return data.pack_buckets(lambda: ((f"line {i}", r) for i, r in enumerate(records)), Bytes(), out, buckets,
+                                 "quality", **more)
+    good = scored(30)
+    for value, known in ((None, "no scores"), ({"alpha": 1}, "alpha"), ({"quality": "high"}, "quality"),
+                         ({"quality": float("nan")}, "quality"), ({"quality": True}, "quality")):
+        with pytest.raises(ValueError, match=rf"line 30 has no number under metadata.scores.quality \(it has: {known}"):
+            made([*good, {"text": "x", "metadata": {"scores": value}}])
+    with pytest.raises(ValueError, match="line 0 has no number"):
+        made([{"text": "x", "metadata": None}])
+    with pytest.raises(ValueError, match="2 documents do not fill 3 buckets"):
+        made(good[:2])
+    with pytest.raises(ValueError, match="from 2 to 100"):
+        made(good, buckets=1)
+    with pytest.raises(ValueError, match="bucket 0 of 3: nothing to train on"):
+        made([{**r, "text": ""} for r in good])
+    assert not any(tmp_path.iterdir())
+    made(good)
+    with pytest.raises(ValueError, match="exists already"):
+        made(good)
+    made(good, buckets=2, overwrite=True)
+    assert len(data.read_buckets(tmp_path / "s")["buckets"]) == 2
+    with pytest.raises(ValueError, match="holds score buckets; name one of them"):
+        Shards(tmp_path / "s")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="is no packed source"):
+        made(good, tmp_path / "other", overwrite=True)
+    index = json.loads((tmp_path / "s/buckets.json").read_text())
+    for name in ("../../x", "..", ""):
+        index["buckets"][0]["name"] = name
+        (tmp_path / "s/buckets.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="points outside"):
+            data.packed_folders(tmp_path / "s")
+    (tmp_path / "s/buckets.json").write_text("[]")
+    with pytest.raises(ValueError, match="damaged"):
+        data.open_buckets({"law": SourceConfig(path=str(tmp_path / "s"))})
+
+
+# ---- mix
+
+def test_mixed_files(tmp_path):
+    law = [{"text": f"law {i}", "id": i, "metadata": {"x": [i]}} for i in range(10)]
+    web = [{"text": f"web {i} \ud800\u2028", "source_type": "old"} for i in range(7)]
+    out, seen = tmp_path / "new/mixed.jsonl", set()
+    for seed in (0, 0, 1):
+        done = data.mix_files(iter(law), iter(web), out, ratio=0.6, total=45, seed=seed)
+        seen.add(out.read_bytes())
+        got = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
+        for side, records, n in (("domain", law, 27), ("general", web, 18)):
+            mine = [r for r in got if r["source_type"] == side]
+            texts = [r["text"].replace("\ufffd", "\ud800") for r in mine]
+            assert len(mine) == n == done[side]["written"]
+            counts = [texts.count(r["text"]) for r in records]             # none twice before all are once
+            assert max(counts) - min(counts) <= 1
+            assert done[side]["epochs"] == n / len(records)
+        assert all(r == {**law[r["id"]], "source_type": "domain"} for r in got if r["source_type"] == "domain")
+    assert len(seen) == 2
+    assert [r["source_type"] for r in got] != sorted(r["source_type"] for r in got)
+    assert data.mix_files(law, web, out)["total"] == 14                    # each of the domain once, at 0.7
+    assert sorted(p.name for p in out.parent.iterdir()) == ["mixed.jsonl"]
+
+
+def test_an_epoch_of_a_mix_has_each_record_once_in_a_new_order(tmp_path):
+    law = [{"text": str(i)} for i in range(50)]
+    places = data._draw("domain", 200, np.arange(50), seed=3).reshape(4, 50)
+    assert all(sorted(row) == list(range(50)) for row in places.tolist())
+    assert len({tuple(row) for row in places.tolist()}) == 4
+    done = data.mix_files(law, [], tmp_path / "m.jsonl", ratio=1.0, total=250)
+    assert ["read 5.0 times" in line for line in done["warnings"]] == [True]
+    before = (tmp_path / "m.jsonl").read_bytes()
+    for wrong, match in (({"total": 801}, "16.0 times, above its max_epochs of 16: .* --max-epochs 17"),
+                         ({"total": 0}, "at least 1"), ({"ratio": 1.5}, "--domain-ratio"), ({"ratio": 0.0}, "length"),
+                         ({"ratio": 0.5, "total": 9}, "the general files hold no records, but 5")):
+        with pytest.raises(ValueError, match=match):
+            data.mix_files(law, [], tmp_path / "m.jsonl", **{"ratio": 1.0, **wrong})
+    data.mix_files(law, [], tmp_path / "n.jsonl", ratio=1.0, total=801, max_epochs=20)
+    assert (tmp_path / "m.jsonl").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "n.jsonl"]
+
+
+def test_command_line_of_buckets_and_mixes(tmp_path, tiny_bpe, monkeypatch, capsys):
+    law, wiki, out = tmp_path / "law.jsonl", tmp_path / "wiki.txt", tmp_path / "s"
+    law.write_text("".join(json.dumps(r) + "\n" for r in scored(80)))
+    wiki.write_text("\n\n".join(t.replace("\n", ".") for t in some_texts(40)))
+    pack_law = ("pack", "--tokenizer", tiny_bpe, "--out", out, law)
+    assert run(monkeypatch, *pack_law, "--buckets", 4, "--score", "quality") == 0
+    said = capsys.readouterr().out
+    best = sorted((r["metadata"]["scores"]["quality"] for r in scored(80)), reverse=True)
+    assert f"bucket_00, read first: quality from {best[19]} to {best[0]}\n" in said
+    assert json.loads((out / "buckets.json").read_text())["first"] == "high"
+    assert run(monkeypatch, "verify", out) == run(monkeypatch, "info", out, "--json", tmp_path / "i.json") == 0
+    assert len(json.loads((tmp_path / "i.json").read_text())["manifests"]) == 4
+    assert run(monkeypatch, "pack", "--tokenizer", tiny_bpe, "--out", tmp_path / "w", wiki) == 0
+    capsys.readouterr()
+    recipe, picture, report = tmp_path / "r.toml", tmp_path / "mix.png", tmp_path / "mix.json"
+    recipe.write_text(f"""[model]\npath = "x"\n[data]\ncontext = 16\n[data.sources.law]\npath = "{out}"
+[data.sources.wiki]\npath = "{tmp_path / "w"}"\nrole = "general"\nstratum = "math"\n[train]\nsave_every = 3\n""")
+    preview = ("mix", recipe, "--preview", "--out", picture, "--json", report)
+    assert run(monkeypatch, *preview, "--data.schedule", "staged", "--train.steps", 20, "--train.batch-size", 5) == 0
+    said, shown = capsys.readouterr().out, json.loads(report.read_text())
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert "staged, 20 steps of 5 sequences of 16 tokens" in said
+    assert "law/3" in said
+    assert "math 1.000; no source for reasoning" in said
+    assert (len(shown["rows"]), sum(shown["sequences"].values()), shown["schedule"]) == (10, 100, "staged")
+    assert shown["rows"][0]["sources"]["law/3"] == 0 < shown["rows"][9]["sources"]["law/3"]
+    windows = -(-Shards(tmp_path / "w").tokens // 16)
+    assert shown["epochs"]["wiki"] == shown["sequences"]["wiki"] / windows
+    assert run(monkeypatch, *preview, "--train.steps", 5000) == 0
+    assert "train.py refuses this plan" in capsys.readouterr().out
+    mixed = ("mix", "--domain", law, "--general", wiki, "--out", tmp_path / "m.jsonl", "--json", report)
+    assert run(monkeypatch, *mixed, "--domain-ratio", 0.8, "--total-samples", 100) == 0
+    assert "domain: 80 of 100 samples from 80 records, read 1.00 times" in capsys.readouterr().out
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == json.loads(report.read_text())["total"] == 100
+
+    def fails(*argv, match):
+        try:
+            status = run(monkeypatch, *argv)
+        except SystemExit as stop:
+            status = stop.code
+        error = capsys.readouterr().err
+        assert (status, error.startswith("error: "), error.count("\n")) == (2, True, 1)
+        assert match in error
+    fails(*pack_law, "--buckets", 4, match="--buckets K and --score NAME go together")
+    fails(*pack_law, "--overwrite", "--first", "low", match="go together")
+    fails(*preview, "--data.scedule", "staged", match="did you mean data.schedule?")
+    fails("mix", match="mix wants either")
+    fails("mix", recipe, match="mix wants either")
+    fails("mix", "--domain", law, "--general", wiki, match="mix wants either")
+    fails("mix", tmp_path / "no.toml", "--preview", match="no.toml does not exist")
+    fails("info", out, "--data.schedule", "x", match="unknown argument --data.schedule")
+    fails(*mixed, "--total-samples", 100000, match="allow it with --max-epochs")
+    recipe.write_text('[data.sources.law]\npath = "nowhere"\n')
+    fails(*preview, match="data.sources.law.path is no folder")
+    assert run(monkeypatch, *preview, "--train.steps", 4) == 0

@@ -221,6 +221,38 @@ def test_a_run_learns_and_its_plan_is_what_it_drew(lab, tmp_path):
     assert {n: s["tokens"] for n, s in last["sources"].items()}.items() <= {"legal": 90 * 32, "story": 30 * 32}.items()
 
 
+def test_score_buckets_are_read_in_their_order_and_resumed(lab, tmp_path, monkeypatch):
+    records = [{"text": t, "metadata": {"scores": {"words": len(t.split())}}} for t in texts("legal")]
+    data.pack_buckets(lambda: (("", r) for r in records), tokenizer.load(lab / "tok"), tmp_path / "law", 4, "words",
+                      heldout=0.1)
+    words = ("--data.sources.legal.path", tmp_path / "law", "--data.schedule", "staged", "--eval.tokens", 800)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train.train(settings(lab, whole, *words, steps=20), one())
+    crash_at(monkeypatch, settings(lab, out, *words, "--train.save-every", 5, steps=20), 12)
+    assert train.train(settings(lab, out, *words, "--train.save-every", 5, steps=20), one()) == 0
+    assert trace(out) == trace(whole)
+    drawn = json.loads((out / "plan.jsonl").read_text())["sequences"]
+    assert list(drawn) == ["legal/0", "legal/1", "legal/2", "legal/3", "story"]
+    first = [r["sources"] for r in lines(out, "train") if r["step"] <= 2]
+    assert not any("legal/2" in s or "legal/3" in s for s in first)
+    assert drawn["legal/3"] > 0
+    scored = json.loads((out / "eval.json").read_text())["after"]
+    assert scored.keys() == drawn.keys()
+    assert sum(scored[f"legal/{k}"]["tokens"] for k in range(4)) < 1000               # of a source, not of a bucket
+    assert (out / "config.toml").read_text().count("[data.sources.") == 2
+
+
+def test_repeats_are_warned_of_and_refused(lab, tmp_path, monkeypatch, capsys):
+    status, said, _ = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=700))
+    assert (status, "warning: source legal is read" in said) == (0, True)
+    long = arguments(lab, tmp_path / "run", "--dry-run", steps=3000)
+    status, said, errors = command(monkeypatch, capsys, long)
+    assert (status, said) == (2, "")
+    assert re.fullmatch(r"error: source legal would be read .*--data\.sources\.legal\.max-epochs \d+\n", errors)
+    long += ["--data.sources.legal.max-epochs", "100", "--data.sources.story.max-epochs", "100"]
+    assert command(monkeypatch, capsys, long)[0] == 0
+
+
 # ---- stopped and resumed
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
@@ -663,6 +695,7 @@ def test_masked_language_model_improves_on_held_out_text(lab, tmp_path):
               heldout=0.2)
     train.train(settings(lab, out, "--objective.name", "masked", "--eval.tokens", 2000, "--data.sources.legal.path",
                          tmp_path / "circle", "--data.schedule", "static", "--data.domain-share", 1,
+                         "--data.sources.legal.max-epochs", 100,
                          "--train.batch-size", 32, "--train.micro-batch-size", 32, "--optim.lr", 5e-3,
                          steps=300), one())
     before, after = (json.loads((out / f"eval_step_{n}.json").read_text())["texts"]["legal"] for n in (0, 300))
