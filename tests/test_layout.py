@@ -11,11 +11,12 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")} | {"kernels": ROOT / "ke
 ARROWS = {      # file: what it may import of ours
     "config": set(), "log": set(), "kernels": set(), "checkpoint": set(), "guard": set(), "optim": {"kernels"},
     "parallel": set(), "objectives": {"kernels"}, "model": {"kernels"}, "hf": {"model"}, "tokenizer": {"config"},
-    "data": {"config", "tokenizer"}, "clean": {"config", "data"}, "dedup": {"config", "data"},
+    "mixture": {"config"}, "data": {"config", "mixture", "tokenizer"}, "dedup": {"config", "data"},
+    "clean": {"config", "data", "hf", "tokenizer"},
     "generate": {"config", "hf", "tokenizer", "model"}, "report": {"config"},
     "eval": {"config", "checkpoint", "data", "generate", "hf", "model", "objectives", "tokenizer"},
-    "train": {"config", "checkpoint", "data", "eval", "guard", "hf", "log", "model", "objectives", "optim", "parallel",
-              "tokenizer"},
+    "train": {"config", "checkpoint", "data", "eval", "guard", "hf", "log", "mixture", "model", "objectives", "optim",
+              "parallel", "tokenizer"},
     "bench": {"config", "data", "hf", "kernels", "model", "objectives", "optim", "parallel", "tokenizer"},
 }
 
