@@ -2,6 +2,7 @@
 
     python tokenizer.py train --kind bpe --vocab-size 8000 --out out/tokenizer FILE...     .txt, .jsonl, and .gz of both
     python tokenizer.py encode --tokenizer DIR_OR_FILE "Habeas corpus"                      prints ids and pieces
+    python tokenizer.py extend|add|report|compare --help                                    see extend.py
 
 | file                    | kind          | who encodes                                                            |
 |-------------------------|---------------|------------------------------------------------------------------------|
@@ -543,10 +544,17 @@ def _text_field(line: str, where: str) -> str:
     return text
 
 
+EXTENDING = {"extend": "new tokens learnt from text, and rows for them", "add": "one id for each term that you name",
+             "report": "whether to extend, and why", "compare": "BPE, Unigram and WordPiece on the same text"}
+
+
 def main():
     from config import ArgumentParser
+    if sys.argv[1:2] and sys.argv[1] in EXTENDING:
+        import extend
+        return extend.main()
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|encode")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(("train", "encode", *EXTENDING)))
     p = commands.add_parser("train", help="train a new tokenizer on text")
     p.add_argument("--kind", choices=("bpe", "unigram", "wordpiece"), default="bpe")
     p.add_argument("--vocab-size", type=int, required=True, help="ids in all, special tokens included")
@@ -556,6 +564,8 @@ def main():
     p = commands.add_parser("encode", help="show the ids and pieces of a text")
     p.add_argument("--tokenizer", required=True, metavar="PATH", help="a model folder or a tokenizer file")
     p.add_argument("text", metavar="TEXT")
+    for name, what in EXTENDING.items():        # extend.py has their options
+        commands.add_parser(name, help=what)
     args = parser.parse_args()
     if args.command == "train":
         if (Path(args.out) / "tokenizer.json").exists() and not args.overwrite:
