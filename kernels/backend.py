@@ -91,7 +91,11 @@ def op(function):
     Calling through torch's dispatcher costs several microseconds, as much as a small kernel; only the compiler needs
     it, which then sees one opaque node and learns its outputs' shapes by running `function` without its launches.
     function's annotations are its schema (torch.library.custom_op); it writes to no input and returns no view of one.
+    A file that is loaded once more under another name (`python -m`, a test's copy) stays plain: registering the name
+    again would pull the op from under those who hold it.
     """
+    if not function.__module__.startswith("kernels."):
+        return function
     registered = torch.library.custom_op(f"nanocpt::{function.__name__}", function, mutates_args=())
 
     @registered.register_fake
