@@ -1,7 +1,7 @@
 """What can be proven of the kernels without a GPU, and the tools that prove it. Truth: kernels broken on purpose
 (broken_kernels.py), errors computed by hand, the compiler's own report on what it made."""
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -148,6 +148,14 @@ def test_which_backend_runs(monkeypatch):
         assert not backend.use_triton(x)
     with backend.using("cuda"), pytest.raises(ValueError, match="'cuda'; it may be reference, triton or empty"):
         backend.use_triton(x)
+
+
+def test_a_second_copy_of_a_file_leaves_the_registered_op_alone():
+    """Registering a name again frees the op behind those who hold it: a segmentation fault, some time later."""
+    before = torch.ops.nanocpt.swiglu_forward.default
+    spec = importlib.util.spec_from_file_location("copy_of_swiglu", ROOT / "kernels/swiglu.py")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert torch.ops.nanocpt.swiglu_forward.default is before
 
 
 def test_tables_and_powers():
