@@ -643,12 +643,12 @@ def read_records(path: str, documents: str | None = None, column: str = "text", 
     stem, source = re.sub(r"\.(gz|zst)$", "", path), path if path.startswith("hf://") else Path(path).name
     if path.startswith("hf://") or not stem.endswith((".jsonl", ".ndjson", ".parquet")):
         rule = documents or ("blank" if stem.endswith(".txt") else "file")
-        records = (("", {"text": text}) for text in data.read_documents(path, rule, None, column, config, split))
-        column = "text"
+        records = data.read_records(path, rule, None, column, config, split)
     elif not os.path.isfile(path):
         raise ValueError(f"input file {path} does not exist")
-    else:
-        records = _parquet(path) if stem.endswith(".parquet") else data._json_records(path)
+    else:                                        # not through read_records, which refuses a null text
+        records = (data._parquet_records(path, column, None) if stem.endswith(".parquet")
+                   else data._json_records(path))
     try:
         for number, (where, record) in enumerate(records, 1):
             text = record.get(column, 0) if isinstance(record, dict) else 0
@@ -665,16 +665,6 @@ def read_records(path: str, documents: str | None = None, column: str = "text", 
             yield record
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"input file {path} cannot be read: {error}; convert it or fetch it again") from None
-
-
-def _parquet(path):
-    import pyarrow
-    import pyarrow.parquet as parquet
-    try:
-        batches = parquet.ParquetFile(path).iter_batches(batch_size=256)
-        yield from ((path, record) for batch in batches for record in batch.to_pylist())
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
 
 
 # ---- the whole corpus

@@ -126,7 +126,7 @@ def _json_records(path):
             if line.strip():
                 try:
                     yield f"{path} line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:      # a number of 5,000 digits, a thousand brackets
                     raise ValueError(f"{path} line {number} is not JSON: {error}") from None
 
 

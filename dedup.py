@@ -46,7 +46,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import ArgumentParser, main_guard, write_json
-from data import _json_records, _texts, fmix64, read_documents, utf8
+from data import _json_records, fmix64, read_documents, read_records, utf8
 
 VERSION = 1                            # raise it when the same input gives another result
 BANDS, ROWS, SHINGLE, NGRAM = 14, 8, 5, 13
@@ -172,13 +172,6 @@ def read_rows(path: str, documents: str = "blank"):
         raise ValueError(str(error) if path in str(error) else f"file {path} cannot be read: {error}") from None
 
 
-def read_records(path: str, column: str = "text", documents: str = "blank"):
-    """Yield every record of a file as a dict with text under `column`."""
-    for where, record in read_rows(path, documents):
-        next(_texts([(where, record)], column))
-        yield record
-
-
 def strings(value):
     """Every text in a value made of dicts and lists."""
     stack = [value]
@@ -273,7 +266,7 @@ def sign(batch: list, column: str, paragraphs: bool):
 def _batches(path, column, documents):
     """[(id, record), ...] of about 128 KB (its hashes fit the cache); a record without an id is called FILE:NUMBER."""
     batch, size = [], 0
-    for number, record in enumerate(read_records(path, column, documents), 1):
+    for number, (_, record) in enumerate(read_records(path, documents, column=column), 1):
         ident = record.get("id")
         batch.append((f"{path}:{number}" if ident is None else ident, record))
         size += len(record[column])
@@ -437,7 +430,7 @@ def dedup(files, out, *, against=(), paragraphs: bool = False, threshold: float 
         raise ValueError(f"threshold is {threshold} and workers {workers}; the threshold must be above 0 and at most "
                          f"1, and there must be at least one worker")
     for path in files:
-        next(read_records(path, column, documents), None)                # all of them, before any work
+        next(read_records(path, documents, column=column), None)                # all of them, before any work
     benchmarks = Benchmarks(against) if against else None
     settings = {"version": VERSION, "column": column, "documents": documents, "paragraphs": paragraphs,
                 "against": list(map(_stamp, against))}

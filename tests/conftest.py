@@ -1,5 +1,6 @@
 """What several test files share. NANOCPT_DATA=folder-with-real-inputs adds the tests that need real text and models."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -73,3 +74,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def far_programs(monkeypatch):
+    """Triton's interpreter with its int32 overflow check on, and every program number 3,000,000 higher: what a kernel
+    computes from it lies behind 2^31, and behind the end of its data."""
+    if torch.cuda.is_available():
+        pytest.skip("only Triton's interpreter checks for overflow, and it runs where there is no GPU")
+    from triton.runtime import interpreter
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    number = type(builder).create_get_program_id
+
+    def far(axis):
+        handle = number(builder, axis)
+        handle.data = handle.data + handle.data.dtype.type(3_000_000)
+        return handle
+    monkeypatch.setattr(builder, "create_get_program_id", far)

@@ -484,7 +484,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
                              ("bad.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:-30], "bad.jsonl.gz"),
                              ("no.jsonl.gz", b"plain", "no.jsonl.gz"), ("no.jsonl.zst", b"plain", "no.jsonl.zst"),
                              ("no.parquet", b"PAR1", "no.parquet"), ("empty.jsonl", b"", "no document"),
-                             ("a.csv", b"x,y\n", "list"), ("a.json", b"3", "a.json"),
+                             ("a.csv", b"x,y\n", "no plain text"), ("a.json", b"3", "a.json"),
                              ("a.pdf", b"x", "no plain text")):
         (tmp_path / name).write_bytes(data)
         assert word in no(tmp_path / name, "--out", tmp_path / "out"), name

@@ -1,7 +1,6 @@
 """RMSNorm's Triton kernels and the fused residual add. Truth: the float64 reference, itself checked against
 torch.nn.functional.rms_norm and finite differences. In the interpreter without a GPU, on the device with one."""
 
-import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -164,20 +163,9 @@ def test_rows_of_many_programs_and_a_last_tile(monkeypatch):
         assert error <= bound, index
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter's overflow check")
-def test_rows_behind_2_to_the_31(monkeypatch, tmp_path):
+def test_rows_behind_2_to_the_31(far_programs, tmp_path):
     """Row 3,000,000 of 1,024 numbers; the same file with 32-bit offsets fails here."""
-    from triton.runtime import interpreter
     from triton.runtime.errors import InterpreterError
-    builder = interpreter.interpreter_builder
-    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
-    number = type(builder).create_get_program_id
-
-    def far(axis):
-        handle = number(builder, axis)
-        handle.data = handle.data + handle.data.dtype.type(3_000_000)
-        return handle
-    monkeypatch.setattr(builder, "create_get_program_id", far)
     text, x, y = Path(module.__file__).read_text(encoding="utf-8").replace("@op\n", ""), torch.ones(8), torch.zeros(8)
 
     def launch(name, text):
