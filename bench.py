@@ -42,6 +42,7 @@ from kernels.attention import BACKENDS, interval_mask
 from model import Model, ModelConfig, matmul_flops_per_token
 from objectives import Causal
 from optim import OptimConfig, make_optimizer
+from shards import HEADER_BYTES
 
 
 def machine() -> dict:
@@ -189,7 +190,7 @@ def bench_reading(folder, rounds) -> list:
     loader = data.Loader({"text": shards}, counts, T, seed=0)
     loader.rows(0)
     ours, peer = [], []
-    tokens = np.memmap(folder / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=data.HEADER_BYTES)
+    tokens = np.memmap(folder / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=HEADER_BYTES)
     rng = np.random.default_rng(0)
     for r in range(rounds):
         start = time.perf_counter()

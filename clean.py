@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
+import corpus
 from config import ArgumentParser, main_guard, nearest, write_json
 
 SCORES_VERSION = 1          # raise it when a score changes its meaning: older records are then scored anew
@@ -597,7 +597,7 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
         return [record]
     foreign = metadata["scores"] if isinstance(metadata.get("scores"), dict) else {}
     code = settings.preset == "code"
-    text = data.utf8(record["text"] or "").decode()
+    text = corpus.utf8(record["text"] or "").decode()
     if settings.repair and not code:
         text = repair(text)
     text, lost = drop_lines(normalise(text, code), settings.preset)
@@ -625,7 +625,7 @@ def expand(paths) -> list[str]:
         if path.startswith("hf://") or not os.path.isdir(path):
             files.append(path)
             continue
-        inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix.lower() not in data.NOT_TEXT
+        inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix.lower() not in corpus.NOT_TEXT
                         and not any(part.startswith(".") for part in p.relative_to(path).parts))
         if not inside:
             raise ValueError(f"{path} holds no file to read; .jsonl[.gz|.zst], .parquet or text is wanted")
@@ -643,12 +643,12 @@ def read_records(path: str, documents: str | None = None, column: str = "text", 
     stem, source = re.sub(r"\.(gz|zst)$", "", path), path if path.startswith("hf://") else Path(path).name
     if path.startswith("hf://") or not stem.endswith((".jsonl", ".ndjson", ".parquet")):
         rule = documents or ("blank" if stem.endswith(".txt") else "file")
-        records = data.read_records(path, rule, None, column, config, split)
+        records = corpus.read_records(path, rule, None, column, config, split)
     elif not os.path.isfile(path):
         raise ValueError(f"input file {path} does not exist")
     else:                                        # not through read_records, which refuses a null text
-        records = (data._parquet_records(path, column, None) if stem.endswith(".parquet")
-                   else data._json_records(path))
+        records = (corpus.parquet_records(path, column, None) if stem.endswith(".parquet")
+                   else corpus.json_records(path))
     try:
         for number, (where, record) in enumerate(records, 1):
             text = record.get(column, 0) if isinstance(record, dict) else 0
@@ -1023,7 +1023,7 @@ def main():
 
     for path in files:                          # all of them, before any work
         next(reader([path]), None)
-    keywords = tuple(text.strip() for text in data.read_documents(args.keywords, "line") if text.strip()) \
+    keywords = tuple(text.strip() for text in corpus.read_documents(args.keywords, "line") if text.strip()) \
         if args.keywords else ()
     odds = None
     if args.general:

@@ -46,7 +46,8 @@ import numpy as np
 from tqdm import tqdm
 
 from config import ArgumentParser, main_guard, write_json
-from data import _json_records, fmix64, read_documents, read_records, utf8
+from corpus import json_records, read_documents, read_records, utf8
+from data import fmix64
 
 VERSION = 1                            # raise it when the same input gives another result
 BANDS, ROWS, SHINGLE, NGRAM = 14, 8, 5, 13
@@ -151,7 +152,7 @@ def read_rows(path: str, documents: str = "blank"):
     stem, suffix = re.sub(r"\.(gz|zst)$", "", path), Path(path).suffix
     try:
         if stem.endswith((".jsonl", ".ndjson")) and os.path.isfile(path):
-            yield from _json_records(path)
+            yield from json_records(path)
         elif suffix == ".parquet" and os.path.isfile(path):
             import pyarrow.parquet as parquet
             for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):

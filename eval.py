@@ -22,8 +22,10 @@ import hf
 import objectives
 import tokenizer as tokenizers
 from config import ArgumentParser, main_guard, write_json
+from corpus import read_documents, utf8
 from generate import Settings, generate, pick_device
 from model import Model, ModelConfig
+from shards import Shards, check_tokenizer
 
 ADVICE = "raise replay to 40-50 %, or train adapters (LoRA), or merge the result with the base"
 
@@ -131,7 +133,7 @@ def _mask_again(objective, batch, index):
     return objective.corrupt(batch, data.RowRandom(keys))
 
 
-def heldout_documents(shards: data.Shards, max_tokens: int) -> list:
+def heldout_documents(shards: Shards, max_tokens: int) -> list:
     """The first held-out documents of a source, whole, up to about `max_tokens` tokens (at least one)."""
     documents, total = [], 0
     for i in range(shards.documents):
@@ -212,12 +214,12 @@ def score_files(model, tokenizer, texts: dict[str, str], args) -> tuple[dict, di
     prefix, objective, results = prefix_of(tokenizer), objectives.Causal(mask_documents=True), {}
     for name, file in texts.items():
         if (Path(file) / "manifest.json").is_file():           # a packed source: its held-out documents
-            shards = data.Shards(file, "heldout")
-            data.check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
+            shards = Shards(file, "heldout")
+            check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
         else:
-            raw = [text for text in data.read_documents(file, args.documents, args.separator, args.column) if text]
-            documents = [(ids, len(data.utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
+            raw = [text for text in read_documents(file, args.documents, args.separator, args.column) if text]
+            documents = [(ids, len(utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
         if not documents:
             raise ValueError(f"text {name} ({file}) is empty")
         results[name] = score(model, objective, documents, prefix, context)

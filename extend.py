@@ -47,7 +47,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 import hf
 import tokenizer as T
 from config import ArgumentParser, write_json
-from data import read_documents
+from corpus import read_documents
 
 MAX_BYTES, MAX_CHARACTERS = 32, 16      # of a new token; 16 is SentencePiece's max_sentencepiece_length
 INITS = ("subtoken", "subtoken_norm", "mean", "covariance", "zero", "random")

@@ -45,6 +45,7 @@ from model import Model, ModelConfig, matmul_flops_per_token
 from objectives import ObjectiveConfig
 from optim import OptimConfig
 from parallel import ParallelConfig
+from shards import SPLITS, Shards, check_tokenizer, open_buckets, verify
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}     # dense bf16, vendors' data sheets
@@ -155,12 +156,12 @@ def open_sources(c: Config, tokenizer, vocab_size: int, world) -> tuple[dict, di
             raise ValueError(f"data.sources.{name}.path is not set; name a folder made by data.py pack")
         if not Path(source.path).is_dir():
             raise ValueError(f"data.sources.{name}.path {source.path} does not exist; make it with data.py pack")
-    sources, train, heldout = data.open_buckets(c.data.sources), {}, {}
+    sources, train, heldout = open_buckets(c.data.sources), {}, {}
     for name, source in sources.items():
-        train[name], heldout[name] = data.Shards(source.path), data.Shards(source.path, "heldout")
-        data.check_tokenizer(name, train[name], tokenizer, vocab_size)
+        train[name], heldout[name] = Shards(source.path), Shards(source.path, "heldout")
+        check_tokenizer(name, train[name], tokenizer, vocab_size)
         if world.main:
-            data.verify(source.path, budget_bytes=4e9, seed=c.seed)
+            verify(source.path, budget_bytes=4e9, seed=c.seed)
     return sources, train, heldout
 
 
@@ -328,7 +329,7 @@ def draw_samples(run: Run, step: int, logger):
 def identity(run: Run) -> dict:
     """What must be the same for a resumed run to be the same run; the rest (ranks, micro-batch, logging) may change."""
     c, loader = run.c, run.loader
-    tokens = {name: [record["sha256"] for split in data.SPLITS for record in s.manifest["splits"][split]["shards"]]
+    tokens = {name: [record["sha256"] for split in SPLITS for record in s.manifest["splits"][split]["shards"]]
               for name, s in zip(loader.names, loader.shards)}
     return json.loads(json.dumps({
         "seed": c.seed, "order_version": data.ORDER_VERSION, "steps": run.total, "context": c.data.context,

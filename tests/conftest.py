@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # read when a kernel is defined: the tests run kernels in numpy
 
+from synthetic import some_texts
+
+import tokenizer as tokenizers
 from model import Model, ModelConfig
 
 torch.set_num_threads(2)
@@ -37,6 +40,20 @@ def data_dir() -> Path:
     if not folder:
         pytest.skip("NANOCPT_DATA is not set; it names the folder with real models, tokenizers and corpora")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_bpe(tmp_path_factory) -> Path:
+    """The folder of a byte-level BPE of 300 ids."""
+    folder = tmp_path_factory.mktemp("bpe")
+    tokenizers.train(some_texts(200), "bpe", 300, folder)
+    return folder
+
+
+@pytest.fixture
+def fast_disk(monkeypatch):
+    """Without waiting for the disk, which proves nothing where the machine does not lose its power."""
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import extend as X
 import hf
 import tokenizer as T
 from config import main_guard
-from data import read_documents
+from corpus import read_documents
 
 ROOT = Path(__file__).parent.parent
 BASES = {"gpt2": "tokenizers/gpt2", "phi2": "tokenizers/phi2_bytebpe_hf", "llama3": "tokenizers/llama3_tiktoken",

@@ -11,13 +11,16 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")} | {"kernels": ROOT / "ke
 ARROWS = {      # file: what it may import of ours
     "config": set(), "log": set(), "kernels": set(), "checkpoint": set(), "guard": set(), "optim": {"kernels"},
     "parallel": set(), "objectives": {"kernels"}, "model": {"kernels"}, "hf": {"model"}, "tokenizer": {"config"},
-    "mixture": {"config"}, "data": {"config", "mixture", "tokenizer"}, "dedup": {"config", "data"},
-    "clean": {"config", "data", "hf", "tokenizer"}, "extend": {"config", "data", "hf", "tokenizer"},
+    "mixture": {"config"}, "corpus": set(), "shards": {"corpus", "mixture"},
+    "data": {"config", "corpus", "mixture", "shards", "tokenizer"}, "dedup": {"config", "corpus", "data"},
+    "clean": {"config", "corpus", "hf", "tokenizer"},
+    "extend": {"config", "corpus", "hf", "tokenizer"},
     "generate": {"config", "hf", "tokenizer", "model"}, "report": {"config"},
-    "eval": {"config", "checkpoint", "data", "generate", "hf", "model", "objectives", "tokenizer"},
+    "eval": {"config", "checkpoint", "corpus", "data", "generate", "hf", "model", "objectives", "shards", "tokenizer"},
     "train": {"config", "checkpoint", "data", "eval", "guard", "hf", "log", "mixture", "model", "objectives", "optim",
-              "parallel", "tokenizer"},
-    "bench": {"config", "data", "hf", "kernels", "model", "objectives", "optim", "parallel", "tokenizer"},
+              "parallel", "shards", "tokenizer"},
+    "bench": {"config", "corpus", "data", "hf", "kernels", "model", "objectives", "optim", "parallel", "shards",
+              "tokenizer"},
 }
 LAZY = {("tokenizer", "extend")}      # main() hands commands over; nothing at module level
 
