@@ -11,6 +11,7 @@ corpus.py reads documents, shards.py keeps their tokens on disk, mixture.py says
 the order. B sequences a step, T tokens of context, L tokens of a source.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import json
@@ -107,7 +108,7 @@ class RowRandom:
         return torch.from_numpy(bits.astype(np.float32) / np.float32(2**24))
 
 
-# ---- loader
+# ---- loader: which tokens make a row, which rows make a batch
 
 @dataclass
 class Batch:
@@ -126,25 +127,118 @@ class Batch:
         return Batch(**move, source=self.source, rng=self.rng)
 
 
+class Windows:
+    """A source as a circle of L tokens, cut anew at another offset every epoch into ceil(L / T) windows of T + 1 tokens
+    at a stride of T: each token is a target exactly once an epoch, and only the last window is short (with drop_last
+    left out)."""
+
+    def __init__(self, shards: Shards, context: int, drop_last: bool = False):
+        self.shards, self.context = shards, context
+        L = shards.tokens
+        self.rows = max(1, L // context if drop_last else -(-L // context))
+        self.padded, self.dropped = max(0, self.rows * context - L), max(0, L - self.rows * context)
+
+    def fill(self, row: int, key: int, tokens: np.ndarray, labels: np.ndarray, doc_start: np.ndarray) -> int:
+        """Write a row of the epoch that `key` stands for into three arrays [T + 1]; returns where its padding begins.
+        doc_start is marked where a document begins, and only there."""
+        T, L = self.context, self.shards.tokens
+        end = min(T, L - row * T) + 1
+        self.shards.read(key % L + row * T, tokens[:end], doc_start[:end])
+        labels[:end] = tokens[:end]
+        return end
+
+
+class Documents:
+    """Rows that begin with a document. One of more than T + 1 tokens is cut into pieces at a stride of T, so that
+    nothing is lost and each token but a document's first is a target exactly once an epoch.
+
+    best_fit: documents and pieces share rows, each put where it leaves the least room; otherwise each has its own row.
+    About 40 bytes of memory a document.
+    """
+
+    def __init__(self, shards: Shards, context: int, best_fit: bool):
+        self.shards, T = shards, context
+        ends = shards.document_ends()
+        lengths = np.diff(ends, prepend=0)
+        parts = np.maximum(1, -(-(lengths - 1) // T))
+        part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+        begin = np.repeat(ends - lengths, parts) + part * T
+        length = np.minimum(np.repeat(lengths, parts) - part * T, T + 1)
+        row = best_fit_decreasing(length, T + 1) if best_fit else np.arange(len(length))
+        order = np.argsort(row, kind="stable")
+        self.pieces = np.stack([begin, length, part > 0], axis=1)[order]       # [pieces, 3], row by row
+        self.first = np.cumsum([0, *np.bincount(row)])                         # [rows + 1], each row's first piece
+        self.rows = len(self.first) - 1
+        self.padded, self.dropped = self.rows * (T + 1) - int(length.sum()), 0
+
+    def fill(self, row: int, key: int, tokens: np.ndarray, labels: np.ndarray, doc_start: np.ndarray) -> int:
+        """As Windows.fill; the rows are the same in every epoch."""
+        at = 0
+        for begin, length, continued in self.pieces[self.first[row]:self.first[row + 1]].tolist():
+            end = at + length
+            self.shards.read(begin, tokens[at:end], doc_start[at:end])
+            doc_start[at] = at
+            labels[at:end] = tokens[at:end]
+            if continued:
+                labels[at] = IGNORE                  # it was a target in the piece before
+            at = end
+        return at
+
+
+def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """int64 [n]: the bin of each size, largest first, each into the fullest bin that has room for it.
+
+    Packing documents so cuts none that fits (Ding et al. 2024, arXiv 2404.10830). Equal sizes are placed together, so
+    that the work goes with the pairs of size and room and not with n (as in Krell et al. 2021, arXiv 2107.02027).
+    """
+    order, bins, count = np.argsort(-sizes, kind="stable"), np.empty(len(sizes), np.int64), 0
+    rooms, ids = [], {}                              # the rooms there are, rising; the bins with that room
+
+    def give_back(room, those):
+        if room and len(those):
+            if room not in ids:
+                bisect.insort(rooms, room)
+            ids.setdefault(room, []).append(those)
+
+    for items in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
+        size = int(sizes[items[0]])
+        while len(items):
+            place = bisect.bisect_left(rooms, size)
+            if place < len(rooms):
+                room = rooms.pop(place)
+                those = np.concatenate(ids.pop(room))
+            else:
+                room = capacity
+                those = np.arange(count, count - (-len(items) // (capacity // size)))
+                count = int(those[-1]) + 1
+            each = room // size                      # a bin filled with them stays the fullest until it is full
+            used, last = divmod(min(len(items), len(those) * each), each)
+            taken = used * each + last
+            bins[items[:taken]] = np.repeat(those[:used + 1], each)[:taken]
+            give_back(room - each * size, those[:used])
+            if last:
+                give_back(room - last * size, those[used:used + 1])
+            give_back(room, those[used + bool(last):])
+            items = items[taken:]
+    return bins
+
+
 class Loader:
     """rows(step, lo, hi): rows lo to hi of the step's global batch of B rows, a pure function of its arguments.
 
-    A source is a circle of L tokens, re-cut at another offset every epoch into ceil(L / T) windows of T + 1 tokens at
-    a stride of T: each token is a target exactly once an epoch, and only the last window is short (padded, its labels
-    -100; with drop_last left out). Windows come in a keyed permutation, sources as `counts` says.
+    `packing` makes rows of a source: "window", "best_fit" or "document". Its rows come in a keyed permutation of every
+    epoch's own, sources as `counts` [steps + 1, D] says (None until there is a plan).
     """
 
-    def __init__(self, sources: dict[str, Shards], counts: np.ndarray, context: int, seed: int,
-                 drop_last: bool = False, reset_positions: bool = True):
+    def __init__(self, sources: dict[str, Shards], counts: np.ndarray | None, context: int, seed: int,
+                 drop_last: bool = False, reset_positions: bool = True, packing: str = "window"):
         self.names, self.shards = list(sources), list(sources.values())
         self.counts, self.context, self.seed, self.reset_positions = counts, context, seed, reset_positions
-        self.batch_size = int(counts[1].sum()) if len(counts) > 1 else 0
-        self.windows = []
         for name, shards in sources.items():
             if not shards.tokens:
                 raise ValueError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
-            whole = shards.tokens // context
-            self.windows.append(max(1, whole if drop_last else -(-shards.tokens // context)))
+        self.packings = [Windows(shards, context, drop_last) if packing == "window"
+                         else Documents(shards, context, packing == "best_fit") for shards in self.shards]
 
     def slots(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """(source [B], how many rows of that source came before [B]) of each row of a step."""
@@ -160,31 +254,29 @@ class Loader:
         source, ordinal = (a[lo:hi] for a in self.slots(step))
         B = len(source)
         tokens, doc_start = np.zeros((B, T + 1), np.int32), np.zeros((B, T + 1), np.int32)
-        valid = np.full(B, T + 1)
+        labels = np.full((B, T + 1), IGNORE, np.int32)
         for i in np.unique(source):
-            shards, n, mine = self.shards[i], self.windows[i], np.flatnonzero(source == i)
-            epoch, position = np.divmod(ordinal[mine], n)
-            window = permute(position, n, mix_keys(self.seed, self.names[i], "window", epoch))
-            offset = mix_keys(self.seed, self.names[i], "offset", epoch) % np.uint64(shards.tokens)
-            for row, w, shift in zip(mine.tolist(), window.tolist(), offset.tolist()):
-                length = min(T, shards.tokens - w * T) + 1
-                valid[row] = length
-                shards.read(shift + w * T, tokens[row, :length], doc_start[row, :length])
-        labels = tokens
-        if (valid <= T).any():
-            padding = np.arange(T + 1) >= valid[:, None]
-            labels = np.where(padding, np.int32(IGNORE), tokens)
-            short = np.flatnonzero(valid <= T)
-            doc_start[short, valid[short]] = valid[short]          # padding is a document of its own
+            packing, mine = self.packings[i], np.flatnonzero(source == i)
+            epoch, position = np.divmod(ordinal[mine], packing.rows)
+            place = permute(position, packing.rows, mix_keys(self.seed, self.names[i], "window", epoch))
+            key = mix_keys(self.seed, self.names[i], "offset", epoch)
+            for row, at, k in zip(mine.tolist(), place.tolist(), key.tolist()):
+                end = packing.fill(at, k, tokens[row], labels[row], doc_start[row])
+                if end <= T:
+                    doc_start[row, end] = end        # padding is a document of its own
         np.maximum.accumulate(doc_start, axis=1, out=doc_start)
         position = np.arange(T + 1, dtype=np.int32)
         positions = position - doc_start if self.reset_positions else np.broadcast_to(position, tokens.shape).copy()
         keys = mix_keys(self.seed, "rows", step, np.arange(lo, lo + B))
         return Batch(*(torch.from_numpy(a) for a in (tokens, labels, positions, doc_start)), source, RowRandom(keys))
 
+    def sequences(self) -> dict[str, int]:
+        """Rows an epoch of each source."""
+        return {name: packing.rows for name, packing in zip(self.names, self.packings)}
+
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been read before `step`."""
-        return {name: float(self.counts[step][i] / self.windows[i]) for i, name in enumerate(self.names)}
+        return {name: float(n / rows) for n, (name, rows) in zip(self.counts[step], self.sequences().items())}
 
 
 # ---- mixed text for other tools
@@ -335,11 +427,11 @@ def cli_preview(args, words):
                          f"pack, or give --train.steps")
     sources = open_buckets(settings.data.sources)
     shards = {name: Shards(s.path) for name, s in sources.items() if s.path and Path(s.path).is_dir()}
-    counts = mixture.make_plan(settings.data, settings.train, sources, {n: s.tokens for n, s in shards.items()})
-    steps, T = len(counts) - 1, settings.data.context
-    drawn = dict(zip(sources, counts[-1].tolist()))
-    epochs = {name: drawn[name] / Loader({name: s}, counts[:1], T, 0, settings.data.drop_last).windows[0]
-              for name, s in shards.items()}
+    T = settings.data.context
+    rows_of = Loader(shards, None, T, 0, settings.data.drop_last, packing=settings.data.packing).sequences()
+    counts = mixture.make_plan(settings.data, settings.train, sources, rows_of)
+    steps, drawn = len(counts) - 1, dict(zip(sources, counts[-1].tolist()))
+    epochs = {name: drawn[name] / rows for name, rows in rows_of.items()}
     rows, out = mixture.realised(settings.data, sources, counts, 10), Path(args.out or "out/mix.png")
     title = f"{settings.data.schedule}, {steps:,} steps of {settings.train.batch_size} sequences"
     print(f"{title} of {T} tokens\n\n{'steps':>17} {'wanted':>8} {'domain':>8}   "

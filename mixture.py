@@ -102,14 +102,20 @@ class DataConfig:
     """attention stays inside a document of a packed sequence"""
     reset_positions: bool = True
     """positions restart with each document"""
+    packing: Literal["window", "best_fit", "document"] = "window"
+    """window: documents one after the other, cut every T tokens; best_fit: whole documents, put where they leave the
+    least room (longer ones in pieces); document: each in a sequence of its own"""
     drop_last: bool = False
-    """drop the last, short sequence of a source's epoch instead of padding it"""
+    """window: drop the last, short sequence of a source's epoch instead of padding it"""
     strata: Strata = field(default_factory=Strata)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.context < 1:
             raise ValueError(f"data.context is {self.context}, but a sequence needs at least 1 token")
+        if self.drop_last and self.packing != "window":
+            raise ValueError(f"data.drop_last drops the last, short window, and data.packing is {self.packing}; leave "
+                             f"one of them out")
         for name in ("domain_share", "anneal_share"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, but must be between 0 and 1")
@@ -278,18 +284,18 @@ def weights_at(config: DataConfig, sources: dict[str, SourceConfig], steps: int)
 
 # ---- the plan
 
-def make_plan(config: DataConfig, length: LengthConfig, sources: dict[str, SourceConfig], tokens: dict[str, int]
-              ) -> np.ndarray:
+def make_plan(config: DataConfig, length: LengthConfig, sources: dict[str, SourceConfig],
+              sequences: dict[str, int]) -> np.ndarray:
     """int64 [steps + 1, D]: sequences of each source before each step, from the run's length and the mix.
 
-    `tokens` {source: tokens it has} is needed only where the length is given in epochs.
+    `sequences` {source: sequences it has} is needed only where the length is given in epochs.
     """
     T, B = config.context, length.batch_size
     steps = length.steps or (-(-length.tokens // (T * B)) if length.tokens else None)
     if steps is None:
         roles = [s.role for s in sources.values()]
         role = "domain" if "domain" in roles else "general"
-        windows = sum(-(-tokens[name] // T) for name, s in sources.items() if s.role == role)
+        windows = sum(sequences[name] for name, s in sources.items() if s.role == role)
         chosen = np.array([r == role for r in roles])
 
         def mean(steps):

@@ -351,6 +351,11 @@ class Shards:
     def documents(self) -> int:
         return self.first_document[-1]
 
+    def document_ends(self) -> np.ndarray:
+        """int64 [documents]: where in the virtual array each document ends."""
+        return np.concatenate([np.zeros(0, np.int64), *(ends.astype(np.int64) + first for ends, first
+                                                        in zip(self.end_maps, self.first_token))])
+
     def read(self, start: int, out: np.ndarray, doc_start: np.ndarray):
         """Fill `out` [n] with the tokens from `start` on (past the end it begins again at 0); mark in `doc_start` [n],
         zero on entry, each position at which a document begins with that position's own index."""

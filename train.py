@@ -225,9 +225,9 @@ def setup(c: Config, world) -> Run:
     tokenizer = open_tokenizer(c)
     config = model_config(c, tokenizer)
     sources, shards, heldout = open_sources(c, tokenizer, config.vocab_size, world)
-    counts = mixture.make_plan(c.data, c.train, sources, {name: s.tokens for name, s in shards.items()})
-    loader = data.Loader(shards, counts, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions)
-    mixture.check_epochs(loader.epochs(len(counts) - 1), sources)
+    loader = data.Loader(shards, None, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions, c.data.packing)
+    loader.counts = mixture.make_plan(c.data, c.train, sources, loader.sequences())
+    mixture.check_epochs(loader.epochs(len(loader.counts) - 1), sources)
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     documents = {name: docs for name, s in heldout.items()
                  if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
@@ -334,7 +334,7 @@ def identity(run: Run) -> dict:
     return json.loads(json.dumps({
         "seed": c.seed, "order_version": data.ORDER_VERSION, "steps": run.total, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
-        "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last,
+        "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last, "packing": c.data.packing,
         "eval_tokens": c.eval.tokens, "mix": hashlib.sha256(loader.counts.tobytes()).hexdigest()[:16],
         "tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "optim": dataclasses.asdict(c.optim), "objective": dataclasses.asdict(c.objective),
@@ -425,11 +425,12 @@ def describe(run: Run, say):
             say(f"warning: source {name} has no held-out documents, so it is not evaluated")
     for line in mixture.notes(c.data, run.sources) + mixture.check_epochs(loader.epochs(run.total), run.sources):
         say(line)
-    padded = [n for n, s in zip(loader.names, loader.shards) if s.tokens % c.data.context]
+    lost = ", ".join(f"{name} {packing.padded or packing.dropped:,} {'dropped' if packing.dropped else 'padded'}"
+                     for name, packing in zip(loader.names, loader.packings) if packing.padded or packing.dropped)
     say(f"run: {run.total:,} steps of {c.train.batch_size} x {c.data.context} = "
         f"{c.train.batch_size * c.data.context:,} tokens, seed {c.seed}, {c.train.precision}, "
-        f"{run.world.size} x {run.world.device.type}; a last short sequence an epoch in {', '.join(padded) or 'none'} "
-        f"is {'dropped' if c.data.drop_last else 'padded'}")
+        f"{run.world.size} x {run.world.device.type}")
+    say(f"packing: {c.data.packing}; positions an epoch without a token: {lost or 'none'}")
 
 
 def line_of(run: Run, step: int, done: dict, seconds: float) -> dict:

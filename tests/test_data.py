@@ -20,7 +20,7 @@ from synthetic import Bytes, counts_of, scored, some_texts, source
 import data
 import tokenizer as tokenizers
 from config import main_guard
-from data import Loader, permute
+from data import Loader, best_fit_decreasing, permute
 from mixture import SourceConfig, domain_share, plan_counts, source_weights
 from shards import SPLITS, Shards, pack
 
@@ -178,7 +178,7 @@ def test_drop_last_leaves_the_short_window_out(tmp_path, context, total, windows
     loader = Loader({"s": shards}, counts_of([windows]), context, seed=0, drop_last=True)
     targets = loader.rows(0).labels[:, 1:]
     targets = targets[targets != -100].tolist()
-    assert loader.windows == [windows]
+    assert loader.sequences() == {"s": windows}
     assert len(set(targets)) == len(targets) == min(total, windows * context)
 
 
@@ -196,6 +196,73 @@ def test_a_source_without_tokens_is_refused(tmp_path):
     source(tmp_path / "s", [5])
     with pytest.raises(ValueError, match=r"source law .* no tokens in its heldout split"):
         Loader({"law": Shards(tmp_path / "s", "heldout")}, counts_of([1]), 8, seed=0)
+
+
+# ---- packing by documents
+
+def best_fit_by_hand(sizes, capacity) -> list[list[int]]:
+    """Best-fit decreasing, an item at a time: the bins, each a list of sizes."""
+    bins = []
+    for size in sorted(sizes, reverse=True):
+        fits = [b for b in bins if sum(b) + size <= capacity]
+        if fits:
+            max(fits, key=sum).append(size)
+        else:
+            bins.append([size])
+    return bins
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_best_fit_against_an_item_at_a_time(seed):
+    rng = random.Random(seed)
+    capacity = rng.choice([5, 17, 64])
+    sizes = [min(capacity, 1 + int(rng.expovariate(4 / capacity))) for _ in range(rng.choice([1, 40, 300]))]
+    bins = best_fit_decreasing(np.array(sizes), capacity)
+    found = np.bincount(bins, sizes).astype(int).tolist()             # which of two bins with as much room is open
+    assert sorted(found) == sorted(map(sum, best_fit_by_hand(sizes, capacity)))
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "document"])
+@pytest.mark.parametrize("shard_tokens", [10**8, 30])
+def test_documents_stay_whole_and_each_token_is_a_target_once(tmp_path, packing, shard_tokens):
+    rng, T = random.Random(1), 12
+    lengths = [1, 2, T, T + 1, T + 2, 2 * T + 1, 2 * T + 2, 40, *(rng.randint(2, 20) for _ in range(60))]
+    total, begins = sum(lengths), [1, *(1 + end for end in itertools.accumulate(lengths))]
+    shards = source(tmp_path / "s", lengths, shard_tokens, ids=list(range(1, total + 1)))       # 0 is padding
+    loader = Loader({"s": shards}, None, T, seed=4, packing=packing)
+    rows = loader.sequences()["s"]
+    loader.counts = counts_of([rows], [rows])
+    for epoch in range(2):
+        batch, targets, padded = loader.rows(epoch), [], 0
+        for tokens, labels, positions, doc_start in zip(*(getattr(batch, f).tolist() for f in FIELDS)):
+            end = tokens.index(0) if 0 in tokens else T + 1
+            padded += T + 1 - end
+            assert labels[end:] == [-100] * (T + 1 - end)
+            assert set(doc_start[end:]) <= {end}
+            assert positions == [i - d for i, d in enumerate(doc_start)]
+            pieces = [tokens[a:b] for a, b in itertools.pairwise([*sorted(set(doc_start[:end])), end])]
+            assert len(pieces) == 1 or packing == "best_fit"
+            for piece, at in zip(pieces, sorted(set(doc_start[:end]))):
+                document = max(b for b in begins if b <= piece[0])
+                n = lengths[begins.index(document)]
+                assert piece == list(range(piece[0], piece[-1] + 1))
+                assert (piece[0], len(piece)) == (document, n) or (n > T + 1 and (
+                    (piece[0] - document) % T == 0 and len(piece) == min(T + 1, document + n - piece[0])))
+                assert labels[at:at + len(piece)] == ([-100] if piece[0] != document else [piece[0]]) + piece[1:]
+                targets += piece[1:]
+        assert sorted(targets) == sorted(set(range(1, total + 1)) - set(begins))
+        assert padded == loader.packings[0].padded
+    assert packing == "document" or rows <= -(-(total + 20) // (T + 1)) + 2
+
+
+def test_a_long_documents_pieces_share_a_token_that_is_a_target_once(tmp_path):
+    shards = source(tmp_path / "s", [7, 20])
+    loader = Loader({"s": shards}, counts_of([4]), 8, seed=0, packing="document")
+    batch = loader.rows(0)
+    rows = sorted(zip(batch.tokens.tolist(), batch.labels.tolist()), key=lambda row: row[0])
+    assert [labels for _, labels in rows] == [
+        [*range(7), -100, -100], [*range(7, 16)], [-100, *range(16, 24)], [-100, 24, 25, 26, *[-100] * 5]]
+    assert [tokens[:4] for tokens, _ in rows] == [[0, 1, 2, 3], [7, 8, 9, 10], [15, 16, 17, 18], [23, 24, 25, 26]]
 
 
 # ---- 6: the permutation

@@ -134,7 +134,7 @@ def test_gradual_over_a_number_of_steps():
     assert [round(share_at(config, step / 999, 1000), 12) for step in (0, 25, 50, 51, 999)] == [0, 0.35, 0.7, 0.7, 0.7]
     # an epoch of 100 windows at batch 1: 50 steps of 0.35 on average, and 82.5 / 0.7 more
     counts = make_plan(dataclasses.replace(config, context=8), LengthConfig(batch_size=1),
-                       {"a": SourceConfig(), "g": SourceConfig(role="general")}, {"a": 800, "g": 800})
+                       {"a": SourceConfig(), "g": SourceConfig(role="general")}, {"a": 100, "g": 100})
     assert counts[-1, 0] == pytest.approx(100, abs=2)
     assert len(counts) == pytest.approx(50 + 82.5 / 0.7, abs=3)
 
@@ -240,15 +240,15 @@ def test_a_schedule_that_finds_no_buckets_to_order_says_so(schedule):
 # ---- length
 
 def test_length_of_a_run():
-    sources, tokens = {"a": SourceConfig(), "g": SourceConfig(role="general")}, {"a": 1000, "g": 10**6}
+    sources, rows = {"a": SourceConfig(), "g": SourceConfig(role="general")}, {"a": 100, "g": 10**5}
     config = DataConfig(context=10, schedule="static", domain_share=0.5)
     for length, steps in ((LengthConfig(steps=7, tokens=9, epochs=3), 7), (LengthConfig(epochs=2, batch_size=4), 100),
                           (LengthConfig(tokens=6401, batch_size=4), 161)):
-        assert len(make_plan(config, length, sources, tokens)) == steps + 1
+        assert len(make_plan(config, length, sources, rows)) == steps + 1
     general = {"g": sources["g"]}
-    assert len(make_plan(config, LengthConfig(batch_size=100), general, tokens)) == 1001
+    assert len(make_plan(config, LengthConfig(batch_size=100), general, rows)) == 1001
     with pytest.raises(ValueError, match="never draws a domain sequence"):
-        make_plan(DataConfig(schedule="static", domain_share=0), LengthConfig(), sources, tokens)
+        make_plan(DataConfig(schedule="static", domain_share=0), LengthConfig(), sources, rows)
 
 
 def test_a_plan_of_many_steps_and_sources_takes_seconds():
