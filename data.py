@@ -2,6 +2,9 @@
 
     python data.py pack --tokenizer DIR_OR_FILE --out shards/legal legal.txt --documents blank
     python data.py pack --buckets 10 --score quality --tokenizer DIR_OR_FILE --out shards/legal kept.jsonl
+    python data.py pack --part 3/8 --tokenizer DIR_OR_FILE --out shards/wiki wiki/*.jsonl.gz     on each of 8 machines
+    python data.py manifest --merge shards/wiki                                                 then once
+    python data.py pack --tokenizer gpt2 --out shards/web openwebtext/train.bin                  token files of others
     python data.py verify shards/legal
     python data.py info shards/legal
     python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
@@ -11,11 +14,13 @@ corpus.py reads documents, shards.py keeps their tokens on disk, mixture.py says
 the order. B sequences a step, T tokens of context, L tokens of a source.
 """
 
+import argparse
 import bisect
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -29,14 +34,18 @@ from tqdm import tqdm
 import mixture
 from config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
 from corpus import read_documents, read_records, utf8
+from foreign import holds_tokens, read_token_documents
 from mixture import DataConfig, LengthConfig, SourceConfig
 from shards import (
     SPLITS,
     Shards,
+    merge_parts,
     open_buckets,
     pack,
     pack_buckets,
     packed_folders,
+    part_folder,
+    part_of,
     read_buckets,
     read_manifest,
     sync_and_close,
@@ -349,35 +358,49 @@ def cli_pack(args):
 
     if (args.buckets is None) != (args.score is None) or (args.first and not args.score):
         raise ValueError("--buckets K and --score NAME go together, and --first with them")
+    if args.part and args.buckets:
+        raise ValueError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
+    k, n = args.part or (1, 1)
+    out = part_folder(args.out, k, n) if args.part else args.out
     tokenizer = tokenizers.load(args.tokenizer)
-    inputs = [{"name": Path(f).name, "bytes": os.path.getsize(f) if os.path.isfile(f) else None} for f in args.files]
     for path in args.files:                    # all of them, before any work
-        next(read_documents(path, args.documents, args.separator, args.column, args.config, args.split), None)
+        if holds_tokens(path):
+            next(read_token_documents(path, tokenizer, args.dtype), None)
+        else:
+            next(read_documents(path, args.documents, args.separator, args.column, args.config, args.split), None)
     start, bar = time.perf_counter(), tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
 
-    def records():
-        for path in args.files:
+    def records(files=args.files):
+        for path in files:
             for record in read_records(path, args.documents, args.separator, args.column, args.config, args.split,
                                        only=[args.column] if not args.score else None):
                 bar.update(len(record[1][args.column]))
                 yield record
 
+    def texts(files):
+        for path in files:
+            if holds_tokens(path):
+                yield from read_token_documents(path, tokenizer, args.dtype)
+            else:
+                yield from (record[args.column] for _, record in records([path]))
+
+    inputs = [{"name": Path(f).name, "bytes": os.path.getsize(f) if os.path.isfile(f) else None} for f in args.files]
     options = {"heldout": args.heldout, "bos": args.bos, "shard_tokens": args.shard_tokens, "workers": args.workers,
                "inputs": inputs, "overwrite": args.overwrite}
     if args.buckets:
         first = args.first or ("high" if "quality" in args.score else "low")
-        pack_buckets(records, tokenizer, args.out, args.buckets, args.score, first=first, column=args.column, **options)
+        pack_buckets(records, tokenizer, out, args.buckets, args.score, first=first, column=args.column, **options)
     else:
-        pack((record[args.column] for _, record in records()), tokenizer, args.out, **options)
+        pack(part_of(args.files, texts, k, n), tokenizer, out, **options)
     bar.close()
     seconds = time.perf_counter() - start
-    manifests = [read_manifest(folder) for folder in packed_folders(args.out)]
+    manifests = [read_manifest(folder) for folder in packed_folders(out)]
     total = sum(s["tokens"] for manifest in manifests for s in manifest["splits"].values())
-    print(f"packed {total:,} tokens in {seconds:.1f} s ({total / seconds / 1e6:.2f} M tokens/s) into {args.out}")
+    print(f"packed {total:,} tokens in {seconds:.1f} s ({total / seconds / 1e6:.2f} M tokens/s) into {out}")
     if not any(manifest["splits"]["heldout"]["documents"] for manifest in manifests) and args.heldout:
         print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
               "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
-    return print_info(args.out, args.json)
+    return print_info(out, args.json)
 
 
 def print_info(folder, json_file=None):
@@ -487,13 +510,21 @@ def _reader_options(p):
     p.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
 
 
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 9999:
+        raise argparse.ArgumentTypeError(f"{text!r} is no part; write K/N with K from 1 to N, e.g. 3/8")
+    return int(match[1]), int(match[2])
+
+
 def main():
     words = sys.argv[1:]
     settings = next((i for i, w in enumerate(words) if w.startswith(("--data.", "--train."))), len(words))
     parser = ArgumentParser(prog="data.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
     p = commands.add_parser("pack", help="tokenise files into shards", description="Tokenise files into shards.")
-    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl[.gz|.zst], .parquet, or hf://org/dataset")
+    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl[.gz|.zst], .parquet, hf://org/dataset, "
+                                                          "or token files of datatrove, Megatron, llm.c, nanoGPT")
     p.add_argument("--tokenizer", required=True, help="a model folder or a tokenizer file")
     p.add_argument("--out", required=True, help="folder to make")
     _reader_options(p)
@@ -502,12 +533,19 @@ def main():
     p.add_argument("--no-bos", action="store_false", dest="bos", help="no BOS before documents")
     p.add_argument("--shard-tokens", type=int, default=10**8, help="tokens a shard (default: 1e8)")
     p.add_argument("--workers", type=int, default=2, help="batches tokenised at a time (default: 2)")
+    p.add_argument("--dtype", choices=("uint16", "uint32"),
+                   help="of raw token files (default: what the vocabulary needs)")
+    p.add_argument("--part", type=_part, metavar="K/N", help="pack the K-th of N parts, each by a machine of its own, "
+                                                             "then join them with manifest --merge")
     p.add_argument("--buckets", type=int, metavar="K", help="split the documents into K folders by --score; a source "
                                                             "of such buckets can be read in their order")
     p.add_argument("--score", metavar="NAME", help="number under metadata.scores of each record to split by")
     p.add_argument("--first", choices=("low", "high"), help="end of the score that is read first "
                                                             "(default: high for quality, low for any other)")
     p.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    p.add_argument("--json", metavar="FILE", help="write the manifest there too")
+    p = commands.add_parser("manifest", help="join the parts that many machines have packed")
+    p.add_argument("--merge", required=True, metavar="DIR", help="folder that was the parts' --out")
     p.add_argument("--json", metavar="FILE", help="write the manifest there too")
     p = commands.add_parser("verify", help="hash every shard against the manifest")
     p.add_argument("dir")
@@ -532,6 +570,9 @@ def main():
         parser.error(f"unknown argument {words[settings]}")
     if args.command == "pack":
         return cli_pack(args)
+    if args.command == "manifest":
+        merge_parts(args.merge)
+        return print_info(args.merge, args.json)
     if args.command == "mix":
         if args.preview and args.recipe and not args.domain and not args.general:
             return cli_preview(args, words[settings:])

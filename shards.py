@@ -30,6 +30,7 @@ HEADER_BYTES = 1024
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}       # llm.c's magic and version by token size
 OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1          # "nCPT"
 SPLITS = ("train", "heldout")
+BLOCK = 1024                                       # documents of one file that go to the same part
 
 
 # ---- writing
@@ -119,6 +120,8 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
          workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21, overwrite: bool = False) -> dict:
     """Tokenise `texts` into shards at `out`; returns the manifest. The folder appears whole or not at all.
 
+    A text may be given as the ids that it has (uint32 [n], without BOS and EOS) instead.
+
     Every document gets an EOS at its end, and a BOS at its start where the tokenizer says the model was trained so
     (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text.
     The result depends neither on `workers` nor on `batch_bytes`.
@@ -148,10 +151,7 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
                 empty += _write(writers, *waiting.popleft().result())
         for writer in writers.values():
             writer.close()
-        splits = {name: {"tokens": sum(s["tokens"] for s in writer.shards),
-                         "documents": sum(s["documents"] for s in writer.shards),
-                         "bytes": sum(s["bytes"] for s in writer.shards), "shards": writer.shards}
-                  for name, writer in writers.items()}
+        splits = {name: _totals(writer.shards) for name, writer in writers.items()}
         if not splits["train"]["tokens"]:
             raise ValueError(f"nothing to train on: {empty} empty documents, {splits['heldout']['documents']} held out")
         manifest = {
@@ -160,11 +160,19 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
             "bos": bos, "eos": True, "heldout": heldout, "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout",
             "inputs": inputs or [], "empty_documents_dropped": empty, "splits": splits,
         }
-        with open(partial / "manifest.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _write_json(partial / "manifest.json", manifest)
     return manifest
+
+
+def _totals(shards: list[dict]) -> dict:
+    return {**{key: sum(s[key] for s in shards) for key in ("tokens", "documents", "bytes")}, "shards": shards}
+
+
+def _write_json(path, value):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -207,9 +215,10 @@ def _batches(texts, batch_bytes):
 def _encode(tokenizer, texts, bos, heldout):
     """One batch in a worker thread: (per split: ids, lengths, bytes), number of empty documents."""
     limit = round(10000 * heldout)
-    raw = [utf8(text) for text in texts]
+    raw = [utf8(text if isinstance(text, str) else tokenizer.decode(text)) for text in texts]
     kept = [i for i, data in enumerate(raw) if data]
-    encoded = tokenizer.encode_batch([texts[i] for i in kept])
+    new = iter(tokenizer.encode_batch([texts[i] for i in kept if isinstance(texts[i], str)]))
+    encoded = [next(new) if isinstance(texts[i], str) else texts[i] for i in kept]
     parts = {split: ([], [], []) for split in SPLITS}
     start = [np.array([tokenizer.bos_id], np.uint32)] if bos else []
     end = np.array([tokenizer.eos_id], np.uint32)
@@ -232,6 +241,48 @@ def _write(writers, parts, empty) -> int:
     for split, part in parts.items():
         writers[split].add(*part)
     return empty
+
+
+# ---- parts of one source, packed by many machines
+
+def part_folder(out, k: int, n: int) -> Path:
+    return Path(out) / f"part_{k:04d}_of_{n:04d}"
+
+
+def part_of(files: list, documents, k: int, n: int):
+    """What part k of n (from 1) has of `files`: every n-th of them or, where there are fewer than n, the documents that
+    documents(files) yields in blocks of BLOCK dealt in turn."""
+    if len(files) >= n:
+        return documents(files[k - 1::n])
+    return (document for i, document in enumerate(documents(files)) if i // BLOCK % n == k - 1)
+
+
+def merge_parts(out) -> dict:
+    """Write the manifest of a folder whose parts are all packed; returns it. The shards stay where they are."""
+    out = Path(out)
+    found = sorted(path.name for path in out.glob("part_*_of_*") if (path / "manifest.json").is_file())
+    if not found:
+        raise ValueError(f"{out} holds no packed parts; make them with data.py pack --part 1/N, 2/N, ...")
+    n = int(found[0].rpartition("_")[2])
+    wanted = [part_folder(out, k, n).name for k in range(1, n + 1)]
+    if found != wanted:
+        odd = sorted(set(found) ^ set(wanted))
+        what = "is missing; pack it with --part" if odd[0] in wanted else "does not belong there; remove it"
+        raise ValueError(f"{out} does not hold the parts 1 to {n} alone: {odd[0]} {what}")
+    parts = {name: read_manifest(out / name) for name in wanted}
+    first = parts[wanted[0]]
+    for name, manifest in parts.items():
+        for key in ("tokenizer", "bos", "heldout", "dtype"):
+            if manifest[key] != first[key]:
+                raise ValueError(f"{out}/{name} has another {key} than {wanted[0]}: {manifest[key]} and {first[key]}; "
+                                 f"pack it again like the others")
+    merged = {**first, "inputs": [i for m in parts.values() for i in m["inputs"]],
+              "empty_documents_dropped": sum(m["empty_documents_dropped"] for m in parts.values()),
+              "splits": {split: _totals([{**s, "name": f"{name}/{s['name']}"} for name, m in parts.items()
+                                         for s in m["splits"][split]["shards"]]) for split in SPLITS}}
+    _write_json(out / ".manifest.json", merged)
+    os.replace(out / ".manifest.json", out / "manifest.json")
+    return merged
 
 
 # ---- score buckets
@@ -270,10 +321,7 @@ def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: st
             parts.append({"name": name, "low": float(inside.min()), "high": float(inside.max()),
                           **{key: manifest["splits"]["train"][key] for key in ("documents", "tokens")}})
         index = {"format": "nanocpt-buckets", "version": 1, "score": score, "first": first, "buckets": parts}
-        with open(partial / "buckets.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps(index, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _write_json(partial / "buckets.json", index)
     return index
 
 
@@ -404,7 +452,7 @@ def read_manifest(folder: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/manifest.json is damaged or of another version: {error}") from None
     for name in names:
-        if Path(name).name != name:
+        if any(part in ("", ".", "..") or Path(part).name != part for part in name.split("/")):
             raise ValueError(f"{folder}/manifest.json points outside its folder: {name!r}")
     return manifest
 

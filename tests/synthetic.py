@@ -5,10 +5,13 @@ import itertools
 import json
 import random
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
 
+import data
+from config import main_guard
 from corpus import utf8
 from shards import Shards
 
@@ -90,3 +93,9 @@ def scored(n: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     return [{"text": f"{i} {text}", "id": str(i), "metadata": {"scores": {"quality": rng.randrange(n // 2)}}}
             for i, text in enumerate(some_texts(n, seed))]
+
+
+def run(monkeypatch, *argv) -> int:
+    """Exit status of data.py with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
+    return main_guard(data.main)

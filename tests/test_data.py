@@ -9,17 +9,15 @@ import itertools
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from synthetic import Bytes, counts_of, scored, some_texts, source
+from synthetic import Bytes, counts_of, run, scored, some_texts, source
 
 import data
 import tokenizer as tokenizers
-from config import main_guard
 from data import Loader, best_fit_decreasing, permute
 from mixture import SourceConfig, domain_share, plan_counts, source_weights
 from shards import SPLITS, Shards, pack
@@ -42,11 +40,6 @@ def three_sources(tmp_path) -> tuple[dict, np.ndarray]:
 
 def arrays(batch) -> list[np.ndarray]:
     return [getattr(batch, f).numpy() for f in FIELDS] + [batch.source, batch.rng.uniform(3, 9).numpy()]
-
-
-def run(monkeypatch, *argv) -> int:
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
-    return main_guard(data.main)
 
 
 # ---- 1 to 3: the order is a function

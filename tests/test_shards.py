@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import Bytes, counts_of, naive_write, scored, some_texts, source
+from synthetic import Bytes, counts_of, naive_write, run, scored, some_texts, source
 
 import tokenizer as tokenizers
 from corpus import read_documents
@@ -30,7 +30,9 @@ from shards import (
     pack,
     pack_buckets,
     packed_folders,
+    part_folder,
     read_buckets,
+    read_manifest,
     verify,
 )
 
@@ -144,7 +146,7 @@ def test_manifests_that_are_none(tmp_path):
     folder = packed(tmp_path)
     whole = json.loads((folder / "manifest.json").read_text())
     shard = {**whole["splits"]["train"]["shards"][0]}
-    outside = [{**shard, "name": name} for name in ("../s/train_000000", "/etc/passwd", "a/b")]
+    outside = [{**shard, "name": name} for name in ("../s/train_000000", "/etc/passwd", "part/../../s", "a//b")]
     broken = ["", "{", "[]", "null", '"x"', "\xff", "{}", json.dumps({**whole, "version": 9}),
               json.dumps({**whole, "format": "other"}), json.dumps({**whole, "splits": {"train": {"shards": []}}}),
               json.dumps({**whole, "splits": 3}), json.dumps({**whole, "dtype": "float64"}),
@@ -364,6 +366,68 @@ def test_real_text_comes_back(tmp_path, data_dir, name):
         assert whole == tokenizer.encode(text, bos=tokenizer.add_bos, eos=True)
     assert manifest["splits"]["train"]["tokens"] == shards.tokens
     assert verify(tmp_path / "s")
+
+
+# ---- parts
+
+def all_documents(folder) -> list[tuple]:
+    return sorted((split, ids.tobytes(), nbytes) for split in SPLITS for shards in [Shards(folder, split)]
+                  for ids, nbytes in map(shards.document, range(shards.documents)))
+
+
+@pytest.mark.parametrize("files", [1, 5])
+def test_parts_together_are_the_whole(tmp_path, tiny_bpe, files, monkeypatch, capsys):
+    monkeypatch.setattr("shards.BLOCK", 7)
+    texts = some_texts(100, 3)
+    paths = [tmp_path / f"{k}.jsonl" for k in range(files)]
+    for k, path in enumerate(paths):
+        path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[k::files]))
+    command = ("pack", "--tokenizer", tiny_bpe, "--heldout", 0.2, "--shard-tokens", 900)
+    assert run(monkeypatch, *command, "--out", tmp_path / "whole", *paths) == 0
+    for k in (3, 1, 2):
+        assert run(monkeypatch, "manifest", "--merge", tmp_path / "parts") == 2        # not yet
+        assert run(monkeypatch, *command, "--out", tmp_path / "parts", "--part", f"{k}/3", *paths) == 0
+    assert run(monkeypatch, "manifest", "--merge", tmp_path / "parts", "--json", tmp_path / "m.json") == 0
+    merged, whole = read_manifest(tmp_path / "parts"), read_manifest(tmp_path / "whole")
+    assert json.loads((tmp_path / "m.json").read_text()) == merged
+    assert all_documents(tmp_path / "parts") == all_documents(tmp_path / "whole")
+    for key in ("tokens", "documents", "bytes"):
+        assert [merged["splits"][s][key] for s in SPLITS] == [whole["splits"][s][key] for s in SPLITS]
+    parts = [read_manifest(part_folder(tmp_path / "parts", k, 3))["splits"] for k in (1, 2, 3)]
+    assert min(sum(part[s]["documents"] for s in SPLITS) for part in parts) >= 20
+    verify(tmp_path / "parts")
+    before = (tmp_path / "parts" / "manifest.json").read_bytes()
+    assert run(monkeypatch, "manifest", "--merge", tmp_path / "parts") == 0
+    assert (tmp_path / "parts" / "manifest.json").read_bytes() == before
+    capsys.readouterr()
+
+    damaged = next((tmp_path / "parts" / "part_0002_of_0003").glob("train_*.bin"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert run(monkeypatch, "verify", tmp_path / "parts") == 2
+    assert "part_0002_of_0003/train_" in capsys.readouterr().err
+
+
+def test_parts_that_do_not_fit(tmp_path, tiny_bpe, monkeypatch, capsys):
+    def refused(match, *argv):
+        assert run(monkeypatch, *argv) == 2
+        error = capsys.readouterr().err
+        assert match in error
+        assert "Traceback" not in error
+
+    for k, options in ((1, {}), (2, {"heldout": 0.5})):
+        pack(some_texts(50), Bytes(), part_folder(tmp_path / "p", k, 2), **options)
+    refused("has another heldout than part_0001_of_0002", "manifest", "--merge", tmp_path / "p")
+    shutil.rmtree(part_folder(tmp_path / "p", 2, 2))
+    refused("part_0002_of_0002 is missing; pack it with --part", "manifest", "--merge", tmp_path / "p")
+    pack(some_texts(50), Bytes(), part_folder(tmp_path / "p", 2, 3))
+    refused("does not hold the parts 1 to 2 alone", "manifest", "--merge", tmp_path / "p")
+    refused("holds no packed parts", "manifest", "--merge", tmp_path / "nothing")
+    pack_line = ("pack", "--tokenizer", tiny_bpe, "--out", tmp_path / "q", "x.txt")
+    for part in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(SystemExit, match="2"):
+            run(monkeypatch, *pack_line, "--part", part)
+        assert "is no part; write K/N" in capsys.readouterr().err
+    refused("do not go together", *pack_line, "--part", "1/2", "--buckets", 3, "--score", "quality")
 
 
 # ---- score buckets
