@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from synthetic import Bytes, counts_of, naive_write, run, scored, some_texts, source
 
+import shards
 import tokenizer as tokenizers
 from corpus import read_documents
 from data import Loader
@@ -273,6 +274,58 @@ def test_kill_at_any_moment_leaves_no_folder_that_opens(tmp_path):
     assert verify(tmp_path / "s")
 
 
+def test_kill_at_any_byte_leaves_what_the_same_command_completes(tmp_path):
+    """The child dies in the middle of a write, after a number of bytes on the disk."""
+    def build(folder):
+        return pack(some_texts(50), Bytes(), folder / "s", heldout=0.2, shard_tokens=500, batch_bytes=300)
+
+    def child(folder, left):
+        signal.alarm(60)
+
+        class Dying:
+            def __init__(self, *args, **options):
+                self.file = open(*args, **options)               # noqa: SIM115  (closed by who opened it)
+
+            def write(self, payload):
+                nonlocal left
+                size = len(payload) if isinstance(payload, (bytes, str)) else payload.nbytes
+                if size >= left:
+                    self.file.write(payload[:left] if isinstance(payload, (bytes, str)) else payload.tobytes()[:left])
+                    self.file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left -= size
+                return self.file.write(payload)
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                self.file.close()
+
+        shards.open = Dying
+        build(folder)
+        os._exit(0)
+
+    (tmp_path / "whole").mkdir()
+    build(tmp_path / "whole")
+    wanted = content(tmp_path / "whole" / "s")
+    size = sum(map(len, wanted.values()))
+    for number, left in enumerate([1, 1024, 1025, size - 1, *random.Random(0).sample(range(1, size), 8)]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        pid = os.fork()
+        if not pid:
+            child(folder, left)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL, left
+        assert not (folder / "s").exists()
+        build(folder)
+        assert content(folder / "s") == wanted
+        assert [p.name for p in folder.iterdir()] == ["s"]
+
+
 def test_a_full_disk(tmp_path, tiny_bpe):
     """Files cannot grow past a limit: the same error path as a full disk, in the middle of the second shard."""
     (tmp_path / "in.txt").write_text("\n".join(t.replace("\n", " ") for t in some_texts(3000)), encoding="utf-8")
@@ -295,7 +348,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_workers_and_batches_change_nothing(tmp_path):
     texts, wanted = some_texts(150), None
-    for workers, batch_bytes in itertools.product((1, 2, 5), (1, 400, 1 << 21)):
+    for workers, batch_bytes in itertools.product((1, 2, 7), (1, 400, 1 << 21)):
         pack(texts, Bytes(), tmp_path / "s", heldout=0.1, shard_tokens=1000, workers=workers, batch_bytes=batch_bytes,
              overwrite=True)
         got = content(tmp_path / "s")
