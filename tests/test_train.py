@@ -242,6 +242,22 @@ def test_score_buckets_are_read_in_their_order_and_resumed(lab, tmp_path, monkey
     assert (out / "config.toml").read_text().count("[data.sources.") == 2
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "document"])
+def test_packing_by_documents_learns_and_resumes_bit_for_bit(lab, tmp_path, monkeypatch, packing, capsys):
+    words = ("--data.packing", packing)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train.train(settings(lab, whole, *words, steps=20), one())
+    said = capsys.readouterr().out
+    assert re.search(rf"packing: {packing}; positions an epoch without a token: legal [\d,]+ padded, story", said)
+    losses = [r["loss"] for r in lines(whole, "train")]
+    assert losses[-1] < losses[0] - 1
+    crash_at(monkeypatch, settings(lab, out, *words, "--train.save-every", 5, steps=20), 12)
+    assert train.train(settings(lab, out, *words, "--train.save-every", 5, steps=20), one()) == 0
+    assert trace(out) == trace(whole)
+    with pytest.raises(ValueError, match="data.packing is " + packing):
+        settings(lab, tmp_path / "x", *words, "--data.drop-last")
+
+
 def test_repeats_are_warned_of_and_refused(lab, tmp_path, monkeypatch, capsys):
     status, said, _ = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=700))
     assert (status, "warning: source legal is read" in said) == (0, True)
