@@ -1,6 +1,7 @@
 """Speed and memory, side by side with the peer in one run; ratios are ours / peer, medians over rounds in turn.
 
-    python bench.py data  --json out/bench_data.json       packing against the raw encoder and datasets.map, reading
+    python bench.py data  --json out/bench_data.json       packing, reading, encoding, cleaning, dedup, each stage
+                                                           beside datatrove's, datasets', datasketch's and others'
     python bench.py train --json out/bench_train.json      a training step against transformers on the same batches
     python bench.py kernels --json out/bench_kernels.json  with a GPU: times beside torch.compile's, PyTorch's, Liger's;
                                                            without: what the compiler says of each kernel, CPU times
@@ -12,12 +13,15 @@ loop `model(input_ids, labels=...).loss.backward(); clip; step`. What train.py d
 tells glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
 """
 
+import contextlib
+import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -25,24 +29,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import clean
 import data
+import dedup
 import hf
 import kernels
 import parallel
 import tokenizer as tokenizers
 from config import ArgumentParser, main_guard
+from corpus import read_documents, read_records, utf8
 from kernels import measure
 from kernels.attention import BACKENDS, interval_mask
 from model import Model, ModelConfig, matmul_flops_per_token
 from objectives import Causal
 from optim import OptimConfig, make_optimizer
-from shards import HEADER_BYTES
+from shards import HEADER_BYTES, Shards, pack
 
 
 def machine() -> dict:
@@ -51,7 +59,7 @@ def machine() -> dict:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
                             cwd=Path(__file__).parent).stdout.strip() if shutil.which("git") else ""
     return {"cpu": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "python": platform.python_version(), "commit": commit,
+            "python": platform.python_version(), "commit": commit, "load_average": os.getloadavg()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
@@ -81,19 +89,82 @@ def spread(values) -> float:
 # ---- data
 
 def bench_data(args) -> list:
-    texts = [t for t in data.read_documents(args.text, "blank") if t.strip()]
-    size = sum(len(data.utf8(t)) for t in texts)
-    repeat = max(1, int(args.mbytes * 1e6 / size))
-    texts *= repeat
+    """Packing and reading on all cores, then each stage on one, beside its peers on the same files.
+
+    Cleaning and dedup get documents of about 2,000 characters (blocks of the text joined), a quarter of --mbytes at
+    most and never repeated but for the copies that dedup has to find; the encoders get a quarter of --mbytes.
+    """
+    texts = [t.strip() for path in args.text for block in read_documents(path, "blank")
+             for t in block.split("<|endoftext|>") if t.strip()]
+    size = sum(len(utf8(t)) for t in texts)
+    joined = max(1, round(2000 * len(texts) / size))
+    documents = ["\n\n".join(texts[i:i + joined]) for i in range(0, len(texts), joined)]
+    documents = documents[::math.ceil(4 * size / 1e6 / args.mbytes)]
+    texts *= max(1, int(args.mbytes * 1e6 / size))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        source = folder / "corpus.jsonl"
-        source.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts), encoding="utf-8")
+        source = write_jsonl(folder / "in/corpus.jsonl", texts)
         paths = args.tokenizer or [default_tokenizer(texts, folder)]
         for path in paths:
             rows += bench_packing(path, source, texts, folder, args.rounds)
-        rows += bench_reading(folder / "shards", args.rounds)
+        rows += bench_reading(folder, args.rounds)
+        with one_core():
+            real = Path(os.environ.get("NANOCPT_DATA", folder)).glob("tokenizers/*")
+            for path in args.tokenizer or [*paths, *sorted(real)]:
+                rows += bench_encoding(path, texts[::4], args.rounds)
+            rows += bench_cleaning(documents, folder, args.rounds)
+            rows += bench_dedup(with_copies(documents), folder, args.rounds)
+    return rows
+
+
+def write_jsonl(path, texts) -> Path:
+    path.parent.mkdir()
+    lines = (json.dumps({"text": text, "id": str(i)}) + "\n" for i, text in enumerate(texts))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def one_core():
+    """This thread, the threads and processes it starts, and the batches of `tokenizers` have one core."""
+    cores, setting = os.sched_getaffinity(0), os.environ.get("TOKENIZERS_PARALLELISM", "true")
+    os.sched_setaffinity(0, {max(cores)})
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        os.environ["TOKENIZERS_PARALLELISM"] = setting
+
+
+def versus(unit: str, amount, ours, peers: dict, rounds: int, **more) -> list:
+    """A row for each peer, {row's name: (package, or who it is in two words, call)}. All calls take turns after a first
+    round that is not counted, every other round the other way round. amount: by which the rates are; None: what `ours`
+    returns. What the calls return (tokens, documents kept) stands in `counts`; what a peer lacks, in `left_out`; spread
+    is that of the ratios, round by round."""
+    calls = {"": ours, **{name: call for name, (_, call) in peers.items()}}
+    seconds, counts, missing = {name: [] for name in calls}, {}, {}
+    for number in range(rounds + 1):
+        for name in [*calls][::1 if number % 2 else -1]:
+            start = time.perf_counter()
+            try:
+                counts[name] = calls[name]() if name not in missing else None
+            except ImportError as error:
+                if not name:
+                    raise
+                missing[name] = str(error).splitlines()[0]
+            seconds[name].append(time.perf_counter() - start)
+    rate = {name: (amount or counts[""]) / statistics.median(seconds[name][1:]) for name in calls.keys() - missing}
+    rows = []
+    for name, (who, _) in peers.items():
+        if name in missing:
+            rows.append(row(name, unit, rate[""], left_out=missing[name], **more))
+            print(f"  no peer: {missing[name]}")
+            continue
+        ratios = [theirs / mine for mine, theirs in zip(seconds[""][1:], seconds[name][1:])]
+        rows.append(row(name, unit, rate[""], rate[name], who if " " in who else f"{who} {version(who)}",
+                        counts={"ours": counts[""], "peer": counts[name]}, spread=spread(ratios), **more))
     return rows
 
 
@@ -115,6 +186,11 @@ def hugging_face_twin(path, tokenizer, texts):
     elif tokenizer.kind == "gpt2":
         files = (str(Path(path) / name) for name in ("vocab.json", "merges.txt"))
         twin = ByteLevelBPETokenizer.from_file(*files)._tokenizer
+    elif tokenizer.kind == "tiktoken":
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+        file = Path(path) / "tokenizer.model" if Path(path).is_dir() else path
+        twin = TikTokenConverter(str(file), tokenizers.LLAMA3_SPLIT,
+                                 extra_special_tokens=tokenizers.LLAMA3_SPECIALS).converted()
     else:
         return None
     for text in texts[:200]:
@@ -123,39 +199,212 @@ def hugging_face_twin(path, tokenizer, texts):
 
 
 def bench_packing(path, source, texts, folder, rounds) -> list:
-    """Packing a jsonl file from disk to disk, against the encoder alone on the texts in memory, and against
-    datasets.map with group_texts as in transformers' run_clm.py, all with the same tokenizer and cores."""
+    """Packing a jsonl file from disk to disk, all with the same tokenizer: on all cores against the encoder alone on
+    the texts in memory and against datasets.map with group_texts as in transformers' run_clm.py; on one core against
+    datatrove's DocumentTokenizer, which does not shuffle here, because pack does not."""
     tokenizer = tokenizers.load(path)
     twin = hugging_face_twin(path, tokenizer, texts)
-    out, times = folder / "shards", {"ours": [], "raw": [], "datasets": []}
-    tokens = 0
-    for _ in range(rounds):
-        start = time.perf_counter()
-        manifest = data.pack(data.read_documents(str(source)), tokenizer, out, heldout=0.0, overwrite=True)
-        times["ours"].append(time.perf_counter() - start)
-        tokens = manifest["splits"]["train"]["tokens"]
-        start = time.perf_counter()
-        raw_encode(tokenizer, texts)
-        times["raw"].append(time.perf_counter() - start)
-    rate = {side: tokens / statistics.median(t) for side, t in times.items() if t}
-    which = {"tokenizer": Path(path).name, "spread": spread(times["ours"])}
-    rows = [row("pack_vs_encoder", "tokens/s", rate["ours"], rate["raw"], tokenizer.library, **which)]
-    if twin:
-        for processes in (None, os.cpu_count()):            # the better of its two ways to use the cores
-            times["datasets"].append(datasets_pipeline(twin, source, folder, processes))
-        rows.append(row("pack_vs_datasets", "tokens/s", rate["ours"],
-                        tokens / min(times["datasets"]), "datasets.map + group_texts",
-                        seconds_by_processes=times["datasets"], **which))
+
+    def ours(workers=2):
+        manifest = pack(read_documents(str(source)), tokenizer, folder / "shards", heldout=0.0, workers=workers,
+                        overwrite=True)
+        return manifest["splits"]["train"]["tokens"]
+
+    def datatrove():
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.tokens import DocumentTokenizer
+        step = DocumentTokenizer(tempfile.mkdtemp(dir=folder), str(folder / "twin.json"), shuffle_documents=False,
+                                 eos_token=tokenizer.id_to_token(tokenizer.eos_id))
+        return datatrove_run(folder, ([JsonlReader(str(source.parent)), step], 1))["tokens"].total
+
+    which = {"tokenizer": Path(path).name}
+    rows = versus("tokens/s", None, ours, {"pack_vs_encoder": (tokenizer.library, lambda: encode(tokenizer, texts))},
+                  rounds, **which)
+    if twin:                                                # the better of its two ways to use the cores
+        seconds = [datasets_pipeline(twin, source, folder, processes) for processes in (None, os.cpu_count())]
+        rows.append(row("pack_vs_datasets", "tokens/s", rows[0]["ours"], rows[0]["counts"]["ours"] / min(seconds),
+                        "datasets.map + group_texts", seconds_by_processes=seconds, spread=rows[0]["spread"], **which))
+        twin.save(str(folder / "twin.json"))
+        with one_core():
+            rows += versus("tokens/s", None, lambda: ours(1), {"pack_vs_datatrove": ("datatrove", datatrove)},
+                           min(3, rounds), **which)
     return rows
 
 
-def raw_encode(tokenizer, texts):
-    """The library's own batch call, on all cores, and nothing else."""
+def encode(tokenizer, texts) -> int:
+    """Tokens by the library's own batch call, on all cores that this thread may use, and nothing else."""
+    cores = len(os.sched_getaffinity(0))
     if tokenizer.library.startswith("tokenizers"):
-        return tokenizer._lib.encode_batch_fast(texts, add_special_tokens=False)
+        return sum(map(len, tokenizer._lib.encode_batch_fast(texts, add_special_tokens=False)))
     if tokenizer.library.startswith("sentencepiece"):
-        return tokenizer._lib.encode(texts, num_threads=os.cpu_count())
-    return tokenizer._encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+        return sum(map(len, tokenizer._lib.encode(texts, num_threads=cores)))
+    return sum(map(len, tokenizer._encoding.encode_ordinary_batch(texts, num_threads=cores)))
+
+
+def bench_encoding(path, texts, rounds) -> list:
+    """encode_batch on one core against the batch call of the library behind it and, if that is another, the same
+    tokenizer in `tokenizers`. Ours looks for surrogates and gives arrays, theirs lists or Encoding objects."""
+    tokenizer = tokenizers.load(path)
+    twin, library = hugging_face_twin(path, tokenizer, texts), tokenizer.library.split()[0]
+    name = f"encode_{Path(path).name}_vs_"
+    peers = {name + library: (library, lambda: encode(tokenizer, texts))}
+    if twin:
+        peers[name + "tokenizers"] = ("tokenizers", lambda: sum(map(len, twin.encode_batch_fast(
+            texts, add_special_tokens=False))))
+    return versus("MB/s", sum(len(utf8(t)) for t in texts) / 1e6, lambda: sum(map(len, tokenizer.encode_batch(texts))),
+                  peers, min(3, rounds))
+
+
+def datatrove_run(folder, *pipelines) -> dict:
+    """Each (steps, tasks) by datatrove's local executor with one worker; the last step's statistics."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.utils.logging import logger
+    logger.disable("datatrove")
+    for steps, tasks in pipelines:
+        stats = LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=tempfile.mkdtemp(dir=folder)).run()
+    return stats.stats[-1].stats
+
+
+def datatrove_words():
+    """Words for datatrove split at white space, as dedup.py's are: spaCy's, its default for English, take longer."""
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Words(WordTokenizer):
+        def word_tokenize(self, text):
+            return text.split()
+
+        def span_tokenize(self, text):
+            return [match.span() for match in clean.SENTENCE_END.finditer(text)] or [(0, len(text))]
+
+        def sent_tokenize(self, text):
+            return [text[a:b] for a, b in self.span_tokenize(text)]
+    return Words()
+
+
+def bench_cleaning(documents, folder, rounds) -> list:
+    """clean.py's web preset from a jsonl file to kept.jsonl, dropped.jsonl.gz and drops.json on one core, against
+    datatrove from jsonl to jsonl with the filters of the same rules (Gopher, C4 as FineWeb uses it, FineWeb) and its
+    PIIFormatter, and against datasets.map, filter and to_json around the same clean_document.
+
+    datatrove stops at the first rule that a document breaks and writes nothing of it. Ours takes every score of every
+    document, repairs Unicode, drops boilerplate, guesses the language and looks for more kinds of personal data. C4's
+    list of bad words, which would have to be fetched, is on neither side.
+    """
+    source, settings = write_jsonl(folder / "clean/documents.jsonl", documents), clean.Settings("web")
+
+    def datatrove():
+        from datatrove.pipeline import filters
+        from datatrove.pipeline.formatters import PIIFormatter
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.writers import JsonlWriter
+        language = datatrove_words()
+        return datatrove_run(folder, ([
+            JsonlReader(str(source.parent)), filters.GopherRepetitionFilter(language=language),
+            filters.GopherQualityFilter(language=language), filters.C4QualityFilter(filter_no_terminal_punct=False,
+                                                                                     language=language),
+            filters.FineWebQualityFilter(language=language), PIIFormatter(),
+            JsonlWriter(tempfile.mkdtemp(dir=folder), compression=None)], 1))["total"].total
+
+    def by_datasets():
+        import datasets
+        datasets.disable_progress_bars()
+
+        def step(record):
+            part = clean.clean_document({**record, "metadata": {}}, settings)[0]
+            scores = part["metadata"]["scores"]
+            scores["quality"] = clean.quality(scores)
+            return {"text": part["text"], "kept": not clean.broken(scores, clean.PRESETS["web"])}
+        cache = tempfile.mkdtemp(dir=folder)
+        raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
+        kept = raw.map(step).filter(lambda record: record["kept"])
+        kept.to_json(f"{cache}/kept.jsonl")
+        return len(kept)
+
+    def ours():
+        return clean.run(clean.read_records(str(source)), settings, folder / "cleaned", overwrite=True)["kept"]
+
+    megabytes = sum(len(utf8(t)) for t in documents) / 1e6
+    return versus("MB/s", megabytes, ours, {"clean_vs_datatrove": ("datatrove", datatrove),
+                                            "clean_vs_datasets": ("datasets", by_datasets)},
+                  min(3, rounds), documents=len(documents), megabytes=megabytes)
+
+
+def with_copies(documents) -> list:
+    """The documents and a copy of every third: as it is, in other lines, in capitals, with 1 or 2 % of words new."""
+    rng = random.Random(0)
+
+    def edited(text, share):
+        return " ".join(f"new{rng.randrange(1000)}" if rng.random() < share else word for word in text.split(" "))
+    ways = [str, lambda t: "\n".join(t.split()), str.upper, lambda t: edited(t, 0.01), lambda t: edited(t, 0.02)]
+    out = documents + [ways[i % 5](text) for i, text in enumerate(documents[::3])]
+    rng.shuffle(out)
+    return out
+
+
+def bench_dedup(documents, folder, rounds) -> list:
+    """Near-duplicates on one core: from jsonl to jsonl against datatrove's four stages and datasketch, and in memory
+    against datasketch; all with the words of dedup.normalise, sets of 5-word shingles, 14 bands of 8 hashes.
+
+    Ours decides each proposed pair by its true Jaccard similarity, 0.8 or more, keeps the best and lists what it
+    removed. The peers believe the bands; datatrove also joins chains of pairs, and writes the kept alone.
+    """
+    source, size = write_jsonl(folder / "dedup/documents.jsonl", documents), dedup.BANDS * dedup.ROWS
+
+    def datatrove():
+        from datatrove.pipeline.dedup import minhash
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.writers import JsonlWriter
+        from datatrove.utils.text import TextNormConfig
+        from xxhash import xxh64_intdigest
+        words = TextNormConfig(remove_punctuation=False, norm_numbers=False, norm_unicode_diacritics=False)
+        config = minhash.MinhashConfig(dedup.SHINGLE, dedup.BANDS, dedup.ROWS, norm_config=words)
+        signed, pairs, removed, out = (tempfile.mkdtemp(dir=folder) for _ in range(4))
+        sign = minhash.MinhashDedupSignature(signed, config, language=datatrove_words())
+        sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())         # its own, but xxhash 4 takes bytes alone
+        return datatrove_run(
+            folder, ([JsonlReader(str(source.parent)), sign], 1),
+            ([minhash.MinhashDedupBuckets(signed, pairs, config=config)], dedup.BANDS),
+            ([minhash.MinhashDedupCluster(pairs, removed, config)], 1),
+            ([JsonlReader(str(source.parent)), minhash.MinhashDedupFilter(removed),
+              JsonlWriter(out, compression=None)], 1))["total"].total
+
+    def sketched(texts):
+        """Numbers of the texts that stay."""
+        from datasketch import MinHash, MinHashLSH
+        index, kept = MinHashLSH(num_perm=size, params=(dedup.BANDS, dedup.ROWS)), []
+        for i, text in enumerate(texts):
+            words, sketch = dedup.normalise(text).split(" "), MinHash(num_perm=size)
+            sketch.update_batch({" ".join(words[j:j + dedup.SHINGLE]).encode()
+                                 for j in range(max(len(words) - dedup.SHINGLE + 1, 1))})
+            if not index.query(sketch):
+                index.insert(i, sketch)
+                kept.append(i)
+        return kept
+
+    def datasketch():
+        records = [record for _, record in read_records(str(source))]
+        kept = sketched([record["text"] for record in records])
+        (folder / "kept.jsonl").write_text("".join(json.dumps(records[i]) + "\n" for i in kept), encoding="utf-8")
+        return len(kept)
+
+    def in_memory():
+        """dedup.py's functions without its files."""
+        texts, sets, keys = sorted(documents, key=len, reverse=True), [], []              # best first
+        for i in range(0, len(texts), 64):
+            grams = dedup.ngram_hashes([dedup.normalise(t) for t in texts[i:i + 64]], dedup.SHINGLE)
+            sets += map(np.unique, grams)
+            keys.append(dedup.band_keys(grams))
+        members, groups = zip(*map(dedup.link, np.concatenate(keys).T))
+        kept, _, _ = dedup.verdict(list(members), list(groups), len(texts), sets.__getitem__, 0.8)
+        return int((kept == np.arange(len(texts))).sum())
+
+    common = {"documents": len(documents), "megabytes": sum(len(utf8(t)) for t in documents) / 1e6}
+    return versus(
+        "documents/s", len(documents), lambda: dedup.dedup([source], folder / "deduped", overwrite=True)["kept"],
+        {"dedup_vs_datatrove": ("datatrove", datatrove), "dedup_vs_datasketch": ("datasketch", datasketch)},
+        min(3, rounds), **common) + versus(
+        "documents/s", len(documents), in_memory,
+        {"dedup_in_memory_vs_datasketch": ("datasketch", lambda: len(sketched(documents)))}, min(3, rounds), **common)
 
 
 def datasets_pipeline(twin, source, folder, processes=None) -> float:
@@ -183,28 +432,51 @@ def datasets_pipeline(twin, source, folder, processes=None) -> float:
 
 
 def bench_reading(folder, rounds) -> list:
-    """Batches at T = 2048 with labels, positions and document starts; peer: nanoGPT's get_batch (tokens alone)."""
-    shards, T, B = data.Shards(folder), 2048, 64
-    steps = 20
-    counts = np.arange(steps * rounds + 2, dtype=np.int64)[:, None] * B
-    loader = data.Loader({"text": shards}, counts, T, seed=0)
-    loader.rows(0)
-    ours, peer = [], []
-    tokens = np.memmap(folder / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=HEADER_BYTES)
-    rng = np.random.default_rng(0)
-    for r in range(rounds):
-        start = time.perf_counter()
-        for step in range(r * steps, (r + 1) * steps):
-            loader.rows(step)
-        ours.append(time.perf_counter() - start)
-        start = time.perf_counter()
+    """Batches at T = 2048 from mapped shards in random order, with labels, positions and document starts. Peers:
+    nanoGPT's get_batch (tokens alone), rows of T + 1 tokens of a mapped dataset in torch's format (tokens alone), and
+    datatrove's DatatroveFileDataset, which is made for the order of the file (tokens and positions)."""
+    shards, T, B, steps = Shards(folder / "shards"), 2048, 64, 20
+    loader = data.Loader({"text": shards}, np.arange(steps * (rounds + 1) + 2, dtype=np.int64)[:, None] * B, T, seed=0)
+    tokens = np.memmap(folder / "shards" / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=HEADER_BYTES)
+    rng, step, windows = np.random.default_rng(0), itertools.count(), max(1, len(tokens) // (T + 1))
+
+    def get_batch():
         for _ in range(steps):
             index = rng.integers(0, len(tokens) - T - 1, B)
             torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in index])
             torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + T].astype(np.int64)) for i in index])
-        peer.append(time.perf_counter() - start)
-    rate = [steps * B * T / 1e6 / statistics.median(t) for t in (ours, peer)]
-    return [row("read_mtokens_per_second", "M tokens/s", rate[0], rate[1], "nanoGPT get_batch", spread=spread(ours))]
+
+    @functools.cache
+    def dataset():
+        import datasets
+        cut = tokens[:windows * (T + 1)].reshape(windows, -1)
+        datasets.Dataset.from_dict({"input_ids": cut}).save_to_disk(folder / "rows")
+        return datasets.load_from_disk(folder / "rows").with_format("torch")
+
+    @functools.cache
+    def file():
+        from datatrove.utils.dataset import DatatroveFileDataset
+        tokens.tofile(folder / "tokens.ds")
+        shards.end_maps[0].tofile(folder / "tokens.ds.index")
+        return DatatroveFileDataset(str(folder / "tokens.ds"), T, shards.dtype.itemsize, return_positions=True)
+
+    def in_order():
+        for s in range(steps):
+            rows = [file()[i % windows] for i in range(s * B, (s + 1) * B)]
+            for name in ("input_ids", "positions"):
+                torch.stack([r[name] for r in rows])
+
+    def ours():
+        for _ in range(steps):
+            loader.rows(next(step))
+
+    def random_rows():
+        for _ in range(steps):
+            dataset()[rng.integers(0, windows, B)]
+
+    return versus("M tokens/s", steps * B * T / 1e6, ours, {
+        "read_mtokens_per_second": ("nanoGPT get_batch", get_batch), "read_vs_datasets": ("datasets", random_rows),
+        "read_vs_datatrove": ("datatrove", in_order)}, rounds)
 
 
 # ---- train
@@ -697,16 +969,20 @@ def write(args, rows: list):
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def default_text() -> str:
-    paths = ["out/demo/general.jsonl", os.environ.get("NANOCPT_DATA", "") + "/corpora/wikitext2/wiki.test.raw"]
-    return next((path for path in paths if Path(path).exists()), "")
+def default_text() -> list[str]:
+    corpora = os.environ.get("NANOCPT_DATA", "") + "/corpora"
+    real = [f"{corpora}/{name}" for name in ("wikitext2/wiki.test.raw", "legal_en_dc/dc_code_title16.txt",
+                                             "legal_en_dc/dc_code_title28.txt",
+                                             "tinystories/tinystories_sample_2MiB.txt")]
+    return [path for path in real if Path(path).exists()] or [p for p in ["out/demo/general.jsonl"] if Path(p).exists()]
 
 
 def main():
     parser = ArgumentParser(prog="bench.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
-    p = commands.add_parser("data", help="packing and reading")
-    p.add_argument("--text", default=default_text(), help="text file (default: the demo's, or WikiText-2)")
+    p = commands.add_parser("data", help="from raw text to batches")
+    p.add_argument("--text", nargs="+", default=default_text(), metavar="FILE",
+                   help="text or .jsonl (default: WikiText-2, law and stories of $NANOCPT_DATA, or the demo's)")
     p.add_argument("--tokenizer", action="append", help="repeatable (default: GPT-2 files trained on the text)")
     p.add_argument("--mbytes", type=float, default=20, help="the text is repeated to about this size (default: 20)")
     p.add_argument("--rounds", type=int, default=5)

@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import data
 import hf
+import lora
 import objectives
 import tokenizer as tokenizers
 from config import ArgumentParser, main_guard, write_json
@@ -232,10 +233,14 @@ def checkpoints_of(run: Path):
         path = checkpoint.path_of(run / "checkpoints", step)
         checkpoint.verify(path)
         tensors, _, state = checkpoint.load(path)
-        model = Model(ModelConfig(**state["identity"]["model"]))
+        adapters = lora.LoraConfig(**state["identity"]["lora"])
+        model = hf.load(state["base"]) if adapters.rank else Model(ModelConfig(**state["identity"]["model"]))
+        if adapters.rank:
+            lora.attach(model, adapters, seed=0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(tensors[name])
+                if name in tensors or not adapters.rank:
+                    parameter.copy_(tensors[name])
         yield step, model, tokenizers.load(hf.resolve(state["tokenizer"]))
 
 

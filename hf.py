@@ -261,7 +261,7 @@ def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device=
     """Give every parameter its tensor from `folder`. `layout(full, parameter)` shards a tensor for parameters that are
     already on their devices; without it parameters on the meta device are replaced."""
     config, files = model.config, tensor_files(folder)
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
     if left_over := [name for name in files if from_hf_name(name) not in (None, *wanted)]:
         raise ValueError(f"{folder} holds tensors this model has no place for: {_few(left_over)}")
     filled = set()

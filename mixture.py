@@ -268,8 +268,9 @@ def notes(config: DataConfig, sources: dict[str, SourceConfig]) -> list[str]:
     return lines
 
 
-def weights_at(config: DataConfig, sources: dict[str, SourceConfig], steps: int):
-    """progress -> [D] weights of a run of `steps` steps; `sources` with their buckets in their places."""
+def weights_at(config: DataConfig, sources: dict[str, SourceConfig], steps: int, share: float | None = None):
+    """progress -> [D] weights of a run of `steps` steps; `sources` with their buckets in their places. share: of
+    domain sequences throughout, instead of the schedule's."""
     if config.schedule in ALONE and not any(s.role == "domain" and s.weight for s in sources.values()):
         raise ValueError(f"data.schedule {config.schedule} trains on the domain alone, but no source with a weight has "
                          f"the role domain")
@@ -279,7 +280,8 @@ def weights_at(config: DataConfig, sources: dict[str, SourceConfig], steps: int)
         return source_weights(sources, share, opened, config.strata)
 
     ramp = _ramp(config, steps)
-    return lambda p: weights(share_at(config, p, steps), open_documents(config.schedule, p, ramp))
+    return lambda p: weights(share_at(config, p, steps) if share is None else share,
+                             open_documents(config.schedule, p, ramp))
 
 
 # ---- the plan
@@ -313,6 +315,17 @@ def make_plan(config: DataConfig, length: LengthConfig, sources: dict[str, Sourc
                 longest *= 2
             steps = 1 + bisect.bisect_left(range(1, longest), wanted, key=lambda n: n * B * mean(n))
     return plan_counts(weights_at(config, sources, steps), steps, B)
+
+
+def replan(counts: np.ndarray, step: int, config: DataConfig, sources: dict[str, SourceConfig], share: float
+           ) -> np.ndarray:
+    """`counts` as they are before `step`, and from there on with `share` of domain sequences."""
+    steps, batch_size = len(counts) - 1, int(counts[1].sum())
+    if step >= steps:
+        return counts
+    at, left = weights_at(config, sources, steps, share), steps - step
+    rest = plan_counts(lambda p: at((step + p * (left - 1)) / max(1, steps - 1)), left, batch_size)
+    return np.concatenate([counts[:step], counts[step] + rest])
 
 
 def plan_counts(weights_at, steps: int, batch_size: int) -> np.ndarray:

@@ -123,6 +123,12 @@ class RMSNorm(nn.Module):
         return kernels.add_rmsnorm(x, residual, self.weight, self.eps)
 
 
+def project(x, *linears):
+    """linear(x) of each. Layers that carry adapters (lora.py) bring a function that reads x once for all of them."""
+    together = next((linear.together for linear in linears if hasattr(linear, "together")), None)
+    return together(x, linears) if together else [linear(x) for linear in linears]
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -141,7 +147,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, causal, doc_start, cache):
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (linear(x).view(heads) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(heads) for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm and self.use_rope:
             q, k = kernels.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, self.q_norm.eps)
         elif self.use_rope:
@@ -163,7 +169,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=bias)
 
     def forward(self, x):
-        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(kernels.swiglu(*project(x, self.gate_proj, self.up_proj)))
 
 
 class Block(nn.Module):

@@ -81,14 +81,20 @@ def _inputs(batch, tokens, targets):
                    doc_start=batch.doc_start[:, :T])
 
 
+def hidden_states(objective, model, batch) -> torch.Tensor:
+    """[B, T, D] of a corrupted batch, seen as the objective sees it."""
+    return model(batch.tokens, batch.position_ids, batch.doc_start if objective.mask_documents else None,
+                 objective.causal)
+
+
 def _loss(objective, model, batch, want_hits):
-    """(loss_sum, n_valid, metrics): nats summed over the targets, their number, and both by row [B]."""
-    hidden = model(batch.tokens, batch.position_ids, batch.doc_start if objective.mask_documents else None,
-                   objective.causal)
+    """(loss_sum, n_valid, metrics): nats summed over the targets, their number, and both by row [B]; and the hidden
+    states [B, T, D] they come from."""
+    hidden = hidden_states(objective, model, batch)
     head = getattr(model, "module", model).head          # under DDP the model is inside
     loss, token_loss, hits = linear_cross_entropy(hidden, head.weight, batch.labels, want_hits)
     valid = batch.labels != IGNORE
-    metrics = {"row_loss": token_loss.sum(1), "row_tokens": valid.sum(1)}
+    metrics = {"row_loss": token_loss.sum(1), "row_tokens": valid.sum(1), "hidden": hidden}
     if want_hits:
         metrics["hits"] = hits.sum()
     return loss, valid.sum(), metrics

@@ -137,12 +137,12 @@ def like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtype | None = 
     return full
 
 
-def model_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """{name: whole CPU tensor} of the parameters (a tied one once); a collective call."""
+def model_state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
+    """{name: whole CPU tensor} of the parameters with `part` in their name (a tied one once); a collective call."""
     model = getattr(model, "module", model)
     if hasattr(model, "reshard"):             # an evaluation leaves FSDP's root gathered, in the products' dtype
         model.reshard()
-    return {name: whole(p) for name, p in model.named_parameters()}
+    return {name: whole(p) for name, p in model.named_parameters() if part in name}
 
 
 def optimizer_state(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
@@ -153,9 +153,10 @@ def optimizer_state(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_model_state(model: nn.Module, state: dict[str, torch.Tensor]):
+def load_model_state(model: nn.Module, state: dict[str, torch.Tensor], part: str = ""):
     for name, p in getattr(model, "module", model).named_parameters():
-        p.copy_(like(state[name], p))
+        if part in name:
+            p.copy_(like(state[name], p))
 
 
 @torch.no_grad()

@@ -30,16 +30,20 @@ import torch
 import checkpoint
 import data
 import eval as evaluation
+import forget
 import guard
 import hf
 import log
+import lora
 import mixture
 import objectives
 import optim
 import parallel
 import tokenizer as tokenizers
 from config import main_guard, parse, to_toml
+from forget import ForgetConfig
 from log import LogConfig
+from lora import LoraConfig
 from mixture import DataConfig, LengthConfig
 from model import Model, ModelConfig, matmul_flops_per_token
 from objectives import ObjectiveConfig
@@ -114,6 +118,8 @@ class Config:
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    forget: ForgetConfig = field(default_factory=ForgetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
@@ -165,11 +171,12 @@ def open_sources(c: Config, tokenizer, vocab_size: int, world) -> tuple[dict, di
     return sources, train, heldout
 
 
-def build_model(c: Config, config: ModelConfig, world):
-    """The model on its device, filled and parallel: (what the loop calls, the model itself)."""
-    fsdp = world.size > 1 and c.parallel.strategy == "fsdp"
-    # bf16 weights alone would lose small updates; adamw_8bit keeps what bf16 cannot hold
-    weights = torch.bfloat16 if c.optim.name == "adamw_8bit" and c.train.precision == "bf16" else torch.float32
+def build_model(c: Config, config: ModelConfig, world, adapters: bool = True) -> Model:
+    """The model on its device, filled, with its adapters, and sharded where it is to be."""
+    fsdp, adapters = world.size > 1 and c.parallel.strategy == "fsdp", adapters and c.lora.rank > 0
+    # bf16 weights alone would lose small updates; adamw_8bit keeps what bf16 cannot hold, a frozen base has none
+    half = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or (adapters and not fsdp))
+    weights = torch.bfloat16 if half else torch.float32
     if c.model.init == "scratch":
         model = Model(config).to(weights)
         model.initialise(c.seed)
@@ -177,6 +184,8 @@ def build_model(c: Config, config: ModelConfig, world):
     if fsdp:
         with torch.device("meta"):
             model = Model(config).to(weights)
+            if adapters:
+                lora.attach(model, c.lora, c.seed)
         dtype = PRECISIONS[c.train.precision]
         parallel.shard(model, world, None if dtype == torch.float32 else dtype)
         model.to_empty(device=world.device)
@@ -185,15 +194,19 @@ def build_model(c: Config, config: ModelConfig, world):
             parallel.load_model_state(model, fresh)
         else:
             hf.fill(model, hf.resolve(c.model.path), layout=parallel.like)
-    elif c.model.init == "scratch":
-        model.to(world.device)
-    else:
-        model = hf.load(c.model.path, weights, world.device)
+        if adapters:
+            lora.initialise(model, c.seed, parallel.like)
+    elif c.model.init != "scratch":
+        # what is quantised goes to the device a tensor at a time, so that the plain weights never have to fit there
+        model = hf.load(c.model.path, weights, "cpu" if adapters and c.lora.base != "plain" else world.device)
+    if adapters and not fsdp:
+        lora.attach(model, c.lora, c.seed, device=world.device)
+    model.to(world.device)
     model.checkpoint_blocks = c.model.activation_checkpointing
     model.train()
     if c.compile:
         model.compile()
-    return (parallel.replicate(model, world) if world.size > 1 and not fsdp else model), model
+    return model
 
 
 @dataclass
@@ -206,19 +219,28 @@ class Run:
     config: ModelConfig
     sources: dict                # {name: SourceConfig}, a score bucket being a source
     loader: data.Loader
+    planned: str                 # hash of the plan before any decision of the run's own
     objective: object
     documents: dict              # {source: [(token ids, bytes)]} held out, to be scored
-    model: torch.nn.Module       # what the loop calls
-    inner: Model                 # the model itself, inside DDP
-    optimizer: torch.optim.Optimizer
-    scale: optim.LossScale
+    inner: Model                 # the model itself
+    model: torch.nn.Module = None            # what the loop calls: the same, or DDP around it
+    methods: list = field(default_factory=list)       # what keeps the base's knowledge (forget.py)
+    decisions: list = field(default_factory=list)     # what adaptive replay made of the evaluations so far
+    optimizer: torch.optim.Optimizer = None
+    scale: optim.LossScale = None
 
     @property
     def total(self) -> int:
         return len(self.loader.counts) - 1
 
+    @property
+    def trained(self) -> str:
+        """What the names of the weights that a checkpoint must hold have in common."""
+        return ".adapters." if self.c.lora.rank else ""
 
-def setup(c: Config, world) -> Run:
+
+def setup(c: Config, world, folder: Path | None = None) -> Run:
+    """folder: the run's, for what is estimated once and kept there."""
     if c.train.batch_size % world.size:
         raise ValueError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
     torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
@@ -228,13 +250,56 @@ def setup(c: Config, world) -> Run:
     loader = data.Loader(shards, None, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions, c.data.packing)
     loader.counts = mixture.make_plan(c.data, c.train, sources, loader.sequences())
     mixture.check_epochs(loader.epochs(len(loader.counts) - 1), sources)
+    planned = hashlib.sha256(loader.counts.tobytes()).hexdigest()[:16]
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     documents = {name: docs for name, s in heldout.items()
                  if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
-    model, inner = build_model(c, config, world)                           # model built
-    optimizer = optim.make_optimizer(inner, c.optim)
-    return Run(c, world, tokenizer, config, sources, loader, objective, documents, model, inner, optimizer,
-               optim.LossScale(c.train.precision == "fp16"))
+    inner = build_model(c, config, world)
+    run = Run(c, world, tokenizer, config, sources, loader, planned, objective, documents, inner)
+    run.methods = retention(run, shards, folder)
+    for method in run.methods:
+        method.model_built(inner)                                          # model built
+    ddp = world.size > 1 and c.parallel.strategy == "ddp"
+    run.model = parallel.replicate(inner, world) if ddp else inner
+    run.optimizer = optim.make_optimizer(inner, c.optim, lora.lr_scales(inner, c.lora) if c.lora.rank else None)
+    run.scale = optim.LossScale(c.train.precision == "fp16")
+    return run
+
+
+def retention(run: Run, shards: dict, folder: Path | None) -> list:
+    """The methods of forget.py that are on, each given what it needs of this run."""
+    c, world, loader = run.c, run.world, run.loader
+    general = {name: source for name, source in run.sources.items() if source.role == "general"}
+
+    def forward(model, batch):
+        with autocast(run):
+            return objectives.hidden_states(run.objective, model, batch.to(world.device))
+
+    def general_batches():
+        """The same on every rank, as each needs the whole of an estimate."""
+        texts = data.Loader({name: shards[name] for name in general}, None, c.data.context, c.seed,
+                            reset_positions=c.data.reset_positions, packing=c.data.packing)
+        weights = mixture.source_weights(general, 0.0, strata=c.data.strata)
+        texts.counts = mixture.plan_counts(lambda p: weights, -(-c.forget.ewc.samples // 8), 8)
+        for batch in map(texts.rows, range(len(texts.counts) - 1)):
+            yield run.objective.corrupt(batch, batch.rng)
+
+    base = None
+    if c.lora.rank:
+        base = lora.disabled
+    elif c.forget.lwf.alpha and world.size > 1 and c.parallel.strategy == "fsdp":
+        teacher = build_model(c, run.config, world).requires_grad_(False)
+
+        def base(model):
+            return contextlib.nullcontext(teacher)
+
+    tokens = [record["sha256"] for name in general for record in shards[name].manifest["splits"]["train"]["shards"]]
+    made_of = [c.model.path, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
+    return forget.make_methods(
+        c.forget, run.total, forward, world, [i for i, name in enumerate(loader.names)
+                                              if name in general and loader.counts[-1][i]],
+        general_batches if general else None, base, c.lora.rank > 0, c.model.init == "pretrained", folder,
+        hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16], c.seed)
 
 
 # ---- one step
@@ -255,19 +320,23 @@ def micro_batches(run: Run, step: int) -> list:
 
 
 def train_step(run: Run, step: int, batches: list) -> dict:
-    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}}.
+    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "methods": their numbers}.
 
     The loss is the sum over all targets of the step divided by their count over all ranks, so that accumulation,
     packing and the number of ranks change nothing.
     """
     c, world, scale, names = run.c, run.world, run.scale, run.loader.names
     valid = max(1.0, world.sum([sum((b.labels != objectives.IGNORE).sum().item() for b in batches)])[0])
+    torch.manual_seed(int(data.mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))     # of adapters; resumes alike
     row_loss, row_tokens = [], []
     for i, batch in enumerate(batches):
         with parallel.accumulate(run.model, last=i == len(batches) - 1):
+            batch = batch.to(world.device)
             with autocast(run):
-                loss, _, metrics = run.objective.loss(run.model, batch.to(world.device))
-            # ranks average their gradients; times their number, the average is the sum      <- loss computed
+                loss, _, metrics = run.objective.loss(run.model, batch)
+                for method in run.methods:
+                    loss = method.loss_computed(run.inner, batch, loss, metrics)           # loss computed
+            # ranks average their gradients; times their number, the average is the sum
             (loss * (scale.scale * world.size / valid)).backward()
         row_loss.append(metrics["row_loss"])
         row_tokens.append(metrics["row_tokens"])
@@ -280,32 +349,45 @@ def train_step(run: Run, step: int, batches: list) -> dict:
     loss = sum(sums[0]) / valid
     guard.require_finite("loss", loss, step, sources)
 
-    parameters = [p for p in run.inner.parameters() if p.grad is not None]     # before the step
     if scale.enabled:
-        torch._foreach_mul_([p.grad for p in parameters], 1.0 / scale.scale)
+        torch._foreach_mul_([p.grad for p in run.inner.parameters() if p.grad is not None], 1.0 / scale.scale)
+    numbers = {}
+    for method in run.methods:
+        numbers |= method.before_step(step, run.inner)                         # before the step
+    parameters = [p for p in run.inner.parameters() if p.grad is not None]
     norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, c.optim.clip or float("inf"))).item()
     if not scale.enabled:
         guard.require_finite("gradient norm", norm, step, sources)
     lr = optim.learning_rate(step, run.total, c.optim)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     if scale.update(norm):
-        run.optimizer.step()                                                   # after the step
+        run.optimizer.step()
+    for method in run.methods:
+        method.after_step(step, run.inner, run.optimizer)                      # after the step
     run.optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources}
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": numbers}
 
 
 # ---- once in a while
 
+def prefix_of(run: Run) -> int:
+    return evaluation.prefix_of(run.tokenizer) if run.tokenizer else 0
+
+
+def scores(run: Run, model, world) -> dict:
+    """{source: {"role", "bits_per_byte", ...}} of the held-out documents."""
+    return {name: {"role": run.sources[name].role,
+                   **evaluation.score(model, run.objective, documents, prefix_of(run), run.c.data.context, world,
+                                      run.c.train.micro_batch_size, lambda: autocast(run))}
+            for name, documents in run.documents.items()}
+
+
 def evaluate(run: Run, step: int, out: Path, logger) -> dict:
     """Score every source's held-out documents; eval_step_N.json and a line in metrics.jsonl."""
     c = run.c
-    prefix = evaluation.prefix_of(run.tokenizer) if run.tokenizer else 0
-    result = {name: {"role": run.sources[name].role,
-                     **evaluation.score(run.inner, run.objective, documents, prefix, c.data.context, run.world,
-                                        c.train.micro_batch_size, lambda: autocast(run))}
-              for name, documents in run.documents.items()}
-    protocol = evaluation.protocol(prefix, c.data.context, PRECISIONS[c.train.precision])
+    result = scores(run, run.inner, run.world)
+    protocol = evaluation.protocol(prefix_of(run), c.data.context, PRECISIONS[c.train.precision])
     logger.record("eval", step, sources=result, protocol=protocol)
     unit = "bits_per_byte" if run.objective.causal else "accuracy"
     logger.say(f"eval at step {step}: " + ", ".join(f"{name} {numbers[unit]:.4f}" for name, numbers in result.items())
@@ -335,7 +417,8 @@ def identity(run: Run) -> dict:
         "seed": c.seed, "order_version": data.ORDER_VERSION, "steps": run.total, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
         "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last, "packing": c.data.packing,
-        "eval_tokens": c.eval.tokens, "mix": hashlib.sha256(loader.counts.tobytes()).hexdigest()[:16],
+        "eval_tokens": c.eval.tokens, "mix": run.planned,
+        "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
         "tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
         "optim": dataclasses.asdict(c.optim), "objective": dataclasses.asdict(c.objective),
         "model": dataclasses.asdict(run.config),
@@ -343,10 +426,15 @@ def identity(run: Run) -> dict:
 
 
 def save(run: Run, step: int, folder: Path, logger):
-    weights, moments = parallel.model_state(run.inner), parallel.optimizer_state(run.inner, run.optimizer)
+    weights, moments = parallel.model_state(run.inner, run.trained), parallel.optimizer_state(run.inner, run.optimizer)
+    numbers = {}
+    for method in run.methods:
+        tensors, numbers[method.name] = method.state()
+        moments |= {f"{method.name}:{name}": tensor for name, tensor in tensors.items()}
     if run.world.main:
         checkpoint.save(folder, step, weights, moments,
-                        {"identity": identity(run), "loss_scale": run.scale.state_dict(),
+                        {"identity": identity(run), "loss_scale": run.scale.state_dict(), "methods": numbers,
+                         "decisions": run.decisions, "base": run.c.model.path,
                          "tokenizer": run.c.model.tokenizer or run.c.model.path}, run.c.train.keep)
     logger.record("event", step, message="checkpoint saved")
     run.world.barrier()
@@ -363,28 +451,93 @@ def resume(run: Run, out: Path, logger) -> int:
     if differ:
         raise ValueError(f"{out} holds another run: {'; '.join(differ)}; use the same settings to resume it, or "
                          f"another --out to start anew")
-    parallel.load_model_state(run.inner, weights)
+    parallel.load_model_state(run.inner, weights, run.trained)
     parallel.load_optimizer_state(run.inner, run.optimizer, moments)
     run.scale.load_state_dict(state["loss_scale"])
+    for method in run.methods:
+        mine = {name.removeprefix(f"{method.name}:"): tensor for name, tensor in moments.items()
+                if name.startswith(f"{method.name}:")}
+        method.load_state(mine, state["methods"][method.name])
+    for decision in state["decisions"]:
+        act(run, decision)
     logger.say(f"resumed from {found} at step {state['step']}")
     logger.record("resume", state["step"])
     return state["step"]
 
 
-def finish(run: Run, after: dict, out: Path, logger):
-    """eval.json, the Hugging Face folder with its card, and the report."""
+def act(run: Run, decision: dict):
+    """Let a decision of adaptive replay hold from the next step on; the batch of this one has been read."""
+    before = next((d["replay_share"] for d in reversed(run.decisions) if d["replay_share"] is not None), None)
+    run.decisions.append(decision)
+    if decision["replay_share"] not in (None, before):
+        run.loader.counts = mixture.replan(run.loader.counts, decision["step"] + 1, run.c.data, run.sources,
+                                           1 - decision["replay_share"])
+
+
+def listen(run: Run, step: int, result: dict, out: Path, logger):
+    """Show an evaluation to the methods, and do what they decide."""
+    for method in run.methods:
+        decision = method.evaluated(step, result)                              # once in a while
+        if decision:
+            act(run, decision)
+            logger.record("replay", step, **{k: v for k, v in decision.items() if k != "step"})
+            logger.say(f"replay at step {step}: {decision['reason']}; share "
+                       f"{'as scheduled' if decision['replay_share'] is None else decision['replay_share']}")
+            try:
+                mixture.check_epochs(run.loader.epochs(run.total), run.sources)
+            except ValueError as error:                                        # known before the run, not in it
+                logger.say(f"warning: {error}")
+            if run.world.main:                     # with the settings, these lines are the order of the data
+                first = (out / "plan.jsonl").read_text(encoding="utf-8").splitlines()[0]
+                lines = [first, *map(json.dumps, run.decisions)]
+                _write_text(out / "plan.jsonl", "".join(line + "\n" for line in lines))
+
+
+def export(run: Run, folder: Path, card: str):
+    """A Hugging Face folder; beside it the adapter in PEFT's format, where one was trained."""
     c, weights = run.c, parallel.model_state(run.inner)
     if not run.world.main:
         return
+    if c.lora.rank:
+        adapter = folder.with_name("adapter")
+        lora.save(run.inner, adapter, c.model.path, weights)
+        if c.lora.base != "plain":                 # rounding to few bits would lose the adapter; the full base does not
+            lora.merge_folders(c.model.path, adapter, folder, card=card)
+            return
+        weights = lora.merged_state(run.inner, weights)
+    hf.save(run.inner, folder, base=c.model.path or None, state=weights, tokenizer=c.model.tokenizer or None,
+            scratch=c.model.init == "scratch", card=card)
+
+
+def merge_with_base(run: Run, out: Path, logger) -> dict:
+    """final/ between the base and the run's own result, which goes to trained/; the evaluation of what was chosen."""
+    c = run.c
+    export(run, out / "trained", "The result of a run before it was merged with its base.")
+    if not run.world.main:
+        return {}
+
+    def score(model, folder):
+        return scores(run, model.eval(), parallel.World(0, 1, run.world.device))
+
+    general = [name for name, source in run.sources.items() if source.role == "general"]
+    found = forget.merge_best(c.model.path, out / "trained", out / "final", score, general, c.forget.merge,
+                              device=run.world.device, say=logger.say)
+    _write_json(out / "merge.json", found)
+    return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])
+
+
+def finish(run: Run, after: dict, out: Path, logger):
+    """eval.json, the Hugging Face folder with its card, and the report."""
     first = json.loads((out / "eval_step_0.json").read_text(encoding="utf-8"))
     before, protocol = first["texts"], first["protocol"]
     general = [name for name, source in run.sources.items() if source.role == "general"]
     comparison = evaluation.compare(before, after, general) if run.objective.causal else {}
-    _write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
     table = evaluation.table(before, after)
-    hf.save(run.inner, out / "final", base=c.model.path or None, state=weights, tokenizer=c.model.tokenizer or None,
-            scratch=c.model.init == "scratch",
-            card=f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
+    if not (out / "final").exists():
+        export(run, out / "final", f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
+    if not run.world.main:
+        return
+    _write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
     logger.say(table)
     if comparison:
         logger.say(evaluation.verdict(comparison))
@@ -395,8 +548,12 @@ def finish(run: Run, after: dict, out: Path, logger):
 
 
 def _write_json(path: Path, value):
+    _write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write_text(path: Path, text: str):
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -417,6 +574,12 @@ def describe(run: Run, say):
         if known["chat_template"]:
             say("warning: the base carries a chat template; continuing the pretraining of a chat model costs it its "
                 "chat ability, its base model is the better start")
+    if c.lora.rank:
+        say(f"lora: {lora.trainable_share(run.inner)}")
+    if c.model.init == "pretrained":
+        say(optim.hint(run.inner.count_parameters(), "lora" if c.lora.rank else "full", c.optim))
+    for line in (note for method in run.methods for note in method.notes):
+        say(line)
     for name, shards, epochs in zip(loader.names, loader.shards, loader.epochs(run.total).values()):
         scored = sum(len(ids) for ids, _ in run.documents.get(name, []))
         say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs:.2f} times; "
@@ -445,9 +608,17 @@ def line_of(run: Run, step: int, done: dict, seconds: float) -> dict:
     return {"loss": done["loss"], "lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": step * tokens,
             "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds, "peak_gb": peak_gb(run.world),
             **({"mfu": flops / peak} if peak else {}), "replay_share": general / sum(taken.values()),
-            "domain_share": mixture.share_at(c.data, (step - 1) / max(1, run.total - 1), run.total),
+            "domain_share": wanted_share(run, step), **done["methods"],
             "sources": {name: {"loss": nats / n, "tokens": taken[name] * c.data.context, "epochs": epochs[name]}
                         for name, (nats, n) in done["sources"].items()}}
+
+
+def wanted_share(run: Run, step: int) -> float:
+    """Share of domain sequences that step `step` (from 1) was to have."""
+    replay = [d["replay_share"] for d in run.decisions if d["step"] + 1 < step and d["replay_share"] is not None]
+    if replay:
+        return 1 - replay[-1]
+    return mixture.share_at(run.c.data, (step - 1) / max(1, run.total - 1), run.total)
 
 
 # ---- the run
@@ -456,7 +627,7 @@ def train(c: Config, world) -> int:
     out = Path(c.out)
     if (out / "final").exists():
         raise ValueError(f"{out} holds a finished run; choose another --out, or remove it to run again")
-    run = setup(c, world)
+    run = setup(c, world, out)
     with contextlib.ExitStack() as stack:
         if world.main:
             stack.callback(guard.RunLock(out).release)
@@ -478,7 +649,7 @@ def train(c: Config, world) -> int:
         for step in range(start, run.total):
             # once in a while: evaluate
             if step % c.eval.every == 0:
-                evaluate(run, step, out, logger)
+                listen(run, step, evaluate(run, step, out, logger), out, logger)
                 if step == 0:
                     draw_samples(run, 0, logger)
             # the step
@@ -502,8 +673,12 @@ def train(c: Config, world) -> int:
                 logger.say(f"{stop.received or 'a signal'}: saved at step {step + 1} of {run.total}; "
                            f"the same command resumes it")
                 return 0
+        for method in run.methods:
+            stack.enter_context(method.exported(run.inner))
         after = evaluate(run, run.total, out, logger)
         draw_samples(run, run.total, logger)
+        if c.forget.merge.method != "none":
+            after = merge_with_base(run, out, logger)
         finish(run, after, out, logger)
     return 0
 
@@ -514,7 +689,7 @@ def begin(run: Run, out: Path, logger):
     (out / "config.toml").write_text(to_toml(c), encoding="utf-8")
     plan = {"step": 0, "steps": run.total, "schedule": c.data.schedule, "domain_share": c.data.domain_share,
             "sequences": dict(zip(loader.names, loader.counts[-1].tolist()))}
-    (out / "plan.jsonl").write_text(json.dumps(plan) + "\n", encoding="utf-8")
+    _write_text(out / "plan.jsonl", json.dumps(plan) + "\n")
     logger.record("start", 0, time=time.time(), run=out.name, parameters=run.inner.count_parameters(),
                   trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
                   tokens_per_step=c.train.batch_size * c.data.context, total_steps=run.total,

@@ -1,6 +1,8 @@
 """The benchmark compares like with like. Truth: one first loss on both sides, hand-made numbers, the promised names."""
 
 import json
+import os
+import random
 import subprocess
 import sys
 import time
@@ -31,18 +33,85 @@ def test_packed_cases_hold_documents_and_the_others_do_not():
     assert (packed.position_ids[packed.doc_start == packed.position_ids + packed.doc_start] == 0).all()
 
 
-def test_data_rows_carry_the_names_that_others_read(tmp_path, monkeypatch, capsys):
+DATA_ROWS = ["pack_vs_encoder", "pack_vs_datasets", "pack_vs_datatrove", "read_mtokens_per_second", "read_vs_datasets",
+             "read_vs_datatrove", "encode_tokenizer_vs_tiktoken", "encode_tokenizer_vs_tokenizers",
+             "clean_vs_datatrove", "clean_vs_datasets", "dedup_vs_datatrove", "dedup_vs_datasketch",
+             "dedup_in_memory_vs_datasketch"]
+
+
+def some_blocks(n) -> list[str]:
+    """Paragraphs of words drawn at random, so that only planted copies resemble each other."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=6)) for _ in range(400)]
+    return [". ".join(" ".join(["the", "of", *rng.choices(words, k=9)]) for _ in range(6)) + "." for _ in range(n)]
+
+
+def test_data_rows_carry_the_names_that_others_read_and_both_sides_do_the_same(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    text = tmp_path / "in.txt"
-    text.write_text("\n\n".join(f"Paragraph {i} says that {i * 7} is not {i + 1}." for i in range(400)))
-    out = tmp_path / "deep" / "out.json"
-    monkeypatch.setattr(sys, "argv", ["bench.py", "data", "--text", str(text), "--mbytes", "0.02", "--rounds", "1",
+    text, out, cores = tmp_path / "in.txt", tmp_path / "deep" / "out.json", os.sched_getaffinity(0)
+    text.write_text("\n\n".join(some_blocks(150)))
+    monkeypatch.delenv("NANOCPT_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "data", "--text", str(text), "--mbytes", "0.2", "--rounds", "1",
                                       "--json", str(out)])
     assert bench.main() == 0
     found = json.loads(out.read_text())
-    assert [r["name"] for r in found["rows"]] == ["pack_vs_encoder", "pack_vs_datasets", "read_mtokens_per_second"]
-    assert all(r["ours"] > 0 and r["peer"] > 0 for r in found["rows"])
+    rows = {r["name"]: r for r in found["rows"]}
+    assert list(rows) == DATA_ROWS
+    assert all(r["ours"] > 0 and (r["peer"] or r["left_out"]) for r in found["rows"])
+    assert rows["pack_vs_encoder"]["peer"] > 0
+    assert rows["read_mtokens_per_second"]["peer"] > 0
     assert not any("/" in word for word in found["command"])
+    counts = {name: tuple(r["counts"].values()) for name, r in rows.items() if r.get("counts")}
+    assert counts["pack_vs_encoder"][0] - counts["pack_vs_encoder"][1] == 3 * 150          # an EOS for each document
+    same = {"pack_vs_datatrove", "encode_tokenizer_vs_tiktoken", "encode_tokenizer_vs_tokenizers", "clean_vs_datasets"}
+    for name in counts.keys() & same:
+        assert counts[name][0] == counts[name][1], name
+    assert counts.get("clean_vs_datatrove", (1, 1))[1] > 0
+    kept = rows["dedup_vs_datasketch"]["documents"] * 3 // 4                # a quarter are copies, some below 0.8
+    for name in counts.keys() & {"dedup_vs_datatrove", "dedup_vs_datasketch", "dedup_in_memory_vs_datasketch"}:
+        assert kept <= counts[name][0] == counts["dedup_vs_datasketch"][0] <= kept + 4, name
+        assert kept - 1 <= counts[name][1] <= kept + 4, name
+    assert os.sched_getaffinity(0) == cores
+
+
+def test_copies_are_what_dedup_has_to_find():
+    documents = ["\n\n".join(some_blocks(180)[i:i + 3]) for i in range(0, 180, 3)]
+    mixed = bench.with_copies(documents)
+    assert len(mixed) == 80
+    sets = {text: {tuple(words[i:i + 5]) for i in range(len(words) - 4)}
+            for text in mixed for words in [text.lower().split()]}
+    best = {text: max(len(sets[text] & sets[d]) / len(sets[text] | sets[d]) for d in documents)
+            for text in set(mixed) - set(documents)}
+    assert len(best) == 20 - 4                                              # every fifth copy is exact
+    assert sorted(best.values())[8:] == [1.0] * 8                           # other lines, capitals
+    assert 0.6 < min(best.values()) < sorted(best.values())[7] < 1
+
+
+def test_sides_take_turns_and_the_first_round_is_not_counted(monkeypatch, capsys):
+    now, order = [0.0], []
+
+    def side(name, *seconds):
+        left = iter(seconds)
+
+        def call():
+            order.append(name)
+            now[0] += next(left)
+            return name
+        return call
+
+    def absent():
+        raise ImportError("Please install them.\nand more")
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(bench, "version", lambda package: "1.2")
+    rows = bench.versus("docs/s", 12, side("a", 99, 2, 4, 3), {
+        "x": ("them", side("b", 99, 6, 8, 12)), "y": ("no one", absent)}, 3, documents=12)
+    assert order == ["b", "a", "a", "b"] * 2
+    assert (rows[0]["ours"], rows[0]["peer"], rows[0]["ratio"], rows[0]["peer_name"]) == (4.0, 1.5, 8 / 3, "them 1.2")
+    assert rows[0]["counts"] == {"ours": "a", "peer": "b"}
+    assert rows[0]["spread"] == pytest.approx(2 / 3)                # of the ratios 3, 2, 4: quartiles 2 and 4
+    assert (rows[1]["ours"], rows[1]["peer"], rows[1]["left_out"]) == (4.0, None, "Please install them.")
+    with pytest.raises(ImportError):
+        bench.versus("docs/s", 12, absent, {}, 1)
 
 
 def test_both_sides_start_from_the_same_weights_and_batches(monkeypatch):

@@ -10,17 +10,19 @@ ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for path in ROOT.glob("*.py")} | {"kernels": ROOT / "kernels/__init__.py"}
 ARROWS = {      # file: what it may import of ours
     "config": set(), "log": set(), "kernels": set(), "checkpoint": set(), "guard": set(), "optim": {"kernels"},
-    "parallel": set(), "objectives": {"kernels"}, "model": {"kernels"}, "hf": {"model"}, "tokenizer": {"config"},
-    "mixture": {"config"}, "corpus": set(), "shards": {"corpus", "mixture"},
-    "foreign": {"shards"}, "data": {"config", "corpus", "foreign", "mixture", "shards", "tokenizer"},
-    "dedup": {"config", "corpus", "data"}, "clean": {"config", "corpus", "hf", "tokenizer"},
-    "extend": {"config", "corpus", "hf", "tokenizer"},
-    "generate": {"config", "hf", "tokenizer", "model"}, "report": {"config"},
-    "eval": {"config", "checkpoint", "corpus", "data", "generate", "hf", "model", "objectives", "shards", "tokenizer"},
-    "train": {"config", "checkpoint", "data", "eval", "guard", "hf", "log", "mixture", "model", "objectives", "optim",
+    "parallel": set(), "lora": {"config", "hf", "kernels"},
+    "forget": {"config", "eval", "generate", "hf", "kernels", "parallel", "tokenizer"}, "objectives": {"kernels"},
+    "model": {"kernels"}, "hf": {"model"}, "tokenizer": {"config"}, "mixture": {"config"}, "corpus": set(),
+    "shards": {"corpus", "mixture"}, "foreign": {"shards"},
+    "data": {"config", "corpus", "foreign", "mixture", "shards", "tokenizer"}, "dedup": {"config", "corpus", "data"},
+    "clean": {"config", "corpus", "hf", "tokenizer"}, "extend": {"config", "corpus", "hf", "tokenizer"},
+    "generate": {"config", "hf", "model", "tokenizer"}, "report": {"config"},
+    "eval": {"checkpoint", "config", "corpus", "data", "generate", "hf", "lora", "model", "objectives", "shards",
+             "tokenizer"},
+    "train": {"checkpoint", "config", "data", "eval", "forget", "guard", "hf", "log", "lora", "mixture", "model",
+              "objectives", "optim", "parallel", "shards", "tokenizer"},
+    "bench": {"clean", "config", "corpus", "data", "dedup", "hf", "kernels", "model", "objectives", "optim",
               "parallel", "shards", "tokenizer"},
-    "bench": {"config", "corpus", "data", "hf", "kernels", "model", "objectives", "optim", "parallel", "shards",
-              "tokenizer"},
 }
 LAZY = {("tokenizer", "extend")}      # main() hands commands over; nothing at module level
 

@@ -586,9 +586,9 @@ def test_not_a_number_stops_before_the_step(lab, tmp_path, monkeypatch, capsys):
     real = train.build_model
 
     def poisoned(*args):
-        model, inner = real(*args)
-        inner.embed_tokens.weight.data.fill_(float("inf"))
-        return model, inner
+        model = real(*args)
+        model.embed_tokens.weight.data.fill_(float("inf"))
+        return model
     monkeypatch.setattr(train, "build_model", poisoned)
     status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
     assert status == 2

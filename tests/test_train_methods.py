@@ -1,0 +1,142 @@
+"""Adapters, retention methods and optimizers in the loop of train.py.
+
+Laws: with every method on, a run that dies and is resumed equals one that never stopped, in every bit; an adapter's
+folder, put on the base, is the exported model; a plan that was changed is what was drawn.
+"""
+
+import json
+
+import pytest
+import torch
+from test_train import crash_at, lines, make_lab, one, quick, same_checkpoint, settings, trace
+
+import checkpoint
+import hf
+import lora
+import train
+
+__all__ = ["quick"]         # an autouse fixture, here too
+METHODS = {
+    "freeze": ["--forget.freeze.schedule", "progressive", "--forget.freeze.blocks", 1],
+    "ewc": ["--forget.ewc.strength", 0.1, "--forget.ewc.samples", 12],
+    "ewc_true": ["--forget.ewc.strength", 0.1, "--forget.ewc.samples", 12, "--forget.ewc.fisher", "true"],
+    "l2sp": ["--forget.ewc.strength", 0.01, "--forget.ewc.fisher", "l2sp"],
+    "lwf": ["--forget.lwf.alpha", 0.5],
+    "lwf_replay": ["--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "replay"],
+    "adaptive": ["--forget.adaptive.policy", "budget", "--forget.adaptive.epsilon", 1e-6, "--eval.every", 2],
+    "degradation": ["--forget.adaptive.policy", "degradation", "--eval.every", 2],
+    "ema": ["--forget.ema.decay", 0.9],
+    "merge": ["--forget.merge.method", "linear", "--forget.merge.alphas", 0.0, 0.5, 1.0],
+    "muon": ["--optim.name", "muon"],
+    "infinite": ["--optim.schedule", "infinite", "--optim.warmup-steps", 2, "--optim.cooldown-steps", 3],
+    "lora": ["--lora.rank", 4, "--lora.dropout", 0.1],
+    "dora": ["--lora.rank", 4, "--lora.dora", "--lora.rslora", "--lora.b-lr-ratio", 4],
+    "lora_rows": ["--lora.rank", 4, "--lora.embeddings", "rows", "--lora.embedding-rows", "290:"],
+    "lora_full": ["--lora.rank", 4, "--lora.embeddings", "full", "--model.activation-checkpointing"],
+    "lora_lwf": ["--lora.rank", 4, "--forget.lwf.alpha", 0.5, "--forget.ema.decay", 0.9],
+    "qlora": ["--lora.rank", 4, "--lora.base", "nf4", "--optim.name", "adamw_8bit"],
+    "int8": ["--lora.rank", 4, "--lora.base", "int8", "--train.precision", "bf16"],
+    "everything": ["--forget.freeze.schedule", "progressive", "--forget.ewc.strength", 0.1, "--forget.ewc.samples", 12,
+                   "--forget.lwf.alpha", 0.3, "--forget.adaptive.policy", "budget", "--forget.ema.decay", 0.8,
+                   "--forget.merge.method", "slerp", "--eval.every", 3],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(lab, a base in Hugging Face's format that knows the general source)."""
+    folder = tmp_path_factory.mktemp("methods")
+    lab = make_lab(folder / "lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "subprocess", type("none", (), {"run": lambda *a, **k: type("r", (), {
+            "returncode": 0, "stderr": ""})}))
+        c = settings(lab, folder / "base", "--data.domain-share", 0, "--data.schedule", "static", steps=20)
+        train.train(c, one())
+    return lab, folder / "base/final"
+
+
+def run_of(base, out, *words):
+    lab, folder = base
+    return settings(lab, out, "--model.init", "pretrained", "--model.path", folder, *words)
+
+
+def merged_with(base, out) -> dict:
+    """The adapter that a run left, on its base, as one state."""
+    model = hf.load(base)
+    lora.load(model, out / "adapter")
+    return lora.merged_state(model)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_resumes_bit_for_bit(base, tmp_path, monkeypatch, name):
+    words = [*METHODS[name], "--train.save-every", 3]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert train.train(run_of(base, whole, *words), one()) == 0
+    crash_at(monkeypatch, run_of(base, out, *words), 4)
+    assert checkpoint.steps(out / "checkpoints") == [3]
+    assert train.train(run_of(base, out, *words), one()) == 0
+    assert trace(out) == trace(whole)
+    same_checkpoint(out, whole, 8)
+    assert (out / "plan.jsonl").read_text() == (whole / "plan.jsonl").read_text()
+    for file in ("eval.json", "final/model.safetensors"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+    plain = json.loads((whole / "eval_step_0.json").read_text())["texts"]
+    after = json.loads((whole / "eval.json").read_text())["after"]
+    assert after["legal"]["bits_per_byte"] < plain["legal"]["bits_per_byte"]       # it learns, whatever holds it back
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "lora_rows", "lora_full", "qlora", "int8"])
+def test_the_adapter_on_its_base_is_the_exported_model(base, tmp_path, name):
+    out = tmp_path / "run"
+    train.train(run_of(base, out, *METHODS[name]), one())
+    exported, merged, plain = hf.load(out / "final"), hf.load(base[1]), hf.load(base[1])
+    lora.load(merged, out / "adapter")
+    merged = lora.merged_state(merged)
+    moved = 0
+    for key, weight in exported.named_parameters():
+        assert torch.allclose(weight, merged[key].float(), rtol=0, atol=1e-2 if name == "int8" else 1e-6), key
+        moved += not torch.equal(weight, plain.get_parameter(key))
+    assert moved >= 14                                     # seven matrices in each of two blocks
+    tensors = checkpoint.load(checkpoint.path_of(out / "checkpoints", 8))[0]
+    assert tensors
+    assert all(".adapters." in key for key in tensors)     # the base is where it was
+
+
+def test_frozen_weights_stay_as_they_were_and_hold_no_state(base, tmp_path):
+    out = tmp_path / "run"
+    train.train(run_of(base, out, *METHODS["freeze"], "--forget.freeze.thaw-ratio", 0.75, "--train.save-every", 4), one())
+    before = dict(hf.load(base[1]).named_parameters())
+    weights, moments, _ = checkpoint.load(checkpoint.path_of(out / "checkpoints", 4))
+    held = {key.rpartition("/")[0] for key in moments}
+    for key, weight in weights.items():
+        trains = key.startswith(("layers.1.", "norm."))
+        assert torch.equal(weight, before[key]) != trains, key
+        assert (key in held) == trains, key
+    thawed = checkpoint.load(checkpoint.path_of(out / "checkpoints", 8))[0]
+    assert not torch.equal(thawed["layers.0.mlp.up_proj.weight"], before["layers.0.mlp.up_proj.weight"])
+    assert torch.equal(thawed["embed_tokens.weight"], before["embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("words", [["--forget.lwf.alpha", 0.5], ["--forget.lwf.alpha", 0.5, "--lora.rank", 4]])
+def test_the_teacher_is_the_base(base, tmp_path, words):
+    train.train(run_of(base, tmp_path / "run", *words), one())
+    divergence = [line["lwf_kl"] for line in lines(tmp_path / "run", "train")]
+    assert divergence[0] == 0.0                            # exactly: the student is the teacher
+    assert min(divergence[1:]) > 0
+
+
+def test_a_plan_that_adaptive_replay_changed_is_what_was_drawn(base, tmp_path):
+    """Every evaluation here finds general text much worse, so that replay rises from 0.3 by 0.1 to 0.6."""
+    out = tmp_path / "run"
+    words = ("--forget.adaptive.policy", "degradation", "--forget.adaptive.start", 0.3, "--eval.every", 2,
+             "--data.schedule", "static", "--data.domain-share", 0.9, "--optim.lr", 0.1, "--train.batch-size", 10)
+    c = run_of(base, out, *words, "--train.steps", 12)
+    train.train(c, one())
+    plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
+    assert [(d["step"], d["replay_share"]) for d in plan[1:]] == [(2, 0.4), (4, 0.5), (6, 0.6), (8, 0.6), (10, 0.6)]
+    drawn = [line["sources"].get("story", {"tokens": 0})["tokens"] for line in lines(out, "train")]
+    steps = [0.1] * 3 + [0.4] * 2 + [0.5] * 2 + [0.6] * 5          # a decision holds from the step after the next batch
+    assert drawn[-1] == round(10 * sum(steps)) * 32
+    assert {round(line["domain_share"], 9) for line in lines(out, "train")} == {0.9, 0.6, 0.5, 0.4}
+    assert [json.loads(line)["replay_share"] for line in (out / "metrics.jsonl").read_text().splitlines()
+            if json.loads(line)["kind"] == "replay"] == [0.4, 0.5, 0.6, 0.6, 0.6]
