@@ -10,18 +10,20 @@ FILE is .jsonl[.gz|.zst], .parquet, text, a folder of such files, or hf://org/da
     drops.json         written last: reasons, samples of both sides to look at, statistics by source and domain
 
 The second command reads both: a scored record keeps its text and scores and only meets the new gate.
-Removing personal data here is scrubbing by pattern, not de-identification: names stay.
+Personal data are scrubbed by pattern (pii.py); that is no de-identification: names stay.
 """
 
 import dataclasses
 import gzip
 import hashlib
-import ipaddress
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import unicodedata
 import zlib
@@ -35,6 +37,7 @@ from tqdm import tqdm
 
 import corpus
 from config import ArgumentParser, main_guard, nearest, write_json
+from pii import scrub
 
 SCORES_VERSION = 1          # raise it when a score changes its meaning: older records are then scored anew
 
@@ -68,8 +71,8 @@ PRESETS = {
     "code": {**COMMON, **CODE},
     "books": {**COMMON, **GOPHER_REPETITION, **GOPHER_QUALITY, "words": (50, None), "lorem_ipsum": (None, 0),
               "bullet_lines": (None, 0.95), "code_ratio": (None, 0.5)}}
-SCORES = ("perplexity", "log_odds", "keyword_density", "relevance", "comment_ratio", "language_score", "alpha",
-          "unique_words", "format", "content")             # those that no preset has a rule for
+NAMES = {"perplexity", "perplexity_score", "log_odds", "keyword_density", "relevance", "comment_ratio",
+         "language_score", "alpha", "unique_words", "format", "content"}.union(*PRESETS.values())   # of our numbers
 WEIGHTS = {"perplexity_score": 0.3, "format": 0.2, "content": 0.3, "relevance": 0.2}        # SPEC, Corpus
 STOP_WORDS = {              # which of them a text has most of is the light guess at its language
     language: frozenset(words.split()) for language, words in {
@@ -114,12 +117,12 @@ class Settings:
         self.keyword_pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)") if words else None
 
 
-def need(module: str, otherwise: str):
+def need(module: str, otherwise: str, extra: str = "clean"):
     """The module, or a ValueError that says how to get it."""
     try:
         return __import__(module)
     except ImportError:
-        raise ValueError(f"{module} is not installed; pip install -e '.[clean]', {otherwise}") from None
+        raise ValueError(f"{module} is not installed; pip install -e '.[{extra}]', {otherwise}") from None
 
 
 # ---- text: repair, normalise, boilerplate, domain forms
@@ -260,128 +263,6 @@ def _expand(match):
         return match[0]
     word = ABBREVIATIONS[match[1].lower()]
     return word.capitalize() if match[1][0].isupper() else word
-
-
-# ---- personal data: typed constant placeholders
-
-TLD = ("com|org|net|edu|gov|mil|int|info|biz|name|pro|aero|coop|museum|dev|app|cloud|online|health|law|example|test|"
-       "invalid|local|[a-z]{2}")
-OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-IBAN_LENGTH = dict(re.findall(r"([A-Z]{2})(\d\d)", (
-    "AD24AE23AL28AT20AZ28BA20BE16BG22BH22BR29CH21CR22CY28CZ24DE22DK18DO28EE20ES24FI18FO18FR27GB22GE22GI23GL18GR27"
-    "HR21HU28IE22IL23IS26IT27JO30KW30KZ20LB28LI21LT20LU20LV21MC27MD24ME22MK19MT31NL18NO15PK24PL28PS29PT25QA29RO24"
-    "RS22SA24SE24SI19SK24SM27TN24TR26UA29VG24XK20")))
-KEY_MARKS = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "glpat-", "xox", "AIza", "hf_", "npm_", "sk_live_", "sk-", "eyJ")
-KEY = re.compile(r"""(?x)-----BEGIN\ [A-Z ]{0,20}PRIVATE\ KEY-----[^-]*+(?:-----END\ [A-Z ]{0,20}PRIVATE\ KEY-----)?
-  | (?<![\w/+-])(?: (?:AKIA|ASIA)[0-9A-Z]{16} | gh[pousr]_[A-Za-z0-9]{36} | github_pat_\w{22,90} | glpat-[\w-]{20}
-  | xox[abprs]-[\w-]{10,80} | AIza[\w-]{35} | hf_[A-Za-z0-9]{34} | npm_[A-Za-z0-9]{36} | sk_live_[A-Za-z0-9]{24,99}
-  | sk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,200} | eyJ[\w-]{10,500}\.eyJ[\w-]{10,2000}\.[\w-]{10,500} )(?![\w-])""")
-LABELLED_KEY = re.compile(r"""(?xi)((?:api[_-]?key|secret|token|password)["']?\s{0,2}[:=]\s{0,2}["'])
-    (?=[a-z_/+=-]{0,99}\d)(?=[^a-z"']{0,99}[a-z])[a-z0-9_/+=-]{24,128}(?=["'])""")
-EMAIL = re.compile(rf"(?<![\w.%+-])(?!git@)[\w.%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.)+(?:{TLD})(?![\w-]|\.\w)", re.I)
-IBAN = re.compile(r"(?<![\w-])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-CARD = re.compile(r"""(?x)(?<![\w.-])(?: \d{4}([ -]?)\d{4}\1\d{4}\1\d{4} | 3[47]\d\d([ -]?)\d{6}\2\d{5}
-  | 3[068]\d\d([ -]?)\d{6}\3\d{4} )(?![\w-]|\.\d)""")
-IDENTITY_MARKS = ("ssn", "nino", "mrn", "security", "insurance", "nhs", "record", "passport", "patient", "licen", "tax")
-IDENTITY = re.compile(r"""(?x)((?i:\b(?:SSN|NINO|MRN|social\ security|national\ insurance|NHS|medical\ record|passport
-  | patient | driver'?s?\ licen[cs]e | tax(?:payer)?\ id(?:entification)?)(?:\ (?:number|no\.?|id|\#))?(?:\ is)?
-  \s?[:\#]?\s{0,2})) (?:[A-Z]{0,3}[ -]?\d(?:[ -]?\d){4,14}(?:\ ?[A-Z])?)(?!\w)""")
-PHONE = re.compile(r"""(?x)(?<![\w.+-])(?:
-    \+\d{1,3}[ -]?(?:\(\d{1,4}\)[ -]?)?\d(?:[ -]?\d){6,12}
-  | (?:1[ .-])?(?:\([2-9]\d\d\)\ ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4})(?!\w|[-.]\d)""")
-LABELLED_PHONE = re.compile(r"(?i)((?<![\w.])(?:(?:tele)?phone|telefax|fax|mobile|cell(?=:)|tel|call)\b\.?"
-                            r"(?:\s(?:no\.?|number))?(?:\sat)?\s?[:#]?\s?)\+?\(?\d(?:[ ()./-]{0,2}\d){6,14}(?!\w)")
-NOT_PHONE = re.compile(r"""(?ix)(?:\bno\.?|\#|№|§|\b(?:docket|case|isbn|issn|pmid|doi|patent|serial|section|version))
-  \s?:?\s?\Z""")
-IP4 = re.compile(rf"(?<![\w.-]){OCTET}(?:\.{OCTET}){{3}}(?![\w-]|\.\d)")
-IP6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
-OUTLINE = re.compile(r"""(?ix)(?:\b(?:(?:sub)?(?:section|clause|paragraph)s?|secs?\.?|articles?|arts?\.?|paras?\.?
-  | parts?|chapters?|ch\.|rules?|regulations?|reg\.|schedules?|annex|appendix|items?|tables?|figures?|figs?\.|steps?
-  | versions?|ver\.?|v\.?|releases?|no\.|oid|ec)|§)
-  [\s:(=]*(?:[\d.()a-z]{1,16}(?:,|\ and|\ or|\ to|\ through|,\ and)\s){0,4}\Z""")
-
-
-def scrub(text: str) -> tuple[str, dict]:
-    """(text with <KEY>, <EMAIL>, <IBAN>, <CARD>, <ID>, <PHONE>, <IP> in place of personal data, count of each).
-
-    IBANs must pass mod 97 (ISO 13616), cards Luhn (ISO 7812); identity numbers need their label. Outline numbers such
-    as "Section 12.4.1.3", and addresses of networks, masks and this machine, which name nobody, stay.
-    """
-    counts = Counter()
-
-    def put(pattern, name, is_personal=None):
-        nonlocal text
-
-        def replace(match):
-            value = is_personal(match) if is_personal else match[0]
-            if not value:
-                return match[0]
-            counts[name] += 1
-            label = match[1] if pattern in (IDENTITY, LABELLED_PHONE, LABELLED_KEY) else ""
-            return f"{label}<{name.upper()}>{match[0][len(value):] if pattern is IBAN else ''}"
-        text = pattern.sub(replace, text)
-
-    lower = text.lower()
-    if any(mark in text for mark in KEY_MARKS):
-        put(KEY, "key")
-    if any(mark in lower for mark in ("key", "secret", "token", "password")):
-        put(LABELLED_KEY, "key")
-    if "@" in text:
-        put(EMAIL, "email")
-    if any(mark in lower for mark in IDENTITY_MARKS):
-        put(IDENTITY, "id")
-    if re.search(r"\d[\d ().-]{5,}\d", text):         # none of the following is shorter
-        put(IBAN, "iban", _iban)
-        put(CARD, "card", lambda match: luhn(match[0]) and match[0][0] in "23456" and match[0])
-        put(LABELLED_PHONE, "phone")
-        put(PHONE, "phone", _phone)
-        put(IP4, "ip", _ip4)
-    if "::" in text or text.count(":") > 6:
-        put(IP6, "ip", _ip6)
-    return text, dict(counts)
-
-
-def _iban(match):
-    """The part of the match that is an IBAN; upper-case words behind it may have been matched too."""
-    candidate = match[0]
-    while len(candidate) > 14:
-        letters = candidate.replace(" ", "")
-        digits = "".join(str(int(c, 36)) for c in letters[4:] + letters[:4])
-        if len(letters) == int(IBAN_LENGTH.get(letters[:2], 0)) and int(digits) % 97 == 1:
-            return candidate
-        candidate = candidate.rpartition(" ")[0]
-    return ""
-
-
-def luhn(number: str) -> bool:
-    """Whether the last digit is the check digit of the others."""
-    digits = [int(c) for c in number if c.isdigit()][::-1]
-    total = sum(digits[0::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])
-    return total > 0 and total % 10 == 0
-
-
-def _phone(match):
-    before = match.string[max(0, match.start() - 24):match.start()]
-    return "" if NOT_PHONE.search(before) and not re.search(r"(?i)tel|phone|fax", before) else match[0]
-
-
-def _ip4(match):
-    text, start, end = match.string, match.start(), match.end()
-    octets = [int(o) for o in match[0].split(".")]
-    line_start = not re.search(r"[^\s#(]", text[max(0, text.rfind("\n", 0, start)):start][-9:])
-    heading = line_start and max(octets) < 100 and re.match(r"\.?\s+[A-Z]", text[end:end + 4])
-    outline = heading or re.match(r"\(\w", text[end:end + 2]) or OUTLINE.search(text[max(0, start - 64):start])
-    nobody = octets[0] in (0, 127) or octets[0] > 223 or octets[3] == 0
-    return "" if outline or nobody else match[0]
-
-
-def _ip6(match):
-    if sum(bool(group) for group in match[0].split(":")) < 3 or not re.search(r"\d", match[0]):
-        return ""                               # C++ and Rust paths, times
-    try:
-        return match[0] if ipaddress.IPv6Address(match[0]) else ""
-    except ValueError:
-        return ""
 
 
 # ---- splitting
@@ -573,6 +454,8 @@ def log_odds(domain, general) -> np.ndarray:
             left -= len(text)
             if left <= 0:
                 break
+        if left == SAMPLE_BYTES:
+            raise ValueError("one side of the log-odds (--general, --domain-seed) holds no text")
         logs.append(np.log(counts / counts.sum()))
     return (logs[0] - logs[1]).astype(np.float32)
 
@@ -589,13 +472,16 @@ def quality(scores: dict, weights: dict = WEIGHTS) -> float:
 def clean_document(record: dict, settings: Settings) -> list[dict]:
     """The record's parts, scored and not yet gated; one part unless it is longer than settings.max_chars.
 
-    A record that was scored before (metadata.cleaned) is returned as it is. All its other keys are kept.
+    A record that carries the scores of this very text is returned as it is; scores of an older version, or of a text
+    that was edited since (dedup.py --paragraphs), are replaced. All other keys of the record are kept.
     """
     metadata = record.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {} if metadata is None else {"metadata": metadata}
-    if isinstance(metadata.get("cleaned"), dict) and metadata["cleaned"].get("version") == SCORES_VERSION:
-        return [record]
     foreign = metadata["scores"] if isinstance(metadata.get("scores"), dict) else {}
+    if metadata.get("cleaned"):
+        if _is_scored(record["text"], metadata):
+            return [record]
+        foreign = {name: value for name, value in foreign.items() if name not in NAMES}
     code = settings.preset == "code"
     text = corpus.utf8(record["text"] or "").decode()
     if settings.repair and not code:
@@ -610,10 +496,22 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
         place = {"part": number, "parts": len(parts)} if len(parts) > 1 else {}
         out.append({**record, "text": part, "id": f"{record['id']}/{number}" if place else record["id"], "metadata": {
             **metadata, **place, "domain": metadata.get("domain") or settings.domain or settings.preset,
-            "content_hash": hashlib.blake2b(part.encode(), digest_size=16).hexdigest(),
+            "content_hash": _hash(part),
             "cleaned": {"version": SCORES_VERSION, "preset": settings.preset},
             "scores": {**foreign, **scores}}})
     return out
+
+
+def _hash(text):
+    return hashlib.blake2b(corpus.utf8(text), digest_size=16).hexdigest()
+
+
+def _is_scored(text, metadata):
+    cleaned, scores = metadata["cleaned"], metadata.get("scores")
+    return (isinstance(cleaned, dict) and cleaned.get("version") == SCORES_VERSION
+            and str(cleaned.get("preset")) in PRESETS and isinstance(text, str)
+            and metadata.get("content_hash") == _hash(text) and isinstance(scores, dict)
+            and all(isinstance(scores[name], (int, float)) for name in NAMES & scores.keys()))
 
 
 # ---- reading
@@ -676,6 +574,10 @@ _WORKER = []                # the settings, in a worker
 
 
 def _start_worker(settings):
+    """Ctrl-C ends a worker at once and without a word, and so does the death of its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
     _WORKER[:] = [settings]
 
 
@@ -702,17 +604,20 @@ def scored_lines(records, settings: Settings, workers: int):
     if workers == 1:
         yield from (_clean_batch(batch, settings) for batch in batches)
         return
+    pool, waiting = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(settings,)), deque()
     try:
-        with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(settings,)) as pool:
-            waiting = deque()
-            for batch in batches:
-                waiting.append(pool.submit(_work, batch))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+        for batch in batches:
+            waiting.append(pool.submit(_work, batch))
+            if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool:
         raise ValueError(f"a worker was killed, most likely for memory; use fewer than {workers} --workers") from None
+    except RecursionError:
+        raise ValueError("a record is nested too deeply to be sent to a worker; use --workers 1") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _batches(records):
@@ -763,7 +668,8 @@ def _add_perplexity(path, perplexity):
 
 def resolve(rules: dict, records) -> dict:
     """Rules whose percentile limits ("p5") are numbers: percentiles of the records' scores, empty texts left out."""
-    wanted = {name: [] for name, limits in rules.items() if any(str(x).startswith("p") for x in limits)}
+    wanted = {name: [] for name, limits in rules.items()
+              if name != "language" and any(isinstance(x, str) for x in limits)}
     if not wanted:
         return rules
     for record in records:
@@ -814,7 +720,7 @@ def _gate(records, rules, kept_file, dropped_file, settings, weights):
         row = {"documents": int(metadata.get("part", 1) == 1), "parts": 1, "bytes": nbytes, "kept": int(not why),
                "dropped": int(bool(why)), "bytes_kept": 0 if why else nbytes,
                "estimated_tokens": nbytes // 4, "estimated_tokens_kept": 0 if why else nbytes // 4}
-        for counts in (totals, *(table.setdefault(str(metadata.get(key) or "unknown"), Counter())
+        for counts in (totals, *(table.setdefault(_plain(metadata.get(key) or "unknown"), Counter())
                                  for key, table in statistics.items())):
             counts.update(row)
     return {"preset": settings.preset, "weights": weights, **totals, "reasons": reasons,
@@ -823,13 +729,17 @@ def _gate(records, rules, kept_file, dropped_file, settings, weights):
             "samples": {name: [row for _, row in rows] for name, rows in sorted(samples.items())}}
 
 
+def _plain(value):
+    return corpus.utf8(str(value)).decode()             # half a surrogate pair fits no report
+
+
 def _sample(rows, record, name):
     """Keep the SAMPLES records with the lowest hash: a fair sample that no order of records changes."""
     metadata = record["metadata"]
     key = f"{record['id']} {metadata['content_hash']}".encode(errors="replace")
     order = hashlib.blake2b(key, digest_size=8).hexdigest()
     if len(rows) < SAMPLES or order < rows[-1][0]:
-        row = {"id": record["id"], "score": metadata["scores"].get("quality" if name == "kept" else name),
+        row = {"id": _plain(record["id"]), "score": metadata["scores"].get("quality" if name == "kept" else name),
                "text": record["text"][:300]}
         rows.append((order, row))
         rows.sort(key=lambda pair: pair[0])
@@ -845,13 +755,14 @@ def run(records, settings: Settings, out, rules: dict | None = None, weights: di
     on a run that was killed before; every file appears whole, drops.json last.
     """
     out = Path(out)
-    if (out / "drops.json").exists() and not overwrite:
-        raise ValueError(f"{out} holds a cleaned corpus already; choose another --out or add --overwrite")
+    scored, kept, dropped, last = (out / f".{name}.partial" for name in ("scored", *OUTPUTS, "drops.json"))
+    for name in ("drops.json", *(OUTPUTS if not last.exists() else ())):      # which a run killed at its end leaves
+        if (out / name).exists() and not overwrite:
+            raise ValueError(f"{out / name} exists already; choose another --out, or add --overwrite to replace it")
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"{out} is a file; --out names a folder") from None
-    scored, kept, dropped, last = (out / f".{name}.partial" for name in ("scored", *OUTPUTS, "drops.json"))
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{out} is a file, or lies in one; --out names a folder") from None
     try:
         with open(scored, "wb") as file:
             for lines, chars in scored_lines(records, settings, workers):
@@ -921,11 +832,10 @@ def parse_rules(preset: str, changes) -> dict:
     """The preset's rules with NAME=LOW:HIGH laid over them (either side may be empty, or a percentile such as p95);
     NAME=off takes a rule away."""
     rules = dict(PRESETS[preset])
-    known = set(SCORES).union(*PRESETS.values())
     for change in changes:
         name, equals, limits = change.partition("=")
-        if not equals or name not in known:
-            raise ValueError(f"--rule {change}: " + (f"unknown score {name}{nearest(name, known)}" if equals else
+        if not equals or name not in NAMES:
+            raise ValueError(f"--rule {change}: " + (f"unknown score {name}{nearest(name, NAMES)}" if equals else
                                                      "write NAME=LOW:HIGH, or NAME=off"))
         if limits == "off":
             rules.pop(name, None)
@@ -1013,7 +923,7 @@ def main():
     if "chars" in rules and rules["chars"] == COMMON["chars"]:
         rules["chars"] = (args.min_chars, None)
     if args.language:
-        rules["language"] = tuple(args.language.split(","))
+        rules["language"] = tuple(args.language.lower().split(","))
     if args.perplexity:
         rules.setdefault("perplexity", (None, "p95"))
 
@@ -1048,29 +958,37 @@ def main():
 
 # ---- beyond one machine
 
-def datatrove_step(preset: str, rules: dict | None = None, **settings):
-    """A preset as a step of a datatrove pipeline (Local, Slurm and Ray executors): scores into metadata, gate, parts.
+def datatrove_step(preset: str, rules: dict | None = None, weights: dict = WEIGHTS, **settings):
+    """A preset as a step of a datatrove pipeline (Local, Slurm and Ray executors), for any number of tasks: the records
+    that `run` keeps, with their scores. `settings`: fields of Settings.
 
-    A percentile limit needs the whole corpus, and a worker sees a document at a time: limits must be numbers here.
+    A worker unpickles the step by importing this file, so its folder must be on PYTHONPATH there. A percentile limit
+    needs the whole corpus, and a task sees its own part: limits must be numbers here.
     """
-    need("datatrove", "which brings the executors")
-    from datatrove.data import Document
+    need("datatrove", "which brings the executors", "datatrove")
     from datatrove.pipeline.base import PipelineStep
+    options, rules = Settings(preset, **settings), PRESETS[preset] if rules is None else rules
+    for name, limits in rules.items():
+        if name != "language" and any(isinstance(limit, str) for limit in limits):
+            raise ValueError(f"the limits of {name} are {limits}, but a task sees no percentile of the whole corpus; "
+                             "give the numbers that drops.json of a sample shows")
 
     class Clean(PipelineStep):
-        name, type = f"nanoCPT clean, {preset}", "FILTER"
+        name, type = f"nanoCPT, {preset}", "CLEAN"
 
         def run(self, documents, rank: int = 0, world_size: int = 1):
-            options = Settings(preset, **settings)
             for document in documents:
                 self.stat_update("total")
-                record = {"text": document.text, "id": document.id, "metadata": document.metadata}
-                for part in clean_document(record, options):
-                    part["metadata"]["scores"]["quality"] = quality(part["metadata"]["scores"])
-                    why = broken(part["metadata"]["scores"], rules or PRESETS[preset])
-                    self.stat_update(*([f"dropped_{name}" for name in why] or ["kept"]))
+                with self.track_time():
+                    parts = clean_document({"text": document.text, "id": document.id, "metadata": document.metadata},
+                                           options)
+                for part in parts:
+                    scores = part["metadata"]["scores"]
+                    scores["quality"] = quality(scores, weights)
+                    why = broken(scores, rules)
+                    self.stat_update(*([f"dropped_{name}" for name in why] or ["forwarded"]))
                     if not why:
-                        yield Document(**part)
+                        yield dataclasses.replace(document, **part)
     return Clean()
 
 

@@ -53,8 +53,8 @@ def read_records(path: str, documents: str = "blank", separator: str | None = No
         else:
             yield from ((path, {column: text}) for text in _text_documents(path, documents, separator))
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:       # none of which names the file
-        raise ValueError(f"input file {path} cannot be read as UTF-8 text: {error}; convert it or fetch it again"
-                         ) from None
+        what = "read" if stem.endswith(".parquet") else "read as UTF-8 text"
+        raise ValueError(f"input file {path} cannot be {what}: {error}; convert it or fetch it again") from None
 
 
 def with_text(records, column):

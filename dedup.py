@@ -493,6 +493,8 @@ def _sign_files(files, stems, settings, workers, benchmarks) -> int:
                 total += record["documents"]
     except BrokenProcessPool:
         raise ValueError("a worker process died, perhaps for want of memory; repeat with fewer --workers") from None
+    except RecursionError:
+        raise ValueError("a record is nested too deeply to be sent to a worker; use --workers 1") from None
     finally:
         _set_against(None)
         if pool:

@@ -174,6 +174,9 @@ DECAYS = {"linear": lambda done: done, "cosine": lambda done: 0.5 - 0.5 * math.c
           "1-sqrt": math.sqrt}                                       # share of the way down
 
 
+SCHEDULE_FIELDS = {"schedule", "lr", "min_lr", "warmup_ratio", "warmup_steps", "cycles", "decay", "decay_ratio",
+                   "cooldown_steps", "constant_lr"}                  # what decides the rates, and nothing else
+
 # ---- recommended rates
 
 SIZES = ((7e9, 1e-5), (13e9, 8e-6), (70e9, 5e-6))                    # parameters, peak rate to continue a pretraining

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -81,6 +82,9 @@ class TrainSection(LengthConfig):
     save_every: int = 1000
     keep: int = 3
     """checkpoints kept"""
+    branch_from: str = ""
+    """checkpoint of another run to go on from, out/RUN/checkpoints/step_N; what it has done must be what this run would
+    have done up to there, as with a learning rate that was constant so far and now anneals"""
 
     def __post_init__(self):
         super().__post_init__()
@@ -219,7 +223,7 @@ class Run:
     config: ModelConfig
     sources: dict                # {name: SourceConfig}, a score bucket being a source
     loader: data.Loader
-    planned: str                 # hash of the plan before any decision of the run's own
+    planned: np.ndarray          # loader.counts before any decision of the run's own
     objective: object
     documents: dict              # {source: [(token ids, bytes)]} held out, to be scored
     inner: Model                 # the model itself
@@ -241,6 +245,9 @@ class Run:
 
 def setup(c: Config, world, folder: Path | None = None) -> Run:
     """folder: the run's, for what is estimated once and kept there."""
+    if c.optim.name == "muon" and c.lora.rank:
+        raise ValueError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
+                         "use --optim.name adamw with adapters")
     if c.train.batch_size % world.size:
         raise ValueError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
     torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
@@ -250,12 +257,11 @@ def setup(c: Config, world, folder: Path | None = None) -> Run:
     loader = data.Loader(shards, None, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions, c.data.packing)
     loader.counts = mixture.make_plan(c.data, c.train, sources, loader.sequences())
     mixture.check_epochs(loader.epochs(len(loader.counts) - 1), sources)
-    planned = hashlib.sha256(loader.counts.tobytes()).hexdigest()[:16]
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     documents = {name: docs for name, s in heldout.items()
                  if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
     inner = build_model(c, config, world)
-    run = Run(c, world, tokenizer, config, sources, loader, planned, objective, documents, inner)
+    run = Run(c, world, tokenizer, config, sources, loader, loader.counts, objective, documents, inner)
     run.methods = retention(run, shards, folder)
     for method in run.methods:
         method.model_built(inner)                                          # model built
@@ -408,19 +414,29 @@ def draw_samples(run: Run, step: int, logger):
                                                               c.eval.sample_tokens, c.seed))
 
 
-def identity(run: Run) -> dict:
-    """What must be the same for a resumed run to be the same run; the rest (ranks, micro-batch, logging) may change."""
+def identity(run: Run, step: int) -> dict:
+    """What must be the same for a run resumed at `step` to be the same run; the rest (ranks, micro-batch, logging) may
+    change. Of the plan and the learning rates only the past counts, so that a schedule whose past does not depend on
+    the run's length (static mix; infinite, constant or wsd) can be prolonged, or annealed from any of its checkpoints.
+    """
     c, loader = run.c, run.loader
+
+    def digest(value: bytes) -> str:
+        return hashlib.sha256(value).hexdigest()[:16]
+
     tokens = {name: [record["sha256"] for split in SPLITS for record in s.manifest["splits"][split]["shards"]]
               for name, s in zip(loader.names, loader.shards)}
     return json.loads(json.dumps({
-        "seed": c.seed, "order_version": data.ORDER_VERSION, "steps": run.total, "context": c.data.context,
+        "seed": c.seed, "order_version": data.ORDER_VERSION, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
         "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last, "packing": c.data.packing,
-        "eval_tokens": c.eval.tokens, "mix": run.planned,
+        "eval_tokens": c.eval.tokens, "mix": digest(run.planned[:step + 1].tobytes()),
+        "stages_of": run.total if c.forget.freeze.schedule != "none" else None,
+        "rates": digest(repr([optim.learning_rate(s, run.total, c.optim) for s in range(step)]).encode()),
         "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
-        "tokens": hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16],
-        "optim": dataclasses.asdict(c.optim), "objective": dataclasses.asdict(c.objective),
+        "tokens": digest(json.dumps(tokens).encode()),
+        "optim": {k: v for k, v in dataclasses.asdict(c.optim).items() if k not in optim.SCHEDULE_FIELDS},
+        "objective": dataclasses.asdict(c.objective),
         "model": dataclasses.asdict(run.config),
     }))
 
@@ -433,20 +449,32 @@ def save(run: Run, step: int, folder: Path, logger):
         moments |= {f"{method.name}:{name}": tensor for name, tensor in tensors.items()}
     if run.world.main:
         checkpoint.save(folder, step, weights, moments,
-                        {"identity": identity(run), "loss_scale": run.scale.state_dict(), "methods": numbers,
-                         "decisions": run.decisions, "base": run.c.model.path,
+                        {"identity": identity(run, step), "loss_scale": run.scale.state_dict(), "methods": numbers,
+                         "decisions": run.decisions, "base": run.c.model.path, "optim": dataclasses.asdict(run.c.optim),
                          "tokenizer": run.c.model.tokenizer or run.c.model.path}, run.c.train.keep)
     logger.record("event", step, message="checkpoint saved")
     run.world.barrier()
 
 
 def resume(run: Run, out: Path, logger) -> int:
-    """Load the newest checkpoint that verifies, if there is one; returns the step to go on from."""
+    """Load the newest checkpoint that verifies, if there is one; returns the step to go on from. A run without any
+    begins at train.branch_from, if that is set."""
     found = run.world.broadcast(checkpoint.newest(out / "checkpoints", logger.say) if run.world.main else None)
+    if found is None and run.c.train.branch_from:
+        found = Path(run.c.train.branch_from)
+        checkpoint.verify(found)
     if found is None:
         return 0
     weights, moments, state = checkpoint.load(found)
-    differ = [f"{key} was {state['identity'].get(key)} and is {value}" for key, value in identity(run).items()
+    step, now = state["step"], identity(run, state["step"])
+    if step > run.total:
+        raise ValueError(f"{found} is at step {step}, and the run is to end at {run.total}; lengthen it")
+    optim_now = dataclasses.asdict(run.c.optim)
+    why = {"mix": f"the sequences of the first {step} steps are others (data.*, or the run's length)",
+           "rates": f"the learning rates of the first {step} steps are others (" + (", ".join(
+               f"optim.{k} was {was} and is {optim_now[k]}" for k, was in state["optim"].items() if optim_now[k] != was)
+               or "the run's length") + ")"}
+    differ = [why.get(key, f"{key} was {state['identity'].get(key)} and is {value}") for key, value in now.items()
               if state["identity"].get(key) != value]
     if differ:
         raise ValueError(f"{out} holds another run: {'; '.join(differ)}; use the same settings to resume it, or "
@@ -460,9 +488,9 @@ def resume(run: Run, out: Path, logger) -> int:
         method.load_state(mine, state["methods"][method.name])
     for decision in state["decisions"]:
         act(run, decision)
-    logger.say(f"resumed from {found} at step {state['step']}")
-    logger.record("resume", state["step"])
-    return state["step"]
+    logger.say(f"resumed from {found} at step {step}")
+    logger.record("resume", step)
+    return step
 
 
 def act(run: Run, decision: dict):
@@ -528,7 +556,8 @@ def merge_with_base(run: Run, out: Path, logger) -> dict:
 
 def finish(run: Run, after: dict, out: Path, logger):
     """eval.json, the Hugging Face folder with its card, and the report."""
-    first = json.loads((out / "eval_step_0.json").read_text(encoding="utf-8"))
+    origin = out if (out / "eval_step_0.json").exists() else Path(run.c.train.branch_from).parent.parent
+    first = json.loads((origin / "eval_step_0.json").read_text(encoding="utf-8"))
     before, protocol = first["texts"], first["protocol"]
     general = [name for name, source in run.sources.items() if source.role == "general"]
     comparison = evaluation.compare(before, after, general) if run.objective.causal else {}
@@ -641,7 +670,7 @@ def train(c: Config, world) -> int:
         describe(run, logger.say)
         start = resume(run, out, logger)
         logger.at(start)
-        if start == 0 and world.main:
+        if (world.main and not (out / "config.toml").exists()) or (start == 0 and world.main):
             begin(run, out, logger)
         pool = stack.enter_context(ThreadPoolExecutor(1))
         ahead = pool.submit(micro_batches, run, start) if start < run.total else None
@@ -738,7 +767,9 @@ def main() -> int:
     c = parse(Config, sys.argv[1:], description=__doc__)
     world = parallel.start(c.device)
     try:
-        return (dry_run if c.dry_run else train)(c, world)
+        status = (dry_run if c.dry_run else train)(c, world)
+        world.barrier()                    # none leaves while another still waits for it
+        return status
     finally:
         parallel.stop()
 

@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -21,8 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clean
-from clean import PRESETS, Settings, broken, clean_document, read_records, run, scrub, split
+from clean import PRESETS, Settings, broken, clean_document, read_records, run, split
 from config import main_guard
+from pii import scrub
 
 pytest.importorskip("ftfy", reason="the extra `clean` is not installed")
 ROOT = Path(__file__).parent.parent
@@ -76,66 +78,6 @@ def read(folder: Path) -> tuple[list, list, dict]:
     with gzip.open(folder / "dropped.jsonl.gz", "rt", encoding="utf-8") as file:
         dropped = [json.loads(line) for line in file]
     return kept, dropped, json.loads((folder / "drops.json").read_text(encoding="utf-8"))
-
-
-# ---- personal data: in and out of statutes, notes and code
-
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("write to jane.doe+law@hospital.example today.", "write to <EMAIL> today."),
-    ("author = 'J. Doe <j_doe@mit.edu>'", "author = 'J. Doe <<EMAIL>>'"),
-    ("call +1 415-555-0132 or (202) 555-0147.", "call <PHONE> or <PHONE>."),
-    ("patient's mobile +49 30 901820, +442079460018", "patient's mobile <PHONE>, <PHONE>"),
-    ("Tel. no.: 020 7946 0018; fax 7946 0019", "Tel. no.: <PHONE>; fax <PHONE>"),
-    ("from 203.0.113.9: refused. Then 8.8.8.8.", "from <IP>: refused. Then <IP>."),
-    ("192.168.10.7 is down", "<IP> is down"),
-    ("peer 2001:db8:0:1:1:1:1:1 and fe80::1ff:fe23:4567:890a", "peer <IP> and <IP>"),
-    ("pay DE89 3704 0044 0532 0130 00 AND sign", "pay <IBAN> AND sign"),
-    ("GB82WEST12345698765432, NO9386011117947", "<IBAN>, <IBAN>"),
-    ("card 4111 1111 1111 1111, 5500-0000-0000-0004, 378282246310005", "card <CARD>, <CARD>, <CARD>"),
-    ("SSN: 123-45-6789; social security number 123456789", "SSN: <ID>; social security number <ID>"),
-    ("MRN 00123456 and NHS number 943 476 5919", "MRN <ID> and NHS number <ID>"),
-    ("National Insurance No. QQ 12 34 56 C, passport number X1234567",
-     "National Insurance No. <ID>, passport number <ID>"),
-    ("key = 'AKIAIOSFODNN7EXAMPLE'", "key = '<KEY>'"),
-    ("export T=ghp_" + "a1B2c3" * 6, "export T=<KEY>"),
-    ("-----BEGIN RSA PRIVATE KEY-----\nMIIB+x/\n-----END RSA PRIVATE KEY-----\nend", "<KEY>\nend"),
-    ('api_key: "0123456789abcdef0123456789abcdef"', 'api_key: "<KEY>"'),
-])
-def test_personal_data_is_replaced_by_its_type(text, wanted):
-    found, counts = scrub(text)
-    assert found == wanted
-    assert sum(counts.values()) == wanted.count("<") - wanted.count("<<")
-    assert scrub(found) == (found, {}), "placeholders are no personal data"
-
-
-@pytest.mark.parametrize("text", [
-    "Section 12.4.1.3 applies; see Clause 22.10.3.15(b), Sections 12.4.1.3 and 12.4.1.4, § 1.2.3.4 and Art. 5.1.2.3",
-    "12.4.1.3 Definitions\n(1) In this part", "§ 16-2301 (2009); No. 202-555-0147; Docket 212-555-1234",
-    "410 U.S. 113, 93 S. Ct. 705, 35 L. Ed. 2d 147 (1973)", "28:9-102(a)(52), 15 U.S.C. § 78u-4(b)(2)",
-    "162/95 mmHg, 0.25 mg, 12,345 patients, p = 0.0001234567", "ISBN 978-3-16-148410-0, PMID 12345678, NCT01234567",
-    "ICD-10 E11.65; EC 3.4.21.62 and OID 1.2.840.113549.1.1", "10.1016/j.cell.2010.01.001; Cell 2010 140 1234",
-    "at 12:30:45 on 2001-02-03", "networks 192.0.2.0/24 and 224.0.0.1",
-    "version 1.2.3.4, v1.2.3.4, pkg-1.2.3.4", "bind 127.0.0.1, 0.0.0.0 and mask 255.255.255.0",
-    "y = a@b.T + x@self.weight",
-    "std::vector<int>::size, a::b::c, ::", "git@github.com:org/repo.git", "@app.route('/x')", "x = +1.23456789012",
-    "4111 1111 1111 1112 and 1234567890123456", "DE89 3704 0044 0532 0130 01", "token = os.environ['TOKEN']",
-    "the social security act of 1935; patient 12 of 40", "skip-link sk-learn AKIA", "2**52 == 4503599627370496",
-])
-def test_text_that_only_looks_like_personal_data_survives(text):
-    assert scrub(text) == (text, {})
-
-
-def test_luhn_and_mod_97_agree_with_their_definitions():
-    rng = random.Random(0)
-    for _ in range(200):
-        body = "4" + "".join(rng.choice("0123456789") for _ in range(14))
-        good = [d for d in "0123456789" if scrub(body + d)[0] == "<CARD>"]
-        doubled = sum(sum(map(int, str(2 * int(c)))) if i % 2 == 0 else int(c) for i, c in enumerate(body))
-        assert good == [str(-doubled % 10)]
-        account = "".join(rng.choice("0123456789") for _ in range(18))
-        check = 98 - int(account + "131400") % 97                 # D = 13, E = 14
-        assert scrub(f"DE{check:02d}{account}")[0] == "<IBAN>"
-        assert scrub(f"DE{(check + 1) % 97:02d}{account}")[0] != "<IBAN>"
 
 
 # ---- text
@@ -415,6 +357,20 @@ def test_a_second_gate_on_scored_records_equals_a_first_run_with_those_limits(tm
     assert read(tmp_path / "a")[0] != b[0]
 
 
+def test_a_text_that_was_edited_after_it_was_scored_is_scored_anew():
+    (scored,) = clean_document(records([STATUTE])[0], Settings("legal"))
+    scored["metadata"]["scores"] |= {"perplexity": 9.0, "perplexity_score": 0.91, "edu": 3}
+    assert clean_document(scored, Settings("legal")) == [scored]
+    edited = {**scored, "text": NOTE}                                      # as dedup.py --paragraphs does
+    wanted = scores_of(NOTE, "legal") | {"edu": 3}
+    assert clean_document(edited, Settings("legal"))[0]["metadata"]["scores"] == wanted
+    scores = scored["metadata"]["scores"]
+    for spoilt in ({"scores": 5}, {"cleaned": {"version": 1}}, {"cleaned": True}, {"content_hash": None},
+                   {"scores": {**scores, "words": "many"}}):
+        row = {**scored, "metadata": {**scored["metadata"], **spoilt}}
+        assert clean_document(row, Settings("legal"))[0]["metadata"]["scores"]["words"] == scores["words"]
+
+
 def test_percentile_limits_cut_their_share_on_both_sides(tmp_path):
     texts = [NOTE + " word" * i for i in range(100)]
     run(records(texts), Settings("legal"), tmp_path, rules={"words": ("p5", "p90")})
@@ -424,6 +380,14 @@ def test_percentile_limits_cut_their_share_on_both_sides(tmp_path):
     assert [r["id"] for r in kept] == [str(i) for i, w in enumerate(words) if low <= w <= high]
     assert len(dropped) == 15
     assert report["reasons"]["words"] == {"limits": [low, high], "dropped": 15, "only_reason": 15}
+
+
+def test_portuguese_is_a_language_and_no_percentile(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "in.jsonl", records([NOTE, "O tribunal não aceita os pedidos que uma parte fez "
+                                                               "para as outras, e os autos vão com o juiz. O réu "
+                                                               "pediu um prazo, mas a lei não o dá."]))
+    assert command(monkeypatch, source, "--preset", "legal", "--language", "PT", "--out", tmp_path / "out") == 0
+    assert [row["id"] for row in read(tmp_path / "out")[0]] == ["1"]
 
 
 def test_the_report_adds_up(tmp_path):
@@ -448,6 +412,14 @@ def test_the_report_adds_up(tmp_path):
     assert len(report["samples"]["kept"]) == clean.SAMPLES
     assert report["pii"]["email"] == sum(r["text"].count("<EMAIL>") for r in kept + dropped) > 0
     assert all("dropped" not in r["metadata"] for r in kept)
+
+
+def test_half_a_surrogate_pair_in_id_source_or_domain_stops_no_report(tmp_path):
+    run([{"text": STATUTE, "id": "\ud800", "metadata": {"source": "a\udfff", "domain": "\ud800"}}], Settings("legal"),
+        tmp_path)
+    kept, _, report = read(tmp_path)
+    assert kept[0]["id"] == "\ud800"
+    assert list(report["statistics"]["source"]) == ["a\ufffd"]
 
 
 def test_every_key_of_a_record_is_kept(tmp_path):
@@ -486,12 +458,54 @@ def test_a_killed_run_is_completed_to_the_same_bytes(tmp_path, monkeypatch):
         p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
     with pytest.raises(ValueError, match="--overwrite"):
         run(texts, Settings("legal"), tmp_path / "again")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/kept.jsonl").write_text("from dedup.py")
+    with pytest.raises(ValueError, match=r"others/kept\.jsonl exists already"):
+        run(texts, Settings("legal"), tmp_path / "others")
     monkeypatch.setattr(Path, "rename", lambda *_: os._exit(9))            # while new files take the old ones' place
     if (child := os.fork()) == 0:
         run(texts[:5], Settings("legal"), tmp_path / "again", overwrite=True)
     os.waitpid(child, 0)
     monkeypatch.undo()
     assert not (tmp_path / "again" / "drops.json").exists(), "the record of the old files may not stand beside new ones"
+    run(texts, Settings("legal"), tmp_path / "again")                      # and needs no --overwrite to go on
+    assert (tmp_path / "again" / "drops.json").read_bytes() == (tmp_path / "whole" / "drops.json").read_bytes()
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_command_leaves_no_worker_and_the_same_command_completes_it(tmp_path, blow):
+    source = write_jsonl(tmp_path / "in.jsonl", records([" ".join([STATUTE, NOTE] * 40)] * 60))
+    out = tmp_path / "out"
+    words = [sys.executable, "clean.py", source, "--preset", "legal", "--out", out, "--workers", "2"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not (out / ".scored.partial").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)                                                        # the workers are at it
+    process.kill() if blow == signal.SIGKILL else os.killpg(process.pid, blow)
+    start = time.monotonic()
+    _, said = process.communicate(timeout=60)                              # no worker holds the pipes open
+    assert time.monotonic() - start < 20
+    assert process.returncode == (130 if blow == signal.SIGINT else -9)
+    assert said.split() == (["stopped", "by", "Ctrl-C"] if blow == signal.SIGINT else [])
+    assert not (out / "drops.json").exists()
+    subprocess.run([*words[:-1], "1"], cwd=ROOT, check=True, capture_output=True)
+    run(read_records(str(source)), Settings("legal"), tmp_path / "straight")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "straight").iterdir()}
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", records([STATUTE] * 200))
+    for limit in (1, 100):                                            # KB
+        words = [sys.executable, "clean.py", source, "--preset", "legal", "--out", tmp_path / "out"]
+        done = subprocess.run(["bash", "-c", f"ulimit -f {limit}; exec \"$@\"", "-", *words], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+        assert not list((tmp_path / "out").iterdir())
 
 
 def test_perplexity_of_a_model_and_its_percentile_gate(tmp_path, monkeypatch, data_dir, one_thread):
@@ -606,6 +620,16 @@ def test_hostile_texts_are_handled(tmp_path):
     assert {r["id"].split("/")[0] for r in dropped} >= {"0", "1", "2", "4", "5", "6", "7", "8"}
 
 
+def test_a_record_too_deep_for_a_worker_is_one_line(tmp_path):
+    deep = json.loads("[" * 900 + "]" * 900)
+    row = {**records([STATUTE])[0], "deep": deep}
+    try:                                                                   # how deep is too deep, Python decides
+        run([row], Settings("legal"), tmp_path / "two", workers=2)
+    except ValueError as error:
+        assert "nested too deeply" in str(error)                           # noqa: PT017
+    assert run([row], Settings("legal"), tmp_path / "one")["kept"] == 1
+
+
 def test_a_line_of_50_megabytes(tmp_path, monkeypatch):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "x" * 5 * 10**7}) + "\n" + json.dumps({"text": STATUTE}) + "\n")
@@ -689,17 +713,49 @@ def test_a_missing_library_is_one_line(monkeypatch):
     Settings("legal", repair=False)
 
 
-def test_a_preset_runs_in_datatroves_local_executor(tmp_path):
-    pytest.importorskip("datatrove", reason="datatrove is not installed")
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_datatroves_local_executor_keeps_what_the_command_keeps(tmp_path, monkeypatch, tasks):
+    pytest.importorskip("datatrove", reason="the extra `datatrove` is not installed")
+    pytest.importorskip("orjson", reason="datatrove's JSONL reader needs orjson")
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.writers import JsonlWriter
-    (tmp_path / "in").mkdir()
-    write_jsonl(tmp_path / "in/a.jsonl", records(some_texts()))
-    LocalPipelineExecutor([JsonlReader(str(tmp_path / "in")), clean.datatrove_step("legal"),
-                           JsonlWriter(str(tmp_path / "out"), compression=None)],
-                          logging_dir=str(tmp_path / "logs")).run()
-    rows = [json.loads(line) for line in next((tmp_path / "out").glob("*.jsonl")).read_text().splitlines()]
-    run(records([t for t in some_texts() if t]), Settings("legal"), tmp_path / "ours")
-    assert [row["text"] for row in rows] == [row["text"] for row in read(tmp_path / "ours")[0]]
-    assert all(row["metadata"]["scores"]["quality"] >= 0.5 for row in rows)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    long = "\n\n".join([STATUTE] * 9)
+    for k, name in enumerate("abc"):
+        write_jsonl(folder / f"{name}.jsonl", [
+            {"text": text, "id": f"{name}{i}", "url": f"https://a.example/{i}", "metadata": {"scores": {"edu": i}},
+             "media": [{"id": "m", "type": 0, "url": "u", "alt": None, "media_bytes": None}]}
+            for i, text in enumerate([*some_texts()[k::3], long])])
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))               # tasks=2 unpickles the step in processes of its own
+    step = clean.datatrove_step("legal", max_chars=2000)
+    stats = LocalPipelineExecutor([JsonlReader(str(folder)), step, JsonlWriter(str(tmp_path / "out"))], tasks=tasks,
+                                  logging_dir=str(tmp_path / "logs")).run()
+    assert command(monkeypatch, folder, "--preset", "legal", "--max-chars", "2000", "--out", tmp_path / "ours") == 0
+    wanted, _, report = read(tmp_path / "ours")
+    rows = []
+    for path in (tmp_path / "out").iterdir():
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            rows += map(json.loads, file)
+    assert len(list((tmp_path / "out").iterdir())) == tasks
+    assert [(r["id"], r["text"], r["metadata"]["scores"]) for r in sorted(rows, key=lambda r: r["id"])] == [
+        (r["id"], r["text"], r["metadata"]["scores"]) for r in sorted(wanted, key=lambda r: r["id"])]
+    assert len(rows) > 30
+    assert any("/" in row["id"] for row in rows), "the long one in parts"
+    assert all(row["media"][0]["id"] == "m" and row["metadata"]["url"] for row in rows)
+    counted = next(s for s in json.loads(stats.to_json()) if "CLEAN" in s["name"])["stats"]
+    total = {name: value["total"] if isinstance(value, dict) else value for name, value in counted.items()}
+    assert total["forwarded"] == report["kept"]
+    assert total["dropped_dup_lines"] == report["reasons"]["dup_lines"]["dropped"] > 0
+
+
+def test_a_datatrove_step_is_refused_where_it_is_made(monkeypatch):
+    pytest.importorskip("datatrove", reason="the extra `datatrove` is not installed")
+    with pytest.raises(ValueError, match="did you mean legal"):
+        clean.datatrove_step("legl")
+    with pytest.raises(ValueError, match="percentile"):
+        clean.datatrove_step("legal", {"words": ("p5", None)})
+    monkeypatch.setitem(sys.modules, "datatrove", None)
+    with pytest.raises(ValueError, match=r"datatrove is not installed; pip install -e '.\[datatrove\]'"):
+        clean.datatrove_step("legal")

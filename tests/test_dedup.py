@@ -530,6 +530,30 @@ def test_a_record_that_is_not_json_inside_a_later_batch_stops_the_run(tmp_path):
             dedup([path], tmp_path / "out", workers=workers)
 
 
+def test_a_record_too_deep_for_a_worker_is_one_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a b c", "deep": ' + "[" * 900 + "]" * 900 + "}\n")
+    try:                                                                 # how deep is too deep, Python decides
+        dedup([path], tmp_path / "two", workers=2)
+    except ValueError as error:
+        assert "nested too deeply" in str(error)                         # noqa: PT017
+    assert dedup([path], tmp_path / "one")["kept"] == 1
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_completes_it(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", records_of(random_texts(300, seed=8)))
+    words = [sys.executable, str(ROOT / "dedup.py"), path, "--workers", "2", "--out", str(tmp_path / "out")]
+    full = subprocess.run(["bash", "-c", 'ulimit -f 60; exec "$@"', "-", *words], capture_output=True, text=True)
+    assert full.returncode == 2
+    assert full.stderr.startswith("error: ")
+    assert full.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "kept.jsonl").exists()
+    subprocess.run(words, check=True, capture_output=True)
+    dedup([path], tmp_path / "straight")
+    for name in ("kept.jsonl", "removed.jsonl", "dedup.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
+
+
 def test_parquet_text_and_other_columns(tmp_path):
     import datetime
 

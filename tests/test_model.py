@@ -414,3 +414,22 @@ def test_matmul_flops(tiny_model):
 def test_shard_plan_is_the_blocks(tiny_model):
     model = tiny_model()
     assert model.shard_plan() == list(model.layers)
+
+
+def test_layers_that_compute_together_get_their_input_once(tiny_model):
+    """A layer's `together` is handed all projections of the input it shares, and its results are what is used."""
+    model, calls = tiny_model(), []
+
+    class Together(torch.nn.Linear):
+        @staticmethod
+        def together(x, linears):
+            calls.append(len(linears))
+            return [F.linear(x, linear.weight) for linear in linears]
+    x = torch.randint(0, 97, (2, 9))
+    with torch.no_grad():
+        truth = model(x)
+        for name in ("self_attn.k_proj", "mlp.gate_proj"):
+            layer = model.layers[1].get_submodule(name)
+            layer.__class__ = Together
+        assert torch.equal(model(x), truth)
+    assert calls == [3, 2]

@@ -360,7 +360,9 @@ def test_resume_under_other_settings_is_refused_with_what_differs(lab, tmp_path,
     before = {f: f.read_bytes() for f in (out / "checkpoints").rglob("*") if f.is_file()}
     for words, differs in (("--seed 1", "seed was 0 and is 1"), ("--train.batch-size 8", "batch_size was 4 and is 8"),
                            (f"--data.sources.legal.path {tmp_path / 'other'}", "tokens was"),
-                           ("--optim.lr 0.02", "'lr': 0.02")):
+                           ("--optim.lr 0.02", "optim.lr was 0.01 and is 0.02"),
+                           ("--train.steps 9", "first 2 steps are others (the run's length)"),
+                           ("--optim.beta1 0.8", "'beta1': 0.8")):
         status, _, errors = command(monkeypatch, capsys, arguments(lab, out, *words.split()))
         assert status == 2
         assert errors.startswith(f"error: {out} holds another run: ")

@@ -104,7 +104,8 @@ def test_the_adapter_on_its_base_is_the_exported_model(base, tmp_path, name):
 
 def test_frozen_weights_stay_as_they_were_and_hold_no_state(base, tmp_path):
     out = tmp_path / "run"
-    train.train(run_of(base, out, *METHODS["freeze"], "--forget.freeze.thaw-ratio", 0.75, "--train.save-every", 4), one())
+    words = ("--forget.freeze.thaw-ratio", 0.75, "--train.save-every", 4)
+    train.train(run_of(base, out, *METHODS["freeze"], *words), one())
     before = dict(hf.load(base[1]).named_parameters())
     weights, moments, _ = checkpoint.load(checkpoint.path_of(out / "checkpoints", 4))
     held = {key.rpartition("/")[0] for key in moments}
@@ -140,3 +141,39 @@ def test_a_plan_that_adaptive_replay_changed_is_what_was_drawn(base, tmp_path):
     assert {round(line["domain_share"], 9) for line in lines(out, "train")} == {0.9, 0.6, 0.5, 0.4}
     assert [json.loads(line)["replay_share"] for line in (out / "metrics.jsonl").read_text().splitlines()
             if json.loads(line)["kind"] == "replay"] == [0.4, 0.5, 0.6, 0.6, 0.6]
+
+
+ENDLESS = ["--data.schedule", "static", "--optim.schedule", "infinite", "--optim.warmup-steps", 2,
+           "--optim.cooldown-steps", 2]
+
+
+def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_path, monkeypatch, capsys):
+    """The branch of 10 steps whose last half anneals equals a run of those 10 steps that began at 0, bit for bit."""
+    trunk, branch, whole = (tmp_path / name for name in ("trunk", "branch", "whole"))
+    train.train(run_of(base, trunk, *ENDLESS, "--optim.decay-ratio", 0, "--train.save-every", 5), one())
+    annealed = [*ENDLESS, "--optim.decay-ratio", 0.5, "--train.steps", 10]
+    train.train(run_of(base, whole, *annealed), one())
+    step5 = trunk / "checkpoints/step_00000005"
+    train.train(run_of(base, branch, *annealed, "--train.branch-from", step5), one())
+    assert {k: v for k, v in trace(whole).items() if k > 5} == trace(branch)
+    same_checkpoint(branch, whole, 10)
+    assert (branch / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+    rates = [line["lr"] for line in lines(whole, "train")]
+    assert rates[:5] == [line["lr"] for line in lines(trunk, "train")][:5]
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[9] == 1e-3 < rates[5] < rates[4]
+    with pytest.raises(ValueError, match="holds another run: rates was"):
+        train.train(run_of(base, tmp_path / "x", "--data.schedule", "static", "--train.branch-from", step5), one())
+    with pytest.raises(ValueError, match="is at step 5, and the run is to end at 3"):
+        train.train(run_of(base, tmp_path / "y", *ENDLESS, "--train.steps", 3, "--train.branch-from", step5), one())
+    with pytest.raises(ValueError, match="has no readable manifest"):
+        train.train(run_of(base, tmp_path / "z", "--train.branch-from", tmp_path / "nowhere"), one())
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    (["--optim.name", "muon", "--lora.rank", 4], "use --optim.name adamw"),
+    (["--forget.ewc.strength", 0.1, "--lora.rank", 4], "use --forget.lwf.alpha 0.5"),
+    (["--forget.lwf.alpha", 0.5, "--model.init", "scratch"], "--model.init pretrained")])
+def test_combinations_that_make_no_sense_name_the_alternative(base, tmp_path, words, match):
+    with pytest.raises(ValueError, match=match):
+        train.train(run_of(base, tmp_path / "run", *words), one())

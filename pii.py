@@ -1,0 +1,127 @@
+"""Personal data in text: e-mail and IP addresses, telephone numbers, IBANs, cards, labelled identity numbers, keys.
+
+Each becomes a constant placeholder of its type. This is scrubbing by pattern, not de-identification: names stay.
+"""
+
+import ipaddress
+import re
+from collections import Counter
+
+TLD = ("com|org|net|edu|gov|mil|int|info|biz|name|pro|aero|coop|museum|dev|app|cloud|online|health|law|example|test|"
+       "invalid|local|[a-z]{2}")
+OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+IBAN_LENGTH = dict(re.findall(r"([A-Z]{2})(\d\d)", (
+    "AD24AE23AL28AT20AZ28BA20BE16BG22BH22BR29CH21CR22CY28CZ24DE22DK18DO28EE20ES24FI18FO18FR27GB22GE22GI23GL18GR27"
+    "HR21HU28IE22IL23IS26IT27JO30KW30KZ20LB28LI21LT20LU20LV21MC27MD24ME22MK19MT31NL18NO15PK24PL28PS29PT25QA29RO24"
+    "RS22SA24SE24SI19SK24SM27TN24TR26UA29VG24XK20")))
+KEY_MARKS = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "glpat-", "xox", "AIza", "hf_", "npm_", "sk_live_", "sk-", "eyJ")
+KEY = re.compile(r"""(?x)-----BEGIN\ [A-Z ]{0,20}PRIVATE\ KEY-----[^-]*+(?:-----END\ [A-Z ]{0,20}PRIVATE\ KEY-----)?
+  | (?<![\w/+-])(?: (?:AKIA|ASIA)[0-9A-Z]{16} | gh[pousr]_[A-Za-z0-9]{36} | github_pat_\w{22,90} | glpat-[\w-]{20}
+  | xox[abprs]-[\w-]{10,80} | AIza[\w-]{35} | hf_[A-Za-z0-9]{34} | npm_[A-Za-z0-9]{36} | sk_live_[A-Za-z0-9]{24,99}
+  | sk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,200} | eyJ[\w-]{10,500}\.eyJ[\w-]{10,2000}\.[\w-]{10,500} )(?![\w-])""")
+LABELLED_KEY = re.compile(r"""(?xi)((?:api[_-]?key|secret|token|password)["']?\s{0,2}[:=]\s{0,2}["'])
+    (?=[a-z_/+=-]{0,99}\d)(?=[^a-z"']{0,99}[a-z])[a-z0-9_/+=-]{24,128}(?=["'])""")
+EMAIL = re.compile(rf"(?<![\w.%+-])(?!git@)[\w.%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.)+(?:{TLD})(?![\w-]|\.\w)", re.I)
+IBAN = re.compile(r"(?<![\w-])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
+CARD = re.compile(r"""(?x)(?<![\w.-])(?: \d{4}([ -]?)\d{4}\1\d{4}\1\d{4} | 3[47]\d\d([ -]?)\d{6}\2\d{5}
+  | 3[068]\d\d([ -]?)\d{6}\3\d{4} )(?![\w-]|\.\d)""")
+IDENTITY_MARKS = ("ssn", "nino", "mrn", "security", "insurance", "nhs", "record", "passport", "patient", "licen", "tax")
+IDENTITY = re.compile(r"""(?x)((?i:\b(?:SSN|NINO|MRN|social\ security|national\ insurance|NHS|medical\ record|passport
+  | patient | driver'?s?\ licen[cs]e | tax(?:payer)?\ id(?:entification)?)(?:\ (?:number|no\.?|id|\#))?(?:\ is)?
+  \s?[:\#]?\s{0,2})) (?:[A-Z]{0,3}[ -]?\d(?:[ -]?\d){4,14}(?:\ ?[A-Z])?)(?!\w)""")
+PHONE = re.compile(r"""(?x)(?<![\w.+-])(?:
+    \+\d{1,3}[ -]?(?:\(\d{1,4}\)[ -]?)?\d(?:[ -]?\d){6,12}
+  | (?:1[ .-])?(?:\([2-9]\d\d\)\ ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4})(?!\w|[-.]\d)""")
+LABELLED_PHONE = re.compile(r"(?i)((?<![\w.])(?:(?:tele)?phone|telefax|fax|mobile|cell(?=:)|tel|call)\b\.?"
+                            r"(?:\s(?:no\.?|number))?(?:\sat)?\s?[:#]?\s?)\+?\(?\d(?:[ ()./-]{0,2}\d){6,14}(?!\w)")
+NOT_PHONE = re.compile(r"""(?ix)(?:\bno\.?|\#|№|§|\b(?:docket|case|isbn|issn|pmid|doi|patent|serial|section|version))
+  \s?:?\s?\Z""")
+IP4 = re.compile(rf"(?<![\w.-]){OCTET}(?:\.{OCTET}){{3}}(?![\w-]|\.\d)")
+IP6 = re.compile(r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])")
+OUTLINE = re.compile(r"""(?ix)(?:\b(?:(?:sub)?(?:section|clause|paragraph)s?|secs?\.?|articles?|arts?\.?|paras?\.?
+  | parts?|chapters?|ch\.|rules?|regulations?|reg\.|schedules?|annex|appendix|items?|tables?|figures?|figs?\.|steps?
+  | versions?|ver\.?|v\.?|releases?|no\.|oid|ec)|§)
+  [\s:(=]*(?:[\d.()a-z]{1,16}(?:,|\ and|\ or|\ to|\ through|,\ and)\s){0,4}\Z""")
+
+
+def scrub(text: str) -> tuple[str, dict]:
+    """(text with <KEY>, <EMAIL>, <IBAN>, <CARD>, <ID>, <PHONE>, <IP> in place of personal data, count of each).
+
+    IBANs must pass mod 97 (ISO 13616), cards Luhn (ISO 7812); identity numbers need their label. Outline numbers such
+    as "Section 12.4.1.3", and addresses of networks, masks and this machine, which name nobody, stay.
+    """
+    counts = Counter()
+
+    def put(pattern, name, is_personal=None):
+        nonlocal text
+
+        def replace(match):
+            value = is_personal(match) if is_personal else match[0]
+            if not value:
+                return match[0]
+            counts[name] += 1
+            label = match[1] if pattern in (IDENTITY, LABELLED_PHONE, LABELLED_KEY) else ""
+            return f"{label}<{name.upper()}>{match[0][len(value):] if pattern is IBAN else ''}"
+        text = pattern.sub(replace, text)
+
+    lower = text.lower()
+    if any(mark in text for mark in KEY_MARKS):
+        put(KEY, "key")
+    if any(mark in lower for mark in ("key", "secret", "token", "password")):
+        put(LABELLED_KEY, "key")
+    if "@" in text:
+        put(EMAIL, "email")
+    if any(mark in lower for mark in IDENTITY_MARKS):
+        put(IDENTITY, "id")
+    if re.search(r"\d[\d ().-]{5,}\d", text):         # none of the following is shorter
+        put(IBAN, "iban", _iban)
+        put(CARD, "card", lambda match: luhn(match[0]) and match[0][0] in "23456" and match[0])
+        put(LABELLED_PHONE, "phone")
+        put(PHONE, "phone", _phone)
+        put(IP4, "ip", _ip4)
+    if "::" in text or text.count(":") > 6:
+        put(IP6, "ip", _ip6)
+    return text, dict(counts)
+
+
+def _iban(match):
+    """The part of the match that is an IBAN; upper-case words behind it may have been matched too."""
+    candidate = match[0]
+    while len(candidate) > 14:
+        letters = candidate.replace(" ", "")
+        digits = "".join(str(int(c, 36)) for c in letters[4:] + letters[:4])
+        if len(letters) == int(IBAN_LENGTH.get(letters[:2], 0)) and int(digits) % 97 == 1:
+            return candidate
+        candidate = candidate.rpartition(" ")[0]
+    return ""
+
+
+def luhn(number: str) -> bool:
+    """Whether the last digit is the check digit of the others."""
+    digits = [int(c) for c in number if c.isdigit()][::-1]
+    total = sum(digits[0::2]) + sum(sum(divmod(2 * d, 10)) for d in digits[1::2])
+    return total > 0 and total % 10 == 0
+
+
+def _phone(match):
+    before = match.string[max(0, match.start() - 24):match.start()]
+    return "" if NOT_PHONE.search(before) and not re.search(r"(?i)tel|phone|fax", before) else match[0]
+
+
+def _ip4(match):
+    text, start, end = match.string, match.start(), match.end()
+    octets = [int(o) for o in match[0].split(".")]
+    line_start = not re.search(r"[^\s#(]", text[max(0, start - 9):start].rpartition("\n")[2])
+    heading = line_start and max(octets) < 100 and re.match(r"\.?\s+[A-Z]", text[end:end + 4])
+    outline = heading or re.match(r"\(\w", text[end:end + 2]) or OUTLINE.search(text[max(0, start - 64):start])
+    nobody = octets[0] in (0, 127) or octets[0] > 223 or octets[3] == 0
+    return "" if outline or nobody else match[0]
+
+
+def _ip6(match):
+    if sum(bool(group) for group in match[0].split(":")) < 3 or not re.search(r"\d", match[0]):
+        return ""                               # C++ and Rust paths, times
+    try:
+        return match[0] if ipaddress.IPv6Address(match[0]) else ""
+    except ValueError:
+        return ""
