@@ -5,16 +5,20 @@ folder, put on the base, is the exported model; a plan that was changed is what 
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from test_train import crash_at, lines, make_lab, one, quick, same_checkpoint, settings, trace
 
 import checkpoint
+import config
 import hf
 import lora
+import optim
 import train
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 __all__ = ["quick"]         # an autouse fixture, here too
 METHODS = {
     "freeze": ["--forget.freeze.schedule", "progressive", "--forget.freeze.blocks", 1],
@@ -177,3 +181,13 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
 def test_combinations_that_make_no_sense_name_the_alternative(base, tmp_path, words, match):
     with pytest.raises(ValueError, match=match):
         train.train(run_of(base, tmp_path / "run", *words), one())
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_settings_that_there_are(recipe):
+    c = config.parse(train.Config, [str(recipe)])
+    assert c.out.startswith("out/")
+    if "lora" in recipe.stem:
+        assert c.lora.rank
+        lr, least = optim.recommended(7e9, "lora")
+        assert (c.optim.lr, c.optim.min_lr) == (pytest.approx(lr), pytest.approx(least))
