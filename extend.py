@@ -4,7 +4,7 @@
     python tokenizer.py extend --tokenizer BASE --new-tokens 2000 --out out/tokenizer legal.jsonl       tokenizer alone
     python tokenizer.py add --model BASE --out out/marked "<legal_case>" res_judicata --pad "<|pad|>"
     python tokenizer.py report --tokenizer BASE --extended out/legal_base --domain held_out.jsonl --general wiki.txt
-    python tokenizer.py compare --vocab-size 8000 legal.jsonl
+    python tokenizer.py compare --vocab-size 8000 legal.jsonl              --bits-per-byte 2: a small model's as well
 
 `extend` continues BPE where the base stopped: the text is cut by the base tokenizer, and the most frequent adjacent
 pair becomes one token, again and again. Each new merge stands behind every old one, so that the old ones are done first
@@ -30,9 +30,10 @@ import copy
 import heapq
 import itertools
 import json
-import os
+import math
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,6 +49,7 @@ import hf
 import tokenizer as T
 from config import ArgumentParser, write_json
 from corpus import read_documents
+from shards import pack
 
 MAX_BYTES, MAX_CHARACTERS = 32, 16      # of a new token; 16 is SentencePiece's max_sentencepiece_length
 INITS = ("subtoken", "subtoken_norm", "mean", "covariance", "zero", "random")
@@ -58,6 +60,7 @@ SP_UNIT = regex.compile(f"{SP_PIECE.pattern}|▁+|.", regex.V1 | regex.DOTALL)
 LETTER_BYTE = {letter: b for b, letter in T.BYTE_LETTERS.items()}
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 WORTH_IT = 0.15                         # fewer tokens for the same bytes: references/data.md 6.4, a judgement
+MOST_EPOCHS = 16                        # as train.py refuses more by itself
 TIMES_SEEN = 100                        # how often a row should have been seen before it counts as trained: a judgement
 
 
@@ -68,9 +71,14 @@ class Base:
 
     def __init__(self, path):
         path = Path(path)
+        conversion = None
         if path.is_dir() and (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
-            path = path / "tokenizer.model"     # the original; tokenizer.json beside it is a conversion
+            conversion, path = T.load(path), path / "tokenizer.model"
         self.tokenizer = tok = T.load(path)
+        if conversion and conversion.vocab_size != tok.vocab_size:
+            raise ValueError(f"{path.parent} has {conversion.vocab_size} ids in tokenizer.json and {tok.vocab_size} in "
+                             f"tokenizer.model, so that new ids would meet old ones; remove the file that is not the "
+                             f"model's")
         self.folder = path if path.is_dir() else path.parent
         self.file = path if path.is_file() else next(
             path / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path / name).is_file())
@@ -98,7 +106,7 @@ class Base:
     def words(self, texts) -> collections.Counter:
         """How often each word occurs, a word being what the tokenizer's own pattern cuts, as the tuple of its ids."""
         counts, tok = collections.Counter(), self.tokenizer
-        texts = (T.clean(text) for text in texts if text)
+        texts = itertools.chain.from_iterable(map(T.parts, texts))
         if isinstance(tok, T._Tiktoken):        # a word alone has the ids it has in a text
             pattern = regex.compile(tok._encoding._pat_str)
             strings = collections.Counter()
@@ -203,8 +211,8 @@ def extend(path, texts, new_tokens: int, out, min_count: int = 10) -> list[tuple
     tokens, joinable = list(old.tokens), list(base.joinable)
     merges = continue_bpe(base.words(texts), tokens, joinable, base.may_be, new_tokens, min_count)
     if not merges:
-        raise ValueError(f"the text has no pair of tokens that occurs {min_count} times; give more text or a lower "
-                         f"--min-count")
+        raise ValueError(f"the text has no pair of tokens that may be joined and occurs {min_count} times; give more "
+                         f"text or a lower --min-count")
     parts: dict[int, tuple[int, ...]] = {}
     for n, pair in enumerate(merges):
         parts[old.vocab_size + n] = tuple(i for half in pair for i in parts.get(half, (half,)))
@@ -364,13 +372,17 @@ def _bytes(token: str) -> bytes:
     return bytes(LETTER_BYTE[letter] for letter in token)
 
 
+def _refuse_existing(path: Path) -> None:
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"{path} exists already; choose another folder for --out")
+
+
 @contextlib.contextmanager
 def _new_folder(path):
     """A folder that appears whole at `path`, or not at all; one with files in it is not replaced."""
     path = Path(path)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"{path} exists already; choose another folder for --out")
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    _refuse_existing(path)
+    temporary = path.with_name(f".{path.name}.partial")     # of one name, so that what a kill left goes with the next
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / path.name).mkdir(parents=True)
     try:
@@ -437,6 +449,8 @@ def add(path, terms: list[str], out, special: bool = False, pad: str | None = No
     wanted = [*terms, *([pad] if pad is not None else [])]
     if not wanted or "" in wanted:
         raise ValueError("there is no term to add; name some, or --pad TOKEN" if not wanted else "a term is empty")
+    if broken := next((term for term in wanted if T.clean(term) != term), None):
+        raise ValueError(f"the term {broken!a} holds half a surrogate pair; spell it in UTF-8")
     if double := next((term for n, term in enumerate(wanted) if term in wanted[:n]), None):
         raise ValueError(f"the term {double!r} is named twice")
     if known := next((term for term in wanted if base.tokenizer.token_to_id(term) is not None), None):
@@ -591,12 +605,19 @@ def report(base: Base, new: T.Tokenizer, texts: dict[str, list[str]], corpus_tok
             "texts": {name: {k: v for k, v in row.items() if k != "counts"} for name, row in rows.items()}}
 
 
-def compare(train: list[str], held_out: list[str], vocab_size: int) -> list[dict]:
+def compare(train: list[str], held_out: list[str], vocab_size: int, megabytes: float = 0, seeds: int = 1) -> list[dict]:
     """Train each kind of tokenizer on `train` and measure it on `held_out`. A dict a kind: ids, tokens_per_byte,
     tokens_per_word, exact and covered (share of bytes in documents that decoding gives back, with their white space
-    and without), unknown (share of tokens), train_seconds, encode_mb_per_second."""
+    and without), unknown (share of tokens), train_seconds, encode_mb_per_second; where `megabytes` are asked for,
+    bits_per_byte too: that of a small model for each seed (small_model)."""
     rows = []
     size, n_words = sum(len(T.clean(t).encode()) for t in held_out), sum(len(t.split()) for t in held_out)
+    if not n_words:
+        raise ValueError("every tenth document is held out, and there is not a word in those")
+    there = sum(len(T.clean(t).encode()) for t in train)
+    if megabytes * 1e6 > MOST_EPOCHS * there:
+        raise ValueError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
+                         f"ask for less --bits-per-byte, or give more text")
     for kind in ("bpe", "unigram", "wordpiece"):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
@@ -604,6 +625,10 @@ def compare(train: list[str], held_out: list[str], vocab_size: int) -> list[dict
             trained = time.perf_counter()
             ids = tok.encode_batch(held_out)
             encoded = time.perf_counter()
+            bits = []
+            for seed in range(seeds if megabytes else 0):
+                bits.append(small_model(folder, train, held_out, megabytes, seed))
+                print(f"{kind}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
         n = sum(map(len, ids))
         exact = covered = 0
         for text, i in zip(map(T.clean, held_out), ids):
@@ -613,8 +638,35 @@ def compare(train: list[str], held_out: list[str], vocab_size: int) -> list[dict
         unknown = sum(int((i == tok.unk_id).sum()) for i in ids) if tok.unk_id is not None else 0
         rows.append({"kind": kind, "ids": tok.vocab_size, "tokens_per_byte": n / size, "tokens_per_word": n / n_words,
                      "exact": exact / size, "covered": covered / size, "unknown": unknown / n,
-                     "train_seconds": trained - start, "encode_mb_per_second": size / 1e6 / (encoded - trained)})
+                     "train_seconds": trained - start, "encode_mb_per_second": size / 1e6 / (encoded - trained),
+                     **({"bits_per_byte": bits} if bits else {})})
     return rows
+
+
+def small_model(tokenizer, train: list[str], held_out: list[str], megabytes: float, seed: int) -> float:
+    """Bits per byte on `held_out` of a model with 4 layers of width 128, trained by train.py from scratch on
+    `megabytes` of `train`: the same bytes, not the same tokens, whatever the tokenizer."""
+    with tempfile.TemporaryDirectory() as home:
+        total = pack(iter(train), T.load(tokenizer), Path(home, "shards"), heldout=0)["splits"]["train"]
+        steps = max(1, round(megabytes * 1e6 * total["tokens"] / total["bytes"] / (16 * 256)))
+        Path(home, "held_out.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in held_out if t.strip()))
+        _run("train.py", "--model.init", "scratch", "--model.tokenizer", tokenizer, "--model.hidden-size", 128,
+             "--model.intermediate-size", 352, "--model.num-hidden-layers", 4, "--model.num-attention-heads", 4,
+             "--model.num-key-value-heads", 4, "--data.sources.text.path", f"{home}/shards", "--data.context", 256,
+             "--data.schedule", "domain_only", "--train.batch-size", 16, "--train.micro-batch-size", 16,
+             "--train.steps", steps, "--train.precision", "fp32", "--optim.lr", 2e-3, "--optim.min-lr", 2e-4,
+             "--optim.warmup-ratio", 0.05, "--seed", seed, "--out", f"{home}/run")
+        _run("eval.py", "--model", f"{home}/run/final", "--text", f"held_out={home}/held_out.jsonl",
+             "--json", f"{home}/eval.json")
+        return json.loads(Path(home, "eval.json").read_text(encoding="utf-8"))["texts"]["held_out"]["bits_per_byte"]
+
+
+def _run(file: str, *arguments) -> None:
+    """A command of this checkout; its failure is ours, with the line it ended with."""
+    command = [sys.executable, Path(__file__).with_name(file), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise ValueError(f"{file} failed: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}")
 
 
 # ---- command line
@@ -649,6 +701,9 @@ def main():
     p.add_argument("--corpus-tokens", type=int, help="what there is to train on, if more than the files of --domain")
     p = commands.add_parser("compare", parents=[both], help="BPE, Unigram and WordPiece on the same text")
     p.add_argument("--vocab-size", type=int, default=8000)
+    p.add_argument("--bits-per-byte", type=float, default=0, metavar="MB",
+                   help="train a small model from scratch on MB megabytes for each kind and seed; minutes each")
+    p.add_argument("--seeds", type=int, default=2, help="of --bits-per-byte (default 2)")
     p.add_argument("files", nargs="+", metavar="FILE")
     args = parser.parse_args()
     result = {"extend": _extend, "add": _add, "report": _report, "compare": _compare}[args.command](args)
@@ -666,41 +721,55 @@ def _split(texts: list[str]) -> tuple[list[str], list[str]]:
     return [t for n, t in enumerate(texts) if n % 10 != 9], texts[9::10]
 
 
+def _source(args):
+    """The base's tokenizer, after what would else come to light when the corpus has been read."""
+    _refuse_existing(Path(args.out))
+    if not args.model:
+        return args.tokenizer
+    folder = hf.resolve(args.model)
+    hf.read_config(folder)
+    hf.tensor_files(folder)
+    return folder
+
+
 def _extend(args):
     texts = (text for file in args.files for text in read_documents(file))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "tokenizer") if args.model else Path(args.out)
-        source = hf.resolve(args.model) if args.model else args.tokenizer
+        source = _source(args)
         ids = extend(source, texts, args.new_tokens, folder, args.min_count)
         new = T.load(folder)
         first = new.vocab_size - len(ids)
         if args.model:
             save_model(args.model, folder, dict(enumerate(ids, first)), args.out, args.init, seed=args.seed)
-    fewer = f" of {args.new_tokens}: no other pair occurs {args.min_count} times" if len(ids) < args.new_tokens else ""
-    print(f"{args.out}: {len(ids)} new tokens{fewer}, ids {first} to {new.vocab_size - 1}")
+    fewer = f" of {args.new_tokens}: no other pair that may be joined occurs {args.min_count} times"
+    print(f"{args.out}: {len(ids)} new tokens{fewer if len(ids) < args.new_tokens else ''}, "
+          f"ids {first} to {new.vocab_size - 1}")
     return {"out": args.out, "new_tokens": len(ids), "first_id": first, "vocab_size": new.vocab_size,
             "tokens": new.tokens[first:]}
 
 
 def _add(args):
-    if not args.special and (plain := plain_words(args.terms)):
-        print(f"warning: {', '.join(map(repr, plain))}: plain words; as added tokens they are also cut out of longer "
-              f"words. `tokenizer.py extend` on text that holds them serves better", file=sys.stderr)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "tokenizer") if args.model else Path(args.out)
-        source = hf.resolve(args.model) if args.model else args.tokenizer
+        source = _source(args)
         ids = add(source, args.terms, folder, args.special, args.pad)
         if args.model:
             old = Base(source).tokenizer
             parts = {i: old.encode(term) for term, i in ids.items()}
             zero = {ids[args.pad]} if args.pad is not None else ()
             save_model(args.model, folder, parts, args.out, args.init, zero, args.seed)
+    if not args.special and (plain := plain_words(args.terms)):
+        print(f"warning: {', '.join(map(repr, plain))}: plain words; as added tokens they are also cut out of longer "
+              f"words. `tokenizer.py extend` on text that holds them serves better", file=sys.stderr)
     for term, i in ids.items():
         print(i, term)
     return {"out": args.out, "ids": ids, "plain_words": plain_words(args.terms)}
 
 
 def _report(args):
+    if args.corpus_tokens is not None and args.corpus_tokens < 1:
+        raise ValueError(f"--corpus-tokens is {args.corpus_tokens}, but must be at least 1")
     base, domain = Base(args.tokenizer), _texts(args.domain)
     tokens = args.corpus_tokens or sum(map(len, base.tokenizer.encode_batch(domain)))
     texts = {name: _texts(files) for name in ("general", "code") if (files := getattr(args, name))}
@@ -729,11 +798,18 @@ def _report(args):
 
 
 def _compare(args):
-    rows = compare(*_split(_texts(args.files)), args.vocab_size)
+    if not 0 <= args.bits_per_byte < math.inf or args.seeds < 1:
+        raise ValueError(f"--bits-per-byte is {args.bits_per_byte:g} and --seeds {args.seeds}; they must be at least 0 "
+                         f"and 1")
+    rows = compare(*_split(_texts(args.files)), args.vocab_size, args.bits_per_byte, args.seeds)
     print(f"{'kind':10} {'ids':>6} {'tokens/byte':>11} {'tokens/word':>11} {'exact':>7} {'covered':>7} {'unknown':>7} "
-          f"{'train s':>8} {'MB/s':>6}")
+          f"{'train s':>8} {'MB/s':>6}" + "   bits/byte (seeds)" * bool(args.bits_per_byte))
     for r in rows:
+        bits = r.get("bits_per_byte", ())
         print(f"{r['kind']:10} {r['ids']:6} {r['tokens_per_byte']:11.4f} {r['tokens_per_word']:11.3f} "
               f"{r['exact']:7.1%} {r['covered']:7.1%} {r['unknown']:7.2%} {r['train_seconds']:8.1f} "
-              f"{r['encode_mb_per_second']:6.1f}")
+              f"{r['encode_mb_per_second']:6.1f}" + (f"   {np.mean(bits):.4f} ({min(bits):.4f} to {max(bits):.4f})"
+                                                     if bits else ""))
+    if args.bits_per_byte and rows[-1]["exact"] < 1:
+        print("bits per byte: white space and unknown characters, which wordpiece drops, cost it nothing")
     return rows

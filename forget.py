@@ -471,8 +471,10 @@ class EWC(Method):
                         for p in parameters.values()) / 1e9
         text = "no text"
         if self.config.fisher != "l2sp":
-            known = self.load(parameters)
-            if known is None:
+            known = self.world.broadcast(self.stored(parameters) if self.world.main else None)
+            if known:
+                self.load(parameters)
+            else:
                 self.fisher, known = fisher(model, self.forward, self.batches(), self.config.samples,
                                             self.config.fisher == "true", self.seed, self.world.main)
                 self.save(known)
@@ -492,15 +494,17 @@ class EWC(Method):
             os.replace(temporary, self.file)
         self.world.barrier()
 
-    def load(self, parameters: dict) -> dict | None:
-        """What the run's folder already holds, if it was estimated on the same."""
+    def stored(self, parameters: dict) -> dict | None:
+        """What is known of the Fisher that the run's folder already holds, if it was estimated on the same."""
         if self.file is None or not self.file.exists():
             return None
         with safe_open(self.file, framework="pt") as stored:
-            if stored.metadata()["fingerprint"] != self.fingerprint or set(stored.keys()) != parameters.keys():
-                return None
+            same = stored.metadata()["fingerprint"] == self.fingerprint and set(stored.keys()) == parameters.keys()
+            return json.loads(stored.metadata()["known"]) if same else None
+
+    def load(self, parameters: dict):
+        with safe_open(self.file, framework="pt") as stored:
             self.fisher = {name: like(stored.get_tensor(name), p, wide(p)) for name, p in parameters.items()}
-            return json.loads(stored.metadata()["known"])
 
     @torch.no_grad()
     def before_step(self, step, model):
@@ -578,8 +582,8 @@ class LwF(Method):
 # ---- adaptive replay
 
 class AdaptiveReplay(Method):
-    """The replay share as a controlled quantity. Its decisions are a function of the evaluations it was shown: fed the
-    same ones again, a new controller decides the same.
+    """The replay share as a controlled quantity. The first evaluation is the baseline, the later ones each make a
+    decision, a function of the evaluations so far: fed the same ones again, a new controller decides the same.
 
     budget: the worst rise of a general source's bits per byte, smoothed with its trend (Holt's double exponential
     smoothing, which does not lag behind a steady rise) and carried on for AHEAD evaluations; where that would pass
@@ -618,8 +622,8 @@ class AdaptiveReplay(Method):
             decision |= {"smoothed": memory["level"], "ahead": judged}
         change = RAISE if judged > high else -LOWER if judged < low else 0.0
         share = round(min(config.most, max(config.least, memory["share"] + change)), 9)
-        what = f"{judged:.4f} is " + (f"above {high:g}" if change > 0 else f"below {low:g}" if change < 0 else
-                                      f"between {low:g} and {high:g}")
+        where = {RAISE: f"above {high:g}", -LOWER: f"below {low:g}", 0.0: f"between {low:g} and {high:g}"}[change]
+        what = f"{judged:.4f} is {where}"
         if change and share == memory["share"]:
             what += f", but replay is at its bound of {share:g}"
             what += "; add ewc, lwf or LoRA, or lower the learning rate" if change > 0 else ""
@@ -652,8 +656,8 @@ def degradation(metric: str, before: float, after: float, relative: bool) -> flo
 # ---- an average of the weights
 
 class EMA(Method):
-    """Exponential moving average of the weights in at least fp32, from the base on (against
-    forgetting: arXiv 2506.00288); `exported(model)` puts it in their place to evaluate or export."""
+    """Exponential moving average of the weights in at least fp32, from the base on (against forgetting: arXiv
+    2506.00288); `exported(model)` puts it in their place to evaluate or export."""
 
     name = "ema"
 
@@ -754,7 +758,7 @@ class Pair:
         import hf
         tensors = []
         for files in self.files:
-            with hf._open(files[name]) as opened:
+            with hf.open_tensors(files[name]) as opened:
                 tensors.append(opened.get_tensor(name))
         base, result = tensors
         rows = name.endswith(("embed_tokens.weight", "lm_head.weight"))
@@ -871,13 +875,15 @@ def _merge(args) -> dict:
     import hf
     import tokenizer
     from generate import pick_device
-    if (args.alpha is None) == (not (args.domain and args.general)) or (args.domain is None) != (args.general is None):
+    texts = {file: file for file in (args.domain or []) + (args.general or [])}
+    if (args.alpha is not None) == bool(texts) or bool(args.domain) != bool(args.general):
         raise ValueError("name either --alpha, or held-out text with both --domain and --general")
+    if args.alpha is not None and args.alphas:
+        raise ValueError("--alphas are tried on --domain and --general; with --alpha there is nothing to try")
     if args.alpha is not None:
         merge(args.base, args.model, args.out, args.alpha, args.method, args.density)
         print(f"{args.out}: {args.method}, {args.alpha:g} of the way from {args.base} to {args.model}")
         return {"method": args.method, "alpha": args.alpha, "rows": [], "out": args.out}
-    texts = {file: file for file in args.domain + args.general}
     if both := set(args.domain) & set(args.general):
         raise ValueError(f"{min(both)} is named by --domain and by --general; it can be only one of them")
     if Path(args.out).exists():

@@ -217,7 +217,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
                     raise ValueError(f"{index} names {name}, which is missing; the download is incomplete")
             return {tensor: folder / name for tensor, name in files.items()}
         if single.exists():
-            with _open(single) as file:
+            with open_tensors(single) as file:
                 return dict.fromkeys(file.keys(), single)
     raise ValueError(f"{folder} holds no model.safetensors, no index of one and no pytorch_model.bin")
 
@@ -236,7 +236,7 @@ class _Pickle:
         self.tensors.clear()
 
 
-def _open(path: Path):
+def open_tensors(path: Path):
     try:
         return _Pickle(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
     except (SafetensorError, RuntimeError, EOFError) as error:
@@ -269,7 +269,7 @@ def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device=
         name = from_hf_name(hf_name)
         if name is None:
             continue
-        with _open(file) as opened:             # opened anew for each tensor, so that the pages of the last are let go
+        with open_tensors(file) as opened:      # opened anew for each tensor, so that the last one's pages are let go
             if hf_name not in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
                 raise ValueError(f"{file} does not hold {hf_name}, though the index says so")
             tensor = opened.get_tensor(hf_name)

@@ -131,6 +131,8 @@ class EightBit(nn.Module):
         super().__init__()
         self.shape = weight.shape
         scale = weight.abs().amax(1).float() / 127
+        if not scale.isfinite().all():
+            raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite numbers; int8 has none")
         codes = (weight.float() / scale.clamp(min=TINY)[:, None]).round()
         self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("scale", scale)
@@ -309,10 +311,11 @@ class Linear(Adapted):
         super().__init__(old)
         self.register_parameter("bias", old.bias)
 
-    def quantise(self, how: str, double_quant: bool, device=None):
+    def compress(self, how: str, double_quant: bool, device=None):
+        """Keep the weight in few bits, on `device` if that is another."""
         weight = self.weight.detach().to(device or self.weight.device)
-        self.kept = EightBit(weight) if how == "int8" else FourBit((int4 if how == "int4" else quantise)(
-            weight, double_quant))
+        four = int4 if how == "int4" else quantise
+        self.kept = EightBit(weight) if how == "int8" else FourBit(four(weight, double_quant))
         self.weight = None
 
     def extra_repr(self):
@@ -441,10 +444,11 @@ def row_ids(text: str, size: int) -> list[int]:
     ids = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(:(\d*))?\s*", part)
-        if not match or (first := int(match[1])) >= size or int(match[3] or 0) > size:
+        first, end = (int(match[1]), int(match[3] or size) if match[2] else int(match[1]) + 1) if match else (0, 0)
+        if not first < end <= size:
             raise ValueError(f"lora.embedding_rows has {part!r}, but needs token ids below {size:,}, e.g. 7 or "
                              f"\"{max(0, size - 512)}:\" for all from there on")
-        ids |= set(range(first, int(match[3] or size) if match[2] else first + 1))
+        ids |= set(range(first, end))
     return sorted(ids)
 
 
@@ -463,10 +467,13 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
         ids = row_ids(config.embedding_rows, model.embed_tokens.weight.shape[0]) if config.embedding_rows else None
         tables = dict.fromkeys(["embed_tokens"] if is_tied(model) else ["embed_tokens", "head"], ids)
     if config.base != "plain":
+        if any(p.is_meta for p in model.parameters()):
+            raise ValueError(f"lora.base {config.base}: quantised weights are kept whole by every rank, not sharded; "
+                             f"use --parallel.strategy ddp")
         for path in linears(model):
             layer = replaced(model, path)
             if layer.kept is None:
-                layer.quantise(config.base, config.double_quant, device)
+                layer.compress(config.base, config.double_quant, device)
     settings = {"rslora": config.rslora, "dora": config.dora, "dropout": config.dropout}
     add(model, name, {path: {"rank": rank, "alpha": config.alpha, **settings} for path, rank in ranks.items()}, tables)
     if not any(p.is_meta for p in model.parameters()):
@@ -548,12 +555,11 @@ def disabled(model: nn.Module):
 
 
 def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
-    """{parameter: its learning rate over optim.lr} where that is not 1."""
+    """{parameter: its learning rate over optim.lr} of every B, embedding and head that is trained."""
     ratio = config.embedding_lr_ratio or (0.1 if config.embeddings == "full" else 1.0)
-    scales = {f"{path}.adapters.{layer.active}.{leaf}": ratio if isinstance(layer, Table) else config.b_lr_ratio
-              for path, layer in adapted(model) if layer.adapter is not None
-              for leaf in layer.adapter.ends() if isinstance(layer, Table) or leaf == "B"}
-    return {name: scale for name, scale in scales.items() if scale != 1}
+    return {f"{path}.adapters.{layer.active}.{leaf}": ratio if isinstance(layer, Table) else config.b_lr_ratio
+            for path, layer in adapted(model) if layer.adapter is not None
+            for leaf in layer.adapter.ends() if isinstance(layer, Table) or leaf == "B"}
 
 
 def trainable_share(model: nn.Module) -> str:
@@ -725,7 +731,7 @@ def read(folder) -> tuple[dict, dict[str, torch.Tensor]]:
     settings = hf.read_json(folder / CONFIG)
     if settings.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
-    if missing := [name for name in ("r", "lora_alpha") if name not in settings]:
+    if missing := [name for name in ("r", "lora_alpha") if type(settings.get(name)) not in (int, float)]:
         raise ValueError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
     for name, allowed in HARMLESS.items():
         if settings.get(name) not in allowed:
@@ -781,6 +787,32 @@ def handoff(settings: dict, folder, base: str = "BASE") -> list[str]:
 
 # ---- the command line
 
+@torch.no_grad()
+def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **options) -> dict:
+    """Write base and adapter, folders or hf:// ids, as one Hugging Face folder; -> what there is to say about it.
+
+    dtype: of the weights written; None: the base's. The sum is fp32's. options: hf.save's, such as card and tokenizer.
+    """
+    folder = hf.resolve(base)
+    named = hf.read_json(folder / "config.json")
+    if "quantization_config" in named:
+        raise ValueError(f"{folder} is quantised; merge into the full-precision base it was made from")
+    dtype = dtype or hf.DTYPES.get(named.get("dtype") or named.get("torch_dtype"), torch.float32)
+    model = hf.load(folder).eval()
+    settings = load(model, adapter)
+    result = {"out": str(out), "trained": trainable_share(model), "dtype": str(dtype).removeprefix("torch.")}
+    tokens = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    apart = model.head(model(tokens))
+    merge(model, keep=False)
+    for weight in model.parameters():
+        weight.copy_(weight.to(dtype))
+    difference = (model.head(model(tokens)) - apart).abs().max()
+    hf.save(model, out, base=base, state={name: weight.to(dtype) for name, weight in merged_state(model).items()},
+            **options)
+    return {**result, "largest_logit_difference": difference.item(), "largest_logit": apart.abs().max().item(),
+            "handoff": handoff(settings, adapter, base)}
+
+
 def main():
     parser = ArgumentParser(prog="lora.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -791,28 +823,9 @@ def main():
     p.add_argument("--dtype", choices=hf.DTYPES, help="of the weights written (default: the base's)")
     p.add_argument("--json", metavar="FILE", help="write what is printed as data")
     args = parser.parse_args()
-    folder = hf.resolve(args.base)
-    named = hf.read_json(folder / "config.json")
-    if "quantization_config" in named:
-        raise ValueError(f"{folder} is quantised; merge into the full-precision base it was made from")
-    dtype = hf.DTYPES.get(args.dtype or named.get("dtype") or named.get("torch_dtype"), torch.float32)
-    model = hf.load(folder).eval()
-    settings = load(model, args.adapter)
-    share = trainable_share(model)
-    tokens = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        apart = model.head(model(tokens))
-        merge(model, keep=False)
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(dtype))
-        difference = (model.head(model(tokens)) - apart).abs().max().item()
-        plain = {name: tensor.to(dtype) for name, tensor in merged_state(model).items()}
-    hf.save(model, args.out, base=args.base, state=plain)
-    result = {"out": args.out, "trainable": share, "dtype": str(dtype).removeprefix("torch."),
-              "largest_logit_difference": difference, "largest_logit": apart.abs().max().item(),
-              "handoff": handoff(settings, args.adapter, args.base)}
-    print(f"{share}\n{args.out}: merged in fp32, written in {result['dtype']}; largest logit difference "
-          f"{difference:.2g} among logits up to {result['largest_logit']:.3g} on 64 random tokens")
+    result = merge_folders(args.base, args.adapter, args.out, hf.DTYPES.get(args.dtype))
+    print(f"{result['trained']}\n{args.out}: merged in fp32, written in {result['dtype']}; largest logit difference "
+          f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")
     print("the adapter by itself:", *result["handoff"], sep="\n  ")
     if args.json:
         write_json(args.json, result)

@@ -108,7 +108,8 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype | None = None) -> n
 def replicate(model: nn.Module, world: World) -> nn.Module:
     """DDP; the model itself is `.module`."""
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
+                                               broadcast_buffers=False)      # a quantised base is in buffers
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """One interface over the four ways a tokenizer is kept on disk, and the training of a new one.
 
-    python tokenizer.py train --kind bpe --vocab-size 8000 --out out/tokenizer FILE...     .txt, .jsonl, and .gz of both
+    python tokenizer.py train --kind bpe --vocab-size 8000 --out out/tokenizer FILE...     .txt, .jsonl, .parquet
     python tokenizer.py encode --tokenizer DIR_OR_FILE "Habeas corpus"                      prints ids and pieces
     python tokenizer.py extend|add|report|compare --help                                    see extend.py
 
@@ -21,7 +21,6 @@ tokenizer_config.json (null means none), special_tokens_map.json, config.json, g
 
 import base64
 import functools
-import gzip
 import hashlib
 import io
 import itertools
@@ -407,6 +406,7 @@ def clean(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+LONG_WORDS = re.compile(r"\S{1000}|\s{1000}")
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>", "mask": "<|mask|>"}
 ASCII = [chr(c) for c in range(33, 127)]
 
@@ -426,7 +426,7 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, out_dir, specials: d
     out = Path(out_dir)
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds a model, whose tokenizer would be overwritten; choose another folder for --out")
-    texts = (clean(text) for text in texts if text)
+    texts = itertools.chain.from_iterable(map(parts, texts))
     first = next(texts, None)
     if first is None:
         raise ValueError("there is no text to train a tokenizer on: the files are empty")
@@ -443,12 +443,25 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, out_dir, specials: d
         bos = specials["bos"]
         lib.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, lib.token_to_id(bos))])
-    out.mkdir(parents=True, exist_ok=True)
-    lib.save(str(out / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": "bos" in specials,
               "clean_up_tokenization_spaces": False, **{f"{role}_token": token for role, token in specials.items()}}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    files = {"tokenizer_config.json": json.dumps(config, indent=2) + "\n", "tokenizer.json": lib.to_str(pretty=True)}
+    for name, content in files.items():         # tokenizer.json, which makes the folder a tokenizer, in the end
+        temporary = out / f".{name}.partial"
+        temporary.write_text(content, encoding="utf-8")
+        os.replace(temporary, out / name)
     return load(out)
+
+
+def parts(text: str) -> list[str]:
+    """The cleaned text cut for the counting of words: at most 100,000 characters, as `tokenizers` takes 170 bytes of
+    memory for each, and words of at most 1,000, as each merge takes time in the length of the word: one of a million
+    characters would take hours."""
+    text = clean(text)
+    pieces = [text[k:k + 100_000] for k in range(0, len(text), 100_000)]
+    cuts = [[0, *(match.end() for match in LONG_WORDS.finditer(piece)), len(piece)] for piece in pieces]
+    return [piece[a:b] for piece, at in zip(pieces, cuts) for a, b in itertools.pairwise(at) if a < b]
 
 
 def _train_bpe(texts, vocab_size, specials):
@@ -514,42 +527,13 @@ def _check_size(vocab_size: int, what: str, needed: int) -> None:
         raise ValueError(f"vocabulary of {vocab_size} is too small: {what} alone need {needed}; ask for more")
 
 
-def read_texts(files: Iterable[str]):
-    """Texts of .txt files (whole lines, about 64 kB at a time) and of .jsonl files (the field "text"), plain or .gz."""
-    for file in map(Path, files):
-        kind = file.with_suffix("").suffix if file.suffix == ".gz" else file.suffix
-        if kind not in (".txt", ".jsonl"):
-            raise ValueError(f"{file} is neither .txt nor .jsonl (nor .gz of these); convert it to one of them")
-        open_file = gzip.open if file.suffix == ".gz" else open
-        with open_file(file, "rt", encoding="utf-8", newline="" if kind == ".txt" else None) as f:
-            try:
-                if kind == ".txt":
-                    while lines := f.readlines(1 << 16):
-                        yield "".join(lines)
-                else:
-                    for number, line in enumerate(f, 1):
-                        if line.strip():
-                            yield _text_field(line, f"{file} line {number}")
-            except (UnicodeDecodeError, EOFError) as error:
-                raise ValueError(f"{file} is damaged or not UTF-8 ({error}); convert it first") from None
-
-
-def _text_field(line: str, where: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{where} is no JSON object with a field \"text\" ({error!r})") from None
-    if not isinstance(text, str):
-        raise ValueError(f"{where} has a \"text\" that is not a string but {text!r:.40}")
-    return text
-
-
 EXTENDING = {"extend": "new tokens learnt from text, and rows for them", "add": "one id for each term that you name",
              "report": "whether to extend, and why", "compare": "BPE, Unigram and WordPiece on the same text"}
 
 
 def main():
     from config import ArgumentParser
+    from corpus import read_documents
     if sys.argv[1:2] and sys.argv[1] in EXTENDING:
         import extend
         return extend.main()
@@ -560,7 +544,7 @@ def main():
     p.add_argument("--vocab-size", type=int, required=True, help="ids in all, special tokens included")
     p.add_argument("--out", required=True, help="folder for tokenizer.json and tokenizer_config.json")
     p.add_argument("--overwrite", action="store_true", help="replace the tokenizer in the folder")
-    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl, or .gz of these")
+    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl, .parquet, or .gz, .zst of these")
     p = commands.add_parser("encode", help="show the ids and pieces of a text")
     p.add_argument("--tokenizer", required=True, metavar="PATH", help="a model folder or a tokenizer file")
     p.add_argument("text", metavar="TEXT")
@@ -570,7 +554,8 @@ def main():
     if args.command == "train":
         if (Path(args.out) / "tokenizer.json").exists() and not args.overwrite:
             raise ValueError(f"{args.out} holds a tokenizer already; choose another --out or add --overwrite")
-        tokenizer = train(read_texts(args.files), args.kind, args.vocab_size, args.out)
+        texts = (text for file in args.files for text in read_documents(file))
+        tokenizer = train(texts, args.kind, args.vocab_size, args.out)
         fewer = f" of {args.vocab_size}: the text gave no more" if tokenizer.vocab_size < args.vocab_size else ""
         print(f"{args.out}: {args.kind} tokenizer with {tokenizer.vocab_size} ids{fewer}")
     else:

@@ -5,9 +5,11 @@ reader. Laws: old ids and old rows keep their values; boundaries after are a sub
 
 import base64
 import collections
+import gzip
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -355,13 +357,20 @@ def test_new_base_folder(data_dir, legal, tmp_path, command):
     for init in ("subtoken", "random"):
         line = f"extend --model {path} --new-tokens {NEW} --init {init} --out {tmp_path}/{init} {tmp_path}/legal.txt"
         assert command(line)[:2] == (0, f"{tmp_path}/{init}: {NEW} new tokens, ids 512 to {511 + NEW}\n")
-    base, model, new = hf.load(path), hf.load(tmp_path / "subtoken"), T.load(tmp_path / "subtoken")
-    ids = torch.tensor([T.load(path).encode("Once upon a time there was a little girl named Lily. 漢字", bos=True)])
-    assert new.encode("x 1 漢字") == T.load(path).encode("x 1 漢字")
-    hidden = model(ids)
-    assert torch.equal(hidden, base(ids))
-    assert torch.allclose(model.head(hidden)[..., :512], base.head(hidden), rtol=0, atol=1e-5)
+    base, model = hf.load(path), hf.load(tmp_path / "subtoken")
+    old, new = T.load(path), T.load(tmp_path / "subtoken")
     assert model.config.vocab_size == new.vocab_size == 512 + NEW
+    stories = (data_dir / "corpora/tinystories/tinystories_sample_2MiB.txt").read_text(encoding="utf-8")[:100_000]
+    sentences = [*re.findall(r"[^.!?]{20,200}[.!?]", stories), "Once upon a time there was a little girl. 漢字"]
+    same = [text for text in sentences if new.encode(text) == old.encode(text)]
+    assert 30 < len(same) < len(sentences)
+    for text in same:
+        ids = torch.tensor([old.encode(text, bos=True)])
+        hidden = model(ids)
+        logits, expected = model.head(hidden), base.head(base(ids))
+        assert torch.equal(torch.nn.functional.linear(hidden, model.head.weight[:512]), expected)       # bit for bit
+        masked = logits.index_fill(-1, torch.arange(512, 512 + NEW), -torch.inf)
+        assert torch.allclose(masked.log_softmax(-1)[..., :512], expected.log_softmax(-1), rtol=0, atol=1e-5)
     texts = [text[:600] for text in legal[1][:12]]
     subtoken, chance = (bits_per_byte(hf.load(tmp_path / i), new, texts) for i in ("subtoken", "random"))
     before = bits_per_byte(base, T.load(path), texts)
@@ -422,7 +431,8 @@ def test_add_to_a_model(data_dir, tmp_path, command):
 
 def test_add_refuses(small, tmp_path):
     path = small["small bytes"]
-    for terms, pad, message in (([], None, "there is no term to add"), ([""], None, "a term is empty"),
+    for terms, pad, message in ((["\udc80"], None, "half a surrogate pair"),
+                                ([], None, "there is no term to add"), ([""], None, "a term is empty"),
                                 (["<x>", "<x>"], None, "'<x>' is named twice"), (["a"], None, "'a' has the id"),
                                 (["<x>"], "<p>", "has the pad token '<|pad|>' already")):
         with pytest.raises(ValueError) as error:
@@ -505,8 +515,124 @@ def test_the_script_itself(tmp_path):
     assert (done.returncode, done.stderr) == (2, "error: 1 documents are too few: every tenth is held out\n")
 
 
+def test_bits_per_byte_of_a_small_model(tmp_path, command, monkeypatch):
+    """Steps are counted in bytes; the number is that of eval.py; a failure is the line that the command ended with."""
+    (tmp_path / "law.jsonl").write_text("".join(json.dumps({"text": f"{n}. {LATIN}"}) + "\n" for n in range(600)))
+    calls = []
+
+    def run(file, *words):
+        words = dict(zip(words[::2], words[1::2]))
+        calls.append(words | {"kind": file})
+        if file == "eval.py":
+            Path(words["--json"]).write_text(json.dumps({"texts": {"held_out": {"bits_per_byte": 2.0 + len(calls)}}}))
+        else:
+            manifest = json.loads(Path(words["--data.sources.text.path"], "manifest.json").read_text())["splits"]
+            assert manifest["heldout"]["documents"] == 0
+            per_step = 16 * 256 * manifest["train"]["bytes"] / manifest["train"]["tokens"]
+            assert abs(words["--train.steps"] * per_step - 1e6) <= per_step / 2
+    monkeypatch.setattr(X, "_run", run)
+    status, stdout, _ = command(f"compare --vocab-size 330 --bits-per-byte 1 --seeds 2 {tmp_path}/law.jsonl --json "
+                                f"{tmp_path}/compare.json")
+    assert status == 0
+    rows = json.loads((tmp_path / "compare.json").read_text())
+    assert [row["bits_per_byte"] for row in rows] == [[4.0, 6.0], [8.0, 10.0], [12.0, 14.0]]
+    assert [call["--seed"] for call in calls if call["kind"] == "train.py"] == [0, 1] * 3
+    assert "5.0000 (4.0000 to 6.0000)" in stdout
+    assert "white space and unknown characters, which wordpiece drops, cost it nothing" in stdout
+
+
+def test_a_small_model_is_trained_and_scored(small):
+    """By the commands themselves, for three steps: fewer bits than the 8 of a byte, and not none."""
+    texts = [f"{n}. {LATIN}" for n in range(100)]
+    assert 0.5 < X.small_model(small["small bytes"], texts[:90], texts[90:], 0.02, 0) < 8
+    with pytest.raises(ValueError, match=r"train\.py failed: error: unknown key"):
+        X._run("train.py", "--no-such-key", 1)
+
+
+@pytest.mark.parametrize("kill", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("line", ["extend --tokenizer BASE --out OUT LAW", "add --tokenizer BASE --out OUT <x>",
+                                  "train --vocab-size 300 --out OUT LAW"])
+def test_a_kill_leaves_nothing_and_the_same_command_completes(line, kill, small, tmp_path, command, monkeypatch):
+    (tmp_path / "law.txt").write_text(LATIN * 20, encoding="utf-8")
+    out, stale = tmp_path / "to/out", tmp_path / "to/.out.partial"
+    for word, path in (("BASE", small["small bytes"]), ("OUT", out), ("LAW", tmp_path / "law.txt")):
+        line = line.replace(word, str(path))
+
+    def die(*_, **__):
+        raise kill
+    for module, name in ((X, "_write_settings"), (T.os, "replace")):
+        monkeypatch.setattr(module, name, die)
+    status, _, stderr = command(line)
+    assert (status, stderr.count("\n")) == (130 if kill is KeyboardInterrupt else 2, 1)
+    assert not out.exists() or not (out / "tokenizer.json").exists()
+    monkeypatch.undo()
+    assert not stale.exists()
+    stale.mkdir(parents=True, exist_ok=True)            # what a SIGKILL leaves
+    (stale / "half").write_text("{")
+    assert command(line)[0] == 0
+    assert T.load(out).vocab_size >= 300
+    assert line.startswith("train") or not stale.exists()
+    assert {file.name for file in out.iterdir()} <= {"tokenizer.json", "tokenizer_config.json", "tokenizer.tiktoken"}
+
+
+HOSTILE = {"missing.txt": None, "empty.txt": b"", "blank.jsonl": b'{"text": ""}\n' * 20, "wrong.jsonl": b'{"txt": 1}',
+           "list.jsonl": b"[1]\n", "cut.jsonl": b'{"text": "x"', "deep.jsonl": b"[" * 100_000, "latin.txt": b"\xe9",
+           "no.txt.gz": b"plain", "cut.txt.gz": gzip.compress(LATIN.encode() * 99)[:-9], "x.parquet": b"PAR1",
+           "broken.jsonl.gz": gzip.compress(b'{"text": "x"}\n' * 999)[:-30] + b"\xff" * 30, "x.pdf": b"%PDF", "x": ""}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_end_in_one_line(name, small, tmp_path, command):
+    file, out = tmp_path / name, tmp_path / "out"
+    if HOSTILE[name] == "":
+        file.mkdir()
+    elif HOSTILE[name] is not None:
+        file.write_bytes(HOSTILE[name])
+    tok = small["small bytes"]
+    for line in (f"train --vocab-size 300 --out {out} {file}",
+                 f"train --kind unigram --vocab-size 300 --out {out} {file}",
+                 f"extend --tokenizer {tok} --out {out} {file}", f"report --tokenizer {tok} --domain {file}",
+                 f"compare --vocab-size 300 {file}"):
+        status, stdout, stderr = command(line)
+        assert (status, stdout, stderr.count("\n")) == (2, "", 1)
+        assert stderr.startswith("error: ")
+        assert not list(tmp_path.glob("*out*"))
+
+
+def test_hostile_text_is_learnt_from(small, tmp_path, command):
+    """Half surrogates, NUL, U+FEFF, a million `^`, a word of a million letters, a million spaces."""
+    texts = ["a\ud800b \udc80 " + LATIN, "\x00a\x00 \ufeff" + LATIN, "^" * 10**6, "ab" * 500_000,
+             "x" + " " * 10**6 + "y", *[LATIN] * 40]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for kind in ("bpe", "unigram", "wordpiece"):
+        line = f"train --kind {kind} --vocab-size 330 --out {tmp_path}/{kind} {tmp_path}/x.jsonl"
+        assert command(line)[0] == 0
+    status, stdout, _ = command(f"extend --tokenizer {small['small bytes']} --new-tokens 9999 --out {tmp_path}/e "
+                                f"{tmp_path}/x.jsonl")
+    assert status == 0
+    assert re.search(r": \d+ new tokens of 9999: no other pair that may be joined occurs 10 times, ids 300 to", stdout)
+
+
+def test_two_files_of_different_models_are_refused(small, tmp_path):
+    for kind, name in (("small bytes", "tokenizer.json"), ("small pieces", "tokenizer.model")):
+        (tmp_path / name).write_bytes((small[kind] / name).read_bytes())
+    with pytest.raises(ValueError, match=r"has 300 ids in tokenizer\.json and 310 in tokenizer\.model"):
+        X.Base(tmp_path)
+
+
+def test_out_is_looked_at_before_the_text(small, tmp_path, command):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    for model in ("tokenizer", "model"):
+        line = f"extend --{model} {small['small bytes']} --out {tmp_path}/full {tmp_path}/none.txt"
+        status, _, stderr = command(line)
+        assert (status, "exists already" in stderr) == (2, True)
+
+
 def test_mistakes_end_in_one_line(small, tmp_path, command):
     (tmp_path / "law.txt").write_text(LATIN * 20, encoding="utf-8")
+    (tmp_path / "some.jsonl").write_text(f'{{"text": "{LATIN}"}}\n' * 20)
+    (tmp_path / "blank.jsonl").write_text((f'{{"text": "{LATIN}"}}\n' * 9 + '{"text": "\\n"}\n') * 3)
     T.train([LATIN] * 20, "wordpiece", 200, tmp_path / "wordpiece")
     (tmp_path / "unigram").mkdir()
     with open(tmp_path / "unigram/tokenizer.model", "wb") as f:
@@ -517,13 +643,17 @@ def test_mistakes_end_in_one_line(small, tmp_path, command):
             (f"extend --tokenizer {tmp_path}/wordpiece --out {out} {law}", "is no byte-level BPE; extend can continue"),
             (f"extend --tokenizer {tmp_path}/unigram --out {out} {law}", "is no BPE: a Unigram model's scores are"),
             (f"extend --tokenizer {tok} --out {tok} {law}", "exists already; choose another folder for --out"),
-            (f"extend --tokenizer {tok} --out {out} --min-count 999 {law}", "no pair of tokens that occurs 999 times"),
+            (f"extend --tokenizer {tok} --out {out} --min-count 999 {law}", "may be joined and occurs 999 times"),
             (f"extend --tokenizer {tok} --out {out} --new-tokens 0 {law}", "must be at least 1"),
             (f"extend --tokenizer {tok} --out {out} {law}x", "does not exist"),
             (f"extend --model {tok} --out {out} {law}", "config.json does not exist"),
             (f"extend --out {out} {law}", "--model --tokenizer is required"),
             (f"report --tokenizer {tok} --extended {small['small pieces']} --domain {law}", "is no extension of"),
-            (f"compare {law}", "are too few: every tenth is held out")):
+            (f"compare {law}", "are too few: every tenth is held out"),
+            (f"compare {tmp_path}/some.jsonl --bits-per-byte 9", "9 megabytes are more than 16 times the text's 0.00"),
+            (f"compare {tmp_path}/some.jsonl --bits-per-byte nan", "--bits-per-byte is nan and --seeds 2; they must"),
+            (f"compare {tmp_path}/blank.jsonl", "there is not a word in those"),
+            (f"report --tokenizer {tok} --domain {law} --corpus-tokens 0", "must be at least 1")):
         status, _, stderr = command(line)
         assert status == 2
         assert message in stderr

@@ -697,7 +697,7 @@ def test_ema_is_a_loop_and_resumes_with_its_bits():
 
 # ---- two ranks
 
-def two_rank_run(world, sharded: bool) -> dict:
+def two_rank_run(world, sharded: bool, folder: Path) -> dict:
     """Three steps with every method on; rank 0's rows are the domain's, so that it has nothing to replay."""
     torch.set_num_threads(1)
 
@@ -708,7 +708,7 @@ def two_rank_run(world, sharded: bool) -> dict:
     frozen = build().requires_grad_(False)
     made = methods(3, world=world, freeze=FreezeConfig("stages", stages=["0 layers.2 head norm", "0.5 layers head"]),
                    ewc=EWCConfig(0.5, "true", 3), lwf=LwFConfig(0.5, tokens="replay"), ema=EMAConfig(0.5),
-                   general_batches=lambda: [some_batch(9, rows=3, length=8, vocabulary=97)],
+                   general_batches=lambda: [some_batch(9, rows=3, length=8, vocabulary=97)], folder=folder,
                    base=(lambda _: contextlib.nullcontext(frozen)) if sharded else None)
     for method in made:
         method.model_built(model)
@@ -731,6 +731,9 @@ def two_rank_run(world, sharded: bool) -> dict:
             method.after_step(step, model, optimizer)
         optimizer.zero_grad(set_to_none=True)
     ewc, ema = made[1], made[3]
+    _, again = methods(3, built=build(), world=world, freeze=made[0].config, ewc=ewc.config, folder=folder,
+                       general_batches=lambda: 1 / 0)
+    assert all(torch.equal(parallel.whole(again.fisher[n]), parallel.whole(ewc.fisher[n])) for n in again.fisher)
     tensors = {"weights": parallel.model_state(model), "ema": ema.state()[0],
                "fisher": {name: parallel.whole(value) for name, value in ewc.fisher.items()}}
     stored = ema.state()[0]
@@ -742,7 +745,7 @@ def two_rank_run(world, sharded: bool) -> dict:
 
 def as_rank(folder: Path):
     world = parallel.start("cpu")
-    torch.save(two_rank_run(world, sharded=True), folder / f"rank{world.rank}.pt")
+    torch.save(two_rank_run(world, True, folder), folder / f"rank{world.rank}.pt")
     parallel.stop()
 
 
@@ -751,7 +754,7 @@ def test_two_ranks_that_share_a_model_are_one(tmp_path):
                            __file__, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     before = torch.get_num_threads()
-    truth = two_rank_run(ONE, sharded=False)
+    truth = two_rank_run(ONE, False, tmp_path / "one")
     torch.set_num_threads(before)
     for rank in (0, 1):
         mine = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
@@ -931,6 +934,8 @@ def test_models_that_do_not_fit(pair, tmp_path, hf_model):
     (["--alpha", "0.5", "--domain", "a", "--general", "b"], "name either"),
     (["--domain", "a"], "name either"),
     (["--domain", "a", "--general", "a"], "only one of them"),
+    (["--alpha", "0.5", "--alphas", "0.1"], "nothing to try"),
+    (["--domain", "nowhere.txt", "--general", "b"], "nowhere.txt"),
     (["--alpha", "1.5"], "alpha is 1.5"),
     (["--alpha", "0.5", "--density", "0"], "density is 0"),
     (["--alpha", "0.5", "--model", "nowhere"], "nowhere does not exist"),

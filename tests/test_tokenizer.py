@@ -4,7 +4,6 @@ writes. Laws: encode_batch equals encode; byte-level tokenizers give back any te
 """
 
 import base64
-import gzip
 import hashlib
 import itertools
 import json
@@ -555,34 +554,15 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_read_texts(tmp_path):
-    text = "one\r\ntwo\n\nthree " * 9000
-    with open(tmp_path / "a.txt", "w", newline="") as f:
-        f.write(text)
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
-    lines = [json.dumps({"text": t, "id": i}) for i, t in enumerate(["x\ny", "é"])]
-    (tmp_path / "b.jsonl").write_text("\n\n".join(lines))
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    chunks = list(T.read_texts([tmp_path / "a.txt"]))
-    assert len(chunks) > 1
-    assert all(c.endswith("\n") for c in chunks[:-1])
-    assert "".join(chunks) == "".join(T.read_texts([tmp_path / "a.txt.gz"])) == text
-    assert list(T.read_texts([tmp_path / "b.jsonl", str(tmp_path / "b.jsonl.gz")])) == ["x\ny", "é"] * 2
-
-
-@pytest.mark.parametrize(("name", "data", "message"), [
-    ("a.pdf", b"", "a.pdf is neither .txt nor .jsonl"),
-    ("a.jsonl", b'{"text": "x"}\n{"txt": 1}\n', "a.jsonl line 2 is no JSON object with a field \"text\""),
-    ("a.jsonl", b"[1]\n", "a.jsonl line 1 is no JSON object"),
-    ("a.jsonl", b'{"text": null}\n', "a.jsonl line 1 has a \"text\" that is not a string but None"),
-    ("a.txt", b"\xff\xfe\x00", "a.txt is damaged or not UTF-8"),
-    ("a.txt.gz", gzip.compress(b"abc" * 999)[:-9], "a.txt.gz is damaged or not UTF-8"),
-])
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_read_texts_errors(tmp_path, name, data, message, kind):
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        T.train(T.read_texts([tmp_path / name]), kind, 400, tmp_path / "out")
+def test_parts_for_counting():
+    """Nothing is lost; a text of ordinary length and words is one part."""
+    assert T.parts("the cat, " * 11_000) == ["the cat, " * 11_000]
+    assert T.parts("") == []
+    for text in ("^" * 2500, "a" * 999 + " b", "x" * 1000, " " * 250_001, "漢" * 5000 + "\n\nx", "a\ud800b" * 60_000):
+        cut = T.parts(text)
+        assert "".join(cut) == T.clean(text)
+        assert max(map(len, cut)) <= 100_000
+        assert max(len(run) for part in cut for run in re.findall(r"\S+|\s+", part)) <= 1000
 
 
 def test_command_line(tmp_path):

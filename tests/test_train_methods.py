@@ -166,7 +166,7 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
     assert rates[:5] == [line["lr"] for line in lines(trunk, "train")][:5]
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[9] == 1e-3 < rates[5] < rates[4]
-    with pytest.raises(ValueError, match="holds another run: rates was"):
+    with pytest.raises(ValueError, match="holds another run: the learning rates of the first 5 steps are others"):
         train.train(run_of(base, tmp_path / "x", "--data.schedule", "static", "--train.branch-from", step5), one())
     with pytest.raises(ValueError, match="is at step 5, and the run is to end at 3"):
         train.train(run_of(base, tmp_path / "y", *ENDLESS, "--train.steps", 3, "--train.branch-from", step5), one())
