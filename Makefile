@@ -40,6 +40,7 @@ test: .venv/test .venv/transformers4
 bench: .venv/test
 	$(BIN)/python bench.py data --json out/bench_data.json
 	$(BIN)/python bench.py train --json out/bench_train.json
+	$(BIN)/python bench.py lora --json out/bench_lora.json
 	$(BIN)/python bench.py kernels --json out/bench_kernels.json
 
 lint: .venv/test

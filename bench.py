@@ -3,14 +3,16 @@
     python bench.py data  --json out/bench_data.json       packing, reading, encoding, cleaning, dedup, each stage
                                                            beside datatrove's, datasets', datasketch's and others'
     python bench.py train --json out/bench_train.json      a training step against transformers on the same batches
+    python bench.py lora  --json out/bench_lora.json       LoRA against PEFT on the same batches, and in 4 bits (QLoRA)
     python bench.py kernels --json out/bench_kernels.json  with a GPU: times beside torch.compile's, PyTorch's, Liger's;
                                                            without: what the compiler says of each kernel, CPU times
     python bench.py gpu --json out/bench_gpu.json          all that needs a GPU in 8 minutes: tests, kernels, steps
 
 Each side of a training measurement is a process of its own, so that peaks of memory are its own (imports included).
-Both get the same weights, batches, threads, dtype (fp32 on a CPU) and fused AdamW with clipping. Theirs is the plain
-loop `model(input_ids, labels=...).loss.backward(); clip; step`. What train.py does to its process counts as ours: it
-tells glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
+Both get the same weights, batches, threads, dtype (fp32 on a CPU) and fused AdamW with clipping; a row's last target
+counts on neither side, because theirs leaves it out. Theirs is the plain loop
+`model(input_ids, labels=...).loss.backward(); clip; step`. What train.py does to its process counts as ours: it tells
+glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
 """
 
 import contextlib
@@ -41,6 +43,7 @@ import data
 import dedup
 import hf
 import kernels
+import lora
 import parallel
 import tokenizer as tokenizers
 from config import ArgumentParser, main_guard
@@ -48,7 +51,7 @@ from corpus import read_documents, read_records, utf8
 from kernels import measure
 from kernels.attention import BACKENDS, interval_mask
 from model import Model, ModelConfig, matmul_flops_per_token
-from objectives import Causal
+from objectives import IGNORE, Causal
 from optim import OptimConfig, make_optimizer
 from shards import HEADER_BYTES, Shards, pack
 
@@ -487,7 +490,11 @@ CASES = {   # vocabulary, context, rows, documents of mixed length
     "vocab_8k": (8192, 512, 8, False),
     "vocab_32k": (32768, 512, 8, False),
     "packed_2k": (8192, 2048, 2, True),
+    "tiny": (512, 64, 2, False),                # for the tests
 }
+OURS, PEERS = ("ours", "materialised", "lora", "qlora"), ("transformers", "peft")
+SIDES = (*OURS, *PEERS, *(f"{peer}_allocator" for peer in PEERS))
+RANK, ALPHA = 8, 16
 
 
 def case_batches(case, count, seed=0):
@@ -511,37 +518,40 @@ def case_batches(case, count, seed=0):
 
 def worker(args):
     """One side of one case in a process of its own: for each line on stdin it does a step, or a step's matrix products
-    alone, and prints the seconds; at the end {"first_loss", "peak_bytes", ...} as JSON."""
+    alone, and prints the seconds; at the end {"losses", "peak_bytes", ...} as JSON."""
     vocab, T, rows, packed = CASES[args.case]
+    side, _, allocator = args.side.partition("_")
+    if side in OURS or allocator:
+        parallel.start(args.device)
     config = ModelConfig(vocab_size=vocab, max_position_embeddings=T, tie_word_embeddings=False, **MODEL)
-    batches, result = case_batches(args.case, 8), {}
+    objective, optim_config = Causal(mask_documents=packed), OptimConfig(lr=1e-4, min_lr=0)
+    batches, result, rates = [objective.corrupt(b, None) for b in case_batches(args.case, 8)], {"losses": []}, None
+    for b in batches:
+        b.labels[:, -1] = IGNORE
     model = Model(config)
     model.initialise(0)
-    if args.side != "transformers":
-        parallel.start(args.device)
-    if args.side in ("ours", "materialised"):
+    if side in ("lora", "qlora", "peft"):
+        rates, optim_config.lr = adapt(model, side == "qlora"), 1e-3
+        result["held"] = held(model)
+    if side in OURS:
         model.to(args.device)
-        objective, optimizer = Causal(mask_documents=packed), make_optimizer(model, OptimConfig(lr=1e-4, min_lr=0))
-        prepared = [objective.corrupt(b, None).to(args.device) for b in batches]
+        prepared, optimizer = [b.to(args.device) for b in batches], make_optimizer(model, optim_config, rates)
 
         def step(batch):
-            if args.side == "ours":
-                loss, n, _ = objective.loss(model, batch)
-                loss = loss / n
-            else:                                   # the same model with all its logits
+            if side == "materialised":              # the same model with all its logits
                 logits = model.head(model(batch.tokens, batch.position_ids))
                 loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().long())
+            else:
+                loss, n, _ = objective.loss(model, batch)
+                loss = loss / n
             loss.backward()
             return loss.item()
     else:
-        import transformers
-        values = hf.write_config(config, torch.float32, {})
-        peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
-        peer.load_state_dict({hf.to_hf_name(k): v for k, v in model.state_dict().items()})
-        model = peer.to(args.device).train()
-        result["transformers"] = transformers.__version__
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        prepared = [b.tokens[:, :-1].long().to(args.device) for b in batches]
+        model, result["peer"] = peer_of(model, side)
+        model.to(args.device).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=optim_config.lr,
+                                      betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        prepared = [b.tokens.long().to(args.device) for b in batches]
 
         def step(tokens):
             loss = model(input_ids=tokens, labels=tokens).loss
@@ -553,7 +563,7 @@ def worker(args):
             print(time_products(config, rows * T, T, args.device), flush=True)
             continue
         start = time.perf_counter()
-        result.setdefault("first_loss", step(prepared[number % len(prepared)]))
+        result["losses"].append(step(prepared[number % len(prepared)]))
         number += 1
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -563,6 +573,46 @@ def worker(args):
         print(time.perf_counter() - start, flush=True)
     print(json.dumps(result))
     return 0
+
+
+@torch.no_grad()
+def adapt(model, quantised: bool) -> dict:
+    """Give the model an adapter on every linear layer of its blocks; -> the learning rates' multiples. Both of its
+    matrices are random: with B = 0, as training starts, a first loss would not tell one adapter from another."""
+    config = lora.LoraConfig(rank=RANK, alpha=ALPHA, base="nf4" if quantised else "plain")
+    lora.attach(model, config, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.normal_(0, 0.1, generator=generator)
+    return lora.lr_scales(model, config)
+
+
+def held(model) -> dict:
+    """Bytes of the base's weights, and of its 4-bit matrices: as held, and by arithmetic, 4 bits a number, 8 for each
+    64 of them, 32 for each 64 * 256, and the tables of 16 and 256 levels and an offset, 1,092 bytes a matrix."""
+    four = [layer.kept for _, layer in lora.adapted(model) if layer.kept is not None]
+    sizes = [record.shape.numel() for record in four]
+    return {"base_bytes": sum(x.nbytes for name, x in model.state_dict().items() if ".adapters." not in name),
+            "quantised_numbers": sum(sizes),
+            "quantised_bytes": sum(x.nbytes for record in four for x in record.buffers()),
+            "arithmetic_bytes": sum(math.ceil(n / 2) + math.ceil(n / 64) + 4 * math.ceil(n / (64 * 256)) + 1092
+                                    for n in sizes)}
+
+
+def peer_of(model, side: str):
+    """-> (transformers' model with the weights of ours, and PEFT's adapter with those of ours; who that is)."""
+    import transformers
+    who = f"transformers {transformers.__version__}"
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf.write_config(model.config, torch.float32, {})))
+    peer.load_state_dict({hf.to_hf_name(k): v for k, v in model.state_dict().items() if ".adapters." not in k})
+    if side == "peft":
+        import peft
+        who = f"peft {peft.__version__} on {who}"
+        peer = peft.get_peft_model(peer, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
+                                                         task_type="CAUSAL_LM"))
+        peft.set_peft_model_state_dict(peer, lora.state(model))
+    return peer, who
 
 
 @torch.no_grad()
@@ -632,25 +682,59 @@ def in_turn(case: str, sides: tuple, steps: int, device: str, products: str = ""
     return seconds, results, shares
 
 
+def rate_rows(name, case, sides, seconds, results, **more) -> list:
+    """Tokens per second of sides[0] against those of the peer sides[1], and of sides[2], the peer with our setting of
+    the allocator."""
+    vocab, T, batch, packed = CASES[case]
+    rate = [batch * T / statistics.median(seconds[side]) for side in sides]
+    peer = results[sides[1]]["peer"]
+    return [row(name, "tokens/s", *rate[:2], peer, context=T, rows=batch, packed=packed,
+                spread=spread([b / a for a, b in zip(*(seconds[side] for side in sides[:2]))]),
+                first_loss=[results[side]["losses"][0] for side in sides], model={**MODEL, "vocab_size": vocab},
+                **more),
+            row(f"{name}_their_allocator_too", "tokens/s", rate[0], rate[2], peer)]
+
+
 def bench_train(args) -> list:
     rows, share = [], None
     sides = ("ours", "transformers", "transformers_allocator")
-    for case, (vocab, T, batch, packed) in CASES.items():
+    for case in ("vocab_8k", "vocab_32k", "packed_2k"):
         seconds, results, products = in_turn(case, sides, args.steps, args.device,
                                              "ours" if case == "vocab_32k" else "")
-        median = {side: statistics.median(s) for side, s in seconds.items()}
-        peer = f"transformers {results['transformers']['transformers']}"
-        rows.append(row(case, "tokens/s", batch * T / median["ours"], batch * T / median["transformers"], peer,
-                        context=T, rows=batch, packed=packed,
-                        spread=spread([b / a for a, b in zip(seconds["ours"], seconds["transformers"])]),
-                        first_loss=[results[s]["first_loss"] for s in sides], model={**MODEL, "vocab_size": vocab}))
-        rows.append(row(f"{case}_their_allocator_too", "tokens/s", batch * T / median["ours"],
-                        batch * T / median["transformers_allocator"], peer))
+        rows += rate_rows(case, case, sides, seconds, results)
         if case == "vocab_32k":
-            rows.append(row("peak_memory_32k", "bytes", *(results[side]["peak_bytes"] for side in sides[:2]), peer))
+            rows.append(row("peak_memory_32k", "bytes", *(results[side]["peak_bytes"] for side in sides[:2]),
+                            results["transformers"]["peer"]))
             share = statistics.median(p / s for p, s in products)
     rows.append(row("matmul_share", "of the step is its matrix products at the machine's own rate", share))
     return rows
+
+
+def bench_lora(args) -> list:
+    """LoRA at 32,768 ids against PEFT, the same adapters and batches, and against itself on a base in NF4 with double
+    quantisation, which covers the blocks: embedding and head, here the most, stay as they are. On a CPU each product
+    with a 4-bit weight turns it into fp32 first."""
+    case, sides = "vocab_32k", ("lora", "peft", "peft_allocator")
+    seconds, results, _ = in_turn(case, (*sides, "qlora"), args.steps, "cpu")
+    losses = {side: results[side]["losses"] for side in results}
+    for step, limit in ((0, 1e-5), (-1, 1e-4)):
+        if not math.isclose(losses["lora"][step], losses["peft"][step], rel_tol=limit):
+            raise ValueError(f"the two sides do not train the same: the losses of step {step} are "
+                             f"{losses['lora'][step]} and {losses['peft'][step]}")
+    peak = {side: results[side]["peak_bytes"] for side in results}
+    peer, own = results["peft"]["peer"], "LoRA, fp32 base"
+    rows = rate_rows("lora", case, sides, seconds, results, rank=RANK, losses=losses)
+    rows += [row("lora_peak_memory", "bytes", peak["lora"], peak["peft"], peer),
+             row("lora_peak_memory_their_allocator_too", "bytes", peak["lora"], peak["peft_allocator"], peer)]
+    four, whole = results["qlora"]["held"], results["lora"]["held"]
+    _, T, batch, _ = CASES[case]
+    rate = [batch * T / statistics.median(seconds[side]) for side in ("qlora", "lora")]
+    return rows + [
+        row("qlora", "tokens/s", *rate, own, spread=spread([b / a for a, b in zip(seconds["qlora"], seconds["lora"])])),
+        row("qlora_memory", "bytes of base weights", four["base_bytes"], whole["base_bytes"], own, **four),
+        row("qlora_matrix_memory", "bytes of its 4-bit matrices", four["quantised_bytes"],
+            4 * four["quantised_numbers"], own, bits=8 * four["quantised_bytes"] / four["quantised_numbers"]),
+        row("qlora_peak_memory", "bytes", peak["qlora"], peak["lora"], own)]
 
 
 # ---- kernels
@@ -732,7 +816,7 @@ def cpu_rows(rounds: int) -> list:
 def logits_rows(steps: int) -> list:
     """Training at 32,768 ids with the fused linear cross-entropy, and with the logits of all rows at once."""
     seconds, results, _ = in_turn("vocab_32k", ("ours", "materialised"), steps, "cpu")
-    assert math.isclose(*(r["first_loss"] for r in results.values()), rel_tol=1e-5), results
+    assert math.isclose(*(r["losses"][0] for r in results.values()), rel_tol=1e-5), results
     ours, theirs = (statistics.median(s) for s in seconds.values())
     _, T, batch, _ = CASES["vocab_32k"]
     return [row("cpu_training_32k", "tokens/s", batch * T / ours, batch * T / theirs, "materialised logits",
@@ -991,6 +1075,9 @@ def main():
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--steps", type=int, default=12, help="steps of each side, in turn (default: 12)")
     p.add_argument("--json", metavar="FILE")
+    p = commands.add_parser("lora", help="training steps of an adapter, on a CPU")
+    p.add_argument("--steps", type=int, default=12, help="steps of each side, in turn (default: 12)")
+    p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("kernels", help="every kernel")
     p.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384], help="on a GPU (default: 2k, 8k, 16k)")
     p.add_argument("--seconds", type=float, default=1800, help="on a GPU: begin no case after so long (default: 1800)")
@@ -1005,16 +1092,15 @@ def main():
     p.add_argument("--json", metavar="FILE")
     p = commands.add_parser("worker")
     p.add_argument("--case", choices=tuple(CASES), required=True)
-    p.add_argument("--side", choices=("ours", "materialised", "transformers", "transformers_allocator"),
-                   required=True)
+    p.add_argument("--side", choices=SIDES, required=True)
     p.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.command == "worker":
         return worker(args)
     if args.command == "data" and not args.text:
         raise ValueError("no text to pack: give --text FILE, or run make demo first")
-    commands = {"data": bench_data, "train": bench_train, "kernels": bench_kernels, "gpu": bench_gpu,
-                "step": bench_step}
+    commands = {"data": bench_data, "train": bench_train, "lora": bench_lora, "kernels": bench_kernels,
+                "gpu": bench_gpu, "step": bench_step}
     write(args, commands[args.command](args))
     return 0
 
