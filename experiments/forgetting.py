@@ -4,13 +4,13 @@
         --general tinystories.txt --separator '<|endoftext|>' --out out/forgetting
 
 Every run is a command of the project (train.py with recipes/forgetting.toml and the words of METHODS below), on one
-thread, two at a time. forgetting.json has a row a method with the mean over the seeds and each seed's numbers;
-forgetting.png is the plane of domain gain against forgetting. Time and memory are what metrics.jsonl says.
+thread, two at a time. experiments/results/forgetting.json has a row a method with the mean over the seeds and each
+seed's numbers, forgetting.png beside it is the plane of domain gain against forgetting (both stay in --out where only
+some --methods are run). Time and memory are what metrics.jsonl says.
 """
 
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -33,19 +33,20 @@ def replay(share: float) -> list:
 METHODS = {      # words of train.py; "own" as the general source: text drawn from the base
     "domain_only": ALONE,
     "replay_5": replay(0.05),
+    "replay_15": replay(0.15),
     "replay": replay(0.3),
     "self_replay": [*replay(0.3), "own"],
-    "adaptive": ["--forget.adaptive.policy", "degradation", "--eval.every", 20],
+    "adaptive": ["--forget.adaptive.policy", "degradation", "--eval.every", 25],
     "ewc": [*ALONE, "--forget.ewc.strength", 10.0],
-    "l2sp": [*ALONE, "--forget.ewc.fisher", "l2sp", "--forget.ewc.strength", 0.01],
     "lwf": [*ALONE, "--forget.lwf.alpha", 0.5],
     "lora": [*ALONE, "--lora.rank", 8, "--optim.lr", 1e-2, "--optim.min-lr", 1e-3],
     "freeze": [*ALONE, "--forget.freeze.schedule", "progressive"],
     "merge": [*ALONE, "--forget.merge.method", "linear"],
-    "replay_lwf": [*replay(0.3), "--forget.lwf.alpha", 0.3, "--forget.lwf.tokens", "replay"],
+    "replay_lwf": [*replay(0.15), "--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "replay"],
 }
-LABEL = {"replay": "replay 30 %", "replay_5": "replay 5 %", "self_replay": "replay 30 %, from the base",
-         "replay_lwf": "replay 30 % + LwF on it", "domain_only": "domain only"}
+LABEL = {"replay": "replay 30 %", "replay_5": "replay 5 %", "replay_15": "replay 15 %",
+         "self_replay": "replay 30 %, drawn from the base", "replay_lwf": "replay 15 % + LwF on it",
+         "domain_only": "domain only"}
 
 
 def command(*words, threads: int = 1) -> None:
@@ -168,27 +169,33 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
                         help=f"of {', '.join(METHODS)} (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--documents", type=int, default=600, help="drawn from the base for self_replay (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out/forgetting"), help="folder to write (%(default)s)")
     args = parser.parse_args()
     args.model, out, began = os.path.abspath(args.model), args.out.resolve(), time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)
+    if out.exists():
+        raise ValueError(f"{args.out} exists; remove it, or name another folder with --out")
     out.mkdir(parents=True)
     shards, runs = prepare(args, out), {method: [] for method in args.methods}
     with ThreadPoolExecutor(args.jobs) as pool:
         waiting = [(method, pool.submit(one, method, seed, args, out, shards))
                    for method in args.methods for seed in args.seeds]
-        for method, run in waiting:
-            runs[method].append(run.result())
+        try:
+            for method, run in waiting:
+                runs[method].append(run.result())
+        except ValueError:
+            pool.shutdown(cancel_futures=True)
+            raise
     rows = summarise(runs)
-    draw(out / "forgetting.png", rows)
-    write_json(out / "forgetting.json", {
+    results = ROOT / "experiments/results" if args.methods == list(METHODS) else out
+    draw(results / "forgetting.png", rows)
+    write_json(results / "forgetting.json", {
         "command": "python experiments/forgetting.py --model stories260K --domain ... --general ... "
                    f"--steps {args.steps} --seeds {' '.join(map(str, args.seeds))}",
         "seeds": args.seeds, "seconds": time.perf_counter() - began, "rows": rows})
-    print(f"\n{table(rows)}\n\n* nothing beats it in both; {time.perf_counter() - began:.0f} s; {out}/forgetting.png")
+    print(f"\n{table(rows)}\n\n* nothing beats it in both; {time.perf_counter() - began:.0f} s; {results}/forgetting.png")
 
 
 if __name__ == "__main__":
