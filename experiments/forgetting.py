@@ -195,7 +195,7 @@ def main() -> None:
         "command": "python experiments/forgetting.py --model stories260K --domain ... --general ... "
                    f"--steps {args.steps} --seeds {' '.join(map(str, args.seeds))}",
         "seeds": args.seeds, "seconds": time.perf_counter() - began, "rows": rows})
-    print(f"\n{table(rows)}\n\n* nothing beats it in both; {time.perf_counter() - began:.0f} s; {results}/forgetting.png")
+    print(f"\n{table(rows)}\n\n* nothing beats it in both; {time.perf_counter() - began:.0f} s; {results}/forgetting.*")
 
 
 if __name__ == "__main__":
