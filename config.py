@@ -65,6 +65,16 @@ class ArgumentParser(argparse.ArgumentParser):
                     yield from parser._all_actions()
 
 
+def refuse_unused(section, name: str, switch: str):
+    """ValueError where settings of `section` are changed while its `switch` still has the value that turns it off."""
+    plain = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
+             for f in dataclasses.fields(section)}
+    changed = [key for key, value in plain.items() if getattr(section, key) != value]
+    if changed and switch not in changed:
+        raise ValueError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
+                         f"nothing; set {name}.{switch}, or leave it out")
+
+
 def write_json(path, value) -> None:
     """`value` as JSON in a file; its folder is made where it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

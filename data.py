@@ -291,12 +291,16 @@ class Loader:
 # ---- mixed text for other tools
 
 def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = None, seed: int = 0,
-              max_epochs: float = SourceConfig.max_epochs) -> dict:
+              max_epochs: float = SourceConfig.max_epochs, overwrite: bool = False) -> dict:
     """Write `total` records to the JSONL file `out`, the share `ratio` of them from `domain`, in an order of `seed`.
 
     domain, general: iterators over records (dict). A side's records come in a new order every epoch, none twice within
     one; each gets "source_type", the name of its side. total None: every domain record once. Returns what was done.
     """
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}, but must be 0 or more")
+    if Path(out).exists() and not overwrite:
+        raise ValueError(f"{out} exists already; choose another --out or add --overwrite")
     if not 0 <= ratio <= 1:
         raise ValueError(f"--domain-ratio is {ratio}, but must be between 0 and 1")
     if total is None and not ratio:
@@ -362,6 +366,8 @@ def cli_pack(args):
         raise ValueError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
     k, n = args.part or (1, 1)
     out = part_folder(args.out, k, n) if args.part else args.out
+    if args.buckets and any(map(holds_tokens, args.files)):
+        raise ValueError("--buckets orders records by a score, and token files carry none; pack them without")
     tokenizer = tokenizers.load(args.tokenizer)
     for path in args.files:                    # all of them, before any work
         if holds_tokens(path):
@@ -380,7 +386,9 @@ def cli_pack(args):
     def texts(files):
         for path in files:
             if holds_tokens(path):
-                yield from read_token_documents(path, tokenizer, args.dtype)
+                for ids in read_token_documents(path, tokenizer, args.dtype):
+                    bar.update(ids.nbytes // 2)
+                    yield ids
             else:
                 yield from (record[args.column] for _, record in records([path]))
 
@@ -391,7 +399,7 @@ def cli_pack(args):
         first = args.first or ("high" if "quality" in args.score else "low")
         pack_buckets(records, tokenizer, out, args.buckets, args.score, first=first, column=args.column, **options)
     else:
-        pack(part_of(args.files, texts, k, n), tokenizer, out, **options)
+        pack(part_of(args.files, texts, k, n), tokenizer, out, part=bool(args.part), **options)
     bar.close()
     seconds = time.perf_counter() - start
     manifests = [read_manifest(folder) for folder in packed_folders(out)]
@@ -466,7 +474,7 @@ def cli_preview(args, words):
     for name, source in sources.items():
         read = f", read {epochs[name]:.2f} times" if name in epochs else ""
         print(f"{name} ({source.role}{', ' + source.stratum if source.stratum else ''}): {drawn[name]:,} sequences, "
-              f"{drawn[name] * T:,} tokens{read}")
+              f"{drawn[name] * T:,} positions{read}")
     shares, empty = mixture.replay_strata(sources, settings.data.strata)
     notes = mixture.notes(settings.data, sources)
     try:
@@ -490,7 +498,8 @@ def cli_mix(args):
                 yield record
 
     done = mix_files(records(args.domain), records(args.general), args.out, ratio=args.domain_ratio,
-                     total=args.total_samples, seed=args.seed, max_epochs=args.max_epochs)
+                     total=args.total_samples, seed=args.seed, max_epochs=args.max_epochs,
+                     overwrite=args.overwrite)
     for side in ("domain", "general"):
         print(f"{side}: {done[side]['written']:,} of {done['total']:,} samples from {done[side]['records']:,} records, "
               f"read {done[side]['epochs']:.2f} times")
@@ -561,6 +570,7 @@ def main():
     p.add_argument("--domain-ratio", type=float, default=0.7, help="share of domain records (default: 0.7)")
     p.add_argument("--total-samples", type=int, metavar="N", help="records (default: each of the domain once)")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--overwrite", action="store_true", help="replace the mixed JSONL if it exists")
     p.add_argument("--max-epochs", type=float, default=SourceConfig.max_epochs,
                    help="refuse to repeat a side more often (default: 16)")
     _reader_options(p)

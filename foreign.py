@@ -32,7 +32,7 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"input file {path} does not exist or is no file")
-    dtype = np.dtype(dtype or ("uint16" if tokenizer.vocab_size <= 65536 else "uint32")).newbyteorder("<")
+    usual = "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
     header = np.zeros(256, "<i4")
     header[:] = start if len(start := np.fromfile(file, "<i4", 256)) == 256 else 0
     size = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}.get(int(header[0]))
@@ -46,7 +46,9 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
         if len(tokens) != header[2]:
             raise ValueError(f"{path} says it has {header[2]:,} tokens and has {len(tokens):,}; fetch it again")
     else:
-        tokens = _map(file, dtype)
+        tokens = _map(file, np.dtype(dtype or usual).newbyteorder("<"))
+        if not dtype and tokens.itemsize == 2 and len(tokens) > 1 and not tokens[1:CHUNK:2].any():
+            raise ValueError(f"{path} looks like uint32 tokens: every other uint16 of it is 0; name its --dtype")
         if file.suffix == ".ds" and index.is_file():
             ends = _map(index, np.dtype("<u8")).astype(np.int64)
     lengths = np.diff(ends, prepend=0) if ends is not None else np.array([len(tokens)])
@@ -92,7 +94,7 @@ def _megatron(file: Path, index: Path):
 
 
 def _cut(tokens: np.ndarray, marks: np.ndarray):
-    """Pieces of `tokens`, each but the first beginning with one of `marks`; a chunk in memory at a time."""
+    """Pieces of `tokens`, each but the first beginning with one of `marks`; a chunk or a piece in memory at a time."""
     rest = []
     for at in range(0, len(tokens), CHUNK):
         part = np.asarray(tokens[at:at + CHUNK])
@@ -100,5 +102,7 @@ def _cut(tokens: np.ndarray, marks: np.ndarray):
             if rest and len(piece) and piece[0] in marks:
                 yield np.concatenate(rest)
                 rest = []
-            rest.append(piece)
-    yield np.concatenate(rest)
+            if len(piece) > 1 or rest or not np.isin(piece, marks).all():       # not the EOS before a BOS alone
+                rest.append(piece)
+    if rest:
+        yield np.concatenate(rest)

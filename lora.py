@@ -88,10 +88,7 @@ class LoraConfig:
     def __post_init__(self):
         if self.rank < 0:
             raise ValueError(f"lora.rank is {self.rank}, but must be 0 or more")
-        if not self.rank and (extra := [f"lora.{name}" for name, plain in (("base", "plain"), ("embeddings", "frozen"),
-                                        ("dora", False), ("rslora", False)) if getattr(self, name) != plain]):
-            raise ValueError(f"{', '.join(extra)} needs an adapter: set lora.rank, e.g. to 8")
-        if self.alpha <= 0 or self.b_lr_ratio <= 0:
+        if not (0 < self.alpha < math.inf and 0 < self.b_lr_ratio < math.inf):
             raise ValueError(f"lora.alpha {self.alpha} and lora.b_lr_ratio {self.b_lr_ratio} must be above 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}, but must be from 0 to below 1")
@@ -823,6 +820,8 @@ def main():
     p.add_argument("--dtype", choices=hf.DTYPES, help="of the weights written (default: the base's)")
     p.add_argument("--json", metavar="FILE", help="write what is printed as data")
     args = parser.parse_args()
+    if Path(args.out).exists():
+        raise ValueError(f"{args.out} exists; name another folder with --out")
     result = merge_folders(args.base, args.adapter, args.out, hf.DTYPES.get(args.dtype))
     print(f"{result['trained']}\n{args.out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")

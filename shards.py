@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -117,14 +118,15 @@ def sync_and_close(file):
 
 
 def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = None, shard_tokens: int = 10**8,
-         workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21, overwrite: bool = False) -> dict:
+         workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21, overwrite: bool = False,
+         part: bool = False) -> dict:
     """Tokenise `texts` into shards at `out`; returns the manifest. The folder appears whole or not at all.
 
     A text may be given as the ids that it has (uint32 [n], without BOS and EOS) instead.
 
     Every document gets an EOS at its end, and a BOS at its start where the tokenizer says the model was trained so
     (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text.
-    The result depends neither on `workers` nor on `batch_bytes`.
+    The result depends neither on `workers` nor on `batch_bytes`. A `part` of a source may be empty.
     """
     out, bos = Path(out), tokenizer.add_bos if bos is None else bos
     if tokenizer.eos_id is None:
@@ -152,7 +154,7 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
         for writer in writers.values():
             writer.close()
         splits = {name: _totals(writer.shards) for name, writer in writers.items()}
-        if not splits["train"]["tokens"]:
+        if not splits["train"]["tokens"] and not part:
             raise ValueError(f"nothing to train on: {empty} empty documents, {splits['heldout']['documents']} held out")
         manifest = {
             "format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
@@ -260,7 +262,8 @@ def part_of(files: list, documents, k: int, n: int):
 def merge_parts(out) -> dict:
     """Write the manifest of a folder whose parts are all packed; returns it. The shards stay where they are."""
     out = Path(out)
-    found = sorted(path.name for path in out.glob("part_*_of_*") if (path / "manifest.json").is_file())
+    found = sorted(path.name for path in out.glob("part_*") if re.fullmatch(r"part_\d{4}_of_\d{4}", path.name)
+                   and (path / "manifest.json").is_file())
     if not found:
         raise ValueError(f"{out} holds no packed parts; make them with data.py pack --part 1/N, 2/N, ...")
     n = int(found[0].rpartition("_")[2])
@@ -272,14 +275,15 @@ def merge_parts(out) -> dict:
     parts = {name: read_manifest(out / name) for name in wanted}
     first = parts[wanted[0]]
     for name, manifest in parts.items():
-        for key in ("tokenizer", "bos", "heldout", "dtype"):
+        for key in ("tokenizer", "bos", "heldout", "dtype", "inputs"):
             if manifest[key] != first[key]:
                 raise ValueError(f"{out}/{name} has another {key} than {wanted[0]}: {manifest[key]} and {first[key]}; "
                                  f"pack it again like the others")
-    merged = {**first, "inputs": [i for m in parts.values() for i in m["inputs"]],
-              "empty_documents_dropped": sum(m["empty_documents_dropped"] for m in parts.values()),
+    merged = {**first, "empty_documents_dropped": sum(m["empty_documents_dropped"] for m in parts.values()),
               "splits": {split: _totals([{**s, "name": f"{name}/{s['name']}"} for name, m in parts.items()
                                          for s in m["splits"][split]["shards"]]) for split in SPLITS}}
+    if not merged["splits"]["train"]["tokens"]:
+        raise ValueError(f"nothing to train on: the parts of {out} hold no training documents")
     _write_json(out / ".manifest.json", merged)
     os.replace(out / ".manifest.json", out / "manifest.json")
     return merged
@@ -457,6 +461,11 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
+def _repair(folder, record) -> str:
+    return f"pack {folder} again" if "/" not in record["name"] else \
+        f"pack that part again if it is not whole, then data.py manifest --merge {folder}"
+
+
 def open_shard(folder: Path, record: dict, dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Memory maps of (tokens, document ends, document bytes), after sizes and header are found to fit the manifest."""
     arrays = []
@@ -465,16 +474,16 @@ def open_shard(folder: Path, record: dict, dtype) -> tuple[np.ndarray, np.ndarra
         path = folder / f"{record['name']}.{suffix}"
         wanted = skip + count * np.dtype(kind).itemsize
         if not path.exists():
-            raise ValueError(f"shard file {path} is missing; pack {folder} again")
+            raise ValueError(f"shard file {path} is missing; {_repair(folder, record)}")
         if path.stat().st_size != wanted:
             raise ValueError(f"shard file {path} has {path.stat().st_size} bytes instead of {wanted}: it was cut short "
-                             f"or changed; pack {folder} again")
+                             f"or changed; {_repair(folder, record)}")
         arrays.append(np.asarray(np.memmap(path, dtype=kind, mode="r", offset=skip, shape=(count,))))
     header = np.fromfile(folder / f"{record['name']}.bin", "<i4", 256)
     wanted = (*MAGIC[dtype.itemsize], record["tokens"], OUR_MAGIC, FORMAT_VERSION, dtype.itemsize)
     if tuple(header[:6].tolist()) != wanted or header[24:32].tobytes().hex() != record["sha256"]:
         raise ValueError(f"shard file {folder}/{record['name']}.bin has a header that does not fit the manifest; "
-                         f"pack {folder} again")
+                         f"{_repair(folder, record)}")
     return tuple(arrays)
 
 
@@ -493,12 +502,12 @@ def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
         header = shard_header(record, manifest["tokenizer"], dtype.itemsize)
         if np.fromfile(folder / f"{record['name']}.bin", "<i4", 256).tolist() != header.tolist():
             raise ValueError(f"shard file {folder}/{record['name']}.bin has a header that does not fit the manifest; "
-                             f"pack {folder} again")
+                             f"{_repair(folder, record)}")
         for suffix, array, wanted in (("bin", tokens, record["sha256"]), ("idx", ends, record["idx_sha256"]),
                                       ("bytes", nbytes, record["bytes_sha256"])):
             if hashlib.sha256(np.ascontiguousarray(array)).hexdigest() != wanted:
                 raise ValueError(f"shard file {folder}/{record['name']}.{suffix} does not have the content it was "
-                                 f"written with (its hash differs); pack {folder} again")
+                                 f"written with (its hash differs); {_repair(folder, record)}")
             read += array.nbytes
         if len(ends) and (int(ends[-1]) != len(tokens) or (np.diff(ends.astype(np.int64)) <= 0).any()):
             raise ValueError(f"shard {folder}/{record['name']} has document ends that do not rise to its length")

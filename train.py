@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,7 @@ import objectives
 import optim
 import parallel
 import tokenizer as tokenizers
-from config import main_guard, parse, to_toml
+from config import main_guard, parse, refuse_unused, to_toml
 from forget import ForgetConfig
 from log import LogConfig
 from lora import LoraConfig
@@ -133,6 +134,10 @@ class Config:
     def __post_init__(self):
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, but must be 0 or more")
+        refuse_unused(self.lora, "lora", "rank")
+        for name, switch in (("freeze", "schedule"), ("ewc", "strength"), ("lwf", "alpha"), ("adaptive", "policy"),
+                             ("merge", "method")):
+            refuse_unused(getattr(self.forget, name), f"forget.{name}", switch)
 
 
 # ---- building
@@ -175,11 +180,11 @@ def open_sources(c: Config, tokenizer, vocab_size: int, world) -> tuple[dict, di
     return sources, train, heldout
 
 
-def build_model(c: Config, config: ModelConfig, world, adapters: bool = True) -> Model:
+def build_model(c: Config, config: ModelConfig, world) -> Model:
     """The model on its device, filled, with its adapters, and sharded where it is to be."""
-    fsdp, adapters = world.size > 1 and c.parallel.strategy == "fsdp", adapters and c.lora.rank > 0
+    fsdp, adapters = world.size > 1 and c.parallel.strategy == "fsdp", c.lora.rank > 0
     # bf16 weights alone would lose small updates; adamw_8bit keeps what bf16 cannot hold, a frozen base has none
-    half = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or (adapters and not fsdp))
+    half = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or adapters)
     weights = torch.bfloat16 if half else torch.float32
     if c.model.init == "scratch":
         model = Model(config).to(weights)
@@ -190,8 +195,8 @@ def build_model(c: Config, config: ModelConfig, world, adapters: bool = True) ->
             model = Model(config).to(weights)
             if adapters:
                 lora.attach(model, c.lora, c.seed)
-        dtype = PRECISIONS[c.train.precision]
-        parallel.shard(model, world, None if dtype == torch.float32 else dtype)
+        dtype = PRECISIONS[c.train.precision]              # adapters are gathered in fp32: their steps are small
+        parallel.shard(model, world, None if adapters or dtype == torch.float32 else dtype)
         model.to_empty(device=world.device)
         model.tie()
         if c.model.init == "scratch":
@@ -248,6 +253,11 @@ def setup(c: Config, world, folder: Path | None = None) -> Run:
     if c.optim.name == "muon" and c.lora.rank:
         raise ValueError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
                          "use --optim.name adamw with adapters")
+    if c.lora.rank and c.model.init == "scratch":
+        raise ValueError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one "
+                         "of them out")
+    if c.lora.rank and c.optim.embedding_lr_scale != 1:
+        raise ValueError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     if c.train.batch_size % world.size:
         raise ValueError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
     torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
@@ -260,6 +270,15 @@ def setup(c: Config, world, folder: Path | None = None) -> Run:
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     documents = {name: docs for name, s in heldout.items()
                  if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
+    roles = {sources[name].role for name in documents}
+    if c.forget.merge.method != "none" and not (objective.causal and len(roles) == 2):
+        raise ValueError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
+                         "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
+                         "run: python forget.py merge --alpha 0.5")
+    steps = len(loader.counts) - 1
+    if c.forget.adaptive.policy != "none" and c.eval.every >= steps:
+        raise ValueError(f"forget.adaptive decides at evaluations, and with eval.every {c.eval.every} there is none "
+                         f"within {steps} steps; set --eval.every {max(1, steps // 10)}")
     inner = build_model(c, config, world)
     run = Run(c, world, tokenizer, config, sources, loader, loader.counts, objective, documents, inner)
     run.methods = retention(run, shards, folder)
@@ -270,6 +289,10 @@ def setup(c: Config, world, folder: Path | None = None) -> Run:
     run.optimizer = optim.make_optimizer(inner, c.optim, lora.lr_scales(inner, c.lora) if c.lora.rank else None)
     run.scale = optim.LossScale(c.train.precision == "fp16")
     return run
+
+
+def base_of(c: Config) -> str | None:
+    return hf.fingerprint(c.model.path) if c.model.init == "pretrained" else None
 
 
 def retention(run: Run, shards: dict, folder: Path | None) -> list:
@@ -300,7 +323,7 @@ def retention(run: Run, shards: dict, folder: Path | None) -> list:
             return contextlib.nullcontext(teacher)
 
     tokens = [record["sha256"] for name in general for record in shards[name].manifest["splits"]["train"]["shards"]]
-    made_of = [c.model.path, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
+    made_of = [base_of(c), c.data.context, c.data.packing, c.data.mask_documents, *tokens]
     return forget.make_methods(
         c.forget, run.total, forward, world, [i for i, name in enumerate(loader.names)
                                               if name in general and loader.counts[-1][i]],
@@ -433,7 +456,7 @@ def identity(run: Run, step: int) -> dict:
         "eval_tokens": c.eval.tokens, "mix": digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.total if c.forget.freeze.schedule != "none" else None,
         "rates": digest(repr([optim.learning_rate(s, run.total, c.optim) for s in range(step)]).encode()),
-        "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
+        "base": base_of(c), "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
         "tokens": digest(json.dumps(tokens).encode()),
         "optim": {k: v for k, v in dataclasses.asdict(c.optim).items() if k not in optim.SCHEDULE_FIELDS},
         "objective": dataclasses.asdict(c.objective),
@@ -463,6 +486,9 @@ def resume(run: Run, out: Path, logger) -> int:
     if found is None and run.c.train.branch_from:
         found = Path(run.c.train.branch_from)
         checkpoint.verify(found)
+        if not (found.parent.parent / "eval_step_0.json").is_file():
+            raise ValueError(f"{found} is in no run folder with an eval_step_0.json, which says what was known before; "
+                             f"leave the checkpoint where its run wrote it")
     if found is None:
         return 0
     weights, moments, state = checkpoint.load(found)
@@ -477,8 +503,9 @@ def resume(run: Run, out: Path, logger) -> int:
     differ = [why.get(key, f"{key} was {state['identity'].get(key)} and is {value}") for key, value in now.items()
               if state["identity"].get(key) != value]
     if differ:
-        raise ValueError(f"{out} holds another run: {'; '.join(differ)}; use the same settings to resume it, or "
-                         f"another --out to start anew")
+        what, other = (out, "another --out to start anew") if found.parent.parent == out else (found, "no branch")
+        raise ValueError(f"{what} holds another run: {'; '.join(differ)}; use the same settings to resume it, or "
+                         f"{other}")
     parallel.load_model_state(run.inner, weights, run.trained)
     parallel.load_optimizer_state(run.inner, run.optimizer, moments)
     run.scale.load_state_dict(state["loss_scale"])
@@ -526,13 +553,11 @@ def export(run: Run, folder: Path, card: str):
     c, weights = run.c, parallel.model_state(run.inner)
     if not run.world.main:
         return
-    if c.lora.rank:
+    if c.lora.rank:                                # onto the base as it is on disk, whatever it was rounded to here
         adapter = folder.with_name("adapter")
         lora.save(run.inner, adapter, c.model.path, weights)
-        if c.lora.base != "plain":                 # rounding to few bits would lose the adapter; the full base does not
-            lora.merge_folders(c.model.path, adapter, folder, card=card)
-            return
-        weights = lora.merged_state(run.inner, weights)
+        lora.merge_folders(c.model.path, adapter, folder, card=card, tokenizer=c.model.tokenizer or None)
+        return
     hf.save(run.inner, folder, base=c.model.path or None, state=weights, tokenizer=c.model.tokenizer or None,
             scratch=c.model.init == "scratch", card=card)
 
@@ -548,6 +573,7 @@ def merge_with_base(run: Run, out: Path, logger) -> dict:
         return scores(run, model.eval(), parallel.World(0, 1, run.world.device))
 
     general = [name for name, source in run.sources.items() if source.role == "general"]
+    shutil.rmtree(out / "final", ignore_errors=True)       # of a run that died before its eval.json
     found = forget.merge_best(c.model.path, out / "trained", out / "final", score, general, c.forget.merge,
                               device=run.world.device, say=logger.say)
     _write_json(out / "merge.json", found)
@@ -556,13 +582,12 @@ def merge_with_base(run: Run, out: Path, logger) -> dict:
 
 def finish(run: Run, after: dict, out: Path, logger):
     """eval.json, the Hugging Face folder with its card, and the report."""
-    origin = out if (out / "eval_step_0.json").exists() else Path(run.c.train.branch_from).parent.parent
-    first = json.loads((origin / "eval_step_0.json").read_text(encoding="utf-8"))
+    first = json.loads((out / "eval_step_0.json").read_text(encoding="utf-8"))
     before, protocol = first["texts"], first["protocol"]
     general = [name for name, source in run.sources.items() if source.role == "general"]
     comparison = evaluation.compare(before, after, general) if run.objective.causal else {}
     table = evaluation.table(before, after)
-    if not (out / "final").exists():
+    if run.c.forget.merge.method == "none":        # a merge has written it, and only rank 0 would see the folder
         export(run, out / "final", f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
     if not run.world.main:
         return
@@ -609,6 +634,8 @@ def describe(run: Run, say):
         say(optim.hint(run.inner.count_parameters(), "lora" if c.lora.rank else "full", c.optim))
     for line in (note for method in run.methods for note in method.notes):
         say(line)
+    if optim.warmup_length(run.total, c.optim) >= run.total:
+        say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards, epochs in zip(loader.names, loader.shards, loader.epochs(run.total).values()):
         scored = sum(len(ids) for ids, _ in run.documents.get(name, []))
         say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs:.2f} times; "
@@ -654,7 +681,7 @@ def wanted_share(run: Run, step: int) -> float:
 
 def train(c: Config, world) -> int:
     out = Path(c.out)
-    if (out / "final").exists():
+    if (out / "eval.json").exists():                       # the last that a run writes
         raise ValueError(f"{out} holds a finished run; choose another --out, or remove it to run again")
     run = setup(c, world, out)
     with contextlib.ExitStack() as stack:
@@ -671,7 +698,7 @@ def train(c: Config, world) -> int:
         start = resume(run, out, logger)
         logger.at(start)
         if (world.main and not (out / "config.toml").exists()) or (start == 0 and world.main):
-            begin(run, out, logger)
+            begin(run, start, out, logger)
         pool = stack.enter_context(ThreadPoolExecutor(1))
         ahead = pool.submit(micro_batches, run, start) if start < run.total else None
         seconds, measured = 0.0, 0
@@ -712,10 +739,13 @@ def train(c: Config, world) -> int:
     return 0
 
 
-def begin(run: Run, out: Path, logger):
+def begin(run: Run, start: int, out: Path, logger):
     """The first files of a run folder."""
     c, loader = run.c, run.loader
     (out / "config.toml").write_text(to_toml(c), encoding="utf-8")
+    if start:                                  # a branch: what was known before is what its trunk found
+        first = Path(c.train.branch_from).parent.parent / "eval_step_0.json"
+        _write_text(out / first.name, first.read_text(encoding="utf-8"))
     plan = {"step": 0, "steps": run.total, "schedule": c.data.schedule, "domain_share": c.data.domain_share,
             "sequences": dict(zip(loader.names, loader.counts[-1].tolist()))}
     _write_text(out / "plan.jsonl", json.dumps(plan) + "\n")

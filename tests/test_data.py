@@ -416,7 +416,7 @@ def test_mixed_files(tmp_path):
     web = [{"text": f"web {i} \ud800\u2028", "source_type": "old"} for i in range(7)]
     out, seen = tmp_path / "new/mixed.jsonl", set()
     for seed in (0, 0, 1):
-        done = data.mix_files(iter(law), iter(web), out, ratio=0.6, total=45, seed=seed)
+        done = data.mix_files(iter(law), iter(web), out, overwrite=True, ratio=0.6, total=45, seed=seed)
         seen.add(out.read_bytes())
         got = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
         for side, records, n in (("domain", law, 27), ("general", web, 18)):
@@ -429,7 +429,7 @@ def test_mixed_files(tmp_path):
         assert all(r == {**law[r["id"]], "source_type": "domain"} for r in got if r["source_type"] == "domain")
     assert len(seen) == 2
     assert [r["source_type"] for r in got] != sorted(r["source_type"] for r in got)
-    assert data.mix_files(law, web, out)["total"] == 14                    # each of the domain once, at 0.7
+    assert data.mix_files(law, web, out, overwrite=True)["total"] == 14                    # each of the domain once, at 0.7
     assert sorted(p.name for p in out.parent.iterdir()) == ["mixed.jsonl"]
 
 
@@ -438,15 +438,15 @@ def test_an_epoch_of_a_mix_has_each_record_once_in_a_new_order(tmp_path):
     places = data._draw("domain", 200, np.arange(50), seed=3).reshape(4, 50)
     assert all(sorted(row) == list(range(50)) for row in places.tolist())
     assert len({tuple(row) for row in places.tolist()}) == 4
-    done = data.mix_files(law, [], tmp_path / "m.jsonl", ratio=1.0, total=250)
+    done = data.mix_files(law, [], tmp_path / "m.jsonl", overwrite=True, ratio=1.0, total=250)
     assert ["read 5.0 times" in line for line in done["warnings"]] == [True]
     before = (tmp_path / "m.jsonl").read_bytes()
     for wrong, match in (({"total": 801}, "16.0 times, above its max_epochs of 16: .* --max-epochs 17"),
                          ({"total": 0}, "at least 1"), ({"ratio": 1.5}, "--domain-ratio"), ({"ratio": 0.0}, "length"),
                          ({"ratio": 0.5, "total": 9}, "the general files hold no records, but 5")):
         with pytest.raises(ValueError, match=match):
-            data.mix_files(law, [], tmp_path / "m.jsonl", **{"ratio": 1.0, **wrong})
-    data.mix_files(law, [], tmp_path / "n.jsonl", ratio=1.0, total=801, max_epochs=20)
+            data.mix_files(law, [], tmp_path / "m.jsonl", overwrite=True, **{"ratio": 1.0, **wrong})
+    data.mix_files(law, [], tmp_path / "n.jsonl", overwrite=True, ratio=1.0, total=801, max_epochs=20)
     assert (tmp_path / "m.jsonl").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "n.jsonl"]
 
@@ -479,6 +479,13 @@ def test_command_line_of_buckets_and_mixes(tmp_path, tiny_bpe, monkeypatch, caps
     assert shown["rows"][0]["sources"]["law/3"] == 0 < shown["rows"][9]["sources"]["law/3"]
     windows = -(-Shards(tmp_path / "w").tokens // 16)
     assert shown["epochs"]["wiki"] == shown["sequences"]["wiki"] / windows
+    for packing in ("best_fit", "document"):
+        assert run(monkeypatch, *preview, "--train.steps", 20, "--data.packing", packing) == 0
+        shown, rows = json.loads(report.read_text()), {}
+        for name, folder in (("law/0", out / "bucket_00"), ("wiki", tmp_path / "w")):
+            rows[name] = Loader({"s": Shards(folder)}, None, 16, 0, packing=packing).sequences()["s"]
+            assert shown["epochs"][name] == shown["sequences"][name] / rows[name]
+    assert rows["wiki"] > windows
     assert run(monkeypatch, *preview, "--train.steps", 5000) == 0
     assert "train.py refuses this plan" in capsys.readouterr().out
     mixed = ("mix", "--domain", law, "--general", wiki, "--out", tmp_path / "m.jsonl", "--json", report)
@@ -502,7 +509,10 @@ def test_command_line_of_buckets_and_mixes(tmp_path, tiny_bpe, monkeypatch, caps
     fails("mix", "--domain", law, "--general", wiki, match="mix wants either")
     fails("mix", tmp_path / "no.toml", "--preview", match="no.toml does not exist")
     fails("info", out, "--data.schedule", "x", match="unknown argument --data.schedule")
-    fails(*mixed, "--total-samples", 100000, match="allow it with --max-epochs")
+    fails(*mixed, match="exists already; choose another --out or add --overwrite")
+    fails(*mixed, "--overwrite", "--seed", -1, match="--seed is -1, but must be 0 or more")
+    assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 100
+    fails(*mixed, "--overwrite", "--total-samples", 100000, match="allow it with --max-epochs")
     recipe.write_text('[data.sources.law]\npath = "nowhere"\n')
     fails(*preview, match="data.sources.law.path is no folder")
     assert run(monkeypatch, *preview, "--train.steps", 4) == 0

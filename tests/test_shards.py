@@ -431,7 +431,7 @@ def all_documents(folder) -> list[tuple]:
 @pytest.mark.parametrize("files", [1, 5])
 def test_parts_together_are_the_whole(tmp_path, tiny_bpe, files, monkeypatch, capsys):
     monkeypatch.setattr("shards.BLOCK", 7)
-    texts = some_texts(100, 3)
+    texts = ["", *some_texts(100, 3), ""]
     paths = [tmp_path / f"{k}.jsonl" for k in range(files)]
     for k, path in enumerate(paths):
         path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts[k::files]))
@@ -443,6 +443,8 @@ def test_parts_together_are_the_whole(tmp_path, tiny_bpe, files, monkeypatch, ca
     assert run(monkeypatch, "manifest", "--merge", tmp_path / "parts", "--json", tmp_path / "m.json") == 0
     merged, whole = read_manifest(tmp_path / "parts"), read_manifest(tmp_path / "whole")
     assert json.loads((tmp_path / "m.json").read_text()) == merged
+    assert merged["inputs"] == whole["inputs"]
+    assert merged["empty_documents_dropped"] == whole["empty_documents_dropped"] == 2
     assert all_documents(tmp_path / "parts") == all_documents(tmp_path / "whole")
     for key in ("tokens", "documents", "bytes"):
         assert [merged["splits"][s][key] for s in SPLITS] == [whole["splits"][s][key] for s in SPLITS]
@@ -460,6 +462,18 @@ def test_parts_together_are_the_whole(tmp_path, tiny_bpe, files, monkeypatch, ca
     assert "part_0002_of_0003/train_" in capsys.readouterr().err
 
 
+def test_a_part_may_be_empty(tmp_path, tiny_bpe, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n\n".join(t.strip() for t in some_texts(30)))
+    for k in (1, 2):                                                    # 30 documents are all of the first block
+        assert run(monkeypatch, "pack", "--tokenizer", tiny_bpe, "--out", tmp_path / "p", "--part", f"{k}/2",
+                   tmp_path / "a.txt") == 0
+    assert run(monkeypatch, "manifest", "--merge", tmp_path / "p") == 0
+    merged = read_manifest(tmp_path / "p")
+    assert [i["name"] for i in merged["inputs"]] == ["a.txt"]
+    assert read_manifest(part_folder(tmp_path / "p", 2, 2))["splits"]["train"]["documents"] == 0
+    assert Shards(tmp_path / "p").documents == merged["splits"]["train"]["documents"] > 20
+
+
 def test_parts_that_do_not_fit(tmp_path, tiny_bpe, monkeypatch, capsys):
     def refused(match, *argv):
         assert run(monkeypatch, *argv) == 2
@@ -467,10 +481,16 @@ def test_parts_that_do_not_fit(tmp_path, tiny_bpe, monkeypatch, capsys):
         assert match in error
         assert "Traceback" not in error
 
-    for k, options in ((1, {}), (2, {"heldout": 0.5})):
-        pack(some_texts(50), Bytes(), part_folder(tmp_path / "p", k, 2), **options)
-    refused("has another heldout than part_0001_of_0002", "manifest", "--merge", tmp_path / "p")
-    shutil.rmtree(part_folder(tmp_path / "p", 2, 2))
+    pack(some_texts(50), Bytes(), part_folder(tmp_path / "p", 1, 2))
+    for key, tokenizer, options in (
+            ("heldout", Bytes(), {"heldout": 0.5}), ("bos", Bytes(), {"bos": True}),
+            ("tokenizer", Bytes(fingerprint="1f" * 32), {}), ("tokenizer", Bytes(vocab_size=70_000), {}),
+            ("inputs", Bytes(), {"inputs": [{"name": "b.txt", "bytes": 3}]})):
+        pack(some_texts(50), tokenizer, part_folder(tmp_path / "p", 2, 2), **options)
+        refused(f"has another {key} than part_0001_of_0002", "manifest", "--merge", tmp_path / "p")
+        shutil.rmtree(part_folder(tmp_path / "p", 2, 2))
+    (tmp_path / "p/part_x_of_y").mkdir()
+    (tmp_path / "p/part_x_of_y/manifest.json").write_text("{}")
     refused("part_0002_of_0002 is missing; pack it with --part", "manifest", "--merge", tmp_path / "p")
     pack(some_texts(50), Bytes(), part_folder(tmp_path / "p", 2, 3))
     refused("does not hold the parts 1 to 2 alone", "manifest", "--merge", tmp_path / "p")
@@ -480,6 +500,8 @@ def test_parts_that_do_not_fit(tmp_path, tiny_bpe, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, *pack_line, "--part", part)
         assert "is no part; write K/N" in capsys.readouterr().err
+    pack([], Bytes(), part_folder(tmp_path / "e", 1, 1), part=True)
+    refused("the parts of", "manifest", "--merge", tmp_path / "e")
     refused("do not go together", *pack_line, "--part", "1/2", "--buckets", 3, "--score", "quality")
 
 

@@ -5,6 +5,7 @@ folder, put on the base, is the exported model; a plan that was changed is what 
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from test_train import crash_at, lines, make_lab, one, quick, same_checkpoint, s
 
 import checkpoint
 import config
+import corpus
 import hf
 import lora
 import optim
+import shards
+import tokenizer
 import train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -170,6 +174,17 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
         train.train(run_of(base, tmp_path / "x", "--data.schedule", "static", "--train.branch-from", step5), one())
     with pytest.raises(ValueError, match="is at step 5, and the run is to end at 3"):
         train.train(run_of(base, tmp_path / "y", *ENDLESS, "--train.steps", 3, "--train.branch-from", step5), one())
+    again = tmp_path / "again"                             # a branch of a branch; what was known before comes along
+    longer = [*ENDLESS, "--optim.decay-ratio", 0, "--train.steps"]
+    train.train(run_of(base, again, *longer, 12, "--train.branch-from", trunk / "checkpoints/step_00000008"), one())
+    train.train(run_of(base, tmp_path / "third", *longer, 13, "--train.branch-from",
+                       again / "checkpoints/step_00000012"), one())
+    first = [json.loads((folder / "eval.json").read_text())["before"] for folder in (trunk, tmp_path / "third")]
+    assert first[0] == first[1]
+    shutil.copytree(step5, tmp_path / "alone/checkpoints/step_00000005")
+    with pytest.raises(ValueError, match=r"is in no run folder with an eval_step_0\.json"):
+        train.train(run_of(base, tmp_path / "w", *annealed, "--train.branch-from",
+                           tmp_path / "alone/checkpoints/step_00000005"), one())
     with pytest.raises(ValueError, match="has no readable manifest"):
         train.train(run_of(base, tmp_path / "z", "--train.branch-from", tmp_path / "nowhere"), one())
 
@@ -177,10 +192,65 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
 @pytest.mark.parametrize(("words", "match"), [
     (["--optim.name", "muon", "--lora.rank", 4], "use --optim.name adamw"),
     (["--forget.ewc.strength", 0.1, "--lora.rank", 4], "use --forget.lwf.alpha 0.5"),
-    (["--forget.lwf.alpha", 0.5, "--model.init", "scratch"], "--model.init pretrained")])
+    (["--forget.lwf.alpha", 0.5, "--model.init", "scratch"], "--model.init pretrained"),
+    (["--lora.rank", 4, "--model.init", "scratch"], "leave one of them out"),
+    (["--lora.rank", 4, "--optim.embedding-lr-scale", 0.1], "set lora.embedding_lr_ratio"),
+    (["--lora.dropout", 0.1], "lora is off.*set lora.rank"), (["--lora.base", "nf4"], "set lora.rank"),
+    (["--forget.lwf.tokens", "replay"], "set forget.lwf.alpha"), (["--forget.freeze.blocks", 2], "freeze.schedule"),
+    (["--forget.adaptive.policy", "budget", "--eval.every", 8], "--eval.every 1"),
+    (["--forget.merge.method", "linear", "--data.sources.legal.role", "general"], "forget.py merge --alpha 0.5")])
 def test_combinations_that_make_no_sense_name_the_alternative(base, tmp_path, words, match):
     with pytest.raises(ValueError, match=match):
         train.train(run_of(base, tmp_path / "run", *words), one())
+
+
+def test_an_adapter_does_not_go_on_over_another_base(base, tmp_path):
+    lab, folder = base
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    model = hf.load(other)
+    model.layers[0].mlp.up_proj.weight.data[0, 0] += 1
+    hf.save(model, other, base=folder)
+    out, words = tmp_path / "run", (*METHODS["lora"], "--train.save-every", 4)
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, run_of(base, out, *words), 5)
+    with pytest.raises(ValueError, match="holds another run: base was"):
+        train.train(run_of((lab, other), out, *words), one())
+    moved = tmp_path / "moved"                             # the same weights elsewhere are the same base
+    shutil.copytree(folder, moved)
+    assert train.train(run_of((lab, moved), out, *words), one()) == 0
+
+
+def test_a_run_that_died_between_its_export_and_its_last_file_is_finished(base, tmp_path):
+    out, words = tmp_path / "run", METHODS["merge"]
+    train.train(run_of(base, out, *words), one())
+    whole = (out / "eval.json").read_bytes(), (out / "final/model.safetensors").read_bytes()
+    (out / "eval.json").unlink()
+    assert train.train(run_of(base, out, *words), one()) == 0
+    assert whole == ((out / "eval.json").read_bytes(), (out / "final/model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="holds a finished run"):
+        train.train(run_of(base, out, *words), one())
+
+
+def test_qlora_stays_within_two_percent_of_lora(data_dir, tmp_path):
+    """stories260K on a title of law, the same batches; the last quarter's losses."""
+    model, law = data_dir / "models/stories260K", data_dir / "corpora/legal_en_dc/dc_code_title16.txt"
+    tok = tokenizer.load(model)
+    shards.pack(list(corpus.read_documents(str(law)))[:300], tok, tmp_path / "law")
+    losses = {}
+    for kept in ("plain", "nf4"):
+        c = config.parse(train.Config, list(map(str, [
+            "--out", tmp_path / kept, "--device", "cpu", "--model.path", model, "--data.context", 128,
+            "--data.sources.law.path", tmp_path / "law", "--train.steps", 40, "--train.batch-size", 8,
+            "--train.micro-batch-size", 8, "--train.precision", "fp32", "--optim.lr", 5e-3, "--optim.min-lr", 5e-4,
+            "--lora.rank", 8, "--lora.base", kept, "--eval.tokens", 2000, "--eval.sample-tokens", 0,
+            "--log.every", 1])))
+        train.train(c, one())
+        losses[kept] = [line["loss"] for line in lines(tmp_path / kept, "train")]
+    plain, quantised = (sum(losses[kept][30:]) for kept in ("plain", "nf4"))
+    assert plain < 0.8 * sum(losses["plain"][:10])
+    assert quantised < 1.02 * plain
+    assert losses["nf4"][0] != losses["plain"][0]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
