@@ -39,7 +39,7 @@ import corpus
 from config import ArgumentParser, main_guard, nearest, write_json
 from pii import scrub
 
-SCORES_VERSION = 1          # raise it when a score changes its meaning: older records are then scored anew
+SCORES_VERSION = 2          # raise it when a score changes its meaning: older records are then scored anew
 
 # ---- rules: score -> (lowest, highest) that is kept; None is no limit
 

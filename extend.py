@@ -618,28 +618,29 @@ def compare(train: list[str], held_out: list[str], vocab_size: int, megabytes: f
     if megabytes * 1e6 > MOST_EPOCHS * there:
         raise ValueError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
                          f"ask for less --bits-per-byte, or give more text")
-    for kind in ("bpe", "unigram", "wordpiece"):
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as home:
+        for kind in ("bpe", "unigram", "wordpiece"):
             start = time.perf_counter()
-            tok = T.train(iter(train), kind, vocab_size, folder)
+            tok = T.train(iter(train), kind, vocab_size, Path(home, kind))
             trained = time.perf_counter()
             ids = tok.encode_batch(held_out)
             encoded = time.perf_counter()
-            bits = []
-            for seed in range(seeds if megabytes else 0):
-                bits.append(small_model(folder, train, held_out, megabytes, seed))
-                print(f"{kind}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
-        n = sum(map(len, ids))
-        exact = covered = 0
-        for text, i in zip(map(T.clean, held_out), ids):
-            decoded = tok.decode(i)
-            exact += len(text.encode()) * (decoded == text)
-            covered += len(text.encode()) * ("".join(decoded.split()) == "".join(text.split()))
-        unknown = sum(int((i == tok.unk_id).sum()) for i in ids) if tok.unk_id is not None else 0
-        rows.append({"kind": kind, "ids": tok.vocab_size, "tokens_per_byte": n / size, "tokens_per_word": n / n_words,
-                     "exact": exact / size, "covered": covered / size, "unknown": unknown / n,
-                     "train_seconds": trained - start, "encode_mb_per_second": size / 1e6 / (encoded - trained),
-                     **({"bits_per_byte": bits} if bits else {})})
+            n = sum(map(len, ids))
+            exact = covered = 0
+            for text, i in zip(map(T.clean, held_out), ids):
+                decoded = tok.decode(i)
+                exact += len(text.encode()) * (decoded == text)
+                covered += len(text.encode()) * ("".join(decoded.split()) == "".join(text.split()))
+            unknown = sum(int((i == tok.unk_id).sum()) for i in ids) if tok.unk_id is not None else 0
+            rows.append({"kind": kind, "ids": tok.vocab_size, "tokens_per_byte": n / size,
+                         "tokens_per_word": n / n_words, "exact": exact / size, "covered": covered / size,
+                         "unknown": unknown / n, "train_seconds": trained - start,
+                         "encode_mb_per_second": size / 1e6 / (encoded - trained)})
+        for row in rows if megabytes else []:           # minutes each: not before all the tokenizers are there
+            row["bits_per_byte"] = bits = []
+            for seed in range(seeds):
+                bits.append(small_model(Path(home, row["kind"]), train, held_out, megabytes, seed))
+                print(f"{row['kind']}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
     return rows
 
 

@@ -7,21 +7,30 @@ import ipaddress
 import re
 from collections import Counter
 
-TLD = ("com|org|net|edu|gov|mil|int|info|biz|name|pro|aero|coop|museum|dev|app|cloud|online|health|law|example|test|"
-       "invalid|local|[a-z]{2}")
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 IBAN_LENGTH = dict(re.findall(r"([A-Z]{2})(\d\d)", (
     "AD24AE23AL28AT20AZ28BA20BE16BG22BH22BR29CH21CR22CY28CZ24DE22DK18DO28EE20ES24FI18FO18FR27GB22GE22GI23GL18GR27"
     "HR21HU28IE22IL23IS26IT27JO30KW30KZ20LB28LI21LT20LU20LV21MC27MD24ME22MK19MT31NL18NO15PK24PL28PS29PT25QA29RO24"
     "RS22SA24SE24SI19SK24SM27TN24TR26UA29VG24XK20")))
-KEY_MARKS = ("PRIVATE KEY", "AKIA", "ASIA", "gh", "glpat-", "xox", "AIza", "hf_", "npm_", "sk_live_", "sk-", "eyJ")
-KEY = re.compile(r"""(?x)-----BEGIN\ [A-Z ]{0,20}PRIVATE\ KEY-----[^-]*+(?:-----END\ [A-Z ]{0,20}PRIVATE\ KEY-----)?
-  | (?<![\w/+-])(?: (?:AKIA|ASIA)[0-9A-Z]{16} | gh[pousr]_[A-Za-z0-9]{36} | github_pat_\w{22,90} | glpat-[\w-]{20}
-  | xox[abprs]-[\w-]{10,80} | AIza[\w-]{35} | hf_[A-Za-z0-9]{34} | npm_[A-Za-z0-9]{36} | sk_live_[A-Za-z0-9]{24,99}
-  | sk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,200} | eyJ[\w-]{10,500}\.eyJ[\w-]{10,2000}\.[\w-]{10,500} )(?![\w-])""")
+KEY_MARKS = {       # what no key is without: what such a key is
+    "AKIA": r"AKIA[0-9A-Z]{16}", "ASIA": r"ASIA[0-9A-Z]{16}", "gh": r"gh[pousr]_[A-Za-z0-9]{36}",
+    "github_pat_": r"github_pat_\w{22,90}", "glpat-": r"glpat-[\w-]{20}", "xox": r"xox[abprs]-[\w-]{10,80}",
+    "AIza": r"AIza[\w-]{35}", "hf_": r"hf_[A-Za-z0-9]{34}", "npm_": r"npm_[A-Za-z0-9]{36}",
+    "sk_live_": r"sk_live_[A-Za-z0-9]{24,99}", "sk-": r"sk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,200}",
+    "eyJ": r"eyJ[\w-]{10,500}\.eyJ[\w-]{10,2000}\.[\w-]{10,500}"}
+KEY = re.compile(rf"(?<![\w/+-])(?:{'|'.join(KEY_MARKS.values())})(?![\w-])")
+PRIVATE_KEY = re.compile("-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[^-]*+(?:-----END [A-Z ]{0,20}PRIVATE KEY-----)?")
 LABELLED_KEY = re.compile(r"""(?xi)((?:api[_-]?key|secret|token|password)["']?\s{0,2}[:=]\s{0,2}["'])
     (?=[a-z_/+=-]{0,99}\d)(?=[^a-z"']{0,99}[a-z])[a-z0-9_/+=-]{24,128}(?=["'])""")
-EMAIL = re.compile(rf"(?<![\w.%+-])(?!git@)[\w.%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.)+(?:{TLD})(?![\w-]|\.\w)", re.I)
+EMAIL = re.compile(r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+"
+                   r"(?:[Xx][Nn]--[A-Za-z0-9-]{2,59}|[A-Z]{2,24}|[A-Za-z][a-z]{1,23})(?![\w-]|\.\w)")
+SURE_TLD = re.compile("com|org|net|edu|gov|mil|int|info|biz|name|pro|aero|coop|museum|dev|app|cloud|online|health|law|"
+                      "example|test|invalid|local")
+NO_TLD = re.compile(        # attributes, files and units of systemd, none of them a top-level domain
+    "weights?|bias|grad|values?|array|kernel|matrix|mat|inverse|inv|real|imag|conj|conjugate|transpose|adjoint|proj|jit|"
+    "class|func|type|shape|size|png|jpe?g|gif|svg|webp|ico|tgz|whl|jar|json|ya?ml|toml|txt|html?|conf|log|service|socket|"
+    "timer|slice|mount|device|path")
+CODE_HOST = re.compile(r"(?:self|cls|v?\d+|\dx)\.")
 IBAN = re.compile(r"(?<![\w-])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 CARD = re.compile(r"""(?x)(?<![\w.-])(?: \d{4}([ -]?)\d{4}\1\d{4}\1\d{4} | 3[47]\d\d([ -]?)\d{6}\2\d{5}
   | 3[068]\d\d([ -]?)\d{6}\3\d{4} )(?![\w-]|\.\d)""")
@@ -31,9 +40,12 @@ IDENTITY = re.compile(r"""(?x)((?i:\b(?:SSN|NINO|MRN|social\ security|national\ 
   \s?[:\#]?\s{0,2})) (?:[A-Z]{0,3}[ -]?\d(?:[ -]?\d){4,14}(?:\ ?[A-Z])?)(?!\w)""")
 PHONE = re.compile(r"""(?x)(?<![\w.+-])(?:
     \+\d{1,3}[ -]?(?:\(\d{1,4}\)[ -]?)?\d(?:[ -]?\d){6,12}
-  | (?:1[ .-])?(?:\([2-9]\d\d\)\ ?|[2-9]\d\d[-.])[2-9]\d\d[-.]\d{4})(?!\w|[-.]\d)""")
-LABELLED_PHONE = re.compile(r"(?i)((?<![\w.])(?:(?:tele)?phone|telefax|fax|mobile|cell(?=:)|tel|call)\b\.?"
-                            r"(?:\s(?:no\.?|number))?(?:\sat)?\s?[:#]?\s?)\+?\(?\d(?:[ ()./-]{0,2}\d){6,14}(?!\w)")
+  | (?:1[ .-])?(?:\([2-9]\d\d\)[ .-]?[2-9]\d\d[ .-]|[2-9]\d\d[-.][2-9]\d\d[-.])\d{4})(?!\w|[-.]\d)""")
+LABELLED_PHONE = re.compile(
+    r"(?i)((?<![\w.])(?:(?:tele)?phone|telefax|fax|mobile|cell(?=:)|tel|call|dial|whatsapp|(?:help|hot)line|ph(?=:)"
+    r"|reach(?=\s(?:me|us|him|her|them)\s))\b\.?(?:\s(?:no\.?|number|me|us|him|her|them))?(?:\s(?:at|is))?\s?[:#]?\s?)"
+    r"(?!(?:\d\d?[/.-]\d\d?[/.-](?:19|20)\d\d|(?:19|20)\d\d-\d\d-\d\d)(?![ /.-]?\d))"           # a day
+    r"\+?\(?\d(?:[ ()./-]{0,2}\d){6,14}(?!\w)")
 NOT_PHONE = re.compile(r"""(?ix)(?:\bno\.?|\#|№|§|\b(?:docket|case|isbn|issn|pmid|doi|patent|serial|section|version))
   \s?:?\s?\Z""")
 IP4 = re.compile(rf"(?<![\w.-]){OCTET}(?:\.{OCTET}){{3}}(?![\w-]|\.\d)")
@@ -42,13 +54,30 @@ OUTLINE = re.compile(r"""(?ix)(?:\b(?:(?:sub)?(?:section|clause|paragraph)s?|sec
   | parts?|chapters?|ch\.|rules?|regulations?|reg\.|schedules?|annex|appendix|items?|tables?|figures?|figs?\.|steps?
   | versions?|ver\.?|v\.?|releases?|no\.|oid|ec)|§)
   [\s:(=]*(?:[\d.()a-z]{1,16}(?:,|\ and|\ or|\ to|\ through|,\ and)\s){0,4}\Z""")
+# On the same line: what stands before a clause's number is often the end of another's
+ADDRESS_BEFORE = re.compile(rf"""(?ix)(?: [a-z]:// | @ | (?::[\da-f]{{0,4}}){{1,7}}: | (?:
+    (?:(?<![a-z])|(?-i:(?<=[a-z])(?=[A-Z]))) (?-i:(?!(?<=<)IP>)) (?:
+      ip(?:v4)?(?:_?(?:addr(?:ess)?|network|interface))? | addr(?:ess(?:es)?)? | inet | hosts? | hostname
+      | (?:name)?servers? | dns | gateway | clients? | peers? | proxy | router | endpoint | src | dst | ping | ssh
+      | telnet | traceroute | curl | nmap ) (?:\ (?:is|was|are))?
+    | (?<![a-z])(?: connect(?:ed|ing|ions?)? | log(?:ged|s)?(?:\ ?(?:in|on))? | ping(?:s|ed|ing)? | packets? | traffic
+      | listen(?:s|ing)? | bind | root | user\ [\w.-]{{1,16}} | routed? | servers? | hosts? | redirect(?:s|ed)? )
+      \ (?:to|from|at|on|via)
+    | \d\d:\d\d:\d\d(?:[.,]\d{{1,6}})?(?:Z|\ ?[+-]\d{{4}})? )
+  (?:["'],)?[\])"'\ \t]{{0,3}}[ \t:="'(\[<>-]{{0,6}}(?:{IP4.pattern}(?:,|\ and|\ or|\ to|,\ and)\ ){{0,4}} )\Z""")
+LETTERS, HUNDREDS = re.compile(r"[A-Za-z:@]"), re.compile(r"\d{3}")      # quickly: what a look is worth
+ADDRESS_BEHIND = re.compile(r"""(?x):\d{2,5}(?![\d.]) | /\d\d?(?![\d/.]) | [\])"']?\s-\s\S{1,32}\s\[
+  | \W{1,4}(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT)\ [/h*]
+  | (?:\s\w{1,16}){0,2}\s(?:port\s\d | logged\s(?:in|out|on|off)\b | netmask\b | timed\ out | unreachable | ttl\b
+  | icmp\b | [Tt][Cc][Pp]\b | [Uu][Dd][Pp]\b)""")
 
 
 def scrub(text: str) -> tuple[str, dict]:
     """(text with <KEY>, <EMAIL>, <IBAN>, <CARD>, <ID>, <PHONE>, <IP> in place of personal data, count of each).
 
-    IBANs must pass mod 97 (ISO 13616), cards Luhn (ISO 7812); identity numbers need their label. Outline numbers such
-    as "Section 12.4.1.3", and addresses of networks, masks and this machine, which name nobody, stay.
+    IBANs must pass mod 97 (ISO 13616), cards Luhn (ISO 7812); identity numbers need their label. Four small numbers,
+    as in "under 12.4.1.3" or the version 3.5.0.1, are an IPv4 address only where something beside them says so; those
+    of networks, masks and this machine, which name nobody, stay.
     """
     counts = Counter()
 
@@ -65,12 +94,14 @@ def scrub(text: str) -> tuple[str, dict]:
         text = pattern.sub(replace, text)
 
     lower = text.lower()
+    if "PRIVATE KEY" in text:
+        put(PRIVATE_KEY, "key")
     if any(mark in text for mark in KEY_MARKS):
         put(KEY, "key")
     if any(mark in lower for mark in ("key", "secret", "token", "password")):
         put(LABELLED_KEY, "key")
     if "@" in text:
-        put(EMAIL, "email")
+        put(EMAIL, "email", _email)
     if any(mark in lower for mark in IDENTITY_MARKS):
         put(IDENTITY, "id")
     if re.search(r"\d[\d ().-]{5,}\d", text):         # none of the following is shorter
@@ -82,6 +113,18 @@ def scrub(text: str) -> tuple[str, dict]:
     if "::" in text or text.count(":") > 6:
         put(IP6, "ip", _ip6)
     return text, dict(counts)
+
+
+def _email(match):
+    """A program writes matrix products, versions, units and pictures as name@name.name too."""
+    local, _, host = match[0].partition("@")
+    tld = host.rpartition(".")[2].lower()
+    if local in ("this", "super", "return"):    # Kotlin's labels
+        return ""
+    newline = local == "n" and match.string[match.start() - 1:match.start()] == "\\"
+    call = match.string[match.end():match.end() + 1] == "("
+    code = newline or call or NO_TLD.fullmatch(tld) or len(local) == host.find(".") == 1 or CODE_HOST.match(host)
+    return "" if code and not SURE_TLD.fullmatch(tld) else match[0]
 
 
 def _iban(match):
@@ -111,11 +154,17 @@ def _phone(match):
 def _ip4(match):
     text, start, end = match.string, match.start(), match.end()
     octets = [int(o) for o in match[0].split(".")]
-    line_start = not re.search(r"[^\s#(]", text[max(0, start - 9):start].rpartition("\n")[2])
-    heading = line_start and max(octets) < 100 and re.match(r"\.?\s+[A-Z]", text[end:end + 4])
-    outline = heading or re.match(r"\(\w", text[end:end + 2]) or OUTLINE.search(text[max(0, start - 64):start])
-    nobody = octets[0] in (0, 127) or octets[0] > 223 or octets[3] == 0
-    return "" if outline or nobody else match[0]
+    if octets[0] in (0, 127) or octets[0] > 223 or octets[3] == 0:
+        return ""                               # nobody's
+    before, behind = text[max(0, start - 48):start], text[end:end + 48]
+    near = before + match[0] + behind
+    says_so = (sum(o > 49 for o in octets) > 1                          # an outline seldom counts that far
+               or before[-1:] + behind[:1] == "[]" or ADDRESS_BEHIND.match(behind)
+               or (HUNDREDS.search(near) and any(int(o) > 99 for quad in IP4.findall(near) for o in quad.split(".")))
+               or (LETTERS.search(before, len(before) - 24) and ADDRESS_BEFORE.search(before)))
+    if not says_so or re.match(r"\(\w|\sNMAC\b", behind):                # New Mexico's code cites by four numbers
+        return ""
+    return "" if OUTLINE.search(text[max(0, start - 64):start]) else match[0]
 
 
 def _ip6(match):

@@ -541,6 +541,14 @@ def test_bits_per_byte_of_a_small_model(tmp_path, command, monkeypatch):
     assert "white space and unknown characters, which wordpiece drops, cost it nothing" in stdout
 
 
+def test_no_model_is_trained_before_every_tokenizer(monkeypatch):
+    """300 ids are enough for BPE; Unigram, which comes second, needs more for its bytes and these letters."""
+    texts = ["".join(map(chr, range(0x4E00, 0x4E80)))] * 20
+    monkeypatch.setattr(X, "small_model", lambda *args: pytest.fail("minutes went into a model first"))
+    with pytest.raises(ValueError, match="no unigram vocabulary of 300"):
+        X.compare(texts[2:], texts[:2], 300, megabytes=0.001)
+
+
 def test_a_small_model_is_trained_and_scored(small):
     """By the commands themselves, for three steps: fewer bits than the 8 of a byte, and not none."""
     texts = [f"{n}. {LATIN}" for n in range(100)]
