@@ -429,7 +429,7 @@ def test_mixed_files(tmp_path):
         assert all(r == {**law[r["id"]], "source_type": "domain"} for r in got if r["source_type"] == "domain")
     assert len(seen) == 2
     assert [r["source_type"] for r in got] != sorted(r["source_type"] for r in got)
-    assert data.mix_files(law, web, out, overwrite=True)["total"] == 14                    # each of the domain once, at 0.7
+    assert data.mix_files(law, web, out, overwrite=True)["total"] == 14  # each of the domain once
     assert sorted(p.name for p in out.parent.iterdir()) == ["mixed.jsonl"]
 
 
