@@ -118,7 +118,7 @@ class LwFConfig:
     """(1 - alpha) cross-entropy + alpha T^2 KL(base || model), 0: off; 0.5 is usual"""
     temperature: float = 2.0
     """T; above 1 the unlikely tokens count for more"""
-    tokens: Literal["all", "replay"] = "all"
+    tokens: Literal["replay", "all"] = "replay"
     """what the KL is taken on; replay: general text alone, and the domain's loss stays as it is"""
 
     def __post_init__(self):
@@ -263,10 +263,11 @@ def make_methods(config: ForgetConfig, total_steps: int, forward, world: World |
         if on["adaptive"]:
             raise ValueError("forget.adaptive moves the share of general text, and the run draws none; add a source "
                              "with the role general (forget.py replay makes one from the base), or use "
-                             "--forget.lwf.alpha 0.5, which needs none")
+                             "--forget.lwf.alpha 0.5 --forget.lwf.tokens all, which needs none")
         if on["lwf"] and lwf.tokens == "replay":
             raise ValueError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
-                             "source with the role general, or take it everywhere with --forget.lwf.tokens all")
+                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
+                             "LwF out with --forget.lwf.alpha 0")
     if on["ewc"] and ewc.fisher != "l2sp" and general_batches is None:
         raise ValueError("forget.ewc estimates its Fisher on general text, and there is none; add a source with the "
                          "role general (forget.py replay makes one from the base), or use --forget.ewc.fisher l2sp")

@@ -38,7 +38,7 @@ METHODS = {      # words of train.py; "own" as the general source: text drawn fr
     "self_replay": [*replay(0.3), "own"],
     "adaptive": ["--forget.adaptive.policy", "degradation", "--eval.every", 25],
     "ewc": [*ALONE, "--forget.ewc.strength", 10.0],
-    "lwf": [*ALONE, "--forget.lwf.alpha", 0.5],
+    "lwf": [*ALONE, "--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "all"],
     "lora": [*ALONE, "--lora.rank", 8, "--optim.lr", 1e-2, "--optim.min-lr", 1e-3],
     "freeze": [*ALONE, "--forget.freeze.schedule", "progressive"],
     "merge": [*ALONE, "--forget.merge.method", "linear"],

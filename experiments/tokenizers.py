@@ -85,6 +85,7 @@ def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, man
     steps = max(1, round(size["megabytes"] * 1e6 * per_byte / (16 * 512)))  # the recipe's batch and context
     folder = out / f"runs/{method}_{seed}"
     run("train.py", "recipes/cpt.toml", "--model.path", model, "--data.schedule", "domain_only",
+        "--forget.lwf.alpha", 0,
         "--data.sources.domain.path", out / f"shards/{vocabulary}/domain",
         "--data.sources.general.path", out / f"shards/{vocabulary}/general", "--train.steps", steps,
         "--eval.every", -(-steps // size["evaluations"]), "--eval.tokens", size["eval_tokens"],

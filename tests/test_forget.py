@@ -173,7 +173,7 @@ def test_wrong_settings(make, says):
     ({"lwf": LwFConfig(0.5, tokens="replay"), "general": []}, "tokens all"),
     ({"adaptive": AdaptiveConfig("budget"), "general": []}, "lwf.alpha"),
     ({"merge": MergeConfig("linear"), "pretrained": False}, "init pretrained"),
-    ({"lwf": LwFConfig(0.5), "pretrained": False}, "init pretrained"),
+    ({"lwf": LwFConfig(0.5, tokens="all"), "pretrained": False}, "init pretrained"),
 ])
 def test_combinations_without_sense_name_another(settings, alternative):
     with pytest.raises(ValueError, match=alternative) as error:
@@ -183,7 +183,7 @@ def test_combinations_without_sense_name_another(settings, alternative):
 
 def test_what_can_be_combined_is():
     assert len(methods(ewc=EWCConfig(0.1, "l2sp"), general=[], general_batches=None)) == 1
-    assert len(methods(lwf=LwFConfig(0.5), general=[], adapters=True)) == 1
+    assert len(methods(lwf=LwFConfig(0.5, tokens="all"), general=[], adapters=True)) == 1
 
 
 # ---- freezing
@@ -486,7 +486,7 @@ def test_lwf_is_exactly_zero_at_step_0(tiny_model, tokens, precision):
         loss.backward()
         ours = {name: p.grad.clone() for name, p in model.named_parameters()}
         model.zero_grad()
-        (0.75 * lwf_loss(model, methods(built=model, lwf=LwFConfig(1e-300))[0], batch)[1]).backward()
+        (0.75 * lwf_loss(model, methods(built=model, lwf=LwFConfig(1e-300, tokens="all"))[0], batch)[1]).backward()
         for name, p in model.named_parameters():             # the KL's gradient is zero too, up to rounding of q - p
             torch.testing.assert_close(ours[name], p.grad, rtol=1e-6, atol=1e-6 * p.grad.abs().max().item())
     assert lwf.before_step(0, model) == {"lwf_kl": 0.0}
@@ -536,7 +536,7 @@ def test_the_base_may_be_the_same_network_with_its_adapters_off():
     """An adapter on the head and a dropout: the base knows neither."""
     model, batch = toy(blocks=2), some_batch(3)
     model.layers.append(nn.Dropout(0.5))
-    with_copy, = methods(built=model, lwf=LwFConfig(0.3))
+    with_copy, = methods(built=model, lwf=LwFConfig(0.3, tokens="all"))
     plain, seen = model.head.weight, []
     model.head.weight = nn.Parameter(plain.detach() + torch.randn_like(plain))
 
@@ -547,7 +547,7 @@ def test_the_base_may_be_the_same_network_with_its_adapters_off():
         yield net
         net.head.weight = adapted
 
-    off, = methods(built=model, lwf=LwFConfig(0.3), base=adapters_off)
+    off, = methods(built=model, lwf=LwFConfig(0.3, tokens="all"), base=adapters_off)
     assert off.notes == ()
     losses = []
     for made in (with_copy, off):

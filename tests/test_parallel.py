@@ -40,7 +40,7 @@ METHODS = {
     "lora_lwf": ["--lora.rank", 4, "--forget.lwf.alpha", 0.5, "--forget.ema.decay", 0.9, "--eval.sample-tokens", 3],
     "qlora": ["--lora.rank", 4, "--lora.base", "nf4"],
     "ewc": ["--forget.ewc.strength", 1, "--forget.ewc.samples", 12],
-    "lwf": ["--forget.lwf.alpha", 0.5],
+    "lwf": ["--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "all"],
     "replay": ["--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "replay", "--train.micro-batch-size", 1,
                "--forget.adaptive.policy", "budget", "--forget.adaptive.epsilon", 1e-6, "--eval.every", 1],
     "freeze": ["--forget.freeze.schedule", "progressive", "--forget.freeze.thaw-ratio", 0.75,

@@ -29,8 +29,8 @@ METHODS = {
     "ewc": ["--forget.ewc.strength", 0.1, "--forget.ewc.samples", 12],
     "ewc_true": ["--forget.ewc.strength", 0.1, "--forget.ewc.samples", 12, "--forget.ewc.fisher", "true"],
     "l2sp": ["--forget.ewc.strength", 0.01, "--forget.ewc.fisher", "l2sp"],
-    "lwf": ["--forget.lwf.alpha", 0.5],
-    "lwf_replay": ["--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "replay"],
+    "lwf": ["--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "all"],
+    "lwf_replay": ["--forget.lwf.alpha", 0.5],
     "adaptive": ["--forget.adaptive.policy", "budget", "--forget.adaptive.epsilon", 1e-6, "--eval.every", 2],
     "degradation": ["--forget.adaptive.policy", "degradation", "--eval.every", 2],
     "ema": ["--forget.ema.decay", 0.9],
@@ -196,7 +196,7 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
     (["--lora.rank", 4, "--model.init", "scratch"], "leave one of them out"),
     (["--lora.rank", 4, "--optim.embedding-lr-scale", 0.1], "set lora.embedding_lr_ratio"),
     (["--lora.dropout", 0.1], "lora is off.*set lora.rank"), (["--lora.base", "nf4"], "set lora.rank"),
-    (["--forget.lwf.tokens", "replay"], "set forget.lwf.alpha"), (["--forget.freeze.blocks", 2], "freeze.schedule"),
+    (["--forget.lwf.tokens", "all"], "set forget.lwf.alpha"), (["--forget.freeze.blocks", 2], "freeze.schedule"),
     (["--forget.adaptive.policy", "budget", "--eval.every", 8], "--eval.every 1"),
     (["--forget.merge.method", "linear", "--data.sources.legal.role", "general"], "forget.py merge --alpha 0.5")])
 def test_combinations_that_make_no_sense_name_the_alternative(base, tmp_path, words, match):
