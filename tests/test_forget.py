@@ -30,7 +30,7 @@ import hf
 import parallel
 import tokenizer
 from forget import AdaptiveConfig, EMAConfig, EWCConfig, ForgetConfig, FreezeConfig, LwFConfig, MergeConfig
-from generate import Settings
+from generate import Settings, first_ids
 from model import Model, ModelConfig
 
 ONE = parallel.World(0, 1, torch.device("cpu"))
@@ -969,12 +969,42 @@ def test_the_base_writes_its_own_replay(pair, tmp_path, monkeypatch, capsys):
     assert sorted(file.name for file in tmp_path.glob("*.jsonl*")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
-def test_a_text_ends_where_the_model_ends_it(pair, monkeypatch):
-    tok, answers = tokenizer.load(pair[0]), iter([[5, 6, 2], [2], [7, 8, 9]])
-    monkeypatch.setattr("generate.generate", lambda *a: next(answers))
-    records = list(forget.self_replay(None, tok, {2}, 3, Settings(), seed=4))
-    assert [(r["id"], r["text"], r["metadata"]["ended"]) for r in records] == \
-        [("self-4-0", tok.decode([5, 6]).strip(), True), ("self-4-2", tok.decode([7, 8, 9]).strip(), False)]
+class Scripted(torch.nn.Module):
+    """A model that says row r's next id of `answers` whatever it reads; a row that has ended says its last one on."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers, self.said, self.weight = answers, 0, torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, tokens, cache):
+        self.said += 1
+        return torch.tensor([[[row[min(self.said, len(row)) - 1]]] for row in self.answers[:len(tokens)]])
+
+    def head(self, hidden):
+        return 1e4 * torch.nn.functional.one_hot(hidden[:, 0], 20).float()
+
+
+def test_a_text_ends_where_the_model_ends_it(pair):
+    tok, model = tokenizer.load(pair[0]), Scripted([[5, 6, 2], [2], [7, 8, 9]])
+    records = list(forget.self_replay(model, tok, {2}, 3, Settings(max_new_tokens=3, temperature=1.0), seed=4))
+    assert [(r["id"], r["text"], r["metadata"]["ended"], r["metadata"]["tokens"]) for r in records] == [
+        ("self-4-0", tok.decode([5, 6]).strip(), True, 3), ("self-4-2", tok.decode([7, 8, 9]).strip(), False, 3)]
+
+
+def test_text_drawn_from_the_base_follows_its_distribution(tiny_model, pair):
+    """First ids of 4,000 documents against softmax of the logits after the first token."""
+    model, tok = tiny_model(seed=1), tokenizer.load(pair[0])
+    start = first_ids(tok, "")
+    settings = Settings(max_new_tokens=1, temperature=1.0)
+    counts = torch.zeros(model.config.vocab_size)
+    tok.decode = lambda ids: f"{ids[0]}." if ids else "."
+    for record in forget.self_replay(model, tok, set(), 4000, settings, seed=0, rows=500):
+        counts[int(record["text"][:-1])] += 1
+    with torch.no_grad():
+        wanted = 4000 * model.head(model(torch.tensor([start]))[:, -1])[0].double().softmax(0)
+    often = wanted > 20
+    assert ((counts - wanted)[often].square() / wanted[often]).sum() < often.sum() + 5 * (2 * often.sum()) ** 0.5
+    assert often.sum() > 5
 
 
 def test_stories_come_out_of_a_story_teller(data_dir, tmp_path, monkeypatch, one_thread):

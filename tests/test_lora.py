@@ -587,8 +587,6 @@ def test_two_shards_are_one_model(tiny_model, tmp_path):
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({"rank": -1}, "lora.rank is -1"),
-    ({"base": "nf4"}, "lora.base needs an adapter: set lora.rank"),
-    ({"embeddings": "full", "dora": True}, "lora.embeddings, lora.dora needs an adapter"),
     ({"rank": 8, "alpha": 0}, "lora.alpha 0"),
     ({"rank": 8, "dropout": 1.0}, "lora.dropout is 1.0"),
     ({"rank": 8, "embeddings": "rows"}, "give both"),
