@@ -39,13 +39,13 @@ from mixture import DataConfig, LengthConfig, SourceConfig
 from shards import (
     SPLITS,
     Shards,
+    deal,
     merge_parts,
     open_buckets,
     pack,
     pack_buckets,
     packed_folders,
     part_folder,
-    part_of,
     read_buckets,
     read_manifest,
     sync_and_close,
@@ -399,7 +399,7 @@ def cli_pack(args):
         first = args.first or ("high" if "quality" in args.score else "low")
         pack_buckets(records, tokenizer, out, args.buckets, args.score, first=first, column=args.column, **options)
     else:
-        pack(part_of(args.files, texts, k, n), tokenizer, out, part=bool(args.part), **options)
+        pack(deal(args.files, texts, k, n), tokenizer, out, part=bool(args.part), **options)
     bar.close()
     seconds = time.perf_counter() - start
     manifests = [read_manifest(folder) for folder in packed_folders(out)]

@@ -33,9 +33,9 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
     if not file.is_file():
         raise ValueError(f"input file {path} does not exist or is no file")
     usual = "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
-    header = np.zeros(256, "<i4")
-    header[:] = start if len(start := np.fromfile(file, "<i4", 256)) == 256 else 0
-    size = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}.get(int(header[0]))
+    header = np.fromfile(file, "<i4", 256)
+    sizes = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}
+    size = sizes.get(int(header[0])) if len(header) == 256 else None           # bytes a token, where a header says it
     if size and header[3] == OUR_MAGIC:
         raise ValueError(f"{path} is a packed shard already; name its folder as a source")
     index, ends = file.with_name(file.name + ".index") if file.suffix == ".ds" else file.with_suffix(".idx"), None

@@ -777,9 +777,7 @@ def merge(base, result, out, alpha: float, method: str = "linear", density: floa
     pair, out = Pair(base, result), Path(out)
     if out.exists():
         raise ValueError(f"{out} exists; name another folder with --out")
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    with hf.replacing(out) as temporary:
         weight_map, size, dtype = {}, 0, None
         for file in dict.fromkeys(pair.files[1].values()):
             name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
@@ -798,9 +796,6 @@ def merge(base, result, out, alpha: float, method: str = "linear", density: floa
         with open(temporary / "README.md", "a", encoding="utf-8") as readme:
             readme.write(f"\n## Merged with its base\n\n{method}, coefficient {alpha:g} (0 is the base, 1 the model "
                          f"that was trained).\n{card}\n")
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sweep(base, result, score, general, alphas, method: str = "linear", density: float = 0.2,

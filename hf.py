@@ -8,6 +8,7 @@ Configs are written in both dialects (`rope_theta`, `rope_scaling`, `torch_dtype
 `dtype` of 5): a config with the new keys alone makes transformers 4 fall back to a base of 10000 without a word.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -328,10 +329,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
     tensors = {to_hf_name(name): t.detach().cpu().contiguous() for name, t in tensors.items()
                if not (config.tie_word_embeddings and name == "head.weight")}
     dtype = next(iter(tensors.values())).dtype
-    out = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    try:
+    with replacing(path) as out:
         _save_tensors(tensors, out, shard_bytes)
         base_config = read_json(base_folder / "config.json") if base_folder else {}
         new_config = write_config(config, dtype, base_config)
@@ -343,7 +341,16 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
             _copy_tokenizer(Path(tokenizer or base_folder), out)
         text = _model_card(None if scratch else base, base_folder, path.name, card)
         (out / "README.md").write_text(text, encoding="utf-8")
-        old = path.with_name(f"{path.name}.old{os.getpid()}")
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A folder to write to, which takes the place of `path` in the end; after an error `path` is as it was."""
+    out, old = (path.with_name(f"{path.name}.{end}{os.getpid()}") for end in ("tmp", "old"))
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    try:
+        yield out
         if path.exists():
             path.rename(old)
         out.rename(path)

@@ -23,9 +23,7 @@ Whatever they do not take, `merge` turns into a plain model.
 
 import hashlib
 import math
-import os
 import re
-import shutil
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -708,18 +706,9 @@ def save(model: nn.Module, folder, base_name: str, weights: dict | None = None):
     Hub id. weights: as in `merged_state`."""
     folder = Path(folder)
     tensors, config = state(model, weights), peft_config(model, base_name)
-    out, old = (folder.with_name(f"{folder.name}.{end}{os.getpid()}") for end in ("tmp", "old"))
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    try:
+    with hf.replacing(folder) as out:
         save_file(tensors, out / TENSORS, metadata={"format": "pt"})
         write_json(out / CONFIG, config)
-        if folder.exists():
-            folder.rename(old)
-        out.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
 
 
 def read(folder) -> tuple[dict, dict[str, torch.Tensor]]:

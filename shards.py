@@ -251,7 +251,7 @@ def part_folder(out, k: int, n: int) -> Path:
     return Path(out) / f"part_{k:04d}_of_{n:04d}"
 
 
-def part_of(files: list, documents, k: int, n: int):
+def deal(files: list, documents, k: int, n: int):
     """What part k of n (from 1) has of `files`: every n-th of them or, where there are fewer than n, the documents that
     documents(files) yields in blocks of BLOCK dealt in turn."""
     if len(files) >= n:

@@ -233,6 +233,7 @@ class Run:
     documents: dict              # {source: [(token ids, bytes)]} held out, to be scored
     inner: Model                 # the model itself
     model: torch.nn.Module = None            # what the loop calls: the same, or DDP around it
+    base: str | None = None                  # fingerprint of the weights it began from
     methods: list = field(default_factory=list)       # what keeps the base's knowledge (forget.py)
     decisions: list = field(default_factory=list)     # what adaptive replay made of the evaluations so far
     optimizer: torch.optim.Optimizer = None
@@ -281,6 +282,8 @@ def setup(c: Config, world, folder: Path | None = None) -> Run:
                          f"within {steps} steps; set --eval.every {max(1, steps // 10)}")
     inner = build_model(c, config, world)
     run = Run(c, world, tokenizer, config, sources, loader, loader.counts, objective, documents, inner)
+    if c.model.init == "pretrained":
+        run.base = hf.fingerprint(c.model.path)
     run.methods = retention(run, shards, folder)
     for method in run.methods:
         method.model_built(inner)                                          # model built
@@ -289,10 +292,6 @@ def setup(c: Config, world, folder: Path | None = None) -> Run:
     run.optimizer = optim.make_optimizer(inner, c.optim, lora.lr_scales(inner, c.lora) if c.lora.rank else None)
     run.scale = optim.LossScale(c.train.precision == "fp16")
     return run
-
-
-def base_of(c: Config) -> str | None:
-    return hf.fingerprint(c.model.path) if c.model.init == "pretrained" else None
 
 
 def retention(run: Run, shards: dict, folder: Path | None) -> list:
@@ -323,7 +322,7 @@ def retention(run: Run, shards: dict, folder: Path | None) -> list:
             return contextlib.nullcontext(teacher)
 
     tokens = [record["sha256"] for name in general for record in shards[name].manifest["splits"]["train"]["shards"]]
-    made_of = [base_of(c), c.data.context, c.data.packing, c.data.mask_documents, *tokens]
+    made_of = [run.base, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
     return forget.make_methods(
         c.forget, run.total, forward, world, [i for i, name in enumerate(loader.names)
                                               if name in general and loader.counts[-1][i]],
@@ -365,6 +364,7 @@ def train_step(run: Run, step: int, batches: list) -> dict:
                 loss, _, metrics = run.objective.loss(run.model, batch)
                 for method in run.methods:
                     loss = method.loss_computed(run.inner, batch, loss, metrics)           # loss computed
+                del metrics["hidden"]              # or it would live through the next forward pass
             # ranks average their gradients; times their number, the average is the sum
             (loss * (scale.scale * world.size / valid)).backward()
         row_loss.append(metrics["row_loss"])
@@ -456,7 +456,7 @@ def identity(run: Run, step: int) -> dict:
         "eval_tokens": c.eval.tokens, "mix": digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.total if c.forget.freeze.schedule != "none" else None,
         "rates": digest(repr([optim.learning_rate(s, run.total, c.optim) for s in range(step)]).encode()),
-        "base": base_of(c), "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
+        "base": run.base, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
         "tokens": digest(json.dumps(tokens).encode()),
         "optim": {k: v for k, v in dataclasses.asdict(c.optim).items() if k not in optim.SCHEDULE_FIELDS},
         "objective": dataclasses.asdict(c.objective),
@@ -687,7 +687,8 @@ def train(c: Config, world) -> int:
     with contextlib.ExitStack() as stack:
         if world.main:
             stack.callback(guard.RunLock(out).release)
-            if not checkpoint.steps(out / "checkpoints"):      # what a run left that died before its first save
+            new = not checkpoint.steps(out / "checkpoints")
+            if new:                                            # what a run left that died before its first save
                 for stale in [out / "metrics.jsonl", *out.glob("eval_step_*.json")]:
                     stale.unlink(missing_ok=True)
         logger = log.Logger(out, c.log, run.total, world.main, settings=dataclasses.asdict(c))
@@ -697,7 +698,7 @@ def train(c: Config, world) -> int:
         describe(run, logger.say)
         start = resume(run, out, logger)
         logger.at(start)
-        if (world.main and not (out / "config.toml").exists()) or (start == 0 and world.main):
+        if world.main and (new or start == 0):
             begin(run, start, out, logger)
         pool = stack.enter_context(ThreadPoolExecutor(1))
         ahead = pool.submit(micro_batches, run, start) if start < run.total else None

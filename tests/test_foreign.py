@@ -57,21 +57,26 @@ def raw(ids, size) -> bytes:
 WRITERS = {"a.ds": datatrove_file, "b.bin": megatron_file, "c.bin": llmc_file, "d.bin": nanogpt_file}
 
 
-@pytest.fixture(params=[(name, size) for name in WRITERS for size in (2, 4)], ids=lambda p: f"{p[0]}-{p[1]}")
-def case(request, tmp_path):
-    """(file, bytes a token, what --dtype has to be where the file does not say it)"""
-    name, size = request.param
+CASES = [(name, size) for name in WRITERS for size in (2, 4)]
+SILENT = [("a.ds", 4), ("d.bin", 4)]               # files that do not say that their tokens are wide
+
+
+def written(folder, name, size):
     if name in ("a.ds", "b.bin"):
         pytest.importorskip("datatrove", reason="the truth is a file that datatrove writes")
-    WRITERS[name](tmp_path / name, size, Bytes.eos_id)
-    return tmp_path / name, size, "uint32" if size == 4 and name in ("a.ds", "d.bin") else None
+    WRITERS[name](folder / name, size, Bytes.eos_id)
+    return folder / name
 
 
-@pytest.fixture
-def file(case):
-    if case[2]:
-        pytest.skip("this file needs its --dtype; test_documents_come_back names it")
-    return case[0]
+@pytest.fixture(params=CASES, ids=lambda p: f"{p[0]}-{p[1]}")
+def case(request, tmp_path):
+    """(file, bytes a token, what --dtype has to be where the file does not say it)"""
+    return written(tmp_path, *request.param), request.param[1], "uint32" if request.param in SILENT else None
+
+
+@pytest.fixture(params=[c for c in CASES if c not in SILENT], ids=lambda p: f"{p[0]}-{p[1]}")
+def file(request, tmp_path):
+    return written(tmp_path, *request.param)
 
 
 def test_documents_come_back(case):

@@ -174,6 +174,11 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
         train.train(run_of(base, tmp_path / "x", "--data.schedule", "static", "--train.branch-from", step5), one())
     with pytest.raises(ValueError, match="is at step 5, and the run is to end at 3"):
         train.train(run_of(base, tmp_path / "y", *ENDLESS, "--train.steps", 3, "--train.branch-from", step5), one())
+    dies = tmp_path / "dies"                               # before its first save, and is begun again
+    crash_at(monkeypatch, run_of(base, dies, *annealed, "--train.branch-from", step5), 6)
+    train.train(run_of(base, dies, *annealed, "--train.branch-from", step5), one())
+    assert (dies / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
+    same_checkpoint(dies, whole, 10)
     again = tmp_path / "again"                             # a branch of a branch; what was known before comes along
     longer = [*ENDLESS, "--optim.decay-ratio", 0, "--train.steps"]
     train.train(run_of(base, again, *longer, 12, "--train.branch-from", trunk / "checkpoints/step_00000008"), one())
