@@ -48,6 +48,7 @@ from parallel import World, like, whole
 IGNORE = -100
 RAISE, LOWER = 0.1, 0.05                # one decision's change of the replay share
 WORST, MILD = 0.05, 0.025               # relative degradation above which replay is raised, below which lowered
+SPARE = 0.75                            # part of the budget under which replay is lowered
 AHEAD = 3                               # evaluations that the budget policy looks ahead: replay takes time to help
 METRICS = {"bits_per_byte": "down", "perplexity": "down", "accuracy": "up"}     # the better direction; first one counts
 
@@ -588,7 +589,7 @@ class AdaptiveReplay(Method):
 
     budget: the worst rise of a general source's bits per byte, smoothed with its trend (Holt's double exponential
     smoothing, which does not lag behind a steady rise) and carried on for AHEAD evaluations; where that would pass
-    epsilon the share rises, where it would stay under half of epsilon it falls, and between it rests.
+    epsilon the share rises, where it would stay under three quarters of it the share falls, and between it rests.
     degradation: the worst relative loss of a general source, each metric in its own direction.
     The schedule holds until the first change; from then on the decisions do.
     """
@@ -619,7 +620,7 @@ class AdaptiveReplay(Method):
             memory["level"] = new * judged + (1 - new) * (before + trend)
             memory["trend"] = new * (memory["level"] - before) + (1 - new) * trend
             judged = memory["level"] + AHEAD * memory["trend"]
-            high, low = config.epsilon, config.epsilon / 2
+            high, low = config.epsilon, SPARE * config.epsilon
             decision |= {"smoothed": memory["level"], "ahead": judged}
         change = RAISE if judged > high else -LOWER if judged < low else 0.0
         share = round(min(config.most, max(config.least, memory["share"] + change)), 9)

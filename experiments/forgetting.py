@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--separator", help="documents of the general files stand between this string")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
                         help=f"of {', '.join(METHODS)} (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--documents", type=int, default=600, help="drawn from the base for self_replay (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
