@@ -1,9 +1,8 @@
-"""Learn the domain and keep the rest: freezing, EWC and L2-SP, LwF, adaptive replay, weight averages, merging.
+"""Learn the domain and keep the rest: freezing, EWC and L2-SP, LwF, adaptive replay, weight averages.
 
     python train.py RECIPE.toml --forget.ewc.strength 0.1 --forget.lwf.alpha 0.5 --forget.adaptive.policy budget
-    python forget.py merge --base DIR --model DIR --out DIR --alpha 0.5
-    python forget.py merge --base DIR --model DIR --out DIR --domain law.txt --general wiki.txt    finds the coefficient
-    python forget.py replay --model DIR --documents 1000 --out replay.jsonl      general text where you have none
+    python forget.py merge --help           a model between base and result: see merge.py
+    python forget.py replay --help          general text where you have none: see replay.py
 
 | method   | holds back forgetting by                             | costs                                      |
 |----------|------------------------------------------------------|--------------------------------------------|
@@ -28,9 +27,7 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
-import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -41,7 +38,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from config import ArgumentParser, main_guard, nearest, write_json
+from config import ArgumentParser, main_guard, nearest
 from kernels import linear_cross_entropy, linear_kl
 from parallel import World, like, whole
 
@@ -162,6 +159,13 @@ class EMAConfig:
     def __post_init__(self):
         if not 0 <= self.decay < 1:
             raise ValueError(f"forget.ema.decay is {self.decay}, but must be 0 (off) or more and below 1")
+
+
+def check_coefficients(alpha: float, density: float):
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha is {alpha}, but must be between 0 (the base) and 1 (the result)")
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density}, but must be above 0 and at most 1 (every change is kept)")
 
 
 @dataclass
@@ -697,295 +701,23 @@ class EMA(Method):
             value.copy_(like(tensors[name], value))
 
 
-# ---- merging with the base, after the run
-
-def check_coefficients(alpha: float, density: float):
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}, but must be between 0 (the base) and 1 (the result)")
-    if not 0 < density <= 1:
-        raise ValueError(f"density is {density}, but must be above 0 and at most 1 (every change is kept)")
-
-
-def merge_tensor(base: torch.Tensor, result: torch.Tensor, alpha: float, method: str = "linear",
-                 density: float = 0.2) -> torch.Tensor:
-    """A tensor between base (alpha 0) and result (alpha 1), in the wider of their dtypes; rows that only the result has
-    stay its own. Both ends are bit for bit those tensors (the result's of ties where density is 1).
-
-    linear: base + alpha (result - base) (WiSE-FT, arXiv 2109.01903). slerp: along the arc between the two, as one
-    vector each. ties: only the `density` largest changes of the tensor (arXiv 2306.01708; the vote on signs and the
-    mean need several results, and with one nothing is left of them).
-    """
-    dtype = torch.promote_types(base.dtype, result.dtype)
-    if len(result) > len(base):
-        old = merge_tensor(base, result[:len(base)], alpha, method, density)
-        return torch.cat([old, result[len(base):].to(dtype)])
-    base, result = base.to(dtype), result.to(dtype)
-    if method == "ties" and density < 1:
-        change = (result.to(wide(result)) - base).abs().flatten()
-        kept = max(1, round(density * len(change)))
-        least = change.kthvalue(len(change) - kept + 1).values
-        return torch.where(change.view(base.shape) >= least, merge_tensor(base, result, alpha), base)
-    if alpha in (0, 1):
-        return result if alpha else base
-    a, b = base.to(wide(base)), result.to(wide(result))
-    if method == "slerp":
-        lengths = [torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (a, b)]
-        if min(lengths) > 0:
-            u, v = a / lengths[0], b / lengths[1]
-            apart, along = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (u - v, u + v))
-            angle = 2 * math.atan2(apart, along)     # arccos of a cosine near 1, as here, would be noise
-            if math.sin(angle) > 1e-9:
-                return (a * (math.sin((1 - alpha) * angle) / math.sin(angle))
-                        + b * (math.sin(alpha * angle) / math.sin(angle))).to(dtype)
-    return torch.lerp(a, b, alpha).to(dtype)
-
-
-class Pair:
-    """The tensors of a base and of what was made of it, read one at a time."""
-
-    def __init__(self, base, result):
-        import hf
-        self.folders = [hf.resolve(base), hf.resolve(result)]
-        self.files = [hf.tensor_files(folder) for folder in self.folders]
-        self.names = [name for name in self.files[1] if hf.from_hf_name(name)]
-        for names, other, folder in ((self.names, self.files[0], base), (self.files[0], self.files[1], result)):
-            lacking = [n for n in names if n not in other and hf.from_hf_name(n) and n != "lm_head.weight"]
-            if lacking:
-                raise ValueError(f"{folder} has no tensor {lacking[0]}; base and result must be of one architecture")
-        self.names = [name for name in self.names if name in self.files[0]]     # a tied head may be stored or not
-        if "lm_head.weight" in self.files[1] and "lm_head.weight" not in self.names:
-            raise ValueError(f"{result} has a head of its own and {base} has none; untie the base's to merge them")
-
-    def merged(self, name: str, alpha: float, method: str, density: float) -> torch.Tensor:
-        import hf
-        tensors = []
-        for files in self.files:
-            with hf.open_tensors(files[name]) as opened:
-                tensors.append(opened.get_tensor(name))
-        base, result = tensors
-        rows = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        if base.shape != result.shape and not (rows and base.shape[1:] == result.shape[1:] and len(base) < len(result)):
-            raise ValueError(f"{name} is {list(base.shape)} in {self.folders[0]} and {list(result.shape)} in "
-                             f"{self.folders[1]}; only a vocabulary may have grown, and only in the result")
-        return merge_tensor(base, result, alpha, method, density)
-
-
-def merge(base, result, out, alpha: float, method: str = "linear", density: float = 0.2, card: str = ""):
-    """Write the merged model as a Hugging Face folder, whole or not at all; all but the weights is the result's. In
-    memory is one of the result's files at a time."""
-    import hf
-    check_coefficients(alpha, density)
-    pair, out = Pair(base, result), Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists; name another folder with --out")
-    with hf.replacing(out) as temporary:
-        weight_map, size, dtype = {}, 0, None
-        for file in dict.fromkeys(pair.files[1].values()):
-            name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-            tensors = {n: pair.merged(n, alpha, method, density) for n in pair.names if pair.files[1][n] == file}
-            save_file(tensors, temporary / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name)
-            size, dtype = size + sum(t.nbytes for t in tensors.values()), next(iter(tensors.values())).dtype
-        for file in pair.folders[1].iterdir():
-            if file.is_file() and not re.search(r"\.(safetensors|bin)(\.index\.json)?$", file.name):
-                shutil.copyfile(file, temporary / file.name)
-        if len(set(weight_map.values())) > 1:
-            write_json(temporary / "model.safetensors.index.json",
-                       {"metadata": {"total_size": size}, "weight_map": weight_map})
-        config, name = hf.read_json(temporary / "config.json"), str(dtype).removeprefix("torch.")
-        write_json(temporary / "config.json", {**config, "torch_dtype": name, "dtype": name})
-        with open(temporary / "README.md", "a", encoding="utf-8") as readme:
-            readme.write(f"\n## Merged with its base\n\n{method}, coefficient {alpha:g} (0 is the base, 1 the model "
-                         f"that was trained).\n{card}\n")
-
-
-def sweep(base, result, score, general, alphas, method: str = "linear", density: float = 0.2,
-          dtype: torch.dtype = torch.float32, device="cpu") -> list[dict]:
-    """Rows {"alpha", "texts", "domain_gain", "forgetting", "score"} of the merged models, by rising alpha.
-
-    score(model, folder) -> {text: {"bits_per_byte", ...}}, `folder` being where the model's tokenizer is; `general`
-    names the texts whose rise is forgetting. The score is domain gain - max(0, forgetting - 5 %) (eval.compare).
-    """
-    import eval as evaluation
-    import hf
-    before = score(hf.load(base, dtype, device), base)
-    pair, model, rows = Pair(base, result), hf.load(result, dtype, device), []
-    parameters = dict(model.named_parameters())
-    for alpha in sorted(set(alphas)):
-        with torch.no_grad():
-            for name in pair.names:
-                if hf.from_hf_name(name) in parameters:              # a tied head that is stored all the same is not
-                    parameters[hf.from_hf_name(name)].copy_(pair.merged(name, alpha, method, density))
-        texts = score(model, result)
-        rows.append({"alpha": alpha, "texts": texts, **evaluation.compare(before, texts, general)})
-    return rows
-
-
-def merge_best(base, result, out, score, general, config: MergeConfig, dtype: torch.dtype = torch.float32,
-               device="cpu", say=print) -> dict:
-    """Sweep the coefficients, say what each is worth, and write the model of the best to `out`."""
-    rows = sweep(base, result, score, general, config.alphas, config.method, config.density, dtype, device)
-    if rows[0]["score"] is None:
-        raise ValueError("a merge is judged on held-out text of the domain and on general text, and one is lacking; "
-                         "merge with --alpha instead")
-    best = max(rows, key=lambda row: row["score"])                   # of equals the nearest to the base
-    text = table(rows, general, best)
-    say(text)
-    merge(base, result, out, best["alpha"], config.method, config.density, f"\n{text}\n")
-    return {"method": config.method, "alpha": best["alpha"], "rows": rows, "out": str(out)}
-
-
-def table(rows: list[dict], general, best: dict) -> str:
-    """Markdown: what each coefficient gains and loses."""
-    lines = ["| alpha | domain bits per byte | general | domain gain | forgetting | score |", "|" + "---|" * 6]
-    for row in rows:
-        parts = {True: [], False: []}
-        for name, numbers in row["texts"].items():
-            parts[name in general].append(numbers["bits_per_byte"])
-        means = [sum(values) / len(values) for values in (parts[False], parts[True])]
-        mark = " (best)" if row is best else ""
-        lines.append(f"| {row['alpha']:g}{mark} | {means[0]:.4f} | {means[1]:.4f} | {100 * row['domain_gain']:+.1f} % "
-                     f"| {100 * row['forgetting']:+.1f} % | {row['score']:+.4f} |")
-    return "\n".join(lines)
-
-
-# ---- general text from the base itself
-
-@torch.no_grad()
-def self_replay(model, tok, ends, documents: int, settings, seed: int, rows: int = 64):
-    """Yield records {"text", "id", "metadata"} of texts that the model draws from nothing but the token that begins a
-    document: what it still has of its training text (self-generated replay, arXiv 2605.26097). `rows` at a time, each
-    with random numbers of its own, so that a document depends on the seed and its number."""
-    from generate import KVCache, first_ids, probabilities
-    start = first_ids(tok, "")
-    for first in range(0, documents, rows):
-        numbers = range(first, min(first + rows, documents))
-        random = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in numbers]
-        cache = KVCache(len(start) + settings.max_new_tokens)
-        fresh = torch.tensor([start] * len(numbers), device=next(model.parameters()).device)
-        new, open_rows = [[] for _ in numbers], set(range(len(numbers)))
-        for _ in range(settings.max_new_tokens):
-            logits = model.head(model(fresh, cache=cache)[:, -1])
-            share = torch.stack([probabilities(row.double(), settings) for row in logits]).cumsum(1)
-            draw = torch.tensor([[torch.rand((), dtype=torch.float64, generator=g).item()] for g in random])
-            fresh = torch.searchsorted(share, draw.to(share.device) * share[:, -1:], right=True)
-            for row, token in enumerate(fresh[:, 0].tolist()):
-                if row in open_rows:
-                    new[row].append(token)
-                    if token in ends:
-                        open_rows.remove(row)
-            if not open_rows:
-                break
-        for i, ids in zip(numbers, new):
-            ended = ids[-1] in ends
-            text = tok.decode([t for t in ids[:len(ids) - ended] if t < tok.vocab_size]).strip()
-            if text:
-                yield {"text": text, "id": f"self-{seed}-{i}",
-                       "metadata": {"source": "self-generated", "ended": ended, "tokens": len(ids)}}
-
-
-# ---- commands
-
-def _merge(args) -> dict:
-    import eval as evaluation
-    import hf
-    import tokenizer
-    from generate import pick_device
-    texts = {file: file for file in (args.domain or []) + (args.general or [])}
-    if (args.alpha is not None) == bool(texts) or bool(args.domain) != bool(args.general):
-        raise ValueError("name either --alpha, or held-out text with both --domain and --general")
-    if args.alpha is not None and args.alphas:
-        raise ValueError("--alphas are tried on --domain and --general; with --alpha there is nothing to try")
-    if args.alpha is not None:
-        merge(args.base, args.model, args.out, args.alpha, args.method, args.density)
-        print(f"{args.out}: {args.method}, {args.alpha:g} of the way from {args.base} to {args.model}")
-        return {"method": args.method, "alpha": args.alpha, "rows": [], "out": args.out}
-    if both := set(args.domain) & set(args.general):
-        raise ValueError(f"{min(both)} is named by --domain and by --general; it can be only one of them")
-    if Path(args.out).exists():
-        raise ValueError(f"{args.out} exists; name another folder with --out")
-    config = MergeConfig(args.method, args.alphas or MergeConfig().alphas, args.density)
-
-    def score(model, folder):
-        return evaluation.score_files(model, tokenizer.load(hf.resolve(folder)), texts, types.SimpleNamespace(
-            context=args.context, documents=args.documents, separator=args.separator, column=args.column))[0]
-
-    found = merge_best(args.base, args.model, args.out, score, args.general, config, hf.DTYPES[args.dtype],
-                       pick_device(args.device))
-    print(f"{args.out}: {args.method}, {found['alpha']:g} of the way from {args.base} to {args.model}")
-    return found
-
-
-def _replay(args) -> dict:
-    import hf
-    import tokenizer
-    from generate import Settings, end_ids, pick_device
-    folder = hf.resolve(args.model)
-    tok, model = tokenizer.load(folder), hf.load(folder, hf.DTYPES[args.dtype], pick_device(args.device))
-    for name in ("documents", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be above 0")
-    length = min(args.max_new_tokens, model.config.max_position_embeddings - 1)
-    settings = Settings(max_new_tokens=length, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    if settings.temperature == 0:
-        raise ValueError("--temperature is 0, so that every document would be the same; take 1, the base's own")
-    ends = {*end_ids(folder, tok), *([tok.bos_id] if tok.bos_id is not None else [])}    # BOS begins another text
-    out, records, tokens = Path(args.out), 0, 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            drawn = self_replay(model, tok, ends, args.documents, settings, args.seed)
-            for record in tqdm(drawn, total=args.documents, unit="document", disable=None):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                records, tokens = records + 1, tokens + record["metadata"]["tokens"]
-        if not records:
-            raise ValueError(f"{args.model} ended each of {args.documents} documents before its first token; is it a "
-                             f"base model?")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    print(f"{out}: {records:,} documents, {tokens:,} tokens drawn from {args.model}; pack it as a general source")
-    return {"out": str(out), "documents": records, "tokens": tokens}
+COMMANDS = {"merge": "a model between base and result (merge.py)",
+            "replay": "general text drawn from the base (replay.py)"}
 
 
 def main() -> int:
-    parser = ArgumentParser(prog="forget.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="merge|replay")
-    both = ArgumentParser(add_help=False)
-    both.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                      help="in which the model computes (default %(default)s)")
-    both.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
-    both.add_argument("--json", metavar="FILE", help="write what is printed as data")
-    p = commands.add_parser("merge", parents=[both], help="a model between base and result")
-    p.add_argument("--base", required=True, metavar="DIR", help="what the training began from")
-    p.add_argument("--model", required=True, metavar="DIR", help="what came of it")
-    p.add_argument("--out", required=True, metavar="DIR", help="new folder")
-    p.add_argument("--method", choices=("linear", "ties", "slerp"), default="linear", help="default %(default)s")
-    p.add_argument("--alpha", type=float, help="0: the base, 1: the result")
-    p.add_argument("--domain", nargs="+", metavar="FILE", help="held-out text of the domain: try --alphas, keep the "
-                   "best by domain gain - max(0, forgetting - 5 %%), in bits per byte")
-    p.add_argument("--general", nargs="+", metavar="FILE", help="held-out general text")
-    p.add_argument("--alphas", type=float, nargs="+", metavar="A", help="default: 0 to 1 in steps of 0.1")
-    p.add_argument("--density", type=float, default=0.2, help="ties: share of the changes kept (default %(default)s)")
-    p.add_argument("--documents", choices=("line", "blank", "file"), default="file",
-                   help="a document of a text file is a line, a block between blank lines, or the file (default)")
-    p.add_argument("--separator", help="documents of a text file stand between this string")
-    p.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
-    p.add_argument("--context", type=int, help="tokens a window (default: the model's, at most 2048)")
-    p = commands.add_parser("replay", parents=[both], help="general text drawn from the base, as JSONL")
-    p.add_argument("--model", required=True, metavar="DIR", help="the base")
-    p.add_argument("--out", required=True, metavar="FILE")
-    p.add_argument("--documents", type=int, default=1000, help="default %(default)s")
-    p.add_argument("--max-new-tokens", type=int, default=512, help="of a document (default %(default)s)")
-    p.add_argument("--temperature", type=float, default=1.0, help="default 1, the base's own distribution")
-    p.add_argument("--top-p", type=float, default=1.0, help="default 1; less cuts the unlikely tokens off")
-    p.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    result = {"merge": _merge, "replay": _replay}[args.command](args)
-    if args.json:
-        write_json(args.json, result)
-    return 0
+    if sys.argv[1:2] == ["merge"]:
+        import merge as command
+    elif sys.argv[1:2] == ["replay"]:
+        import replay as command
+    else:
+        parser = ArgumentParser(prog="forget.py", description=__doc__)
+        commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+        for name, what in COMMANDS.items():          # those files have their options
+            commands.add_parser(name, help=what)
+        parser.parse_args()
+        return 0
+    return command.main()
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import guard
 import hf
 import log
 import lora
+import merge
 import mixture
 import objectives
 import optim
@@ -574,7 +575,7 @@ def merge_with_base(run: Run, out: Path, logger) -> dict:
 
     general = [name for name, source in run.sources.items() if source.role == "general"]
     shutil.rmtree(out / "final", ignore_errors=True)       # of a run that died before its eval.json
-    found = forget.merge_best(c.model.path, out / "trained", out / "final", score, general, c.forget.merge,
+    found = merge.merge_best(c.model.path, out / "trained", out / "final", score, general, c.forget.merge,
                               device=run.world.device, say=logger.say)
     _write_json(out / "merge.json", found)
     return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])

@@ -72,20 +72,25 @@ def prepare(args, out: Path) -> dict[str, Path]:
     return {side: out / "shards" / side for side in sides}
 
 
-def one(method: str, seed: int, args, out: Path, shards: dict) -> dict:
-    """One run; its numbers."""
-    words, folder = [w for w in METHODS[method] if w != "own"], out / "runs" / f"{method}_{seed}"
+def run(words: list, seed: int, args, folder: Path, shards: dict) -> tuple[dict, list[dict]]:
+    """(eval.json, the lines of metrics.jsonl about training) of one run with these words of train.py."""
+    words, own = [w for w in words if w != "own"], "own" in words
     sources = ["--data.sources.domain.path", shards["domain"], "--data.sources.general.path", shards["general"],
                "--data.sources.general.role", "general"]
-    if "own" in METHODS[method]:       # the real general text is then read by nobody, and scored all the same
+    if own:                            # the real general text is then read by nobody, and scored all the same
         sources += ["--data.sources.own.path", shards["own"], "--data.sources.own.role", "general",
                     "--data.sources.general.weight", 0]
-    began = time.perf_counter()
     command("train.py", "recipes/forgetting.toml", "--model.path", args.model, *sources, "--seed", seed,
             "--train.steps", args.steps, "--out", folder, *words)
-    found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    trained = [line for line in lines if line["kind"] == "train"]
+    return (json.loads((folder / "eval.json").read_text(encoding="utf-8")),
+            [line for line in lines if line["kind"] == "train"])
+
+
+def one(method: str, seed: int, args, out: Path, shards: dict) -> dict:
+    """One run; its numbers."""
+    began = time.perf_counter()
+    found, trained = run(METHODS[method], seed, args, out / "runs" / f"{method}_{seed}", shards)
     before, after = ({side: found[when][side]["bits_per_byte"] for side in ("domain", "general")}
                      for when in ("before", "after"))
     row = {"seed": seed, "domain_bits_per_byte": after["domain"], "general_bits_per_byte": after["general"],
@@ -93,7 +98,7 @@ def one(method: str, seed: int, args, out: Path, shards: dict) -> dict:
            "forgetting": after["general"] / before["general"] - 1,
            "seconds": time.perf_counter() - began, "step_ms": statistics.median(line["step_ms"] for line in trained),
            "peak_gb": max(line["peak_gb"] for line in trained),
-           "replay_share": statistics.mean(line["replay_share"] for line in trained[-1:])}
+           "replay_share": trained[-1]["replay_share"]}
     print(f"{method:14} seed {seed}: domain {row['domain_bits_per_byte']:.4f} ({-row['domain_gain']:+.1%}), general "
           f"{row['general_bits_per_byte']:.4f} ({row['forgetting']:+.1%}) bits per byte, {row['seconds']:.0f} s",
           flush=True)
@@ -160,34 +165,48 @@ def draw(path: Path, rows: list[dict]):
     figure.savefig(path)
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="the base: a Hugging Face folder")
+def arguments(description: str) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--model", required=True, type=os.path.abspath, help="the base: a Hugging Face folder")
     parser.add_argument("--domain", required=True, nargs="+", metavar="FILE", type=os.path.abspath)
     parser.add_argument("--general", required=True, nargs="+", metavar="FILE", type=os.path.abspath)
     parser.add_argument("--separator", help="documents of the general files stand between this string")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
-                        help=f"of {', '.join(METHODS)} (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--documents", type=int, default=600, help="drawn from the base for self_replay (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out/forgetting"), help="folder to write (%(default)s)")
-    args = parser.parse_args()
-    args.model, out, began = os.path.abspath(args.model), args.out.resolve(), time.perf_counter()
-    if out.exists():
-        raise ValueError(f"{args.out} exists; remove it, or name another folder with --out")
-    out.mkdir(parents=True)
-    shards, runs = prepare(args, out), {method: [] for method in args.methods}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        waiting = [(method, pool.submit(one, method, seed, args, out, shards))
-                   for method in args.methods for seed in args.seeds]
+    return parser
+
+
+def new_folder(path: Path) -> Path:
+    if path.exists():
+        raise ValueError(f"{path} exists; remove it, or name another folder with --out")
+    path.mkdir(parents=True)
+    return path.resolve()
+
+
+def together(jobs: int, function, calls: list[tuple]) -> list:
+    """function(*call) of each, `jobs` at a time; the first mistake ends those that have not begun."""
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = [pool.submit(function, *call) for call in calls]
         try:
-            for method, run in waiting:
-                runs[method].append(run.result())
+            return [done.result() for done in waiting]
         except ValueError:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+                        help=f"of {', '.join(METHODS)} (default: all)")
+    parser.add_argument("--documents", type=int, default=600, help="drawn from the base for self_replay (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("out/forgetting"), help="folder to write (%(default)s)")
+    args = parser.parse_args()
+    began, out = time.perf_counter(), new_folder(args.out)
+    shards, runs = prepare(args, out), {method: [] for method in args.methods}
+    asked = [(method, seed) for method in args.methods for seed in args.seeds]
+    for (method, _), row in zip(asked, together(args.jobs, one, [(*pair, args, out, shards) for pair in asked])):
+        runs[method].append(row)
     rows = summarise(runs)
     results = ROOT / "experiments/results" if args.methods == list(METHODS) else out
     draw(results / "forgetting.png", rows)

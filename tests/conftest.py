@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"          # read when huggingface_hub is imported: a test never waits for a network
@@ -12,8 +13,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # read when a kernel is defined: the tests run kernels in numpy
 
-from synthetic import some_texts
+import torch.nn.functional as F
+from synthetic import some_texts, texts
 
+import config
+import forget
+import hf
 import tokenizer as tokenizers
 from model import Model, ModelConfig
 
@@ -48,6 +53,44 @@ def tiny_bpe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bpe")
     tokenizers.train(some_texts(200), "bpe", 300, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """(base, result, domain text, general text): folders with a tokenizer; the result knows the domain better."""
+    folder = tmp_path_factory.mktemp("pair")
+    tok = tokenizers.train(texts("legal") + texts("story"), "bpe", 300, folder / "tok")
+    sizes = SIZES | {"vocab_size": tok.vocab_size, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = Model(ModelConfig(**sizes))
+    model.initialise(0)
+
+    def train(kinds, steps):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        rows = [torch.tensor(tok.encode(t, bos=True)[:12]) for kind in kinds for t in texts(kind)]
+        tokens = torch.stack([row for row in rows if len(row) == 12])
+        for _ in range(steps):
+            batch = tokens[torch.randperm(len(tokens))[:16]]
+            loss = F.cross_entropy(model.head(model(batch[:, :-1])).flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    train(["story"], 40)
+    hf.save(model, folder / "base", tokenizer=folder / "tok")
+    train(["legal"], 15)
+    hf.save(model, folder / "result", tokenizer=folder / "tok", shard_bytes=40_000)
+    for kind in ("legal", "story"):
+        (folder / f"{kind}.txt").write_text("\n".join(texts(kind, 255)[240:]))
+    return folder / "base", folder / "result", folder / "legal.txt", folder / "story.txt"
+
+
+@pytest.fixture
+def forget_py(monkeypatch):
+    """forget_py(argument, ...) -> exit status of forget.py, with the commands that it hands over."""
+    def run(*words) -> int:
+        monkeypatch.setattr(sys, "argv", ["forget.py", *map(str, words)])
+        return config.main_guard(forget.main)
+    return run
 
 
 @pytest.fixture

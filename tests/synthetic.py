@@ -36,6 +36,15 @@ def some_texts(n: int, seed: int = 0, longest: int = 40) -> list[str]:
     return [" ".join(rng.choice(WORDS) for _ in range(1 + int(rng.random() * longest))) for _ in range(n)]
 
 
+KINDS = {"legal": "court lien tenant statute appeal the of shall notice title any person hereby section under writ",
+         "story": "once a little cat was so happy and ran to the big red tree with her friend mom said play"}
+
+
+def texts(kind: str, n: int = 240) -> list[str]:
+    draw, words = random.Random(kind), KINDS[kind].split()
+    return [" ".join(draw.choices(words, k=draw.randint(4, 30))) + "." for _ in range(n)]
+
+
 def naive_write(folder: Path, documents, tokenizer=None, shard_tokens: int = 10**8, split: str = "train") -> dict:
     """The format as its description says it, a document [(ids with specials, text bytes)] at a time."""
     tokenizer = tokenizer or Bytes()

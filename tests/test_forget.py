@@ -1,6 +1,6 @@
 """Truths: a Fisher worked out by hand and one by torch.func, penalties and divergences that autograd differentiates in
 float64, one optimizer for each parameter, a simulated plant. Laws: what is frozen keeps its bits, what is resumed goes
-on with them, two ranks are one, and the ends of a merge are the models themselves.
+on with them, and two ranks are one.
 """
 
 import contextlib
@@ -21,16 +21,13 @@ import torch
 import torch.nn.functional as F
 from conftest import SIZES, large_weights
 from safetensors.torch import load_file
-from test_train import ENV, texts
+from test_train import ENV
 from torch import nn
 
 import config
 import forget
-import hf
 import parallel
-import tokenizer
 from forget import AdaptiveConfig, EMAConfig, EWCConfig, ForgetConfig, FreezeConfig, LwFConfig, MergeConfig
-from generate import Settings, first_ids
 from model import Model, ModelConfig
 
 ONE = parallel.World(0, 1, torch.device("cpu"))
@@ -582,6 +579,21 @@ def test_the_degradation_rule_by_hand():
     assert falling == [0.25, 0.2, 0.2, 0.2]
 
 
+def test_the_budget_rule_by_hand():
+    """Without memory: a rise r after a rise q is carried on to r + 3 (r - q); budget 0.02, spare below 0.015."""
+    controller = forget.AdaptiveReplay(AdaptiveConfig("budget", epsilon=0.02, smoothing=1.0))
+    rises = [0.0, 0.006, 0.016, 0.016, 0.0149, 0.012, 0.0152, 0.0152]
+    foretold = [0.024, 0.046, 0.016, 0.0116, 0.0033, 0.0248, 0.0152]
+    decisions = [controller.evaluated(step, general(1.0 + rise)) for step, rise in enumerate(rises)][1:]
+    assert [d["ahead"] for d in decisions] == [pytest.approx(wanted, abs=1e-9) for wanted in foretold]
+    assert [d["replay_share"] for d in decisions] == [0.4, 0.5, 0.5, 0.45, 0.4, 0.5, 0.5]
+    # half of what is new against what was foretold: 0.5 * 0.01, trend 0.5 * 0.005; then 0.5 * 0.02 + 0.5 * 0.0075
+    smooth = forget.AdaptiveReplay(AdaptiveConfig("budget", epsilon=0.02, smoothing=0.5))
+    seen = [smooth.evaluated(step, general(1.0 + rise)) for step, rise in enumerate([0.0, 0.01, 0.02])][1:]
+    assert [d["smoothed"] for d in seen] == [pytest.approx(0.005, abs=1e-9), pytest.approx(0.01375, abs=1e-9)]
+    assert [d["ahead"] for d in seen] == [pytest.approx(0.0125, abs=1e-9), pytest.approx(0.030625, abs=1e-9)]
+
+
 def test_each_metric_has_its_direction_and_the_worst_decides():
     # accuracy that rises is no loss, and one that falls by a tenth is
     assert shares(forget.AdaptiveReplay(AdaptiveConfig("degradation")),
@@ -767,252 +779,6 @@ def test_two_ranks_that_share_a_model_are_one(tmp_path):
                 torch.testing.assert_close(mine["tensors"][kind][name], value, rtol=1e-3, atol=1e-6,
                                            msg=lambda text, kind=kind, name=name: f"{kind} {name}: {text}")
     assert truth["numbers"][2]["lwf_kl"] > 0 < truth["numbers"][2]["ewc_penalty"]
-
-
-# ---- merging
-
-ODD = torch.tensor([[-0.0, 1.0, -3.5], [1e-30, 2.0, 65504.0]])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("method", "density"), [("linear", 0.2), ("slerp", 0.2), ("ties", 1.0)])
-def test_the_ends_of_a_merge_are_the_models(method, density, dtype):
-    def raw(x):
-        return x.contiguous().view(torch.uint8)
-    base, result = ODD.to(dtype), (ODD.flip(0) * 1.7).to(dtype)
-    assert torch.equal(raw(forget.merge_tensor(base, result, 0.0, method, density)), raw(base))
-    assert torch.equal(raw(forget.merge_tensor(base, result, 1.0, method, density)), raw(result))
-    assert torch.equal(raw(forget.merge_tensor(base, result, 0, "ties", 0.3)), raw(base))
-    wide = forget.merge_tensor(base, result.float(), 0.0, method, density)
-    assert wide.dtype == torch.float32
-    assert torch.equal(wide, base.float())
-
-
-def test_between_the_ends():
-    generator = np.random.default_rng(0)
-    base, change = generator.normal(size=(2, 8, 5))
-    result = base + 0.01 * change                            # as near as training leaves them
-    ours = {method: forget.merge_tensor(*map(torch.from_numpy, (base, result)), 0.3, method, 0.25).numpy()
-            for method in ("linear", "slerp", "ties")}
-    np.testing.assert_allclose(ours["linear"], 0.7 * base + 0.3 * result, rtol=1e-13)
-    u, v = base / np.linalg.norm(base), result / np.linalg.norm(result)
-    angle = math.acos((u * v).sum())
-    by_formula = (math.sin(0.7 * angle) * base + math.sin(0.3 * angle) * result) / math.sin(angle)
-    np.testing.assert_allclose(ours["slerp"], by_formula, rtol=1e-8)
-    largest = np.argsort(np.abs(result - base).ravel())[-10:]            # a quarter of 40
-    wanted = base.ravel().copy()
-    wanted[largest] += 0.3 * (result - base).ravel()[largest]
-    np.testing.assert_allclose(ours["ties"], wanted.reshape(base.shape), rtol=1e-13)
-
-
-def test_slerp_keeps_the_length_and_goes_straight_where_there_is_no_arc():
-    a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0])
-    middle = forget.merge_tensor(a, b, 0.5, "slerp")
-    torch.testing.assert_close(middle, torch.tensor([3.0, 3.0]) / math.sqrt(2))
-    for other in (2 * a, -a, torch.zeros(2)):
-        torch.testing.assert_close(forget.merge_tensor(a, other, 0.25, "slerp"), 0.75 * a + 0.25 * other)
-
-
-def test_rows_that_only_the_result_has_are_its_own():
-    base, result = torch.zeros(2, 3), torch.ones(4, 3)
-    for method in ("linear", "ties", "slerp"):
-        merged = forget.merge_tensor(base, result, 0.5, method, 1.0)
-        assert torch.equal(merged, torch.tensor([0.5, 0.5, 1.0, 1.0])[:, None].expand(4, 3))
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """(base, result, domain text, general text): folders with a tokenizer; the result knows the domain better."""
-    folder = tmp_path_factory.mktemp("pair")
-    tok = tokenizer.train(texts("legal") + texts("story"), "bpe", 300, folder / "tok")
-    sizes = SIZES | {"vocab_size": tok.vocab_size, "num_hidden_layers": 1}
-    torch.manual_seed(0)
-    model = Model(ModelConfig(**sizes))
-    model.initialise(0)
-
-    def train(kinds, steps):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        rows = [torch.tensor(tok.encode(t, bos=True)[:12]) for kind in kinds for t in texts(kind)]
-        tokens = torch.stack([row for row in rows if len(row) == 12])
-        for _ in range(steps):
-            batch = tokens[torch.randperm(len(tokens))[:16]]
-            loss = F.cross_entropy(model.head(model(batch[:, :-1])).flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    train(["story"], 40)
-    hf.save(model, folder / "base", tokenizer=folder / "tok")
-    train(["legal"], 15)
-    hf.save(model, folder / "result", tokenizer=folder / "tok", shard_bytes=40_000)
-    for kind in ("legal", "story"):
-        (folder / f"{kind}.txt").write_text("\n".join(texts(kind, 255)[240:]))
-    return folder / "base", folder / "result", folder / "legal.txt", folder / "story.txt"
-
-
-def tensors_of(folder) -> dict:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def run(monkeypatch, *words) -> int:
-    monkeypatch.setattr(sys, "argv", ["forget.py", *map(str, words)])
-    return config.main_guard(forget.main)
-
-
-@pytest.mark.parametrize("method", ["linear", "ties", "slerp"])
-def test_merged_folders_have_the_bits_of_their_ends(pair, tmp_path, monkeypatch, capsys, method):
-    base, result = (tensors_of(folder) for folder in pair[:2])
-    assert len(list(pair[1].glob("*.safetensors"))) > 1, "the result is in several files"
-    for alpha, truth in ((0, base), (1, result)):
-        out = tmp_path / f"{alpha}"
-        assert run(monkeypatch, "merge", "--base", pair[0], "--model", pair[1], "--alpha", alpha, "--method", method,
-                   "--density", 1, "--out", out) == 0
-        merged = tensors_of(out)
-        assert merged.keys() == truth.keys()
-        assert all(torch.equal(merged[name], truth[name]) for name in truth)
-        loaded = hf.load(out)
-        assert torch.equal(loaded.head.weight, truth["lm_head.weight"])
-    assert not list(tmp_path.glob("*.tmp*"))
-    assert tokenizer.load(out).encode("notice") == tokenizer.load(pair[1]).encode("notice")
-    assert "coefficient 1" in (out / "README.md").read_text()
-    assert run(monkeypatch, "merge", "--base", pair[0], "--model", pair[1], "--alpha", 1, "--out", out) == 2
-    assert "exists" in capsys.readouterr().err
-
-
-def test_the_sweep_exports_the_best_of_two_texts(pair, tmp_path, monkeypatch, capsys):
-    import eval as evaluation
-    out, file = tmp_path / "best", tmp_path / "sweep.json"
-    words = ["merge", "--base", pair[0], "--model", pair[1], "--domain", pair[2], "--general", pair[3], "--out", out,
-             "--documents", "line", "--json", file, "--alphas", 1, 0, 0.5, 0.25]
-    assert run(monkeypatch, *words) == 0
-    found = json.loads(file.read_text())
-    assert [row["alpha"] for row in found["rows"]] == [0, 0.25, 0.5, 1]
-    scores = [row["score"] for row in found["rows"]]
-    assert (found["rows"][0]["domain_gain"], found["rows"][0]["forgetting"], scores[0]) == (0, 0, 0)
-    assert found["rows"][3]["domain_gain"] > 0.05 < found["rows"][3]["forgetting"], "a real shift"
-    assert found["alpha"] == found["rows"][scores.index(max(scores))]["alpha"]
-    assert "(best)" in capsys.readouterr().out
-    # the exported folder, scored by eval.py from the disk, is the row that was chosen
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(out), "--text", f"d={pair[2]}", "--text",
-                                      f"g={pair[3]}", "--documents", "line", "--json", str(tmp_path / "eval.json")])
-    assert config.main_guard(evaluation.main) == 0
-    scored = json.loads((tmp_path / "eval.json").read_text())["texts"]
-    best = found["rows"][scores.index(max(scores))]["texts"]
-    assert scored["d"]["bits_per_byte"] == pytest.approx(best[str(pair[2])]["bits_per_byte"], rel=1e-6)
-    assert scored["g"]["bits_per_byte"] == pytest.approx(best[str(pair[3])]["bits_per_byte"], rel=1e-6)
-    by_hand = {name: torch.lerp(t, tensors_of(pair[1])[name], found["alpha"])
-               for name, t in tensors_of(pair[0]).items()}
-    for name, tensor in tensors_of(out).items():
-        torch.testing.assert_close(tensor, by_hand[name])
-
-
-def test_merging_a_grown_vocabulary(pair, tmp_path):
-    grown = hf.load(pair[1])
-    grown.config.vocab_size += 2
-    for module in (grown.embed_tokens, grown.head):
-        module.weight = nn.Parameter(torch.cat([module.weight.detach(), torch.full((2, 32), 7.0)]))
-    hf.save(grown, tmp_path / "grown", tokenizer=pair[1])
-    forget.merge(pair[0], tmp_path / "grown", tmp_path / "out", 0.0)
-    merged, base = tensors_of(tmp_path / "out"), tensors_of(pair[0])
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        assert torch.equal(merged[name][:-2], base[name])
-        assert (merged[name][-2:] == 7).all()
-    assert hf.load(tmp_path / "out").config.vocab_size == grown.config.vocab_size
-    with pytest.raises(ValueError, match="only in the result"):
-        forget.merge(tmp_path / "grown", pair[0], tmp_path / "back", 0.5)
-    assert not (tmp_path / "back").exists()
-    assert not list(tmp_path.glob("*.tmp*"))
-
-
-def test_models_that_do_not_fit(pair, tmp_path, hf_model):
-    _, other = hf_model("qwen2")
-    with pytest.raises(ValueError, match="one architecture"):
-        forget.merge(pair[0], other, tmp_path / "out", 0.5)
-
-
-@pytest.mark.parametrize(("words", "says"), [
-    ([], "name either"),
-    (["--alpha", "0.5", "--domain", "a", "--general", "b"], "name either"),
-    (["--domain", "a"], "name either"),
-    (["--domain", "a", "--general", "a"], "only one of them"),
-    (["--alpha", "0.5", "--alphas", "0.1"], "nothing to try"),
-    (["--domain", "nowhere.txt", "--general", "b"], "nowhere.txt"),
-    (["--alpha", "1.5"], "alpha is 1.5"),
-    (["--alpha", "0.5", "--density", "0"], "density is 0"),
-    (["--alpha", "0.5", "--model", "nowhere"], "nowhere does not exist"),
-])
-def test_mistakes_of_a_merge_are_one_line(pair, tmp_path, monkeypatch, capsys, words, says):
-    assert run(monkeypatch, "merge", "--base", pair[0], "--model", pair[1], "--out", tmp_path / "out", *words) == 2
-    error = capsys.readouterr().err
-    assert says in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-# ---- replay from the base itself
-
-def test_the_base_writes_its_own_replay(pair, tmp_path, monkeypatch, capsys):
-    words = ["replay", "--model", pair[0], "--documents", 6, "--max-new-tokens", 12]
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert run(monkeypatch, *words, "--out", tmp_path / f"{name}.jsonl", "--seed", seed,
-                   "--json", tmp_path / "said.json") == 0
-    a, b, c = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in "abc")
-    assert a == b
-    assert [r["text"] for r in a] != [r["text"] for r in c]
-    assert len({r["text"] for r in a}) == len(a) == 6
-    assert all(r["metadata"]["tokens"] <= 12 and r["id"].startswith("self-1-") for r in a)
-    words = " ".join(r["text"] for r in a).split()
-    assert sum(word.strip(".") in " ".join(texts("story")) for word in words) > 0.7 * len(words), "it knows stories"
-    assert json.loads((tmp_path / "said.json").read_text())["documents"] == 6
-    assert run(monkeypatch, *["replay", "--model", pair[0], "--out", tmp_path / "d.jsonl", "--temperature", 0]) == 2
-    assert "every document would be the same" in capsys.readouterr().err
-    assert run(monkeypatch, *["replay", "--model", pair[0], "--out", tmp_path / "d.jsonl", "--documents", 0]) == 2
-    assert sorted(file.name for file in tmp_path.glob("*.jsonl*")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
-
-
-class Scripted(torch.nn.Module):
-    """A model that says row r's next id of `answers` whatever it reads; a row that has ended says its last one on."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.answers, self.said, self.weight = answers, 0, torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, tokens, cache):
-        self.said += 1
-        return torch.tensor([[[row[min(self.said, len(row)) - 1]]] for row in self.answers[:len(tokens)]])
-
-    def head(self, hidden):
-        return 1e4 * torch.nn.functional.one_hot(hidden[:, 0], 20).float()
-
-
-def test_a_text_ends_where_the_model_ends_it(pair):
-    tok, model = tokenizer.load(pair[0]), Scripted([[5, 6, 2], [2], [7, 8, 9]])
-    records = list(forget.self_replay(model, tok, {2}, 3, Settings(max_new_tokens=3, temperature=1.0), seed=4))
-    assert [(r["id"], r["text"], r["metadata"]["ended"], r["metadata"]["tokens"]) for r in records] == [
-        ("self-4-0", tok.decode([5, 6]).strip(), True, 3), ("self-4-2", tok.decode([7, 8, 9]).strip(), False, 3)]
-
-
-def test_text_drawn_from_the_base_follows_its_distribution(tiny_model, pair):
-    """First ids of 4,000 documents against softmax of the logits after the first token."""
-    model, tok = tiny_model(seed=1), tokenizer.load(pair[0])
-    start = first_ids(tok, "")
-    settings = Settings(max_new_tokens=1, temperature=1.0)
-    counts = torch.zeros(model.config.vocab_size)
-    tok.decode = lambda ids: f"{ids[0]}." if ids else "."
-    for record in forget.self_replay(model, tok, set(), 4000, settings, seed=0, rows=500):
-        counts[int(record["text"][:-1])] += 1
-    with torch.no_grad():
-        wanted = 4000 * model.head(model(torch.tensor([start]))[:, -1])[0].double().softmax(0)
-    often = wanted > 20
-    assert ((counts - wanted)[often].square() / wanted[often]).sum() < often.sum() + 5 * (2 * often.sum()) ** 0.5
-    assert often.sum() > 5
-
-
-def test_stories_come_out_of_a_story_teller(data_dir, tmp_path, monkeypatch, one_thread):
-    out = tmp_path / "replay.jsonl"
-    assert run(monkeypatch, "replay", "--model", data_dir / "models/stories260K", "--out", out, "--documents", 2,
-               "--max-new-tokens", 40, "--temperature", 0.5) == 0
-    first = json.loads(out.read_text().splitlines()[0])["text"]
-    assert first.startswith(("Once upon a time", "One day")), first
 
 
 if __name__ == "__main__":

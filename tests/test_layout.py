@@ -11,7 +11,8 @@ FILES = {path.stem: path for path in ROOT.glob("*.py")} | {"kernels": ROOT / "ke
 ARROWS = {      # file: what it may import of ours
     "config": set(), "log": set(), "kernels": set(), "checkpoint": set(), "guard": set(), "optim": {"kernels"},
     "parallel": set(), "lora": {"config", "hf", "kernels"},
-    "forget": {"config", "eval", "generate", "hf", "kernels", "parallel", "tokenizer"}, "objectives": {"kernels"},
+    "forget": {"config", "kernels", "parallel"}, "merge": {"config", "eval", "forget", "generate", "hf", "tokenizer"},
+    "replay": {"config", "generate", "hf", "tokenizer"}, "objectives": {"kernels"},
     "model": {"kernels"}, "hf": {"model"}, "tokenizer": {"config", "corpus"}, "mixture": {"config"}, "corpus": set(),
     "shards": {"corpus", "mixture"}, "foreign": {"shards"},
     "data": {"config", "corpus", "foreign", "mixture", "shards", "tokenizer"}, "dedup": {"config", "corpus", "data"},
@@ -20,12 +21,13 @@ ARROWS = {      # file: what it may import of ours
     "generate": {"config", "hf", "model", "tokenizer"}, "report": {"config"},
     "eval": {"checkpoint", "config", "corpus", "data", "generate", "hf", "lora", "model", "objectives", "shards",
              "tokenizer"},
-    "train": {"checkpoint", "config", "data", "eval", "forget", "guard", "hf", "log", "lora", "mixture", "model",
-              "objectives", "optim", "parallel", "shards", "tokenizer"},
+    "train": {"checkpoint", "config", "data", "eval", "forget", "guard", "hf", "log", "lora", "merge", "mixture",
+              "model", "objectives", "optim", "parallel", "shards", "tokenizer"},
     "bench": {"clean", "config", "corpus", "data", "dedup", "hf", "kernels", "lora", "model", "objectives", "optim",
               "parallel", "shards", "tokenizer"},
 }
-LAZY = {("tokenizer", "extend")}      # main() hands commands over; nothing at module level
+# main() hands commands over; nothing at module level
+LAZY = {("tokenizer", "extend"), ("forget", "merge"), ("forget", "replay")}
 
 
 def imports(path: Path) -> set[str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import KINDS, texts
 
 import checkpoint
 import config
@@ -33,22 +34,15 @@ import tokenizer
 import train
 
 ROOT = Path(__file__).parent.parent
-WORDS = {"legal": "court lien tenant statute appeal the of shall notice title any person hereby section under writ",
-         "story": "once a little cat was so happy and ran to the big red tree with her friend mom said play"}
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 # ---- two small corpora and a short run (test_parallel.py and test_eval.py use these too)
 
-def texts(kind: str, n: int = 240) -> list[str]:
-    draw, words = random.Random(kind), WORDS[kind].split()
-    return [" ".join(draw.choices(words, k=draw.randint(4, 30))) + "." for _ in range(n)]
-
-
 def make_lab(folder: Path) -> Path:
     """folder/{tok, legal, story}: a tokenizer of 300 ids and two packed sources."""
     tok = tokenizer.train(texts("legal") + texts("story"), "bpe", 300, folder / "tok")
-    for kind in WORDS:
+    for kind in KINDS:
         data.pack(texts(kind), tok, folder / kind, heldout=0.1)
     return folder
 
@@ -708,7 +702,7 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
 
 def test_masked_language_model_improves_on_held_out_text(lab, tmp_path):
     """Text that goes round in a circle can be guessed from either side."""
-    circle, out = " ".join(WORDS["legal"].split() * 3), tmp_path / "run"
+    circle, out = " ".join(KINDS["legal"].split() * 3), tmp_path / "run"
     data.pack([circle[i:i + 90] for i in range(len(circle) // 2)], tokenizer.load(lab / "tok"), tmp_path / "circle",
               heldout=0.2)
     train.train(settings(lab, out, "--objective.name", "masked", "--eval.tokens", 2000, "--data.sources.legal.path",
