@@ -47,6 +47,7 @@ RAISE, LOWER = 0.1, 0.05                # one decision's change of the replay sh
 WORST, MILD = 0.05, 0.025               # relative degradation above which replay is raised, below which lowered
 SPARE = 0.75                            # part of the budget under which replay is lowered
 AHEAD = 3                               # evaluations that the budget policy looks ahead: replay takes time to help
+ALONE = World(0, 1, torch.device("cpu"))
 METRICS = {"bits_per_byte": "down", "perplexity": "down", "accuracy": "up"}     # the better direction; first one counts
 
 
@@ -239,9 +240,10 @@ class Method:
         """What `state` returned, after model_built."""
 
 
-def make_methods(config: ForgetConfig, total_steps: int, forward, world: World | None = None, general=(),
+def make_methods(config: ForgetConfig, total_steps: int, forward, world: World = ALONE, general=(),
                  general_batches=None, base=None, adapters: bool = False, pretrained: bool = True,
-                 folder: Path | None = None, fingerprint: str = "", seed: int = 0) -> list[Method]:
+                 folder: Path | None = None, fingerprint: str = "", seed: int = 0,
+                 precision: torch.dtype | None = None) -> list[Method]:
     """The methods that are on, in the order in which the loop calls them. ValueError where a combination is senseless.
 
     forward(model, batch) -> hidden [B, T, D], in the run's precision, the batch moved to its device.
@@ -250,6 +252,7 @@ def make_methods(config: ForgetConfig, total_steps: int, forward, world: World |
     base(model): context in which the module it yields computes as the base does, e.g. the model with its adapters off;
     None: LwF copies the model. adapters: only adapters train. pretrained: there is a base.
     folder: where EWC keeps its Fisher, for a resumed run; fingerprint: of the base and of the general text.
+    precision: what `forward` computes products in by autocast, if it does.
     """
     freeze, ewc, lwf, adaptive = config.freeze, config.ewc, config.lwf, config.adaptive
     on = {"freeze": freeze.schedule != "none", "ewc": ewc.strength > 0, "lwf": lwf.alpha > 0,
@@ -276,10 +279,9 @@ def make_methods(config: ForgetConfig, total_steps: int, forward, world: World |
     if on["ewc"] and ewc.fisher != "l2sp" and general_batches is None:
         raise ValueError("forget.ewc estimates its Fisher on general text, and there is none; add a source with the "
                          "role general (forget.py replay makes one from the base), or use --forget.ewc.fisher l2sp")
-    world = world or World(0, 1, torch.device("cpu"))
     methods = {"freeze": lambda: Freeze(freeze, total_steps, world),
                "ewc": lambda: EWC(ewc, forward, general_batches, world, folder, fingerprint, seed),
-               "lwf": lambda: LwF(lwf, forward, general, world, base),
+               "lwf": lambda: LwF(lwf, forward, general, world, base, precision),
                "adaptive": lambda: AdaptiveReplay(adaptive)}
     made = [make() for name, make in methods.items() if on[name]]
     return made + ([EMA(config.ema)] if config.ema.decay else [])
@@ -407,38 +409,46 @@ def fits(name: str, pattern: str) -> bool:
 
 # ---- elastic weight consolidation
 
-def fisher(model, forward, batches, samples: int, true: bool = False, seed: int = 0, show: bool = False):
+def fisher(model, forward, batches, samples: int, true: bool = False, seed: int = 0, world: World = ALONE):
     """Diagonal Fisher information per token, of `samples` sequences: ({name: F in at least fp32, laid out as the
     parameter is}, {"sequences", "tokens"}).
 
     F = sum over sequences of (d summed nats / d theta)^2 / all their tokens. With labels drawn from the model (`true`)
     the tokens' gradients are uncorrelated given the text, so that F does not depend on where sequences are cut; the
     text's own labels (empirical) make it so only nearly (Kunstner 2019, arXiv 1905.12558). One backward pass a
-    sequence. Ranks that share a model must bring the same sequences: each gradient is a mean over the ranks.
+    sequence. `batches` are the same on every rank: ranks with models of their own share the sequences out, and ranks
+    that share a model each take all of them, as a gradient is then a mean over the ranks.
     """
     total = {name: torch.zeros_like(p, dtype=wide(p)) for name, p in trainable(model).items()}
-    generator, sequences, tokens = torch.Generator().manual_seed(seed), 0, 0
+    apart = world.size > 1 and not any(isinstance(p, DTensor) for p in total.values())
+    sequences = tokens = 0
     model.zero_grad(set_to_none=True)
-    with tqdm(total=samples, unit="sequence", desc="Fisher", disable=None if show else True) as bar:
+    with tqdm(total=samples, unit="sequence", desc="Fisher", disable=None if world.main else True) as bar:
         for row in (row_of(batch, slice(i, i + 1)) for batch in batches for i in range(len(batch.tokens))):
             if sequences == samples:
                 break
             if not (valid := int((row.labels != IGNORE).sum())):
                 continue
+            number, sequences, tokens = sequences, sequences + 1, tokens + valid
+            bar.update()
+            if apart and number % world.size != world.rank:
+                continue
             hidden = forward(model, row)
             labels = row.labels.to(hidden.device)
             if true:
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
                 labels = draw_labels(hidden, model.head.weight, labels, generator)
             linear_cross_entropy(hidden, model.head.weight, labels)[0].backward()
             for name, p in trainable(model).items():
                 if p.grad is not None:
                     total[name] += p.grad.to(total[name].dtype).square()
             model.zero_grad(set_to_none=True)
-            sequences, tokens = sequences + 1, tokens + valid
-            bar.update()
     if not sequences:
         raise ValueError("the Fisher of forget.ewc has no general text to be estimated on; add a source with the role "
                          "general, or use --forget.ewc.fisher l2sp")
+    if apart:
+        for value in total.values():
+            torch.distributed.all_reduce(value)
     return {name: value / tokens for name, value in total.items()}, {"sequences": sequences, "tokens": tokens}
 
 
@@ -482,7 +492,7 @@ class EWC(Method):
                 self.load(parameters)
             else:
                 self.fisher, known = fisher(model, self.forward, self.batches(), self.config.samples,
-                                            self.config.fisher == "true", self.seed, self.world.main)
+                                            self.config.fisher == "true", self.seed, self.world)
                 self.save(known)
             text = f"{known['sequences']:,} sequences, {known['tokens']:,} tokens of general text"
             if known["sequences"] < self.config.samples:
@@ -542,15 +552,20 @@ class LwF(Method):
 
     name = "lwf"
 
-    def __init__(self, config: LwFConfig, forward, general, world: World, base=None):
+    def __init__(self, config: LwFConfig, forward, general, world: World, base=None, precision=None):
         self.config, self.forward, self.general, self.world, self.base = config, forward, set(general), world, base
+        self.precision = precision
         self.divergence, self.targets = 0.0, 0
 
     def model_built(self, model):
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
         if self.base is None:
             assert not self.sharded, "FSDP cannot copy a model: give LwF a base of its own"
-            teacher = copy.deepcopy(model).requires_grad_(False)
+            # what autocast would round in every product is kept rounded: half the memory, the same numbers
+            rounded = {} if self.precision is None else {
+                id(m.weight): torch.nn.Parameter(m.weight.detach().to(self.precision, copy=True))
+                for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not model.head}
+            teacher = copy.deepcopy(model, rounded).requires_grad_(False)
             self.base = lambda _: contextlib.nullcontext(teacher)
             gigabytes = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e9
             self.notes = [f"lwf: the base stays in memory, {gigabytes:.2f} GB"]

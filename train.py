@@ -328,7 +328,8 @@ def retention(run: Run, shards: dict, folder: Path | None) -> list:
         c.forget, run.total, forward, world, [i for i, name in enumerate(loader.names)
                                               if name in general and loader.counts[-1][i]],
         general_batches if general else None, base, c.lora.rank > 0, c.model.init == "pretrained", folder,
-        hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16], c.seed)
+        hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16], c.seed,
+        None if c.train.precision == "fp32" else PRECISIONS[c.train.precision])
 
 
 # ---- one step

@@ -520,6 +520,29 @@ def test_lwf_is_the_divergence_of_whole_logits(tokens):
     assert lwf.divergence == lwf.targets == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_kept_in_half_precision_computes_what_the_whole_one_does_under_autocast(dtype, tied):
+    model = large_weights(Model(ModelConfig(**SIZES, tie_word_embeddings=tied)))
+    batch, sizes = some_batch(3, length=16, vocabulary=97), []
+
+    def cast(model, batch):
+        with torch.autocast("cpu", dtype):
+            return model(batch.tokens)
+    for precision in (None, dtype):
+        lwf = forget.LwF(LwFConfig(0.3, tokens="all"), cast, [1], ONE, precision=precision)
+        lwf.model_built(model)
+        with lwf.base(model) as teacher:
+            assert torch.equal(cast(teacher, batch), cast(model, batch))
+            sizes.append(sum(p.numel() * p.element_size() for p in teacher.parameters()))
+            assert not {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}
+        hidden = cast(model, batch)
+        loss = torch.zeros(())
+        assert lwf.loss_computed(model, batch, loss, {"hidden": hidden}).item() == 0, "alpha T^2 0"
+    blocks = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
+    assert sizes[0] - sizes[1] == 2 * blocks
+
+
 def test_lwf_leaves_a_batch_without_replay_alone():
     model, batch = toy(blocks=2), some_batch(3)
     lwf, = methods(built=model, lwf=LwFConfig(0.3, tokens="replay"))
