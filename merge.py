@@ -208,8 +208,7 @@ def main() -> int:
     p.add_argument("--separator", help="documents of a text file stand between this string")
     p.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
     p.add_argument("--context", type=int, help="tokens a window (default: the model's, at most 2048)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                      help="in which the model computes (default %(default)s)")
+    p.add_argument("--dtype", choices=hf.DTYPES, default="float32", help="of the computation (default %(default)s)")
     p.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     p.add_argument("--json", metavar="FILE", help="write what is printed as data")
     args = p.parse_args(sys.argv[2:])

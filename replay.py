@@ -88,8 +88,7 @@ def main() -> int:
     p.add_argument("--temperature", type=float, default=1.0, help="default 1, the base's own distribution")
     p.add_argument("--top-p", type=float, default=1.0, help="default 1; less cuts the unlikely tokens off")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-                      help="in which the model computes (default %(default)s)")
+    p.add_argument("--dtype", choices=hf.DTYPES, default="float32", help="of the computation (default %(default)s)")
     p.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
     p.add_argument("--json", metavar="FILE", help="write what is printed as data")
     args = p.parse_args(sys.argv[2:])
