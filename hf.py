@@ -354,9 +354,11 @@ def replacing(path: Path):
         if path.exists():
             path.rename(old)
         out.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(out, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for left in (old, out):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _copy(folder: Path, patterns, out: Path):

@@ -171,6 +171,10 @@ def command(args) -> dict:
         raise ValueError("name either --alpha, or held-out text with both --domain and --general")
     if args.alpha is not None and args.alphas:
         raise ValueError("--alphas are tried on --domain and --general; with --alpha there is nothing to try")
+    if args.density is not None and args.method != "ties":
+        raise ValueError(f"--density is the share of the changes that --method ties keeps, and it is {args.method}; "
+                         f"leave it out")
+    args.density = MergeConfig().density if args.density is None else args.density
     if args.alpha is not None:
         merge(args.base, args.model, args.out, args.alpha, args.method, args.density)
         print(f"{args.out}: {args.method}, {args.alpha:g} of the way from {args.base} to {args.model}")
@@ -202,7 +206,7 @@ def main() -> int:
                    "best by domain gain - max(0, forgetting - 5 %%), in bits per byte")
     p.add_argument("--general", nargs="+", metavar="FILE", help="held-out general text")
     p.add_argument("--alphas", type=float, nargs="+", metavar="A", help="default: 0 to 1 in steps of 0.1")
-    p.add_argument("--density", type=float, default=0.2, help="ties: share of the changes kept (default %(default)s)")
+    p.add_argument("--density", type=float, help="ties: share of the changes kept (default 0.2)")
     p.add_argument("--documents", choices=("line", "blank", "file"), default="file",
                    help="a document of a text file is a line, a block between blank lines, or the file (default)")
     p.add_argument("--separator", help="documents of a text file stand between this string")

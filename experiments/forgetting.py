@@ -83,8 +83,10 @@ def run(words: list, seed: int, args, folder: Path, shards: dict) -> tuple[dict,
     command("train.py", "recipes/forgetting.toml", "--model.path", args.model, *sources, "--seed", seed,
             "--train.steps", args.steps, "--out", folder, *words)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return (json.loads((folder / "eval.json").read_text(encoding="utf-8")),
-            [line for line in lines if line["kind"] == "train"])
+    found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    if lacking := {"domain", "general"} - found["after"].keys():
+        raise ValueError(f"of the --{min(lacking)} text no document was held out to be scored; give more of it")
+    return found, [line for line in lines if line["kind"] == "train"]
 
 
 def one(method: str, seed: int, args, out: Path, shards: dict) -> dict:

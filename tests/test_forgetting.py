@@ -69,10 +69,13 @@ def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
     corpora, out, results = data_dir / "corpora", tmp_path / "out", ROOT / "experiments/results/forgetting.json"
     before = results.read_bytes()
     words = ["--model", data_dir / "models/stories260K", "--domain", corpora / "legal_en_dc/dc_code_title16.txt",
-             "--general", corpora / "tinystories/tinystories_sample_cs336.txt", "--separator", "<|endoftext|>",
-             "--methods", "domain_only", "--seeds", 3, "--steps", 2, "--out", out]
-    done = subprocess.run([sys.executable, ROOT / "experiments/forgetting.py", *map(str, words)], capture_output=True,
-                          text=True, check=False)
+             "--separator", "<|endoftext|>", "--methods", "domain_only", "--seeds", 3, "--steps", 2]
+
+    def study(stories, out):
+        return subprocess.run([sys.executable, ROOT / "experiments/forgetting.py", *map(str, words), "--out", out,
+                               "--general", corpora / "tinystories" / stories], capture_output=True, text=True,
+                              check=False)
+    done = study("tinystories_sample_2MiB.txt", out)
     assert done.returncode == 0, done.stderr
     (one,) = json.loads((out / "forgetting.json").read_text())["rows"]
     scores = json.loads((out / "runs/domain_only_3/eval.json").read_text())
@@ -81,7 +84,8 @@ def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
         scores["before"]["general"]["bits_per_byte"] - 1
     assert (out / "forgetting.png").stat().st_size > 10_000
     assert results.read_bytes() == before, "some methods alone are no study"
-    done = subprocess.run([sys.executable, ROOT / "experiments/forgetting.py", *map(str, words)], capture_output=True,
-                          text=True, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "exists; remove it" in done.stderr
+    for stories, folder, says in (("tinystories_sample_2MiB.txt", out, "exists; remove it"),
+                                  ("tinystories_sample_cs336.txt", tmp_path / "few", "--general text no document")):
+        done = study(stories, folder)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert says in done.stderr

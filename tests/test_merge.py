@@ -75,7 +75,7 @@ def test_merged_folders_have_the_bits_of_their_ends(pair, tmp_path, forget_py, c
     for alpha, truth in ((0, base), (1, result)):
         out = tmp_path / f"{alpha}"
         assert forget_py("merge", "--base", pair[0], "--model", pair[1], "--alpha", alpha, "--method", method,
-                   "--density", 1, "--out", out) == 0
+                         *(["--density", 1] if method == "ties" else []), "--out", out) == 0
         merged = tensors_of(out)
         assert merged.keys() == truth.keys()
         assert all(torch.equal(merged[name], truth[name]) for name in truth)
@@ -147,7 +147,8 @@ def test_models_that_do_not_fit(pair, tmp_path, hf_model):
     (["--alpha", "0.5", "--alphas", "0.1"], "nothing to try"),
     (["--domain", "nowhere.txt", "--general", "b"], "nowhere.txt"),
     (["--alpha", "1.5"], "alpha is 1.5"),
-    (["--alpha", "0.5", "--density", "0"], "density is 0"),
+    (["--alpha", "0.5", "--density", "0", "--method", "ties"], "density is 0"),
+    (["--alpha", "0.5", "--density", "0.5"], "--method ties keeps, and it is linear"),
     (["--alpha", "0.5", "--model", "nowhere"], "nowhere does not exist"),
 ])
 def test_mistakes_of_a_merge_are_one_line(pair, tmp_path, forget_py, capsys, words, says):
