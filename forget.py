@@ -610,7 +610,7 @@ class AdaptiveReplay(Method):
     smoothing, which does not lag behind a steady rise) and carried on for AHEAD evaluations; where that would pass
     epsilon the share rises, where it would stay under three quarters of it the share falls, and between it rests.
     degradation: the worst relative loss of a general source, each metric in its own direction.
-    The schedule holds until the first change; from then on the decisions do.
+    The schedule holds until a decision first wants a change; from then on the decisions do.
     """
 
     name = "adaptive"
@@ -648,7 +648,7 @@ class AdaptiveReplay(Method):
         if change and share == memory["share"]:
             what += f", but replay is at its bound of {share:g}"
             what += "; add ewc, lwf or LoRA, or lower the learning rate" if change > 0 else ""
-        memory["acted"] |= share != memory["share"]
+        memory["acted"] |= change != 0             # also where it stands at its bound: the schedule may stand elsewhere
         memory["share"] = share
         return decision | {"replay_share": share if memory["acted"] else None, "reason": what}
 

@@ -751,6 +751,11 @@ def load(model: nn.Module, folder, name: str = "default") -> dict:
             if ids is None or short not in ("embed_tokens", "lm_head"):
                 raise ValueError(f"{folder}: {CONFIG} has no trainable_token_indices for {key}")
             tables["head" if short == "lm_head" else "embed_tokens"] = ids
+    if is_tied(model) and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors \
+            and not settings.get("ensure_weight_tying"):
+        raise ValueError(f"{folder} trains the embedding and leaves the head as it was (ensure_weight_tying is not "
+                         f"set), but the base's head is its embedding; untie the base first (tie_word_embeddings false "
+                         f"and an lm_head.weight)")
     add(model, name, low, tables)
     load_state(model, tensors)
     return settings

@@ -61,6 +61,8 @@ def command(args) -> dict:
         raise ValueError("--temperature is 0, so that every document would be the same; take 1, the base's own")
     ends = {*end_ids(folder, tok), *([tok.bos_id] if tok.bos_id is not None else [])}    # BOS begins another text
     out, records, tokens = Path(args.out), 0, 0
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file with --out, e.g. {out / 'replay.jsonl'}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"{out.name}.tmp{os.getpid()}")
     try:

@@ -455,7 +455,9 @@ def identity(run: Run, step: int) -> dict:
         "seed": c.seed, "order_version": data.ORDER_VERSION, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
         "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last, "packing": c.data.packing,
-        "eval_tokens": c.eval.tokens, "mix": digest(run.planned[:step + 1].tobytes()),
+        "eval_tokens": c.eval.tokens,
+        "eval_every": c.eval.every if c.forget.adaptive.policy != "none" else None,       # then it decides the order
+        "mix": digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.total if c.forget.freeze.schedule != "none" else None,
         "rates": digest(repr([optim.learning_rate(s, run.total, c.optim) for s in range(step)]).encode()),
         "base": run.base, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
@@ -544,10 +546,15 @@ def listen(run: Run, step: int, result: dict, out: Path, logger):
                 mixture.check_epochs(run.loader.epochs(run.total), run.sources)
             except ValueError as error:                                        # known before the run, not in it
                 logger.say(f"warning: {error}")
-            if run.world.main:                     # with the settings, these lines are the order of the data
-                first = (out / "plan.jsonl").read_text(encoding="utf-8").splitlines()[0]
-                lines = [first, *map(json.dumps, run.decisions)]
-                _write_text(out / "plan.jsonl", "".join(line + "\n" for line in lines))
+            if run.world.main:
+                write_plan(run, out)
+
+
+def write_plan(run: Run, out: Path):
+    """plan.jsonl: what was planned before the run, and each decision; with the settings it is the order of the data."""
+    plan = {"step": 0, "steps": run.total, "schedule": run.c.data.schedule, "domain_share": run.c.data.domain_share,
+            "sequences": dict(zip(run.loader.names, run.planned[-1].tolist()))}
+    _write_text(out / "plan.jsonl", "".join(json.dumps(line) + "\n" for line in [plan, *run.decisions]))
 
 
 def export(run: Run, folder: Path, card: str):
@@ -749,9 +756,7 @@ def begin(run: Run, start: int, out: Path, logger):
     if start:                                  # a branch: what was known before is what its trunk found
         first = Path(c.train.branch_from).parent.parent / "eval_step_0.json"
         _write_text(out / first.name, first.read_text(encoding="utf-8"))
-    plan = {"step": 0, "steps": run.total, "schedule": c.data.schedule, "domain_share": c.data.domain_share,
-            "sequences": dict(zip(loader.names, loader.counts[-1].tolist()))}
-    _write_text(out / "plan.jsonl", json.dumps(plan) + "\n")
+    write_plan(run, out)
     logger.record("start", 0, time=time.time(), run=out.name, parameters=run.inner.count_parameters(),
                   trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
                   tokens_per_step=c.train.batch_size * c.data.context, total_steps=run.total,

@@ -695,6 +695,14 @@ def test_decisions_can_be_made_again_from_the_log_and_go_on_from_a_checkpoint():
         json.dumps(once)
 
 
+@pytest.mark.parametrize(("start", "lost"), [(0.6, 0.5), (0.2, 0.0)])
+def test_a_controller_that_starts_at_its_bound_takes_over_from_the_schedule(start, lost):
+    """The schedule's share may be another one: what the decision says must come to hold."""
+    for policy in ("budget", "degradation"):
+        found = shares(forget.AdaptiveReplay(AdaptiveConfig(policy, start=start)), map(general, [1.0, 1.0 + lost]))
+        assert found == [start], policy
+
+
 def test_a_bound_is_said():
     controller = forget.AdaptiveReplay(AdaptiveConfig("degradation", start=0.6))
     controller.evaluated(0, general(1.0))

@@ -669,6 +669,13 @@ def test_adapters_that_do_not_fit(tiny_model, adapter):
     save_file({**good, lora.HEAD_KEY: torch.zeros(97, 32), lora.EMBEDDING_KEY: torch.ones(97, 32)}, file)
     with pytest.raises(ValueError, match="untie the base first"):
         lora.load(tiny_model(tie_word_embeddings=True), adapter[1])
+    # PEFT's modules_to_save=["embed_tokens"] trains the embedding and leaves the head as it was
+    save_file({**good, lora.EMBEDDING_KEY: torch.ones(97, 32)}, file)
+    with pytest.raises(ValueError, match="leaves the head as it was.*untie the base first"):
+        lora.load(tiny_model(tie_word_embeddings=True), adapter[1])
+    edit(adapter[1] / "adapter_config.json", ensure_weight_tying=True)
+    lora.load(tied := tiny_model(tie_word_embeddings=True), adapter[1])
+    assert (tied.head.weight == 1).all()
     file.write_bytes(b"cut short")
     with pytest.raises(ValueError, match="cannot be read"):
         lora.load(tiny_model(), adapter[1])

@@ -26,6 +26,8 @@ def test_the_base_writes_its_own_replay(pair, tmp_path, forget_py, capsys):
     assert forget_py(*["replay", "--model", pair[0], "--out", tmp_path / "d.jsonl", "--temperature", 0]) == 2
     assert "every document would be the same" in capsys.readouterr().err
     assert forget_py(*["replay", "--model", pair[0], "--out", tmp_path / "d.jsonl", "--documents", 0]) == 2
+    assert forget_py("replay", "--model", pair[0], "--out", tmp_path) == 2
+    assert f"{tmp_path} is a folder" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.glob("*.jsonl*")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 

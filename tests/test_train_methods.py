@@ -194,6 +194,22 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
         train.train(run_of(base, tmp_path / "z", "--train.branch-from", tmp_path / "nowhere"), one())
 
 
+def test_a_branch_has_the_decisions_of_its_trunk(base, tmp_path):
+    words = [*ENDLESS, "--optim.decay-ratio", 0, "--forget.adaptive.policy", "degradation", "--data.domain-share", 0.9,
+             "--optim.lr", 0.1, "--train.steps"]
+    trunk, branch, whole = (tmp_path / name for name in ("trunk", "branch", "whole"))
+    train.train(run_of(base, trunk, *words, 6, "--eval.every", 2), one())
+    train.train(run_of(base, whole, *words, 7, "--eval.every", 2), one())
+    step6 = ["--train.branch-from", trunk / "checkpoints/step_00000006"]
+    train.train(run_of(base, branch, *words, 7, "--eval.every", 2, *step6), one())
+    plan = (whole / "plan.jsonl").read_text().splitlines()
+    assert len(plan) > 2
+    assert (branch / "plan.jsonl").read_text().splitlines() == plan
+    same_checkpoint(branch, whole, 7)
+    with pytest.raises(ValueError, match="eval_every was 2 and is 3"):
+        train.train(run_of(base, tmp_path / "other", *words, 7, "--eval.every", 3, *step6), one())
+
+
 @pytest.mark.parametrize(("words", "match"), [
     (["--optim.name", "muon", "--lora.rank", 4], "use --optim.name adamw"),
     (["--forget.ewc.strength", 0.1, "--lora.rank", 4], "use --forget.lwf.alpha 0.5"),
