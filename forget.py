@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from config import ArgumentParser, main_guard, nearest
+from config import ArgumentParser, main_guard, nearest, write_json
 from kernels import linear_cross_entropy, linear_kl
 from parallel import World, like, whole
 
@@ -722,9 +722,9 @@ COMMANDS = {"merge": "a model between base and result (merge.py)",
 
 def main() -> int:
     if sys.argv[1:2] == ["merge"]:
-        import merge as command
+        import merge as module
     elif sys.argv[1:2] == ["replay"]:
-        import replay as command
+        import replay as module
     else:
         parser = ArgumentParser(prog="forget.py", description=__doc__)
         commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
@@ -732,7 +732,17 @@ def main() -> int:
             commands.add_parser(name, help=what)
         parser.parse_args()
         return 0
-    return command.main()
+    p = ArgumentParser(prog=f"forget.py {sys.argv[1]}", description=module.__doc__)
+    module.arguments(p)
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                   help="in which the model computes (default %(default)s)")
+    p.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
+    p.add_argument("--json", metavar="FILE", help="write what is printed as data")
+    args = p.parse_args(sys.argv[2:])
+    result = module.command(args)
+    if args.json:
+        write_json(args.json, result)
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ held-out text, and `merge_best` writes the best; train.py does that at a run's e
 import math
 import re
 import shutil
-import sys
 import types
 from pathlib import Path
 
@@ -195,8 +194,7 @@ def command(args) -> dict:
     return found
 
 
-def main() -> int:
-    p = ArgumentParser(prog="forget.py merge", description=__doc__)
+def arguments(p: ArgumentParser):
     p.add_argument("--base", required=True, metavar="DIR", help="what the training began from")
     p.add_argument("--model", required=True, metavar="DIR", help="what came of it")
     p.add_argument("--out", required=True, metavar="DIR", help="new folder")
@@ -212,11 +210,3 @@ def main() -> int:
     p.add_argument("--separator", help="documents of a text file stand between this string")
     p.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
     p.add_argument("--context", type=int, help="tokens a window (default: the model's, at most 2048)")
-    p.add_argument("--dtype", choices=hf.DTYPES, default="float32", help="of the computation (default %(default)s)")
-    p.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
-    p.add_argument("--json", metavar="FILE", help="write what is printed as data")
-    args = p.parse_args(sys.argv[2:])
-    result = command(args)
-    if args.json:
-        write_json(args.json, result)
-    return 0

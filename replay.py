@@ -5,7 +5,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from tqdm import tqdm
 
 import hf
 import tokenizer
-from config import ArgumentParser, write_json
+from config import ArgumentParser
 from generate import KVCache, Settings, end_ids, first_ids, pick_device, probabilities
 
 
@@ -81,8 +80,7 @@ def command(args) -> dict:
     return {"out": str(out), "documents": records, "tokens": tokens}
 
 
-def main() -> int:
-    p = ArgumentParser(prog="forget.py replay", description=__doc__)
+def arguments(p: ArgumentParser):
     p.add_argument("--model", required=True, metavar="DIR", help="the base")
     p.add_argument("--out", required=True, metavar="FILE")
     p.add_argument("--documents", type=int, default=1000, help="default %(default)s")
@@ -90,11 +88,3 @@ def main() -> int:
     p.add_argument("--temperature", type=float, default=1.0, help="default 1, the base's own distribution")
     p.add_argument("--top-p", type=float, default=1.0, help="default 1; less cuts the unlikely tokens off")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", choices=hf.DTYPES, default="float32", help="of the computation (default %(default)s)")
-    p.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
-    p.add_argument("--json", metavar="FILE", help="write what is printed as data")
-    args = p.parse_args(sys.argv[2:])
-    result = command(args)
-    if args.json:
-        write_json(args.json, result)
-    return 0
