@@ -44,16 +44,16 @@ import dedup
 import hf
 import kernels
 import lora
-import parallel
 import tokenizer as tokenizers
-from config import ArgumentParser, main_guard
-from corpus import read_documents, read_records, utf8
+from core import parallel
+from core.config import ArgumentParser, main_guard
 from kernels import measure
 from kernels.attention import BACKENDS, interval_mask
+from learn.objectives import IGNORE, Causal
+from learn.optim import OptimConfig, make_optimizer
 from model import Model, ModelConfig, matmul_flops_per_token
-from objectives import IGNORE, Causal
-from optim import OptimConfig, make_optimizer
-from shards import HEADER_BYTES, Shards, pack
+from text.corpus import read_documents, read_records, utf8
+from text.shards import HEADER_BYTES, Shards, pack
 
 
 def machine() -> dict:

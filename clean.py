@@ -35,9 +35,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import corpus
-from config import ArgumentParser, main_guard, nearest, write_json
-from pii import scrub
+from core.config import ArgumentParser, main_guard, nearest, write_json
+from text import corpus
+from text.pii import scrub
 
 SCORES_VERSION = 2          # raise it when a score changes its meaning: older records are then scored anew
 

@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import mixture
-from config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
-from corpus import read_documents, read_records, utf8
-from foreign import holds_tokens, read_token_documents
-from mixture import DataConfig, LengthConfig, SourceConfig
-from shards import (
+from core.config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
+from text import mixture
+from text.corpus import read_documents, read_records, utf8
+from text.foreign import holds_tokens, read_token_documents
+from text.mixture import DataConfig, LengthConfig, SourceConfig
+from text.shards import (
     SPLITS,
     Shards,
     deal,

@@ -45,9 +45,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import ArgumentParser, main_guard, write_json
-from corpus import json_records, read_documents, read_records, utf8
+from core.config import ArgumentParser, main_guard, write_json
 from data import fmix64
+from text.corpus import json_records, read_documents, read_records, utf8
 
 VERSION = 1                            # raise it when the same input gives another result
 BANDS, ROWS, SHINGLE, NGRAM = 14, 8, 5, 13

@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import data
 import hf
 import lora
-import objectives
 import tokenizer as tokenizers
-from config import ArgumentParser, main_guard, write_json
-from corpus import read_documents, utf8
+from core import checkpoint
+from core.config import ArgumentParser, main_guard, write_json
 from generate import Settings, generate, pick_device
+from learn import objectives
 from model import Model, ModelConfig
-from shards import Shards, check_tokenizer
+from text.corpus import read_documents, utf8
+from text.shards import Shards, check_tokenizer
 
 ADVICE = "raise replay to 40-50 %, or train adapters (LoRA), or merge the result with the base"
 

@@ -38,9 +38,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from config import ArgumentParser, main_guard, nearest, write_json
+from core.config import ArgumentParser, main_guard, nearest, write_json
+from core.parallel import World, like, whole
 from kernels import linear_cross_entropy, linear_kl
-from parallel import World, like, whole
 
 IGNORE = -100
 RAISE, LOWER = 0.1, 0.05                # one decision's change of the replay share
@@ -722,9 +722,9 @@ COMMANDS = {"merge": "a model between base and result (merge.py)",
 
 def main() -> int:
     if sys.argv[1:2] == ["merge"]:
-        import merge as module
+        from learn import merge as module
     elif sys.argv[1:2] == ["replay"]:
-        import replay as module
+        from learn import self_replay as module
     else:
         parser = ArgumentParser(prog="forget.py", description=__doc__)
         commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))

@@ -15,7 +15,7 @@ import torch
 
 import hf
 import tokenizer
-from config import ArgumentParser, main_guard, write_json
+from core.config import ArgumentParser, main_guard, write_json
 from model import KVCache
 
 

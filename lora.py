@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf
-from config import ArgumentParser, main_guard, nearest, write_json
+from core.config import ArgumentParser, main_guard, nearest, write_json
 from kernels import NF4, dequantise, lora_linear, quantise
 
 PREFIX = "base_model.model."                 # of every key in PEFT's files

@@ -911,5 +911,5 @@ def _refuse(message: str):
 if __name__ == "__main__":
     import sys
 
-    from config import main_guard
+    from core.config import main_guard
     sys.exit(main_guard(main))

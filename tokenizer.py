@@ -532,10 +532,10 @@ EXTENDING = {"extend": "new tokens learnt from text, and rows for them", "add": 
 
 
 def main():
-    from config import ArgumentParser
-    from corpus import read_documents
+    from core.config import ArgumentParser
+    from text.corpus import read_documents
     if sys.argv[1:2] and sys.argv[1] in EXTENDING:
-        import extend
+        from text import extend_vocabulary as extend
         return extend.main()
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(("train", "encode", *EXTENDING)))
@@ -566,5 +566,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from config import main_guard
+    from core.config import main_guard
     sys.exit(main_guard(main))

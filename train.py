@@ -29,30 +29,25 @@ from typing import Literal
 import numpy as np
 import torch
 
-import checkpoint
 import data
 import eval as evaluation
 import forget
-import guard
 import hf
-import log
 import lora
-import merge
-import mixture
-import objectives
-import optim
-import parallel
 import tokenizer as tokenizers
-from config import main_guard, parse, refuse_unused, to_toml
+from core import checkpoint, guard, log, parallel
+from core.config import main_guard, parse, refuse_unused, to_toml
+from core.log import LogConfig
+from core.parallel import ParallelConfig
 from forget import ForgetConfig
-from log import LogConfig
+from learn import merge, objectives, optim
+from learn.objectives import ObjectiveConfig
+from learn.optim import OptimConfig
 from lora import LoraConfig
-from mixture import DataConfig, LengthConfig
 from model import Model, ModelConfig, matmul_flops_per_token
-from objectives import ObjectiveConfig
-from optim import OptimConfig
-from parallel import ParallelConfig
-from shards import SPLITS, Shards, check_tokenizer, open_buckets, verify
+from text import mixture
+from text.mixture import DataConfig, LengthConfig
+from text.shards import SPLITS, Shards, check_tokenizer, open_buckets, verify
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}     # dense bf16, vendors' data sheets

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from forgetting import ROOT, arguments, new_folder, prepare, run, together
 
-from config import main_guard, write_json
+from core.config import main_guard, write_json
 
 EVERY = 10
 # the rate rises over a tenth of the run and falls to a fiftieth: what must be replayed falls with it

@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
 
-from config import ArgumentParser, main_guard  # noqa: E402
+from core.config import ArgumentParser, main_guard  # noqa: E402
 
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)  # bounds of one record
 SKIP_FOLDERS = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}

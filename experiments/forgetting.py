@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
 
-from config import ArgumentParser, main_guard, write_json  # noqa: E402
+from core.config import ArgumentParser, main_guard, write_json  # noqa: E402
 
 ALONE = ["--data.schedule", "static", "--data.domain-share", 1.0]
 

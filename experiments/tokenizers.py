@@ -28,11 +28,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # The checkout, wherever this file is run from; and not this folder, where `import tokenizers` would find this file
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "experiments")]
 
-import extend  # noqa: E402
 import tokenizer  # noqa: E402
-from config import ArgumentParser, main_guard, write_json  # noqa: E402
-from corpus import read_documents  # noqa: E402
-from shards import Shards, pack  # noqa: E402
+from core.config import ArgumentParser, main_guard, write_json  # noqa: E402
+from text import extend_vocabulary as extend  # noqa: E402
+from text.corpus import read_documents  # noqa: E402
+from text.shards import Shards, pack  # noqa: E402
 
 LEGAL = ("corpora/legal_en_dc/dc_code_title16.txt", "corpora/legal_en_dc/dc_code_title28.txt")
 STORIES, BASE = "corpora/tinystories/tinystories_sample_2MiB.txt", "models/stories260K"

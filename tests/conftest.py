@@ -16,10 +16,10 @@ if not torch.cuda.is_available():
 import torch.nn.functional as F
 from synthetic import some_texts, texts
 
-import config
 import forget
 import hf
 import tokenizer as tokenizers
+from core import config
 from model import Model, ModelConfig
 
 torch.set_num_threads(2)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 import data
-from config import main_guard
-from corpus import utf8
-from shards import Shards
+from core.config import main_guard
+from text.corpus import utf8
+from text.shards import Shards
 
 WORDS = ["habeas", "corpus", "the", "of", "lien", "é", "tort", "漢字", "x = 1;", "\n", "party", "🙂", ","]
 

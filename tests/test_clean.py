@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 import clean
 from clean import PRESETS, Settings, broken, clean_document, read_records, run, split
-from config import main_guard
-from pii import scrub
+from core.config import main_guard
+from text.pii import scrub
 
 pytest.importorskip("ftfy", reason="the extra `clean` is not installed")
 ROOT = Path(__file__).parent.parent
@@ -512,8 +512,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path):
 def test_perplexity_of_a_model_and_its_percentile_gate(tmp_path, monkeypatch, data_dir, one_thread):
     import eval as evaluation
     import hf
-    import objectives
     import tokenizer as tokenizers
+    from learn import objectives
     folder = str(data_dir / "models/stories260K")
     texts = ["Once upon a time, there was a little girl named Lily. She loved to play.", "", STATUTE[:200], NOTE[:300]]
     found = clean.model_perplexity(folder, context=64, rows=3)(texts)

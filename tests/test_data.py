@@ -19,8 +19,8 @@ from synthetic import Bytes, counts_of, run, scored, some_texts, source
 import data
 import tokenizer as tokenizers
 from data import Loader, best_fit_decreasing, permute
-from mixture import SourceConfig, domain_share, plan_counts, source_weights
-from shards import SPLITS, Shards, pack
+from text.mixture import SourceConfig, domain_share, plan_counts, source_weights
+from text.shards import SPLITS, Shards, pack
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import dedup as module
-from config import main_guard
+from core.config import main_guard
 from dedup import BANDS, ROWS, band_keys, dedup, jaccard, ngram_hashes, normalise, signatures
 
 ROOT = Path(__file__).parent.parent

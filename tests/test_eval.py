@@ -13,15 +13,14 @@ import pytest
 import torch
 from test_train import make_lab, one, settings, texts
 
-import checkpoint
-import config
 import data
 import eval as evaluation
 import hf
-import objectives
 import tokenizer
 import train
-from parallel import World
+from core import checkpoint, config
+from core.parallel import World
+from learn import objectives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = objectives.Causal(mask_documents=True)

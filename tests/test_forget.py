@@ -24,9 +24,8 @@ from safetensors.torch import load_file
 from test_train import ENV
 from torch import nn
 
-import config
 import forget
-import parallel
+from core import config, parallel
 from forget import AdaptiveConfig, EMAConfig, EWCConfig, ForgetConfig, FreezeConfig, LwFConfig, MergeConfig
 from model import Model, ModelConfig
 

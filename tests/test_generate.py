@@ -19,7 +19,7 @@ from torch import nn
 import generate as module
 import hf
 import tokenizer
-from config import main_guard
+from core.config import main_guard
 from generate import Settings, TextStream, complete, end_ids, generate, penalised, probabilities, sample_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

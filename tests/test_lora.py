@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 import hf
 import kernels
 import lora
-import objectives
-import parallel
-from config import main_guard, parse
+from core import parallel
+from core.config import main_guard, parse
+from learn import objectives
+from learn.optim import OptimConfig, make_optimizer
 from lora import LoraConfig
 from model import Model
-from optim import OptimConfig, make_optimizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*gradient_checkpointing"),
               pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")]

@@ -23,15 +23,12 @@ import pytest
 import torch
 from synthetic import KINDS, texts
 
-import checkpoint
-import config
 import data
-import guard
 import hf
-import optim
-import parallel
 import tokenizer
 import train
+from core import checkpoint, config, guard, parallel
+from learn import optim
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}

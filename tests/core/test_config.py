@@ -1,0 +1,293 @@
+"""config.py against the written precedence (default < recipe < command line) and tomllib, the standard's own reader."""
+
+import math
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from core.config import ArgumentParser, main_guard, nearest, parse, to_toml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Source:
+    path: str = ""
+    role: Literal["domain", "general"] = "domain"
+    weight: float = 1.0
+
+
+@dataclass
+class Inner:
+    depth: int = 3
+
+
+@dataclass
+class Data:
+    context: int = 2048
+    """tokens in a row"""
+    packed: bool = False
+    names: tuple[str, ...] = ()
+    prompts: list[str] = field(default_factory=list)
+    sources: dict[str, Source] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+
+    def __post_init__(self):
+        if self.context < 1:
+            raise ValueError(f"data.context is {self.context}, but must be above 0")
+
+
+@dataclass
+class Config:
+    out: str = "out/run"
+    lr: float = 1e-5
+    steps: int | None = None
+    warm: bool = True
+    data: Data = field(default_factory=Data)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """recipe(text) -> path of a file that holds it."""
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+    return write
+
+
+def one_line(message) -> str:
+    assert "\n" not in str(message.value)
+    assert "╭" not in str(message.value)
+    return str(message.value)
+
+
+# ---- where a value comes from
+
+def test_precedence(recipe):
+    path = recipe('lr = 3e-4\nsteps = 7\n[data]\ncontext = 512\n[data.sources.legal]\npath = "a"\nweight = 2\n')
+    assert parse(Config, []) == Config()
+    file = parse(Config, [path])
+    assert (file.out, file.lr, file.steps, file.data.context) == ("out/run", 3e-4, 7, 512)
+    assert file.data.sources == {"legal": Source("a", "domain", 2.0)}
+    assert type(file.data.sources["legal"].weight) is float
+    line = parse(Config, [path, "--lr", "1e-3", "--data.sources.legal.path", "b", "--steps=9"])
+    assert (line.lr, line.steps, line.data.context) == (1e-3, 9, 512)
+    assert line.data.sources == {"legal": Source("b", "domain", 2.0)}
+    assert parse(Config, []) == Config()                       # nothing of it stayed in the defaults
+    assert Config().data.sources == {}
+
+
+@pytest.mark.parametrize(("argv", "attribute", "value"), [
+    (["--data.packed"], "packed", True),
+    (["--data.packed", "True"], "packed", True),
+    (["--data.packed", "true"], "packed", True),
+    (["--data.packed=true"], "packed", True),
+    (["--data.packed", "--data.context", "4"], "packed", True),
+    (["--data.packed", "false"], "packed", False),
+    (["--data.names", "a", "b"], "names", ("a", "b")),
+    (["--data.names"], "names", ()),
+    (["--data.prompts", "Once upon a time,", "ü\n"], "prompts", ["Once upon a time,", "ü\n"]),
+    (["--data.context=7"], "context", 7),
+    (["--data.inner.depth", "5"], "inner", Inner(5)),
+])
+def test_command_line_values(argv, attribute, value):
+    assert getattr(parse(Config, argv).data, attribute) == value
+
+
+def test_flags_and_words():
+    """`true` is a truth value after a switch and a word everywhere else; a dash is as good as an underscore."""
+    assert parse(Config, ["--warm", "false"]).warm is False
+    assert parse(Config, ["--out", "true"]).out == "true"
+    assert parse(Config, ["--data.packed", "--out", "false"]).out == "false"
+    assert parse(Config, ["--steps", "None"]).steps is None
+    assert parse(Config, ["--lr", "-1"]).lr == -1.0
+
+
+def test_new_sections_open_on_the_command_line(recipe):
+    argv = ["--data.sources.NEW.path", "x", "--data.sources.NEW.role", "general", "--data.sources.other.weight", "3"]
+    assert parse(Config, argv).data.sources == {"NEW": Source("x", "general"), "other": Source(weight=3.0)}
+    both = parse(Config, [recipe('[data.sources.old]\npath = "o"\n'), *argv]).data.sources
+    assert both == {"old": Source("o"), "NEW": Source("x", "general"), "other": Source(weight=3.0)}
+
+
+# ---- mistakes
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("lrr = 1\n", "unknown key lrr; did you mean lr?"),
+    ("[data]\ncontxt = 1\n", "unknown key data.contxt; did you mean context?"),
+    ("[dta]\ncontext = 1\n", "unknown key dta; did you mean data?"),
+    ("[data.sources.a]\npth = 'x'\n", "unknown key data.sources.a.pth; did you mean path?"),
+    ("zzzzzz = 1\n", "unknown key zzzzzz"),
+    ("[data]\ncontext = '1'\n", "data.context is '1', but must be of type int"),
+    ("[data]\ncontext = 1.5\n", "data.context is 1.5, but must be of type int"),
+    ("[data]\ncontext = true\n", "data.context is True, but must be of type int"),
+    ("[data]\npacked = 1\n", "data.packed is 1, but must be of type bool"),
+    ("steps = 'x'\n", "steps is 'x', but must be of type int"),
+    ("data = 3\n", "data is a section, but its value is 3"),
+    ("[data]\nsources = 3\n", "data.sources is a table of named sections, but its value is 3"),
+    ("[data.sources]\na = 3\n", "data.sources.a is a section, but its value is 3"),
+    ("[data.sources.a]\nrole = 'bad'\n", "data.sources.a.role is 'bad', but must be one of domain, general"),
+    ("[data]\nnames = [1]\n", "data.names is 1, but must be of type str"),
+])
+def test_mistakes_in_a_recipe(recipe, text, message):
+    with pytest.raises(ValueError) as error:
+        parse(Config, [recipe(text)])
+    assert one_line(error) == message
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--lrr", "1"], "unknown key lrr; did you mean lr?"),
+    (["--data.contxt", "1"], "unknown key data.contxt; did you mean data.context?"),
+    (["--data.sources.a.pth", "1"], "unknown key data.sources.a.pth; did you mean data.sources.a.path?"),
+    (["--zzzzzz"], "unknown key zzzzzz"),
+    (["--data.context", "many"], "--data.context.*'many'"),
+    (["--steps", "3.5"], "--steps.*3.5"),
+    (["--lr"], "(?i)missing value.*--lr"),
+    (["--data.sources.a.role", "bad"], "'bad'.*--data.sources.a.role.*'domain', 'general'"),
+    (["--lr", "1", "stray"], "stray"),
+    (["--data.packed", "maybe"], "(?i)maybe"),
+    (["--data.context", "0"], "data.context is 0, but must be above 0"),
+])
+def test_mistakes_on_the_command_line(argv, message):
+    with pytest.raises(ValueError) as error:
+        parse(Config, argv)
+    assert re.search(message, one_line(error))
+
+
+def test_rules_between_settings_hold_for_recipes_too(recipe):
+    with pytest.raises(ValueError, match=r"data\.context is 0, but must be above 0"):
+        parse(Config, [recipe("[data]\ncontext = 0\n")])
+
+
+def test_unreadable_recipes(recipe, tmp_path):
+    with pytest.raises(ValueError, match=r"recipe .*absent\.toml does not exist; recipes/"):
+        parse(Config, [str(tmp_path / "absent.toml")])
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        parse(Config, [recipe("lr = = 1")])
+    (tmp_path / "latin.toml").write_bytes(b'out = "\xff"')
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        parse(Config, [str(tmp_path / "latin.toml")])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(Config, ["--help"], description="What it is.")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for text in ("What it is.", "--data.context", "tokens in a row", "2048"):
+        assert text in shown
+
+
+# ---- written down and read again
+
+def test_to_toml_round_trip(recipe):
+    config = Config(out='quo"te \\ back\nline\ttab é 漢字 🙂 \x00\x1f\x7f', lr=1e-05, steps=None, data=Data(
+        context=7, packed=True, names=("a", "b\n"), prompts=["", "ü"], inner=Inner(1),
+        sources={"plain": Source("p"), "with space": Source("q"), "do.t": Source("r", "general", 0.5),
+                 "é": Source(weight=math.inf)}))
+    text = to_toml(config)
+    assert parse(Config, [recipe(text)]) == config
+    values = tomllib.loads(text)
+    assert values["data"]["names"] == ["a", "b\n"]
+    assert values["data"]["sources"].keys() == config.data.sources.keys()
+    assert "steps" not in values                               # a None has no TOML; it is the default
+    assert parse(Config, [recipe(to_toml(Config()))]) == Config()
+    assert to_toml(parse(Config, [recipe(text)])) == text
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0, 1e-5, 3e-4, 1e16, 1e22, 1e-300, 0.1, math.inf, -math.inf])
+def test_to_toml_keeps_numbers(recipe, number):
+    back = parse(Config, [recipe(to_toml(Config(lr=number)))]).lr
+    assert back == number
+    assert type(back) is float
+
+
+def test_to_toml_keeps_not_a_number(recipe):
+    assert math.isnan(parse(Config, [recipe(to_toml(Config(lr=math.nan)))]).lr)
+
+
+# ---- the last line of a command
+
+def failing(error):
+    def main():
+        raise error
+    return main
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (ValueError("bad value\nover two lines"), "error: bad value over two lines\n"),
+    (FileNotFoundError(2, "No such file or directory", "x.txt"), "error: No such file or directory: x.txt\n"),
+    (PermissionError(13, "Permission denied", "/y"), "error: Permission denied: /y\n"),
+    (OSError("disk full"), "error: disk full\n"),
+])
+def test_main_guard_prints_one_line(capsys, error, line):
+    assert main_guard(failing(error)) == 2
+    assert capsys.readouterr().err == line
+
+
+def test_main_guard_otherwise(capsys):
+    assert main_guard(lambda: None) == 0
+    assert main_guard(lambda: 3) == 3
+    assert main_guard(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+    with pytest.raises(AssertionError):                        # ours to mend: the traceback is wanted
+        main_guard(failing(AssertionError("an invariant")))
+
+
+def test_a_command_ends_with_one_line_and_status_2(tmp_path):
+    script = ("import sys; from core.config import main_guard, read_toml; "
+              "sys.exit(main_guard(lambda: read_toml(sys.argv[1])))")
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "no.toml")], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: recipe ")
+    assert run.stderr.count("\n") == 1
+
+
+def test_nearest():
+    assert nearest("contxt", ["data", "context"]) == "; did you mean context?"
+    assert nearest("zzz", ["data", "context"]) == ""
+
+
+def flat_parser():
+    parser = ArgumentParser(prog="tool.py")
+    parser.add_argument("--model")
+    commands = parser.add_subparsers(dest="command")
+    pack = commands.add_parser("pack")
+    pack.add_argument("--tokenizer")
+    pack.add_argument("--rows", type=int)
+    return parser
+
+
+@pytest.mark.parametrize(("argv", "line"), [
+    (["--modle", "x"], "error: unknown argument --modle; did you mean --model? (tool.py --help lists the options)"),
+    (["pack", "--tokeniser", "x"],
+     "error: unknown argument --tokeniser; did you mean --tokenizer? (tool.py --help lists the options)"),
+    (["pack", "--token", "x"], "error: unknown argument --token; did you mean --tokenizer?"),     # no abbreviations
+    (["--qqqq"], "error: unknown argument --qqqq (tool.py"),
+    (["pack", "--rows", "x"], "error: argument --rows: invalid int value: 'x' (tool.py pack --help lists the options)"),
+    (["unpack"], "error: argument command: invalid choice: 'unpack'"),
+])
+def test_argument_parser(capsys, argv, line):
+    with pytest.raises(SystemExit) as stop:
+        flat_parser().parse_args(argv)
+    assert stop.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(line)
+    assert shown.count("\n") == 1
+
+
+def test_argument_parser_accepts(capsys):
+    parsed = flat_parser().parse_args(["--model", "m", "pack", "--tokenizer", "t", "--rows", "3"])
+    assert (parsed.model, parsed.command, parsed.tokenizer, parsed.rows) == ("m", "pack", "t", 3)
+    with pytest.raises(SystemExit) as stop:
+        flat_parser().parse_args(["--help"])
+    assert stop.value.code == 0
+    assert "--model" in capsys.readouterr().out

@@ -1,0 +1,56 @@
+"""guard.py against the operating system: real signals, a lock held by another process, arithmetic on infinities."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from core import guard
+
+HOLD = """
+import sys, pathlib; sys.path.insert(0, sys.argv[2])
+from core import guard
+lock = guard.RunLock(pathlib.Path(sys.argv[1])); print("held", flush=True); sys.stdin.read()
+"""
+
+
+def test_lock_is_one_processes_and_dies_with_it(tmp_path):
+    folder = tmp_path / "new/run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder, pathlib.Path(guard.__file__).parents[1]], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"another process is writing the run folder {folder}"):
+        guard.RunLock(folder)
+    holder.kill()                                     # no clean-up of its own
+    holder.communicate()
+    lock = guard.RunLock(folder)
+    with pytest.raises(ValueError, match="another process"):
+        guard.RunLock(folder)
+    lock.release()
+    guard.RunLock(folder).release()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_noted_and_a_second_interrupt_stops_at_once(number):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    stop = guard.StopSignal()
+    try:
+        assert stop.received is None
+        os.kill(os.getpid(), number)
+        assert stop.received == number.name
+        os.kill(os.getpid(), signal.SIGTERM)          # a second polite request changes nothing
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.restore()
+    assert before == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named(value):
+    with pytest.raises(ValueError, match=rf"the loss of step 8 is {value} \(sources in the step: a, b\); the upd"):
+        guard.require_finite("loss", value, 7, {"a": 1, "b": 2})
+    guard.require_finite("loss", 1e308, 7, ())

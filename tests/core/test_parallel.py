@@ -1,0 +1,374 @@
+"""parallel.py: ranks, strategies and micro-batches change nothing but the order of sums.
+
+The truth is one process with the whole batch in one piece. Two real ranks (torchrun, gloo) go through every case in one
+start; this file is also what each of them runs. Tolerance: in fp32 only the order in which gradients and losses are
+added differs, a few units of 2^-24 = 6e-8, which steps of AdamW magnify; 1e-5 relative leaves room for five steps and
+none for a factor. AdamW does not see the scale of gradients, so that their norms are compared too. Adapters and what
+keeps the base's knowledge go through the same: every number they log, what they leave, and checkpoints that move.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import ENV, digest, lines, make_lab, one, quick, same_checkpoint, settings, trace
+
+import hf
+import train
+from core import checkpoint, parallel
+
+__all__ = ["quick"]         # an autouse fixture, here too
+STEPS, BATCH = 5, 8
+CASES = list(itertools.product(("ddp", "fsdp"), (True, False), (1, 2, 4)))        # strategy, tied head, micro-batch
+
+NO_REPORT = types.SimpleNamespace(returncode=0, stderr="")
+METHODS = {
+    "lora": ["--lora.rank", 4, "--lora.ranks", "q_proj=1",             # one row: the second of two ranks holds none
+             "--train.micro-batch-size", 1],
+    "dora": ["--lora.rank", 4, "--lora.dora", "--lora.rslora", "--lora.b-lr-ratio", 4],
+    "lora_full": ["--lora.rank", 4, "--lora.embeddings", "full", "--model.activation-checkpointing"],
+    "lora_rows": ["--lora.rank", 4, "--lora.embeddings", "rows", "--lora.embedding-rows", "7,290:"],
+    "lora_lwf": ["--lora.rank", 4, "--forget.lwf.alpha", 0.5, "--forget.ema.decay", 0.9, "--eval.sample-tokens", 3],
+    "qlora": ["--lora.rank", 4, "--lora.base", "nf4"],
+    "ewc": ["--forget.ewc.strength", 1, "--forget.ewc.samples", 12],
+    "lwf": ["--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "all"],
+    "replay": ["--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "replay", "--train.micro-batch-size", 1,
+               "--forget.adaptive.policy", "budget", "--forget.adaptive.epsilon", 1e-6, "--eval.every", 1],
+    "freeze": ["--forget.freeze.schedule", "progressive", "--forget.freeze.thaw-ratio", 0.75,
+               "--train.micro-batch-size", 1],
+    "muon": ["--optim.name", "muon", "--forget.ema.decay", 0.9],
+    "everything": ["--forget.freeze.schedule", "progressive", "--forget.ewc.strength", 1, "--forget.ewc.samples", 12,
+                   "--forget.ewc.fisher", "true", "--forget.lwf.alpha", 0.3, "--forget.adaptive.policy", "budget",
+                   "--forget.ema.decay", 0.8, "--forget.merge.method", "slerp", "--forget.merge.alphas", 0.5, 1,
+                   "--eval.every", 1],
+}
+PAIRS = [pair for pair in itertools.product(METHODS, ("ddp", "fsdp")) if pair != ("qlora", "fsdp")]
+
+
+def steps_of(c, world) -> dict:
+    """Losses, norms, rows of tokens and the weights' checksum of a short run without files."""
+    run = train.setup(c, world)
+    rows = {}
+    out = {"loss": [], "norm": [], "sources": []}
+    for step in range(STEPS):
+        batches = train.micro_batches(run, step)
+        share = c.train.batch_size // world.size
+        parts = [dataclasses.replace(b, **{k: getattr(b, k)[i:i + 1] for k in
+                                           ("tokens", "labels", "position_ids", "doc_start")})
+                 for b in batches for i in range(len(b.tokens))]
+        rows |= {f"{step}/{world.rank * share + i}": digest([part]) for i, part in enumerate(parts)}
+        done = train.train_step(run, step, batches)
+        for key, value in (("loss", done["loss"]), ("norm", done["grad_norm"]), ("sources", done["sources"])):
+            out[key].append(value)
+    weights = parallel.model_state(run.inner)
+    moments = parallel.optimizer_state(run.inner, run.optimizer)
+    return out | {"rows": rows, "weights": {k: v.double().norm().item() for k, v in weights.items()},
+                  "moments": {k: v.double().norm().item() for k, v in moments.items()}}
+
+
+def case(lab, strategy, tied, micro):
+    return settings(lab, "unused", "--parallel.strategy", strategy, "--model.tie-word-embeddings", str(tied),
+                    "--train.batch-size", BATCH, "--train.micro-batch-size", micro, "--optim.clip", 0, steps=STEPS)
+
+
+def eight_bit(lab, out, strategy):
+    return settings(lab, out, "--parallel.strategy", strategy, "--optim.name", "adamw_8bit", "--train.precision",
+                    "bf16", steps=6)
+
+
+def method(folder, name, out, *words):
+    """Four steps on a base that knows the general source, with a checkpoint half-way."""
+    base = folder / ("untied" if name == "lora_rows" else "tied") / "final"
+    return settings(folder / "lab", folder / "methods" / f"{name}_{out}", "--model.init", "pretrained", "--model.path",
+                    base, "--train.save-every", 2, *METHODS[name], *words, steps=4)
+
+
+def half(folder, strategy):
+    return method(folder, "dora", "unused", "--parallel.strategy", strategy, "--train.precision", "bf16",
+                  "--lora.embeddings", "full", "--train.steps", STEPS)
+
+
+def half_way(folder, name, out) -> list:
+    return ["--train.branch-from", folder / "methods" / f"{name}_{out}" / "checkpoints/step_00000002"]
+
+
+def as_rank(folder: Path):
+    """What each of the two ranks does."""
+    torch.set_num_threads(1)
+    train.subprocess = types.SimpleNamespace(run=lambda *a, **k: NO_REPORT)
+    lab, world = folder / "lab", parallel.start("cpu")
+    results = {str(k): steps_of(case(lab, *k), world) for k in CASES}
+    results |= {strategy: steps_of(half(folder, strategy), world) for strategy in ("ddp", "fsdp")}
+    (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
+
+    for strategy in ("ddp", "fsdp"):                   # whole runs: uninterrupted here, and begun or ended on one rank
+        c = settings(lab, folder / f"{strategy}_two", "--parallel.strategy", strategy, steps=6)
+        train.train(c, world)
+        c.out = str(folder / f"{strategy}_two_one")
+        stop_after(c, world, 3)
+        c.out = str(folder / f"{strategy}_one_two")
+        train.train(c, world)
+    c = settings(lab, folder / "bf16", "--parallel.strategy", "fsdp", "--train.precision", "bf16", steps=6)
+    train.train(c, world)
+    for strategy in ("ddp", "fsdp"):
+        c = eight_bit(lab, folder / f"{strategy}_8bit", strategy)
+        stop_after(c, world, 3)
+    for name, strategy in PAIRS:
+        words = ["--parallel.strategy", strategy]
+        train.train(method(folder, name, f"{strategy}_two", *words), world)
+        train.train(method(folder, name, f"{strategy}_one_two", *words, *half_way(folder, name, "one")), world)
+    world.barrier()                                    # as train.main: none leaves while another still waits for it
+    parallel.stop()
+
+
+def stop_after(c, world, steps: int):
+    """Leave a run as a signal after `steps` steps does."""
+    real = train.train_step
+
+    def step(run, number, batches):
+        if number == steps - 1:
+            os.kill(os.getpid(), 15)
+        return real(run, number, batches)
+    train.train_step = step
+    try:
+        train.train(c, world)
+    finally:
+        train.train_step = real
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    lab = make_lab(folder / "lab")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "subprocess", types.SimpleNamespace(run=lambda *a, **k: NO_REPORT))
+        for strategy in ("ddp", "fsdp"):
+            stop_after(settings(lab, folder / f"{strategy}_one_two", steps=6), one(), 3)
+        for tied in (True, False):
+            train.train(settings(lab, folder / ("tied" if tied else "untied"), "--model.tie-word-embeddings", tied,
+                                 "--data.domain-share", 0, "--data.schedule", "static", steps=20), one())
+        for name in METHODS:
+            train.train(method(folder, name, "one"), one())
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           __file__, folder], env=ENV, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    yield folder
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def truth(ranks):
+    world = parallel.World(0, 1, torch.device("cpu"))
+    return {tied: steps_of(case(ranks / "lab", "ddp", tied, BATCH), world) for tied in (True, False)}
+
+
+def close(mine, theirs, rel=1e-5):
+    assert mine.keys() == theirs.keys()
+    for key in theirs:
+        assert mine[key] == pytest.approx(theirs[key], rel=rel), key
+
+
+@pytest.mark.parametrize("key", CASES, ids=str)
+def test_two_ranks_are_one(ranks, truth, key):
+    one = truth[key[1]]
+    first, second = (json.loads((ranks / f"rank{r}.json").read_text())[str(key)] for r in (0, 1))
+    assert first["rows"] | second["rows"] == one["rows"]                   # exactly the same tokens, each row once
+    assert len(first["rows"]) == len(second["rows"]) == STEPS * BATCH // 2
+    assert not first["rows"].keys() & second["rows"].keys()
+    for name in ("loss", "norm"):
+        assert first[name] == second[name]
+        assert first[name] == pytest.approx(one[name], rel=1e-5)
+    assert one["norm"][0] > 0.1
+    for mine, theirs in zip(first["sources"], one["sources"]):
+        close({k: v[0] for k, v in mine.items()}, {k: v[0] for k, v in theirs.items()})
+        assert {k: v[1] for k, v in mine.items()} == {k: v[1] for k, v in theirs.items()}
+    close(first["weights"], one["weights"], 1e-4)         # where a gradient is nearly 0, AdamW's step is a coin's toss
+    close(first["moments"], one["moments"], 1e-4)
+    assert all("exp_avg" in k or k.endswith("/step") for k in one["moments"])
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_accumulation_on_one_rank_changes_nothing(ranks, truth, micro):
+    mine = steps_of(case(ranks / "lab", "ddp", True, micro), parallel.World(0, 1, torch.device("cpu")))
+    assert mine["rows"] == truth[True]["rows"]
+    assert mine["loss"] == pytest.approx(truth[True]["loss"], rel=1e-5)
+    assert mine["norm"] == pytest.approx(truth[True]["norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_checkpoints_move_between_one_and_two_ranks(ranks, strategy):
+    world, lab = parallel.World(0, 1, torch.device("cpu")), ranks / "lab"
+    reference = ranks / "reference"
+    if not reference.exists():
+        train.train(settings(lab, reference, steps=6), world)
+    train.train(settings(lab, ranks / f"{strategy}_two_one", steps=6), world)
+    whole = checkpoint.load(checkpoint.path_of(reference / "checkpoints", 6))
+    for name in ("two", "two_one", "one_two"):
+        out = ranks / f"{strategy}_{name}"
+        assert [r["step"] for r in lines(out, "resume")] == ([] if name == "two" else [3])
+        for step, numbers in trace(reference).items():
+            assert trace(out)[step][:3] == pytest.approx(numbers[:3], rel=1e-5)
+        weights, moments, state = checkpoint.load(checkpoint.path_of(out / "checkpoints", 6))
+        assert weights.keys() == whole[0].keys()
+        assert moments.keys() == whole[1].keys()
+        for key, value in weights.items():
+            torch.testing.assert_close(value, whole[0][key], rtol=1e-3, atol=1e-5, msg=key)
+        assert state["identity"] == whole[2]["identity"]
+        assert (out / "eval.json").exists()
+        score, true = (json.loads((x / "eval.json").read_text())["after"] for x in (out, reference))
+        for source in true:                                                  # shared by two ranks, the same numbers
+            close({k: v for k, v in score[source].items() if k != "role"},
+                  {k: v for k, v in true[source].items() if k != "role"})
+    with pytest.raises(AssertionError):
+        same_checkpoint(reference, ranks / "bf16", 6)                        # the comparison can tell runs apart
+
+
+def test_the_exported_model_is_the_last_checkpoint_in_full_precision(ranks):
+    """An evaluation comes just before, and leaves FSDP's outer weights gathered in bf16."""
+    weights = checkpoint.load(checkpoint.path_of(ranks / "bf16/checkpoints", 6))[0]
+    model = hf.load(ranks / "bf16/final")
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, weights[name]), name
+    losses = [r["loss"] for r in lines(ranks / "bf16", "train")]
+    assert losses[-1] < losses[0]
+
+
+def flat(value, path="") -> dict:
+    """{path: what is there} of dicts and lists in each other."""
+    value = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(value, dict):
+        return {path: value}
+    return {k: v for key, inner in value.items() for k, v in flat(inner, f"{path}/{key}").items()}
+
+
+def same(mine: dict, true: dict, rel: float):
+    """Numbers within rel, all else equal."""
+    assert mine.keys() == true.keys()
+    for key, value in true.items():
+        number = isinstance(value, (int, float))
+        assert mine[key] == (pytest.approx(value, rel=rel, abs=1e-8) if number else value), key
+
+
+def told(out) -> dict:
+    """{step: every number that it logged and that is a function of the step}"""
+    times = ("time", "tokens_per_second", "step_ms", "peak_gb")
+    return {r["step"]: flat({k: v for k, v in r.items() if k not in times}) for r in lines(out, "train")}
+
+
+def left(out) -> tuple[dict, dict, list]:
+    """What a run leaves: ({tensor: value}, {file or path in one: bytes or number}, decisions on replay)."""
+    weights, moments, state = checkpoint.load(checkpoint.path_of(out / "checkpoints", 4))
+    tensors, rest = {**weights, **moments}, {}
+    for file in [*(out / "final").iterdir(), *(out / "adapter").glob("*")]:
+        if file.suffix == ".safetensors":
+            tensors |= {f"{file.parent.name}/{key}": value for key, value in load_file(file).items()}
+        elif file.name != "README.md":                                       # which has rounded numbers
+            rest[f"{file.parent.name}/{file.name}"] = file.read_bytes()
+    rest |= flat({key: state[key] for key in ("identity", "loss_scale", "methods", "base")})
+    rest |= flat(json.loads((out / "eval.json").read_text()))
+    return tensors, rest, [(d["step"], d["source"], d["replay_share"]) for d in state["decisions"]]
+
+
+@pytest.mark.parametrize(("name", "strategy"), PAIRS)
+def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
+    """Four steps on two ranks; two steps there and two on one; and the other way round. Muon makes its matrices
+    orthogonal in bf16, where the last bit of a gradient can decide on 2^-8 of an element."""
+    out = ranks / "methods"
+    train.train(method(ranks, name, f"{strategy}_two_one", *half_way(ranks, name, f"{strategy}_two")), one())
+    truth, (tensors, rest, decisions) = told(out / f"{name}_one"), left(out / f"{name}_one")
+    rel = 5e-3 if name == "muon" else 1e-5
+    for way, steps in (("two", [1, 2, 3, 4]), ("two_one", [3, 4]), ("one_two", [3, 4])):
+        mine = out / f"{name}_{strategy}_{way}"
+        assert list(told(mine)) == steps
+        for step, numbers in told(mine).items():
+            same(numbers, truth[step], rel)
+        my_tensors, my_rest, my_decisions = left(mine)
+        assert my_tensors.keys() == tensors.keys()
+        for key, value in tensors.items():
+            torch.testing.assert_close(my_tensors[key], value, rtol=1e-3, atol=rel, msg=f"{way} {key}")
+        same(my_rest, rest, rel)
+        assert my_decisions == decisions
+    assert len(decisions) == (3 if name in ("replay", "everything") else 0)
+    if decisions:
+        assert decisions[-1][2] > decisions[0][2]                            # it did act
+    if name in ("freeze", "everything"):
+        assert truth[1]["/trainable_parameters"] < truth[4]["/trainable_parameters"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
+    """The base in bf16, the adapters in fp32, sharded or not: where FSDP gathered adapters in bf16, the first loss
+    would be off by 1e-4 already. After three steps some product may be rounded to bf16 the other way."""
+    mine = json.loads((ranks / "rank0.json").read_text())[strategy]
+    true = steps_of(half(ranks, "ddp"), one())
+    for name in ("loss", "norm"):
+        assert mine[name][:3] == pytest.approx(true[name][:3], rel=1e-5)
+    assert mine["loss"][1] != pytest.approx(mine["loss"][0], rel=1e-2)
+
+
+def test_a_quantised_base_is_not_sharded(ranks):
+    c = method(ranks, "qlora", "refused", "--parallel.strategy", "fsdp")
+    with pytest.raises(ValueError, match=r"lora\.base nf4: .* use --parallel\.strategy ddp"):
+        train.setup(c, parallel.World(0, 2, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_8_bit_states_are_sharded_and_go_on_elsewhere(ranks, strategy):
+    """Three steps on two ranks, three on one: what one rank alone does, within what bf16 gradients allow."""
+    world, lab = parallel.World(0, 1, torch.device("cpu")), ranks / "lab"
+    alone, moved = ranks / "8bit", ranks / f"{strategy}_8bit"
+    if not alone.exists():
+        train.train(eight_bit(lab, alone, "ddp"), world)
+    half = checkpoint.load(checkpoint.path_of(moved / "checkpoints", 3))[1]
+    train.train(eight_bit(lab, moved, "ddp"), world)
+    states = [checkpoint.load(checkpoint.path_of(folder / "checkpoints", 6))[1] for folder in (alone, moved)]
+    shapes = [{k: (v.shape, v.dtype) for k, v in state.items()} for state in states]
+    assert shapes[0] == shapes[1]
+    assert all(v.shape == states[0][k].shape for k, v in half.items())
+    for step, numbers in trace(alone).items():
+        assert trace(moved)[step][:2] == pytest.approx(numbers[:2], rel=0.02)
+
+
+def test_one_process_needs_no_group():
+    world = parallel.World(0, 1, torch.device("cpu"))
+    assert world.main
+    assert world.sum([1, 2.5, True]) == [1.0, 2.5, 1.0]
+    assert world.broadcast({"a": Path("b")}) == {"a": Path("b")}
+    world.barrier()
+    parallel.stop()
+    assert not torch.distributed.is_initialized()
+
+
+def test_sums_are_exact_in_float64():
+    assert parallel.World(0, 1, torch.device("cpu")).sum([2**40 + 1])[0] == 2**40 + 1
+
+
+def test_state_survives_a_round_trip_tied_and_untied(tiny_model):
+    for tied in (True, False):
+        a, b = tiny_model(0, tie_word_embeddings=tied), tiny_model(1, tie_word_embeddings=tied)
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (a, b)]
+        for model, optimizer in zip((a, b), optimizers):
+            model.head(model(torch.arange(9)[None])).logsumexp(-1).sum().backward()
+            optimizer.step()
+        parallel.load_model_state(b, parallel.model_state(a))
+        parallel.load_optimizer_state(b, optimizers[1], parallel.optimizer_state(a, optimizers[0]))
+        assert ("head.weight" in parallel.model_state(a)) != tied
+        assert (b.head.weight is b.embed_tokens.weight) == tied
+        for p, q in zip(a.parameters(), b.parameters()):
+            assert torch.equal(p, q)
+            assert all(torch.equal(v, optimizers[1].state[q][k]) for k, v in optimizers[0].state[p].items())
+
+
+if __name__ == "__main__":
+    as_rank(Path(sys.argv[1]))

@@ -1,0 +1,91 @@
+"""experiments/forgetting.py and experiments/budget.py. Truths: sums worked out by hand, and a run's own eval.json."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "experiments"))       # at the end: experiments/tokenizers.py has a package's name
+
+import budget  # noqa: E402
+import forgetting  # noqa: E402
+
+
+def row(method, domain, general, seed=0):
+    return {"seed": seed, "domain_bits_per_byte": domain, "general_bits_per_byte": general,
+            "domain_gain": 1 - domain / 4, "forgetting": general - 1, "seconds": 1.0, "step_ms": 100.0, "peak_gb": 1.0,
+            "replay_share": 0.0}
+
+
+def test_a_method_is_measured_against_domain_only_training():
+    runs = {"domain_only": [row("domain_only", 1.9, 2.0), row("domain_only", 2.1, 2.2, 1)],
+            "replay": [row("replay", 2.1, 1.1), row("replay", 2.1, 1.3, 1)],
+            "freeze": [row("freeze", 2.2, 1.9), row("freeze", 2.2, 1.9, 1)],
+            "merge": [row("merge", 3.0, 1.0), row("merge", 3.0, 1.0, 1)]}
+    rows = {r["method"]: r for r in forgetting.summarise(runs)}
+    # 110 % forgotten, 20 % with replay: 82 % of it removed, for 2.1 / 2.0 of the domain's bits
+    assert rows["replay"]["forgetting_removed"] == pytest.approx(1 - 0.2 / 1.1)
+    assert rows["replay"]["domain_cost"] == pytest.approx(0.05)
+    assert rows["replay"]["general_bits_per_byte_sd"] == pytest.approx(0.2 / 2**0.5)
+    assert rows["domain_only"]["forgetting_removed"] == rows["domain_only"]["domain_cost"] == 0
+    assert {method for method, r in rows.items() if r["pareto"]} == {"domain_only", "replay", "merge"}
+    assert [line.split(" | ")[0] for line in forgetting.table(list(rows.values())).splitlines()[2:]] == \
+        ["| merge *", "| replay 30 % *", "| freeze", "| domain only *"]
+
+
+def test_what_a_budget_run_spent_and_lost(tmp_path, monkeypatch):
+    for step, general in ((0, 1.0), (10, 1.12), (20, 1.05), (30, 1.101)):
+        (tmp_path / f"eval_step_{step}.json").write_text(json.dumps({"texts": {"general": {"bits_per_byte": general}}}))
+    # a mean of 0.6 up to step 10, of 0.5 up to 20 (so 0.4 within) and of 0.4 up to 30 (0.2 within)
+    trained = [{"step": 1, "replay_share": 0.5}] + [{"step": s, "replay_share": r} for s, r in
+                                                    ((10, 0.6), (20, 0.5), (30, 0.4))]
+    found = {"after": {"domain": {"bits_per_byte": 2.0}, "general": {"bits_per_byte": 1.101}}}
+    monkeypatch.setattr(budget, "run", lambda *a: (found, trained))
+    got = budget.measured("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path, {})
+    assert got["replay_shares"] == pytest.approx([0.6, 0.4, 0.2])
+    assert got["rises"] == pytest.approx([0, 0.12, 0.05, 0.101])
+    assert (got["evaluations_over"], got["evaluations"], got["replay_share"]) == (2, 3, 0.4)
+    assert (got["worst_rise"], got["last_rise"]) == (pytest.approx(0.12), pytest.approx(0.101))
+
+
+def test_the_fixed_share_is_what_the_budget_spent(monkeypatch):
+    asked = []
+
+    def measured(method, words, *rest):
+        asked.append(words)
+        return {"method": method, "replay_share": 0.37, "worst_rise": 0.1, "evaluations_over": 0, "evaluations": 3,
+                "last_rise": 0.1, "domain_bits_per_byte": 2.0}
+    monkeypatch.setattr(budget, "measured", measured)
+    budget.pair(0, types.SimpleNamespace(epsilon=0.1), Path("out"), {})
+    assert "budget" in asked[0]
+    assert asked[1] == ["--data.domain-share", 0.63]
+
+
+def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
+    corpora, out, results = data_dir / "corpora", tmp_path / "out", ROOT / "experiments/results/forgetting.json"
+    before = results.read_bytes()
+    words = ["--model", data_dir / "models/stories260K", "--domain", corpora / "legal_en_dc/dc_code_title16.txt",
+             "--separator", "<|endoftext|>", "--methods", "domain_only", "--seeds", 3, "--steps", 2]
+
+    def study(stories, out):
+        return subprocess.run([sys.executable, ROOT / "experiments/forgetting.py", *map(str, words), "--out", out,
+                               "--general", corpora / "tinystories" / stories], capture_output=True, text=True,
+                              check=False)
+    done = study("tinystories_sample_2MiB.txt", out)
+    assert done.returncode == 0, done.stderr
+    (one,) = json.loads((out / "forgetting.json").read_text())["rows"]
+    scores = json.loads((out / "runs/domain_only_3/eval.json").read_text())
+    assert one["domain_bits_per_byte"] == scores["after"]["domain"]["bits_per_byte"]
+    assert one["forgetting"] == scores["after"]["general"]["bits_per_byte"] / \
+        scores["before"]["general"]["bits_per_byte"] - 1
+    assert (out / "forgetting.png").stat().st_size > 10_000
+    assert results.read_bytes() == before, "some methods alone are no study"
+    for stories, folder, says in (("tinystories_sample_2MiB.txt", out, "exists; remove it"),
+                                  ("tinystories_sample_cs336.txt", tmp_path / "few", "--general text no document")):
+        done = study(stories, folder)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert says in done.stderr

@@ -1,0 +1,1 @@
+"""From documents to tokens to a plan of what a run reads."""
