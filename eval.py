@@ -24,11 +24,10 @@ from core import checkpoint
 from core.config import ArgumentParser, main_guard, write_json
 from generate import Settings, generate, pick_device
 from learn import objectives
+from measure import verdict
 from model import Model, ModelConfig
 from text.corpus import read_documents, utf8
 from text.shards import Shards, check_tokenizer
-
-ADVICE = "raise replay to 40-50 %, or train adapters (LoRA), or merge the result with the base"
 
 
 def prefix_of(tokenizer) -> int:
@@ -151,36 +150,6 @@ def protocol(prefix: int, context: int, dtype) -> dict:
             "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False}
 
 
-def compare(before: dict, after: dict, general) -> dict:
-    """Relative changes of bits per byte. `general` names the texts whose rise is forgetting; the rest is the domain.
-
-    Without a baseline the answers are None: unknown, not zero.
-    """
-    shared = [name for name in after if name in (before or {}) and "bits_per_byte" in after[name]]
-    change = {name: after[name]["bits_per_byte"] / before[name]["bits_per_byte"] - 1 for name in shared}
-    lost = [change[name] for name in shared if name in general]
-    gained = [-change[name] for name in shared if name not in general]
-    forgetting = sum(lost) / len(lost) if lost else None
-    gain = sum(gained) / len(gained) if gained else None
-    both = forgetting is not None and gain is not None
-    return {"change": change, "domain_gain": gain, "forgetting": forgetting,
-            "score": gain - max(0.0, forgetting - 0.05) if both else None}
-
-
-def verdict(comparison: dict) -> str:
-    """One line: what was gained, what was lost, and what to do about it."""
-    gain, loss = comparison["domain_gain"], comparison["forgetting"]
-    parts = []
-    if gain is not None:
-        parts.append(f"domain: bits per byte {-100 * gain:+.1f} %")
-    if loss is None:
-        parts.append("forgetting: unknown (no general text was scored before and after)")
-    else:
-        grade = "good" if loss < 0.05 else "warning" if loss < 0.10 else f"bad: {ADVICE}"
-        parts.append(f"forgetting: general bits per byte {100 * loss:+.1f} % ({grade})")
-    return "; ".join(parts)
-
-
 def table(before: dict | None, after: dict) -> str:
     """Markdown table of bits per byte (masked LM: accuracy) and perplexity, before and after."""
     unit = "accuracy" if any("accuracy" in now for now in after.values()) else "bits_per_byte"
@@ -297,11 +266,11 @@ def main():
         if args.baseline:
             before, baseline_protocol = score_model(args.baseline)
             result["baseline"] = {"model": args.baseline, "texts": before, "protocol": baseline_protocol}
-            result |= compare(before, scores, args.general)
+            result |= verdict.compare(before, scores, args.general)
         print(table(before, scores))
         print(f"windows of {used['context']} tokens, prefix token {used['prefix_token_id']}, {used['dtype']}")
         if before:
-            print(verdict(result))
+            print(verdict.describe(result))
     if args.json:
         write_json(args.json, result)
     return 0

@@ -44,6 +44,7 @@ from learn import merge, objectives, optim
 from learn.objectives import ObjectiveConfig
 from learn.optim import OptimConfig
 from lora import LoraConfig
+from measure import verdict
 from model import Model, ModelConfig, matmul_flops_per_token
 from text import mixture
 from text.mixture import DataConfig, LengthConfig
@@ -589,7 +590,7 @@ def finish(run: Run, after: dict, out: Path, logger):
     first = json.loads((out / "eval_step_0.json").read_text(encoding="utf-8"))
     before, protocol = first["texts"], first["protocol"]
     general = [name for name, source in run.sources.items() if source.role == "general"]
-    comparison = evaluation.compare(before, after, general) if run.objective.causal else {}
+    comparison = verdict.compare(before, after, general) if run.objective.causal else {}
     table = evaluation.table(before, after)
     if run.c.forget.merge.method == "none":        # a merge has written it, and only rank 0 would see the folder
         export(run, out / "final", f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
@@ -598,7 +599,7 @@ def finish(run: Run, after: dict, out: Path, logger):
     _write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
     logger.say(table)
     if comparison:
-        logger.say(evaluation.verdict(comparison))
+        logger.say(verdict.describe(comparison))
     logger.close()
     made = subprocess.run([sys.executable, Path(__file__).with_name("report.py"), out], capture_output=True, text=True)
     print(f"model: {out}/final   " + (f"report: {out}/report.html" if made.returncode == 0

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
 
 from core.config import ArgumentParser, main_guard, write_json  # noqa: E402
+from measure import verdict  # noqa: E402
 
 ALONE = ["--data.schedule", "static", "--data.domain-share", 1.0]
 
@@ -93,11 +94,10 @@ def one(method: str, seed: int, args, out: Path, shards: dict) -> dict:
     """One run; its numbers."""
     began = time.perf_counter()
     found, trained = run(METHODS[method], seed, args, out / "runs" / f"{method}_{seed}", shards)
-    before, after = ({side: found[when][side]["bits_per_byte"] for side in ("domain", "general")}
-                     for when in ("before", "after"))
+    after = {side: found["after"][side]["bits_per_byte"] for side in ("domain", "general")}
+    comparison = verdict.compare(found["before"], found["after"], general=["general"], domain=["domain"])
     row = {"seed": seed, "domain_bits_per_byte": after["domain"], "general_bits_per_byte": after["general"],
-           "domain_gain": 1 - after["domain"] / before["domain"],
-           "forgetting": after["general"] / before["general"] - 1,
+           "domain_gain": comparison["domain_gain"], "forgetting": comparison["forgetting"],
            "seconds": time.perf_counter() - began, "step_ms": statistics.median(line["step_ms"] for line in trained),
            "peak_gb": max(line["peak_gb"] for line in trained),
            "replay_share": trained[-1]["replay_share"]}

@@ -22,6 +22,7 @@ import tokenizer
 from core.config import ArgumentParser, write_json
 from forget import MergeConfig, check_coefficients, wide
 from generate import pick_device
+from measure import verdict
 
 
 def merge_tensor(base: torch.Tensor, result: torch.Tensor, alpha: float, method: str = "linear",
@@ -119,7 +120,7 @@ def sweep(base, result, score, general, alphas, method: str = "linear", density:
     """Rows {"alpha", "texts", "domain_gain", "forgetting", "score"} of the merged models, by rising alpha.
 
     score(model, folder) -> {text: {"bits_per_byte", ...}}, `folder` being where the model's tokenizer is; `general`
-    names the texts whose rise is forgetting. The score is domain gain - max(0, forgetting - 5 %) (eval.compare).
+    names the texts whose rise is forgetting. The score is domain gain - max(0, forgetting - 5 %) (measure/verdict.py).
     """
     before = score(hf.load(base, dtype, device), base)
     pair, model, rows = Pair(base, result), hf.load(result, dtype, device), []
@@ -130,7 +131,7 @@ def sweep(base, result, score, general, alphas, method: str = "linear", density:
                 if hf.from_hf_name(name) in parameters:              # a tied head that is stored all the same is not
                     parameters[hf.from_hf_name(name)].copy_(pair.merged(name, alpha, method, density))
         texts = score(model, result)
-        rows.append({"alpha": alpha, "texts": texts, **evaluation.compare(before, texts, general)})
+        rows.append({"alpha": alpha, "texts": texts, **verdict.compare(before, texts, general)})
     return rows
 
 

@@ -133,31 +133,6 @@ def test_masked_loss_and_accuracy(tiny_model):
     assert result["nats_per_token"] == pytest.approx(nats / n, rel=1e-5)
 
 
-def test_comparison_by_hand():
-    before = {n: {"bits_per_byte": b} for n, b in (("law", 2.0), ("tales", 1.0), ("wiki", 4.0))}
-    after = {n: {"bits_per_byte": b} for n, b in (("law", 1.5), ("tales", 1.2), ("wiki", 4.0), ("new", 9.0))}
-    result = evaluation.compare(before, after, ["tales", "wiki"])
-    assert result == {"change": pytest.approx({"law": -0.25, "tales": 0.2, "wiki": 0.0}),
-                      "domain_gain": pytest.approx(0.25), "forgetting": pytest.approx(0.1),
-                      "score": pytest.approx(0.25 - 0.05)}
-    assert evaluation.compare(before, {"law": after["law"]}, ["tales"]) == {
-        "change": {"law": -0.25}, "domain_gain": 0.25, "forgetting": None, "score": None}
-    for none in (None, {}):
-        unknown = evaluation.compare(none, after, ["tales"])
-        assert unknown == {"change": {}, "domain_gain": None, "forgetting": None, "score": None}
-        assert evaluation.verdict(unknown).startswith("forgetting: unknown")
-    better = evaluation.compare(before, {"law": {"bits_per_byte": 1.0}, "tales": {"bits_per_byte": 0.5}}, ["tales"])
-    assert (better["forgetting"], better["score"]) == (-0.5, 0.5)          # what improved is no credit
-
-
-@pytest.mark.parametrize(("loss", "grade"), [(-0.1, "good"), (0.0499, "good"), (0.05, "warning"), (0.0999, "warning"),
-                                             (0.1, "bad: raise replay to 40-50 %"), (0.5, "bad")])
-def test_verdict(loss, grade):
-    text = evaluation.verdict({"domain_gain": 0.125, "forgetting": loss})
-    assert text.startswith("domain: bits per byte -12.5 %; forgetting: general bits per byte ")
-    assert f"{100 * loss:+.1f} % ({grade}" in text
-
-
 def test_table():
     was, now = {"bits_per_byte": 2.0, "perplexity": 8.0}, {"bits_per_byte": 1.5, "perplexity": 4.0}
     assert evaluation.table({"law": was}, {"law": now}).splitlines()[-1] == (
