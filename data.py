@@ -17,7 +17,6 @@ the order. B sequences a step, T tokens of context, L tokens of a source.
 import argparse
 import bisect
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -32,6 +31,7 @@ import torch
 from tqdm import tqdm
 
 from core.config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
+from core.hashing import fmix64, mix_keys, permute
 from text import mixture
 from text.corpus import read_documents, read_records, utf8
 from text.foreign import holds_tokens, read_token_documents
@@ -61,47 +61,6 @@ MIX_HELP = """Show what a recipe draws when, as a table and a picture; --data.* 
 or write a mixed JSONL for other tools, each record with its source_type:
 
     python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl --domain-ratio 0.7"""
-
-
-# ---- order: counter-based random numbers and permutations (numpy, unsigned 64-bit, the same on every platform)
-
-def fmix64(x: np.ndarray) -> np.ndarray:
-    """MurmurHash3's finaliser: every input bit changes each output bit with probability one half."""
-    x = np.atleast_1d(np.asarray(x, np.uint64))        # scalars would warn of the overflow that is meant
-    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
-    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
-    return x ^ (x >> np.uint64(33))
-
-
-def mix_keys(*parts) -> np.ndarray:
-    """One 64-bit key from integers or arrays of them; strings count by their hash."""
-    key = np.zeros(1, np.uint64)
-    for part in parts:
-        if isinstance(part, str):
-            part = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "little")
-        part = np.asarray(part, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        key = fmix64(key * np.uint64(5) + fmix64(part))
-    return key
-
-
-def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """index [k] -> its image under the keyed permutation of 0..n-1, without storing it.
-
-    Four Feistel rounds with a full-avalanche round function on an even number of bits; values that fall outside n walk
-    on along their cycle until they are inside.
-    """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    value = np.array(index, np.uint64)
-    key = np.broadcast_to(key, value.shape)
-    outside = np.ones(value.shape, bool)
-    while outside.any():
-        left, right, k = value[outside] >> half, value[outside] & mask, key[outside]
-        for turn in range(4):
-            left, right = right, left ^ (fmix64(right ^ fmix64(k + np.uint64(turn))) & mask)
-        value[outside] = (left << half) | right
-        outside = value >= n
-    return value.astype(np.int64)
 
 
 class RowRandom:

@@ -46,7 +46,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.config import ArgumentParser, main_guard, write_json
-from data import fmix64
+from core.hashing import fmix64
 from text.corpus import json_records, read_documents, read_records, utf8
 
 VERSION = 1                            # raise it when the same input gives another result

@@ -22,6 +22,7 @@ import lora
 import tokenizer as tokenizers
 from core import checkpoint
 from core.config import ArgumentParser, main_guard, write_json
+from core.hashing import mix_keys
 from generate import Settings, generate, pick_device
 from learn import objectives
 from measure import verdict
@@ -129,7 +130,7 @@ def _trim(batch):
 
 def _mask_again(objective, batch, index):
     """The same masks at every evaluation: they are a function of the batch's number."""
-    keys = data.mix_keys("eval", index, np.arange(len(batch.source)))
+    keys = mix_keys("eval", index, np.arange(len(batch.source)))
     return objective.corrupt(batch, data.RowRandom(keys))
 
 

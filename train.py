@@ -12,7 +12,6 @@ step, once in a while.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import resource
@@ -37,6 +36,7 @@ import lora
 import tokenizer as tokenizers
 from core import checkpoint, guard, log, parallel
 from core.config import main_guard, parse, refuse_unused, to_toml
+from core.hashing import mix_keys, short_digest
 from core.log import LogConfig
 from core.parallel import ParallelConfig
 from forget import ForgetConfig
@@ -324,7 +324,7 @@ def retention(run: Run, shards: dict, folder: Path | None) -> list:
         c.forget, run.total, forward, world, [i for i, name in enumerate(loader.names)
                                               if name in general and loader.counts[-1][i]],
         general_batches if general else None, base, c.lora.rank > 0, c.model.init == "pretrained", folder,
-        hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16], c.seed,
+        short_digest(json.dumps(made_of).encode()), c.seed,
         None if c.train.precision == "fp32" else PRECISIONS[c.train.precision])
 
 
@@ -353,7 +353,7 @@ def train_step(run: Run, step: int, batches: list) -> dict:
     """
     c, world, scale, names = run.c, run.world, run.scale, run.loader.names
     valid = max(1.0, world.sum([sum((b.labels != objectives.IGNORE).sum().item() for b in batches)])[0])
-    torch.manual_seed(int(data.mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))     # of adapters; resumes alike
+    torch.manual_seed(int(mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))     # of adapters; resumes alike
     row_loss, row_tokens = [], []
     for i, batch in enumerate(batches):
         with parallel.accumulate(run.model, last=i == len(batches) - 1):
@@ -442,9 +442,6 @@ def identity(run: Run, step: int) -> dict:
     """
     c, loader = run.c, run.loader
 
-    def digest(value: bytes) -> str:
-        return hashlib.sha256(value).hexdigest()[:16]
-
     tokens = {name: [record["sha256"] for split in SPLITS for record in s.manifest["splits"][split]["shards"]]
               for name, s in zip(loader.names, loader.shards)}
     return json.loads(json.dumps({
@@ -453,11 +450,11 @@ def identity(run: Run, step: int) -> dict:
         "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last, "packing": c.data.packing,
         "eval_tokens": c.eval.tokens,
         "eval_every": c.eval.every if c.forget.adaptive.policy != "none" else None,       # then it decides the order
-        "mix": digest(run.planned[:step + 1].tobytes()),
+        "mix": short_digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.total if c.forget.freeze.schedule != "none" else None,
-        "rates": digest(repr([optim.learning_rate(s, run.total, c.optim) for s in range(step)]).encode()),
+        "rates": short_digest(repr([optim.learning_rate(s, run.total, c.optim) for s in range(step)]).encode()),
         "base": run.base, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
-        "tokens": digest(json.dumps(tokens).encode()),
+        "tokens": short_digest(json.dumps(tokens).encode()),
         "optim": {k: v for k, v in dataclasses.asdict(c.optim).items() if k not in optim.SCHEDULE_FIELDS},
         "objective": dataclasses.asdict(c.objective),
         "model": dataclasses.asdict(run.config),

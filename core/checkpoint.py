@@ -6,7 +6,6 @@ A folder under that name is complete or it would not have it; still, its hashes 
 and the newest that verifies is the one. Nothing is pickled.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from core.hashing import hash_file
 
 
 def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], state: dict,
@@ -29,7 +30,7 @@ def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dic
         save_file(model, temporary / "model.safetensors", metadata={"format": "pt"})
         save_file(optimizer, temporary / "optimizer.safetensors", metadata={"format": "pt"})
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _hash(file)} for file in temporary.iterdir()}
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in temporary.iterdir()}
         (temporary / "manifest.json").write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
         for file in temporary.iterdir():
             with open(file, "rb") as handle:
@@ -44,11 +45,6 @@ def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dic
     for old in steps(folder)[:-keep] if keep else []:
         shutil.rmtree(path_of(folder, old))
     return final
-
-
-def _hash(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def steps(folder) -> list[int]:
@@ -71,7 +67,7 @@ def verify(path: Path) -> None:
         file = path / name
         if Path(name).name != name or not file.is_file():
             raise ValueError(f"checkpoint {path} lacks {name}")
-        if file.stat().st_size != record["bytes"] or _hash(file) != record["sha256"]:
+        if file.stat().st_size != record["bytes"] or hash_file(file) != record["sha256"]:
             raise ValueError(f"checkpoint {path} is damaged: {name} is not what was written")
 
 

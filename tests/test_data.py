@@ -18,7 +18,8 @@ from synthetic import Bytes, counts_of, run, scored, some_texts, source
 
 import data
 import tokenizer as tokenizers
-from data import Loader, best_fit_decreasing, permute
+from core.hashing import mix_keys
+from data import Loader, best_fit_decreasing
 from text.mixture import SourceConfig, domain_share, plan_counts, source_weights
 from text.shards import SPLITS, Shards, pack
 
@@ -115,7 +116,7 @@ def test_a_batch_far_along_the_plan(tmp_path):
 
 
 def test_random_numbers_are_uniform_and_streams_differ():
-    rng = data.RowRandom(data.mix_keys(0, "rows", 5, np.arange(100)))
+    rng = data.RowRandom(mix_keys(0, "rows", 5, np.arange(100)))
     x, y = rng.uniform(0, 2000).numpy(), rng.uniform(1, 2000).numpy()
     assert x.min() >= 0
     assert x.max() < 1
@@ -259,58 +260,6 @@ def test_a_long_documents_pieces_share_a_token_that_is_a_target_once(tmp_path):
     assert [labels for _, labels in rows] == [
         [*range(7), -100, -100], [*range(7, 16)], [-100, *range(16, 24)], [-100, 24, 25, 26, *[-100] * 5]]
     assert [tokens[:4] for tokens, _ in rows] == [[0, 1, 2, 3], [7, 8, 9, 10], [15, 16, 17, 18], [23, 24, 25, 26]]
-
-
-# ---- 6: the permutation
-
-def test_permute_is_a_bijection():
-    for n in range(1, 5001):
-        np.testing.assert_array_equal(np.sort(permute(np.arange(n), n, data.mix_keys(n, "x"))), np.arange(n))
-    rng = random.Random(0)
-    for _ in range(40):
-        n = rng.randrange(2, 2 ** rng.randrange(2, 41))
-        index = np.unique(np.random.default_rng(n).integers(0, n, 20000))
-        image = permute(index, n, data.mix_keys(n))
-        assert len(np.unique(image)) == len(index)
-        assert image.min() >= 0
-        assert image.max() < n
-
-
-def test_permute_looks_random():
-    n = 1 << 20
-    image = permute(np.arange(n), n, data.mix_keys(1))
-    assert abs((np.diff(image) % 2 != 0).mean() - 0.5) < 0.02        # a weak one keeps the parity for 99.9 %
-    assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.01
-    assert abs((image[:n // 2] < n // 2).mean() - 0.5) < 0.01
-    distance = np.bincount((np.diff(image) % n) // (n // 64), minlength=64)      # of neighbours, uniform on the circle
-    assert ((distance - n / 64) ** 2 / (n / 64)).sum() < 63 + 5 * 126 ** 0.5     # chi squared, 5 sigma
-    other = permute(np.arange(n), n, data.mix_keys(2))
-    assert (image == other).sum() < 12                               # Poisson of mean 1
-    assert abs(np.corrcoef(image, other)[0, 1]) < 0.01
-    index = np.random.default_rng(0).integers(0, n, 4000)
-    for bit in range(20):                                            # one bit in: each bit out changes half the time
-        changed = permute(index, n, data.mix_keys(1)) ^ permute(index ^ (1 << bit), n, data.mix_keys(1))
-        rate = (changed[:, None] >> np.arange(20) & 1).mean()
-        assert abs(rate - 0.5) < 0.02, (bit, rate)
-    for bit in range(0, 64, 7):
-        x = np.random.default_rng(bit).integers(0, 2**63, 4000, dtype=np.uint64)
-        flipped = data.fmix64(x) ^ data.fmix64(x ^ np.uint64(1 << bit))
-        rates = (flipped[:, None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).mean(0)
-        assert abs(rates - 0.5).max() < 0.05                         # 6 sigma of 4,000 draws
-
-
-def test_small_permutations_are_all_reached_about_equally():
-    images = [tuple(permute(np.arange(4), 4, data.mix_keys(key)).tolist()) for key in range(4800)]
-    counts = [images.count(p) for p in itertools.permutations(range(4))]
-    assert min(counts) > 100
-    assert max(counts) < 400
-
-
-def test_keys_have_an_order():
-    keys = [data.mix_keys(*parts)[0] for parts in ((1, 2), (2, 1), (1, 2, 0), ("1", 2), (12,), (0, 1, 2))]
-    assert len(set(keys)) == 6
-    np.testing.assert_array_equal(data.mix_keys(5, "a", np.arange(3)),
-                                  np.concatenate([data.mix_keys(5, "a", i) for i in range(3)]))
 
 
 # ---- 7: boundaries

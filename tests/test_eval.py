@@ -19,6 +19,7 @@ import hf
 import tokenizer
 import train
 from core import checkpoint, config
+from core.hashing import mix_keys
 from core.parallel import World
 from learn import objectives
 
@@ -120,7 +121,7 @@ def test_masked_loss_and_accuracy(tiny_model):
     assert evaluation.score(model, objective, documents, 0, 32) == result          # the same masks every time
     nats, hits, n = 0.0, 0, 0
     for i, batch in enumerate(evaluation.pack_rows(evaluation.masked_segments([d for d, _ in documents], 32), 32, 4)):
-        rng = data.RowRandom(data.mix_keys("eval", i, np.arange(len(batch.source))))
+        rng = data.RowRandom(mix_keys("eval", i, np.arange(len(batch.source))))
         batch = objective.corrupt(batch, rng)
         with torch.no_grad():
             logits = model.head(model(batch.tokens, batch.position_ids, batch.doc_start, False)).double()

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Batch, RowRandom, mix_keys
+from core.hashing import mix_keys
+from data import Batch, RowRandom
 from learn.objectives import IGNORE, Causal, Masked, ObjectiveConfig, make_objective
 
 SPECIAL = (0, 1, 2)
