@@ -39,7 +39,7 @@ def test_optimizer_without_state_yet(tmp_path):
     assert checkpoint.load(path)[1] == {}
 
 
-@pytest.mark.parametrize("at", ["save_file", "_hash", "fsync", "rename"])
+@pytest.mark.parametrize("at", ["save_file", "hash_file", "fsync", "rename"])
 def test_failure_in_the_middle_leaves_the_older_ones_and_nothing_else(tmp_path, monkeypatch, at):
     put(tmp_path, 1)
 
