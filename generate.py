@@ -46,75 +46,99 @@ class Settings:
 
 
 def penalised(logits, settings: Settings, seen_ids) -> torch.Tensor:
-    """float64 copy of logits [V]; ids already seen pushed down, whichever sign their logit has."""
+    """logits [V] -> scores [V]: a float64 copy with the ids already seen pushed down, whatever the sign of theirs."""
     scores = logits.detach().to(torch.float64, copy=True)
     if settings.repetition_penalty != 1 and len(seen_ids):
         seen = torch.tensor(sorted(set(seen_ids)), device=scores.device)
         score, penalty = scores[seen], settings.repetition_penalty
         scores[seen] = torch.where(score < 0, score * penalty, score / penalty)
-    if not math.isfinite(scores.max()):
-        raise ValueError("the model's logits are not finite; the checkpoint is damaged, or float16 overflowed: try "
-                         "--dtype float32")
     return scores
 
 
 def probabilities(scores, settings: Settings) -> torch.Tensor:
-    """What is sampled from: scores [V] -> [V], sum 1, 0 where a filter removed the token. Needs temperature > 0."""
+    """scores [..., V] -> what is sampled from, [..., V] with sum 1 and 0 where a filter removed the token.
+
+    Needs temperature > 0. With the probabilities 0.5, 0.3, 0.15, 0.05: top_k 3 keeps the first three, top_p 0.7 the
+    fewest that reach 0.7 together (two), min_p 0.2 those of at least 0.2 * 0.5 (three).
+    """
     scores = scores / settings.temperature
     if settings.top_k:
-        least = scores.topk(min(settings.top_k, len(scores))).values[-1]
+        least = scores.topk(min(settings.top_k, scores.shape[-1])).values[..., -1:]
         scores = scores.masked_fill(scores < least, -math.inf)
     if settings.top_p < 1:
         ascending, order = scores.sort(stable=True)
-        tail = ascending.softmax(0).cumsum(0) <= 1 - settings.top_p
-        tail[-1] = False                             # rounding must not remove the likeliest
-        scores = scores.masked_fill(torch.empty_like(tail).scatter_(0, order, tail), -math.inf)
-    probs = scores.softmax(0)
+        tail = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        tail[..., -1] = False                        # rounding must not remove the likeliest
+        scores = scores.masked_fill(torch.empty_like(tail).scatter_(-1, order, tail), -math.inf)
+    probs = scores.softmax(-1)
     if settings.min_p:
-        probs = probs.masked_fill(probs < settings.min_p * probs.max(), 0)
-    return probs / probs.sum()
+        probs = probs.masked_fill(probs < settings.min_p * probs.amax(-1, keepdim=True), 0)
+    return probs / probs.sum(-1, keepdim=True)
 
 
-def sample_logits(logits, settings: Settings, seen_ids=(), generator=None) -> int:
-    """The next id from logits [V]. generator: on the CPU, one draw a call, so that devices agree; None: torch's own."""
-    scores = penalised(logits, settings, seen_ids)
+def sample_logits(logits, settings: Settings, seen_ids, generators) -> list[int]:
+    """logits [B, V] -> the next id of each sequence.
+
+    seen_ids: of each sequence the ids it has, for the repetition penalty. generators: of each sequence its random
+    generator, on the CPU, from which one number is drawn, so that all devices agree; None takes torch's own.
+    """
+    scores = torch.stack([penalised(row, settings, seen) for row, seen in zip(logits, seen_ids)])
+    if not scores.amax(-1).isfinite().all():
+        raise ValueError("the model's logits are not finite; the checkpoint is damaged, or float16 overflowed: try "
+                         "--dtype float32")
     if settings.temperature == 0:
-        return int(scores.argmax())
-    total = probabilities(scores, settings).cumsum(0)
-    draw = torch.rand((), dtype=torch.float64, generator=generator).item()
-    return int(torch.searchsorted(total, total[-1:] * draw, right=True))     # right: never an id of probability 0
+        return scores.argmax(-1).tolist()
+    total = probabilities(scores, settings).cumsum(-1)
+    draws = torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in generators])
+    draws = draws.to(total.device).unsqueeze(1) * total[:, -1:]
+    return torch.searchsorted(total, draws, right=True)[:, 0].tolist()       # right: never an id of probability 0
 
 
 @torch.no_grad()                                     # not inference_mode: training goes on with the same parameters
-def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None) -> list[int]:
-    """The ids that follow `prompt_ids`, an id of `eos_ids` included where one ended the text.
+def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=None) -> list[list[int]]:
+    """The decode loop: B sequences of one length continued side by side -> the new ids of each.
 
-    on_token(id) is called with each new id but an ending one; where it returns True, generation ends. The model is in
-    eval mode meanwhile. With FSDP every rank must call this with the same arguments.
+    prompts: B lists of ids. generators: as in `sample_logits`. A sequence ends with an id of `eos_ids`, which is
+    included, or where on_token(sequence, id), called with each other new id, returns True; the loop ends with the last
+    sequence. The model is in eval mode meanwhile. With FSDP every rank must call this with the same arguments.
     """
-    ids, device, vocab_size = list(prompt_ids), next(model.parameters()).device, model.config.vocab_size
-    if not ids:
-        raise ValueError("the prompt has no tokens; begin with the tokenizer's BOS")
-    if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise ValueError(f"the prompt holds id {max(ids)}, but the model has {vocab_size} rows; is this its tokenizer?")
-    end, capacity = len(ids), len(ids) + settings.max_new_tokens
+    device, ids = next(model.parameters()).device, [list(prompt) for prompt in prompts]
+    capacity = len(ids[0]) + settings.max_new_tokens
+    new, running = [[] for _ in ids], set(range(len(ids)))
     cache = KVCache(capacity) if settings.use_cache else None
-    generator = torch.Generator().manual_seed(settings.seed)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        model.angles(capacity, device)               # the table of rotations once, not again for each longer row
-        while len(ids) < capacity:
-            fresh = ids[cache.length:] if cache else ids
-            hidden = model(torch.tensor([fresh], device=device), cache=cache)           # [1, T, D]
-            token = sample_logits(model.head(hidden[0, -1]), settings, ids, generator)
-            ids.append(token)
-            if token in eos_ids or (on_token and on_token(token)):
-                break
+        model.angles(capacity, device)               # the table of rotations once, not again for each longer sequence
+        while running and len(ids[0]) < capacity:
+            past = cache.length if cache else 0
+            tokens = torch.tensor([sequence[past:] for sequence in ids], device=device)          # [B, T]
+            logits = model.head(model(tokens, cache=cache)[:, -1])                               # [B, V]
+            for i, token in enumerate(sample_logits(logits, settings, ids, generators)):
+                ids[i].append(token)                 # an ended sequence goes on, unread, so that all have one length
+                if i in running:
+                    new[i].append(token)
+                    if token in eos_ids or (on_token and on_token(i, token)):
+                        running.remove(i)
     finally:
         for module, mode in modes:
             module.training = mode
-    return ids[end:]
+    return new
+
+
+def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None) -> list[int]:
+    """The ids that follow `prompt_ids`; on_token(id) sees each but an ending one, and ends the text with True.
+
+    ValueError where the prompt is empty or holds an id that the model does not have.
+    """
+    vocab_size = model.config.vocab_size
+    if not len(prompt_ids):
+        raise ValueError("the prompt has no tokens; begin with the tokenizer's BOS")
+    if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
+        raise ValueError(f"the prompt holds id {max(prompt_ids)}, but the model has {vocab_size} rows; is this its "
+                         f"tokenizer?")
+    seen = (lambda i, token: on_token(token)) if on_token else None
+    return decode(model, [prompt_ids], settings, [torch.Generator().manual_seed(settings.seed)], eos_ids, seen)[0]
 
 
 class TextStream:

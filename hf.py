@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -60,9 +62,8 @@ def from_hf_name(name: str) -> str | None:
 
 # ---- config.json
 
-def read_config(folder: Path) -> ModelConfig:
-    """config.json of a folder as a ModelConfig; an architecture we do not have is refused by name."""
-    values = read_json(folder / "config.json")
+def parse_config(values: dict, folder: Path) -> ModelConfig:
+    """The values of `folder`/config.json as a ModelConfig; an architecture we do not have is refused by name."""
     family = values.get("model_type")
     if family not in FAMILIES:
         reason = f": {REFUSED[family]}" if family in REFUSED else ""
@@ -169,27 +170,92 @@ def write_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
 
 # ---- folders
 
-def resolve(path) -> Path:
-    """A local folder for `path`; `hf://org/name@revision` is downloaded to, or found in, the Hub's cache."""
+@dataclass(frozen=True)
+class Base:
+    """A model folder that is opened once and then handed around, so that every reader sees the same files.
+
+    name      as the user wrote it: a folder, or hf://org/name[@revision]
+    folder    the local folder
+    revision  the commit on the Hub (40 hex digits); None for a plain folder
+    What costs time to find out is found out on first use, and once.
+    """
+    name: str
+    folder: Path
+    revision: str | None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @cached_property
+    def settings(self) -> dict:
+        """config.json as it stands."""
+        return read_json(self.folder / "config.json")
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return parse_config(self.settings, self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a hash over the names, sizes, first and last megabyte of the tensor files. It is the same
+        on every machine, and another one for other weights, without reading all of them."""
+        digest = hashlib.sha256()
+        for file in sorted(set(tensor_files(self.folder).values())):
+            size = file.stat().st_size
+            with open(file, "rb") as opened:
+                digest.update(f"{file.name} {size}".encode() + opened.read(1 << 20))
+                opened.seek(-min(1 << 20, size), os.SEEK_END)
+                digest.update(opened.read())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def facts(self) -> dict:
+        """What a user should know before training it: {"license": text, "chat_template": whether it has one}."""
+        template = (self.folder / "chat_template.jinja").exists()
+        if (self.folder / "tokenizer_config.json").exists():
+            template = template or bool(read_json(self.folder / "tokenizer_config.json").get("chat_template"))
+        licence = None
+        if (self.folder / "README.md").exists():
+            lines = (self.folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()
+            licence = next((line.partition(":")[2].strip() for line in lines[:60] if line.startswith("license:")), None)
+        if not licence:
+            licence = next((f"see {file.name}" for file in sorted(self.folder.glob("LICENSE*"))), "not stated")
+        return {"license": licence, "chat_template": template}
+
+
+def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
+    """Open the model folder `path`; `hf://org/name@revision` is downloaded to, or found in, the Hub's cache.
+
+    revision: a commit that takes the place of the one in `path`; give every rank the one that rank 0 found. A branch
+    may move between two questions to the Hub, so each further question is asked about the commit of the first answer.
+    A Base is returned as it is. ValueError where there is no such folder or the Hub does not answer.
+    """
+    if isinstance(path, Base):
+        return path
     path = str(path)
     if not path.startswith("hf://"):
-        folder = Path(path)
-        if not folder.is_dir():
+        if not Path(path).is_dir():
             raise ValueError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
-        return folder
+        return Base(path, Path(path), None)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    name, _, revision = path.removeprefix("hf://").partition("@")
-    wanted = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+    name, _, named = path.removeprefix("hf://").partition("@")
+    wanted = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md", *LICENCES]
     try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*wanted, "*.safetensors"]))
+        folder = Path(snapshot_download(name, revision=revision or named or None,
+                                        allow_patterns=[*wanted, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=[*wanted, "*.bin"]))
+            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[*wanted, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
-    return folder
+    return Base(path, folder, folder.name)
+
+
+def resolve(path: "str | Path | Base") -> Path:
+    """The local folder of a model, for a reader that needs nothing else of it (see `open_base`)."""
+    return open_base(path).folder
 
 
 def read_json(path: Path) -> dict:
@@ -238,17 +304,6 @@ class _Pickle:
         self.tensors.clear()
 
 
-def fingerprint(path) -> str:
-    """Of the weights in a folder: names, sizes, first and last megabyte of its tensor files; the same anywhere."""
-    digest = hashlib.sha256()
-    for file in sorted(set(tensor_files(resolve(path)).values())):
-        with open(file, "rb") as opened:
-            digest.update(f"{Path(file).name} {Path(file).stat().st_size}".encode() + opened.read(1 << 20))
-            opened.seek(-min(1 << 20, Path(file).stat().st_size), os.SEEK_END)
-            digest.update(opened.read())
-    return digest.hexdigest()[:16]
-
-
 def open_tensors(path: Path):
     try:
         return _Pickle(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
@@ -263,10 +318,10 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
 
     Raises ValueError where a tensor is missing, left over or of another shape than the config says.
     """
-    folder = resolve(path)
+    base = open_base(path)
     with torch.device("meta"):
-        model = Model(read_config(folder))
-    fill(model, folder, dtype, device)
+        model = Model(base.config)
+    fill(model, base.folder, dtype, device)
     return model
 
 
@@ -324,22 +379,21 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
     base's.
     """
     path, config = Path(path), model.config
-    base_folder = resolve(base) if base else None
+    base = open_base(base) if base else None
     tensors = state if state is not None else model.state_dict()
     tensors = {to_hf_name(name): t.detach().cpu().contiguous() for name, t in tensors.items()
                if not (config.tie_word_embeddings and name == "head.weight")}
     dtype = next(iter(tensors.values())).dtype
     with replacing(path) as out:
         _save_tensors(tensors, out, shard_bytes)
-        base_config = read_json(base_folder / "config.json") if base_folder else {}
-        new_config = write_config(config, dtype, base_config)
+        new_config = write_config(config, dtype, base.settings if base else {})
         _write_json(out / "config.json", new_config)
-        _write_json(out / "generation_config.json", _generation_config(base_folder, new_config))
-        if base_folder:
-            _copy(base_folder, LICENCES, out)
-        if tokenizer or base_folder:
-            _copy_tokenizer(Path(tokenizer or base_folder), out)
-        text = _model_card(None if scratch else base, base_folder, path.name, card)
+        _write_json(out / "generation_config.json", _generation_config(base, new_config))
+        if base:
+            _copy(base.folder, LICENCES, out)
+        if tokenizer or base:
+            _copy_tokenizer(Path(tokenizer or base.folder), out)
+        text = _model_card(None if scratch else base, path.name, card)
         (out / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -402,37 +456,22 @@ def _write_json(path: Path, value):
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _generation_config(base_folder, config: dict) -> dict:
+def _generation_config(base: Base | None, config: dict) -> dict:
     """Only the token ids: servers take sampling values found here as their defaults, and a base model has none."""
-    file = base_folder / "generation_config.json" if base_folder else None
+    file = base.folder / "generation_config.json" if base else None
     known = {**config, **(read_json(file) if file and file.exists() else {})}
     ids = {key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if known.get(key) is not None}
     return {"_from_model_config": True, **ids}
 
 
-def facts(path) -> dict:
-    """What a user should know of a base model before training it: {"license", "chat_template"}."""
-    folder = resolve(path)
-    template = (folder / "chat_template.jinja").exists()
-    if (folder / "tokenizer_config.json").exists():
-        template = template or bool(read_json(folder / "tokenizer_config.json").get("chat_template"))
-    licence = None
-    if (folder / "README.md").exists():
-        lines = (folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()
-        licence = next((line.partition(":")[2].strip() for line in lines[:60] if line.startswith("license:")), None)
-    if not licence:
-        licence = next((f"see {file.name}" for file in sorted(folder.glob("LICENSE*"))), "not stated")
-    return {"license": licence, "chat_template": template}
-
-
-def _model_card(base, base_folder, name: str, card: str) -> str:
+def _model_card(base: Base | None, name: str, card: str) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- continued-pretraining"]
     if base:
-        known = facts(base_folder)["license"]
-        if str(base).startswith("hf://"):
-            lines += [f"base_model: {str(base).removeprefix('hf://').partition('@')[0]}",
+        known = base.facts["license"]
+        if base.name.startswith("hf://"):
+            lines += [f"base_model: {base.name.removeprefix('hf://').partition('@')[0]}",
                       "base_model_relation: finetune"]
         if not known.startswith(("see", "not")):
             lines.append(f"license: {known}")
-    origin = f"Continued pretraining of `{Path(str(base)).name}`" if base else "Pretrained from scratch"
+    origin = f"Continued pretraining of `{Path(base.name).name}`" if base else "Pretrained from scratch"
     return "\n".join([*lines, "---", "", f"# {name}", "", f"{origin} with nanoCPT.", "", card, ""])

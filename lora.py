@@ -780,16 +780,16 @@ def handoff(settings: dict, folder, base: str = "BASE") -> list[str]:
 
 @torch.no_grad()
 def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **options) -> dict:
-    """Write base and adapter, folders or hf:// ids, as one Hugging Face folder; -> what there is to say about it.
+    """Write base and adapter, each a folder or an hf:// id, as one Hugging Face folder; -> what to say about it.
 
     dtype: of the weights written; None: the base's. The sum is fp32's. options: hf.save's, such as card and tokenizer.
     """
-    folder = hf.resolve(base)
-    named = hf.read_json(folder / "config.json")
+    base = hf.open_base(base)
+    named = base.settings
     if "quantization_config" in named:
-        raise ValueError(f"{folder} is quantised; merge into the full-precision base it was made from")
+        raise ValueError(f"{base.folder} is quantised; merge into the full-precision base it was made from")
     dtype = dtype or hf.DTYPES.get(named.get("dtype") or named.get("torch_dtype"), torch.float32)
-    model = hf.load(folder).eval()
+    model = hf.load(base).eval()
     settings = load(model, adapter)
     result = {"out": str(out), "trained": trainable_share(model), "dtype": str(dtype).removeprefix("torch.")}
     tokens = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -801,7 +801,7 @@ def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **option
     hf.save(model, out, base=base, state={name: weight.to(dtype) for name, weight in merged_state(model).items()},
             **options)
     return {**result, "largest_logit_difference": difference.item(), "largest_logit": apart.abs().max().item(),
-            "handoff": handoff(settings, adapter, base)}
+            "handoff": handoff(settings, adapter, base.name)}
 
 
 def main():

@@ -153,7 +153,7 @@ def open_tokenizer(c: Config):
 
 def model_config(c: Config, tokenizer) -> ModelConfig:
     if c.model.path:
-        return hf.read_config(hf.resolve(c.model.path))
+        return hf.open_base(c.model.path).config
     sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
     return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
 
@@ -280,7 +280,7 @@ def setup(c: Config, world, folder: Path | None = None) -> Run:
     inner = build_model(c, config, world)
     run = Run(c, world, tokenizer, config, sources, loader, loader.counts, objective, documents, inner)
     if c.model.init == "pretrained":
-        run.base = hf.fingerprint(c.model.path)
+        run.base = hf.open_base(c.model.path).fingerprint
     run.methods = retention(run, shards, folder)
     for method in run.methods:
         method.model_built(inner)                                          # model built
@@ -625,7 +625,7 @@ def describe(run: Run, say):
     say(f"model: {run.inner.count_parameters() / 1e6:.1f}M parameters, {run.config.family}, "
         f"vocabulary {run.config.vocab_size:,}")
     if c.model.path and c.model.init == "pretrained":
-        known = hf.facts(c.model.path)
+        known = hf.open_base(c.model.path).facts
         say(f"base: {c.model.path}, licence: {known['license']}")
         if known["chat_template"]:
             say("warning: the base carries a chat template; continuing the pretraining of a chat model costs it its "

@@ -13,10 +13,9 @@ from tqdm import tqdm
 import hf
 import tokenizer
 from core.config import ArgumentParser
-from generate import KVCache, Settings, end_ids, first_ids, pick_device, probabilities
+from generate import Settings, decode, end_ids, first_ids, pick_device
 
 
-@torch.no_grad()
 def self_replay(model, tok, ends, documents: int, settings, seed: int, rows: int = 64):
     """Yield records {"text", "id", "metadata"} of texts that the model draws from nothing but the token that begins a
     document: what it still has of its training text (self-generated replay, arXiv 2605.26097). `rows` at a time, each
@@ -25,21 +24,7 @@ def self_replay(model, tok, ends, documents: int, settings, seed: int, rows: int
     for first in range(0, documents, rows):
         numbers = range(first, min(first + rows, documents))
         random = [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63) for i in numbers]
-        cache = KVCache(len(start) + settings.max_new_tokens)
-        fresh = torch.tensor([start] * len(numbers), device=next(model.parameters()).device)
-        new, open_rows = [[] for _ in numbers], set(range(len(numbers)))
-        for _ in range(settings.max_new_tokens):
-            logits = model.head(model(fresh, cache=cache)[:, -1])
-            share = torch.stack([probabilities(row.double(), settings) for row in logits]).cumsum(1)
-            draw = torch.tensor([[torch.rand((), dtype=torch.float64, generator=g).item()] for g in random])
-            fresh = torch.searchsorted(share, draw.to(share.device) * share[:, -1:], right=True)
-            for row, token in enumerate(fresh[:, 0].tolist()):
-                if row in open_rows:
-                    new[row].append(token)
-                    if token in ends:
-                        open_rows.remove(row)
-            if not open_rows:
-                break
+        new = decode(model, [start] * len(numbers), settings, random, ends)
         for i, ids in zip(numbers, new):
             ended = ids[-1] in ends
             text = tok.decode([t for t in ids[:len(ids) - ended] if t < tok.vocab_size]).strip()

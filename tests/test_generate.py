@@ -43,6 +43,11 @@ def their_probabilities(logits, s: Settings, seen):
     return scores.softmax(-1)[0]
 
 
+def next_id(logits, settings, seen=(), generator=None) -> int:
+    """The next id of one sequence with logits [V]."""
+    return sample_logits(logits[None], settings, [seen], [generator])[0]
+
+
 def some_logits():
     generator = torch.Generator().manual_seed(5)
     normal = torch.randn(50, generator=generator, dtype=torch.float64) * 3
@@ -87,7 +92,7 @@ def test_draws_have_the_stated_probabilities():
     s, generator = Settings(temperature=1.3, min_p=0.01, repetition_penalty=1.1), torch.Generator().manual_seed(0)
     counts = torch.zeros(len(logits), dtype=torch.float64)
     for _ in range(n):
-        counts[sample_logits(logits, s, [0, 4, 6], generator)] += 1
+        counts[sample_logits(logits[None], s, [[0, 4, 6]], [generator])] += 1
     expected = their_probabilities(logits.double(), s, [0, 4, 6]) * n
     kept = expected > 0
     assert kept.sum() == 9
@@ -100,20 +105,20 @@ def test_a_draw_at_either_end_meets_a_possible_token(monkeypatch, draw):
     monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(draw, dtype=torch.float64))
     logits = torch.full((1000,), -torch.inf)
     logits[3:990] = torch.linspace(-5, 5, 987)
-    assert sample_logits(logits, Settings()) == (3 if draw == 0 else 989)
-    assert sample_logits(logits, Settings(top_k=1)) == 989
+    assert next_id(logits, Settings()) == (3 if draw == 0 else 989)
+    assert next_id(logits, Settings(top_k=1)) == 989
 
 
 def test_sampling_is_pure_and_greedy_takes_the_first_of_equals():
     logits = torch.tensor([0.5, 2.0, 2.0, -1.0], dtype=torch.float64)
     before = logits.clone()
-    assert sample_logits(logits, Settings(temperature=0, repetition_penalty=1.0)) == 1
-    assert sample_logits(logits, Settings(temperature=0, repetition_penalty=2.0), [1, 1]) == 2
-    assert sample_logits(logits.bfloat16(), Settings(temperature=1e-6), [], torch.Generator()) in (1, 2)
+    assert next_id(logits, Settings(temperature=0, repetition_penalty=1.0)) == 1
+    assert next_id(logits, Settings(temperature=0, repetition_penalty=2.0), [1, 1]) == 2
+    assert next_id(logits.bfloat16(), Settings(temperature=1e-6), [], torch.Generator()) in (1, 2)
     assert torch.equal(logits, before)
     for bad in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match=r"not finite.*float32"):
-            sample_logits(torch.tensor([0.0, bad]), Settings(temperature=0))
+            next_id(torch.tensor([0.0, bad]), Settings(temperature=0))
 
 
 @pytest.mark.parametrize(("name", "values"), {

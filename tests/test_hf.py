@@ -160,14 +160,14 @@ def test_both_dialects_are_written_and_read(hf_model, tmp_path):
     for dialect in (("rope_parameters", "dtype"), ("rope_theta", "rope_scaling", "torch_dtype")):
         old = {key: value for key, value in config.items() if key not in dialect}
         (tmp_path / "out/config.json").write_text(json.dumps(old))
-        assert hf.read_config(tmp_path / "out") == model.config
+        assert hf.open_base(tmp_path / "out").config == model.config
 
 
 def test_oldest_rope_key(folder):
     """`type` was the name before `rope_type`; a plain model writes null and has no scaling."""
     assert json.loads((folder / "config.json").read_text())["rope_scaling"] is None
     edit_json(folder / "config.json", rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0})
-    assert hf.read_config(folder).rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert hf.open_base(folder).config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
 
 
 def test_keys_of_the_base_survive(hf_model, tmp_path):
@@ -184,7 +184,7 @@ def test_silent_configs_mean_what_transformers_assumes(transformers, tmp_path, f
     sizes = {"vocab_size": 97, "hidden_size": 256, "intermediate_size": 72, "num_hidden_layers": 3,
              "num_attention_heads": 32}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
-    ours, theirs = hf.read_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
+    ours, theirs = hf.open_base(tmp_path).config, transformers.AutoConfig.from_pretrained(tmp_path)
     head_dim = getattr(theirs, "head_dim", None) or 8
     for name in ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
                  "initializer_range"):
@@ -202,12 +202,12 @@ def test_silent_configs_mean_what_transformers_assumes(transformers, tmp_path, f
 def test_layers_are_counted_where_they_are_not_named(hf_model, family, options):
     """Configs older than `layer_types` say the same with a number; the truth is transformers' own list of layers."""
     _, original = hf_model(family, **options)
-    named = hf.read_config(original)
+    named = hf.open_base(original).config
     values = json.loads((original / "config.json").read_text())
     assert len(set(values["layer_types"])) == 2
     (original / "config.json").write_text(json.dumps(
         {key: value for key, value in values.items() if key not in ("layer_types", "no_rope_layers")}))
-    assert hf.read_config(original) == named
+    assert hf.open_base(original).config == named
 
 
 def test_transformers_4_reads_the_old_dialect(hf_model, tmp_path):
@@ -347,14 +347,14 @@ def test_model_card(folder, tmp_path):
 
 
 def test_facts(folder):
-    assert hf.facts(folder) == {"license": "not stated", "chat_template": False}
+    assert hf.open_base(folder).facts == {"license": "not stated", "chat_template": False}
     (folder / "LICENSE.txt").write_text("...")
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{messages}}"}')
-    assert hf.facts(folder) == {"license": "see LICENSE.txt", "chat_template": True}
+    assert hf.open_base(folder).facts == {"license": "see LICENSE.txt", "chat_template": True}
     (folder / "tokenizer_config.json").unlink()
     (folder / "chat_template.jinja").write_text("{{messages}}")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    assert hf.facts(folder) == {"license": "apache-2.0", "chat_template": True}
+    assert hf.open_base(folder).facts == {"license": "apache-2.0", "chat_template": True}
 
 
 def test_save_replaces_whole_or_not_at_all(folder, tiny_model, monkeypatch):
@@ -622,6 +622,35 @@ def test_hub_ids_come_from_the_cache(folder, tiny_model, tmp_path):
     assert (tmp_path / "out/tokenizer.model").read_bytes() == old.encode()
     card = (tmp_path / "out/README.md").read_text()
     assert "base_model: org/name\nbase_model_relation: finetune\n" in card
+
+
+def test_a_base_is_one_commit_though_its_branch_moves(tiny_model, tmp_path, monkeypatch):
+    """The second question to the Hub, for pytorch_model.bin, is about the commit of the first; ranks share a commit."""
+    import huggingface_hub
+
+    commits, asked = ["a" * 40, "b" * 40], []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        folder = tmp_path / "snapshots" / (commits[len(asked) - 1] if revision in (None, "main") else revision)
+        hf.save(tiny_model(), folder)
+        if "*.safetensors" in allow_patterns:
+            (folder / "model.safetensors").unlink()
+        return str(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    base = hf.open_base("hf://org/name@main")
+    assert asked == [("org/name", "main"), ("org/name", "a" * 40)]
+    assert (base.folder.name, base.revision, str(base)) == ("a" * 40, "a" * 40, "hf://org/name@main")
+    asked.clear()
+    assert hf.open_base("hf://org/name@main", revision="c" * 40).revision == "c" * 40
+    assert {revision for _, revision in asked} == {"c" * 40}
+    asked.clear()
+    hf.load(base)
+    hf.save(tiny_model(), tmp_path / "out", base=base)
+    assert hf.resolve(base) == base.folder
+    assert not asked
+    assert "base_model: org/name\n" in (tmp_path / "out/README.md").read_text()
+    assert hf.open_base(tmp_path / "out").revision is None
 
 
 # ---- memory

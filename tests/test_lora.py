@@ -541,7 +541,7 @@ def as_rank(folder: Path):
         for kind, changes in FSDP.items():
             config = LoraConfig(rank=3, **changes)
             with torch.device("meta"):
-                model = Model(hf.read_config(folder / base))
+                model = Model(hf.open_base(folder / base).config)
                 lora.attach(model, config, 4)
             parallel.shard(model, world)
             model.to_empty(device="cpu")

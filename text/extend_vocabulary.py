@@ -727,10 +727,10 @@ def _source(args):
     _refuse_existing(Path(args.out))
     if not args.model:
         return args.tokenizer
-    folder = hf.resolve(args.model)
-    hf.read_config(folder)
-    hf.tensor_files(folder)
-    return folder
+    base = hf.open_base(args.model)
+    hf.parse_config(base.settings, base.folder)
+    hf.tensor_files(base.folder)
+    return base.folder
 
 
 def _extend(args):

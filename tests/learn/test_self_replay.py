@@ -37,6 +37,7 @@ class Scripted(torch.nn.Module):
     def __init__(self, answers):
         super().__init__()
         self.answers, self.said, self.weight = answers, 0, torch.nn.Parameter(torch.zeros(1))
+        self.angles = lambda length, device: None
 
     def forward(self, tokens, cache):
         self.said += 1
