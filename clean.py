@@ -18,24 +18,20 @@ import gzip
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from core.config import ArgumentParser, main_guard, nearest, write_json
+from core.pool import WorkerPool, batches_by_size
 from text import corpus
 from text.pii import scrub
 
@@ -570,22 +566,9 @@ def read_records(path: str, documents: str | None = None, column: str = "text", 
 OUTPUTS = ("kept.jsonl", "dropped.jsonl.gz")
 SAMPLES = 5                 # shown per reason, and of the kept
 BATCH_CHARS = 1 << 20       # sent to a worker at a time
-_WORKER = []                # the settings, in a worker
 
 
-def _start_worker(settings):
-    """Ctrl-C ends a worker at once and without a word, and so does the death of its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
-    _WORKER[:] = [settings]
-
-
-def _work(records):
-    return _clean_batch(records, _WORKER[0])
-
-
-def _clean_batch(records, settings):
+def _clean_batch(settings, records):
     """(one JSON line a part, characters that went in)."""
     lines = [_line(part) for record in records for part in clean_document(record, settings)]
     return lines, sum(len(record["text"] or "") for record in records)
@@ -600,36 +583,9 @@ def _line(record) -> bytes:
 
 def scored_lines(records, settings: Settings, workers: int):
     """Yield (JSON lines, characters) of each batch, in the order of the records whatever the workers."""
-    batches = _batches(records)
-    if workers == 1:
-        yield from (_clean_batch(batch, settings) for batch in batches)
-        return
-    pool, waiting = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(settings,)), deque()
-    try:
-        for batch in batches:
-            waiting.append(pool.submit(_work, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise ValueError(f"a worker was killed, most likely for memory; use fewer than {workers} --workers") from None
-    except RecursionError:
-        raise ValueError("a record is nested too deeply to be sent to a worker; use --workers 1") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _batches(records):
-    batch, size = [], 0
-    for record in records:
-        batch.append(record)
-        size += len(record["text"] or "") + 100
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    batches = batches_by_size(records, lambda record: len(record["text"] or "") + 100, BATCH_CHARS)
+    with WorkerPool(workers, settings) as pool:
+        yield from pool.map(_clean_batch, batches)
 
 
 def _scored(path, weights):

@@ -26,19 +26,14 @@ import csv
 import functools
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
 import unicodedata
 import zlib
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
@@ -47,6 +42,7 @@ from tqdm import tqdm
 
 from core.config import ArgumentParser, main_guard, write_json
 from core.hashing import fmix64
+from core.pool import WorkerPool, batches_by_size
 from text.corpus import json_records, read_documents, read_records, utf8
 
 VERSION = 1                            # raise it when the same input gives another result
@@ -222,27 +218,13 @@ class Benchmarks:
 
 # ---- pass 1: every file to units, band keys and shingles on disk
 
-_against = None                        # the Benchmarks of this process
-
-
-def _set_against(benchmarks):
-    global _against
-    _against = benchmarks
-
-
-def _start_worker(benchmarks):
-    """Ctrl-C is the parent's affair, and a worker whose parent was killed ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
-    _set_against(benchmarks)
-
-
-def sign(batch: list, column: str, paragraphs: bool):
-    """[(id, record), ...] -> (UNIT [U], band keys [U, BANDS], shingles [S], ids as JSON, [(unit, overlaps), ...])."""
+def sign(shared: tuple, batch: list):
+    """(benchmarks or None, column, paragraphs), [(id, record), ...] -> (UNIT [U], band keys [U, BANDS], shingles [S],
+    ids as JSON, [(unit, overlaps), ...])."""
+    benchmarks, column, paragraphs = shared
     exact, length, tie, state, listed, ids, hits = [], [], [], [], [], [], []
     for ident, record in batch:
-        overlaps = _against.overlaps(record[column]) if _against else []
+        overlaps = benchmarks.overlaps(record[column]) if benchmarks else []
         if overlaps:
             hits.append((len(exact), overlaps))
         whole = blake2b(_canonical([ident, record]).encode(), digest_size=8)
@@ -264,23 +246,16 @@ def sign(batch: list, column: str, paragraphs: bool):
     return units, band_keys(sets), np.concatenate(sets), b"".join(ids), hits
 
 
-def _batches(path, column, documents):
-    """[(id, record), ...] of about 128 KB (its hashes fit the cache); a record without an id is called FILE:NUMBER."""
-    batch, size = [], 0
+def _identified(path, column, documents):
+    """Yield (id, record) of a file; a record without an id is called FILE:NUMBER."""
     for number, (_, record) in enumerate(read_records(path, documents, column=column), 1):
         ident = record.get("id")
-        batch.append((f"{path}:{number}" if ident is None else ident, record))
-        size += len(record[column])
-        if size >= 1 << 17 or len(batch) >= 512:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+        yield (f"{path}:{number}" if ident is None else ident), record
 
 
-def sign_file(path: str, stem: Path, settings: dict, pool, waiting: int, bar) -> dict:
+def sign_file(path: str, stem: Path, settings: dict, pool: WorkerPool, bar) -> dict:
     """Write STEM.units, .bands, .shingles, .ids, .hits and, last, STEM.json with their sizes in bytes."""
-    column, paragraphs = settings["column"], settings["paragraphs"]
+    column = settings["column"]
     names, totals = ("units", "bands", "shingles", "ids", "hits"), [0, 0, 0]      # units, shingles, bytes of ids
     files = {name: open(f"{stem}.{name}", "wb") for name in names}         # noqa: SIM115
 
@@ -292,19 +267,20 @@ def sign_file(path: str, stem: Path, settings: dict, pool, waiting: int, bar) ->
             files[name].write(part)
         totals[:] = totals[0] + len(units), totals[1] + len(shingles), totals[2] + len(ids)
 
-    count, queue = 0, deque()
-    try:
-        for batch in _batches(path, column, settings["documents"]):
+    count = 0
+
+    def batches():
+        nonlocal count
+        records = _identified(path, column, settings["documents"])
+        # about 128 KB, so that a batch's hashes fit the cache
+        for batch in batches_by_size(records, lambda pair: len(pair[1][column]) + 256, 1 << 17):
             count += len(batch)
             bar.update(len(batch))
-            if pool is None:
-                write(*sign(batch, column, paragraphs))
-                continue
-            queue.append(pool.submit(sign, batch, column, paragraphs))
-            if len(queue) > waiting:
-                write(*queue.popleft().result())
-        while queue:
-            write(*queue.popleft().result())
+            yield batch
+
+    try:
+        for signed in pool.map(sign, batches()):
+            write(*signed)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -478,27 +454,16 @@ def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
 
 def _sign_files(files, stems, settings, workers, benchmarks) -> int:
     """Pass 1 over the files that are not done yet; returns the number of documents."""
-    pool, total = None, 0
-    if workers > 1:
-        pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(benchmarks,))
-    _set_against(benchmarks)
-    try:
-        with tqdm(unit=" documents", disable=None, desc="read") as bar:
-            for path, stem in zip(files, stems):
-                record = _signed(stem)
-                if record:
-                    bar.update(record["documents"])
-                else:
-                    record = sign_file(path, stem, settings, pool, 2 * workers, bar)
-                total += record["documents"]
-    except BrokenProcessPool:
-        raise ValueError("a worker process died, perhaps for want of memory; repeat with fewer --workers") from None
-    except RecursionError:
-        raise ValueError("a record is nested too deeply to be sent to a worker; use --workers 1") from None
-    finally:
-        _set_against(None)
-        if pool:
-            pool.shutdown(cancel_futures=True)
+    total = 0
+    with WorkerPool(workers, (benchmarks, settings["column"], settings["paragraphs"])) as pool, \
+            tqdm(unit=" documents", disable=None, desc="read") as bar:
+        for path, stem in zip(files, stems):
+            record = _signed(stem)
+            if record:
+                bar.update(record["documents"])
+            else:
+                record = sign_file(path, stem, settings, pool, bar)
+            total += record["documents"]
     return total
 
 
@@ -548,7 +513,7 @@ def _write(files, out, store, settings, target, similarity, near, benchmarks) ->
         for number, path in enumerate(files):
             hits = dict(map(json.loads, store.stems[number].with_suffix(".hits").read_text("utf-8").splitlines()))
             base = unit
-            for ident, record in itertools.chain.from_iterable(_batches(path, column, settings["documents"])):
+            for ident, record in _identified(path, column, settings["documents"]):
                 parts = _paragraphs(record[column]) if paragraphs else [record[column]]
                 last = unit + (len(parts) + 1) // 2
                 if last > store.base[number + 1]:

@@ -18,12 +18,11 @@ import math
 import os
 import re
 import shutil
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from core.pool import WorkerPool, batches_by_size
 from text.corpus import utf8
 from text.mixture import Bucket, SourceConfig
 
@@ -143,14 +142,11 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
         itemsize = 2 if tokenizer.vocab_size <= 65536 else 4
         writers = {split: ShardWriter(partial, split, tokenizer, itemsize, shard_tokens) for split in SPLITS}
         empty = 0
-        with ThreadPoolExecutor(workers) as pool:
-            waiting = deque()
-            for batch in _batches(texts, batch_bytes):
-                waiting.append(pool.submit(_encode, tokenizer, batch, bos, heldout))
-                if len(waiting) > workers:
-                    empty += _write(writers, *waiting.popleft().result())
-            while waiting:
-                empty += _write(writers, *waiting.popleft().result())
+        with WorkerPool(workers, (tokenizer, bos, heldout), threads=True) as pool:
+            for encoded, dropped in pool.map(_encode, batches_by_size(texts, len, batch_bytes)):
+                empty += dropped
+                for split, documents in encoded.items():
+                    writers[split].add(*documents)
         for writer in writers.values():
             writer.close()
         splits = {name: _totals(writer.shards) for name, writer in writers.items()}
@@ -202,20 +198,9 @@ def _new_folder(out: Path, overwrite: bool):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _batches(texts, batch_bytes):
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= batch_bytes:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(tokenizer, texts, bos, heldout):
+def _encode(shared, texts):
     """One batch in a worker thread: (per split: ids, lengths, bytes), number of empty documents."""
+    tokenizer, bos, heldout = shared
     limit = round(10000 * heldout)
     raw = [utf8(text if isinstance(text, str) else tokenizer.decode(text)) for text in texts]
     kept = [i for i, data in enumerate(raw) if data]
@@ -237,12 +222,6 @@ def _encode(tokenizer, texts, bos, heldout):
         nbytes.append(len(raw[i]))
     return {split: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
             for split, (pieces, lengths, nbytes) in parts.items() if pieces}, empty
-
-
-def _write(writers, parts, empty) -> int:
-    for split, part in parts.items():
-        writers[split].add(*part)
-    return empty
 
 
 # ---- parts of one source, packed by many machines

@@ -1,0 +1,102 @@
+"""Workers that take batches in turn and give their results back in the order of the batches.
+
+    with WorkerPool(workers=4, shared=settings) as pool:
+        for result in pool.map(score_batch, batches_by_size(records, size, 1 << 20)):
+            ...                                    # score_batch(settings, batch), in the order of the batches
+
+At most 2 x workers results wait at a time, so a slow consumer stops the reading of the input and memory stays
+bounded. The function is called with `shared` first: what every call needs (settings, an index) goes to each worker
+process once, when it starts, and not with every batch.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+_shared = None          # in a worker process: the first argument of every call
+
+
+class WorkerPool:
+    """`workers` processes, or threads where the work releases the GIL (Rust tokenizers, zlib, numpy).
+
+    With one process none is started: the calls are made here, one batch at a time. Functions and batches for processes
+    are pickled, so a function must stand at the top of its module.
+    """
+
+    def __init__(self, workers: int, shared=None, threads: bool = False):
+        assert workers >= 1, f"a pool needs at least one worker, not {workers}"
+        self.workers, self.shared = workers, shared
+        self.executor = None
+        if threads:
+            self.executor = ThreadPoolExecutor(workers)
+        elif workers > 1:
+            self.executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(shared,))
+        self.threads = threads
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.executor:
+            self.executor.shutdown(cancel_futures=True)
+
+    def map(self, function, batches):
+        """Yield function(shared, batch) of each batch, in order.
+
+        ValueError where a worker process was killed or a batch cannot be pickled; whatever the function raises comes
+        through.
+        """
+        if self.executor is None:
+            for batch in batches:
+                yield function(self.shared, batch)
+            return
+        waiting = deque()
+        try:
+            for batch in batches:
+                call = (function, self.shared) if self.threads else (_call_in_worker, function)
+                waiting.append(self.executor.submit(*call, batch))
+                if len(waiting) > 2 * self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError(f"a worker process was killed, most likely for want of memory; use fewer than "
+                             f"{self.workers} --workers") from None
+        except RecursionError:
+            raise ValueError("a record is nested too deeply to be sent to a worker process; use --workers 1") from None
+
+
+def _start_worker(shared):
+    """Run in each new worker process: it dies at once on Ctrl-C, without a traceback, and when its parent dies.
+
+    A parent that is killed cannot tell its workers, and they would wait for ever for a next batch.
+    """
+    global _shared
+    _shared = shared
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+
+
+def _call_in_worker(function, batch):
+    return function(_shared, batch)
+
+
+def batches_by_size(items, size, limit: int):
+    """Yield lists of consecutive items, each closed by the item with which the sum of size(item) reaches `limit`.
+
+    Sizes 3, 4, 5, 1 with limit 6 give [3, 4], [5, 1].
+    """
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
