@@ -11,6 +11,8 @@ Windows of several documents share a row and cannot see each other.
 
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +151,30 @@ def heldout_documents(shards: Shards, max_tokens: int) -> list:
 def protocol(prefix: int, context: int, dtype) -> dict:
     return {"prefix_token_id": prefix, "context": context, "stride": context, "bos_eos_scored": False,
             "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False}
+
+
+@dataclass
+class HeldOut:
+    """What the evaluations of a run score, and how."""
+
+    documents: dict[str, list]      # {source: [(token ids of the text, bytes)]}
+    roles: dict[str, str]           # {source: "domain" or "general"}
+    objective: object
+    prefix: int                     # the token before each document
+    context: int                    # tokens a window
+    rows: int                       # windows a forward pass
+    autocast: Callable              # () -> context of a forward pass in the run's precision
+    dtype: torch.dtype              # what that precision is
+
+    def score(self, model, world) -> dict:
+        """{source: {"role", "bits_per_byte", ...}}; the ranks of `world` share the windows."""
+        return {name: {"role": self.roles[name],
+                       **score(model, self.objective, documents, self.prefix, self.context, world, self.rows,
+                               self.autocast)}
+                for name, documents in self.documents.items()}
+
+    def protocol(self) -> dict:
+        return protocol(self.prefix, self.context, self.dtype)
 
 
 def table(before: dict | None, after: dict) -> str:

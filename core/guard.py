@@ -1,7 +1,9 @@
 """What keeps a run whole: signals that wait for a step to end, one process a run folder, no step on a NaN."""
 
+import contextlib
 import fcntl
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -17,7 +19,10 @@ class StopSignal:
         self.received = signal.Signals(number).name
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def restore(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -37,6 +42,27 @@ class RunLock:
 
     def release(self):
         self.file.close()
+
+
+@contextlib.contextmanager
+def run_folder(path, main: bool):
+    """The run's folder, locked while the context lasts on the one process that is `main`; a folder that holds a
+    finished run is refused, and one that nothing was written to goes again."""
+    folder = Path(path)
+    if (folder / "eval.json").exists():                    # the last that a run writes
+        raise ValueError(f"{folder} holds a finished run; choose another --out, or remove it to run again")
+    if not main:
+        yield folder
+        return
+    lock = RunLock(folder)
+    try:
+        yield folder
+    except BaseException:
+        if [file.name for file in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder)
+        raise
+    finally:
+        lock.release()
 
 
 def require_finite(what: str, value: float, step: int, sources) -> None:

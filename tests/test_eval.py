@@ -149,7 +149,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         made = types.SimpleNamespace(returncode=0, stderr="")
-        patch.setattr(train, "subprocess", types.SimpleNamespace(run=lambda *a, **k: made))
+        patch.setattr("stages.finish.subprocess", types.SimpleNamespace(run=lambda *a, **k: made))
         make_lab(folder / "lab")
         train.train(settings(folder / "lab", folder / "run", "--train.save-every", 2, steps=5), one())
         train.train(settings(folder / "lab", folder / "more", "--model.init", "pretrained", "--model.path",

@@ -29,6 +29,8 @@ import tokenizer
 import train
 from core import checkpoint, config, guard, parallel
 from learn import optim
+from stages import rehearse, resume
+from stages.build import build, build_model
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -101,7 +103,7 @@ def quick(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     made = types.SimpleNamespace(returncode=0, stderr="")
-    monkeypatch.setattr(train, "subprocess", types.SimpleNamespace(run=lambda *a, **k: made))
+    monkeypatch.setattr("stages.finish.subprocess", types.SimpleNamespace(run=lambda *a, **k: made))
     yield
     torch.set_num_threads(before)
 
@@ -411,7 +413,7 @@ def test_gradient_is_that_of_the_mean_over_all_targets(lab, whole, tmp_path, mic
     truth = transformers.AutoModelForCausalLM.from_pretrained(whole[0] / "final").train()
     c = settings(lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", whole[0] / "final",
                  "--train.batch-size", 6, "--train.micro-batch-size", micro, "--optim.clip", 0)
-    run = train.setup(c, one())
+    run = build(c, one())
     rows = run.loader.rows(0)
     rows.labels = rows.labels.clone()
     rows.labels[1, 12:], rows.labels[4, 3:] = -100, -100        # two rows with few targets
@@ -447,13 +449,13 @@ def test_padding_of_the_last_window_is_no_target(lab, tmp_path):
     shards = data.Shards(lab / "legal")
     windows = -(-shards.tokens // 32)
     c.train.batch_size, c.train.steps = windows, 1
-    run = train.setup(c, one())
+    run = build(c, one())
     done = train.train_step(run, 0, train.micro_batches(run, 0))
     assert done["sources"] == {"legal": (pytest.approx(done["loss"] * shards.tokens), shards.tokens)}
 
 
 def test_gradient_clipping_reports_the_norm_before_and_bounds_the_one_after(lab, tmp_path):
-    run = train.setup(settings(lab, tmp_path / "run", "--optim.clip", 0.05), one())
+    run = build(settings(lab, tmp_path / "run", "--optim.clip", 0.05), one())
     done, ours = gradients(run)
     assert done["grad_norm"] > 0.1
     assert torch.stack([g.norm() for g in ours.values()]).norm().item() == pytest.approx(0.05, rel=1e-3)
@@ -469,7 +471,7 @@ def test_activation_checkpointing_changes_nothing(lab, tmp_path, whole):
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_compiled_model_has_the_same_losses(lab, tmp_path):
-    runs = [train.setup(settings(lab, tmp_path / "run", "--model.num-hidden-layers", 1, "--compile", c), one())
+    runs = [build(settings(lab, tmp_path / "run", "--model.num-hidden-layers", 1, "--compile", c), one())
             for c in ("false", "true")]
     for step in range(2):                                            # fused kernels round otherwise
         plain, fused = (train.train_step(run, step, train.micro_batches(run, step)) for run in runs)
@@ -528,14 +530,14 @@ def test_8_bit_adamw_learns_and_resumes_bit_for_bit(lab, tmp_path, monkeypatch, 
 def test_fp16_gradients_are_those_of_fp32(lab, tmp_path):
     norms = []
     for precision in ("fp32", "fp16"):
-        run = train.setup(settings(lab, tmp_path / "run", "--train.precision", precision), one())
+        run = build(settings(lab, tmp_path / "run", "--train.precision", precision), one())
         norms.append(gradients(run)[0]["grad_norm"])
     assert norms[1] == pytest.approx(norms[0], rel=0.01)       # 11 bits of mantissa
 
 
 def test_overflow_in_fp16_leaves_the_step_out_and_the_scale_is_kept(lab, tmp_path):
     c = settings(lab, tmp_path / "run", "--train.precision", "fp16", "--train.save-every", 2)
-    run = train.setup(c, one())
+    run = build(c, one())
     run.scale.scale = 2.0**60
     before = parallel.model_state(run.inner)
     before = {k: v.clone() for k, v in before.items()}
@@ -547,10 +549,10 @@ def test_overflow_in_fp16_leaves_the_step_out_and_the_scale_is_kept(lab, tmp_pat
     run.scale.scale = 1024.0
     assert train.train_step(run, 1, train.micro_batches(run, 1))["grad_norm"] < 1e4
     assert not all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
-    logger = types.SimpleNamespace(record=lambda *a, **k: None, say=lambda *a: None)
-    train.save(run, 2, tmp_path / "run/checkpoints", logger)
-    fresh = train.setup(c, one())
-    assert train.resume(fresh, tmp_path / "run", logger) == 2
+    run.folder = tmp_path / "run"
+    resume.save(run, 2)
+    with build(c, one(), tmp_path / "run") as fresh:
+        assert resume.resume(fresh) == 2
     assert fresh.scale.state_dict() == run.scale.state_dict() == {"scale": 1024.0, "good_steps": 1}
 
 
@@ -567,7 +569,7 @@ def test_loss_scale_grows_after_2000_good_steps():
 # ---- mistakes and accidents
 
 def test_not_a_number_stops_before_the_step(lab, tmp_path, monkeypatch, capsys):
-    run = train.setup(settings(lab, tmp_path / "r"), one())
+    run = build(settings(lab, tmp_path / "r"), one())
     with torch.no_grad():
         run.inner.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     before = {k: v.clone() for k, v in parallel.model_state(run.inner).items()}
@@ -576,13 +578,13 @@ def test_not_a_number_stops_before_the_step(lab, tmp_path, monkeypatch, capsys):
     after = parallel.model_state(run.inner)
     assert all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in after.items())
 
-    real = train.build_model
+    real = build_model
 
     def poisoned(*args):
         model = real(*args)
         model.embed_tokens.weight.data.fill_(float("inf"))
         return model
-    monkeypatch.setattr(train, "build_model", poisoned)
+    monkeypatch.setattr("stages.build.build_model", poisoned)
     status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
     assert status == 2
     assert re.fullmatch(r"error: the loss of step 1 is \w+ .*lower --optim.lr.*\n", errors)
@@ -669,12 +671,12 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
     monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path))
     calls = dict.fromkeys(("evaluate", "save"), 0)
     for name in calls:
-        real = getattr(train, name)
+        real = getattr(rehearse, name)
 
         def counted(*args, name=name, real=real):
             calls[name] += 1
             return real(*args)
-        monkeypatch.setattr(train, name, counted)
+        monkeypatch.setattr(rehearse, name, counted)
     status, said, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=1000))
     assert (status, errors) == (0, "")
     assert calls == {"evaluate": 1, "save": 1}
@@ -684,7 +686,7 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
         assert re.search(pattern, said), pattern
     shown = re.findall(r"--- a packed sequence of source (\w+), (\d+) documents\n((?:\[\d+:\d+\] .*\n)+)", said)
     assert len(shown) == 2
-    run = train.setup(settings(lab, tmp_path / "run", steps=1000), one())
+    run = build(settings(lab, tmp_path / "run", steps=1000), one())
     batch = run.loader.rows(0)
     for row, (source, count, body) in enumerate(shown):
         assert source == run.loader.names[batch.source[row]]

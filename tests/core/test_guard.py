@@ -33,19 +33,39 @@ def test_lock_is_one_processes_and_dies_with_it(tmp_path):
     guard.RunLock(folder).release()
 
 
+def test_a_run_folder_is_locked_and_goes_again_where_nothing_was_written(tmp_path):
+    folder = tmp_path / "run"
+
+    def fail(*written):
+        with guard.run_folder(folder, main=True):
+            with pytest.raises(ValueError, match="another process"), guard.run_folder(folder, main=True):
+                pass
+            assert folder.exists()                    # the one that holds the lock still needs it
+            for name in written:
+                (folder / name).touch()
+            raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        fail()
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="a mistake"):
+        fail("metrics.jsonl")
+    assert (folder / "metrics.jsonl").exists()
+    (folder / "eval.json").touch()
+    with pytest.raises(ValueError, match="holds a finished run"), guard.run_folder(folder, main=False):
+        pass
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_is_noted_and_a_second_interrupt_stops_at_once(number):
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    stop = guard.StopSignal()
-    try:
+    with guard.StopSignal() as stop:
         assert stop.received is None
         os.kill(os.getpid(), number)
         assert stop.received == number.name
         os.kill(os.getpid(), signal.SIGTERM)          # a second polite request changes nothing
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        stop.restore()
     assert before == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
 
 

@@ -24,6 +24,8 @@ from test_train import ENV, digest, lines, make_lab, one, quick, same_checkpoint
 import hf
 import train
 from core import checkpoint, parallel
+from stages import finish
+from stages.build import build
 
 __all__ = ["quick"]         # an autouse fixture, here too
 STEPS, BATCH = 5, 8
@@ -55,7 +57,7 @@ PAIRS = [pair for pair in itertools.product(METHODS, ("ddp", "fsdp")) if pair !=
 
 def steps_of(c, world) -> dict:
     """Losses, norms, rows of tokens and the weights' checksum of a short run without files."""
-    run = train.setup(c, world)
+    run = build(c, world)
     rows = {}
     out = {"loss": [], "norm": [], "sources": []}
     for step in range(STEPS):
@@ -103,7 +105,7 @@ def half_way(folder, name, out) -> list:
 def as_rank(folder: Path):
     """What each of the two ranks does."""
     torch.set_num_threads(1)
-    train.subprocess = types.SimpleNamespace(run=lambda *a, **k: NO_REPORT)
+    finish.subprocess = types.SimpleNamespace(run=lambda *a, **k: NO_REPORT)
     lab, world = folder / "lab", parallel.start("cpu")
     results = {str(k): steps_of(case(lab, *k), world) for k in CASES}
     results |= {strategy: steps_of(half(folder, strategy), world) for strategy in ("ddp", "fsdp")}
@@ -151,7 +153,7 @@ def ranks(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "subprocess", types.SimpleNamespace(run=lambda *a, **k: NO_REPORT))
+        patch.setattr("stages.finish.subprocess", types.SimpleNamespace(run=lambda *a, **k: NO_REPORT))
         for strategy in ("ddp", "fsdp"):
             stop_after(settings(lab, folder / f"{strategy}_one_two", steps=6), one(), 3)
         for tied in (True, False):
@@ -320,7 +322,7 @@ def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
 def test_a_quantised_base_is_not_sharded(ranks):
     c = method(ranks, "qlora", "refused", "--parallel.strategy", "fsdp")
     with pytest.raises(ValueError, match=r"lora\.base nf4: .* use --parallel\.strategy ddp"):
-        train.setup(c, parallel.World(0, 2, torch.device("cpu")))
+        build(c, parallel.World(0, 2, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

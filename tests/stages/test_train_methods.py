@@ -54,7 +54,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
     lab = make_lab(folder / "lab")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "subprocess", type("none", (), {"run": lambda *a, **k: type("r", (), {
+        patch.setattr("stages.finish.subprocess", type("none", (), {"run": lambda *a, **k: type("r", (), {
             "returncode": 0, "stderr": ""})}))
         c = settings(lab, folder / "base", "--data.domain-share", 0, "--data.schedule", "static", steps=20)
         train.train(c, one())

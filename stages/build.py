@@ -1,0 +1,322 @@
+"""Everything a run needs, built from its settings in the order that `build` shows.
+
+Mistakes are found as early as that order allows: settings that exclude each other before a file is opened, sources that
+the model cannot read before the model is made, a plan that reads a source too often before a weight is loaded.
+"""
+
+import contextlib
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+import data
+import eval as evaluation
+import forget
+import hf
+import lora
+import tokenizer as tokenizers
+from core import checkpoint, parallel
+from core.hashing import short_digest
+from core.log import LogConfig, Logger
+from learn import objectives, optim
+from model import Model, ModelConfig
+from text import mixture
+from text.mixture import LengthConfig
+from text.shards import Shards, check_tokenizer, open_buckets, verify
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+# ---- settings
+
+@dataclass
+class ModelSection:
+    path: str = ""
+    """Hugging Face folder or hf://org/name@revision"""
+    init: Literal["pretrained", "scratch"] = "pretrained"
+    """scratch: fresh weights, with the sizes of path's config.json or, without a path, the sizes below"""
+    tokenizer: str = ""
+    """tokenizer folder or file; default: the one in path"""
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 8
+    tie_word_embeddings: bool = True
+    activation_checkpointing: bool = False
+    """recompute each block in the backward pass: less memory, a third more work"""
+
+
+@dataclass
+class TrainSection(LengthConfig):
+    micro_batch_size: int = 2
+    """sequences a device holds at once; the rest of its share is accumulated"""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    save_every: int = 1000
+    keep: int = 3
+    """checkpoints kept"""
+    branch_from: str = ""
+    """checkpoint of another run to go on from, out/RUN/checkpoints/step_N; what it has done must be what this run would
+    have done up to there, as with a learning rate that was constant so far and now anneals"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("micro_batch_size", "save_every", "keep"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}, but must be above 0")
+
+
+# ---- the run
+
+@dataclass
+class Run:
+    """Everything a step, an evaluation or a save needs; built once by `build`."""
+
+    c: object                    # the Config of train.py
+    world: parallel.World
+    folder: Path | None          # the run's own, for what it leaves; None: it leaves nothing and says nothing
+    tokenizer: object
+    config: ModelConfig
+    sources: dict                # {name: SourceConfig}, a score bucket being a source
+    loader: data.Loader
+    planned: np.ndarray          # loader.counts before any decision of the run's own
+    objective: object
+    heldout: evaluation.HeldOut  # what the evaluations score
+    inner: Model = None          # the model itself
+    model: torch.nn.Module = None            # what the loop calls: the same, or DDP around it
+    base: str | None = None                  # fingerprint of the weights it began from
+    methods: list = field(default_factory=list)       # what keeps the base's knowledge (forget.py)
+    decisions: list = field(default_factory=list)     # what adaptive replay made of the evaluations so far
+    optimizer: torch.optim.Optimizer = None
+    scale: optim.LossScale = None
+    log: Logger = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.loader.counts) - 1
+
+    @property
+    def trained(self) -> str:
+        """What the names of the weights that a checkpoint must hold have in common."""
+        return ".adapters." if self.c.lora.rank else ""
+
+    def names_of(self, role: str) -> list[str]:
+        """The sources of one role, "domain" or "general"."""
+        return [name for name, source in self.sources.items() if source.role == role]
+
+    def autocast(self):
+        """The context of a forward pass in the run's precision."""
+        if self.c.train.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, PRECISIONS[self.c.train.precision])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.log.close()
+
+
+def build(c, world, folder: Path | None = None) -> Run:
+    """The run that the settings `c` describe, ready for its first step.
+
+    base -> tokenizer -> data plan -> model -> adapters -> methods -> shards -> optimizer. Only FSDP shards before the
+    weights come (see `build_model`), because no rank could hold them all.
+    """
+    refuse_combinations(c, world)
+    torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
+    tokenizer = open_tokenizer(c)
+    config = model_config(c, tokenizer)
+    run = plan_data(c, world, folder, tokenizer, config)
+    refuse_plan(run)
+    run.inner = build_model(c, config, world)
+    if c.model.init == "pretrained":
+        run.base = hf.open_base(c.model.path).fingerprint
+    run.methods = retention(run)
+    for method in run.methods:
+        method.model_built(run.inner)                                      # model built
+    ddp = world.size > 1 and c.parallel.strategy == "ddp"
+    run.model = parallel.replicate(run.inner, world) if ddp else run.inner
+    run.optimizer = optim.make_optimizer(run.inner, c.optim, lora.lr_scales(run.inner, c.lora) if c.lora.rank else None)
+    run.scale = optim.LossScale(c.train.precision == "fp16")
+    run.log = open_log(run)
+    return run
+
+
+def refuse_combinations(c, world):
+    """ValueError for settings that exclude each other."""
+    if c.optim.name == "muon" and c.lora.rank:
+        raise ValueError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
+                         "use --optim.name adamw with adapters")
+    if c.lora.rank and c.model.init == "scratch":
+        raise ValueError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one "
+                         "of them out")
+    if c.lora.rank and c.optim.embedding_lr_scale != 1:
+        raise ValueError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
+    if c.train.batch_size % world.size:
+        raise ValueError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
+
+
+def open_log(run: Run) -> Logger:
+    """The run's metrics.jsonl and what else it is to tell; without what a run left that died before its first save."""
+    if run.folder is None:
+        return Logger(Path(), LogConfig(), run.steps, main=False)
+    if run.world.main and not checkpoint.steps(run.folder / "checkpoints"):
+        for stale in [run.folder / "metrics.jsonl", *run.folder.glob("eval_step_*.json")]:
+            stale.unlink(missing_ok=True)
+    return Logger(run.folder, run.c.log, run.steps, run.world.main, settings=dataclasses.asdict(run.c))
+
+
+# ---- tokenizer and data
+
+def open_tokenizer(c):
+    """The model's tokenizer, or None where a folder has none (then only the vocabulary's size is checked)."""
+    if c.model.tokenizer:
+        return tokenizers.load(c.model.tokenizer)
+    if not c.model.path:
+        raise ValueError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
+                         "--model.tokenizer")
+    folder = hf.resolve(c.model.path)
+    has = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return tokenizers.load(folder) if has else None
+
+
+def model_config(c, tokenizer) -> ModelConfig:
+    if c.model.path:
+        return hf.open_base(c.model.path).config
+    sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
+    return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
+
+
+def open_sources(c, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict]:
+    """({name: source}, {name: train shards}, {name: held-out shards}), a score bucket being a source; verified, and
+    refused where the model cannot read them."""
+    if not c.data.sources:
+        raise ValueError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
+    for name, source in c.data.sources.items():
+        if not source.path:
+            raise ValueError(f"data.sources.{name}.path is not set; name a folder made by data.py pack")
+        if not Path(source.path).is_dir():
+            raise ValueError(f"data.sources.{name}.path {source.path} does not exist; make it with data.py pack")
+    sources, train, heldout = open_buckets(c.data.sources), {}, {}
+    for name, source in sources.items():
+        train[name], heldout[name] = Shards(source.path), Shards(source.path, "heldout")
+        check_tokenizer(name, train[name], tokenizer, vocab_size)
+        if world.main:
+            verify(source.path, budget_bytes=4e9, seed=c.seed)
+    return sources, train, heldout
+
+
+def plan_data(c, world, folder, tokenizer, config) -> Run:
+    """The run with its sources, its plan, its objective and what it scores, and still without a model."""
+    sources, shards, heldout = open_sources(c, tokenizer, config.vocab_size, world)
+    loader = data.Loader(shards, None, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions, c.data.packing)
+    loader.counts = mixture.make_plan(c.data, c.train, sources, loader.sequences())
+    mixture.check_epochs(loader.epochs(len(loader.counts) - 1), sources)
+    objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
+    documents = {name: docs for name, s in heldout.items()
+                 if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
+    run = Run(c, world, folder, tokenizer, config, sources, loader, loader.counts, objective, None)
+    run.heldout = evaluation.HeldOut(
+        documents, {name: sources[name].role for name in documents}, objective,
+        evaluation.prefix_of(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
+        PRECISIONS[c.train.precision])
+    return run
+
+
+def refuse_plan(run: Run):
+    """ValueError for settings that the run's data or its length make senseless."""
+    c = run.c
+    both = len(set(run.heldout.roles.values())) == 2
+    if c.forget.merge.method != "none" and not (run.objective.causal and both):
+        raise ValueError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
+                         "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
+                         "run: python forget.py merge --alpha 0.5")
+    if c.forget.adaptive.policy != "none" and c.eval.every >= run.steps:
+        raise ValueError(f"forget.adaptive decides at evaluations, and with eval.every {c.eval.every} there is none "
+                         f"within {run.steps} steps; set --eval.every {max(1, run.steps // 10)}")
+
+
+# ---- model
+
+def build_model(c, config: ModelConfig, world) -> Model:
+    """The model on its device, filled, with its adapters, and sharded where it is to be."""
+    fsdp, adapters = world.size > 1 and c.parallel.strategy == "fsdp", c.lora.rank > 0
+    # bf16 weights alone would lose small updates; adamw_8bit keeps what bf16 cannot hold, a frozen base has none
+    half = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or adapters)
+    weights = torch.bfloat16 if half else torch.float32
+    if c.model.init == "scratch":
+        model = Model(config).to(weights)
+        model.initialise(c.seed)
+        fresh = parallel.model_state(model) if fsdp else None
+    if fsdp:
+        with torch.device("meta"):
+            model = Model(config).to(weights)
+            if adapters:
+                lora.attach(model, c.lora, c.seed)
+        dtype = PRECISIONS[c.train.precision]              # adapters are gathered in fp32: their steps are small
+        parallel.shard(model, world, None if adapters or dtype == torch.float32 else dtype)
+        model.to_empty(device=world.device)
+        model.tie()
+        if c.model.init == "scratch":
+            parallel.load_model_state(model, fresh)
+        else:
+            hf.fill(model, hf.resolve(c.model.path), layout=parallel.like)
+        if adapters:
+            lora.initialise(model, c.seed, parallel.like)
+    elif c.model.init != "scratch":
+        # what is quantised goes to the device a tensor at a time, so that the plain weights never have to fit there
+        model = hf.load(c.model.path, weights, "cpu" if adapters and c.lora.base != "plain" else world.device)
+    if adapters and not fsdp:
+        lora.attach(model, c.lora, c.seed, device=world.device)
+    model.to(world.device)
+    model.checkpoint_blocks = c.model.activation_checkpointing
+    model.train()
+    if c.compile:
+        model.compile()
+    return model
+
+
+# ---- methods
+
+def retention(run: Run) -> list:
+    """The methods of forget.py that are on, each given what it needs of this run."""
+    c, world, loader = run.c, run.world, run.loader
+    general = {name: run.sources[name] for name in run.names_of("general")}
+    shards = dict(zip(loader.names, loader.shards))
+
+    def forward(model, batch):
+        with run.autocast():
+            return objectives.hidden_states(run.objective, model, batch.to(world.device))
+
+    def general_batches():
+        """The same on every rank, as each needs the whole of an estimate."""
+        texts = data.Loader({name: shards[name] for name in general}, None, c.data.context, c.seed,
+                            reset_positions=c.data.reset_positions, packing=c.data.packing)
+        weights = mixture.source_weights(general, 0.0, strata=c.data.strata)
+        texts.counts = mixture.plan_counts(lambda p: weights, -(-c.forget.ewc.samples // 8), 8)
+        for batch in map(texts.rows, range(len(texts.counts) - 1)):
+            yield run.objective.corrupt(batch, batch.rng)
+
+    base = None
+    if c.lora.rank:
+        base = lora.disabled
+    elif c.forget.lwf.alpha and world.size > 1 and c.parallel.strategy == "fsdp":
+        teacher = build_model(c, run.config, world).requires_grad_(False)
+
+        def base(model):
+            return contextlib.nullcontext(teacher)
+
+    tokens = [record["sha256"] for name in general for record in shards[name].manifest["splits"]["train"]["shards"]]
+    made_of = [run.base, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
+    return forget.make_methods(
+        c.forget, run.steps, forward, world, [i for i, name in enumerate(loader.names)
+                                              if name in general and loader.counts[-1][i]],
+        general_batches if general else None, base, c.lora.rank > 0, c.model.init == "pretrained", run.folder,
+        short_digest(json.dumps(made_of).encode()), c.seed,
+        None if c.train.precision == "fp32" else PRECISIONS[c.train.precision])
