@@ -15,6 +15,8 @@ counts on neither side, because theirs leaves it out. Theirs is the plain loop
 glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
 """
 
+import core.threads
+
 import contextlib
 import functools
 import importlib.util

@@ -13,6 +13,8 @@ The second command reads both: a scored record keeps its text and scores and onl
 Personal data are scrubbed by pattern (pii.py); that is no de-identification: names stay.
 """
 
+import core.threads
+
 import dataclasses
 import gzip
 import hashlib

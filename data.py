@@ -14,6 +14,8 @@ corpus.py reads documents, shards.py keeps their tokens on disk, mixture.py says
 the order. B sequences a step, T tokens of context, L tokens of a source.
 """
 
+import core.threads
+
 import argparse
 import bisect
 import dataclasses

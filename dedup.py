@@ -22,6 +22,8 @@ Memory: about 230 bytes a document (10 million documents: 2.3 GB). On disk: 8 by
 U units (documents or paragraphs), S shingles.
 """
 
+import core.threads
+
 import csv
 import functools
 import itertools

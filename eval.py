@@ -9,6 +9,8 @@ UTF-8 bytes of the text and so stay comparable when the tokenizer changes; perpl
 Windows of several documents share a row and cannot see each other.
 """
 
+import core.threads
+
 import math
 import sys
 from collections.abc import Callable

@@ -18,6 +18,8 @@ A method is an object with hooks at the loop's five points and nothing more; it 
 `head` and, to freeze by blocks, whose blocks are `layers`. B sequences, T tokens, D hidden size, V vocabulary.
 """
 
+import core.threads
+
 import bisect
 import contextlib
 import copy

@@ -6,6 +6,8 @@ Order as in transformers: repetition penalty (arXiv 1909.05858), temperature, to
 min-p (2407.01082). One text at a time. T tokens, D hidden_size, V vocab_size.
 """
 
+import core.threads
+
 import math
 import sys
 from dataclasses import dataclass

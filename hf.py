@@ -8,6 +8,8 @@ Configs are written in both dialects (`rope_theta`, `rope_scaling`, `torch_dtype
 `dtype` of 5): a config with the new keys alone makes transformers 4 fall back to a base of 10000 without a word.
 """
 
+import core.threads
+
 import contextlib
 import hashlib
 import json

@@ -21,6 +21,8 @@ llama.cpp takes lora_A and lora_B alone, so neither DoRA nor embeddings; takes e
 Whatever they do not take, `merge` turns into a plain model.
 """
 
+import core.threads
+
 import hashlib
 import math
 import re

@@ -19,6 +19,8 @@ Which ids are BOS, EOS, pad, unk and mask, and whether documents begin with BOS,
 tokenizer_config.json (null means none), special_tokens_map.json, config.json, generation_config.json, the library.
 """
 
+import core.threads
+
 import base64
 import functools
 import hashlib

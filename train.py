@@ -10,6 +10,8 @@ A feature enters the loop as one call at one of five points: model built, loss c
 step, once in a while.
 """
 
+import core.threads
+
 import dataclasses
 import sys
 import tempfile

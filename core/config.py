@@ -8,10 +8,10 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import io
 import json
 import math
+import operator
 import re
 import sys
 import tomllib
@@ -20,6 +20,8 @@ import typing
 from pathlib import Path
 
 import tyro
+
+from core.errors import UserError, nearest
 
 
 def main_guard(main) -> int:
@@ -65,13 +67,52 @@ class ArgumentParser(argparse.ArgumentParser):
                     yield from parser._all_actions()
 
 
+def setting(default, *, above=None, at_least=None, below=None, at_most=None):
+    """A dataclass field with its limits beside it: `keep: int = setting(3, above=0)`. A list or dict is copied."""
+    limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
+    metadata = {"limits": {rule: limit for rule, limit in limits.items() if limit is not None}}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# rule: (what keeps it, how a message says it)
+RULES = {
+    "above": (operator.gt, "above"),
+    "at_least": (operator.ge, "at least"),
+    "below": (operator.lt, "below"),
+    "at_most": (operator.le, "at most"),
+}
+
+
+def check_limits(config, prefix: str = "", option_of=str) -> None:
+    """UserError for the first setting outside the limits of its field, with its dotted name: the one place that checks.
+
+    A None is a setting that is not given. `option_of` turns a name into what the user typed.
+    """
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            check_limits(value, f"{prefix}{item.name}.", option_of)
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                if dataclasses.is_dataclass(entry):
+                    check_limits(entry, f"{prefix}{item.name}.{key}.", option_of)
+        limits = item.metadata.get("limits", {})
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            # A NaN keeps no rule, because every comparison with it is false.
+            if each is not None and not all(RULES[rule][0](each, limit) for rule, limit in limits.items()):
+                wanted = " and ".join(f"{RULES[rule][1]} {limit:g}" for rule, limit in limits.items())
+                raise UserError(f"{option_of(prefix + item.name)} is {each}, but must be {wanted}")
+
+
 def refuse_unused(section, name: str, switch: str):
     """ValueError where settings of `section` are changed while its `switch` still has the value that turns it off."""
     plain = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
              for f in dataclasses.fields(section)}
     changed = [key for key, value in plain.items() if getattr(section, key) != value]
     if changed and switch not in changed:
-        raise ValueError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
+        raise UserError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
                          f"nothing; set {name}.{switch}, or leave it out")
 
 
@@ -79,12 +120,6 @@ def write_json(path, value) -> None:
     """`value` as JSON in a file; its folder is made where it is missing."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def nearest(word: str, known) -> str:
-    """`; did you mean X?` for the closest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def parse(cls, argv: list[str], description: str = ""):
@@ -105,16 +140,16 @@ def parse(cls, argv: list[str], description: str = ""):
             raise
         body = [line.strip() for line in screen.getvalue().splitlines()[2:]]
         body = body[:next((i for i, line in enumerate(body) if line.startswith("---")), len(body))]
-        raise ValueError(re.sub(r"^Error parsing (\w+): ", "", " ".join(line for line in body if line))) from None
+        raise UserError(re.sub(r"^Error parsing (\w+): ", "", " ".join(line for line in body if line))) from None
 
 
 def read_toml(path: str) -> dict:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"recipe {path} does not exist; recipes/ holds complete ones") from None
+        raise UserError(f"recipe {path} does not exist; recipes/ holds complete ones") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+        raise UserError(f"recipe {path} is not valid TOML: {error}") from None
 
 
 def merge(default, values: dict, prefix: str = ""):
@@ -124,7 +159,7 @@ def merge(default, values: dict, prefix: str = ""):
     for key, value in values.items():
         name = prefix + key
         if key not in hints:
-            raise ValueError(f"unknown key {name}{nearest(key, hints)}")
+            raise UserError(f"unknown key {name}{nearest(key, hints)}")
         setattr(result, key, _convert(value, hints[key], getattr(result, key), name))
     return result
 
@@ -133,15 +168,15 @@ def _convert(value, hint, current, name):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ValueError(f"{name} is a section, but its value is {value!r}")
+            raise UserError(f"{name} is a section, but its value is {value!r}")
         return merge(current if dataclasses.is_dataclass(current) else hint(), value, name + ".")
     if origin is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{name} is a table of named sections, but its value is {value!r}")
+            raise UserError(f"{name} is a table of named sections, but its value is {value!r}")
         return {**current, **{k: _convert(v, arguments[1], current.get(k), f"{name}.{k}") for k, v in value.items()}}
     if origin is typing.Literal:
         if value not in arguments:
-            raise ValueError(f"{name} is {value!r}, but must be one of {', '.join(map(str, arguments))}")
+            raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(str, arguments))}")
         return value
     if origin in (tuple, list) and isinstance(value, list):
         return origin(_convert(v, arguments[0], None, name) for v in value)
@@ -152,7 +187,7 @@ def _convert(value, hint, current, name):
         if type(value) is option:
             return value
     wanted = " or ".join(option.__name__ for option in allowed if option is not type(None))
-    raise ValueError(f"{name} is {value!r}, but must be of type {wanted}")
+    raise UserError(f"{name} is {value!r}, but must be of type {wanted}")
 
 
 def _prepare(default, argv: list[str]) -> list[str]:
@@ -168,7 +203,7 @@ def _prepare(default, argv: list[str]) -> list[str]:
             _open_section(default, key)
             known = _keys(default)
         if key not in known:
-            raise ValueError(f"unknown key {key}{nearest(key, known)}")
+            raise UserError(f"unknown key {key}{nearest(key, known)}")
         flag = known[key] is bool
         out += ["--" + key] + ([value.capitalize() if flag else value] if equals else [])
         following = argv[position + 1] if position + 1 < len(argv) else "--"
@@ -193,6 +228,12 @@ def _items(value) -> list:
     if isinstance(value, dict):
         return list(value.items())
     return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+
+
+def open_sections(config, keys) -> None:
+    """Make an entry in a table of named sections for each key that names a new one: data.sources.NEW.path."""
+    for key in keys:
+        _open_section(config, key.replace("-", "_"))
 
 
 def _open_section(value, key: str) -> None:

@@ -1,0 +1,294 @@
+"""The command line of every file that a person runs: a command is a dataclass of options and a function.
+
+    @dataclass(kw_only=True)
+    class Pack:
+        \"\"\"Tokenise files into shards.\"\"\"
+        files: Positional[list[str]]
+        tokenizer: str
+        \"\"\"A model folder or a tokenizer file.\"\"\"
+        reading: Reading = field(default_factory=Reading)
+
+    def main() -> int:
+        return cli.run("data.py", __doc__, {"pack": (Pack, pack), "verify": (Verify, verify)})
+
+The function takes the options and returns what `--json FILE` writes, or its exit status. Options that mean the same
+in several commands are dataclasses of this file, so that they have the same names and defaults everywhere.
+"""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from core.config import check_limits, merge, open_sections, read_toml
+from core.errors import UserError, nearest
+from core.files import write_json
+
+# A list without an option's name: FILE...
+Positional = tyro.conf.Positional
+# A list whose option is repeated for each value, because files may follow it: --rule A --rule B FILE
+Repeated = tyro.conf.UseAppendAction
+# How tyro spells the options: `--train.compile True` in a recipe's keys; `--overwrite` and `--no-pii` in a command's.
+RECIPE_MARKS = (tyro.conf.FlagConversionOff,)
+COMMAND_MARKS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+
+
+# ---- options that several commands share
+
+@dataclass
+class Reading:
+    """How text is read."""
+
+    documents: Literal["line", "blank", "file"] = "blank"
+    """What a document of a text file is: a line, a block between blank lines, or the file."""
+    separator: str | None = None
+    """The string that stands between the documents of a text file, instead of --documents."""
+    column: str = "text"
+    """The field of a record that holds its text."""
+    config: str | None = None
+    """The configuration of a Hub dataset."""
+    split: str = "train"
+    """The split of a Hub dataset."""
+
+
+@dataclass
+class Device:
+    """Where and how a model computes."""
+
+    device: str = "auto"
+    """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N."""
+    dtype: Dtype = "float32"
+    """The type of the weights."""
+
+
+@dataclass(kw_only=True)
+class Output:
+    """Where the result goes."""
+
+    out: str
+    """The folder to make."""
+    overwrite: bool = False
+    """Replace the folder if it exists."""
+
+
+# ---- running a command
+
+def run(program: str, description: str, commands, recipe: bool = False, argv: list[str] | None = None) -> int:
+    """Parse the command line, call the command's function and return the exit status.
+
+    `commands` is one (options class, function) or {"name": (options class, function)}. The status is what the function
+    returns where that is an integer, else 0. A mistake of the user's prints one line and gives 2, Ctrl-C gives 130;
+    any other exception passes through, because it is a bug of ours.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if isinstance(commands, dict):
+            name = _choose(program, description, commands, argv)
+            (cls, function), program, argv = commands[name], f"{program} {name}", argv[1:]
+            description = cls.__doc__
+        else:
+            cls, function = commands
+        json_file = _take_json(argv)
+        result = function(parse(cls, argv, program, description, recipe))
+        if json_file:
+            write_json(json_file, result)
+        return result if isinstance(result, int) else 0
+    except ValueError as error:        # UserError, once every file raises it
+        _print_error(str(error))
+        return 2
+    except OSError as error:
+        # The disk is full, a file may not be read, a name is a folder: the user's to mend as well.
+        _print_error(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+def parse(cls, argv: list[str], program: str = "", description: str = "", recipe: bool = False):
+    """The options `cls` filled from the words `argv`; a UserError of one line where they are wrong.
+
+    With `recipe` the first word may be a RECIPE.toml whose values stand between the defaults and the other words, and
+    sections are prefixes of their keys (`--train.steps 10`). Without it, nested options have no prefix.
+    """
+    argv, default = list(argv), None
+    if recipe:
+        default = cls()
+        if argv and not argv[0].startswith("-"):
+            default = merge(default, read_toml(argv.pop(0)))
+        open_sections(default, [word[2:].partition("=")[0] for word in argv if word.startswith("--")])
+    known = _find_options(cls if default is None else default, recipe)
+    asks_for_help = bool({"-h", "--help"} & set(argv))
+    if not asks_for_help:
+        argv = _spell(argv, known, recipe)
+    marks = RECIPE_MARKS if recipe else COMMAND_MARKS
+    # tyro draws boxes with the characters that the encoding of its output has.
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    try:
+        with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
+            options = tyro.cli(cls, args=["--help"] if asks_for_help else argv, prog=program or None,
+                               description=description, config=marks, **({"default": default} if recipe else {}))
+    except SystemExit as stop:
+        screen.seek(0)
+        if not stop.code:
+            print(_tidy_help(screen.read(), recipe), end="")
+            raise
+        raise UserError(_read_error(screen.read())) from None
+    for name, (kind, value) in known.items():
+        if kind == "positional" and value is dataclasses.MISSING and not getattr(options, name):
+            raise UserError(f"name at least one {name.upper().removesuffix('S')} ({program} --help shows how)")
+    check_limits(options, option_of=str if recipe else lambda name: _spell_flag(name.rpartition(".")[2]))
+    return options
+
+
+def _choose(program: str, description: str, commands: dict, argv: list[str]) -> str:
+    """The command that the first word names; prints the list of them where help is asked for."""
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print(f"usage: {program} {'|'.join(commands)} ...\n\n{(description or '').strip()}\n\ncommands:")
+        for name, (cls, _) in commands.items():
+            print(f"  {name:{width}}  {cls.__doc__.strip().splitlines()[0]}")
+        print(f"\n{program} COMMAND --help lists the options of one.")
+        if argv:
+            raise SystemExit(0)
+        raise UserError(f"name a command: {program} {'|'.join(commands)}")
+    if argv[0] not in commands:
+        raise UserError(f"unknown command {argv[0]}{nearest(argv[0], commands)} ({program} has {', '.join(commands)})")
+    return argv[0]
+
+
+def _take_json(argv: list[str]) -> str | None:
+    """The value of --json, which every command has; it is taken out of `argv`."""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--json":
+            if not equals and i + 1 == len(argv):
+                raise UserError("--json needs the name of a file")
+            taken = [argv.pop(i)] if equals else [argv.pop(i), argv.pop(i)]
+            return value if equals else taken[1]
+    return None
+
+
+def _print_error(text: str) -> None:
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+
+
+# ---- the words of a command line
+
+def _find_options(value, recipe: bool, prefix: str = "") -> dict[str, tuple[str, object]]:
+    """{name: (kind, default)} of a dataclass, or of an instance of one with its tables of named sections.
+
+    The kind is flag, value, list (--text A B), repeated (--rule A --rule B) or positional (FILE...).
+    """
+    cls = value if isinstance(value, type) else type(value)
+    hints, out = typing.get_type_hints(cls, include_extras=True), {}
+    for item in dataclasses.fields(cls):
+        hint, name = hints[item.name], prefix + item.name
+        marks = getattr(hint, "__metadata__", ())
+        plain = typing.get_args(hint)[0] if marks else hint
+        current = _default_of(item) if isinstance(value, type) else getattr(value, item.name)
+        if isinstance(current, dict):
+            for key, entry in current.items():
+                out |= _find_options(entry, recipe, f"{name}.{key}.")
+        elif dataclasses.is_dataclass(plain):
+            out |= _find_options(plain if isinstance(value, type) else current, recipe, f"{name}." if recipe else "")
+        elif Positional in marks:
+            out[name] = "positional", current
+        elif typing.get_origin(plain) in (list, tuple):
+            out[name] = "repeated" if Repeated in marks else "list", current
+        elif plain is bool:
+            out[name if recipe or not current else f"no_{name}"] = "flag", current
+        else:
+            out[name] = "value", current
+    return out
+
+
+def _default_of(item: dataclasses.Field):
+    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+
+
+def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
+    """The words in tyro's spelling.
+
+    An unknown option is refused with the nearest name. A recipe's `--flag` becomes `--flag True`. A list that is given
+    in several places is gathered at the first: `--text a --out x --text b` becomes `--text a b --out x`.
+    """
+    kinds = {name: kind for name, (kind, _) in known.items() if kind != "positional"}
+    groups, lists = [[]], {}
+    group = groups[0]
+    for position, word in enumerate(argv):
+        if word == "--":
+            groups.append(argv[position:])
+            break
+        if not re.match("--[A-Za-z]", word):
+            group.append(word)
+            continue
+        option, equals, value = word.partition("=")
+        name = option[2:].replace("-", "_")
+        if name not in kinds:
+            known_words = kinds if recipe else map(_spell_flag, kinds)
+            raise UserError(f"unknown option {option}{nearest(name if recipe else option, known_words)}")
+        if kinds[name] == "list" and name in lists:
+            group = lists[name]
+        else:
+            group = lists[name] = [f"--{name}"]
+            groups.append(group)
+        if kinds[name] == "flag" and recipe:
+            following = argv[position + 1].lower() if position + 1 < len(argv) else ""
+            if equals or following not in ("true", "false"):
+                group.append(value.capitalize() or "True")
+        elif kinds[name] == "value" and equals:
+            group[0] = f"--{name}={value}"
+        elif equals:
+            group.append(value)
+    return [word for group in groups for word in group]
+
+
+def _spell_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read_error(screen: str) -> str:
+    """The sentence inside the box that tyro draws around a mistake: its first lines, without the frame."""
+    words = []
+    for line in _strip_frame(screen)[2:]:
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        words.append(line)
+    text = re.sub(r"^Error parsing (--\S+): ", r"\1: ", " ".join(word for word in words if word))
+    wrong_type = r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*"
+    text = re.sub(wrong_type, r"'\2' is no \1", text)
+    # A rule across the fields of a section (its __post_init__) names the setting itself.
+    return re.sub(r"^Error parsing [\w.]+: ", "", text)
+
+
+def _tidy_help(screen: str, recipe: bool) -> str:
+    """tyro's help without frames and without what says nothing: `{None}|STR` is `STR`, no default is no default."""
+    silent = "None||''" if recipe else "None||''|True|False"
+    text = "\n".join(_strip_frame(screen, keep_indent=True))
+    text = text.replace("{None}|", "").replace("[STR [STR ...]]", "STR ...")
+    text = re.sub(rf" *\(default: ({silent})\)", "", text)
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    return text.strip() + "\n"
+
+
+def _strip_frame(screen: str, keep_indent: bool = False) -> list[str]:
+    """The lines of tyro's boxes without their borders."""
+    lines = []
+    for line in screen.splitlines():
+        title = re.match(r"╭─ (.+?) ─+╮$", line)
+        if title:
+            lines += ["", title[1] + ":"]
+            continue
+        bare = re.sub(r"^│ ?| *│$", "  ", line).rstrip()
+        if set(bare) <= set("─╰╯ "):
+            bare = ""
+        lines.append(bare if keep_indent else bare.strip())
+    return lines

@@ -1,0 +1,31 @@
+"""Devices and floating-point types by the names people use for them."""
+
+import torch
+
+from core.errors import UserError
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
+}
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """The torch type of a name such as bf16, bfloat16, fp32 or float32."""
+    if name not in DTYPES:
+        raise UserError(f"dtype is {name!r}, but must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The torch device of a name such as cpu, cuda or cuda:1; auto is cuda where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device is {name!r}; known are auto, cpu, cuda and cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {name}, but torch sees no CUDA device; use --device cpu")
+    return device

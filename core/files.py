@@ -1,0 +1,97 @@
+"""Files and folders that appear whole or not at all: written beside their place, synced to disk, then renamed.
+
+A killed process leaves at most a `.NAME.partial` (or `.NAME.old`) beside the place it wrote to; the next write to the
+same place removes it. Renaming is atomic within one file system, which is why the partial stands beside its target.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from core.errors import UserError
+
+
+def read_json(path):
+    """The JSON value in a file; a UserError names the file where it is missing or is no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def write_json(path, value) -> None:
+    """`value` as JSON with one level of indentation; the folder is made where it is missing."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text: str) -> None:
+    """`text` as UTF-8; the folder is made where it is missing."""
+    with new_file(path) as handle:
+        handle.write(text)
+
+
+@contextlib.contextmanager
+def new_file(path, mode: str = "w"):
+    """An open file ("w": UTF-8 text, "wb": bytes) that takes its name when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path, overwrite: bool = False):
+    """A new folder to fill, which takes the name `path` when the block ends without an error.
+
+    An existing `path` is a UserError unless `overwrite`; then the old folder keeps its name until the new one is
+    complete, is moved aside for the moment of the exchange, and comes back if the exchange fails.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        # A process was killed between the two renames below: the old folder is the only complete one.
+        old.rename(path)
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; choose another folder, or pass --overwrite to replace it")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            sync(file)
+        sync(partial)
+        if path.exists():
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
