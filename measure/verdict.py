@@ -17,6 +17,9 @@ GOOD, WARNING = 0.05, 0.10
 # A domain gain closer to zero than this is called flat.
 FLAT = 0.01
 
+# What is compared, in words: bits per byte; nats per predicted token where a masked-LM run has no bits per byte.
+UNITS = {"bits_per_byte": "bits per byte", "nats_per_token": "nats per predicted token"}
+
 ADVICE = {
     "forgetting": "raise replay to 40-50 %, or use LoRA, EWC or LwF, or merge the result with the base",
     "flat": "use a learning rate 2-3x higher or a shorter warm-up; add more or cleaner domain data",
