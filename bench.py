@@ -55,6 +55,8 @@ from learn.objectives import IGNORE, Causal
 from learn.optim import OptimConfig, make_optimizer
 from model import Model, ModelConfig, matmul_flops_per_token
 from text.corpus import read_documents, read_records, utf8
+from text.mixture import DataConfig
+from text.packing import pack_sources
 from text.shards import HEADER_BYTES, Shards, pack
 
 
@@ -441,7 +443,8 @@ def bench_reading(folder, rounds) -> list:
     nanoGPT's get_batch (tokens alone), rows of T + 1 tokens of a mapped dataset in torch's format (tokens alone), and
     datatrove's DatatroveFileDataset, which is made for the order of the file (tokens and positions)."""
     shards, T, B, steps = Shards(folder / "shards"), 2048, 64, 20
-    loader = data.Loader({"text": shards}, np.arange(steps * (rounds + 1) + 2, dtype=np.int64)[:, None] * B, T, seed=0)
+    plan = np.arange(steps * (rounds + 1) + 2, dtype=np.int64)[:, None] * B
+    loader = data.Loader(pack_sources({"text": shards}, DataConfig(context=T)), plan, seed=0)
     tokens = np.memmap(folder / "shards" / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=HEADER_BYTES)
     rng, step, windows = np.random.default_rng(0), itertools.count(), max(1, len(tokens) // (T + 1))
 
@@ -473,7 +476,7 @@ def bench_reading(folder, rounds) -> list:
 
     def ours():
         for _ in range(steps):
-            loader.rows(next(step))
+            loader.batch(next(step))
 
     def random_rows():
         for _ in range(steps):

@@ -17,7 +17,6 @@ the order. B sequences a step, T tokens of context, L tokens of a source.
 import core.threads
 
 import argparse
-import bisect
 import dataclasses
 import json
 import os
@@ -34,10 +33,12 @@ from tqdm import tqdm
 
 from core.config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
 from core.hashing import fmix64, mix_keys, permute
+from kernels.cross_entropy import IGNORE
 from text import mixture
 from text.corpus import read_documents, read_records, utf8
 from text.foreign import holds_tokens, read_token_documents
 from text.mixture import DataConfig, LengthConfig, SourceConfig
+from text.packing import PackedSources, Sequences, pack_sources
 from text.shards import (
     SPLITS,
     Shards,
@@ -55,7 +56,6 @@ from text.shards import (
 )
 
 ORDER_VERSION = 1                                  # raise it when the same seed gives another order
-IGNORE = -100
 MIX_HELP = """Show what a recipe draws when, as a table and a picture; --data.* and --train.* settings come last:
 
     python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
@@ -66,187 +66,91 @@ or write a mixed JSONL for other tools, each record with its source_type:
 
 
 class RowRandom:
-    """Random numbers of a batch's rows: a function of (seed, step, row of the step, stream, position) and no state."""
+    """Random values for the sequences of a batch, the same on every rank layout: a function of (seed, step, place in
+    the step, stream, position) alone."""
 
     def __init__(self, keys: np.ndarray):
-        self.keys = keys                                     # uint64 [B]
+        self.keys = keys             # uint64 [B]
 
     def uniform(self, stream: int, n: int) -> torch.Tensor:
-        """float32 [B, n] in [0, 1)."""
+        """float32 [B, n] in [0, 1). Another `stream` gives other values, independent of the first."""
         key = fmix64(self.keys + np.uint64(stream * 0x9E3779B97F4A7C15 % 2**64))[:, None]
         bits = fmix64(key + np.arange(n, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)) >> np.uint64(40)
         return torch.from_numpy(bits.astype(np.float32) / np.float32(2**24))
 
 
-# ---- loader: which tokens make a row, which rows make a batch
-
 @dataclass
 class Batch:
-    """Rows of T + 1 tokens: the inputs are the first T, and the objective shifts once to find the targets."""
+    """B sequences of T + 1 tokens; the objective shifts once, after which they are T inputs and T targets."""
 
     tokens: torch.Tensor            # int32 [B, T + 1]
-    labels: torch.Tensor            # int32 [B, T + 1], the tokens, -100 in padding
+    labels: torch.Tensor            # int32 [B, T + 1]: the tokens, -100 where nothing is to be learned
     position_ids: torch.Tensor      # int32 [B, T + 1]
-    doc_start: torch.Tensor         # int32 [B, T + 1], where in the row each position's document begins
-    source: np.ndarray              # int64 [B], which source a row is from
-    rng: RowRandom
+    doc_start: torch.Tensor         # int32 [B, T + 1]: where in its sequence each position's document begins
+    source: np.ndarray              # int64 [B]: which source each sequence is from
+    rng: RowRandom | None
+
+    @classmethod
+    def of(cls, sequences: Sequences, source: np.ndarray | None = None, rng: RowRandom | None = None,
+           reset_positions: bool = True) -> "Batch":
+        """The batch of filled sequences; positions count from each document's begin, or along the whole sequence.
+        Text to be scored is from one source and needs no random values until an objective masks it."""
+        doc_start = sequences.close()
+        source = np.zeros(len(doc_start), np.int64) if source is None else source
+        positions = np.broadcast_to(np.arange(doc_start.shape[1], dtype=np.int32), doc_start.shape)
+        positions = positions - doc_start if reset_positions else positions.copy()
+        return cls(*map(torch.from_numpy, (sequences.tokens, sequences.labels, positions, doc_start)), source, rng)
 
     def to(self, device) -> "Batch":
-        move = {name: getattr(self, name).to(device, non_blocking=True)
-                for name in ("tokens", "labels", "position_ids", "doc_start")}
-        return Batch(**move, source=self.source, rng=self.rng)
-
-
-class Windows:
-    """A source as a circle of L tokens, cut anew at another offset every epoch into ceil(L / T) windows of T + 1 tokens
-    at a stride of T: each token is a target exactly once an epoch, and only the last window is short (with drop_last
-    left out)."""
-
-    def __init__(self, shards: Shards, context: int, drop_last: bool = False):
-        self.shards, self.context = shards, context
-        L = shards.tokens
-        self.rows = max(1, L // context if drop_last else -(-L // context))
-        self.padded, self.dropped = max(0, self.rows * context - L), max(0, L - self.rows * context)
-
-    def fill(self, row: int, key: int, tokens: np.ndarray, labels: np.ndarray, doc_start: np.ndarray) -> int:
-        """Write a row of the epoch that `key` stands for into three arrays [T + 1]; returns where its padding begins.
-        doc_start is marked where a document begins, and only there."""
-        T, L = self.context, self.shards.tokens
-        end = min(T, L - row * T) + 1
-        self.shards.read(key % L + row * T, tokens[:end], doc_start[:end])
-        labels[:end] = tokens[:end]
-        return end
-
-
-class Documents:
-    """Rows that begin with a document. One of more than T + 1 tokens is cut into pieces at a stride of T, so that
-    nothing is lost and each token but a document's first is a target exactly once an epoch.
-
-    best_fit: documents and pieces share rows, each put where it leaves the least room; otherwise each has its own row.
-    About 40 bytes of memory a document.
-    """
-
-    def __init__(self, shards: Shards, context: int, best_fit: bool):
-        self.shards, T = shards, context
-        ends = shards.document_ends()
-        lengths = np.diff(ends, prepend=0)
-        parts = np.maximum(1, -(-(lengths - 1) // T))
-        part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-        begin = np.repeat(ends - lengths, parts) + part * T
-        length = np.minimum(np.repeat(lengths, parts) - part * T, T + 1)
-        row = best_fit_decreasing(length, T + 1) if best_fit else np.arange(len(length))
-        order = np.argsort(row, kind="stable")
-        self.pieces = np.stack([begin, length, part > 0], axis=1)[order]       # [pieces, 3], row by row
-        self.first = np.cumsum([0, *np.bincount(row)])                         # [rows + 1], each row's first piece
-        self.rows = len(self.first) - 1
-        self.padded, self.dropped = self.rows * (T + 1) - int(length.sum()), 0
-
-    def fill(self, row: int, key: int, tokens: np.ndarray, labels: np.ndarray, doc_start: np.ndarray) -> int:
-        """As Windows.fill; the rows are the same in every epoch."""
-        at = 0
-        for begin, length, continued in self.pieces[self.first[row]:self.first[row + 1]].tolist():
-            end = at + length
-            self.shards.read(begin, tokens[at:end], doc_start[at:end])
-            doc_start[at] = at
-            labels[at:end] = tokens[at:end]
-            if continued:
-                labels[at] = IGNORE                  # it was a target in the piece before
-            at = end
-        return at
-
-
-def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
-    """int64 [n]: the bin of each size, largest first, each into the fullest bin that has room for it.
-
-    Packing documents so cuts none that fits (Ding et al. 2024, arXiv 2404.10830). Equal sizes are placed together, so
-    that the work goes with the pairs of size and room and not with n (as in Krell et al. 2021, arXiv 2107.02027).
-    """
-    order, bins, count = np.argsort(-sizes, kind="stable"), np.empty(len(sizes), np.int64), 0
-    rooms, ids = [], {}                              # the rooms there are, rising; the bins with that room
-
-    def give_back(room, those):
-        if room and len(those):
-            if room not in ids:
-                bisect.insort(rooms, room)
-            ids.setdefault(room, []).append(those)
-
-    for items in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
-        size = int(sizes[items[0]])
-        while len(items):
-            place = bisect.bisect_left(rooms, size)
-            if place < len(rooms):
-                room = rooms.pop(place)
-                those = np.concatenate(ids.pop(room))
-            else:
-                room = capacity
-                those = np.arange(count, count - (-len(items) // (capacity // size)))
-                count = int(those[-1]) + 1
-            each = room // size                      # a bin filled with them stays the fullest until it is full
-            used, last = divmod(min(len(items), len(those) * each), each)
-            taken = used * each + last
-            bins[items[:taken]] = np.repeat(those[:used + 1], each)[:taken]
-            give_back(room - each * size, those[:used])
-            if last:
-                give_back(room - last * size, those[used:used + 1])
-            give_back(room, those[used + bool(last):])
-            items = items[taken:]
-    return bins
+        """The batch with its tensors on `device`; `source` and `rng` stay on the CPU."""
+        moved = {name: getattr(self, name).to(device, non_blocking=True)
+                 for name in ("tokens", "labels", "position_ids", "doc_start")}
+        return Batch(**moved, source=self.source, rng=self.rng)
 
 
 class Loader:
-    """rows(step, lo, hi): rows lo to hi of the step's global batch of B rows, a pure function of its arguments.
+    """batch(step): the step's sequences, a pure function of (seed, step), the plan and the shards' manifests.
 
-    `packing` makes rows of a source: "window", "best_fit" or "document". Its rows come in a keyed permutation of every
-    epoch's own, sources as `counts` [steps + 1, D] says (None until there is a plan).
+    packed: the sources in sequences (text/packing.py). plan: int64 [steps + 1, S], how many sequences of each source
+    come before each step (text/mixture.py). A source's sequences come in another order in every epoch.
     """
 
-    def __init__(self, sources: dict[str, Shards], counts: np.ndarray | None, context: int, seed: int,
-                 drop_last: bool = False, reset_positions: bool = True, packing: str = "window"):
-        self.names, self.shards = list(sources), list(sources.values())
-        self.counts, self.context, self.seed, self.reset_positions = counts, context, seed, reset_positions
-        for name, shards in sources.items():
-            if not shards.tokens:
-                raise ValueError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
-        self.packings = [Windows(shards, context, drop_last) if packing == "window"
-                         else Documents(shards, context, packing == "best_fit") for shards in self.shards]
+    def __init__(self, packed: PackedSources, plan: np.ndarray, seed: int):
+        self.packed, self.plan, self.seed = packed, plan, seed
+        self.names, self.packings = list(packed.packings), list(packed.packings.values())
+        self.shards = [packing.shards for packing in self.packings]
 
-    def slots(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source [B], how many rows of that source came before [B]) of each row of a step."""
-        before = self.counts[step]
-        taken = self.counts[step + 1] - before
+    def batch(self, step: int, first: int = 0, last: int | None = None) -> Batch:
+        """Sequences `first` to `last` (without it; default: all) of a step's global batch: the part of one rank, or of
+        one micro-batch."""
+        before = self.plan[step]
+        taken = self.plan[step + 1] - before
+        B = int(taken.sum())
+        # For each place in the global batch: its source, and how many sequences of that source came before in the run.
         source = np.repeat(np.arange(len(taken)), taken)
-        ordinal = np.arange(len(source)) - np.repeat(np.cumsum(taken) - taken, taken) + before[source]
-        order = permute(np.arange(len(source)), len(source), mix_keys(self.seed, "slots", step))
-        return source[order], ordinal[order]
+        ordinal = np.arange(B) - np.repeat(np.cumsum(taken) - taken, taken) + before[source]
+        order = permute(np.arange(B), B, mix_keys(self.seed, "slots", step))[first:last]
+        source, ordinal = source[order], ordinal[order]
 
-    def rows(self, step: int, lo: int = 0, hi: int | None = None) -> Batch:
-        T = self.context
-        source, ordinal = (a[lo:hi] for a in self.slots(step))
-        B = len(source)
-        tokens, doc_start = np.zeros((B, T + 1), np.int32), np.zeros((B, T + 1), np.int32)
-        labels = np.full((B, T + 1), IGNORE, np.int32)
+        sequences = Sequences(len(order), self.packed.context + 1)
         for i in np.unique(source):
-            packing, mine = self.packings[i], np.flatnonzero(source == i)
-            epoch, position = np.divmod(ordinal[mine], packing.rows)
-            place = permute(position, packing.rows, mix_keys(self.seed, self.names[i], "window", epoch))
-            key = mix_keys(self.seed, self.names[i], "offset", epoch)
-            for row, at, k in zip(mine.tolist(), place.tolist(), key.tolist()):
-                end = packing.fill(at, k, tokens[row], labels[row], doc_start[row])
-                if end <= T:
-                    doc_start[row, end] = end        # padding is a document of its own
-        np.maximum.accumulate(doc_start, axis=1, out=doc_start)
-        position = np.arange(T + 1, dtype=np.int32)
-        positions = position - doc_start if self.reset_positions else np.broadcast_to(position, tokens.shape).copy()
-        keys = mix_keys(self.seed, "rows", step, np.arange(lo, lo + B))
-        return Batch(*(torch.from_numpy(a) for a in (tokens, labels, positions, doc_start)), source, RowRandom(keys))
-
-    def sequences(self) -> dict[str, int]:
-        """Rows an epoch of each source."""
-        return {name: packing.rows for name, packing in zip(self.names, self.packings)}
+            packing, name = self.packings[i], self.names[i]
+            rows = np.flatnonzero(source == i)
+            epoch, position = np.divmod(ordinal[rows], packing.rows)
+            place = permute(position, packing.rows, mix_keys(self.seed, name, "window", epoch))
+            offset = mix_keys(self.seed, name, "offset", epoch)
+            for row, at, key in zip(rows.tolist(), place.tolist(), offset.tolist()):
+                for begin, length, was_target in packing.pieces(at, key):
+                    tokens, begins = packing.shards.read(begin, length)
+                    sequences.append(row, tokens, tokens, begins)
+                    if was_target:
+                        sequences.labels[row, sequences.end[row] - length] = IGNORE
+        keys = mix_keys(self.seed, "rows", step, np.arange(first, first + len(order)))
+        return Batch.of(sequences, source, RowRandom(keys), self.packed.reset_positions)
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been read before `step`."""
-        return {name: float(n / rows) for n, (name, rows) in zip(self.counts[step], self.sequences().items())}
+        return {name: float(n / rows) for n, (name, rows) in zip(self.plan[step], self.packed.rows_per_epoch.items())}
 
 
 # ---- mixed text for other tools
@@ -420,7 +324,7 @@ def cli_preview(args, words):
     sources = open_buckets(settings.data.sources)
     shards = {name: Shards(s.path) for name, s in sources.items() if s.path and Path(s.path).is_dir()}
     T = settings.data.context
-    rows_of = Loader(shards, None, T, 0, settings.data.drop_last, packing=settings.data.packing).sequences()
+    rows_of = pack_sources(shards, settings.data).rows_per_epoch
     counts = mixture.make_plan(settings.data, settings.train, sources, rows_of)
     steps, drawn = len(counts) - 1, dict(zip(sources, counts[-1].tolist()))
     epochs = {name: drawn[name] / rows for name, rows in rows_of.items()}

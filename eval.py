@@ -32,6 +32,7 @@ from learn import objectives
 from measure import verdict
 from model import Model, ModelConfig
 from text.corpus import read_documents, utf8
+from text.packing import pack_in_order
 from text.shards import Shards, check_tokenizer
 
 
@@ -58,38 +59,6 @@ def masked_segments(documents, context: int):
             yield (ids[i:i + context].astype(np.int32),) * 2
 
 
-def pack_rows(segments, context: int, rows: int):
-    """Lay segments side by side into batches of `rows` rows of `context` + 1 tokens (the last one is padding)."""
-    batch, room = [[]], context
-    for segment in segments:
-        if len(segment[0]) > room:
-            if len(batch) == rows:
-                yield _batch(batch, context)
-                batch = []
-            batch.append([])
-            room = context
-        batch[-1].append(segment)
-        room -= len(segment[0])
-    if batch[0]:
-        yield _batch(batch, context)
-
-
-def _batch(rows, context):
-    shape = (len(rows), context + 1)
-    tokens, labels = np.zeros(shape, np.int32), np.full(shape, objectives.IGNORE, np.int32)
-    doc_start = np.zeros(shape, np.int32)
-    for r, segments in enumerate(rows):
-        at = 0
-        for inputs, targets in segments:
-            end = at + len(inputs)
-            tokens[r, at:end], labels[r, at:end], doc_start[r, at:end] = inputs, targets, at
-            at = end
-        doc_start[r, at:] = at
-    positions = np.arange(context + 1, dtype=np.int32) - doc_start
-    return data.Batch(*(torch.from_numpy(a) for a in (tokens, labels, positions, doc_start)),
-                      source=np.zeros(len(rows), np.int64), rng=data.RowRandom(np.arange(len(rows), dtype=np.uint64)))
-
-
 @torch.no_grad()
 def score(model, objective, documents: list, prefix: int, context: int, world=None, rows: int = 4, autocast=None):
     """Loss of `objective` on documents [(token ids of the text, bytes)]: the numbers of one source of a result.
@@ -99,7 +68,7 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     device = next(model.parameters()).device
     texts = [ids for ids, _ in documents]
     segments = causal_segments(texts, prefix, context) if objective.causal else masked_segments(texts, context)
-    batches = list(pack_rows(segments, context, rows))
+    batches = [data.Batch.of(sequences) for sequences in pack_in_order(segments, context, rows)]
     rank, size = (world.rank, world.size) if world else (0, 1)
     nats = tokens = hits = 0.0
     mode = model.training

@@ -77,7 +77,7 @@ def micro_batches(run: Run, step: int) -> list:
     """This rank's rows of the step's global batch, corrupted, in micro-batches."""
     share = run.c.train.batch_size // run.world.size
     first, size = run.world.rank * share, run.c.train.micro_batch_size
-    rows = (run.loader.rows(step, lo, min(lo + size, first + share)) for lo in range(first, first + share, size))
+    rows = (run.loader.batch(step, lo, min(lo + size, first + share)) for lo in range(first, first + share, size))
     return [run.objective.corrupt(batch, batch.rng) for batch in rows]
 
 

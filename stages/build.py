@@ -27,6 +27,7 @@ from learn import objectives, optim
 from model import Model, ModelConfig
 from text import mixture
 from text.mixture import LengthConfig
+from text.packing import pack_sources
 from text.shards import Shards, check_tokenizer, open_buckets, verify
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +85,7 @@ class Run:
     config: ModelConfig
     sources: dict                # {name: SourceConfig}, a score bucket being a source
     loader: data.Loader
-    planned: np.ndarray          # loader.counts before any decision of the run's own
+    planned: np.ndarray          # loader.plan before any decision of the run's own
     objective: object
     heldout: evaluation.HeldOut  # what the evaluations score
     inner: Model = None          # the model itself
@@ -98,7 +99,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return len(self.loader.counts) - 1
+        return len(self.loader.plan) - 1
 
     @property
     def trained(self) -> str:
@@ -215,13 +216,14 @@ def open_sources(c, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict
 def plan_data(c, world, folder, tokenizer, config) -> Run:
     """The run with its sources, its plan, its objective and what it scores, and still without a model."""
     sources, shards, heldout = open_sources(c, tokenizer, config.vocab_size, world)
-    loader = data.Loader(shards, None, c.data.context, c.seed, c.data.drop_last, c.data.reset_positions, c.data.packing)
-    loader.counts = mixture.make_plan(c.data, c.train, sources, loader.sequences())
-    mixture.check_epochs(loader.epochs(len(loader.counts) - 1), sources)
+    packed = pack_sources(shards, c.data)
+    plan = mixture.make_plan(c.data, c.train, sources, packed.rows_per_epoch)
+    loader = data.Loader(packed, plan, seed=c.seed)
+    mixture.check_epochs(loader.epochs(len(plan) - 1), sources)
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     documents = {name: docs for name, s in heldout.items()
                  if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
-    run = Run(c, world, folder, tokenizer, config, sources, loader, loader.counts, objective, None)
+    run = Run(c, world, folder, tokenizer, config, sources, loader, plan, objective, None)
     run.heldout = evaluation.HeldOut(
         documents, {name: sources[name].role for name in documents}, objective,
         evaluation.prefix_of(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
@@ -296,11 +298,10 @@ def retention(run: Run) -> list:
 
     def general_batches():
         """The same on every rank, as each needs the whole of an estimate."""
-        texts = data.Loader({name: shards[name] for name in general}, None, c.data.context, c.seed,
-                            reset_positions=c.data.reset_positions, packing=c.data.packing)
         weights = mixture.source_weights(general, 0.0, strata=c.data.strata)
-        texts.counts = mixture.plan_counts(lambda p: weights, -(-c.forget.ewc.samples // 8), 8)
-        for batch in map(texts.rows, range(len(texts.counts) - 1)):
+        plan = mixture.plan_counts(lambda p: weights, -(-c.forget.ewc.samples // 8), 8)
+        texts = data.Loader(pack_sources({name: shards[name] for name in general}, c.data), plan, seed=c.seed)
+        for batch in map(texts.batch, range(len(plan) - 1)):
             yield run.objective.corrupt(batch, batch.rng)
 
     base = None
@@ -316,7 +317,7 @@ def retention(run: Run) -> list:
     made_of = [run.base, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
     return forget.make_methods(
         c.forget, run.steps, forward, world, [i for i, name in enumerate(loader.names)
-                                              if name in general and loader.counts[-1][i]],
+                                              if name in general and loader.plan[-1][i]],
         general_batches if general else None, base, c.lora.rank > 0, c.model.init == "pretrained", run.folder,
         short_digest(json.dumps(made_of).encode()), c.seed,
         None if c.train.precision == "fp32" else PRECISIONS[c.train.precision])

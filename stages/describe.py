@@ -82,7 +82,7 @@ def line_of(run: Run, step: int, done: dict, seconds: float) -> dict:
     peak = next((flops for name, flops in PEAK_FLOPS.items() if run.world.device.type == "cuda"
                  and name in torch.cuda.get_device_name(run.world.device)), None)
     flops = matmul_flops_per_token(run.config, c.data.context) * tokens / run.world.size / seconds
-    epochs, taken = loader.epochs(step), dict(zip(loader.names, loader.counts[step].tolist()))
+    epochs, taken = loader.epochs(step), dict(zip(loader.names, loader.plan[step].tolist()))
     general = sum(n for name, n in taken.items() if run.sources[name].role == "general")
     return {"loss": done["loss"], "lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": step * tokens,
             "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds, "peak_gb": peak_gb(run.world),

@@ -72,7 +72,7 @@ def apply_decision(run: Run, decision: dict):
     before = next((d["replay_share"] for d in reversed(run.decisions) if d["replay_share"] is not None), None)
     run.decisions.append(decision)
     if decision["replay_share"] not in (None, before):
-        run.loader.counts = mixture.replan(run.loader.counts, decision["step"] + 1, run.c.data, run.sources,
+        run.loader.plan = mixture.replan(run.loader.plan, decision["step"] + 1, run.c.data, run.sources,
                                            1 - decision["replay_share"])
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import data
 from core.config import main_guard
 from text.corpus import utf8
+from text.mixture import DataConfig
+from text.packing import pack_sources
 from text.shards import Shards
 
 WORDS = ["habeas", "corpus", "the", "of", "lien", "é", "tort", "漢字", "x = 1;", "\n", "party", "🙂", ","]
@@ -96,6 +98,10 @@ def source(folder: Path, lengths, shard_tokens: int = 10**8, ids=None) -> Shards
 
 def counts_of(*per_step) -> np.ndarray:
     return np.concatenate([[np.zeros(len(per_step[0]), np.int64)], np.cumsum(per_step, 0)])
+
+
+def loader_of(sources: dict, plan: np.ndarray, context: int, seed: int, **options) -> data.Loader:
+    return data.Loader(pack_sources(sources, DataConfig(context=context, **options)), plan, seed=seed)
 
 
 def scored(n: int, seed: int = 0) -> list[dict]:

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import Bytes, counts_of, run, scored, some_texts, source
+from synthetic import Bytes, counts_of, loader_of, run, scored, some_texts, source
 
 import data
 import tokenizer as tokenizers
 from core.hashing import mix_keys
-from data import Loader, best_fit_decreasing
-from text.mixture import SourceConfig, domain_share, plan_counts, source_weights
+from text.mixture import DataConfig, SourceConfig, domain_share, plan_counts, source_weights
+from text.packing import pack_sources
 from text.shards import SPLITS, Shards, pack
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
@@ -43,16 +43,16 @@ def arrays(batch) -> list[np.ndarray]:
     return [getattr(batch, f).numpy() for f in FIELDS] + [batch.source, batch.rng.uniform(3, 9).numpy()]
 
 
-# ---- 1 to 3: the order is a function
+# ---- the order is a function
 
 GOLDEN = "08d0749f1e3beffee850a6e1d966e46ccc4d634f4db1e791802743e5be2e8a6b"      # of ORDER_VERSION 1
 
 
 def test_golden_order(tmp_path):
     sources, counts = three_sources(tmp_path)
-    loader, digest = Loader(sources, counts, 32, seed=7), hashlib.sha256()
+    loader, digest = loader_of(sources, counts, 32, seed=7), hashlib.sha256()
     for step in range(200):
-        for array in arrays(loader.rows(step)):
+        for array in arrays(loader.batch(step)):
             digest.update(np.ascontiguousarray(array).astype("<f4" if array.dtype.kind == "f" else "<i8"))
     assert digest.hexdigest() == GOLDEN, (
         f"the same seed gives another order than ORDER_VERSION {data.ORDER_VERSION} stands for: "
@@ -72,9 +72,9 @@ def test_golden_order_of_the_first_1000_batches_of_five_sources(tmp_path):
         sources[name] = source(tmp_path / name, lengths, shard_tokens)
         configs[name] = SourceConfig(role="general" if number in (1, 3) else "domain", weight=weight)
     counts = plan_counts(lambda p: source_weights(configs, domain_share("warmup_cooldown", 0.7, p)), 1000, 8)
-    loader, digest = Loader(sources, counts, 16, seed=11), hashlib.sha256(counts.astype("<i8"))
+    loader, digest = loader_of(sources, counts, 16, seed=11), hashlib.sha256(counts.astype("<i8"))
     for step in range(1000):
-        for array in arrays(loader.rows(step)):
+        for array in arrays(loader.batch(step)):
             digest.update(np.ascontiguousarray(array).astype("<f4" if array.dtype.kind == "f" else "<i8"))
     assert digest.hexdigest() == GOLDEN_1000, f"this is not the order of ORDER_VERSION {data.ORDER_VERSION}"
 
@@ -83,24 +83,24 @@ def test_golden_order_of_the_first_1000_batches_of_five_sources(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12])
 def test_any_world_size_and_accumulation_sees_the_same_batch(tmp_path, world, packing):
     sources, counts = three_sources(tmp_path, batch_size=24)
-    loader, share = Loader(sources, counts, 32, seed=1, packing=packing), 24 // world
+    loader, share = loader_of(sources, counts, 32, seed=1, packing=packing), 24 // world
     for step in (0, 1, 57, 199):
         for micro in {1, 2, share}:
-            slices = [arrays(loader.rows(step, lo, min(lo + micro, (rank + 1) * share))) for rank in range(world)
+            slices = [arrays(loader.batch(step, lo, min(lo + micro, (rank + 1) * share))) for rank in range(world)
                       for lo in range(rank * share, (rank + 1) * share, micro)]
-            for whole, *parts in zip(arrays(loader.rows(step)), *slices):
+            for whole, *parts in zip(arrays(loader.batch(step)), *slices):
                 np.testing.assert_array_equal(whole, np.concatenate(parts))
 
 
 def test_a_batch_does_not_depend_on_what_was_read_before(tmp_path):
     sources, counts = three_sources(tmp_path)
-    loader = Loader(sources, counts, 16, seed=2)
-    forward = [arrays(loader.rows(step)) for step in range(60)]
-    fresh = Loader({name: Shards(s.folder) for name, s in sources.items()}, counts.copy(), 16, seed=2)
+    loader = loader_of(sources, counts, 16, seed=2)
+    forward = [arrays(loader.batch(step)) for step in range(60)]
+    fresh = loader_of({name: Shards(s.folder) for name, s in sources.items()}, counts.copy(), 16, seed=2)
     for step in random.Random(0).sample(range(60), 60):
-        for a, b in zip(forward[step], arrays(fresh.rows(step)), strict=True):
+        for a, b in zip(forward[step], arrays(fresh.batch(step)), strict=True):
             np.testing.assert_array_equal(a, b)
-    other = arrays(Loader(sources, counts, 16, seed=3).rows(0))
+    other = arrays(loader_of(sources, counts, 16, seed=3).batch(0))
     assert not np.array_equal(forward[0][0], other[0])
     assert not np.array_equal(forward[0][0], forward[1][0])
     assert not np.array_equal(forward[0][5], forward[1][5])
@@ -110,7 +110,7 @@ def test_a_batch_does_not_depend_on_what_was_read_before(tmp_path):
 def test_a_batch_far_along_the_plan(tmp_path):
     shards = source(tmp_path / "s", [50, 30])
     counts = np.array([[10**12], [10**12 + 8]])
-    batch = Loader({"s": shards}, counts, 16, seed=0).rows(0)
+    batch = loader_of({"s": shards}, counts, 16, seed=0).batch(0)
     assert sorted(batch.labels[:, 1:].flatten().tolist())[-1] < 80
     assert batch.tokens.shape == (8, 17)
 
@@ -129,140 +129,7 @@ def test_random_numbers_are_uniform_and_streams_differ():
     np.testing.assert_array_equal(rng.uniform(0, 7).numpy(), x[:, :7])
 
 
-# ---- 4: coverage
-
-@pytest.mark.parametrize(("context", "total"), [(8, 100), (8, 96), (16, 100), (100, 100), (99, 100), (101, 100),
-                                                (300, 100), (1, 100), (7, 1)])
-@pytest.mark.parametrize("shard_tokens", [10**8, 30])
-def test_each_epoch_has_every_token_as_a_target_once(tmp_path, context, total, shard_tokens):
-    lengths = [13, 1, 40, 1, 1, 25, 19] if total == 100 else [40, 56] if total == 96 else [1]
-    shards = source(tmp_path / "s", lengths, shard_tokens)
-    assert shards.tokens == total
-    windows = -(-total // context)
-    loader = Loader({"s": shards}, counts_of(*[[windows]] * 4), context, seed=4)
-    starts = []
-    for epoch in range(4):
-        batch = loader.rows(epoch)
-        targets = batch.labels[:, 1:]
-        assert sorted(targets[targets != -100].tolist()) == list(range(total))
-        assert sorted(np.unique(batch.tokens[:, 0]).tolist()) == sorted(batch.tokens[:, 0].tolist())
-        starts.append(min(batch.tokens[:, 0].tolist()))
-        for row, label in zip(batch.tokens.tolist(), batch.labels.tolist()):
-            n = label.index(-100) if -100 in label else len(label)
-            assert row[:n] == label[:n] == [(row[0] + i) % total for i in range(n)]
-            assert label[n:] == [-100] * (context + 1 - n)
-            assert row[n:] == [0] * (context + 1 - n)
-    if total > 2 * context > 2:
-        assert len(set(starts)) > 1                                  # cut again at another offset
-
-
-def test_epochs_need_not_end_with_a_step(tmp_path):
-    shards = source(tmp_path / "s", [30, 7, 26])                     # 63 tokens, 8 windows of 8
-    loader = Loader({"s": shards}, counts_of(*[[3]] * 13), 8, seed=0)
-    seen = np.zeros(63, int)
-    for step in range(13):                                           # 39 windows: 4 epochs and 7 windows
-        targets = loader.rows(step).labels[:, 1:]
-        seen += np.bincount(targets[targets != -100], minlength=63)
-        assert seen.max() - seen.min() <= 1 or step % 8 != 7
-    assert seen.min() == 4
-    assert seen.max() == 5
-    assert loader.epochs(8) == {"s": 3.0}
-
-
-@pytest.mark.parametrize(("context", "total", "windows"), [(8, 100, 12), (100, 100, 1), (300, 100, 1), (50, 100, 2)])
-def test_drop_last_leaves_the_short_window_out(tmp_path, context, total, windows):
-    shards = source(tmp_path / "s", [60, 40])
-    loader = Loader({"s": shards}, counts_of([windows]), context, seed=0, drop_last=True)
-    targets = loader.rows(0).labels[:, 1:]
-    targets = targets[targets != -100].tolist()
-    assert loader.sequences() == {"s": windows}
-    assert len(set(targets)) == len(targets) == min(total, windows * context)
-
-
-def test_epochs_and_sources_have_orders_of_their_own(tmp_path):
-    shards, orders = source(tmp_path / "s", [400]), set()
-    for name in ("a", "b"):
-        loader = Loader({name: shards}, counts_of(*[[1]] * 100), 8, seed=0)
-        starts = [int(loader.rows(step).tokens[0, 0]) for step in range(100)]
-        for epoch in (starts[:50], starts[50:]):
-            orders.add(tuple((start - epoch[0]) % 400 for start in epoch))   # whatever the offset of the first cut
-    assert len(orders) == 4
-
-
-def test_a_source_without_tokens_is_refused(tmp_path):
-    source(tmp_path / "s", [5])
-    with pytest.raises(ValueError, match=r"source law .* no tokens in its heldout split"):
-        Loader({"law": Shards(tmp_path / "s", "heldout")}, counts_of([1]), 8, seed=0)
-
-
-# ---- packing by documents
-
-def best_fit_by_hand(sizes, capacity) -> list[list[int]]:
-    """Best-fit decreasing, an item at a time: the bins, each a list of sizes."""
-    bins = []
-    for size in sorted(sizes, reverse=True):
-        fits = [b for b in bins if sum(b) + size <= capacity]
-        if fits:
-            max(fits, key=sum).append(size)
-        else:
-            bins.append([size])
-    return bins
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_best_fit_against_an_item_at_a_time(seed):
-    rng = random.Random(seed)
-    capacity = rng.choice([5, 17, 64])
-    sizes = [min(capacity, 1 + int(rng.expovariate(4 / capacity))) for _ in range(rng.choice([1, 40, 300]))]
-    bins = best_fit_decreasing(np.array(sizes), capacity)
-    found = np.bincount(bins, sizes).astype(int).tolist()             # which of two bins with as much room is open
-    assert sorted(found) == sorted(map(sum, best_fit_by_hand(sizes, capacity)))
-
-
-@pytest.mark.parametrize("packing", ["best_fit", "document"])
-@pytest.mark.parametrize("shard_tokens", [10**8, 30])
-def test_documents_stay_whole_and_each_token_is_a_target_once(tmp_path, packing, shard_tokens):
-    rng, T = random.Random(1), 12
-    lengths = [1, 2, T, T + 1, T + 2, 2 * T + 1, 2 * T + 2, 40, *(rng.randint(2, 20) for _ in range(60))]
-    total, begins = sum(lengths), [1, *(1 + end for end in itertools.accumulate(lengths))]
-    shards = source(tmp_path / "s", lengths, shard_tokens, ids=list(range(1, total + 1)))       # 0 is padding
-    loader = Loader({"s": shards}, None, T, seed=4, packing=packing)
-    rows = loader.sequences()["s"]
-    loader.counts = counts_of([rows], [rows])
-    for epoch in range(2):
-        batch, targets, padded = loader.rows(epoch), [], 0
-        for tokens, labels, positions, doc_start in zip(*(getattr(batch, f).tolist() for f in FIELDS)):
-            end = tokens.index(0) if 0 in tokens else T + 1
-            padded += T + 1 - end
-            assert labels[end:] == [-100] * (T + 1 - end)
-            assert set(doc_start[end:]) <= {end}
-            assert positions == [i - d for i, d in enumerate(doc_start)]
-            pieces = [tokens[a:b] for a, b in itertools.pairwise([*sorted(set(doc_start[:end])), end])]
-            assert len(pieces) == 1 or packing == "best_fit"
-            for piece, at in zip(pieces, sorted(set(doc_start[:end]))):
-                document = max(b for b in begins if b <= piece[0])
-                n = lengths[begins.index(document)]
-                assert piece == list(range(piece[0], piece[-1] + 1))
-                assert (piece[0], len(piece)) == (document, n) or (n > T + 1 and (
-                    (piece[0] - document) % T == 0 and len(piece) == min(T + 1, document + n - piece[0])))
-                assert labels[at:at + len(piece)] == ([-100] if piece[0] != document else [piece[0]]) + piece[1:]
-                targets += piece[1:]
-        assert sorted(targets) == sorted(set(range(1, total + 1)) - set(begins))
-        assert padded == loader.packings[0].padded
-    assert packing == "document" or rows <= -(-(total + 20) // (T + 1)) + 2
-
-
-def test_a_long_documents_pieces_share_a_token_that_is_a_target_once(tmp_path):
-    shards = source(tmp_path / "s", [7, 20])
-    loader = Loader({"s": shards}, counts_of([4]), 8, seed=0, packing="document")
-    batch = loader.rows(0)
-    rows = sorted(zip(batch.tokens.tolist(), batch.labels.tolist()), key=lambda row: row[0])
-    assert [labels for _, labels in rows] == [
-        [*range(7), -100, -100], [*range(7, 16)], [-100, *range(16, 24)], [-100, 24, 25, 26, *[-100] * 5]]
-    assert [tokens[:4] for tokens, _ in rows] == [[0, 1, 2, 3], [7, 8, 9, 10], [15, 16, 17, 18], [23, 24, 25, 26]]
-
-
-# ---- 7: boundaries
+# ---- sequences
 
 @pytest.mark.parametrize("shard_tokens", [10**8, 9])
 @pytest.mark.parametrize("reset_positions", [True, False])
@@ -271,9 +138,9 @@ def test_rows_against_a_loop(tmp_path, shard_tokens, reset_positions, context):
     lengths = [1, 4, 5, 12, 1, 1, 3, 2, 8]
     total, begins = sum(lengths), {0, *itertools.accumulate(lengths)}
     shards = source(tmp_path / "s", lengths, shard_tokens)
-    loader = Loader({"s": shards}, counts_of(*[[5]] * 12), context, seed=3, reset_positions=reset_positions)
+    loader = loader_of({"s": shards}, counts_of(*[[5]] * 12), context, seed=3, reset_positions=reset_positions)
     for step in range(12):
-        batch = loader.rows(step)
+        batch = loader.batch(step)
         for row in range(5):
             tokens, labels, positions, doc_start = (getattr(batch, f)[row].tolist() for f in FIELDS)
             begin = 0
@@ -432,7 +299,8 @@ def test_command_line_of_buckets_and_mixes(tmp_path, tiny_bpe, monkeypatch, caps
         assert run(monkeypatch, *preview, "--train.steps", 20, "--data.packing", packing) == 0
         shown, rows = json.loads(report.read_text()), {}
         for name, folder in (("law/0", out / "bucket_00"), ("wiki", tmp_path / "w")):
-            rows[name] = Loader({"s": Shards(folder)}, None, 16, 0, packing=packing).sequences()["s"]
+            config = DataConfig(context=16, packing=packing)
+            rows[name] = pack_sources({"s": Shards(folder)}, config).rows_per_epoch["s"]
             assert shown["epochs"][name] == shown["sequences"][name] / rows[name]
     assert rows["wiki"] > windows
     assert run(monkeypatch, *preview, "--train.steps", 5000) == 0

@@ -22,6 +22,7 @@ from core import checkpoint, config
 from core.hashing import mix_keys
 from core.parallel import World
 from learn import objectives
+from text.packing import pack_in_order
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = objectives.Causal(mask_documents=True)
@@ -120,7 +121,8 @@ def test_masked_loss_and_accuracy(tiny_model):
     result = evaluation.score(model, objective, documents, 0, 32)
     assert evaluation.score(model, objective, documents, 0, 32) == result          # the same masks every time
     nats, hits, n = 0.0, 0, 0
-    for i, batch in enumerate(evaluation.pack_rows(evaluation.masked_segments([d for d, _ in documents], 32), 32, 4)):
+    segments = evaluation.masked_segments([d for d, _ in documents], 32)
+    for i, batch in enumerate(map(data.Batch.of, pack_in_order(segments, 32, 4))):
         rng = data.RowRandom(mix_keys("eval", i, np.arange(len(batch.source))))
         batch = objective.corrupt(batch, rng)
         with torch.no_grad():

@@ -414,10 +414,10 @@ def test_gradient_is_that_of_the_mean_over_all_targets(lab, whole, tmp_path, mic
     c = settings(lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", whole[0] / "final",
                  "--train.batch-size", 6, "--train.micro-batch-size", micro, "--optim.clip", 0)
     run = build(c, one())
-    rows = run.loader.rows(0)
+    rows = run.loader.batch(0)
     rows.labels = rows.labels.clone()
     rows.labels[1, 12:], rows.labels[4, 3:] = -100, -100        # two rows with few targets
-    run.loader.rows = lambda s, lo=0, hi=None: data.Batch(
+    run.loader.batch = lambda s, lo=0, hi=None: data.Batch(
         *(getattr(rows, k)[lo:hi] for k in ("tokens", "labels", "position_ids", "doc_start", "source")),
         rng=data.RowRandom(rows.rng.keys[lo:hi]))
 
@@ -687,7 +687,7 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
     shown = re.findall(r"--- a packed sequence of source (\w+), (\d+) documents\n((?:\[\d+:\d+\] .*\n)+)", said)
     assert len(shown) == 2
     run = build(settings(lab, tmp_path / "run", steps=1000), one())
-    batch = run.loader.rows(0)
+    batch = run.loader.batch(0)
     for row, (source, count, body) in enumerate(shown):
         assert source == run.loader.names[batch.source[row]]
         pieces = re.findall(r"\[(\d+):(\d+)\] (.*)", body)

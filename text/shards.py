@@ -387,23 +387,24 @@ class Shards:
         return np.concatenate([np.zeros(0, np.int64), *(ends.astype(np.int64) + first for ends, first
                                                         in zip(self.end_maps, self.first_token))])
 
-    def read(self, start: int, out: np.ndarray, doc_start: np.ndarray):
-        """Fill `out` [n] with the tokens from `start` on (past the end it begins again at 0); mark in `doc_start` [n],
-        zero on entry, each position at which a document begins with that position's own index."""
-        at, n = 0, len(out)
+    def read(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [n], begins int64 [k]): the n tokens from `start` on, and the positions among them at which a
+        document begins. The end of the source is followed by its beginning."""
+        tokens, begins, at = np.empty(n, np.int32), [], 0
         while at < n:
             start %= self.tokens
             shard = bisect.bisect_right(self.first_token, start) - 1
             local = start - self.first_token[shard]
             part = self.token_maps[shard][local:local + n - at]
-            out[at:at + len(part)] = part
+            tokens[at:at + len(part)] = part
+            # Within a shard a document begins where the one before it ends; the shard's first one begins at 0.
             ends = self.end_maps[shard]
-            lo, hi = ends.searchsorted(np.array([local + 1, local + len(part)], np.uint64), "left")
-            begins = ends[lo:hi].astype(np.int64) - (local - at)
-            doc_start[begins] = begins
-            if at and not local:
-                doc_start[at] = at
-            at, start = at + len(part), start + len(part)
+            low, high = ends.searchsorted(np.array([local, local + len(part)], np.uint64), "left")
+            begins += [[at]] if local == 0 else []
+            begins.append(ends[low:high].astype(np.int64) - local + at)
+            at += len(part)
+            start += len(part)
+        return tokens, np.concatenate(begins).astype(np.int64)
 
     def document(self, index: int) -> tuple[np.ndarray, int]:
         """(tokens, bytes of text) of one document, its BOS and EOS included."""

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import Bytes, counts_of, naive_write, run, scored, some_texts, source
+from synthetic import Bytes, counts_of, loader_of, naive_write, run, scored, some_texts, source
 
 import tokenizer as tokenizers
-from data import Loader
 from text import shards
 from text.corpus import read_documents
 from text.mixture import SourceConfig
@@ -46,18 +45,18 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("shard_tokens", [10**8, 12, 1])
 def test_read_against_a_loop(tmp_path, shard_tokens):
     lengths = [1, 4, 5, 12, 1, 1, 3, 2]                              # 1, T, T + 1, 3T for T = 4
-    total, begins = sum(lengths), {0, *itertools.accumulate(lengths)}
+    total, begins = sum(lengths), {0, *itertools.accumulate(lengths[:-1])}
     ids = [7] * total                                                # every token is "EOS": the text tells nothing
     for number, values in enumerate((None, ids)):
         shards = source(tmp_path / str(number), lengths, shard_tokens, values)
         values = values or list(range(total))
         for start in range(2 * total):
             for n in (1, 4, 5, 9, total, total + 3):
-                tokens, doc_start = np.zeros(n, np.int32), np.zeros(n, np.int32)
-                shards.read(start, tokens, doc_start)
+                tokens, found = shards.read(start, n)
                 places = [(start + i) % total for i in range(n)]
                 assert tokens.tolist() == [values[p] for p in places]
-                assert doc_start.tolist() == [i if p in begins else 0 for i, p in enumerate(places)]
+                assert found.tolist() == [i for i, p in enumerate(places) if p in begins]
+                assert (tokens.dtype, found.dtype) == (np.int32, np.int64)
 
 
 def test_bos_equal_to_eos_and_specials_in_the_text(tmp_path):
@@ -68,9 +67,7 @@ def test_bos_equal_to_eos_and_specials_in_the_text(tmp_path):
         [7, 97, 7, 98, 7], [7, 7, 7], [7, 99, 7, 7, 7]]
     assert [shards.text_document(i)[0].tolist() for i in range(3)] == [[97, 7, 98], [7], [99, 7, 7]]
     assert [shards.text_document(i)[1] for i in range(3)] == [3, 1, 3]
-    tokens, doc_start = np.zeros(13, np.int32), np.zeros(13, np.int32)
-    shards.read(0, tokens, doc_start)
-    assert np.flatnonzero(doc_start).tolist() == [5, 8]
+    assert shards.read(0, 13)[1].tolist() == [0, 5, 8]
 
 
 # ---- faults
@@ -184,7 +181,7 @@ def test_the_width_of_a_token(tmp_path, vocab_size, dtype, magic):
     assert shards.document(0)[0].tolist() == [97, vocab_size - 1]
     assert np.frombuffer(raw, "<i4", 3).tolist() == [*magic, 2]      # as llm.c reads it
     assert len(raw) == 1024 + 2 * np.dtype(dtype).itemsize
-    batch = Loader({"s": shards}, counts_of([1]), 4, seed=0).rows(0)
+    batch = loader_of({"s": shards}, counts_of([1]), 4, seed=0).batch(0)
     assert batch.tokens.max() == vocab_size - 1
 
 

@@ -1,0 +1,210 @@
+"""Sources -> sequences of T + 1 tokens: which tokens share a sequence. Which sequence comes when is data.py's part.
+
+    window      a source is a circle of L tokens, its documents one after the other, and is cut every T tokens
+    best_fit    whole documents, put together so that they leave the least room; longer documents in pieces
+    document    each document in sequences of its own
+    in order    for evaluation: a segment stands beside the one before it while there is room (`pack_in_order`)
+
+Whatever the way, a sequence is made of pieces, and `Sequences.append` lays one down. A sequence has one token more than
+the context, because inputs and targets are not yet apart: the objective shifts once.
+
+Shapes: B sequences, T tokens of context, L tokens of a source.
+"""
+
+import bisect
+from dataclasses import dataclass
+
+import numpy as np
+
+from kernels.cross_entropy import IGNORE
+from text.mixture import DataConfig
+from text.shards import Shards
+
+
+class Sequences:
+    """B sequences that are being filled: tokens, labels and doc_start, int32 [B, length].
+
+    A position that no piece fills is padding: token 0, label -100, and in a document of its own, so that no text can
+    attend to it. doc_start says for each position where in its sequence its document begins, complete after `close`.
+    """
+
+    def __init__(self, B: int, length: int):
+        self.tokens = np.zeros((B, length), np.int32)
+        self.labels = np.full((B, length), IGNORE, np.int32)
+        self.doc_start = np.zeros((B, length), np.int32)
+        self.end = np.zeros(B, np.int64)         # where the next piece of each sequence goes
+
+    def append(self, row: int, tokens: np.ndarray, labels: np.ndarray, begins: np.ndarray | None = None):
+        """Lay a piece, tokens and labels [n], behind what sequence `row` has. A document begins with the piece and at
+        each of `begins` [k], positions in the piece."""
+        at = int(self.end[row])
+        end = at + len(tokens)
+        self.tokens[row, at:end] = tokens
+        self.labels[row, at:end] = labels
+        self.doc_start[row, at] = at
+        if begins is not None:
+            self.doc_start[row, at + begins] = at + begins
+        self.end[row] = end
+
+    def close(self):
+        """Complete doc_start, and return it."""
+        padded = np.flatnonzero(self.end < self.doc_start.shape[1])
+        self.doc_start[padded, self.end[padded]] = self.end[padded]
+        return np.maximum.accumulate(self.doc_start, axis=1, out=self.doc_start)
+
+
+# ---- for training: a source's sequences, the same number of them in every epoch
+
+class Windows:
+    """A source cut anew in every epoch, at another offset, into ceil(L / T) windows of T + 1 tokens at a stride of T.
+
+    Each token is a target exactly once per epoch. Only the last window is short; with `drop_last` it is left out.
+    """
+
+    def __init__(self, shards: Shards, context: int, drop_last: bool = False):
+        self.shards, self.context = shards, context
+        L = shards.tokens
+        self.rows = max(1, L // context if drop_last else -(-L // context))
+        self.padded = max(0, self.rows * context - L)
+        self.dropped = max(0, L - self.rows * context)
+
+    def pieces(self, row: int, key: int) -> list[tuple[int, int, bool]]:
+        """[(where in the source, tokens, whether its first token was a target in another piece)] of sequence `row`, in
+        the epoch that `key` stands for."""
+        begin = row * self.context
+        return [(key % self.shards.tokens + begin, min(self.context, self.shards.tokens - begin) + 1, False)]
+
+
+class Documents:
+    """Sequences that begin with a document, or with a piece of one; the same sequences in every epoch.
+
+    A document of more than T + 1 tokens is cut into pieces of T + 1 at a stride of T, so that each token but a
+    document's first is a target exactly once per epoch. With T = 8, one of 20 tokens becomes 0..8, 8..16 and 16..19.
+
+    best_fit: documents and pieces share sequences; otherwise each has its own. About 40 bytes of memory per document.
+    """
+
+    def __init__(self, shards: Shards, context: int, best_fit: bool):
+        self.shards = shards
+        T = context
+        ends = shards.document_ends()
+        lengths = np.diff(ends, prepend=0)
+        parts = np.maximum(1, -(-(lengths - 1) // T))
+        part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
+        begin = np.repeat(ends - lengths, parts) + part * T
+        length = np.minimum(np.repeat(lengths, parts) - part * T, T + 1)
+        row = best_fit_decreasing(length, T + 1) if best_fit else np.arange(len(length))
+        order = np.argsort(row, kind="stable")
+        # [pieces, 3], sequence after sequence; sequence r has the pieces from first[r] to first[r + 1]
+        self.table = np.stack([begin, length, part > 0], axis=1)[order]
+        self.first = np.cumsum([0, *np.bincount(row)])
+        self.rows = len(self.first) - 1
+        self.padded = self.rows * (T + 1) - int(length.sum())
+        self.dropped = 0
+
+    def pieces(self, row: int, key: int) -> list:
+        """As Windows.pieces; `key` changes nothing."""
+        return self.table[self.first[row]:self.first[row + 1]].tolist()
+
+
+def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """int64 [n]: the bin of each size [n], the largest placed first, each in the fullest bin that has room for it.
+
+    Capacity 10, sizes 6 3 5 4 2. In falling order: 6 opens bin 0 (room 4), 5 opens bin 1 (room 5), 4 fits both and
+    fills bin 0, the fuller one; 3 and 2 fill bin 1. The answer is 0 1 1 0 1.
+
+    Packing documents so cuts none that would fit (Ding et al. 2024, arXiv 2404.10830). Equal sizes are placed together,
+    so the work grows with the distinct pairs of size and room, not with n (Krell et al. 2021, arXiv 2107.02027).
+    """
+    order = np.argsort(-sizes, kind="stable")
+    bins = np.empty(len(sizes), np.int64)
+    opened = 0
+    rooms = []                   # the rooms that bins have left, each once, rising
+    bins_with = {}               # room -> arrays of the bins that have it
+
+    def put_back(room, those):
+        if not room or not len(those):
+            return
+        if room not in bins_with:
+            bisect.insort(rooms, room)
+        bins_with.setdefault(room, []).append(those)
+
+    for items in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
+        size = int(sizes[items[0]])
+        while len(items):
+            place = bisect.bisect_left(rooms, size)
+            if place < len(rooms):
+                room = rooms.pop(place)
+                those = np.concatenate(bins_with.pop(room))
+            else:
+                # No bin has room: open as many as the rest of these items needs.
+                room = capacity
+                needed = -(-len(items) // (capacity // size))
+                those = np.arange(opened, opened + needed)
+                opened += needed
+            # A bin that takes one of the items is then the fullest with room, so it takes as many as it can hold.
+            each = room // size
+            filled, rest = divmod(min(len(items), len(those) * each), each)
+            taken = filled * each + rest
+            bins[items[:taken]] = np.repeat(those[:filled + 1], each)[:taken]
+            put_back(room - each * size, those[:filled])
+            if rest:
+                put_back(room - rest * size, those[filled:filled + 1])
+            put_back(room, those[filled + bool(rest):])
+            items = items[taken:]
+    return bins
+
+
+@dataclass(frozen=True)
+class PackedSources:
+    """Sources cut into sequences, in the order of the plan's columns; made by `pack_sources`."""
+
+    packings: dict[str, Windows | Documents]
+    context: int
+    reset_positions: bool
+
+    @property
+    def rows_per_epoch(self) -> dict[str, int]:
+        """{source: sequences that one pass over it takes}."""
+        return {name: packing.rows for name, packing in self.packings.items()}
+
+
+def pack_sources(sources: dict[str, Shards], config: DataConfig) -> PackedSources:
+    """Cut each source into sequences as config.packing says. No plan is needed yet: a plan needs the rows per epoch."""
+    for name, shards in sources.items():
+        if not shards.tokens:
+            raise ValueError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
+    packings = {name: Windows(shards, config.context, config.drop_last) if config.packing == "window"
+                else Documents(shards, config.context, config.packing == "best_fit")
+                for name, shards in sources.items()}
+    return PackedSources(packings, config.context, config.reset_positions)
+
+
+# ---- for evaluation: segments in their order
+
+def pack_in_order(segments, context: int, B: int):
+    """Yield Sequences [B, T + 1] (the last may have fewer) of segments (tokens [n], labels [n]) of n <= T.
+
+    A segment stands beside the one before it, or begins the next sequence where it does not fit. The last position of
+    each sequence stays padding.
+    """
+    layout, room = [[]], context
+    for segment in segments:
+        if len(segment[0]) > room:
+            if len(layout) == B:
+                yield _lay(layout, context)
+                layout = []
+            layout.append([])
+            room = context
+        layout[-1].append(segment)
+        room -= len(segment[0])
+    if layout[0]:
+        yield _lay(layout, context)
+
+
+def _lay(layout: list, context: int) -> Sequences:
+    sequences = Sequences(len(layout), context + 1)
+    for row, segments in enumerate(layout):
+        for tokens, labels in segments:
+            sequences.append(row, tokens, labels)
+    return sequences
