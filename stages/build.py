@@ -24,6 +24,7 @@ from core import checkpoint, parallel
 from core.hashing import short_digest
 from core.log import LogConfig, Logger
 from learn import objectives, optim
+from learn.method import Learning
 from model import Model, ModelConfig
 from text import mixture
 from text.mixture import LengthConfig
@@ -138,7 +139,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.inner = build_model(c, config, world)
     if c.model.init == "pretrained":
         run.base = hf.open_base(c.model.path).fingerprint
-    run.methods = retention(run)
+    run.methods = forget.build(c.forget, describe_learning(run))
     for method in run.methods:
         method.model_built(run.inner)                                      # model built
     ddp = world.size > 1 and c.parallel.strategy == "ddp"
@@ -286,23 +287,32 @@ def build_model(c, config: ModelConfig, world) -> Model:
 
 # ---- methods
 
-def retention(run: Run) -> list:
-    """The methods of forget.py that are on, each given what it needs of this run."""
+class GeneralText:
+    """Batches of the general sources alone, corrupted by the objective, the same on every rank; enough of them for
+    EWC's samples. Iterating again begins anew."""
+
+    def __init__(self, run: Run, sources: dict):
+        self.run, self.sources = run, sources
+
+    def __iter__(self):
+        c, shards = self.run.c, dict(zip(self.run.loader.names, self.run.loader.shards))
+        packed = pack_sources({name: shards[name] for name in self.sources}, c.data)
+        weights = mixture.source_weights(self.sources, 0.0, strata=c.data.strata)
+        plan = mixture.plan_counts(lambda progress: weights, -(-c.forget.ewc.samples // 8), 8)
+        loader = data.Loader(packed, plan, seed=c.seed)
+        for step in range(len(plan) - 1):
+            batch = loader.batch(step)
+            yield self.run.objective.corrupt(batch, batch.rng)
+
+
+def describe_learning(run: Run) -> Learning:
+    """What the retention methods may know of this run."""
     c, world, loader = run.c, run.world, run.loader
     general = {name: run.sources[name] for name in run.names_of("general")}
-    shards = dict(zip(loader.names, loader.shards))
 
     def forward(model, batch):
         with run.autocast():
             return objectives.hidden_states(run.objective, model, batch.to(world.device))
-
-    def general_batches():
-        """The same on every rank, as each needs the whole of an estimate."""
-        weights = mixture.source_weights(general, 0.0, strata=c.data.strata)
-        plan = mixture.plan_counts(lambda p: weights, -(-c.forget.ewc.samples // 8), 8)
-        texts = data.Loader(pack_sources({name: shards[name] for name in general}, c.data), plan, seed=c.seed)
-        for batch in map(texts.batch, range(len(plan) - 1)):
-            yield run.objective.corrupt(batch, batch.rng)
 
     base = None
     if c.lora.rank:
@@ -313,11 +323,16 @@ def retention(run: Run) -> list:
         def base(model):
             return contextlib.nullcontext(teacher)
 
-    tokens = [record["sha256"] for name in general for record in shards[name].manifest["splits"]["train"]["shards"]]
+    tokens = [record["sha256"] for name, shards in zip(loader.names, loader.shards) if name in general
+              for record in shards.manifest["splits"]["train"]["shards"]]
     made_of = [run.base, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
-    return forget.make_methods(
-        c.forget, run.steps, forward, world, [i for i, name in enumerate(loader.names)
-                                              if name in general and loader.plan[-1][i]],
-        general_batches if general else None, base, c.lora.rank > 0, c.model.init == "pretrained", run.folder,
-        short_digest(json.dumps(made_of).encode()), c.seed,
-        None if c.train.precision == "fp32" else PRECISIONS[c.train.precision])
+    if c.data.drop_last:
+        made_of.append("drop_last")
+    return Learning(
+        steps=run.steps, seed=c.seed, world=world, forward=forward,
+        general_text=GeneralText(run, general) if general else None,
+        general_sources=frozenset(i for i, name in enumerate(loader.names)
+                                  if name in general and loader.plan[-1][i]),
+        base=base, pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
+        precision=None if c.train.precision == "fp32" else PRECISIONS[c.train.precision],
+        folder=run.folder, fingerprint=short_digest(json.dumps(made_of).encode()))

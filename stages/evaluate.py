@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 import eval as evaluation
+from learn import adaptive
 from stages.build import Run
 from text import mixture
 
@@ -69,7 +70,7 @@ def ask_methods(run: Run, step: int, result: dict):
 
 def apply_decision(run: Run, decision: dict):
     """Let a decision of adaptive replay hold from the next step on; the batch of this one has been read."""
-    before = next((d["replay_share"] for d in reversed(run.decisions) if d["replay_share"] is not None), None)
+    before = adaptive.share_in_force(run.decisions)
     run.decisions.append(decision)
     if decision["replay_share"] not in (None, before):
         run.loader.plan = mixture.replan(run.loader.plan, decision["step"] + 1, run.c.data, run.sources,
@@ -78,9 +79,9 @@ def apply_decision(run: Run, decision: dict):
 
 def wanted_share(run: Run, step: int) -> float:
     """Share of domain sequences that step `step` (from 1) was to have."""
-    replay = [d["replay_share"] for d in run.decisions if d["step"] + 1 < step and d["replay_share"] is not None]
-    if replay:
-        return 1 - replay[-1]
+    replay = adaptive.share_in_force(run.decisions, step - 1)
+    if replay is not None:
+        return 1 - replay
     return mixture.share_at(run.c.data, (step - 1) / max(1, run.steps - 1), run.steps)
 
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import eval as evaluation
+import forget
 import hf
 import lora
 from core import parallel
-from learn import merge
 from measure import verdict
 from stages.build import Run
 from stages.evaluate import draw_samples, evaluate, write_json
@@ -56,7 +56,7 @@ def merge_with_base(run: Run) -> dict:
         return run.heldout.score(model.eval(), parallel.World(0, 1, run.world.device))
 
     shutil.rmtree(out / "final", ignore_errors=True)       # of a run that died before its eval.json
-    found = merge.merge_best(c.model.path, out / "trained", out / "final", score,
+    found = forget.merge_best(c.model.path, out / "trained", out / "final", score,
                              run.names_of("general"), c.forget.merge, device=run.world.device, say=run.log.say)
     write_json(out / "merge.json", found)
     return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])

@@ -18,6 +18,7 @@ import tokenizer
 import train
 from core import checkpoint, config
 from learn import optim
+from stages.build import build
 from text import corpus, shards
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -122,6 +123,17 @@ def test_frozen_weights_stay_as_they_were_and_hold_no_state(base, tmp_path):
     thawed = checkpoint.load(checkpoint.path_of(out / "checkpoints", 8))[0]
     assert not torch.equal(thawed["layers.0.mlp.up_proj.weight"], before["layers.0.mlp.up_proj.weight"])
     assert torch.equal(thawed["embed_tokens.weight"], before["embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_the_fisher_reads_general_text_as_the_run_does(base, tmp_path, drop_last):
+    """With data.drop_last no sequence is padded, in the mix and in the Fisher's text."""
+    words = ("--data.drop-last", drop_last, "--data.mask-documents", False, *METHODS["ewc"], "--forget.ewc.samples", 60)
+    run = build(run_of(base, tmp_path / "run", *words), one())
+    batches = list(run.methods[0].learning.general_text)
+    padded = [bool((batch.labels == -100).any()) for batch in batches]
+    assert sum(len(batch.tokens) for batch in batches) >= 60
+    assert any(padded) != drop_last
 
 
 @pytest.mark.parametrize("words", [["--forget.lwf.alpha", 0.5], ["--forget.lwf.alpha", 0.5, "--lora.rank", 4]])

@@ -1,0 +1,156 @@
+"""Adaptive replay: each evaluation decides what share of the mix is general text from then on.
+
+degradation: the worst relative loss of a general source. Above 5 % the share rises by 0.1, below 2.5 % it falls by
+0.05.
+
+budget: general text may lose at most epsilon bits per byte. The loss is smoothed together with its trend (Holt's double
+exponential smoothing, which does not lag behind a steady rise) and extrapolated over AHEAD evaluations, because replay
+takes time to help. Where the forecast is above epsilon the share rises, below three quarters of epsilon it falls.
+
+Three evaluations with epsilon 0.02, smoothing 0.5 and losses of 0, 0.01 and 0.02 bits per byte over the first one:
+
+    level 0.005,   trend 0.0025,   forecast 0.0125       below 0.015, the share falls by 0.05
+    level 0.01375, trend 0.005625, forecast 0.030625     above 0.02,  the share rises by 0.1
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from learn.method import Learning, Method
+
+# One decision's change of the replay share.
+RAISE, LOWER = 0.1, 0.05
+# degradation: the relative losses above which replay rises and below which it falls.
+WORST, MILD = 0.05, 0.025
+# budget: the share of epsilon below which replay falls, and how many evaluations the forecast looks ahead.
+SPARE, AHEAD = 0.75, 3
+# Which direction is better; a source is judged by the first of these that its evaluation has.
+METRICS = {"bits_per_byte": "down", "perplexity": "down", "accuracy": "up"}
+
+
+@dataclass
+class AdaptiveConfig:
+    policy: Literal["none", "budget", "degradation"] = "none"
+    """budget: as little replay as keeps general text within epsilon bits per byte of the base. degradation: replay
+    rises by 0.1 where the worst metric has lost over 5 %, and falls by 0.05 where it has lost under 2.5 %"""
+    epsilon: float = 0.02
+    """budget: bits per byte that general text may lose"""
+    smoothing: float = 0.5
+    """budget: weight of the newest evaluation against the forecast of the ones before. 1: no memory"""
+    start: float = 0.3
+    """replay share that the first decision changes"""
+    least: float = 0.2
+    """lowest replay share"""
+    most: float = 0.6
+    """highest replay share"""
+
+    def __post_init__(self):
+        if not 0 < self.epsilon < math.inf:
+            raise ValueError(f"forget.adaptive.epsilon is {self.epsilon}, but must be above 0")
+        if not 0 < self.smoothing <= 1:
+            raise ValueError(f"forget.adaptive.smoothing is {self.smoothing}, but must be above 0 and at most 1")
+        if not 0 <= self.least <= self.start <= self.most <= 1:
+            raise ValueError(f"forget.adaptive: least {self.least}, start {self.start} and most {self.most} must rise "
+                             f"between 0 and 1")
+
+
+class AdaptiveReplay(Method):
+    """The replay share as a controlled quantity. The first evaluation is the baseline, and each later one makes a
+    decision. Decisions are a function of the evaluations alone: a new controller that is shown the same ones decides
+    the same. The data schedule holds until a decision first wants a change; from then on the decisions hold.
+
+    A decision is a JSON object {"step", "policy", "source", "metric", "lost", "before", "replay_share", "reason", and
+    for budget "smoothed", "ahead"}; its "replay_share" is None while the schedule still holds.
+    """
+
+    name = "adaptive"
+
+    def __init__(self, config: AdaptiveConfig, learning: Learning):
+        learning.require_base("forget.adaptive")
+        if not learning.general_sources:
+            raise ValueError("forget.adaptive moves the share of general text, and the run draws none; add a source "
+                             "with the role general (forget.py replay makes one from the base), or use "
+                             "--forget.lwf.alpha 0.5 --forget.lwf.tokens all, which needs none")
+        self.config = config
+        self.memory = {"baseline": None, "share": config.start, "acted": False, "level": 0.0, "trend": 0.0}
+
+    def evaluated(self, step, texts):
+        config, memory = self.config, self.memory
+        now = {name: pick_metric(found, config.policy) for name, found in texts.items() if found["role"] == "general"}
+        if not now:
+            raise ValueError("forget.adaptive decides by held-out general text, and no general source has any; pack "
+                             "one with --heldout above 0")
+        if memory["baseline"] is None:
+            memory["baseline"] = {name: value for name, (_, value) in now.items()}
+            return None
+        lost = {name: measure_loss(metric, memory["baseline"][name], value, config.policy == "degradation")
+                for name, (metric, value) in now.items()}
+        source = max(lost, key=lost.get)
+        decision = {"step": step, "policy": config.policy, "source": source, "metric": now[source][0],
+                    "lost": lost[source], "before": memory["share"]}
+        judged, high, low = lost[source], WORST, MILD
+        if config.policy == "budget":
+            judged, high, low = self.forecast(judged), config.epsilon, SPARE * config.epsilon
+            decision |= {"smoothed": memory["level"], "ahead": judged}
+        return decision | self.move_share(judged, high, low)
+
+    def forecast(self, loss: float) -> float:
+        """The loss expected in AHEAD evaluations; takes the newest one into the level and the trend."""
+        new, memory = self.config.smoothing, self.memory
+        before, trend = memory["level"], memory["trend"]
+        memory["level"] = new * loss + (1 - new) * (before + trend)
+        memory["trend"] = new * (memory["level"] - before) + (1 - new) * trend
+        return memory["level"] + AHEAD * memory["trend"]
+
+    def move_share(self, judged: float, high: float, low: float) -> dict:
+        """Raises the share where the judged loss is above `high`, lowers it below `low`; {"replay_share", "reason"}."""
+        config, memory = self.config, self.memory
+        change, where = 0.0, f"between {low:g} and {high:g}"
+        if judged > high:
+            change, where = RAISE, f"above {high:g}"
+        elif judged < low:
+            change, where = -LOWER, f"below {low:g}"
+        share = round(min(config.most, max(config.least, memory["share"] + change)), 9)
+        reason = f"{judged:.4f} is {where}"
+        if change and share == memory["share"]:
+            reason += f", but replay is at its bound of {share:g}"
+            reason += "; add ewc, lwf or LoRA, or lower the learning rate" if change > 0 else ""
+        # Take over from the schedule even where the share cannot move: the schedule's own share may be another one.
+        memory["acted"] |= change != 0
+        memory["share"] = share
+        return {"replay_share": share if memory["acted"] else None, "reason": reason}
+
+    def state(self):
+        return {}, copy.deepcopy(self.memory)
+
+    def load_state(self, tensors, values):
+        self.memory = copy.deepcopy(values)
+
+
+def pick_metric(found: dict, policy: str) -> tuple[str, float]:
+    """(metric, value) by which a source is judged."""
+    metric = next((m for m in METRICS if found.get(m) is not None), None)
+    if metric is None or (policy == "budget" and metric != "bits_per_byte"):
+        raise ValueError(f"forget.adaptive.policy {policy} needs bits_per_byte of each general source, and an "
+                         f"evaluation has {', '.join(found)}; use --forget.adaptive.policy degradation")
+    return metric, found[metric]
+
+
+def measure_loss(metric: str, before: float, after: float, relative: bool) -> float:
+    """How much worse `after` is than `before`, whichever direction is better; as a share of `before` if relative."""
+    worse = after - before if METRICS[metric] == "down" else before - after
+    return worse / before if relative and before else worse
+
+
+def share_in_force(decisions: list[dict], batch: int | None = None) -> float | None:
+    """The replay share that the decisions demand of the batch read at step `batch` (from 0), or, without a batch, of
+    all to come; None while the data schedule holds.
+
+    A decision made before step s holds from batch s + 1 on, because batch s has been read ahead by then: one made
+    before step 4 leaves batch 4 as it was and holds for batch 5.
+    """
+    shares = [decision["replay_share"] for decision in decisions
+              if decision["replay_share"] is not None and (batch is None or decision["step"] < batch)]
+    return shares[-1] if shares else None

@@ -1,0 +1,64 @@
+"""EMA: an exponential moving average of the weights, from the base on, is evaluated last and exported.
+
+    mean = decay * mean + (1 - decay) * weights          after each step
+
+Against forgetting: arXiv 2506.00288. With decay 0.9, a weight that is 1.0 in the base and 0.0 from the first step on
+has the means 0.9, 0.81, 0.729, ...: the average of about the last 1 / (1 - decay) steps.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from core.parallel import like, whole
+from learn.method import Method, trainable_parameters, upcast_dtype
+
+
+@dataclass
+class EMAConfig:
+    decay: float = 0.0
+    """weight of the old mean in each step's new one. 0: off; 0.999 averages over about 1,000 steps"""
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"forget.ema.decay is {self.decay}, but must be 0 (off) or more and below 1")
+
+
+class EMA(Method):
+    """Keeps the mean of each trainable parameter in fp32 or wider, laid out over the ranks like the parameter."""
+
+    name = "ema"
+
+    def __init__(self, config: EMAConfig):
+        self.decay = config.decay
+
+    def model_built(self, model):
+        self.mean = {name: p.detach().to(upcast_dtype(p), copy=True) for name, p in trainable_parameters(model).items()}
+
+    @torch.no_grad()
+    def after_step(self, step, model, optimizer):
+        for name, p in model.named_parameters():
+            if name in self.mean:
+                self.mean[name].lerp_(p.detach().to(self.mean[name].dtype), 1 - self.decay)
+
+    @contextlib.contextmanager
+    def exported(self, model):
+        """Inside, the model holds the means; afterwards it has its weights back, bit for bit."""
+        parameters = {name: p for name, p in model.named_parameters() if name in self.mean}
+        weights = {name: p.detach().clone() for name, p in parameters.items()}
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(self.mean[name])
+            try:
+                yield model
+            finally:
+                for name, p in parameters.items():
+                    p.copy_(weights[name])
+
+    def state(self):
+        return {name: whole(value) for name, value in self.mean.items()}, {}
+
+    def load_state(self, tensors, values):
+        for name, mean in self.mean.items():
+            mean.copy_(like(tensors[name], mean))

@@ -1,0 +1,184 @@
+"""Freezing: some parameters keep the base's values for a while, or throughout.
+
+    --forget.freeze.schedule top             the top blocks, the final norm and the head train
+    --forget.freeze.schedule progressive     so at first; then the blocks thaw from the top down
+    --forget.freeze.schedule stages          as forget.freeze.stages says
+
+A model of 4 blocks, schedule progressive, blocks = 1, thaw_ratio = 0.5, 8 steps: at step s, 1 + floor(3 s / 4) blocks
+train, at most 4:
+
+    step                0   1   2   3   4   5   6   7
+    blocks that train   1   1   2   3   4   4   4   4          (1 is layers.3 alone, 2 are layers.2 and layers.3)
+"""
+
+import bisect
+import fnmatch
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch.distributed.tensor import DTensor
+
+from core.config import nearest
+from learn.method import Learning, Method, trainable_parameters
+
+
+@dataclass
+class FreezeConfig:
+    schedule: Literal["none", "top", "progressive", "stages"] = "none"
+    """top: only the top blocks, the final norm and the head train. progressive: so at first, then the blocks thaw from
+    the top down. stages: as freeze.stages says"""
+    blocks: int = 1
+    """top, progressive: number of blocks that train from the first step on"""
+    thaw_ratio: float = 0.5
+    """progressive: share of the run after which every block trains"""
+    embeddings: bool = False
+    """top, progressive: the embeddings train too, and with them a head that is tied to them"""
+    stages: list[str] = field(default_factory=list)
+    """stages: each is "PROGRESS NAME NAME ...": from this share of the run on, these parameters train and no others. A
+    NAME is the path of a module or parameter; * stands for one part of it. Two stages: "0 layers.3 norm head" and
+    "0.5 layers.*.mlp norm head" """
+
+    def __post_init__(self):
+        if self.blocks < 0:
+            raise ValueError(f"forget.freeze.blocks is {self.blocks}, but must be 0 or more")
+        if not 0 < self.thaw_ratio <= 1:
+            raise ValueError(f"forget.freeze.thaw_ratio is {self.thaw_ratio}, but must be above 0 and at most 1")
+        if bool(self.stages) != (self.schedule == "stages"):
+            raise ValueError("forget.freeze.stages goes with forget.freeze.schedule stages, which needs at least one, "
+                             'e.g. "0 layers.3 norm head"')
+        starts = [start for start, _ in self.parse_stages()]
+        if starts and (starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1):
+            raise ValueError(f"forget.freeze.stages begin at {', '.join(f'{s:g}' for s in starts)}, but must begin at "
+                             f"0, rise and stay below 1, the end of the run")
+
+    def parse_stages(self) -> list[tuple[float, list[str]]]:
+        """The stages as [(progress, patterns)]: "0.5 norm head" is (0.5, ["norm", "head"])."""
+        stages = []
+        for stage in self.stages:
+            start, *patterns = stage.split()
+            try:
+                stages.append((float(start), patterns))
+            except ValueError:
+                raise ValueError(f"forget.freeze.stages has {stage!r}, which does not begin with the share of the run "
+                                 f"it starts at, e.g. 0.5") from None
+        return stages
+
+
+class Freeze(Method):
+    """Which parameters train is a function of the step. A frozen one has no gradient, keeps every bit and holds no
+    optimizer state.
+
+    Every parameter that trains at some time keeps requires_grad until the first step, because the optimizer and DDP
+    only know what has it when they are made. Under DDP it keeps it throughout: DDP waits for every gradient it knew at
+    the start, so the gradients of frozen parameters are computed and then dropped.
+    """
+
+    name = "freeze"
+
+    def __init__(self, config: FreezeConfig, learning: Learning):
+        if learning.adapters:
+            raise ValueError("forget.freeze chooses which of the base's weights train, and with adapters none does; "
+                             "put adapters on fewer modules instead")
+        self.config, self.steps, self.world = config, learning.steps, learning.world
+        self.starts = [start for start, _ in config.parse_stages()]
+        self.blocks = 0
+
+    def model_built(self, model):
+        names = list(trainable_parameters(model))
+        self.blocks = 1 + max((block_number(name) for name, _ in model.named_parameters()), default=-1)
+        self.check_names(names)
+        stages = range(self.stage_at(0), self.stage_at(self.steps - 1) + 1)
+        self.sets = {stage: {name for name in names if self.trains(name, stage)} for stage in stages}
+        if empty := [stage for stage, members in self.sets.items() if not members]:
+            raise ValueError(f"forget.freeze leaves nothing to train (stage {empty[0]}); name at least one part, or "
+                             f"leave out freezing")
+        self.ever = set().union(*self.sets.values())
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in self.ever)
+        self.replicated = self.world.size > 1 and not any(isinstance(p, DTensor) for p in model.parameters())
+        self.notes = self.describe(model)
+
+    def check_names(self, names: list[str]):
+        """ValueError where the settings name blocks or parameters that the model does not have."""
+        config = self.config
+        if config.schedule != "stages" and config.blocks > self.blocks:
+            raise ValueError(f"forget.freeze.blocks is {config.blocks}, but the model has {self.blocks} blocks named "
+                             f"layers.N; lower it, or name what trains with --forget.freeze.schedule stages")
+        for pattern in (p for _, patterns in config.parse_stages() for p in patterns):
+            if not any(matches(name, pattern) for name in names):
+                modules = {name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)}
+                raise ValueError(f"forget.freeze.stages names {pattern!r}, which fits no parameter"
+                                 f"{nearest(pattern, modules)}")
+
+    def describe(self, model) -> list[str]:
+        """Lines for the user: how much trains, and what may surprise."""
+        parameters = dict(model.named_parameters())
+        counts = [sum(parameters[name].numel() for name in names) for names in self.sets.values()]
+        total = sum(p.numel() for p in parameters.values())
+        notes = [f"freeze ({self.config.schedule}): {counts[0]:,} of {total:,} parameters train at first, "
+                 f"{counts[-1]:,} at the end, in {len(counts)} stages"]
+        head, embedding = getattr(model, "head", None), getattr(model, "embed_tokens", None)
+        if head is not None and embedding is not None and head.weight is embedding.weight:
+            frozen = "" if "embed_tokens.weight" in self.ever else \
+                ", which are frozen, so it does not train: --forget.freeze.embeddings True lets both"
+            notes.append(f"freeze: the head is tied to the embeddings{frozen}")
+        if self.replicated:
+            notes.append("freeze: under DDP frozen weights save their optimizer state, but their gradients are still "
+                         "computed; --parallel.strategy fsdp saves both")
+        return notes
+
+    def stage_at(self, step: int) -> int:
+        """The stage of a step: an index into freeze.stages, or with the other schedules the number of blocks that
+        train."""
+        config, progress = self.config, step / self.steps
+        if config.schedule == "stages":
+            return bisect.bisect_right(self.starts, progress) - 1
+        if config.schedule == "top":
+            return config.blocks
+        thawed = min(1.0, progress / config.thaw_ratio)
+        # 1e-9 so that a share such as 0.3 / 0.1, which is 2.9999..., counts as 3
+        return config.blocks + int((self.blocks - config.blocks) * thawed + 1e-9)
+
+    def trains(self, name: str, stage: int) -> bool:
+        """Whether the parameter `name` trains in this stage."""
+        if self.config.schedule == "stages":
+            return any(matches(name, pattern) for pattern in self.config.parse_stages()[stage][1])
+        block = block_number(name)
+        if block >= 0:
+            return block >= self.blocks - stage
+        return self.config.embeddings or not matches(name, "embed_tokens")
+
+    def apply(self, step: int, model, optimizer=None):
+        """Makes the model train what step `step` is to train; frozen parameters lose gradient and optimizer state."""
+        now = self.sets[self.stage_at(min(step, self.steps - 1))]
+        for name, p in model.named_parameters():
+            if name not in self.ever:
+                continue
+            if name not in now:
+                p.grad = None
+                if optimizer is not None:
+                    optimizer.state.pop(p, None)
+            if not self.replicated:
+                p.requires_grad_(name in now)
+
+    def before_step(self, step, model):
+        # At the first step, also the first after a resume, parameters of all stages have gradients.
+        self.apply(step, model)
+        return {"trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()
+                                            if p.grad is not None)}
+
+    def after_step(self, step, model, optimizer):
+        self.apply(step + 1, model, optimizer)
+
+
+def block_number(name: str) -> int:
+    """The block that a parameter is in: 3 for layers.3.mlp.up_proj.weight, -1 for one outside all blocks."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the path `name` begins with `pattern`, part by part: layers.1 matches layers.1.mlp, not layers.10."""
+    parts, wanted = name.split("."), pattern.split(".")
+    return len(wanted) <= len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted))

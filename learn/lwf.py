@@ -1,0 +1,112 @@
+"""LwF, learning without forgetting: predictions stay close to the base's (Li & Hoiem 2016, arXiv 1606.09282).
+
+    loss = (1 - alpha) cross-entropy + alpha temperature^2 KL(base || model)         per target
+
+The predictions of both are softmax(logits / temperature). Two tokens, where the base says (0.5, 0.5) and the model
+(0.8, 0.2) at temperature 1: KL = 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2) = 0.223 nats. At step 0 the KL is exactly 0.
+
+B sequences, T tokens, D model width.
+"""
+
+import contextlib
+import copy
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from kernels import linear_cross_entropy, linear_kl
+from kernels.cross_entropy import IGNORE
+from learn.method import Learning, Method, take_sequences
+
+
+@dataclass
+class LwFConfig:
+    alpha: float = 0.0
+    """weight of the KL in (1 - alpha) cross-entropy + alpha temperature^2 KL(base || model). 0: off; 0.5 is usual"""
+    temperature: float = 2.0
+    """divides the logits of both; above 1 the unlikely tokens count for more"""
+    tokens: Literal["replay", "all"] = "replay"
+    """replay: the KL is taken on general text alone, and the domain's loss stays as it is. all: on every target"""
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"forget.lwf.alpha is {self.alpha}, but must be between 0 (off) and 1 (the KL alone)")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"forget.lwf.temperature is {self.temperature}, but must be above 0")
+
+
+class LwF(Method):
+    """Runs the teacher, the base as it was, over each micro-batch and mixes the KL into the loss. The teacher is what
+    the run hands in (the model with its adapters off, a sharded base), or else a frozen copy of the model."""
+
+    name = "lwf"
+
+    def __init__(self, config: LwFConfig, learning: Learning):
+        learning.require_base("forget.lwf")
+        if config.tokens == "replay" and not learning.general_sources:
+            raise ValueError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
+                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
+                             "LwF out with --forget.lwf.alpha 0")
+        self.config, self.learning, self.base = config, learning, learning.base
+        self.divergence, self.targets = 0.0, 0
+
+    def model_built(self, model):
+        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        if self.base is None:
+            assert not self.sharded, "FSDP cannot copy a model: the run must hand in a base"
+            teacher = copy_as_teacher(model, self.learning.precision)
+            self.base = lambda _: contextlib.nullcontext(teacher)
+            gigabytes = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e9
+            self.notes = [f"lwf: a frozen copy of the base stays in memory, {gigabytes:.2f} GB"]
+
+    def loss_computed(self, model, batch, loss, metrics):
+        hidden, everything = metrics["hidden"], range(len(batch.tokens))
+        general = self.learning.general_sources
+        rows = [i for i in everything if self.config.tokens == "all" or int(batch.source[i]) in general]
+        idle = not rows
+        if idle and not self.sharded:
+            return loss
+        # All ranks must gather a sharded teacher together, so a rank without such sequences runs one for nothing.
+        rows = rows or [0]
+        part = batch if len(rows) == len(everything) else take_sequences(batch, rows)
+        labels = part.labels.to(hidden.device)
+        with torch.no_grad(), self.base(model) as teacher:
+            training = teacher.training
+            base_hidden = self.learning.forward(teacher.eval(), part)
+            base_weight = teacher.head.weight.detach()
+            teacher.train(training)
+        if idle:
+            return loss
+        x = hidden if part is batch else hidden[rows]
+        weight, alpha = model.head.weight, self.config.alpha
+        divergence, _ = linear_kl(x, weight, base_hidden, base_weight, labels, self.config.temperature)
+        self.divergence = self.divergence + divergence.detach()
+        self.targets = self.targets + (labels != IGNORE).sum()
+        if part is batch:
+            return (1 - alpha) * loss + alpha * divergence
+        # (1 - alpha) of the cross-entropy of `rows` only: the other sequences keep all of theirs.
+        return loss + alpha * (divergence - linear_cross_entropy(x, weight, labels)[0])
+
+    def before_step(self, step, model):
+        divergence, targets = self.learning.world.sum([self.divergence, self.targets])
+        self.divergence, self.targets = 0.0, 0
+        return {"lwf_kl": divergence / max(1.0, targets)}
+
+
+def copy_as_teacher(model: nn.Module, precision: torch.dtype | None) -> nn.Module:
+    """A frozen copy of the base. precision: the dtype in which autocast computes matmuls, or None.
+
+    Autocast rounds these weights in every matmul anyway, so the copy keeps them rounded: the same values in half the
+    memory. deepcopy finds the rounded weights in its memo and takes them instead of copying, so that the model never
+    lies in memory a second time in full, which for a base that just fits would be one time too many.
+    """
+    rounded = {}
+    if precision is not None:
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module is not model.head:
+                rounded[id(module.weight)] = nn.Parameter(module.weight.detach().to(precision, copy=True))
+    return copy.deepcopy(model, rounded).requires_grad_(False)

@@ -1,0 +1,112 @@
+"""A retention method keeps what the base knows while a domain is learned: its hooks, and what it may know of a run.
+
+To add one, write learn/NAME.py with a dataclass of settings and a class derived from Method, put the settings into
+forget.ForgetConfig, and make the object in forget.build. To remove one, delete those three.
+
+B sequences, T tokens, D model width.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from core.parallel import World
+
+
+@dataclass
+class Learning:
+    """What a retention method may know of a run. stages/build.py makes it."""
+
+    steps: int
+    seed: int
+    world: World
+    forward: Callable
+    """forward(model, batch) -> hidden states [B, T, D], computed in the run's precision on the model's device"""
+    general_text: Iterable | None = None
+    """batches of general text, already corrupted by the objective and the same on every rank; each iteration begins
+    anew. None: the run has no general source"""
+    general_sources: frozenset[int] = frozenset()
+    """the general sources that the plan draws from, as numbers in batch.source"""
+    base: Callable | None = None
+    """base(model) -> context manager that yields a module which computes as the base does, e.g. the model with its
+    adapters switched off. None: a method that needs the base copies the model before the first step"""
+    pretrained: bool = True
+    """there is a base; False: the model starts from random weights"""
+    adapters: bool = False
+    """only adapters train, and the base's own weights do not move"""
+    precision: torch.dtype | None = None
+    """the dtype in which autocast computes the matmuls of `forward`; None: no autocast"""
+    folder: Path | None = None
+    """the run folder, for estimates that a resumed run reads again; None: keep nothing"""
+    fingerprint: str = ""
+    """of the base and of the general text: an estimate made from others is not used again"""
+
+    def require_base(self, section: str):
+        """ValueError where a method keeps what a base knows and there is no base. section: the method's settings."""
+        if not self.pretrained:
+            raise ValueError(f"{section} keeps what a base knows, and model.init scratch has none; leave it out, or "
+                             f"start from a model with --model.init pretrained")
+
+
+class Method:
+    """The hooks of a retention method, one for each named point of the loop; each does nothing unless it is overridden.
+
+    `model` is always the model itself, never DDP's wrapper. `notes` are lines for the user to read before the run;
+    model_built may write them.
+    """
+
+    name = ""
+    notes: tuple | list = ()
+
+    def model_built(self, model):
+        """Called before DDP and the optimizer are made: the place to freeze parameters and to copy weights."""
+
+    def loss_computed(self, model, batch, loss, metrics):
+        """Called for every micro-batch. loss: nats summed over its targets. metrics["hidden"]: [B, T, D], part of the
+        graph. Returns the loss that backward starts from."""
+        return loss
+
+    def before_step(self, step: int, model) -> dict:
+        """Called when the gradients are complete: averaged over all targets of the step on all ranks, not yet clipped.
+        Returns {name: value} for the log."""
+        return {}
+
+    def after_step(self, step: int, model, optimizer):
+        """Called when the optimizer has moved the weights."""
+
+    def evaluated(self, step: int, texts: dict) -> dict | None:
+        """Called after an evaluation {source: {"role", "bits_per_byte", ...}}. Returns a decision to be logged and
+        applied, or None."""
+
+    def exported(self, model):
+        """A context manager inside which the model holds the weights to be evaluated last and exported."""
+        return contextlib.nullcontext()
+
+    def state(self) -> tuple[dict, dict]:
+        """({name: full CPU tensor}, {name: JSON value}) from which load_state resumes bit for bit. All ranks must call
+        it together."""
+        return {}, {}
+
+    def load_state(self, tensors: dict, values: dict):
+        """Restores what `state` returned; called after model_built."""
+
+
+def trainable_parameters(model) -> dict[str, torch.nn.Parameter]:
+    """{name: parameter} of what has requires_grad now."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def upcast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype for arithmetic on x: fp32, or float64 where x is float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def take_sequences(batch, rows):
+    """The batch of the sequences `rows` (a slice or a list of numbers) of `batch`."""
+    parts = {f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch)
+             if f.name == "source" or isinstance(getattr(batch, f.name), torch.Tensor)}
+    return dataclasses.replace(batch, **parts)
