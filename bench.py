@@ -51,6 +51,8 @@ from core import parallel
 from core.config import ArgumentParser, main_guard
 from kernels import measure
 from kernels.attention import BACKENDS, interval_mask
+from learn import peft_files
+from learn.adapters import adapted_layers
 from learn.objectives import IGNORE, Causal
 from learn.optim import OptimConfig, make_optimizer
 from model import Model, ModelConfig, matmul_flops_per_token
@@ -596,7 +598,7 @@ def adapt(model, quantised: bool) -> dict:
 def held(model) -> dict:
     """Bytes of the base's weights, and of its 4-bit matrices: as held, and by arithmetic, 4 bits a number, 8 for each
     64 of them, 32 for each 64 * 256, and the tables of 16 and 256 levels and an offset, 1,092 bytes a matrix."""
-    four = [layer.kept for _, layer in lora.adapted(model) if layer.kept is not None]
+    four = [layer.quantised for _, layer in adapted_layers(model) if layer.quantised is not None]
     sizes = [record.shape.numel() for record in four]
     return {"base_bytes": sum(x.nbytes for name, x in model.state_dict().items() if ".adapters." not in name),
             "quantised_numbers": sum(sizes),
@@ -616,7 +618,7 @@ def peer_of(model, side: str):
         who = f"peft {peft.__version__} on {who}"
         peer = peft.get_peft_model(peer, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
                                                          task_type="CAUSAL_LM"))
-        peft.set_peft_model_state_dict(peer, lora.state(model))
+        peft.set_peft_model_state_dict(peer, peft_files.peft_state(model))
     return peer, who
 
 

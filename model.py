@@ -123,10 +123,10 @@ class RMSNorm(nn.Module):
         return kernels.add_rmsnorm(x, residual, self.weight, self.eps)
 
 
-def project(x, *linears):
-    """linear(x) of each. Layers that carry adapters (lora.py) bring a function that reads x once for all of them."""
-    together = next((linear.together for linear in linears if hasattr(linear, "together")), None)
-    return together(x, linears) if together else [linear(x) for linear in linears]
+def project(x, *layers):
+    """layer(x) of each. Layers that carry adapters (learn/adapters.py) bring a function that reads x once for all."""
+    apply_together = next((layer.apply_together for layer in layers if hasattr(layer, "apply_together")), None)
+    return apply_together(x, layers) if apply_together else [layer(x) for layer in layers]
 
 
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ import forget
 import hf
 import lora
 from core import parallel
+from learn.peft_files import save_adapter
 from measure import verdict
 from stages.build import Run
 from stages.evaluate import draw_samples, evaluate, write_json
@@ -38,7 +39,7 @@ def export(run: Run, folder: Path, card: str):
         return
     if c.lora.rank:                                # onto the base as it is on disk, whatever it was rounded to here
         adapter = folder.with_name("adapter")
-        lora.save(run.inner, adapter, c.model.path, weights)
+        save_adapter(run.inner, adapter, c.model.path, weights)
         lora.merge_folders(c.model.path, adapter, folder, card=card, tokenizer=c.model.tokenizer or None)
         return
     hf.save(run.inner, folder, base=c.model.path or None, state=weights, tokenizer=c.model.tokenizer or None,

@@ -127,6 +127,11 @@ def hf_model(tmp_path):
     return build
 
 
+@pytest.fixture(scope="session")
+def peft():
+    return pytest.importorskip("peft", reason="the truth is PEFT")
+
+
 @pytest.fixture
 def one_thread():
     """Steps of one token are too small to share; on a busy machine waiting for the other thread takes all the time."""

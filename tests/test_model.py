@@ -417,12 +417,12 @@ def test_shard_plan_is_the_blocks(tiny_model):
 
 
 def test_layers_that_compute_together_get_their_input_once(tiny_model):
-    """A layer's `together` is handed all projections of the input it shares, and its results are what is used."""
+    """A layer's `apply_together` is handed all projections of the input it shares, and its results are what is used."""
     model, calls = tiny_model(), []
 
     class Together(torch.nn.Linear):
         @staticmethod
-        def together(x, linears):
+        def apply_together(x, linears):
             calls.append(len(linears))
             return [F.linear(x, linear.weight) for linear in linears]
     x = torch.randint(0, 97, (2, 9))

@@ -18,6 +18,7 @@ import tokenizer
 import train
 from core import checkpoint, config
 from learn import optim
+from learn.peft_files import load_adapter
 from stages.build import build
 from text import corpus, shards
 
@@ -70,7 +71,7 @@ def run_of(base, out, *words):
 def merged_with(base, out) -> dict:
     """The adapter that a run left, on its base, as one state."""
     model = hf.load(base)
-    lora.load(model, out / "adapter")
+    load_adapter(model, out / "adapter")
     return lora.merged_state(model)
 
 
@@ -97,7 +98,7 @@ def test_the_adapter_on_its_base_is_the_exported_model(base, tmp_path, name):
     out = tmp_path / "run"
     train.train(run_of(base, out, *METHODS[name]), one())
     exported, merged, plain = hf.load(out / "final"), hf.load(base[1]), hf.load(base[1])
-    lora.load(merged, out / "adapter")
+    load_adapter(merged, out / "adapter")
     merged = lora.merged_state(merged)
     moved = 0
     for key, weight in exported.named_parameters():

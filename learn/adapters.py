@@ -1,0 +1,371 @@
+"""Layers that carry adapters: a frozen base weight W and, beside it, the small tensors that are trained.
+
+    h = W x + s B A x                      LoRA (arXiv 2106.09685): A and B are trained, s = alpha / r;
+                                           rsLoRA (2312.03732): s = alpha / sqrt(r)
+    h = m (W x + s B A x) / |W + s B A|    DoRA (2402.09353): m is trained too; the norm, one for each output, counts as
+                                           a constant in the backward pass
+
+A layer of the model is replaced by one of these. It holds the same parameters under the same names, so that loading,
+sharding and saving a base do not know of adapters; what is trained is in `adapters.NAME`. A layer has any number of
+adapters, and at most one of them is active. Adapters are fp32, or fp64 beside an fp64 base.
+
+Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embedding or head) is [V, D], and n of its
+rows are trained.
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import lora_linear
+from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, compress
+
+
+def copy_full(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The layout of a parameter that is not sharded: the full tensor itself (see parallel.like for the other one)."""
+    return full
+
+
+def new_parameter(layer: "Adapted", *shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(layer.dtype, torch.float32), device=layer.device))
+
+
+# ---- what is trained
+# Each kind has peft_suffixes() -> {parameter: end of its key in PEFT's file}; initialise(layer, generator, layout); and
+# merge_into(weight, tensors) -> the base weight with the adapter in it. `tensors` are the adapter's parameters by name,
+# passed in because the module's own may be shards.
+
+class LowRank(nn.Module):
+    """s B A of a linear layer, and DoRA's magnitude m."""
+
+    def __init__(self, layer: "Linear", rank: int, alpha: float, rslora: bool, dora: bool, dropout: float):
+        super().__init__()
+        out, width = layer.shape
+        self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.A = new_parameter(layer, rank, width)
+        self.B = new_parameter(layer, out, rank)
+        self.magnitude = new_parameter(layer, out) if dora else None
+
+    def peft_suffixes(self) -> dict[str, str]:
+        suffixes = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
+        return suffixes if self.magnitude is None else {**suffixes, "magnitude": ".lora_magnitude_vector"}
+
+    def initialise(self, layer: "Linear", generator: torch.Generator, layout):
+        """A as nn.Linear draws its weight (Kaiming-uniform with a = sqrt(5)), B = 0, m = the norms of W's rows: the
+        layer computes what it did without an adapter."""
+        bound = 1 / math.sqrt(self.A.shape[1])
+        drawn = torch.empty(self.A.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.A.copy_(layout(drawn, self.A))
+        self.B.zero_()
+        if self.magnitude is not None:
+            norms = torch.linalg.vector_norm(layer.gather_base(), dim=1, dtype=self.B.dtype)
+            self.magnitude.copy_(layout(norms, self.magnitude))
+
+    @torch.no_grad()
+    def merged_norms(self, weight: torch.Tensor) -> torch.Tensor:
+        """|W + s B A| of each row, [out], without making a matrix of W's size:
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b for a row w of W and the row b of B."""
+        with torch.autocast(weight.device.type, enabled=False):
+            a, b = self.A, self.B
+            norms = torch.linalg.vector_norm(weight, dim=1, dtype=b.dtype)
+            cross = ((weight @ a.to(weight.dtype).T).to(b.dtype) * b).sum(1)
+            square = norms * norms + 2 * self.scale * cross + self.scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+            return square.clamp(min=TINY).sqrt()
+
+    def merge_into(self, weight: torch.Tensor, tensors: dict) -> torch.Tensor:
+        a, b = tensors["A"], tensors["B"]
+        merged = weight.to(b.dtype) + self.scale * (b @ a)
+        if self.magnitude is not None:
+            merged *= (tensors["magnitude"] / merged.norm(dim=1).clamp(min=TINY))[:, None]
+        return merged.to(weight.dtype)
+
+
+class FullTable(nn.Module):
+    """A trained copy of an embedding or head [V, D]; the base's own stays for when the adapter is off."""
+
+    def __init__(self, layer: "Table"):
+        super().__init__()
+        self.table = new_parameter(layer, *layer.shape)
+
+    def peft_suffixes(self) -> dict[str, str]:
+        return {"table": ".weight"}
+
+    def initialise(self, layer: "Table", generator: torch.Generator, layout):
+        self.table.copy_(layout(layer.gather_base(), self.table))
+
+    def merge_into(self, weight: torch.Tensor, tensors: dict) -> torch.Tensor:
+        return tensors["table"].to(weight.dtype)
+
+    def look_up(self, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self.table).to(weight.dtype)
+
+
+class TableRows(nn.Module):
+    """Trained rows [n, D] of some tokens in place of the base's: gradients, weight decay and the optimizer's moments
+    exist for these n alone.
+
+    With token ids 7 and 9 of a vocabulary of 10, `ids` is [7, 9] and `slots`, from token to trained row, is -1
+    everywhere but slots[7] = 0 and slots[9] = 1.
+    """
+
+    def __init__(self, layer: "Table", token_ids: list[int]):
+        super().__init__()
+        self.token_ids = token_ids
+        self.rows = new_parameter(layer, len(token_ids), layer.shape[1])
+        self.register_buffer("ids", torch.empty(len(token_ids), dtype=torch.int64, device=layer.device))
+        self.register_buffer("slots", torch.empty(layer.shape[0], dtype=torch.int64, device=layer.device))
+        self.fill_buffers()
+
+    def fill_buffers(self):
+        self.ids.copy_(torch.tensor(self.token_ids))
+        self.slots.fill_(-1)[self.ids] = torch.arange(len(self.token_ids), device=self.ids.device)
+
+    def peft_suffixes(self) -> dict[str, str]:
+        return {"rows": ".token_adapter.trainable_tokens_delta"}
+
+    def initialise(self, layer: "Table", generator: torch.Generator, layout):
+        # A model built on the meta device goes through to_empty(), which leaves anything in buffers.
+        self.fill_buffers()
+        self.rows.copy_(layout(layer.gather_base()[self.ids], self.rows))
+
+    def merge_into(self, weight: torch.Tensor, tensors: dict) -> torch.Tensor:
+        return weight.index_copy(0, self.ids.to(weight.device), tensors["rows"].to(weight.dtype))
+
+    def look_up(self, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        slot = self.slots[tokens]
+        trained = F.embedding(slot.clamp(min=0), self.rows).to(weight.dtype)
+        return torch.where((slot >= 0).unsqueeze(-1), trained, F.embedding(tokens, weight))
+
+
+# ---- the layers
+
+class Adapted(nn.Module):
+    """A frozen layer with adapters by name."""
+
+    def __init__(self, old: nn.Module):
+        super().__init__()
+        self.train(old.training)
+        # Not register_parameter: it asks for the attribute first, which in Head is a property that needs the parameter.
+        self._parameters["weight"] = old.weight
+        self.quantised = None                # FourBit or EightBit: the weight, in place of the parameter
+        self.adapters = nn.ModuleDict()
+        self.active_name = None
+
+    def base_weight(self) -> torch.Tensor:
+        """W; a quantised one is dequantised to fp32."""
+        return self._parameters["weight"].detach() if self.quantised is None else self.quantised.dequantise()
+
+    def gather_base(self) -> torch.Tensor:
+        """The full W, gathered from its shards where it is sharded: then every rank must call this."""
+        weight = self.base_weight()
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+    @property
+    def shape(self) -> torch.Size:
+        return self._parameters["weight"].shape if self.quantised is None else self.quantised.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameters["weight"].dtype if self.quantised is None else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        weight = self._parameters["weight"] if self.quantised is None else next(self.quantised.buffers())
+        return weight.device
+
+    @property
+    def adapter(self) -> nn.Module | None:
+        """The active adapter, where this layer has one of that name."""
+        return self.adapters[self.active_name] if self.active_name in self.adapters else None  # noqa: SIM401 (no dict)
+
+
+class Linear(Adapted):
+    """x [..., in] -> [..., out].
+
+    kernels.lora_linear computes base and adapter of several layers of one input in one call. It knows plain and 4-bit
+    weights, and no dropout; everything else is the base's matmul and then the adapter's two.
+    """
+
+    def __init__(self, old: nn.Linear):
+        super().__init__(old)
+        self.register_parameter("bias", old.bias)
+
+    def compress(self, kind: str, double_quant: bool, device=None):
+        """Quantise the weight (kind: nf4, int4, int8), on `device` if that is another."""
+        self.quantised = compress(self.weight.detach().to(device or self.weight.device), kind, double_quant)
+        self.weight = None
+
+    def extra_repr(self):
+        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, active={self.active_name!r}"
+
+    def forward(self, x):
+        return self.apply_together(x, [self])[0]
+
+    @staticmethod
+    def apply_together(x: torch.Tensor, layers) -> list[torch.Tensor]:
+        """layer(x) of each of `layers`, plain nn.Linear among them too; those that can be fused are one call."""
+        fused = [layer for layer in layers if isinstance(layer, Linear) and layer.can_fuse()]
+        fused_outputs = iter(lora_linear(x, *zip(*(layer.fused_operands(x) for layer in fused))) if fused else ())
+        outputs = []
+        for layer in layers:
+            if isinstance(layer, Linear):
+                y = next(fused_outputs) if layer in fused else layer.apply_base(x)
+                outputs.append(layer.finish(x, y))
+            else:
+                outputs.append(layer(x))
+        return outputs
+
+    def needs_own_matmuls(self) -> bool:
+        """Whether the adapter cannot be part of a fused call: for its dropout, or because the base is int8."""
+        if self.adapter is None:
+            return False
+        return isinstance(self.quantised, EightBit) or (self.training and self.adapter.dropout > 0)
+
+    def can_fuse(self) -> bool:
+        return isinstance(self.quantised, FourBit) or (self.adapter is not None and not self.needs_own_matmuls())
+
+    def bias_of_base(self) -> torch.Tensor | None:
+        """The bias as the base's matmul adds it: none with DoRA, whose factor is not for the bias."""
+        return self.bias if self.adapter is None or self.adapter.magnitude is None else None
+
+    def fused_operands(self, x) -> tuple:
+        """(weight, bias, A, B, scale) for kernels.lora_linear; without an adapter of its own to fuse, one of rank 0."""
+        weight = self.weight if self.quantised is None else self.quantised.record()
+        if self.adapter is None or self.needs_own_matmuls():
+            return weight, self.bias_of_base(), x.new_empty(0, self.shape[1]), x.new_empty(self.shape[0], 0), 1.0
+        return weight, self.bias_of_base(), self.adapter.A, self.adapter.B, self.adapter.scale
+
+    def apply_base(self, x):
+        """W x + bias of a plain or int8 weight."""
+        if self.quantised is None:
+            return F.linear(x, self.weight, self.bias_of_base())
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        y = EightBitMatmul.apply(x, self.quantised.codes, self.quantised.scale)
+        return y if self.bias_of_base() is None else y + self.bias_of_base().to(y.dtype)
+
+    def finish(self, x, y):
+        """y, from a fused call or `apply_base`, with what is still missing: the adapter's matmuls, DoRA's factor."""
+        adapter = self.adapter
+        if adapter is None:
+            return y
+        if self.needs_own_matmuls():
+            x = F.dropout(x, adapter.dropout, self.training)
+            y = y + adapter.scale * F.linear(F.linear(x, adapter.A.to(x.dtype)), adapter.B.to(x.dtype))
+        if adapter.magnitude is not None:
+            weight = self.weight if self.quantised is None else self.quantised.dequantise()
+            # The factor stays fp32: it is near 1, and bf16 would round its small changes away.
+            y = (y * (adapter.magnitude / adapter.merged_norms(weight))).to(y.dtype)
+            y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
+
+
+class Table(Adapted):
+    """An embedding or head [V, D]."""
+
+    def merged_weight(self) -> torch.Tensor:
+        """[V, D] with the active adapter in it; gradients reach the adapter."""
+        weight, adapter = self._parameters["weight"], self.adapter
+        return weight if adapter is None else adapter.merge_into(weight, dict(adapter.named_parameters()))
+
+
+class Embedding(Table):
+    """tokens [...] -> their rows [..., D]."""
+
+    def forward(self, tokens):
+        return F.embedding(tokens, self.weight) if self.adapter is None else self.adapter.look_up(self.weight, tokens)
+
+
+class Head(Table):
+    """hidden [..., D] -> logits [..., V].
+
+    The training loss makes no logits and reads `head.weight` itself, so `weight` is base and active adapter as one.
+    Where the base is sharded it is the parameter of that name instead, because FSDP asks for it under this name.
+    """
+
+    def __init__(self, old: nn.Linear, embedding: Embedding | None):
+        super().__init__(old)
+        self.tied_to = [embedding] if embedding else []    # in a list, so that it is no submodule of the head
+
+    @property
+    def weight(self):
+        parameter = self._parameters["weight"]
+        if hasattr(parameter, "full_tensor"):
+            return parameter
+        return self.tied_to[0].merged_weight() if self.tied_to else self.merged_weight()
+
+    def forward(self, hidden):
+        return F.linear(hidden, self.weight)
+
+
+# ---- the layers of a model
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
+    """(path, layer) of every layer that was replaced."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: module} of the layers that can have a low-rank adapter: every linear layer but the head, whose forward
+    does not run in training (see Head)."""
+    return {path: module for path, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Linear)) and path != "head"}
+
+
+def is_tied(model: nn.Module) -> bool:
+    return model.head._parameters["weight"] is model.embed_tokens._parameters["weight"]
+
+
+def replace_layer(model: nn.Module, path: str) -> Adapted:
+    """Put our layer in the place of PyTorch's at `path`, unless it is there already; -> our layer."""
+    old = model.get_submodule(path)
+    if isinstance(old, Adapted):
+        return old
+    if path == "head":
+        new = Head(old, replace_layer(model, "embed_tokens") if is_tied(model) else None)
+    else:
+        new = (Embedding if isinstance(old, nn.Embedding) else Linear)(old)
+    owner, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, new)
+    return new
+
+
+def add_adapter(model: nn.Module, name: str, low_rank: dict[str, dict], tables: dict[str, list[int] | None]):
+    """Freeze the model and give it the adapter `name`, whose tensors are still to be filled; it becomes active.
+
+    low_rank: {path of a linear layer: LowRank's settings}. tables: {"embed_tokens" or "head": the token ids of the rows
+    to train, None for all}. ValueError where the name is no word or is taken.
+    """
+    if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"an adapter cannot be called {name!r}; use letters, digits and _")
+    if any(name in layer.adapters for _, layer in adapted_layers(model)):
+        raise ValueError(f"the model has an adapter {name!r} already; give this one another name")
+    model.requires_grad_(False)
+    for path, settings in low_rank.items():
+        layer = replace_layer(model, path)
+        layer.adapters[name] = LowRank(layer, **settings)
+    for path, token_ids in tables.items():
+        layer = replace_layer(model, path)
+        layer.adapters[name] = FullTable(layer) if token_ids is None else TableRows(layer, token_ids)
+    if "embed_tokens" in tables and is_tied(model):
+        replace_layer(model, "head")
+    activate(model, name)
+
+
+def activate(model: nn.Module, name: str | None):
+    """Make the adapter `name` the one in force and the only one that is trained; None: the base alone.
+
+    ValueError where there is none of that name.
+    """
+    layers = adapted_layers(model)
+    known = sorted({name for _, layer in layers for name in layer.adapters})
+    if name is not None and name not in known:
+        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(known) or 'none'}")
+    for _, layer in layers:
+        layer.active_name = name
+        for key, adapter in layer.adapters.items():
+            adapter.requires_grad_(key == name)

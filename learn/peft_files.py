@@ -1,0 +1,220 @@
+"""Adapters in PEFT's files, adapter_config.json and adapter_model.safetensors: ours for PEFT, and PEFT's for us.
+
+    save_adapter(model, "out/legal/adapter", "hf://org/base")
+    settings = load_adapter(model, "out/legal/adapter")
+
+What serves these files (from vLLM's config/lora.py and lora/{peft_helper,lora_weights,utils}.py and llama.cpp's
+convert_lora_to_gguf.py and llama-adapter.h, read in 2026; `advise_serving` says what of it concerns an adapter):
+vLLM      takes LoRA and rsLoRA with r <= --max-lora-rank (16; one of 1, 8, 16, 32, 64, 128, 256, 320, 512); refuses
+          DoRA, modules_to_save and token rows; scales every layer by alpha / r of the config and knows no patterns.
+llama.cpp takes lora_A and lora_B alone, so neither DoRA nor embeddings; takes each layer's rank from its tensor, but
+          one alpha for all, and knows no rsLoRA: it would scale by alpha / r without a word.
+`python lora.py merge` makes a plain model of whatever they do not take.
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hf
+from core.config import write_json
+from learn.adapters import (
+    FullTable,
+    LowRank,
+    TableRows,
+    adapted_layers,
+    add_adapter,
+    is_tied,
+    linear_layers,
+)
+
+PREFIX = "base_model.model."                 # of every key in PEFT's files
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+HEAD_KEY, EMBEDDING_KEY = PREFIX + "lm_head.weight", PREFIX + "model.embed_tokens.weight"
+# Settings of PEFT that change what the tensors mean, and the values with which they do not.
+HARMLESS = {
+    "fan_in_fan_out": (False, None), "lora_bias": (False, None), "use_qalora": (False, None), "bias": ("none", None),
+    "layer_replication": (None, []), "alora_invocation_tokens": (None,), "use_bdlora": (None, False),
+    "arrow_config": (None,), "kasa_config": (None,), "target_parameters": (None, []),
+    # Any other start of A and B changes the base's weights first, and the file does not hold those.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+def peft_path(path: str) -> str:
+    """Our path of a layer -> Hugging Face's."""
+    return hf.to_hf_name(path + ".")[:-1]
+
+
+def last_part(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def peft_names(model: nn.Module) -> dict[str, str]:
+    """{parameter of the active adapter: its key in PEFT's file}"""
+    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + peft_path(path) + suffix
+            for path, layer in adapted_layers(model) if layer.adapter is not None
+            for leaf, suffix in layer.adapter.peft_suffixes().items()}
+
+
+def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
+    """{PEFT's key: tensor on the CPU} of the active adapter. weights: as in `merged_state`."""
+    weights = dict(model.named_parameters()) if weights is None else weights
+    state = {key: weights[name].detach().cpu().clone() for name, key in peft_names(model).items()}
+    if EMBEDDING_KEY in state and HEAD_KEY not in state:
+        # The head is tied to the embedding: PEFT writes both and wants both.
+        state[HEAD_KEY] = state[EMBEDDING_KEY].clone()
+    return state
+
+
+@torch.no_grad()
+def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
+    """Fill the active adapter by PEFT's keys; ValueError where a key or shape does not fit."""
+    names, tensors = peft_names(model), dict(tensors)
+    keys = set(names.values())
+    tied = EMBEDDING_KEY in keys and HEAD_KEY not in keys and {HEAD_KEY, EMBEDDING_KEY} <= tensors.keys()
+    if tied and not torch.equal(tensors.pop(HEAD_KEY), tensors[EMBEDDING_KEY]):
+        raise ValueError("the adapter has a head of its own, but the model's is tied to its embedding; untie the base "
+                         "first (tie_word_embeddings false and an lm_head.weight)")
+    if odd := sorted(tensors.keys() ^ keys):
+        raise ValueError(f"the adapter's tensors are not those the model expects: "
+                         f"{'left over' if odd[0] in tensors else 'missing'} is {odd[0]}, and {len(odd) - 1} more")
+    parameters = dict(model.named_parameters())
+    for name, key in names.items():
+        if tensors[key].shape != parameters[name].shape:
+            raise ValueError(f"{key} has shape {list(tensors[key].shape)}, but the base makes it "
+                             f"{list(parameters[name].shape)}; it was trained on another base")
+        parameters[name].copy_(tensors[key])
+
+
+def shorten_paths(values: dict[str, object]) -> dict[str, object]:
+    """{path: value} with the last part of the path in place of all paths that end so, where their values are equal.
+
+    {"layers.0.q_proj": 8, "layers.1.q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8} becomes
+    {"q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8}: PEFT matches the ends of paths.
+    """
+    values_of = {}
+    for path, value in values.items():
+        values_of.setdefault(last_part(path), set()).add(value)
+    return {last_part(path) if len(values_of[last_part(path)]) == 1 else path: value for path, value in values.items()}
+
+
+def peft_config(model: nn.Module, base_name: str) -> dict:
+    """adapter_config.json of the active adapter."""
+    active = {peft_path(path): layer.adapter for path, layer in adapted_layers(model) if layer.adapter is not None}
+    low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, LowRank)}
+    rows = {last_part(path): adapter.token_ids for path, adapter in active.items() if isinstance(adapter, TableRows)}
+    full = [last_part(path) for path, adapter in active.items() if isinstance(adapter, FullTable)]
+    # The commonest rank and alpha are the defaults, the others go into patterns.
+    rank = Counter(adapter.rank for adapter in low_rank.values()).most_common(1)[0][0]
+    alpha = Counter(adapter.alpha for adapter in low_rank.values()).most_common(1)[0][0]
+    ranks = shorten_paths({path: adapter.rank for path, adapter in low_rank.items()})
+    alphas = shorten_paths({path: adapter.alpha for path, adapter in low_rank.items()})
+    targets = shorten_paths({peft_path(path): peft_path(path) in low_rank for path in linear_layers(model)})
+    one = next(iter(low_rank.values()))
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "revision": None,
+        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": one.dropout,
+        "target_modules": sorted(path for path, is_target in targets.items() if is_target),
+        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "use_rslora": one.rslora, "use_dora": one.magnitude is not None, "bias": "none", "fan_in_fan_out": False,
+        "modules_to_save": full or None, "trainable_token_indices": rows or None,
+        "ensure_weight_tying": bool(full) and is_tied(model), "init_lora_weights": True, "inference_mode": True,
+    }
+
+
+def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None = None):
+    """Write the active adapter as PEFT does; an old `folder` is replaced when the new one is complete.
+
+    base_name: the base's folder or Hub id. weights: as in lora.merged_state.
+    """
+    tensors, config = peft_state(model, weights), peft_config(model, base_name)
+    with hf.replacing(Path(folder)) as out:
+        save_file(tensors, out / TENSORS, metadata={"format": "pt"})
+        write_json(out / CONFIG, config)
+
+
+def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(settings, tensors) of an adapter's folder or hf:// id; ValueError where it is none or more than LoRA."""
+    folder = hf.resolve(folder)
+    settings = hf.read_json(folder / CONFIG)
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
+    if missing := [name for name in ("r", "lora_alpha") if type(settings.get(name)) not in (int, float)]:
+        raise ValueError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
+    for name, allowed in HARMLESS.items():
+        if settings.get(name) not in allowed:
+            raise ValueError(f"{folder / CONFIG} has {name} {settings[name]!r}, which is not supported; merge it with "
+                             f"PEFT's own merge_and_unload")
+    try:
+        return settings, load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / TENSORS} cannot be read: {error}") from None
+
+
+def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
+    """Add PEFT's adapter in `folder` (ours or its own) under `name`, active; -> its settings.
+
+    ValueError where it is not for this model, names what it does not hold, or trains an embedding that this model
+    shares with its head.
+    """
+    settings, tensors = read_adapter(folder)
+    tied = is_tied(model)
+    if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
+        raise ValueError(f"{folder} trains the embedding and leaves the head as it was (ensure_weight_tying is not "
+                         f"set), but the base's head is its embedding; untie the base first (tie_word_embeddings false "
+                         f"and an lm_head.weight)")
+    known, low_rank, tables = linear_layers(model), {}, {}
+    for key in sorted(tensors):
+        module, _, end = key.removeprefix(PREFIX).partition(".lora_A")
+        path = hf.from_hf_name(module + ".")[:-1]
+        if end == ".weight" and path in known:
+            low_rank[path] = low_rank_settings(settings, module, rank=len(tensors[key]))
+        elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
+            tables["embed_tokens" if key == EMBEDDING_KEY else "head"] = None
+        elif key.endswith(".token_adapter.trainable_tokens_delta"):
+            table = key.split(".")[-3]
+            tables["head" if table == "lm_head" else "embed_tokens"] = trained_token_ids(settings, table, folder)
+    add_adapter(model, name, low_rank, tables)
+    load_peft_state(model, tensors)
+    return settings
+
+
+def low_rank_settings(settings: dict, module: str, rank: int) -> dict:
+    """LowRank's settings of the layer `module` from PEFT's: its rank is read from its tensor."""
+    patterns = settings.get("alpha_pattern") or {}
+    alpha = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)),
+                 settings["lora_alpha"])
+    return {"rank": rank, "alpha": float(alpha), "rslora": bool(settings.get("use_rslora")),
+            "dora": bool(settings.get("use_dora")), "dropout": settings.get("lora_dropout") or 0.0}
+
+
+def trained_token_ids(settings: dict, table: str, folder) -> list[int]:
+    """The ids of the rows trained of embed_tokens or lm_head; a bare list in the settings means the embedding."""
+    listed = settings.get("trainable_token_indices") or {}
+    by_path = listed if isinstance(listed, dict) else {"embed_tokens": listed}
+    ids = next((ids for path, ids in by_path.items() if last_part(path) == table), None)
+    if ids is None or table not in ("embed_tokens", "lm_head"):
+        raise ValueError(f"{folder}: {CONFIG} has no trainable_token_indices for {table}")
+    return ids
+
+
+def advise_serving(settings: dict, folder, base: str = "BASE") -> list[str]:
+    """Two lines: whether vLLM and llama.cpp take an adapter with these settings, and with which command."""
+    embeddings = [name for name in ("modules_to_save", "trainable_token_indices") if settings.get(name)]
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
+    dora = ["use_dora"] if settings.get("use_dora") else []
+    rank = next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= settings["r"]), None)
+    vllm = embeddings + patterns + dora + ([] if rank else ["r"])
+    llama = embeddings + dora + [name for name in ("alpha_pattern", "use_rslora") if settings.get(name)]
+    merging = f"; merge first: python lora.py merge --base {base} --adapter {folder} --out DIR"
+    return [f"vLLM: does not serve {', '.join(vllm)}{merging}" if vllm else
+            f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}",
+            f"llama.cpp: does not know {', '.join(llama)}{merging}" if llama else
+            f"llama.cpp: convert_lora_to_gguf.py --base {base} {folder}"]
