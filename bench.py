@@ -56,6 +56,7 @@ from learn.adapters import adapted_layers
 from learn.objectives import IGNORE, Causal
 from learn.optim import OptimConfig, make_optimizer
 from model import Model, ModelConfig, matmul_flops_per_token
+from text import vocabulary
 from text.corpus import read_documents, read_records, utf8
 from text.mixture import DataConfig
 from text.packing import pack_sources
@@ -191,15 +192,15 @@ def hugging_face_twin(path, tokenizer, texts):
     """The same tokenizer in the library that datasets.map is used with, or None; its ids are compared."""
     from tokenizers import ByteLevelBPETokenizer
     if tokenizer.library.startswith("tokenizers"):
-        twin = tokenizer._lib
+        twin = tokenizer.backend
     elif tokenizer.kind == "gpt2":
         files = (str(Path(path) / name) for name in ("vocab.json", "merges.txt"))
         twin = ByteLevelBPETokenizer.from_file(*files)._tokenizer
     elif tokenizer.kind == "tiktoken":
         from transformers.convert_slow_tokenizer import TikTokenConverter
         file = Path(path) / "tokenizer.model" if Path(path).is_dir() else path
-        twin = TikTokenConverter(str(file), tokenizers.LLAMA3_SPLIT,
-                                 extra_special_tokens=tokenizers.LLAMA3_SPECIALS).converted()
+        twin = TikTokenConverter(str(file), vocabulary.LLAMA3_SPLIT,
+                                 extra_special_tokens=vocabulary.LLAMA3_SPECIALS).converted()
     else:
         return None
     for text in texts[:200]:
@@ -244,10 +245,10 @@ def encode(tokenizer, texts) -> int:
     """Tokens by the library's own batch call, on all cores that this thread may use, and nothing else."""
     cores = len(os.sched_getaffinity(0))
     if tokenizer.library.startswith("tokenizers"):
-        return sum(map(len, tokenizer._lib.encode_batch_fast(texts, add_special_tokens=False)))
+        return sum(map(len, tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)))
     if tokenizer.library.startswith("sentencepiece"):
-        return sum(map(len, tokenizer._lib.encode(texts, num_threads=cores)))
-    return sum(map(len, tokenizer._encoding.encode_ordinary_batch(texts, num_threads=cores)))
+        return sum(map(len, tokenizer.backend.encode(texts, num_threads=cores)))
+    return sum(map(len, tokenizer.backend.encode_ordinary_batch(texts, num_threads=cores)))
 
 
 def bench_encoding(path, texts, rounds) -> list:

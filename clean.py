@@ -36,6 +36,7 @@ from core.config import ArgumentParser, main_guard, nearest, write_json
 from core.pool import WorkerPool, batches_by_size
 from text import corpus
 from text.pii import scrub
+from text.vocabulary import token_before_document
 
 SCORES_VERSION = 2          # raise it when a score changes its meaning: older records are then scored anew
 
@@ -761,9 +762,7 @@ def model_perplexity(folder: str, context: int = 512, rows: int = 8):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = tokenizers.load(folder)
     model = hf.load(folder, device=device).eval()
-    prefix = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if prefix is None:
-        raise ValueError(f"the tokenizer of {folder} has neither BOS nor EOS, and the first token needs one before it")
+    prefix = token_before_document(tokenizer)
     context = min(context, model.config.max_position_embeddings)
 
     @torch.no_grad()

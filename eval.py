@@ -34,14 +34,7 @@ from model import Model, ModelConfig
 from text.corpus import read_documents, utf8
 from text.packing import pack_in_order
 from text.shards import Shards, check_tokenizer
-
-
-def prefix_of(tokenizer) -> int:
-    """The token that stands before a document when it is scored."""
-    prefix = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    if prefix is None:
-        raise ValueError("the tokenizer has neither BOS nor EOS, and a document's first token needs one before it")
-    return prefix
+from text.vocabulary import token_before_document
 
 
 def causal_segments(documents, prefix: int, context: int):
@@ -168,7 +161,7 @@ def samples(model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
         if tokenizer.add_bos or not ids:
-            ids = [prefix_of(tokenizer), *ids]
+            ids = [token_before_document(tokenizer), *ids]
         settings = Settings(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
         stop = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
         new = generate(model, ids, settings, eos_ids=stop)
@@ -179,7 +172,7 @@ def samples(model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int
 def score_files(model, tokenizer, texts: dict[str, str], args) -> tuple[dict, dict]:
     """({name: numbers}, protocol) of text files under a model."""
     context = args.context or min(model.config.max_position_embeddings, 2048)
-    prefix, objective, results = prefix_of(tokenizer), objectives.Causal(mask_documents=True), {}
+    prefix, objective, results = token_before_document(tokenizer), objectives.Causal(mask_documents=True), {}
     for name, file in texts.items():
         if (Path(file) / "manifest.json").is_file():           # a packed source: its held-out documents
             shards = Shards(file, "heldout")

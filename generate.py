@@ -19,6 +19,7 @@ import hf
 import tokenizer
 from core.config import ArgumentParser, main_guard, write_json
 from model import KVCache
+from text.vocabulary import token_before_document
 
 
 @dataclass
@@ -184,11 +185,7 @@ class TextStream:
 
 def first_ids(tok, prompt: str) -> list[int]:
     """Ids of `prompt`, after BOS where the model was trained so; an empty one is BOS, or EOS where there is no BOS."""
-    ids = tok.encode(prompt, bos=tok.add_bos)
-    start = tok.bos_id if tok.bos_id is not None else tok.eos_id
-    if not ids and start is None:
-        raise ValueError("the prompt is empty, and the tokenizer has neither BOS nor EOS to begin with; give a prompt")
-    return ids or [start]
+    return tok.encode(prompt, bos=tok.add_bos) or [token_before_document(tok)]
 
 
 def complete(model, tok, prompt: str, settings: Settings, eos_ids=(), stop=(), write=lambda piece: None) -> dict:

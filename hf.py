@@ -44,7 +44,7 @@ REFUSED = {
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
@@ -371,14 +371,14 @@ def _few(names) -> str:
 
 
 def save(model: Model, path, base=None, state: dict | None = None, card: str = "", tokenizer=None, scratch=False,
-         shard_bytes: int = 5 * 10**9):
+         pad_id: int | None = None, shard_bytes: int = 5 * 10**9):
     """Write `model` as a Hugging Face folder at `path`, replacing it whole or not at all.
 
     base: the folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, its config
     keys kept. state: our names -> full tensors, where the parameters themselves are sharded. card: Markdown for the
     model card, e.g. the before/after table. scratch: only sizes came
     from base, and the card says so. tokenizer: folder or file whose tokenizer takes the place of
-    base's.
+    base's. pad_id: the id of a padding token that base does not have yet.
     """
     path, config = Path(path), model.config
     base = open_base(base) if base else None
@@ -388,9 +388,10 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
     dtype = next(iter(tensors.values())).dtype
     with replacing(path) as out:
         _save_tensors(tensors, out, shard_bytes)
-        new_config = write_config(config, dtype, base.settings if base else {})
+        pad = {} if pad_id is None else {"pad_token_id": pad_id}
+        new_config = write_config(config, dtype, base.settings if base else {}) | pad
         _write_json(out / "config.json", new_config)
-        _write_json(out / "generation_config.json", _generation_config(base, new_config))
+        _write_json(out / "generation_config.json", _generation_config(base, new_config) | pad)
         if base:
             _copy(base.folder, LICENCES, out)
         if tokenizer or base:

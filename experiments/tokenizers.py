@@ -30,8 +30,8 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "
 
 import tokenizer  # noqa: E402
 from core.config import ArgumentParser, main_guard, write_json  # noqa: E402
-from text import extend_vocabulary as extend  # noqa: E402
 from text.corpus import read_documents  # noqa: E402
+from text.extend_vocabulary import extend  # noqa: E402
 from text.shards import Shards, pack  # noqa: E402
 
 LEGAL = ("corpora/legal_en_dc/dc_code_title16.txt", "corpora/legal_en_dc/dc_code_title28.txt")
@@ -55,9 +55,9 @@ def pack_both(tok, texts: dict[str, list[str]], out: Path) -> dict:
     return {name: pack(iter(documents), tok, out / name, heldout=HELDOUT) for name, documents in texts.items()}
 
 
-def prepare(data: Path, out: Path) -> tuple[dict, list]:
+def prepare(data: Path, out: Path) -> tuple[dict, dict]:
     """Shards for both vocabularies and the extended tokenizer, learnt without the held-out documents, all in `out`:
-    ({"base": manifests, "extended": manifests}, old ids of each new id)."""
+    ({"base": manifests, "extended": manifests}, {new id: old ids})."""
     texts = {"domain": [text for file in LEGAL for text in read_documents(str(data / file))],
              "general": [text for text in read_documents(str(data / STORIES), separator="<|endoftext|>") if text]}
     base = tokenizer.load(data / BASE)
@@ -66,20 +66,19 @@ def prepare(data: Path, out: Path) -> tuple[dict, list]:
     held_out = {tuple(shards.text_document(i)[0].tolist()) for i in range(shards.documents)}
     encoded = zip(texts["domain"], base.encode_batch(texts["domain"]))
     learn = [text for text, ids in encoded if tuple(ids.tolist()) not in held_out]
-    parts = extend.extend(data / BASE, learn, NEW_TOKENS, out / "tokenizer")
+    parts = extend(data / BASE, learn, NEW_TOKENS, out / "tokenizer")
     manifests["extended"] = pack_both(tokenizer.load(out / "tokenizer"), texts, out / "shards/extended")
     return manifests, parts
 
 
-def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, manifests: dict, parts: list) -> dict:
+def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, manifests: dict, parts: dict) -> dict:
     """One run of part 1: the numbers that it left (numbers_of)."""
     vocabulary = "base" if method == "unextended" else "extended"
     if method == "unextended":
         model = data / BASE
     else:
         model = out / f"models/{method}_{seed}"
-        first = tokenizer.load(data / BASE).vocab_size
-        extend.save_model(str(data / BASE), out / "tokenizer", dict(enumerate(parts, first)), model, method, seed=seed)
+        tokenizer.save_model(data / BASE, out / "tokenizer", parts, model, method, seed=seed)
     train = manifests[vocabulary]["domain"]["splits"]["train"]
     per_byte = train["tokens"] / train["bytes"]
     steps = max(1, round(size["megabytes"] * 1e6 * per_byte / (16 * 512)))  # the recipe's batch and context

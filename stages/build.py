@@ -30,6 +30,7 @@ from text import mixture
 from text.mixture import LengthConfig
 from text.packing import pack_sources
 from text.shards import Shards, check_tokenizer, open_buckets, verify
+from text.vocabulary import token_before_document
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -227,7 +228,7 @@ def plan_data(c, world, folder, tokenizer, config) -> Run:
     run = Run(c, world, folder, tokenizer, config, sources, loader, plan, objective, None)
     run.heldout = evaluation.HeldOut(
         documents, {name: sources[name].role for name in documents}, objective,
-        evaluation.prefix_of(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
+        token_before_document(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
         PRECISIONS[c.train.precision])
     return run
 

@@ -239,13 +239,6 @@ def test_mistakes_are_one_line(runs, monkeypatch, capsys, tmp_path):
         assert says in errors, words
 
 
-def test_a_tokenizer_without_bos_and_eos_is_refused():
-    assert evaluation.prefix_of(types.SimpleNamespace(bos_id=0, eos_id=2)) == 0
-    assert evaluation.prefix_of(types.SimpleNamespace(bos_id=None, eos_id=2)) == 2
-    with pytest.raises(ValueError, match="neither BOS nor EOS"):
-        evaluation.prefix_of(types.SimpleNamespace(bos_id=None, eos_id=None))
-
-
 # ---- a real model on real text
 
 @pytest.mark.parametrize("context", [512, 100])

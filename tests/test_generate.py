@@ -354,7 +354,7 @@ def test_prompts_begin_with_bos_where_the_model_was_trained_so():
     tok.bos_id = None
     assert complete(Scripted([65, 66], 258, 1), tok, "", settings)["prompt_ids"] == [257]
     tok.eos_id = None
-    with pytest.raises(ValueError, match=r"prompt is empty.*neither BOS nor EOS"):
+    with pytest.raises(ValueError, match=r"neither BOS nor EOS.*give generate.py a prompt"):
         complete(Scripted([65, 66], 258, 1), tok, "", settings)
 
 

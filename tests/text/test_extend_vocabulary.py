@@ -8,6 +8,7 @@ import collections
 import gzip
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -23,10 +24,16 @@ import torch
 from tokenizers import models
 
 import hf
-import tokenizer as T
+import tokenizer
 from core.config import main_guard
+from text import compare_vocabularies as C
 from text import extend_vocabulary as X
+from text import vocabulary as T
+from text import vocabulary_files
 from text.corpus import read_documents
+from text.new_rows import resize
+from text.train_vocabulary import train
+from text.vocabulary_files import BaseTokenizer
 
 ROOT = Path(__file__).parents[2]
 BASES = {"gpt2": "tokenizers/gpt2", "phi2": "tokenizers/phi2_bytebpe_hf", "llama3": "tokenizers/llama3_tiktoken",
@@ -94,7 +101,7 @@ def test_merges_are_those_of_a_naive_count(seed):
 def small(tmp_path_factory):
     """Folders of two small bases, a byte-level tokenizer.json and a SentencePiece BPE."""
     folder = tmp_path_factory.mktemp("small")
-    T.train([LATIN[:90] * 3], "bpe", 300, folder / "bytes")
+    train([LATIN[:90] * 3], "bpe", 300, folder / "bytes")
     (folder / "pieces").mkdir()
     with open(folder / "pieces/tokenizer.model", "wb") as f:
         sentencepiece.SentencePieceTrainer.train(
@@ -125,7 +132,7 @@ def extended(request, tmp_path_factory, small):
                 train, held = request.getfixturevalue("legal")
             out = tmp_path_factory.mktemp("extended") / kind.replace(" ", "_")
             parts = X.extend(path, train, 40 if kind in SMALL else NEW, out, min_count=3)
-            made[kind] = X.Base(path), out, T.load(out), parts, held
+            made[kind] = BaseTokenizer(path), out, T.load(out), parts, held
         return made[kind]
     return make
 
@@ -136,7 +143,7 @@ def command(monkeypatch, capsys):
     def call(line: str):
         monkeypatch.setattr(sys, "argv", ["tokenizer.py", *line.split()])
         try:
-            status = main_guard(T.main)
+            status = main_guard(tokenizer.main)
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
@@ -181,7 +188,7 @@ class TestExtension:
             else:
                 touched += 1
                 opened = [i for x in after.tolist()
-                          for i in (parts[x - old.vocab_size] if x >= old.vocab_size else (x,))]
+                          for i in parts.get(x, (x,))]
                 assert opened == before.tolist()
         assert touched > 0
 
@@ -192,7 +199,7 @@ class TestExtension:
             if base.form == "sentencepiece":            # its normaliser adds and drops spaces
                 assert new.decode(ids) == base.tokenizer.decode(base.tokenizer.encode(text))
             else:
-                assert new.decode(ids) == T.clean(text)
+                assert new.decode(ids) == T.replace_surrogates(text)
 
     def test_every_new_token_is_reached_by_merges_alone(self, extended, kind):
         """By the rule of the written file, spelt out: no look-up of whole words."""
@@ -202,7 +209,7 @@ class TestExtension:
             lib = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
             rank = {lib.id_to_piece(i): -lib.get_score(i) for i in range(lib.piece_size()) if not lib.is_control(i)}
         elif (out / "tokenizer.model").exists():
-            rank = {T._byte_letters(base64.b64decode(line.split()[0])): int(line.split()[1])
+            rank = {T.spell_bytes(base64.b64decode(line.split()[0])): int(line.split()[1])
                     for line in (out / "tokenizer.model").read_bytes().splitlines()}
         else:
             saved = json.loads((out / "tokenizer.json").read_text())["model"]
@@ -215,11 +222,11 @@ class TestExtension:
                 k = min(ranked)[1]
                 pieces[k:k + 2] = [pieces[k] + pieces[k + 1]]
             assert pieces == [token]
-            assert "".join(base.tokenizer.tokens[i] for i in parts[n]) == token
+            assert "".join(base.tokenizer.tokens[i] for i in parts[first + n]) == token
 
     def test_all_forms_agree(self, extended, kind):
         base, out, _, _, held = extended(kind)
-        texts = [T.clean(t) for t in [*T.PROBES, *fuzz(250, seed=2), *held]]
+        texts = [T.replace_surrogates(t) for t in [*T.PROBES, *fuzz(250, seed=2), *held]]
         texts = [t for t in texts if not any(base.tokenizer.tokens[i] in t for i in base.tokenizer.special_ids)]
         lib = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
         expected = [lib.encode(text, add_special_tokens=False).ids for text in texts]
@@ -294,7 +301,7 @@ def test_rows(tiny_model, small, tied):
     def grow(init, rows=old.vocab_size, **options):
         model = tiny_model(vocab_size=rows, tie_word_embeddings=tied)
         before = [model.embed_tokens.weight.clone(), model.head.weight.clone()]
-        X.resize(model, old, old.vocab_size + 3, parts, init, **options)
+        resize(model, old, old.vocab_size + 3, parts, init, **options)
         after = [model.embed_tokens.weight, model.head.weight]
         assert (after[0] is after[1]) == tied
         assert model.config.vocab_size == len(after[0]) == max(rows, old.vocab_size + 3)
@@ -321,7 +328,7 @@ def test_rows(tiny_model, small, tied):
         assert not torch.equal(b, other)
         assert 0.01 < b.std() < 0.03
     with pytest.raises(ValueError, match="the model has 97 rows, but its tokenizer 300 ids"):
-        X.resize(tiny_model(), old, 303, parts)
+        resize(tiny_model(), old, 303, parts)
     with pytest.raises(ValueError, match="--init is 'best'"):
         grow("best")
 
@@ -332,7 +339,7 @@ def test_covariance_rows_have_the_covariance(tiny_model, small):
     rows = model.embed_tokens.weight.detach().clone()
     n = 4000
     parts = {i: [1] for i in range(old.vocab_size, old.vocab_size + n)}
-    X.resize(model, old, old.vocab_size + n, parts, "covariance")
+    resize(model, old, old.vocab_size + n, parts, "covariance")
     drawn = model.embed_tokens.weight.detach()[old.vocab_size:].double()
     expected = torch.cov(rows.double().T, correction=0) * 1e-5
     assert (torch.cov(drawn.T) - expected).norm() < 0.2 * expected.norm()          # sqrt(32 / 4000) = 0.09
@@ -439,17 +446,17 @@ def test_add_refuses(small, tmp_path):
             X.add(path, terms, tmp_path / "out", pad=pad)
         assert message in str(error.value)
         assert not (tmp_path / "out").exists()
-    assert X.plain_words(["lien", "habeas corpus", "res_judicata", "<a>", "x1", "Pfändung"]) == [
+    assert X.find_plain_words(["lien", "habeas corpus", "res_judicata", "<a>", "x1", "Pfändung"]) == [
         "lien", "habeas corpus", "Pfändung"]
 
 
 # ---- report and compare
 
 def test_report_counts_by_hand(small, tmp_path):
-    base = X.Base(small["small bytes"])
+    base = BaseTokenizer(small["small bytes"])
     X.extend(small["small bytes"], [LATIN] * 20, 30, tmp_path / "new")
     new, texts = T.load(tmp_path / "new"), [LATIN, "Ж 漢"]
-    row = X.measure(base, new, texts)
+    row = C.measure_lengths(base, new, texts)
     before, after = [[len(t.encode(x)) for x in texts] for t in (base.tokenizer, new)]
     size = sum(len(x.encode()) for x in texts)
     assert (row["tokens_before"], row["tokens_after"]) == (sum(before), sum(after))
@@ -462,16 +469,16 @@ def test_report_counts_by_hand(small, tmp_path):
     first = base.tokenizer.vocab_size
     counts = collections.Counter(i for x in texts for i in new.encode(x) if i >= first)
     assert row["new_tokens_used"] == len(counts) / 30
-    result = X.report(base, new, {"domain": texts}, 10**9)
+    result = C.report(base, new, {"domain": texts}, 10**9)
     median = np.median([counts[i] for i in range(first, new.vocab_size)])
-    assert result["break_even_tokens"] == (round(X.TIMES_SEEN * sum(before) / median) if median else None)
+    assert result["break_even_tokens"] == (round(C.TIMES_SEEN * sum(before) / median) if median else None)
 
 
 @pytest.mark.parametrize(("text", "pieces"), [
     ("The estate, 16", ["▁The", "▁estate", ",", "▁", "<0x31>", "<0x36>"]),             # no digit was trained
     ("the\nbe   liable", ["▁the", "<0x0A>", "be", "▁", "▁", "▁liable"])])
 def test_fewest_tokens_of_a_sentencepiece_text(small, text, pieces):
-    assert X.Base(small["small pieces"]).fewest([text]) == len(pieces)
+    assert X.count_fewest_tokens(BaseTokenizer(small["small pieces"]), [text]) == len(pieces)
 
 
 @pytest.mark.parametrize(("change", "bound", "count", "have", "advice", "why"), [
@@ -481,10 +488,10 @@ def test_fewest_tokens_of_a_sentencepiece_text(small, text, pieces):
     (-0.10, -0.5, 10, 10**9, "keep", "10.0% shorter, and below 15% a new vocabulary is not worth its cost"),
     (-0.03, -0.05, 10, 10**9, "keep", "no extension could reach it: with every word one token it would be 5.0%")])
 def test_advice(small, monkeypatch, change, bound, count, have, advice, why):
-    base = X.Base(small["small bytes"])
+    base = BaseTokenizer(small["small bytes"])
     row = {"change": change, "largest_possible_change": bound, "tokens_before": 1000, "counts": np.array([count] * 3)}
-    monkeypatch.setattr(X, "measure", lambda *_: row)
-    result = X.report(base, base.tokenizer, {"domain": []}, have)
+    monkeypatch.setattr(C, "measure_lengths", lambda *_: row)
+    result = C.report(base, base.tokenizer, {"domain": []}, have)
     assert result["recommendation"] == advice
     assert why in result["reason"]
 
@@ -508,7 +515,7 @@ def test_report_and_compare_from_the_command_line(small, tmp_path, command):
 
 
 def test_the_script_itself(tmp_path):
-    """As a script tokenizer.py is `__main__`, and extend.py imports it a second time under its own name."""
+    """A mistake ends in one line also in a process of its own."""
     (tmp_path / "law.txt").write_text(LATIN, encoding="utf-8")
     done = subprocess.run([sys.executable, ROOT / "tokenizer.py", "compare", tmp_path / "law.txt"], cwd=ROOT,
                           capture_output=True, text=True, check=False)
@@ -530,7 +537,7 @@ def test_bits_per_byte_of_a_small_model(tmp_path, command, monkeypatch):
             assert manifest["heldout"]["documents"] == 0
             per_step = 16 * 256 * manifest["train"]["bytes"] / manifest["train"]["tokens"]
             assert abs(words["--train.steps"] * per_step - 1e6) <= per_step / 2
-    monkeypatch.setattr(X, "_run", run)
+    monkeypatch.setattr(C, "run_command", run)
     status, stdout, _ = command(f"compare --vocab-size 330 --bits-per-byte 1 --seeds 2 {tmp_path}/law.jsonl --json "
                                 f"{tmp_path}/compare.json")
     assert status == 0
@@ -544,17 +551,17 @@ def test_bits_per_byte_of_a_small_model(tmp_path, command, monkeypatch):
 def test_no_model_is_trained_before_every_tokenizer(monkeypatch):
     """300 ids are enough for BPE; Unigram, which comes second, needs more for its bytes and these letters."""
     texts = ["".join(map(chr, range(0x4E00, 0x4E80)))] * 20
-    monkeypatch.setattr(X, "small_model", lambda *args: pytest.fail("minutes went into a model first"))
+    monkeypatch.setattr(C, "measure_small_model", lambda *args: pytest.fail("minutes went into a model first"))
     with pytest.raises(ValueError, match="no unigram vocabulary of 300"):
-        X.compare(texts[2:], texts[:2], 300, megabytes=0.001)
+        C.compare_kinds(texts[2:], texts[:2], 300, megabytes=0.001)
 
 
 def test_a_small_model_is_trained_and_scored(small):
     """By the commands themselves, for three steps: fewer bits than the 8 of a byte, and not none."""
     texts = [f"{n}. {LATIN}" for n in range(100)]
-    assert 0.5 < X.small_model(small["small bytes"], texts[:90], texts[90:], 0.02, 0) < 8
+    assert 0.5 < C.measure_small_model(small["small bytes"], texts[:90], texts[90:], 0.02, 0) < 8
     with pytest.raises(ValueError, match=r"train\.py failed: error: unknown key"):
-        X._run("train.py", "--no-such-key", 1)
+        C.run_command("train.py", "--no-such-key", 1)
 
 
 @pytest.mark.parametrize("kill", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -568,7 +575,7 @@ def test_a_kill_leaves_nothing_and_the_same_command_completes(line, kill, small,
 
     def die(*_, **__):
         raise kill
-    for module, name in ((X, "_write_settings"), (T.os, "replace")):
+    for module, name in ((vocabulary_files, "write_settings"), (X, "write_settings"), (os, "replace")):
         monkeypatch.setattr(module, name, die)
     status, _, stderr = command(line)
     assert (status, stderr.count("\n")) == (130 if kill is KeyboardInterrupt else 2, 1)
@@ -625,7 +632,7 @@ def test_two_files_of_different_models_are_refused(small, tmp_path):
     for kind, name in (("small bytes", "tokenizer.json"), ("small pieces", "tokenizer.model")):
         (tmp_path / name).write_bytes((small[kind] / name).read_bytes())
     with pytest.raises(ValueError, match=r"has 300 ids in tokenizer\.json and 310 in tokenizer\.model"):
-        X.Base(tmp_path)
+        BaseTokenizer(tmp_path)
 
 
 def test_out_is_looked_at_before_the_text(small, tmp_path, command):
@@ -641,7 +648,7 @@ def test_mistakes_end_in_one_line(small, tmp_path, command):
     (tmp_path / "law.txt").write_text(LATIN * 20, encoding="utf-8")
     (tmp_path / "some.jsonl").write_text(f'{{"text": "{LATIN}"}}\n' * 20)
     (tmp_path / "blank.jsonl").write_text((f'{{"text": "{LATIN}"}}\n' * 9 + '{"text": "\\n"}\n') * 3)
-    T.train([LATIN] * 20, "wordpiece", 200, tmp_path / "wordpiece")
+    train([LATIN] * 20, "wordpiece", 200, tmp_path / "wordpiece")
     (tmp_path / "unigram").mkdir()
     with open(tmp_path / "unigram/tokenizer.model", "wb") as f:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([LATIN] * 3), model_writer=f, vocab_size=50,

@@ -1,0 +1,66 @@
+"""Rows of the embedding and the head for new ids. V vocabulary, D model width."""
+
+import torch
+
+from text.vocabulary import Tokenizer
+
+INITS = ("subtoken", "subtoken_norm", "mean", "covariance", "zero", "random")
+
+
+@torch.no_grad()
+def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], init: str = "subtoken",
+           zero=(), seed: int = 0) -> None:
+    """Grow the embedding and the head, [V, D] each (one parameter if they are tied), to `vocab_size` rows, in place.
+
+    parts: {new id: the old ids it stands for}. Rows of old ids keep their bits. Rows that a base has beyond its
+        tokenizer count as free.
+    init: how new rows are made, for each matrix from its own rows of the ids of `old`:
+        "subtoken": the mean of the rows of its parts.
+        "subtoken_norm": the same, stretched to the median norm of the old rows (a mean is shorter than the rows it is
+            made of). As a row of the head it is then too sure of what it has not learnt: stories260K with 200 new
+            tokens reads legal text at 6.0 bits per byte, with "subtoken" at 4.0.
+        "mean": the mean of all old rows.
+        "covariance": drawn around that mean with 1e-5 of the rows' covariance (Hewitt 2021, "Initializing new word
+            embeddings").
+        "zero", and "random": normal with the config's initializer_range
+    zero: ids whose rows are zero whatever `init` says (padding)
+    """
+    if init not in INITS:
+        raise ValueError(f"--init is {init!r}, but must be one of {', '.join(INITS)}")
+    config = model.config
+    if config.vocab_size < old.vocab_size:
+        raise ValueError(f"the model has {config.vocab_size} rows, but its tokenizer {old.vocab_size} ids; the two "
+                         f"belong to different models")
+    known = [i for i, token in enumerate(old.tokens) if token is not None]
+    generator = torch.Generator().manual_seed(seed)
+    for module in [model.embed_tokens] if config.tie_word_embeddings else [model.embed_tokens, model.head]:
+        weight = module.weight                                          # [V, D]
+        draw = _row_maker(weight[known].float().cpu(), init, config.initializer_range, generator)
+        grown = weight.new_zeros(max(vocab_size, len(weight)), weight.shape[1])
+        grown[:len(weight)] = weight
+        for i, of in parts.items():
+            if i not in zero:
+                grown[i] = draw(weight[list(of)].float().mean(0).cpu()).to(weight)
+        module.weight = torch.nn.Parameter(grown)
+    config.vocab_size = len(grown)
+    model.tie()
+
+
+def _row_maker(rows: torch.Tensor, init: str, spread: float, generator: torch.Generator):
+    """A function (mean of the parts' rows [D]) -> new row [D], in fp32. rows: the old rows, [V, D]."""
+    mean, width = rows.mean(0), rows.shape[1]
+    if init == "subtoken":
+        return lambda part_mean: part_mean
+    if init == "subtoken_norm":
+        norm = rows.norm(dim=1).median()
+        return lambda part_mean: part_mean * norm / part_mean.norm().clamp(min=1e-12)
+    if init == "mean":
+        return lambda _: mean
+    if init == "zero":
+        return lambda _: torch.zeros_like(mean)
+    if init == "random":
+        return lambda _: torch.randn(width, generator=generator) * spread
+    centred = rows - mean
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows) * 1e-5)
+    root = vectors * values.clamp(min=0).sqrt()                         # root @ root.T is the covariance
+    return lambda _: mean + root @ torch.randn(width, generator=generator)

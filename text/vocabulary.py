@@ -1,0 +1,464 @@
+"""The four kinds of tokenizer files, read behind one interface: `load(path)` returns a `Tokenizer`.
+
+| file                    | kind          | package that encodes                                                     |
+|-------------------------|---------------|--------------------------------------------------------------------------|
+| tokenizer.json          | tokenizers    | `tokenizers`; its truncation and padding are switched off                |
+| tokenizer.model         | sentencepiece | `sentencepiece`                                                          |
+| tokenizer.model (text)  | tiktoken      | `tiktoken` with Llama 3's split pattern and its 256 special tokens       |
+| vocab.json + merges.txt | gpt2          | `tiktoken` if the ids follow the order of the merges, else `tokenizers`  |
+
+Ids are exactly those of the package. Whether the text "</s>" inside a document becomes the control token is also left
+to the package: `tokenizers` does it, the other two do not. Half a surrogate pair, which JSON can carry and no package
+accepts, is replaced by U+FFFD before any of them sees it.
+
+The ids of BOS, EOS, pad, unk and mask, and whether documents begin with BOS, come from the first of these that names
+them: tokenizer_config.json (null means "none"), special_tokens_map.json, config.json, generation_config.json, the
+tokenizer file itself.
+"""
+
+import base64
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from text.corpus import utf8
+
+ROLES = ("bos", "eos", "pad", "unk", "mask")
+
+# The split pattern and the special tokens, which the ranks file does not hold: llama-models, models/llama3/tokenizer.py
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3_BASE = 128_000
+LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
+                   "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>",
+                   "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>",
+                   *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))]
+
+# GPT-2's published pattern as tiktoken writes it: possessive, and with single white-space characters at the end
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# The tokenizer classes of transformers (with or without "Fast") that split text by GPT-2's pattern
+GPT2_CLASSES = ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer")
+
+# Byte-level vocabularies write each byte as one printable letter: as itself where Latin-1 has a printable character
+# there, else as the next unused character from U+0100 on. The space, 0x20, becomes "Ġ" (U+0120).
+_PRINTABLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+BYTE_LETTERS = {b: chr(b) for b in _PRINTABLE} | {
+    b: chr(0x100 + n) for n, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+LETTER_BYTES = {letter: b for b, letter in BYTE_LETTERS.items()}
+
+# Unicode's White_Space, which is what \s means in the patterns above (Python's \s has four control characters more)
+LONG_SPACES = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{500000,}+")
+
+# Texts whose ids go into a tokenizer's fingerprint. Every packed shard carries that fingerprint: never change them.
+_ATOMS = ("", " ", "   ", "\t", "\n", "\r\n", "\n \n", "\x00", "\x85", "\xa0", "\u200b", "\u3000", "\ufeff",
+          "\ufffd", "a", "The", "don't", "DON'T", "it'\u017f", "7", "1234567", "\u0663\u0664", "\u2167", "x^2",
+          "!!!", "----", "_", "\u2581", "\xe9", "e\u0301", "\ufb01", "\xdf\u1e9e\u0130", "\u0416", "\u05d0\u05b7",
+          "\u0627\u0644", "\u0939\u093f", "\u0e33", "\u6f22\u5b57", "\ud55c", "\U0001f642", "\U0001f1e9\U0001f1ea",
+          "\U0001f469\u200d\U0001f4bb", "\u1c89", "\U00010d40", "\U0001e5d0", "\ua7dc",     # the last four: Unicode 16
+          "<s>", "</s>", "<unk>", "<|endoftext|>", "<|end_of_text|>", "<0x41>")
+PROBES = [*_ATOMS, *(a + b for a in _ATOMS for b in (" b", "\n", *_ATOMS[1:14:4])), "".join(_ATOMS), " ".join(_ATOMS)]
+
+
+class Tokenizer:
+    """A tokenizer, whatever file it was read from.
+
+    kind: "tokenizers", "sentencepiece", "tiktoken" or "gpt2"
+    library: name and version of the package that encodes
+    backend: that package's own object
+    vocab_size: largest id + 1, added and special tokens included
+    bos_id, eos_id, pad_id, unk_id, mask_id: int, or None if the tokenizer has no such token
+    add_bos: whether the model was trained with BOS before each document
+    special_ids: sorted ids of the control tokens and of the five above; no objective masks them or draws them at random
+    tokens: the string of each id as the package spells it (bytes in GPT-2's letters), or None for an unused id
+    """
+
+    def _describe(self, folder: Path, kind: str, library: str, vocab: dict[str, int], control, defaults: dict):
+        """Fill in the attributes above.
+
+        control: ids of control tokens. defaults: {role: token} for the roles that no file in `folder` names.
+        """
+        self.kind = kind
+        self.library = f"{library} {version(library)}"
+        self._vocab = vocab
+        self.vocab_size = max(vocab.values()) + 1
+        self.tokens: list[str | None] = [None] * self.vocab_size
+        for token, i in vocab.items():
+            self.tokens[i] = token
+        naming = {name: read_settings(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+        numbering = {name: read_settings(folder / name) for name in ("config.json", "generation_config.json")}
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id = (
+            self._find_role(role, naming, numbering, vocab.get(defaults.get(role))) for role in ROLES)
+        config = naming["tokenizer_config.json"]
+        add_bos = config.get("add_bos_token")
+        if add_bos is None and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
+            add_bos = True
+        if add_bos is None:
+            add_bos = self._library_adds_bos()
+        self.add_bos = self.bos_id is not None and bool(add_bos)
+        roles = {self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id} - {None}
+        self.special_ids = sorted(roles | set(control))
+
+    def _find_role(self, role: str, naming: dict, numbering: dict, default: int | None) -> int | None:
+        """The id of a role. naming: {file: settings} with tokens as strings; numbering: the same with ids."""
+        key = f"{role}_token"
+        for file, settings in naming.items():
+            if key in settings:
+                token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
+                if token is None or token in self._vocab:
+                    return self._vocab.get(token)
+                if role in ("bos", "eos"):
+                    raise ValueError(f"{file} names {token!r} as {key}, but the vocabulary beside it has no such "
+                                     f"token; correct {key}, or bring the tokenizer file that belongs to it")
+        key = f"{role}_token_id"
+        for file, settings in numbering.items():
+            i = settings.get(key)
+            i = i[0] if isinstance(i, list) and i else i
+            if isinstance(i, int) and 0 <= i < self.vocab_size:
+                return i
+            if isinstance(i, int) and role in ("bos", "eos"):
+                raise ValueError(f"{file} says {key} {i}, but the tokenizer beside it ends at id "
+                                 f"{self.vocab_size - 1}; the two files belong to different models")
+        return default
+
+    def _library_adds_bos(self) -> bool:
+        return True
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of `text`; BOS and EOS only if asked for. ValueError if one is asked for that the tokenizer lacks."""
+        for wanted, role, i in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
+            if wanted and i is None:
+                raise ValueError(f"this {self.kind} tokenizer has no {role.upper()} token; "
+                                 f"name one as {role}_token in tokenizer_config.json beside it")
+        return [self.bos_id] * bos + self._encode(replace_surrogates(text)) + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids that `encode` gives for each text, in order, as read-only uint32 arrays. Uses all cores."""
+        return self._encode_batch([replace_surrogates(text) for text in texts]) if texts else []
+
+    def decode(self, ids) -> str:
+        """The text of `ids` (list, array or tensor).
+
+        Bytes that are not UTF-8, such as the first half of a character whose second half is the next id, become U+FFFD.
+        Control tokens appear by name; SentencePiece leaves them out.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            self.id_to_token(i)
+        return self._decode(ids)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._vocab.get(token)
+
+    def id_to_token(self, i: int) -> str:
+        if not 0 <= i < self.vocab_size or self.tokens[i] is None:
+            raise ValueError(f"id {i} is not in the tokenizer, which has ids from 0 to {self.vocab_size - 1}")
+        return self.tokens[i]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 (64 hex digits) of the tokens by id and of the ids of PROBES.
+
+        It is the same for two files that encode alike, and differs after an extension of the vocabulary or under a
+        package whose Unicode tables have changed.
+        """
+        return hashlib.sha256(json.dumps([self.tokens, [self.encode(t) for t in PROBES]]).encode()).hexdigest()
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Encodes with `tokenizers`."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, kind: str, control, defaults: dict):
+        self.backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        control = [*control, *(i for i, token in backend.get_added_tokens_decoder().items() if token.special)]
+        defaults = {"unk": getattr(backend.model, "unk_token", None), **defaults}
+        self._describe(folder, kind, "tokenizers", backend.get_vocab(with_added_tokens=True), control, defaults)
+
+    def _library_adds_bos(self):
+        return self.backend.encode("a").ids[:1] == [self.bos_id]
+
+    def _encode(self, text):
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def _encode_batch(self, texts):
+        return [np.array(e.ids, np.uint32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _decode(self, ids):
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """Encodes with `sentencepiece`."""
+
+    def __init__(self, backend: sentencepiece.SentencePieceProcessor, folder: Path):
+        self.backend = backend
+        pieces = range(backend.piece_size())
+        vocab = {backend.id_to_piece(i): i for i in pieces}
+        added = _read_added_tokens(folder, vocab)
+        control = [i for i in pieces if backend.is_control(i) or backend.is_unknown(i)]
+        ids = {"bos": backend.bos_id(), "eos": backend.eos_id(), "pad": backend.pad_id(), "unk": backend.unk_id()}
+        defaults = {role: backend.id_to_piece(i) for role, i in ids.items() if i >= 0}
+        self._describe(folder, "sentencepiece", "sentencepiece", vocab | added, [*control, *added.values()], defaults)
+
+    def _encode(self, text):
+        return self.backend.encode(text)
+
+    def _encode_batch(self, texts):
+        return [ids.view(np.uint32) for ids in self.backend.encode(texts, out_type="numpy", num_threads=_cores())]
+
+    def _decode(self, ids):
+        return self.backend.decode([i for i in ids if i < self.backend.piece_size()])
+
+
+class TiktokenTokenizer(Tokenizer):
+    """Encodes with `tiktoken`.
+
+    backend: must have at least one special token. Without any, tiktoken's search for special tokens costs more than
+        the encoding.
+    pattern: the regular expression that cuts a text into words before bytes are joined
+    """
+
+    def __init__(self, folder: Path, kind: str, pattern: str, ranks: dict, specials: dict, vocab: dict, control,
+                 defaults: dict):
+        self.pattern = pattern
+        self.backend = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        self._describe(folder, kind, "tiktoken", vocab, control, defaults)
+
+    def _library_adds_bos(self):
+        return self.kind == "tiktoken"          # Llama 3 was trained with BOS, GPT-2 without
+
+    def _encode(self, text):
+        return self._to_array(text).tolist()
+
+    def _encode_batch(self, texts):
+        # Several texts make one task: a task of its own costs more than encoding one line.
+        step = max(1, len(texts) // (16 * _cores()))
+        with ThreadPoolExecutor(_cores()) as pool:
+            tasks = (texts[k:k + step] for k in range(0, len(texts), step))
+            arrays = pool.map(lambda some: [self._to_array(text) for text in some], tasks)
+            return list(itertools.chain.from_iterable(arrays))
+
+    def _to_array(self, text):
+        # Unlike encode_ordinary, this call builds no Python list, and raises ValueError instead of a Rust panic.
+        try:
+            return self.backend.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # A million white-space characters in a row overflow the stack of the regular expression.
+            parts = self.cut_long_spaces(text)
+            if len(parts) == 1:
+                raise
+            return np.concatenate([self._to_array(part) for part in parts])
+
+    def cut_long_spaces(self, text: str) -> list[str]:
+        """Cut `text` so that the parts encode as they do together.
+
+        The pattern ends a word before the last character of a run of white space, so that is where the cut may be. The
+        exception is a newline there, which Llama 3's pattern keeps with the run (without overflowing the stack).
+        """
+        keep = "\r\n" if self.kind == "tiktoken" else ""
+        ends = [run.end() for run in LONG_SPACES.finditer(text)]
+        cuts = [end - 1 for end in ends if end < len(text) and text[end - 1] not in keep]
+        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+
+    def _decode(self, ids):
+        return self.backend.decode(ids, errors="replace")
+
+
+def load(path) -> Tokenizer:
+    """Read the tokenizer in `path`.
+
+    path: a file, or a folder with a model or with tokenizer files alone. A folder's first of tokenizer.json,
+        tokenizer.model and vocab.json with merges.txt is read. The roles (BOS, EOS, ...) are looked up in the folder.
+
+    ValueError for a path without a tokenizer, for damaged files and for files that contradict each other.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
+    if path.is_dir():
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json "
+                             f"with merges.txt; copy them from the base model's page")
+        path = found
+    if path.name in ("vocab.json", "merges.txt"):
+        return _load_gpt2(path.parent)
+    data = path.read_bytes()
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        return _load_llama3(data, path)
+    try:
+        if path.suffix == ".json":
+            backend = tokenizers.Tokenizer.from_buffer(data)
+        else:
+            backend = sentencepiece.SentencePieceProcessor()
+            backend.LoadFromSerializedProto(data)
+    except Exception as error:      # `tokenizers` raises no narrower class for a file it cannot read
+        what = "tokenizer.json" if path.suffix == ".json" else "SentencePiece model or tiktoken ranks"
+        raise ValueError(f"{path} cannot be read as {what} ({error}); download it again") from error
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(backend, path.parent, "tokenizers", (), {})
+    return SentencePieceTokenizer(backend, path.parent)
+
+
+def _load_llama3(data: bytes, path: Path) -> Tokenizer:
+    """Read tiktoken ranks: a line is "base64 rank". Ranks above the special tokens are those of an extension."""
+    ranks = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            if line:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise ValueError(f"{path} line {number} is not 'base64 rank' ({error}); download it again") from None
+    used = set(ranks.values())
+    base = next(i for i in itertools.count() if i not in used)
+    if base != LLAMA3_BASE or len(used) != len(ranks) or used & set(range(base, base + len(LLAMA3_SPECIALS))):
+        raise ValueError(f"{path} has {base} ranks from 0 on where Llama 3 has {LLAMA3_BASE} and then 256 free "
+                         f"ids; another model's split pattern and special tokens are not in such a file: use its "
+                         f"tokenizer.json")
+    specials = {token: base + i for i, token in enumerate(LLAMA3_SPECIALS)}
+    # At the end of a text `\s++$` matches what `\s+(?!\S)` matches, without its use of the stack.
+    pattern = LLAMA3_SPLIT.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")
+    vocab = {spell_bytes(token): rank for token, rank in ranks.items()} | specials
+    defaults = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
+    return TiktokenTokenizer(path.parent, "tiktoken", pattern, ranks, specials, vocab, specials.values(), defaults)
+
+
+def _load_gpt2(folder: Path) -> Tokenizer:
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; a GPT-2 tokenizer is vocab.json and merges.txt together")
+    made_by = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
+    if made_by and made_by.removesuffix("Fast") not in GPT2_CLASSES:
+        raise ValueError(f"vocab.json and merges.txt in {folder} belong to a {made_by}, which splits text otherwise "
+                         f"than GPT-2; add its tokenizer.json")
+    vocab = read_settings(folder / "vocab.json")
+    merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8").split("\n"))
+    wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
+    if wrong or not vocab:
+        raise ValueError(f"vocab.json in {folder} does not belong to merges.txt: it lacks the merge "
+                         f"{' '.join(wrong or ())!r} or a part of it; download both again")
+    made = {"".join(merge) for merge in merges}
+    controls = {token: i for token, i in vocab.items() if token not in made and token not in LETTER_BYTES}
+    added = _read_added_tokens(folder, vocab)
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    ranks = tiktoken_ranks(vocab, merges, bpe)
+    defaults = {"eos": "<|endoftext|>"}
+    if ranks is not None:
+        controls |= added
+        vocab |= added
+        specials = controls or {"\0no special token": max(vocab.values()) + 1}
+        return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, specials, vocab, controls.values(), defaults)
+    if added:
+        raise ValueError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
+                         f"tokenizer.json: save one with transformers' AutoTokenizer")
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return HuggingFaceTokenizer(bpe, folder, "gpt2", controls.values(), defaults)
+
+
+def parse_merges(lines: list[str]) -> list[tuple[str, ...]]:
+    """The pairs in the lines of a merges.txt, whose first line may be a "#version" comment."""
+    return [tuple(line.split()) for line in lines[lines[0].startswith("#version"):] if line.strip()]
+
+
+def tiktoken_ranks(vocab: dict, merges: list, bpe: tokenizers.Tokenizer) -> dict[bytes, int] | None:
+    """tiktoken's {bytes: id}, or None if it would not encode as `bpe` does (which has no split pattern yet).
+
+    tiktoken joins the adjacent pair whose union has the lowest id; `bpe` joins the pair that stands first in `merges`.
+    These are the same if ids rise with the merges, and each union can come from one pair only, that of its merge. The
+    latter holds exactly if `bpe` encodes the text of each union as that one token. It fails for the merges
+    [b c, a b, ab c]: `bpe` makes "abc" into a + bc and never reaches the third merge, but tiktoken would join a + bc.
+    """
+    made = ["".join(pair) for pair in merges]
+    ids = [vocab[token] for token in made]
+    rising = ids == sorted(set(ids))
+    only_bytes = LETTER_BYTES.keys() <= vocab.keys() and set("".join(made)) <= LETTER_BYTES.keys()
+    if not rising or not only_bytes or [e.ids for e in bpe.encode_batch_fast(made)] != [[i] for i in ids]:
+        return None
+    return {unspell_bytes(token): vocab[token] for token in [*LETTER_BYTES, *made]}
+
+
+def spell_bytes(token: bytes) -> str:
+    """Bytes in GPT-2's letters, one each."""
+    return token.decode("latin-1").translate(BYTE_LETTERS)
+
+
+def unspell_bytes(token: str) -> bytes:
+    """The bytes that a token in GPT-2's letters stands for."""
+    return bytes(LETTER_BYTES[letter] for letter in token)
+
+
+def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
+    """Control tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary that lacks them.
+
+    They get their ids and are never found in text. An ordinary added token would have to be found there, by rules that
+    only a tokenizer.json states in full; it is refused.
+    """
+    config = read_settings(folder / "tokenizer_config.json")
+    entries = {entry["content"]: (int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
+    added = {token: i for token, (i, _) in entries.items()} | read_settings(folder / "added_tokens.json")
+    control = {token for token, (_, entry) in entries.items() if entry.get("special")}
+    for values in (config, read_settings(folder / "special_tokens_map.json")):
+        listed = [values.get(f"{role}_token") for role in ROLES] + (values.get("additional_special_tokens") or [])
+        control |= {value["content"] if isinstance(value, dict) else value for value in listed}
+    added = {token: i for token, i in added.items() if vocab.get(token) != i}
+    taken = set(vocab.values())
+    for token, i in added.items():
+        if token in vocab or i in taken:
+            raise ValueError(f"added token {token!r} of {folder} has id {i}, but the vocabulary beside it says "
+                             f"otherwise; the files belong to different models")
+        if token not in control:
+            raise ValueError(f"added_tokens.json or tokenizer_config.json in {folder} adds the ordinary token "
+                             f"{token!r}; how to find it in text stands in tokenizer.json: save one with transformers")
+    return added
+
+
+def read_settings(path: Path) -> dict:
+    """The JSON object in a settings file, {} if the file is missing."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where a table of names belongs; download it again")
+    return value
+
+
+def token_before_document(tokenizer: Tokenizer) -> int:
+    """Id of the token that stands before a document whose first token is to be predicted.
+
+    It is BOS, or EOS if the tokenizer has no BOS: in packed training text the previous document's EOS stands there.
+    """
+    first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if first is None:
+        raise ValueError("the tokenizer has neither BOS nor EOS, and the first token of a text needs one before it; "
+                         "name a bos_token in tokenizer_config.json beside it (or give generate.py a prompt)")
+    return first
+
+
+def replace_surrogates(text: str) -> str:
+    """Surrogate pairs become the character they mean, and lone surrogates U+FFFD; any other text is unchanged."""
+    return text if text.isascii() else utf8(text).decode()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

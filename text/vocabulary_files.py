@@ -1,0 +1,300 @@
+"""The files of a tokenizer that is continued: opening the base, and writing it with more tokens in every form it has.
+
+| base                      | two tokens are joined if            | files written                             |
+|---------------------------|-------------------------------------|-------------------------------------------|
+| tiktoken (Llama 3)        | the union has a rank, lowest first  | tokenizer.model, tokenizer.json           |
+| vocab.json + merges.txt   | the pair is a merge, earliest first | both, tokenizer.json, tokenizer.tiktoken  |
+| byte-level tokenizer.json | the pair is a merge, earliest first | tokenizer.json, tokenizer.tiktoken        |
+| SentencePiece BPE         | the union is a piece, highest score | tokenizer.model, tokenizer.json           |
+
+tokenizer.tiktoken and the SentencePiece base's tokenizer.json are written only if they encode as the others do.
+"""
+
+import base64
+import copy
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from text import vocabulary
+from text.train_vocabulary import put_bos_first, split_as_llama3
+from text.vocabulary import PROBES, ROLES, Tokenizer, read_settings, unspell_bytes
+
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+# Types of a SentencePiece piece, as sentencepiece_model.proto numbers them
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+
+
+class BaseTokenizer:
+    """A tokenizer that can be continued.
+
+    form: "tiktoken", "gpt2", "json" or "sentencepiece", a row of the table above
+    tokenizer: what `vocabulary.load` returns for it; file, folder: where it stands
+    joinable: per id, whether it may be a part of a new token
+    frozen: strings that no new token may contain (SentencePiece's user-defined pieces)
+    """
+
+    def __init__(self, path):
+        path = Path(path)
+        converted = None
+        if path.is_dir() and (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
+            converted, path = vocabulary.load(path), path / "tokenizer.model"
+        self.tokenizer = vocabulary.load(path)
+        if converted and converted.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(f"{path.parent} has {converted.vocab_size} ids in tokenizer.json and "
+                             f"{self.tokenizer.vocab_size} in tokenizer.model, so that new ids would meet old ones; "
+                             f"remove the file that is not the model's")
+        self.folder = path if path.is_dir() else path.parent
+        self.file = path if path.is_file() else next(
+            path / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path / name).is_file())
+        self.form = {"tokenizers": "json"}.get(self.tokenizer.kind, self.tokenizer.kind)
+        self.frozen = []
+        if self.form == "sentencepiece":
+            self._open_sentencepiece()
+            return
+        special = set(self.tokenizer.special_ids)
+        if self.tokenizer.kind == "tokenizers":
+            self.description = json.loads(self.file.read_text(encoding="utf-8"))
+            byte_level = '"ByteLevel"' in json.dumps(self.description["pre_tokenizer"])
+            if self.description["model"]["type"] != "BPE" or not byte_level:
+                raise ValueError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
+                                 f"(put its tokenizer.model beside it)")
+            special |= {entry["id"] for entry in self.description["added_tokens"]}
+        self.joinable = [token is not None and i not in special for i, token in enumerate(self.tokenizer.tokens)]
+
+    def _open_sentencepiece(self):
+        model = read_fields(self.file.read_bytes())
+        types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
+        if read_submessage(model, 2).get(3, 1) != 2:                    # trainer_spec.model_type: 2 is BPE
+            raise ValueError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
+                             f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
+        self.frozen = [self.tokenizer.tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
+        self.joinable = [i < len(types) and types[i] == NORMAL for i in range(self.tokenizer.vocab_size)]
+
+
+def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, int]], folder: Path) -> None:
+    """Write the tokenizer with all of `tokens` into `folder`, in every form that its kind has.
+
+    tokens: by id, the old ones first. merges: the pair of ids that each new token joins.
+    """
+    old = base.tokenizer
+    first = old.vocab_size
+    if base.form == "sentencepiece":
+        backend = _write_sentencepiece(base, tokens, folder)
+    elif base.form == "tiktoken":
+        backend = _write_tiktoken(base, tokens, folder)
+    else:
+        backend = _write_merges(base, tokens, [(tokens[a], tokens[b]) for a, b in merges], folder)
+    # Each new token must come out of its own text by merges alone. tiktoken looks whole words up first, but a
+    # tokenizer.json need not: a token that only this look-up finds would be alive in one file and dead in the other.
+    look_up, backend.model.ignore_merges = backend.model.ignore_merges, False
+    dead = [t for i, t in enumerate(tokens[first:], first) if [x.id for x in backend.model.tokenize(t)] != [i]]
+    backend.model.ignore_merges = look_up
+    assert not dead, f"{len(dead)} new tokens cannot be reached by merges, the first is {dead[0]!r}"
+    backend.save(str(folder / "tokenizer.json"))
+    write_settings(base, folder, "GPT2Tokenizer" if base.form == "gpt2" else "PreTrainedTokenizerFast")
+    if base.form == "sentencepiece" and not _encode_alike(folder, folder / "tokenizer.model"):
+        (folder / "tokenizer.json").unlink()        # the model has a normaliser that the conversion does not know
+    assert vocabulary.load(folder).tokens[:first] == old.tokens, "an old id moved"
+
+
+def _write_tiktoken(base: BaseTokenizer, tokens: list, folder: Path) -> tokenizers.Tokenizer:
+    lines = base.file.read_bytes().splitlines()
+    lines += [_rank_line(unspell_bytes(token), i) for i, token in enumerate(tokens) if i >= base.tokenizer.vocab_size]
+    (folder / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+    special = set(base.tokenizer.special_ids)
+    vocab = {token: i for i, token in enumerate(tokens) if token is not None}
+    pairs = _all_splits([token for token, i in vocab.items() if i not in special])
+    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
+    split_as_llama3(backend)
+    _add_specials(backend, base.tokenizer)
+    return backend
+
+
+def _rank_line(token: bytes, rank: int) -> bytes:
+    return base64.b64encode(token) + b" %d" % rank
+
+
+def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path):
+    """Put the new pairs at the end of the merges, in vocab.json with merges.txt or in the tokenizer.json.
+
+    All added tokens get their ids in the vocabulary too: otherwise `tokenizers` would number them from its size on,
+    which has grown.
+    """
+    first = base.tokenizer.vocab_size
+    if base.form == "gpt2":
+        vocab = {token: i for i, token in enumerate(tokens) if token is not None}
+        lines = (base.folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines += [" ".join(pair) for pair in pairs]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        merges = vocabulary.parse_merges(lines)
+        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        _add_specials(backend, base.tokenizer)
+        only_merges = True
+    else:
+        description = copy.deepcopy(base.description)
+        model, added = description["model"], description["added_tokens"]
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]] + pairs
+        vocab = model["vocab"] | {entry["content"]: entry["id"] for entry in added}
+        vocab |= {token: i for i, token in enumerate(tokens[first:], first)}
+        model["vocab"], model["merges"] = vocab, merges
+        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
+        only_merges = all(entry["special"] for entry in added) and not description["normalizer"]
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    if only_merges and (ranks := vocabulary.tiktoken_ranks(vocab, merges, bpe)):
+        lines = [_rank_line(token, i) + b"\n" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
+        (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    return backend
+
+
+def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tokenizers.Tokenizer:
+    """Append pieces to the model file itself, and return the same as a tokenizer of `tokenizers`.
+
+    In protobuf a repeated field may go on anywhere, and the later value of a single field counts. So the old bytes,
+    with the normaliser, stay as they are. Tokens that stood behind the model become control pieces of it.
+    """
+    model, first = base.tokenizer.backend, base.tokenizer.vocab_size
+    scores = [model.get_score(i) for i in range(model.piece_size())]
+    score = np.float32(min(scores))
+    data = base.file.read_bytes()
+    names = [f"<unused_{i}>" if token is None else token for i, token in enumerate(tokens)]
+    for i in range(model.piece_size(), len(tokens)):
+        # Each score is 1 below the last, or one step of float32 if that is more: Llama 2 has pieces at -1e9, where
+        # neighbouring values are 64 apart.
+        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
+        scores.append(float(score))
+        data += write_piece(names[i], score, NORMAL if i >= first else CONTROL)
+    data += write_bytes_field(2, b"\x20" + write_varint(len(tokens)))   # trainer_spec.vocab_size is field 4: 4 << 3
+    (folder / "tokenizer.model").write_bytes(data)
+    # Pieces of equal score are joined from the left, so that the token on the left grows: the longer union comes first.
+    normal = [i for i in range(len(tokens)) if i >= first or base.joinable[i]]
+    normal.sort(key=lambda i: (-scores[i], -len(names[i])))
+    unk = None if base.tokenizer.unk_id is None else tokens[base.tokenizer.unk_id]
+    vocab = {name: i for i, name in enumerate(names)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, _all_splits([names[i] for i in normal]), unk_token=unk,
+                                              fuse_unk=True, byte_fallback=True))
+    rules = read_submessage(read_fields(base.file.read_bytes()), 3)     # normalizer_spec
+    remove_extra_spaces, prefix_space = rules.get(4, 1), rules.get(3, 1)
+    steps, ends = [], []
+    if remove_extra_spaces:
+        # A "▁" of the text itself is stripped at the end of the text only.
+        steps = [normalizers.Replace(tokenizers.Regex(r"\A +|[ ▁]+\z"), ""),
+                 normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if prefix_space:
+        # Metaspace would leave the prefix out where the text begins with a space.
+        steps.append(normalizers.Prepend("▁"))
+    if steps:
+        ends = [decoders.Strip(" ", 10**9 if steps[:-1] else 1, 0)]
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
+    _add_specials(backend, base.tokenizer)
+    return backend
+
+
+def _all_splits(tokens: list[str]) -> list[tuple[str, str]]:
+    """Every pair of tokens that joins to one of `tokens`, in the order of `tokens`.
+
+    As merges they mean "whatever two tokens make the union": ["a", "b", "ab", "abb", "bb"] gives
+    [("a", "b"), ("a", "bb"), ("ab", "b"), ("b", "b")].
+    """
+    known = set(tokens)
+    return [(token[:k], token[k:]) for token in tokens for k in range(1, len(token))
+            if token[:k] in known and token[k:] in known]
+
+
+def _add_specials(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
+    backend.add_special_tokens([tokenizer.tokens[i] for i in tokenizer.special_ids])
+    if tokenizer.add_bos:
+        put_bos_first(backend, tokenizer.tokens[tokenizer.bos_id])
+
+
+def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **roles) -> None:
+    """Write the base's settings, with the token of every role by name; `roles` (pad_token="<p>") are laid over them.
+
+    tokenizer_class: "PreTrainedTokenizerFast" makes transformers take tokenizer.json as it is.
+    """
+    for name in SETTINGS:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    tok = base.tokenizer
+    named = {f"{role}_token": tok.tokens[i] for role in ROLES if (i := getattr(tok, f"{role}_id")) is not None}
+    settings = read_settings(base.folder / "tokenizer_config.json") | named | {
+        "tokenizer_class": tokenizer_class, "add_bos_token": tok.add_bos,
+        "clean_up_tokenization_spaces": False} | roles
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _encode_alike(one: Path, other: Path) -> bool:
+    """Whether two tokenizers give PROBES the same ids, but for texts with a control token, where packages differ."""
+    a, b = vocabulary.load(one), vocabulary.load(other)
+    special = [a.tokens[i] for i in a.special_ids]
+    texts = [text for text in PROBES if not any(token in text for token in special)]
+    return all(np.array_equal(x, y) for x, y in zip(a.encode_batch(texts), b.encode_batch(texts)))
+
+
+# ---- protobuf's wire format, as far as a SentencePiece model needs it
+#
+# A message is a sequence of fields: the varint (field number << 3 | wire type), then the value. A varint has 7 bits per
+# byte, lowest first; the highest bit of a byte says that another follows. The piece {"ab", score -1.5, type NORMAL} is
+#     0a 02 61 62        field 1, wire type 2 (length, then bytes): 2 bytes, "ab"
+#     15 00 00 c0 bf     field 2, wire type 5 (4 bytes): -1.5 as float32
+#     18 01              field 3, wire type 0 (varint): 1
+# and a model holds it in its own field 1: `0a 0b` (11 bytes follow), then the above.
+
+def read_fields(data: bytes) -> list[tuple[int, int | bytes]]:
+    """(field number, value) in order: varints as int, strings and messages as bytes, floats as their 4 or 8 bytes."""
+    fields, at = [], 0
+
+    def read_varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value |= (byte & 127) << shift
+            at += 1
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        tag = read_varint()
+        if tag & 7 == 0:
+            value = read_varint()
+        else:
+            size = {1: 8, 5: 4}.get(tag & 7) or read_varint()
+            value = data[at:at + size]
+            at += size
+        fields.append((tag >> 3, value))
+    return fields
+
+
+def read_submessage(fields: list, number: int) -> dict:
+    """{field number: value} of the message in field `number`, which may stand in several parts."""
+    return dict(read_fields(b"".join(value for n, value in fields if n == number)))
+
+
+def write_varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def write_bytes_field(number: int, data: bytes) -> bytes:
+    return write_varint(number << 3 | 2) + write_varint(len(data)) + data
+
+
+def write_piece(token: str, score: float, kind: int) -> bytes:
+    """A piece as a field of a SentencePiece model: see the example above."""
+    score_and_type = b"\x15" + struct.pack("<f", score) + b"\x18" + write_varint(kind)
+    return write_bytes_field(1, write_bytes_field(1, token.encode()) + score_and_type)
