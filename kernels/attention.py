@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import backend
-from kernels.backend import Case, use_triton
+from kernels.backend import use_triton
 from kernels.flash import Flash
 
 choice = os.environ.get("NANOCPT_ATTENTION", "")
@@ -194,53 +194,3 @@ def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start
     if window is not None and causal and T == 1:               # decoding: what the query does not see is cut off
         k, v, window = k[:, -window:], v[:, -window:], None
     return BACKENDS[select(q, k, causal, window, doc_start)](q, k, v, causal, window, doc_start)
-
-
-# ---- what is checked and measured
-
-def pairs(tokens, causal, window, length) -> int:
-    """Pairs of a query and a key it sees in a row of documents of `length`."""
-    whole, rest = divmod(tokens, length)
-
-    def inside(n):
-        w = min(n, window or n)
-        before = w * (w + 1) // 2 + (n - w) * w
-        return before if causal else 2 * before - n
-    return whole * inside(length) + inside(rest)
-
-
-def case(name, H, K, d, causal=True, window=None, length=None, past=0) -> Case:
-    """A row of `tokens` in documents of `length` tokens (None: one document), after `past` keys of a cache."""
-    def inputs(device, dtype, tokens):
-        q, k, v = (torch.randn(1, n, heads, d, device=device, dtype=dtype, requires_grad=True)
-                   for n, heads in ((tokens, H), (tokens + past, K), (tokens + past, K)))
-        at = torch.arange(tokens, dtype=torch.int32, device=device)[None]
-        return q, k, v, causal, window, None if length is None else at - at % length
-
-    def traffic(tokens):
-        return 4 * tokens * d * (H + K), 8 * tokens * d * (H + K)
-
-    def work(tokens):
-        products = 2 * H * d * pairs(tokens, causal, window, length or tokens)
-        return 2 * products, 5 * products
-    own = sdpa if window is None and length is None else varlen
-    return Case(f"attention {name}", attention, inputs, traffic, work, torch=own, bars=())
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case("causal 4/2 heads of 16", 4, 2, 16), case("both ways 3/1 heads of 40", 3, 1, 40, causal=False),
-            case("documents of 9", 2, 1, 20, length=9), case("documents of 9 both ways", 2, 2, 16, False, None, 9),
-            case("window of 5 after 30 keys", 2, 1, 16, window=5, past=30)]
-
-
-def cases() -> list[Case]:
-    """Llama-3-8B, Llama-3.2-1B: one document, packed ones of 1024 tokens; Mistral-7B's window."""
-    return [case("Llama-3-8B", 32, 8, 128), case("Llama-3-8B, documents of 1024", 32, 8, 128, length=1024),
-            case("Llama-3.2-1B", 32, 8, 64), case("Llama-3.2-1B, documents of 1024", 32, 8, 64, length=1024),
-            case("Mistral-7B, window of 4096", 32, 8, 128, window=4096)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("attention")

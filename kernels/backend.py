@@ -8,10 +8,7 @@
 
 import functools
 import os
-import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -21,9 +18,6 @@ try:
     import triton.language as tl
 except ImportError:               # there are no wheels for macOS and Windows: the references are the product there
     triton, tl = None, SimpleNamespace(constexpr=object)
-
-# `python -m kernels.rmsnorm` runs a file that the package has imported already; that is meant.
-warnings.filterwarnings("ignore", "'kernels.* found in sys.modules", RuntimeWarning)
 
 interpreting = triton is not None and triton.knobs.runtime.interpret      # TRITON_INTERPRET=1
 CHOICES = ("", "reference", "triton")
@@ -141,23 +135,3 @@ def table(by_architecture: dict, device: torch.device):
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()
-
-
-@dataclass
-class Case:
-    """One use of an op that is checked, compiled and timed; `cases()` of a kernel's file lists them.
-
-    inputs(device, dtype, tokens) -> the arguments of `op`; those that require gradients get them.
-    traffic, work: of the tokens, the bytes (bf16) an ideal forward and an ideal backward pass move, and the
-    floating-point operations they need. torch: PyTorch's own op for the same, with the same arguments. bars: what else
-    is timed beside it on a GPU: `reference`, `compiled` (torch.compile of the reference), `compiled torch`. References
-    that work in pieces of a CPU's cache take tens of thousands of launches there and are not.
-    """
-    name: str
-    op: Callable
-    inputs: Callable
-    traffic: Callable = lambda tokens: (0, 0)
-    work: Callable = lambda tokens: (0, 0)
-    torch: Callable | None = None
-    bars: tuple = ("reference", "compiled")
-    one_shot: bool = False        # keeps its gradients for one backward pass: only forward + backward can be timed

@@ -21,10 +21,9 @@ The row kernel takes a row in two passes of 16 KB tiles; the second runs backwar
 """
 
 import torch
-import torch.nn.functional as F
 
 from kernels import backend
-from kernels.backend import Case, jit, launch, op, power_of_two, tl, use_triton
+from kernels.backend import jit, launch, op, power_of_two, tl, use_triton
 from kernels.rmsnorm import upcast
 
 CHUNK_BYTES = 128 * 2**20         # of logits held at a time on a CPU; below about 1,000 rows the products slow down
@@ -336,49 +335,3 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Te
             x.flatten(0, -2).to(dtype), weight, labels.flatten(), grad and x.requires_grad,
             grad and weight.requires_grad, want_hits, float(z_loss), float(label_smoothing), soft_cap)
     return loss, token_loss.view(labels.shape), hits.view(labels.shape) if want_hits else None
-
-
-# ---- what is checked and measured
-
-def case(name, D, V, frozen=False, ignored=False, **options) -> Case:
-    def inputs(device, dtype, tokens):
-        x = torch.randn(tokens, D, device=device, dtype=dtype, requires_grad=True)
-        weight = (torch.randn(V, D, device=device, dtype=dtype) * D**-0.5).requires_grad_(not frozen)
-        labels = torch.randint(0, V, (tokens,), device=device)
-        if ignored:
-            labels[::5] = IGNORE
-        return x, weight, labels
-
-    def own(x, weight, labels):
-        z = (x @ weight.T).float()
-        if "soft_cap" in options:
-            z = options["soft_cap"] * torch.tanh(z / options["soft_cap"])
-        loss = F.cross_entropy(z, labels, reduction="sum", label_smoothing=options.get("label_smoothing", 0.0))
-        if "z_loss" in options:
-            loss = loss + options["z_loss"] * torch.logsumexp(z, -1).square()[labels != IGNORE].sum()
-        return loss
-    matrix = 2 * V * D
-    return Case(name, lambda *given: linear_cross_entropy(*given, **options)[0], inputs,
-                lambda tokens: (4 * tokens * D + matrix * (1 if frozen else 2), 0),
-                lambda tokens: (tokens * matrix * (2 if frozen else 3), 0), own,
-                bars=("compiled torch",), one_shot=True)
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case("cross_entropy 16x37", 16, 37, ignored=True),
-            case("cross_entropy 33x300, frozen", 33, 300, frozen=True, ignored=True),
-            case("cross_entropy, smoothed, z", 16, 130, ignored=True, label_smoothing=0.1, z_loss=1e-2),
-            case("cross_entropy, soft cap", 16, 130, soft_cap=2.0)]
-
-
-def cases() -> list[Case]:
-    """The heads of Llama-3.2-1B and Llama-3-8B, the latter also frozen, and of Mistral-7B."""
-    return [case("cross_entropy 2048x128256", 2048, 128256), case("cross_entropy 4096x128256", 4096, 128256),
-            case("cross_entropy 4096x128256, frozen", 4096, 128256, frozen=True),
-            case("cross_entropy 4096x32000", 4096, 32000)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("cross_entropy")

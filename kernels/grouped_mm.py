@@ -14,9 +14,8 @@ runs agree bitwise. Rows behind the last offset belong to no expert: their y and
 """
 
 import torch
-import torch.nn.functional as F
 
-from kernels.backend import Case, jit, launch, op, power_of_two, table, tl, use_triton
+from kernels.backend import jit, launch, op, power_of_two, table, tl, use_triton
 
 GROUP = 8            # tiles of rows that run beside each other
 
@@ -208,50 +207,3 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
     if offsets.dtype != torch.int32:
         raise ValueError(f"grouped_mm got offsets in {offsets.dtype}; they must be torch.int32")
     return (Kernel if use_triton(x) else Reference).apply(x, weight, offsets.clamp(max=len(x)))
-
-
-# ---- what is checked and measured
-
-def torch_grouped_mm(x, weight, offsets):
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-
-
-def even(rows: int, experts: int, device) -> torch.Tensor:
-    """Offsets of equal shares."""
-    return torch.arange(1, experts + 1, dtype=torch.int32, device=device) * rows // experts
-
-
-def case(name, experts, width, out, per_token=2, offsets=even) -> Case:
-    def inputs(device, dtype, tokens):
-        x = torch.randn(per_token * tokens, width, device=device, dtype=dtype)
-        weight = torch.randn(experts, out, width, device=device, dtype=dtype).mul_(width**-0.5)
-        return x.requires_grad_(), weight.requires_grad_(), offsets(len(x), experts, device).to(torch.int32)
-
-    def traffic(tokens):
-        product = 2 * (per_token * tokens * (width + out) + experts * width * out)
-        return product, 2 * product
-
-    def work(tokens):
-        product = 2 * per_token * tokens * width * out
-        return product, 2 * product
-    return Case(name, grouped_mm, inputs, traffic, work, torch=torch_grouped_mm, bars=())
-
-
-def uneven(rows: int, experts: int, device) -> torch.Tensor:
-    """The first expert empty, the second one row, the last the most."""
-    return torch.tensor([0, *(1 + 2 * e for e in range(experts - 2)), rows], device=device)
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case("grouped_mm 3 of 37 x 21", 3, 37, 21), case("grouped_mm uneven", 5, 64, 48, offsets=uneven)]
-
-
-def cases() -> list[Case]:
-    """Mixtral-8x7B: the products into and out of the 14336 of 8 experts, 2 for each token."""
-    return [case("grouped_mm 4096 to 14336", 8, 4096, 14336), case("grouped_mm 14336 to 4096", 8, 14336, 4096)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("grouped_mm")

@@ -17,11 +17,9 @@ whose last two are subtracted maximum from maximum and sum from sum, as they nea
 """
 
 import torch
-import torch.nn.functional as F
 
-from kernels.backend import Case, jit, launch, op, power_of_two, tl, use_triton
+from kernels.backend import jit, launch, op, power_of_two, tl, use_triton
 from kernels.cross_entropy import (
-    IGNORE,
     autocast_device,
     compute_dtype,
     keep_gradients,
@@ -176,46 +174,3 @@ def linear_kl(x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, te
             teacher_weight.detach(), labels.flatten(), grad and x.requires_grad, grad and weight.requires_grad,
             float(temperature), reverse)
     return loss, token_loss.view(labels.shape)
-
-
-# ---- what is checked and measured
-
-def case(name, D, teacher_D, V, frozen=False, ignored=False, **options) -> Case:
-    def inputs(device, dtype, tokens):
-        x, teacher_x = (torch.randn(tokens, d, device=device, dtype=dtype) for d in (D, teacher_D))
-        weight, teacher_weight = (torch.randn(V, d, device=device, dtype=dtype) * d**-0.5 for d in (D, teacher_D))
-        labels = torch.zeros(tokens, dtype=torch.int64, device=device)
-        if ignored:
-            labels[::5] = IGNORE
-        return x.requires_grad_(), weight.requires_grad_(not frozen), teacher_x, teacher_weight, labels
-
-    def own(x, weight, teacher_x, teacher_weight, labels):
-        T = options.get("temperature", 1.0)
-        log_q = F.log_softmax((x @ weight.T).float() / T, -1)
-        log_p = F.log_softmax((teacher_x @ teacher_weight.T).float() / T, -1)
-        log_p, log_q = (log_q, log_p) if options.get("reverse") else (log_p, log_q)
-        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-        return T**2 * kl[labels != IGNORE].sum()
-    return Case(name, lambda *given: linear_kl(*given, **options)[0], inputs,
-                lambda tokens: (tokens * (4 * D + 2 * teacher_D) + 2 * V * ((1 if frozen else 2) * D + teacher_D), 0),
-                lambda tokens: (2 * tokens * V * ((2 if frozen else 3) * D + teacher_D), 0), own,
-                bars=("compiled torch",), one_shot=True)
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case("linear_kl 16x37", 16, 16, 37, ignored=True),
-            case("linear_kl 16 from 33, T 2", 16, 33, 300, temperature=2.0),
-            case("linear_kl, reverse, frozen", 16, 9, 130, frozen=True, ignored=True, reverse=True),
-            case("linear_kl, reverse, T 0.5", 16, 9, 130, temperature=0.5, reverse=True)]
-
-
-def cases() -> list[Case]:
-    """Llama-3-8B from itself before training, from it the 1B model of Llama-3.2, both ways."""
-    return [case("linear_kl 4096 from 4096", 4096, 4096, 128256), case("linear_kl 2048 from 4096", 2048, 4096, 128256),
-            case("linear_kl 2048, reverse", 2048, 4096, 128256, reverse=True)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("linear_kl")

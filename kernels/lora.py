@@ -24,7 +24,6 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import Case
 from kernels.nf4 import NF4, dequantise
 
 scratch = {}                     # (device, dtype, stream or thread) -> the one buffer, as large as the largest weight
@@ -139,56 +138,3 @@ def lora_linear(x: torch.Tensor, weights, biases, a, b, scales) -> tuple[torch.T
         if weight.dtype != dtype and not autocast:
             raise ValueError(f"x is {dtype} and a weight {weight.dtype}; convert one of them or use torch.autocast")
     return LoraLinear.apply(dtype, records, tuple(map(float, scales)), x, *biases, *a, *b, *plain)
-
-
-# ---- what is checked and measured
-
-RANK = 16
-
-
-def plain_torch(x, *tensors):
-    """The same in PyTorch's own ops, a layer after the other."""
-    count = len(tensors) // 3
-    return tuple(F.linear(x, w) + 2.0 * F.linear(F.linear(x, a), b)
-                 for w, a, b in zip(*(tensors[i * count:(i + 1) * count] for i in range(3))))
-
-
-def ours(x, *tensors):
-    count = len(tensors) // 3
-    weights, a, b = (tensors[i * count:(i + 1) * count] for i in range(3))
-    return lora_linear(x, weights, [None] * count, a, b, [2.0] * count)
-
-
-def case(name, width, *outs, rank=RANK) -> Case:
-    def inputs(device, dtype, tokens):
-        def numbers(*shape, scale=1.0, train=True):
-            return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_(train)
-        return (numbers(tokens, width), *(numbers(out, width, scale=width**-0.5, train=False) for out in outs),
-                *(numbers(rank, width, scale=width**-0.5) for _ in outs),
-                *(numbers(out, rank, scale=rank**-0.5) for out in outs))
-
-    def traffic(tokens):
-        weights, adapters = width * sum(outs), rank * (width * len(outs) + sum(outs))
-        rows, low = tokens * (width + sum(outs)), tokens * rank * len(outs)
-        return 2 * (rows + low + weights + adapters), 2 * (rows + tokens * width + low + weights + 2 * adapters)
-
-    def work(tokens):
-        adapters = rank * (width * len(outs) + sum(outs))
-        return 2 * tokens * (width * sum(outs) + adapters), 2 * tokens * (width * sum(outs) + 2 * adapters)
-    return Case(f"lora {name}", ours, inputs, traffic, work, plain_torch, bars=("compiled torch",))
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case("37 to 19", 37, 19, rank=3), case("64 to 64, 16, 16", 64, 64, 16, 16, rank=4)]
-
-
-def cases() -> list[Case]:
-    """The linear layers of Llama-3-8B."""
-    return [case("q/k/v 8B", 4096, 4096, 1024, 1024), case("o 8B", 4096, 4096),
-            case("gate/up 8B", 4096, 14336, 14336), case("down 8B", 14336, 4096)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("lora")

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import torch
 
-from kernels.backend import Case, jit, launch, op, tl, use_triton
+from kernels.backend import jit, launch, op, tl, use_triton
 
 BLOCK, BLOCK2 = 64, 256          # numbers that share an absmax; absmaxes that share an absmax2
 LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -264,55 +264,3 @@ def dequantise(nf4: NF4, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor 
         return made if out is None else out.copy_(made)
     fill(*parts, out.view(-1))
     return out
-
-
-# ---- what is checked and measured
-
-def random_nf4(shape, device) -> NF4:
-    """A record of these sizes; on the meta device too, where nothing can be quantised by a reference."""
-    blocks = -(-shape.numel() // BLOCK)
-
-    def numbers(*size):
-        return torch.rand(size, device=device)
-    packed = torch.randint(0, 256, (-(-shape.numel() // 2),), dtype=torch.uint8, device=device)
-    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
-    code = torch.tensor(LEVELS, device=device)
-    return NF4(packed, absmax, code, numbers(-(-blocks // BLOCK2)), dynamic_levels().to(device), numbers(), shape,
-               torch.bfloat16)
-
-
-def case(*shape) -> Case:
-    shape, N = torch.Size(shape), torch.Size(shape).numel()
-    return Case(f"nf4 dequantise {' x '.join(map(str, shape))}", dequantise,
-                lambda device, dtype, tokens: (random_nf4(shape, device), dtype),
-                lambda tokens: (N // 2 + N // BLOCK + N // BLOCK // BLOCK2 * 4 + 2 * N, 0), bars=())
-
-
-def quantise_case(*shape) -> Case:
-    N = torch.Size(shape).numel()
-    return Case(f"nf4 quantise {' x '.join(map(str, shape))}", quantise,
-                lambda device, dtype, tokens: (torch.randn(shape, device=device, dtype=dtype),),
-                lambda tokens: (2 * N + N // 2 + N // BLOCK * 4, 0), bars=())
-
-
-def example(*shape) -> Case:
-    """There and back, times x, because the check looks at what has gradients; one wrong code would show."""
-    def inputs(device, dtype, tokens):
-        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True), [torch.randn(shape, device=device)]
-    return Case(f"nf4 {' x '.join(map(str, shape))}", lambda x, weight: x * dequantise(quantise(weight[0]), x.dtype),
-                inputs)
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [example(64, 300), example(7, 37), example(1)]
-
-
-def cases() -> list[Case]:
-    """The largest and the square weight of Llama-3-8B."""
-    return [case(4096, 14336), case(4096, 4096), quantise_case(4096, 14336)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("nf4")

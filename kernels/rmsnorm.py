@@ -13,9 +13,8 @@ keeps its share of dw in registers; the shares are summed in a second step, in a
 """
 
 import torch
-import torch.nn.functional as F
 
-from kernels.backend import Case, jit, launch, multiprocessors, op, power_of_two, tl, use_triton
+from kernels.backend import jit, launch, multiprocessors, op, power_of_two, tl, use_triton
 
 TILE = 4096          # numbers a program holds; narrow rows share one
 
@@ -172,34 +171,3 @@ def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, e
     """x, residual [..., D], weight [D] -> rmsnorm(x + residual), x + residual, both in the wider dtype of the two."""
     check_shapes(x, residual, weight)
     return (Kernel if use_triton(x) else Reference).apply(x, residual, weight, eps)
-
-
-# ---- what is checked and measured
-
-def case(name, width, heads=1, add=False) -> Case:
-    def inputs(device, dtype, tokens):
-        shape = (tokens, heads, width) if heads > 1 else (tokens, width)
-        x = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(1 + add)]
-        return *x, torch.randn(width, device=device, dtype=dtype, requires_grad=True), 1e-5
-
-    def traffic(tokens):
-        row = tokens * heads * width * 2
-        return (4 * row, 4 * row) if add else (2 * row, 3 * row)
-    own = None if add else lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-    return Case(name, add_rmsnorm if add else rmsnorm, inputs, traffic, torch=own)
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case("rmsnorm 37", 37), case("rmsnorm 3 heads of 16", 16, heads=3), case("add_rmsnorm 130", 130, add=True)]
-
-
-def cases() -> list[Case]:
-    """The widths of Llama-3.2-1B and Llama-3-8B, and Qwen3's norm over the heads' 128."""
-    return [case("rmsnorm 2048", 2048), case("rmsnorm 4096", 4096), case("rmsnorm 32 heads of 128", 128, heads=32),
-            case("add_rmsnorm 2048", 2048, add=True), case("add_rmsnorm 4096", 4096, add=True)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("rmsnorm")

@@ -24,7 +24,7 @@ registers; the shares are summed in a second step, in a fixed order: two runs ag
 
 import torch
 
-from kernels.backend import Case, jit, launch, multiprocessors, op, power_of_two, tl, use_triton
+from kernels.backend import jit, launch, multiprocessors, op, power_of_two, tl, use_triton
 from kernels.rmsnorm import Reference as RMSNorm
 from kernels.rmsnorm import upcast
 
@@ -305,35 +305,3 @@ def qk_norm_rope(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_wei
         return NormKernel.apply(q, k, q_weight, k_weight, cos, sin, eps)
     q, k = RMSNorm.apply(q, None, q_weight, eps), RMSNorm.apply(k, None, k_weight, eps)
     return Reference.apply(q, k, cos, sin)
-
-
-# ---- what is checked and measured
-
-def case(name, heads, kv_heads, d, r=None, norm=False) -> Case:
-    half = (r or d) // 2
-
-    def inputs(device, dtype, tokens):
-        angle = torch.rand(1, tokens, half, device=device) * 6.28
-        x = [torch.randn(1, tokens, h, d, device=device, dtype=dtype, requires_grad=True) for h in (heads, kv_heads)]
-        weights = [torch.randn(d, device=device, dtype=dtype, requires_grad=True) for _ in range(2 * norm)]
-        return *x, *weights, angle.cos(), angle.sin(), *[1e-6] * norm
-
-    def traffic(tokens):
-        row, angle = tokens * (heads + kv_heads) * d * 2, tokens * half * 8
-        return 2 * row + angle, (3 if norm else 2) * row + angle
-    return Case(f"{'qk_norm_rope' if norm else 'rope'} {name}", qk_norm_rope if norm else rope, inputs, traffic)
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case("3/1 of 6", 3, 1, 6), case("4/2 of 10, 6 turned", 4, 2, 10, 6), case("6/2 of 16", 6, 2, 16, norm=True)]
-
-
-def cases() -> list[Case]:
-    """Llama-3.2-1B, Llama-3-8B, Qwen3-8B."""
-    return [case("32/8 of 64", 32, 8, 64), case("32/8 of 128", 32, 8, 128), case("32/8 of 128", 32, 8, 128, norm=True)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("rope")

@@ -13,7 +13,7 @@ vector of each tensor, and 2048 threads a multiprocessor keep 64 KB of loads in 
 import torch
 import torch.nn.functional as F
 
-from kernels.backend import Case, jit, launch, op, tl, use_triton
+from kernels.backend import jit, launch, op, tl, use_triton
 from kernels.rmsnorm import upcast
 
 CHUNK_ROWS = 256      # on a CPU: the piece between silu and product stays in the cache
@@ -100,27 +100,3 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if gate.shape != up.shape:
         raise ValueError(f"gate is {tuple(gate.shape)} and up {tuple(up.shape)}; expand one to the other's shape")
     return (Kernel if use_triton(gate) else Reference).apply(gate, up)
-
-
-# ---- what is checked and measured
-
-def case(width) -> Case:
-    def inputs(device, dtype, tokens):
-        return [torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
-    return Case(f"swiglu {width}", swiglu, inputs, lambda tokens: (6 * tokens * width, 10 * tokens * width),
-                torch=lambda gate, up: F.silu(gate) * up)
-
-
-def examples() -> list[Case]:
-    """Small and odd, for the check."""
-    return [case(37), case(128)]
-
-
-def cases() -> list[Case]:
-    """Llama-3.2-1B, Qwen3-8B, Llama-3-8B."""
-    return [case(8192), case(12288), case(14336)]
-
-
-if __name__ == "__main__":
-    from kernels.measure import main
-    main("swiglu")

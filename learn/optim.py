@@ -270,8 +270,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, grad_scale=1.0):
-        """grad_scale: what gradients are multiplied by on the way, a number or a device tensor of one element."""
+    def step(self):
         for group in self.param_groups:
             same = {}                                    # a parameter that thaws late is at a step of its own
             for p in group["params"]:
@@ -285,7 +284,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     tensors = {name: local(x) for name, x in self.state[p].items() if name != "step"}
                     states.append(State(self.kind(p), **tensors))
                 adamw_([local(p) for p in params], [local(p.grad) for p in params], states, group["lr"],
-                       group["betas"], group["eps"], group["weight_decay"], step, grad_scale, self.table)
+                       group["betas"], group["eps"], group["weight_decay"], step, self.table)
 
     def load_state_dict(self, state_dict):
         """As torch's, which would turn the codes into numbers of the parameters' dtype."""

@@ -12,7 +12,7 @@ import torch
 
 from kernels import backend, flash
 from kernels.attention import attention, select
-from kernels.measure import compare, run
+from measure.compile_check import compare, run
 
 pytestmark = pytest.mark.kernel
 module = importlib.import_module("kernels.attention")        # the package's own `attention` is the op

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import backend, cross_entropy
 from kernels.cross_entropy import chunk_rows, labelled_rows, linear_cross_entropy
-from kernels.measure import compare
+from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 

@@ -9,8 +9,9 @@ import torch
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from kernels import backend, measure
+from kernels import backend
 from kernels.grouped_mm import grouped_mm
+from measure import compile_check
 
 module = sys.modules["kernels.grouped_mm"]           # the package shows the op under this name
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("one_thread")]
@@ -40,6 +41,10 @@ def naive(x, weight, offsets):
                         for n, e in enumerate(owner)])
 
 
+def torch_grouped_mm(x, weight, offsets):
+    return torch.nn.functional.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
 def close(found, truth, terms):
     for got, expected in zip(found, truth, strict=True):
         size = expected.abs().max().item() if expected.numel() else 0
@@ -53,19 +58,20 @@ def close(found, truth, terms):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_a_row_at_a_time(ends, name, dtype):
     given = inputs(ends, dtype=dtype)
-    truth, upstream = measure.run(naive, measure.in_dtype(given, torch.float64))
+    truth, upstream = compile_check.run(naive, compile_check.in_dtype(given, torch.float64))
     with backend.using(name):
-        found, _ = measure.run(grouped_mm, given, [u.to(dtype) for u in upstream])
-    truth, _ = measure.run(naive, measure.in_dtype(given, torch.float64), [u.to(dtype).double() for u in upstream])
+        found, _ = compile_check.run(grouped_mm, given, [u.to(dtype) for u in upstream])
+    rounded = [u.to(dtype).double() for u in upstream]
+    truth, _ = compile_check.run(naive, compile_check.in_dtype(given, torch.float64), rounded)
     close(found, truth, 51)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_against_torch(name):
     given = inputs([16, 16, 40, 48], 32, 16)
-    expected, upstream = measure.run(module.torch_grouped_mm, given)
+    expected, upstream = compile_check.run(torch_grouped_mm, given)
     with backend.using(name):
-        found, _ = measure.run(grouped_mm, given, upstream)
+        found, _ = compile_check.run(grouped_mm, given, upstream)
     close(found, [x.double() for x in expected], 48)
 
 
@@ -73,13 +79,13 @@ def test_against_torch(name):
 @pytest.mark.parametrize(("ends", "width", "out"), [([130, 131, 300, 301, 301], 72, 260), ([5] * 40 + [90], 16, 16)])
 def test_several_tiles(ends, width, out, dtype):
     """Rows, columns and sums over more than a tile; more experts than a warp has lanes."""
-    for index, error, bound in measure.compare(grouped_mm, inputs(ends, width, out, dtype=dtype), terms=300):
+    for index, error, bound in compile_check.compare(grouped_mm, inputs(ends, width, out, dtype=dtype), terms=300):
         assert error <= bound, f"result {index}"
 
 
 def test_gradcheck():
     for ends in ([2, 2, 5], [0, 4]):
-        x, weight, offsets = measure.in_dtype(inputs(ends, 3, 2), torch.float64)
+        x, weight, offsets = compile_check.in_dtype(inputs(ends, 3, 2), torch.float64)
         assert gradcheck(lambda x, weight, o=offsets: grouped_mm(x, weight, o), (x, weight))
 
 
@@ -89,11 +95,11 @@ def test_strides_and_what_is_not_written_to(name):
     x, weight, offsets = inputs([3, 9, 20], 24, 16)
     plain = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_(), offsets
     with backend.using(name):
-        expected, _ = measure.run(grouped_mm, plain, [torch.ones(len(x), 16, device=DEVICE)])
+        expected, _ = compile_check.run(grouped_mm, plain, [torch.ones(len(x), 16, device=DEVICE)])
         wide = torch.cat([x, x], 1).detach()[:, :24].requires_grad_()
         turned = weight.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         upstream = torch.ones(1, 1, device=DEVICE).expand(len(x), 16)
-        found, _ = measure.run(grouped_mm, (wide, turned, offsets), [upstream])
+        found, _ = compile_check.run(grouped_mm, (wide, turned, offsets), [upstream])
     close(found, [x.double() for x in expected], 24)
     assert torch.equal(wide, x)
     assert torch.equal(turned, weight)
@@ -103,7 +109,7 @@ def test_strides_and_what_is_not_written_to(name):
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_no_rows_and_part_of_the_gradients(name):
     with backend.using(name):
-        for result in measure.run(grouped_mm, inputs([0, 0], 5, 4, rows=0))[0][1:]:
+        for result in compile_check.run(grouped_mm, inputs([0, 0], 5, 4, rows=0))[0][1:]:
             assert not result.any()
         x, weight, offsets = inputs([3, 7])
         with torch.no_grad():
@@ -116,8 +122,8 @@ def test_no_rows_and_part_of_the_gradients(name):
 def test_two_runs_agree():
     with backend.using("triton"):
         given = inputs([70, 70, 200], 40, 24)
-        first, upstream = measure.run(grouped_mm, given)
-        second, _ = measure.run(grouped_mm, given, upstream)
+        first, upstream = compile_check.run(grouped_mm, given)
+        second, _ = compile_check.run(grouped_mm, given, upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -131,9 +137,9 @@ def test_nothing_outside_is_read(monkeypatch):
         around[20000:-20000] = given.detach().flatten()
         return around[20000:-20000].view(given.shape)
     with backend.using("triton"):
-        expected, _ = measure.run(grouped_mm, (x, weight, offsets), upstream)
+        expected, _ = compile_check.run(grouped_mm, (x, weight, offsets), upstream)
         inside = guarded(x).requires_grad_(), guarded(weight).requires_grad_(), offsets
-        found, _ = measure.run(grouped_mm, inside, [guarded(upstream[0])])
+        found, _ = compile_check.run(grouped_mm, inside, [guarded(upstream[0])])
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -141,9 +147,9 @@ def test_nothing_outside_is_read(monkeypatch):
 def test_under_compile():
     given = inputs([3, 3, 17])
     with backend.using("triton"):
-        expected, upstream = measure.run(grouped_mm, given)
+        expected, upstream = compile_check.run(grouped_mm, given)
         compiled = torch.compile(grouped_mm, fullgraph=True, backend="aot_eager")
-        found, _ = measure.run(compiled, given, upstream)
+        found, _ = compile_check.run(compiled, given, upstream)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 

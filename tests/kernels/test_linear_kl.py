@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import backend
 from kernels.linear_kl import linear_kl
-from kernels.measure import compare
+from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 

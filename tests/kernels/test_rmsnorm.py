@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import backend
-from kernels.measure import compare
+from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

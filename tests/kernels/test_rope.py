@@ -13,8 +13,8 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from kernels import backend
-from kernels.measure import compare
 from kernels.rope import qk_norm_rope, rope
+from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 pytest.importorskip("triton")

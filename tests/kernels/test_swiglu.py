@@ -12,8 +12,8 @@ from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from kernels import backend
-from kernels.measure import compare
 from kernels.swiglu import swiglu
+from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 pytest.importorskip("triton")

@@ -1,12 +1,12 @@
-"""Kernels with one fault each that the static check must find; test_kernel_measure.py compiles them in a process of
-its own and prints {name: {architecture: faults}}."""
+"""Kernels with one fault each that the static check must find; test_compile_check.py compiles them in a process of its
+own and prints {name: {architecture: faults}}."""
 
 import json
 
 import torch
 
-from kernels import measure
 from kernels.backend import jit, launch, sending_to, tl, using
+from measure import compile_check
 
 
 @jit
@@ -73,9 +73,9 @@ BROKEN = {
 if __name__ == "__main__":
     found = {}
     for name, broken in BROKEN.items():
-        for architecture in measure.ARCHITECTURES:
-            compiler = measure.Compiler(architecture)
+        for architecture in compile_check.ARCHITECTURES:
+            compiler = compile_check.Compiler(architecture)
             with using("triton"), sending_to(compiler):
                 broken()
-            found.setdefault(name, {})[architecture] = [f for row in compiler.rows for f in measure.faults(row)]
+            found.setdefault(name, {})[architecture] = [f for row in compiler.rows for f in compile_check.faults(row)]
     print(json.dumps(found))

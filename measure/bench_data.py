@@ -1,0 +1,435 @@
+"""From raw text to batches: packing, reading, encoding, cleaning and dedup, each beside its peers on the same files."""
+
+import ast
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import sysconfig
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import clean
+import data
+import dedup
+import tokenizer as tokenizers
+from measure.bench_rows import compare_in_turn, row
+from text import vocabulary
+from text.corpus import read_documents, read_records, utf8
+from text.mixture import DataConfig
+from text.packing import pack_sources
+from text.shards import HEADER_BYTES, Shards, pack
+
+
+@dataclass
+class DataOptions:
+    text: list[str] = field(default_factory=list)
+    """Text or .jsonl files. Default: WikiText-2, law and stories of $NANOCPT_DATA, else what Python documents itself
+    with, which is on every machine."""
+    tokenizer: list[str] = field(default_factory=list)
+    """Tokenizers to pack and encode with. Default: GPT-2 files trained on the text."""
+    mbytes: float = 20.0
+    """The text is repeated to about this size."""
+    rounds: int = 5
+    """Rounds that are counted, after one that warms up."""
+
+
+def bench_data(options: DataOptions) -> list:
+    """Packing and reading on all cores, then each stage on one, beside its peers on the same files.
+
+    Cleaning and dedup get documents of about 2,000 characters (blocks of the text joined), a quarter of `mbytes` at
+    most and never repeated but for the copies that dedup has to find; the encoders get a quarter of `mbytes`.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        files = options.text or real_text() or [python_documentation(folder / "python.txt")]
+        texts = [part.strip() for path in files for block in read_documents(path, "blank")
+                 for part in block.split("<|endoftext|>") if part.strip()]
+        size = sum(len(utf8(t)) for t in texts)
+        joined = max(1, round(2000 * len(texts) / size))
+        documents = ["\n\n".join(texts[i:i + joined]) for i in range(0, len(texts), joined)]
+        documents = documents[::math.ceil(4 * size / 1e6 / options.mbytes)]
+        texts *= max(1, int(options.mbytes * 1e6 / size))
+
+        source = write_jsonl(folder / "in/corpus.jsonl", texts)
+        paths = options.tokenizer or [train_tokenizer(texts, folder)]
+        for path in paths:
+            rows += bench_packing(path, source, texts, folder, options.rounds)
+        rows += bench_reading(folder, options.rounds)
+        with one_core():
+            real = Path(os.environ.get("NANOCPT_DATA", folder)).glob("tokenizers/*")
+            for path in options.tokenizer or [*paths, *sorted(real)]:
+                rows += bench_encoding(path, texts[::4], options.rounds)
+            rows += bench_cleaning(documents, folder, options.rounds)
+            rows += bench_dedup(with_copies(documents), folder, options.rounds)
+    return rows
+
+
+def real_text() -> list[str]:
+    """The corpora of $NANOCPT_DATA that are there."""
+    corpora = Path(os.environ.get("NANOCPT_DATA", "")) / "corpora"
+    names = ("wikitext2/wiki.test.raw", "legal_en_dc/dc_code_title16.txt", "legal_en_dc/dc_code_title28.txt",
+             "tinystories/tinystories_sample_2MiB.txt")
+    return [str(corpora / name) for name in names if (corpora / name).exists()]
+
+
+def python_documentation(out: Path) -> str:
+    """Write the docstrings of Python's standard library to a file, about 1 MB of English; -> its path."""
+    docstrings, documented = [], (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings += [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
+    out.write_text("\n\n".join(text for text in docstrings if text), encoding="utf-8")
+    return str(out)
+
+
+def write_jsonl(path, texts) -> Path:
+    path.parent.mkdir()
+    lines = (json.dumps({"text": text, "id": str(i)}) + "\n" for i, text in enumerate(texts))
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@contextlib.contextmanager
+def one_core():
+    """Keep this thread, the threads and processes it starts, and the batches of `tokenizers` on one core."""
+    cores, setting = os.sched_getaffinity(0), os.environ.get("TOKENIZERS_PARALLELISM", "true")
+    os.sched_setaffinity(0, {max(cores)})
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        os.environ["TOKENIZERS_PARALLELISM"] = setting
+
+
+def train_tokenizer(texts, folder):
+    """A byte-level BPE of 8,192 ids trained on the text, as GPT-2's two files."""
+    from tokenizers import ByteLevelBPETokenizer
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(texts[:20000], vocab_size=8192, special_tokens=["<|endoftext|>"], show_progress=False)
+    (folder / "tokenizer").mkdir()
+    trained.save_model(str(folder / "tokenizer"))
+    return folder / "tokenizer"
+
+
+def hugging_face_twin(path, tokenizer, texts):
+    """The same tokenizer in the library that datasets.map is used with, or None; its ids are compared."""
+    from tokenizers import ByteLevelBPETokenizer
+    if tokenizer.library.startswith("tokenizers"):
+        twin = tokenizer.backend
+    elif tokenizer.kind == "gpt2":
+        files = (str(Path(path) / name) for name in ("vocab.json", "merges.txt"))
+        twin = ByteLevelBPETokenizer.from_file(*files)._tokenizer
+    elif tokenizer.kind == "tiktoken":
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+        file = Path(path) / "tokenizer.model" if Path(path).is_dir() else path
+        twin = TikTokenConverter(str(file), vocabulary.LLAMA3_SPLIT,
+                                 extra_special_tokens=vocabulary.LLAMA3_SPECIALS).converted()
+    else:
+        return None
+    for text in texts[:200]:
+        assert twin.encode(text, add_special_tokens=False).ids == tokenizer.encode(text), "the two sides differ"
+    return twin
+
+
+def bench_packing(path, source, texts, folder, rounds) -> list:
+    """Packing a jsonl file from disk to disk, all with the same tokenizer: on all cores against the encoder alone on
+    the texts in memory and against datasets.map with group_texts as in transformers' run_clm.py; on one core against
+    datatrove's DocumentTokenizer, which does not shuffle here, because pack does not."""
+    tokenizer = tokenizers.load(path)
+    twin = hugging_face_twin(path, tokenizer, texts)
+
+    def ours(workers=2):
+        manifest = pack(read_documents(str(source)), tokenizer, folder / "shards", heldout=0.0, workers=workers,
+                        overwrite=True)
+        return manifest["splits"]["train"]["tokens"]
+
+    def datatrove():
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.tokens import DocumentTokenizer
+        step = DocumentTokenizer(tempfile.mkdtemp(dir=folder), str(folder / "twin.json"), shuffle_documents=False,
+                                 eos_token=tokenizer.id_to_token(tokenizer.eos_id))
+        return datatrove_run(folder, ([JsonlReader(str(source.parent)), step], 1))["tokens"].total
+
+    which = {"tokenizer": Path(path).name}
+    alone = {"pack_vs_encoder": (tokenizer.library, lambda: encode(tokenizer, texts))}
+    rows = compare_in_turn("tokens/s", None, ours, alone, rounds, **which)
+    if twin:
+        # datasets has two ways to use the cores; the better one counts.
+        seconds = [datasets_pipeline(twin, source, folder, processes) for processes in (None, os.cpu_count())]
+        rows.append(row("pack_vs_datasets", "tokens/s", rows[0]["ours"], rows[0]["counts"]["ours"] / min(seconds),
+                        "datasets.map + group_texts", seconds_by_processes=seconds, spread=rows[0]["spread"], **which))
+        twin.save(str(folder / "twin.json"))
+        with one_core():
+            rows += compare_in_turn("tokens/s", None, lambda: ours(1), {"pack_vs_datatrove": ("datatrove", datatrove)},
+                                    min(3, rounds), **which)
+    return rows
+
+
+def encode(tokenizer, texts) -> int:
+    """Tokens by the library's own batch call, on all cores that this thread may use, and nothing else."""
+    cores = len(os.sched_getaffinity(0))
+    if tokenizer.library.startswith("tokenizers"):
+        return sum(map(len, tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)))
+    if tokenizer.library.startswith("sentencepiece"):
+        return sum(map(len, tokenizer.backend.encode(texts, num_threads=cores)))
+    return sum(map(len, tokenizer.backend.encode_ordinary_batch(texts, num_threads=cores)))
+
+
+def bench_encoding(path, texts, rounds) -> list:
+    """encode_batch on one core against the batch call of the library behind it and, if that is another, the same
+    tokenizer in `tokenizers`. Ours looks for surrogates and gives arrays, theirs lists or Encoding objects."""
+    tokenizer = tokenizers.load(path)
+    twin, library = hugging_face_twin(path, tokenizer, texts), tokenizer.library.split()[0]
+    name = f"encode_{Path(path).name}_vs_"
+    peers = {name + library: (library, lambda: encode(tokenizer, texts))}
+    if twin:
+        peers[name + "tokenizers"] = ("tokenizers", lambda: sum(map(len, twin.encode_batch_fast(
+            texts, add_special_tokens=False))))
+    megabytes = sum(len(utf8(t)) for t in texts) / 1e6
+    return compare_in_turn("MB/s", megabytes, lambda: sum(map(len, tokenizer.encode_batch(texts))), peers,
+                           min(3, rounds))
+
+
+def datatrove_run(folder, *pipelines) -> dict:
+    """Each (steps, tasks) by datatrove's local executor with one worker; the last step's statistics."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.utils.logging import logger
+    logger.disable("datatrove")
+    for steps, tasks in pipelines:
+        stats = LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=tempfile.mkdtemp(dir=folder)).run()
+    return stats.stats[-1].stats
+
+
+def datatrove_words():
+    """Words for datatrove split at white space, as dedup.py's are: spaCy's, its default for English, take longer."""
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Words(WordTokenizer):
+        def word_tokenize(self, text):
+            return text.split()
+
+        def span_tokenize(self, text):
+            return [match.span() for match in clean.SENTENCE_END.finditer(text)] or [(0, len(text))]
+
+        def sent_tokenize(self, text):
+            return [text[a:b] for a, b in self.span_tokenize(text)]
+    return Words()
+
+
+def bench_cleaning(documents, folder, rounds) -> list:
+    """clean.py's web preset from a jsonl file to kept.jsonl, dropped.jsonl.gz and drops.json on one core, against
+    datatrove from jsonl to jsonl with the filters of the same rules (Gopher, C4 as FineWeb uses it, FineWeb) and its
+    PIIFormatter, and against datasets.map, filter and to_json around the same clean_document.
+
+    datatrove stops at the first rule that a document breaks and writes nothing of it. Ours takes every score of every
+    document, repairs Unicode, drops boilerplate, guesses the language and looks for more kinds of personal data. C4's
+    list of bad words, which would have to be fetched, is on neither side.
+    """
+    source, settings = write_jsonl(folder / "clean/documents.jsonl", documents), clean.Settings("web")
+
+    def datatrove():
+        from datatrove.pipeline import filters
+        from datatrove.pipeline.formatters import PIIFormatter
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.writers import JsonlWriter
+        language = datatrove_words()
+        return datatrove_run(folder, ([
+            JsonlReader(str(source.parent)), filters.GopherRepetitionFilter(language=language),
+            filters.GopherQualityFilter(language=language), filters.C4QualityFilter(filter_no_terminal_punct=False,
+                                                                                     language=language),
+            filters.FineWebQualityFilter(language=language), PIIFormatter(),
+            JsonlWriter(tempfile.mkdtemp(dir=folder), compression=None)], 1))["total"].total
+
+    def by_datasets():
+        import datasets
+        datasets.disable_progress_bars()
+
+        def step(record):
+            part = clean.clean_document({**record, "metadata": {}}, settings)[0]
+            scores = part["metadata"]["scores"]
+            scores["quality"] = clean.quality(scores)
+            return {"text": part["text"], "kept": not clean.broken(scores, clean.PRESETS["web"])}
+        cache = tempfile.mkdtemp(dir=folder)
+        raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
+        kept = raw.map(step).filter(lambda record: record["kept"])
+        kept.to_json(f"{cache}/kept.jsonl")
+        return len(kept)
+
+    def ours():
+        return clean.run(clean.read_records(str(source)), settings, folder / "cleaned", overwrite=True)["kept"]
+
+    megabytes = sum(len(utf8(t)) for t in documents) / 1e6
+    peers = {"clean_vs_datatrove": ("datatrove", datatrove), "clean_vs_datasets": ("datasets", by_datasets)}
+    return compare_in_turn("MB/s", megabytes, ours, peers, min(3, rounds), documents=len(documents),
+                           megabytes=megabytes)
+
+
+def with_copies(documents) -> list:
+    """The documents and a copy of every third: as it is, in other lines, in capitals, with 1 or 2 % of words new."""
+    rng = random.Random(0)
+
+    def edited(text, share):
+        return " ".join(f"new{rng.randrange(1000)}" if rng.random() < share else word for word in text.split(" "))
+    ways = [str, lambda t: "\n".join(t.split()), str.upper, lambda t: edited(t, 0.01), lambda t: edited(t, 0.02)]
+    out = documents + [ways[i % 5](text) for i, text in enumerate(documents[::3])]
+    rng.shuffle(out)
+    return out
+
+
+def bench_dedup(documents, folder, rounds) -> list:
+    """Near-duplicates on one core: from jsonl to jsonl against datatrove's four stages and datasketch, and in memory
+    against datasketch; all with the words of dedup.normalise, sets of 5-word shingles, 14 bands of 8 hashes.
+
+    Ours decides each proposed pair by its true Jaccard similarity, 0.8 or more, keeps the best and lists what it
+    removed. The peers believe the bands; datatrove also joins chains of pairs, and writes only what is kept.
+    """
+    source = write_jsonl(folder / "dedup/documents.jsonl", documents)
+
+    def ours():
+        return dedup.dedup([source], folder / "deduped", overwrite=True)["kept"]
+
+    def datasketch():
+        records = [record for _, record in read_records(str(source))]
+        kept = dedup_by_datasketch([record["text"] for record in records])
+        (folder / "kept.jsonl").write_text("".join(json.dumps(records[i]) + "\n" for i in kept), encoding="utf-8")
+        return len(kept)
+
+    common = {"documents": len(documents), "megabytes": sum(len(utf8(t)) for t in documents) / 1e6}
+    by_file = {"dedup_vs_datatrove": ("datatrove", lambda: dedup_by_datatrove(source, folder)),
+               "dedup_vs_datasketch": ("datasketch", datasketch)}
+    in_memory = {"dedup_in_memory_vs_datasketch": ("datasketch", lambda: len(dedup_by_datasketch(documents)))}
+    return [*compare_in_turn("documents/s", len(documents), ours, by_file, min(3, rounds), **common),
+            *compare_in_turn("documents/s", len(documents), lambda: dedup_in_memory(documents), in_memory,
+                             min(3, rounds), **common)]
+
+
+def dedup_in_memory(documents) -> int:
+    """dedup.py's functions without its files; -> documents kept."""
+    texts = sorted(documents, key=len, reverse=True)                     # the best of a group is its longest
+    sets, keys = [], []
+    for i in range(0, len(texts), 64):
+        grams = dedup.ngram_hashes([dedup.normalise(t) for t in texts[i:i + 64]], dedup.SHINGLE)
+        sets += map(np.unique, grams)
+        keys.append(dedup.band_keys(grams))
+    members, groups = zip(*map(dedup.link, np.concatenate(keys).T))
+    kept, _, _ = dedup.verdict(list(members), list(groups), len(texts), sets.__getitem__, 0.8)
+    return int((kept == np.arange(len(texts))).sum())
+
+
+def dedup_by_datasketch(texts) -> list[int]:
+    """Indices of the texts that stay."""
+    from datasketch import MinHash, MinHashLSH
+    size = dedup.BANDS * dedup.ROWS
+    index, kept = MinHashLSH(num_perm=size, params=(dedup.BANDS, dedup.ROWS)), []
+    for i, text in enumerate(texts):
+        words, sketch = dedup.normalise(text).split(" "), MinHash(num_perm=size)
+        sketch.update_batch({" ".join(words[j:j + dedup.SHINGLE]).encode()
+                             for j in range(max(len(words) - dedup.SHINGLE + 1, 1))})
+        if not index.query(sketch):
+            index.insert(i, sketch)
+            kept.append(i)
+    return kept
+
+
+def dedup_by_datatrove(source, folder) -> int:
+    """Its four stages from jsonl to jsonl; -> documents kept."""
+    from datatrove.pipeline.dedup import minhash
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.utils.text import TextNormConfig
+    from xxhash import xxh64_intdigest
+    words = TextNormConfig(remove_punctuation=False, norm_numbers=False, norm_unicode_diacritics=False)
+    config = minhash.MinhashConfig(dedup.SHINGLE, dedup.BANDS, dedup.ROWS, norm_config=words)
+    signed, pairs, removed, out = (tempfile.mkdtemp(dir=folder) for _ in range(4))
+    sign = minhash.MinhashDedupSignature(signed, config, language=datatrove_words())
+    sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())             # its own, but xxhash 4 takes bytes alone
+    return datatrove_run(
+        folder, ([JsonlReader(str(source.parent)), sign], 1),
+        ([minhash.MinhashDedupBuckets(signed, pairs, config=config)], dedup.BANDS),
+        ([minhash.MinhashDedupCluster(pairs, removed, config)], 1),
+        ([JsonlReader(str(source.parent)), minhash.MinhashDedupFilter(removed),
+          JsonlWriter(out, compression=None)], 1))["total"].total
+
+
+def datasets_pipeline(twin, source, folder, processes=None) -> float:
+    """Seconds of what transformers' run_clm.py does: the fast tokenizer in a batched map, then group_texts."""
+    import datasets
+    import transformers
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    context, peer = 1024, transformers.PreTrainedTokenizerFast(tokenizer_object=twin)
+
+    def group_texts(batch):
+        joined = {k: list(itertools.chain(*batch[k])) for k in batch}
+        length = len(joined["input_ids"]) // context * context
+        result = {k: [t[i:i + context] for i in range(0, length, context)] for k, t in joined.items()}
+        result["labels"] = result["input_ids"].copy()
+        return result
+
+    cache = tempfile.mkdtemp(dir=folder)
+    start = time.perf_counter()
+    raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
+    encoded = raw.map(lambda batch: peer(batch["text"]), batched=True, remove_columns=raw.column_names,
+                      num_proc=processes)
+    encoded.map(group_texts, batched=True, num_proc=processes)
+    return time.perf_counter() - start
+
+
+def bench_reading(folder, rounds) -> list:
+    """Batches at T = 2048 from mapped shards in random order, with labels, positions and document starts. Peers:
+    nanoGPT's get_batch (tokens alone), rows of T + 1 tokens of a mapped dataset in torch's format (tokens alone), and
+    datatrove's DatatroveFileDataset, which is made for the order of the file (tokens and positions)."""
+    shards, T, B, steps = Shards(folder / "shards"), 2048, 64, 20
+    plan = np.arange(steps * (rounds + 1) + 2, dtype=np.int64)[:, None] * B
+    loader = data.Loader(pack_sources({"text": shards}, DataConfig(context=T)), plan, seed=0)
+    tokens = np.memmap(folder / "shards" / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=HEADER_BYTES)
+    rng, step, windows = np.random.default_rng(0), itertools.count(), max(1, len(tokens) // (T + 1))
+
+    def get_batch():
+        for _ in range(steps):
+            index = rng.integers(0, len(tokens) - T - 1, B)
+            torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in index])
+            torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + T].astype(np.int64)) for i in index])
+
+    @functools.cache
+    def dataset():
+        import datasets
+        cut = tokens[:windows * (T + 1)].reshape(windows, -1)
+        datasets.Dataset.from_dict({"input_ids": cut}).save_to_disk(folder / "rows")
+        return datasets.load_from_disk(folder / "rows").with_format("torch")
+
+    @functools.cache
+    def file():
+        from datatrove.utils.dataset import DatatroveFileDataset
+        tokens.tofile(folder / "tokens.ds")
+        shards.end_maps[0].tofile(folder / "tokens.ds.index")
+        return DatatroveFileDataset(str(folder / "tokens.ds"), T, shards.dtype.itemsize, return_positions=True)
+
+    def in_order():
+        for s in range(steps):
+            rows = [file()[i % windows] for i in range(s * B, (s + 1) * B)]
+            for name in ("input_ids", "positions"):
+                torch.stack([r[name] for r in rows])
+
+    def ours():
+        for _ in range(steps):
+            loader.batch(next(step))
+
+    def random_rows():
+        for _ in range(steps):
+            dataset()[rng.integers(0, windows, B)]
+
+    return compare_in_turn("M tokens/s", steps * B * T / 1e6, ours, {
+        "read_mtokens_per_second": ("nanoGPT get_batch", get_batch), "read_vs_datasets": ("datasets", random_rows),
+        "read_vs_datatrove": ("datatrove", in_order)}, rounds)

@@ -1,0 +1,49 @@
+"""The table of kernels. Truth: figures made by hand, the plain way in PyTorch."""
+
+import json
+import time
+
+import torch
+
+from measure import bench_kernels, compile_check, timing
+from measure.bench_kernels import KernelOptions
+
+
+def test_the_benchmark_without_a_gpu_writes_the_promised_rows(monkeypatch):
+    made = [{"module": "m", "case": c, "kernel": "k", "arch": "sm_80", "registers": r, "spill_bytes": 0, "warps": 4,
+             "shared_bytes": 9, "occupancy": 0.5, "wide_loads": 1, "narrow_loads": 0, "tensor_core": 0, "wgmma": 0,
+             "fp64": 0}
+            for c, r in (("one", 20), ("two", 30))]
+    monkeypatch.setattr(compile_check, "compile_all", lambda names: made)
+    rows = bench_kernels.static_rows(("m",))
+    assert [(r["name"], r["arch"], r["registers"], r["spill_bytes"], r["shared_bytes"]) for r in rows] == [
+        ("m.k", "sm_80", 30, 0, 9)]
+    assert rows[0]["variants"] == made
+
+
+def test_the_kernel_table_and_its_picture(tmp_path, monkeypatch, capsys):
+    cases = iter(range(100))
+
+    def timed(case, tokens, limits, peers):
+        time.sleep(0.05 * (next(cases) > 1))
+        return [{"case": case.name, "tokens": tokens, "pass": "forward", "ms": {"triton": 2.0, "torch": 4.0},
+                 "floor_ms": 1.0, "share": 0.5, "failed": {}, "spread": {}, "peak_bytes": {}}]
+    monkeypatch.setattr(timing, "device_limits", lambda: {"copy_gb_per_second": 3000.0, "bf16_tflops": 700.0})
+    monkeypatch.setattr(timing, "time_case", timed)
+    options = KernelOptions(tokens=[64], seconds=0.01, progress=str(tmp_path / "table.json"),
+                            picture=str(tmp_path / "deep" / "table.png"))
+    rows = bench_kernels.time_kernels(options)
+    assert [r["name"] for r in rows[:2]] == ["copy_gb_per_second", "bf16_tflops"]
+    assert (rows[2]["ours"], rows[2]["peer"], rows[2]["peer_name"], rows[2]["ratio"]) == (2.0, 4.0, "torch", 0.5)
+    assert "seconds were up" in rows[-1]["left_out"]
+    assert (tmp_path / "deep" / "table.png").stat().st_size > 1000
+    assert 2 < len(json.loads((tmp_path / "table.json").read_text())["rows"]) <= len(rows)
+
+
+def test_cpu_paths_compute_what_the_plain_way_computes():
+    for name, (ours, plain, inputs) in bench_kernels.cpu_cases().items():
+        with torch.no_grad():
+            a, b = (f(*inputs) for f in (ours, plain))
+        for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (a, b))):
+            x, y = (x.transpose(1, 2), y) if name == "cpu_attention_documents" else (x, y)
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-4), name

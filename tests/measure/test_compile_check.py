@@ -1,0 +1,118 @@
+"""What can be proven of the kernels without a GPU, and the tools that prove it. Truth: kernels broken on purpose
+(broken_kernels.py), errors computed by hand, the compiler's own report on what it made."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import backend
+from measure import compile_check
+from measure.kernel_cases import KERNELS, cases
+
+ROOT = Path(__file__).parents[2]
+COMPILE = """
+import json, sys
+from measure.compile_check import compile_all
+print(json.dumps(compile_all(architectures=[int(sys.argv[1])])))
+"""
+pytest.importorskip("triton", reason="Triton comes for Linux only")
+
+
+def outside(*command) -> subprocess.Popen:
+    """A Python process that compiles: with TRITON_INTERPRET set there would be nothing to compile."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NANOCPT_KERNELS")}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**plain, "PYTHONPATH": str(ROOT)}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def answer(process):
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    return json.loads(out)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    processes = [outside("-c", COMPILE, str(architecture)) for architecture in compile_check.ARCHITECTURES]
+    return [row for process in processes for row in answer(process)]
+
+
+def test_every_kernel_compiles_for_every_card_without_a_fault(compiled):
+    bad = [f"{row['module']}.{row['kernel']} ({row['case']}, {row['arch']}): {fault}"
+           for row in compiled for fault in compile_check.faults(row)]
+    assert not bad, "\n".join(bad)
+    written = {(name, kernel) for name in KERNELS for kernel in kernels_of(name)}
+    for architecture in compile_check.ARCHITECTURES:
+        assert {(r["module"], r["kernel"]) for r in compiled if r["arch"] == f"sm_{architecture}"} >= written
+
+
+def kernels_of(name):
+    """The launched @jit functions of a file: those called by other kernels are compiled within them."""
+    text = (ROOT / "kernels" / f"{name}.py").read_text(encoding="utf-8")
+    return [k.split("(")[0] for part in text.split("@jit\ndef ")[1:] if (k := part.split("(")[0]).endswith("_kernel")]
+
+
+def test_products_run_on_tensor_cores_and_the_rest_loads_in_vectors(compiled):
+    hopper = [row for row in compiled if row["arch"] == "sm_90" and row["tensor_core"]]
+    assert hopper
+    assert all(row["wgmma"] == row["tensor_core"] for row in hopper)
+    assert not any(row["wgmma"] for row in compiled if row["arch"] == "sm_80")       # the count reads what it says
+    assert all(row["tensor_core"] or row["wide_loads"] for row in compiled)
+    assert all(0 < row["registers"] <= 255 and 0 < row["occupancy"] <= 1 for row in compiled)
+
+
+def test_each_planted_fault_is_found():
+    found = answer(outside("tests/measure/broken_kernels.py"))
+    words = {"sound copy": "", "sound product": "", "fp64": "fp64", "narrow": "vectors",
+             "half narrow": "scalar loads", "spills": "spills", "shared": "shared memory", "few threads": "occupies"}
+    for name, word in words.items():
+        for architecture, faults in found[name].items():
+            assert bool(faults) == bool(word), (name, architecture, faults)
+            assert word in " ".join(faults), (name, architecture)
+    assert {a for a, faults in found["no wgmma"].items() if faults} == {"90"}
+
+
+# ---- the tolerance rule
+
+class Scaled(torch.autograd.Function):
+    """2 x, off by `wrong` forward and backward where Triton is asked for."""
+
+    @staticmethod
+    def forward(ctx, x, wrong):
+        ctx.wrong = wrong if backend.choice == "triton" else 0.0
+        return x * (2 + ctx.wrong)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * (2 + ctx.wrong), None
+
+
+@pytest.mark.parametrize(("wrong", "dtype", "accepted"), [
+    (0.0, torch.float32, True), (1e-7, torch.float32, True), (2e-6, torch.float32, False),
+    (0.0, torch.bfloat16, True), (0.1, torch.bfloat16, False)])
+def test_compare_accepts_rounding_and_nothing_more(wrong, dtype, accepted):
+    x = torch.linspace(-1, 1, 101, dtype=dtype).requires_grad_()
+    found = compile_check.compare(lambda x: Scaled.apply(x, wrong), [x])
+    assert len(found) == 2
+    assert all((error <= bound) == accepted for _, error, bound in found)
+
+
+def test_compare_refuses_what_is_not_finite():
+    with pytest.raises(AssertionError, match="not finite"):
+        compile_check.compare(lambda x: x / (0.0 if backend.choice == "triton" else 1.0),
+                              [torch.ones(3, requires_grad=True)])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_check_of_each_file(name, capsys):
+    """What `bench.py kernels --only NAME` prints first."""
+    assert compile_check.check(name), capsys.readouterr().out
+    assert cases(name)
+
+
