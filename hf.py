@@ -188,6 +188,11 @@ class Base:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def pinned(self) -> str:
+        """The name with the commit that was opened, so that the same files can be opened again."""
+        return self.name if self.revision is None else f"{self.name.partition('@')[0]}@{self.revision}"
+
     @cached_property
     def settings(self) -> dict:
         """config.json as it stands."""

@@ -6,6 +6,7 @@ the model cannot read before the model is made, a plan that reads a source too o
 
 import contextlib
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,9 +91,9 @@ class Run:
     planned: np.ndarray          # loader.plan before any decision of the run's own
     objective: object
     heldout: evaluation.HeldOut  # what the evaluations score
+    base: hf.Base | None         # what model.path names, opened once; None: no path
     inner: Model = None          # the model itself
     model: torch.nn.Module = None            # what the loop calls: the same, or DDP around it
-    base: str | None = None                  # fingerprint of the weights it began from
     methods: list = field(default_factory=list)       # what keeps the base's knowledge (forget.py)
     decisions: list = field(default_factory=list)     # what adaptive replay made of the evaluations so far
     optimizer: torch.optim.Optimizer = None
@@ -108,6 +109,11 @@ class Run:
         """What the names of the weights that a checkpoint must hold have in common."""
         return ".adapters." if self.c.lora.rank else ""
 
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the weights that the run began from; None where it began from random ones."""
+        return self.base.fingerprint if self.c.model.init == "pretrained" else None
+
     def names_of(self, role: str) -> list[str]:
         """The sources of one role, "domain" or "general"."""
         return [name for name, source in self.sources.items() if source.role == role]
@@ -117,6 +123,11 @@ class Run:
         if self.c.train.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, PRECISIONS[self.c.train.precision])
+
+    def forward(self, model, batch):
+        """Hidden states [B, T, D] of a corrupted batch under any model, as the run computes them."""
+        with self.autocast():
+            return objectives.hidden_states(self.objective, model, batch.to(self.world.device))
 
     def __enter__(self):
         return self
@@ -133,13 +144,12 @@ def build(c, world, folder: Path | None = None) -> Run:
     """
     refuse_combinations(c, world)
     torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
-    tokenizer = open_tokenizer(c)
-    config = model_config(c, tokenizer)
-    run = plan_data(c, world, folder, tokenizer, config)
+    base = open_base(c, world)
+    tokenizer = open_tokenizer(c, base)
+    config = base.config if base else fresh_config(c, tokenizer)
+    run = plan_data(c, world, folder, base, tokenizer, config)
     refuse_plan(run)
-    run.inner = build_model(c, config, world)
-    if c.model.init == "pretrained":
-        run.base = hf.open_base(c.model.path).fingerprint
+    run.inner = build_model(c, config, base, world)
     run.methods = forget.build(c.forget, describe_learning(run))
     for method in run.methods:
         method.model_built(run.inner)                                      # model built
@@ -175,23 +185,33 @@ def open_log(run: Run) -> Logger:
     return Logger(run.folder, run.c.log, run.steps, run.world.main, settings=dataclasses.asdict(run.c))
 
 
-# ---- tokenizer and data
+# ---- base, tokenizer and data
 
-def open_tokenizer(c):
+def open_base(c, world) -> hf.Base | None:
+    """model.path, opened once. A branch of the Hub may move at any time: every rank takes the commit that rank 0
+    found."""
+    if not c.model.path:
+        return None
+    if world.size == 1 or not c.model.path.startswith("hf://"):
+        return hf.open_base(c.model.path)
+    found = hf.open_base(c.model.path) if world.main else None
+    revision = world.broadcast(found.revision if found else None)
+    return found or hf.open_base(c.model.path, revision)
+
+
+def open_tokenizer(c, base: hf.Base | None):
     """The model's tokenizer, or None where a folder has none (then only the vocabulary's size is checked)."""
     if c.model.tokenizer:
         return tokenizers.load(c.model.tokenizer)
-    if not c.model.path:
+    if base is None:
         raise ValueError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
                          "--model.tokenizer")
-    folder = hf.resolve(c.model.path)
-    has = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-    return tokenizers.load(folder) if has else None
+    has = any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+    return tokenizers.load(base.folder) if has else None
 
 
-def model_config(c, tokenizer) -> ModelConfig:
-    if c.model.path:
-        return hf.open_base(c.model.path).config
+def fresh_config(c, tokenizer) -> ModelConfig:
+    """The sizes that the settings give a model without a base."""
     sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
     return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
 
@@ -215,7 +235,7 @@ def open_sources(c, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict
     return sources, train, heldout
 
 
-def plan_data(c, world, folder, tokenizer, config) -> Run:
+def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     """The run with its sources, its plan, its objective and what it scores, and still without a model."""
     sources, shards, heldout = open_sources(c, tokenizer, config.vocab_size, world)
     packed = pack_sources(shards, c.data)
@@ -225,7 +245,7 @@ def plan_data(c, world, folder, tokenizer, config) -> Run:
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     documents = {name: docs for name, s in heldout.items()
                  if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
-    run = Run(c, world, folder, tokenizer, config, sources, loader, plan, objective, None)
+    run = Run(c, world, folder, tokenizer, config, sources, loader, plan, objective, None, base)
     run.heldout = evaluation.HeldOut(
         documents, {name: sources[name].role for name in documents}, objective,
         token_before_document(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
@@ -248,42 +268,62 @@ def refuse_plan(run: Run):
 
 # ---- model
 
-def build_model(c, config: ModelConfig, world) -> Model:
-    """The model on its device, filled, with its adapters, and sharded where it is to be."""
-    fsdp, adapters = world.size > 1 and c.parallel.strategy == "fsdp", c.lora.rank > 0
-    # bf16 weights alone would lose small updates; adamw_8bit keeps what bf16 cannot hold, a frozen base has none
-    half = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or adapters)
-    weights = torch.bfloat16 if half else torch.float32
-    if c.model.init == "scratch":
-        model = Model(config).to(weights)
-        model.initialise(c.seed)
-        fresh = parallel.model_state(model) if fsdp else None
-    if fsdp:
-        with torch.device("meta"):
-            model = Model(config).to(weights)
-            if adapters:
-                lora.attach(model, c.lora, c.seed)
-        dtype = PRECISIONS[c.train.precision]              # adapters are gathered in fp32: their steps are small
-        parallel.shard(model, world, None if adapters or dtype == torch.float32 else dtype)
-        model.to_empty(device=world.device)
-        model.tie()
-        if c.model.init == "scratch":
-            parallel.load_model_state(model, fresh)
-        else:
-            hf.fill(model, hf.resolve(c.model.path), layout=parallel.like)
-        if adapters:
-            lora.initialise(model, c.seed, parallel.like)
-    elif c.model.init != "scratch":
-        # what is quantised goes to the device a tensor at a time, so that the plain weights never have to fit there
-        model = hf.load(c.model.path, weights, "cpu" if adapters and c.lora.base != "plain" else world.device)
-    if adapters and not fsdp:
-        lora.attach(model, c.lora, c.seed, device=world.device)
-    model.to(world.device)
+def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
+    """The model on its device, with its weights and its adapters, and with FSDP sharded."""
+    make = make_sharded_model if world.size > 1 and c.parallel.strategy == "fsdp" else make_model
+    model = make(c, config, base, world)
     model.checkpoint_blocks = c.model.activation_checkpointing
     model.train()
     if c.compile:
         model.compile()
     return model
+
+
+def make_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
+    """Weights -> adapters -> device."""
+    if c.model.init == "scratch":
+        model = make_fresh_model(c, config)
+    else:
+        # A base that is to be quantised goes to the device tensor by tensor: its plain weights need not fit there.
+        quantise = c.lora.rank > 0 and c.lora.base != "plain"
+        model = hf.load(base, weight_dtype(c), "cpu" if quantise else world.device)
+    if c.lora.rank:
+        lora.attach(model, c.lora, c.seed, device=world.device)
+    return model.to(world.device)
+
+
+def make_sharded_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
+    """Shapes without memory -> adapters -> shards -> weights, so that no rank ever holds the full model."""
+    with torch.device("meta"):
+        model = Model(config).to(weight_dtype(c))
+        if c.lora.rank:
+            lora.attach(model, c.lora, c.seed)
+    # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
+    gathered = None if c.lora.rank or c.train.precision == "fp32" else PRECISIONS[c.train.precision]
+    parallel.shard(model, world, gathered)
+    model.to_empty(device=world.device)
+    model.tie()
+    if c.model.init == "scratch":
+        parallel.load_model_state(model, parallel.model_state(make_fresh_model(c, config)))
+    else:
+        hf.fill(model, base.folder, layout=parallel.like)
+    if c.lora.rank:
+        lora.initialise(model, c.seed, parallel.like)
+    return model
+
+
+def make_fresh_model(c, config: ModelConfig) -> Model:
+    """Random weights on the CPU, the same on every rank."""
+    model = Model(config).to(weight_dtype(c))
+    model.initialise(c.seed)
+    return model
+
+
+def weight_dtype(c) -> torch.dtype:
+    """bf16 halves the memory of weights that do not train (under adapters) and of those whose optimizer keeps what
+    bf16 rounds away (adamw_8bit). With any other optimizer bf16 weights would lose small updates."""
+    bf16 = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or c.lora.rank > 0)
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 # ---- methods
@@ -306,31 +346,29 @@ class GeneralText:
             yield self.run.objective.corrupt(batch, batch.rng)
 
 
+def show_teacher(teacher, model):
+    """For Learning.base: the context manager that yields the teacher, whatever the model."""
+    return contextlib.nullcontext(teacher)
+
+
 def describe_learning(run: Run) -> Learning:
     """What the retention methods may know of this run."""
     c, world, loader = run.c, run.world, run.loader
     general = {name: run.sources[name] for name in run.names_of("general")}
-
-    def forward(model, batch):
-        with run.autocast():
-            return objectives.hidden_states(run.objective, model, batch.to(world.device))
-
     base = None
     if c.lora.rank:
         base = lora.disabled
     elif c.forget.lwf.alpha and world.size > 1 and c.parallel.strategy == "fsdp":
-        teacher = build_model(c, run.config, world).requires_grad_(False)
-
-        def base(model):
-            return contextlib.nullcontext(teacher)
-
+        # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
+        teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
+        base = functools.partial(show_teacher, teacher)
     tokens = [record["sha256"] for name, shards in zip(loader.names, loader.shards) if name in general
               for record in shards.manifest["splits"]["train"]["shards"]]
-    made_of = [run.base, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
+    made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
     if c.data.drop_last:
         made_of.append("drop_last")
     return Learning(
-        steps=run.steps, seed=c.seed, world=world, forward=forward,
+        steps=run.steps, seed=c.seed, world=world, forward=run.forward,
         general_text=GeneralText(run, general) if general else None,
         general_sources=frozenset(i for i, name in enumerate(loader.names)
                                   if name in general and loader.plan[-1][i]),

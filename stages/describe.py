@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import hf
 import lora
 from core import checkpoint
 from core.config import to_toml
@@ -25,10 +24,9 @@ def describe(run: Run):
     c, loader, say = run.c, run.loader, run.log.say
     say(f"model: {run.inner.count_parameters() / 1e6:.1f}M parameters, {run.config.family}, "
         f"vocabulary {run.config.vocab_size:,}")
-    if c.model.path and c.model.init == "pretrained":
-        known = hf.open_base(c.model.path).facts
-        say(f"base: {c.model.path}, licence: {known['license']}")
-        if known["chat_template"]:
+    if c.model.init == "pretrained":
+        say(f"base: {run.base}, licence: {run.base.facts['license']}")
+        if run.base.facts["chat_template"]:
             say("warning: the base carries a chat template; continuing the pretraining of a chat model costs it its "
                 "chat ability, its base model is the better start")
     if c.lora.rank:

@@ -39,10 +39,10 @@ def export(run: Run, folder: Path, card: str):
         return
     if c.lora.rank:                                # onto the base as it is on disk, whatever it was rounded to here
         adapter = folder.with_name("adapter")
-        save_adapter(run.inner, adapter, c.model.path, weights)
-        lora.merge_folders(c.model.path, adapter, folder, card=card, tokenizer=c.model.tokenizer or None)
+        save_adapter(run.inner, adapter, run.base.name, weights)
+        lora.merge_folders(run.base, adapter, folder, card=card, tokenizer=c.model.tokenizer or None)
         return
-    hf.save(run.inner, folder, base=c.model.path or None, state=weights, tokenizer=c.model.tokenizer or None,
+    hf.save(run.inner, folder, base=run.base, state=weights, tokenizer=c.model.tokenizer or None,
             scratch=c.model.init == "scratch", card=card)
 
 
@@ -57,7 +57,7 @@ def merge_with_base(run: Run) -> dict:
         return run.heldout.score(model.eval(), parallel.World(0, 1, run.world.device))
 
     shutil.rmtree(out / "final", ignore_errors=True)       # of a run that died before its eval.json
-    found = forget.merge_best(c.model.path, out / "trained", out / "final", score,
+    found = forget.merge_best(run.base, out / "trained", out / "final", score,
                              run.names_of("general"), c.forget.merge, device=run.world.device, say=run.log.say)
     write_json(out / "merge.json", found)
     return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])

@@ -31,7 +31,7 @@ def identity(run: Run, step: int) -> dict:
         "mix": short_digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.steps if c.forget.freeze.schedule != "none" else None,
         "rates": short_digest(repr([optim.learning_rate(s, run.steps, c.optim) for s in range(step)]).encode()),
-        "base": run.base, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
+        "base": run.base_fingerprint, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
         "tokens": short_digest(json.dumps(tokens).encode()),
         "optim": {k: v for k, v in dataclasses.asdict(c.optim).items() if k not in optim.SCHEDULE_FIELDS},
         "objective": dataclasses.asdict(c.objective),
@@ -47,10 +47,11 @@ def save(run: Run, step: int):
         tensors, numbers[method.name] = method.state()
         moments |= {f"{method.name}:{name}": tensor for name, tensor in tensors.items()}
     if run.world.main:
-        checkpoint.save(run.folder / "checkpoints", step, weights, moments,
-                        {"identity": identity(run, step), "loss_scale": run.scale.state_dict(), "methods": numbers,
-                         "decisions": run.decisions, "base": run.c.model.path, "optim": dataclasses.asdict(run.c.optim),
-                         "tokenizer": run.c.model.tokenizer or run.c.model.path}, run.c.train.keep)
+        base = run.base.pinned if run.base else ""
+        state = {"identity": identity(run, step), "loss_scale": run.scale.state_dict(), "methods": numbers,
+                 "decisions": run.decisions, "base": base, "optim": dataclasses.asdict(run.c.optim),
+                 "tokenizer": run.c.model.tokenizer or base}
+        checkpoint.save(run.folder / "checkpoints", step, weights, moments, state, run.c.train.keep)
     run.log.record("event", step, message="checkpoint saved")
     run.world.barrier()
 

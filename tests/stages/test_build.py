@@ -1,0 +1,54 @@
+"""stages/build.py: what a run is made of, and what it opens to be made.
+
+Laws: a base is opened once in a run, and is one commit of the Hub on every rank.
+"""
+
+import types
+from pathlib import Path
+
+import pytest
+from test_train import lines, make_lab, one, quick, settings
+
+import hf
+import train
+from stages import build as stage
+
+__all__ = ["quick"]         # an autouse fixture, here too
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.mark.parametrize("words", [["--lora.rank", 2], ["--forget.merge.method", "linear"],
+                                   ["--forget.ewc.strength", 1, "--forget.ewc.samples", 4, "--forget.lwf.alpha", 0.5]])
+def test_the_base_is_opened_once_in_a_run(lab, tmp_path, monkeypatch, words):
+    train.train(settings(lab, tmp_path / "base", steps=1), one())
+    base, opened, real = tmp_path / "base/final", [], hf.open_base
+
+    def count(path, revision=None):
+        if not isinstance(path, hf.Base):
+            opened.append(str(path))
+        return real(path, revision)
+    monkeypatch.setattr(hf, "open_base", count)
+    train.train(settings(lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", base, *words, steps=2),
+                one())
+    assert opened.count(str(base)) == 1
+    assert len(lines(tmp_path / "run", "train")) == 2
+
+
+def test_every_rank_opens_the_commit_that_rank_0_found(monkeypatch):
+    """A branch of the Hub that moves at every question; the ranks exchange values through a box."""
+    commits, box = iter(["first", "second"]), []
+
+    def open_base(path, revision=None):
+        return hf.Base(path, Path("cache"), revision or next(commits))
+
+    def world(rank):
+        return types.SimpleNamespace(size=2, main=rank == 0,
+                                     broadcast=lambda value: box.append(value) or box[0])
+    monkeypatch.setattr(hf, "open_base", open_base)
+    c = types.SimpleNamespace(model=stage.ModelSection(path="hf://org/name"))
+    assert [stage.open_base(c, world(rank)).revision for rank in (0, 1)] == ["first", "first"]
+    assert stage.open_base(c, world(0)).pinned == "hf://org/name@second"
