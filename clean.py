@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.cli import Reading
 from core.config import ArgumentParser, main_guard, nearest, write_json
 from core.pool import WorkerPool, batches_by_size
 from text import corpus
@@ -538,21 +539,12 @@ def read_records(path: str, documents: str | None = None, column: str = "text", 
     unless `documents` says line, blank or file. metadata.source is the file's name where the record names none.
     """
     stem, source = re.sub(r"\.(gz|zst)$", "", path), path if path.startswith("hf://") else Path(path).name
-    if path.startswith("hf://") or not stem.endswith((".jsonl", ".ndjson", ".parquet")):
-        rule = documents or ("blank" if stem.endswith(".txt") else "file")
-        records = corpus.read_records(path, rule, None, column, config, split)
-    elif not os.path.isfile(path):
-        raise ValueError(f"input file {path} does not exist")
-    else:                                        # not through read_records, which refuses a null text
-        records = (corpus.parquet_records(path, column, None) if stem.endswith(".parquet")
-                   else corpus.json_records(path))
+    rule = documents or ("blank" if stem.endswith(".txt") else "file")
+    reading = Reading(rule, column=column, config=config, split=split)
+    records = corpus.read_records([path], reading, allow_null=True)
     try:
-        for number, (where, record) in enumerate(records, 1):
-            text = record.get(column, 0) if isinstance(record, dict) else 0
-            if text is not None and not isinstance(text, str):
-                known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"{where} has no text under {column!r} (it has: {known}); name it with --column")
-            record = {"text": text, **{k: v for k, v in record.items() if k not in ("text", column)}}
+        for number, (_, record) in enumerate(records, 1):
+            record = {"text": record[column], **{k: v for k, v in record.items() if k not in ("text", column)}}
             record["id"] = f"{source}/{number}" if record.get("id") is None else record["id"]
             if not isinstance(record.get("metadata"), dict):
                 record["metadata"] = {} if record.get("metadata") is None else {"metadata": record["metadata"]}
@@ -890,7 +882,7 @@ def main():
 
     for path in files:                          # all of them, before any work
         next(reader([path]), None)
-    keywords = tuple(text.strip() for text in corpus.read_documents(args.keywords, "line") if text.strip()) \
+    keywords = tuple(text.strip() for text in corpus.read_documents([args.keywords], Reading("line")) if text.strip()) \
         if args.keywords else ()
     odds = None
     if args.general:

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from core.cli import Reading
 from core.config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
@@ -234,19 +235,18 @@ def cli_pack(args):
     if args.buckets and any(map(holds_tokens, args.files)):
         raise ValueError("--buckets orders records by a score, and token files carry none; pack them without")
     tokenizer = tokenizers.load(args.tokenizer)
+    reading = Reading(args.documents, args.separator, args.column, args.config, args.split)
     for path in args.files:                    # all of them, before any work
         if holds_tokens(path):
             next(read_token_documents(path, tokenizer, args.dtype), None)
         else:
-            next(read_documents(path, args.documents, args.separator, args.column, args.config, args.split), None)
+            next(read_documents([path], reading), None)
     start, bar = time.perf_counter(), tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
 
     def records(files=args.files):
-        for path in files:
-            for record in read_records(path, args.documents, args.separator, args.column, args.config, args.split,
-                                       only=[args.column] if not args.score else None):
-                bar.update(len(record[1][args.column]))
-                yield record
+        for record in read_records(files, reading, only=[args.column] if not args.score else None):
+            bar.update(len(record[1][args.column]))
+            yield record
 
     def texts(files):
         for path in files:
@@ -358,9 +358,8 @@ def cli_preview(args, words):
 
 def cli_mix(args):
     def records(files):
-        for path in files:
-            for _, record in read_records(path, args.documents, args.separator, args.column, args.config, args.split):
-                yield record
+        reading = Reading(args.documents, args.separator, args.column, args.config, args.split)
+        return (record for _, record in read_records(files, reading))
 
     done = mix_files(records(args.domain), records(args.general), args.out, ratio=args.domain_ratio,
                      total=args.total_samples, seed=args.seed, max_epochs=args.max_epochs,

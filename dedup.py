@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.cli import Reading
 from core.config import ArgumentParser, main_guard, write_json
 from core.hashing import fmix64
 from core.pool import WorkerPool, batches_by_size
@@ -163,7 +164,7 @@ def read_rows(path: str, documents: str = "blank"):
             with open(path, encoding="utf-8-sig", newline="") as file:
                 yield from ((path, row) for row in csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","))
         else:
-            yield from ((path, {"text": text}) for text in read_documents(path, documents))
+            yield from ((path, {"text": text}) for text in read_documents([path], Reading(documents)))
     except (UnicodeDecodeError, EOFError, OSError, zlib.error, RecursionError, TypeError, csv.Error,
             json.JSONDecodeError) as error:                              # none of which names the file
         raise ValueError(f"file {path} cannot be read: {error}; convert it or fetch it again") from None
@@ -250,7 +251,7 @@ def sign(shared: tuple, batch: list):
 
 def _identified(path, column, documents):
     """Yield (id, record) of a file; a record without an id is called FILE:NUMBER."""
-    for number, (_, record) in enumerate(read_records(path, documents, column=column), 1):
+    for number, (_, record) in enumerate(read_records([path], Reading(documents, column=column)), 1):
         ident = record.get("id")
         yield (f"{path}:{number}" if ident is None else ident), record
 
@@ -409,7 +410,7 @@ def dedup(files, out, *, against=(), paragraphs: bool = False, threshold: float 
         raise ValueError(f"threshold is {threshold} and workers {workers}; the threshold must be above 0 and at most "
                          f"1, and there must be at least one worker")
     for path in files:
-        next(read_records(path, documents, column=column), None)                # all of them, before any work
+        next(read_records([path], Reading(documents, column=column)), None)        # all of them, before any work
     benchmarks = Benchmarks(against) if against else None
     settings = {"version": VERSION, "column": column, "documents": documents, "paragraphs": paragraphs,
                 "against": list(map(_stamp, against))}

@@ -25,6 +25,7 @@ import hf
 import lora
 import tokenizer as tokenizers
 from core import checkpoint
+from core.cli import Reading
 from core.config import ArgumentParser, main_guard, write_json
 from core.hashing import mix_keys
 from generate import Settings, generate, pick_device
@@ -173,13 +174,14 @@ def score_files(model, tokenizer, texts: dict[str, str], args) -> tuple[dict, di
     """({name: numbers}, protocol) of text files under a model."""
     context = args.context or min(model.config.max_position_embeddings, 2048)
     prefix, objective, results = token_before_document(tokenizer), objectives.Causal(mask_documents=True), {}
+    reading = Reading(args.documents, args.separator, args.column)
     for name, file in texts.items():
         if (Path(file) / "manifest.json").is_file():           # a packed source: its held-out documents
             shards = Shards(file, "heldout")
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
         else:
-            raw = [text for text in read_documents(file, args.documents, args.separator, args.column) if text]
+            raw = [text for text in read_documents([file], reading) if text]
             documents = [(ids, len(utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
         if not documents:
             raise ValueError(f"text {name} ({file}) is empty")

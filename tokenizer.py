@@ -99,7 +99,7 @@ def main():
 def _train(args):
     if (Path(args.out) / "tokenizer.json").exists() and not args.overwrite:
         raise ValueError(f"{args.out} holds a tokenizer already; choose another --out or add --overwrite")
-    texts = (text for file in args.files for text in read_documents(file))
+    texts = read_documents(args.files)
     tokenizer = train(texts, args.kind, args.vocab_size, args.out)
     fewer = f" of {args.vocab_size}: the text gave no more" if tokenizer.vocab_size < args.vocab_size else ""
     print(f"{args.out}: {args.kind} tokenizer with {tokenizer.vocab_size} ids{fewer}")
@@ -113,7 +113,7 @@ def _encode(args):
 
 
 def _texts(files) -> list[str]:
-    return [text for file in files for text in read_documents(file)]
+    return list(read_documents(files))
 
 
 def _source(args):
@@ -127,7 +127,7 @@ def _source(args):
 
 
 def _extend(args):
-    texts = (text for file in args.files for text in read_documents(file))
+    texts = read_documents(args.files)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, "tokenizer") if args.model else Path(args.out)
         source = _source(args)

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "experiments")]
 
 import tokenizer  # noqa: E402
+from core.cli import Reading  # noqa: E402
 from core.config import ArgumentParser, main_guard, write_json  # noqa: E402
 from text.corpus import read_documents  # noqa: E402
 from text.extend_vocabulary import extend  # noqa: E402
@@ -58,8 +59,9 @@ def pack_both(tok, texts: dict[str, list[str]], out: Path) -> dict:
 def prepare(data: Path, out: Path) -> tuple[dict, dict]:
     """Shards for both vocabularies and the extended tokenizer, learnt without the held-out documents, all in `out`:
     ({"base": manifests, "extended": manifests}, {new id: old ids})."""
-    texts = {"domain": [text for file in LEGAL for text in read_documents(str(data / file))],
-             "general": [text for text in read_documents(str(data / STORIES), separator="<|endoftext|>") if text]}
+    stories = read_documents([str(data / STORIES)], Reading(separator="<|endoftext|>"))
+    texts = {"domain": list(read_documents([str(data / file) for file in LEGAL])),
+             "general": [text for text in stories if text]}
     base = tokenizer.load(data / BASE)
     manifests = {"base": pack_both(base, texts, out / "shards/base")}
     shards = Shards(out / "shards/base/domain", "heldout")

@@ -52,7 +52,7 @@ def bench_data(options: DataOptions) -> list:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         files = options.text or real_text() or [python_documentation(folder / "python.txt")]
-        texts = [part.strip() for path in files for block in read_documents(path, "blank")
+        texts = [part.strip() for block in read_documents(list(map(str, files)))
                  for part in block.split("<|endoftext|>") if part.strip()]
         size = sum(len(utf8(t)) for t in texts)
         joined = max(1, round(2000 * len(texts) / size))
@@ -150,7 +150,7 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
     twin = hugging_face_twin(path, tokenizer, texts)
 
     def ours(workers=2):
-        manifest = pack(read_documents(str(source)), tokenizer, folder / "shards", heldout=0.0, workers=workers,
+        manifest = pack(read_documents([str(source)]), tokenizer, folder / "shards", heldout=0.0, workers=workers,
                         overwrite=True)
         return manifest["splits"]["train"]["tokens"]
 
@@ -300,7 +300,7 @@ def bench_dedup(documents, folder, rounds) -> list:
         return dedup.dedup([source], folder / "deduped", overwrite=True)["kept"]
 
     def datasketch():
-        records = [record for _, record in read_records(str(source))]
+        records = [record for _, record in read_records([str(source)])]
         kept = dedup_by_datasketch([record["text"] for record in records])
         (folder / "kept.jsonl").write_text("".join(json.dumps(records[i]) + "\n" for i in kept), encoding="utf-8")
         return len(kept)

@@ -1,128 +1,166 @@
-"""Documents out of files and Hub datasets: text, JSONL, parquet, plain or compressed, one record a document.
+"""Documents out of files and Hub datasets: text, JSONL, parquet, plain or compressed, one record per document.
 
-    for where, record in read_records("legal.jsonl.gz"): record["text"]
+    for where, record in read_records(["legal.jsonl.gz", "hf://org/dataset@v1"]):
+        record["text"]
 
-A record is datatrove's: {"text", "id", "metadata"}; whatever else it says is kept.
+A record is datatrove's: {"text", "id", "metadata"}; whatever else it says is kept. The options of reading are those of
+core/cli.py's `Reading`, with the same defaults in every command.
 """
 
 import gzip
+import io
 import json
 import os
 import re
 import zlib
 from pathlib import Path
 
+from core.cli import Reading
+from core.errors import UserError
+
+# Suffixes that hold no plain text; read as text they would give nonsense without an error.
 NOT_TEXT = (".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".pdf", ".docx", ".zip")
+SEPARATED_CHUNK = 1 << 20           # characters read at a time where a separator stands between documents
 
 
-def read_documents(path: str, documents: str = "blank", separator: str | None = None, column: str = "text",
-                   config: str | None = None, split: str = "train"):
-    """Yield the text of each document of a file, or of an hf://org/dataset[@revision] through `datasets`.
+def read_documents(files: list[str], reading: Reading | None = None):
+    """Yield the text of each document of the files, as read_records."""
+    reading = reading or Reading()
+    for _, record in read_records(files, reading, only=[reading.column]):
+        yield record[reading.column]
 
-    .jsonl[.gz|.zst] and .parquet: one record a document, its text under `column`. Anything else is text: one document
-    per line, per block between blank lines, or per file; or between `separator` strings.
+
+def read_records(files: list[str], reading: Reading | None = None, only: list[str] | None = None,
+                 allow_null: bool = False):
+    """Yield (where it stands, record) of each document of the files, an hf://org/dataset[@revision] being one too.
+
+    .jsonl[.gz|.zst] and .parquet hold one record per document. Anything else is text, cut into documents as
+    reading.documents or reading.separator says. Each record has a string under reading.column, or with `allow_null`
+    perhaps None. `only` names the columns that are taken from a parquet file; without it a record has all.
+    A file that cannot be read is a UserError with its name, and a record without text one with its place.
     """
-    for _, record in read_records(path, documents, separator, column, config, split, only=[column]):
-        yield record[column]
+    assert not isinstance(files, str), "files is a list of paths"
+    reading = reading or Reading()
+    for path in files:
+        for where, record in _records_of(path, reading, only):
+            text = record.get(reading.column, 0) if isinstance(record, dict) else 0
+            if not isinstance(text, str) and not (text is None and allow_null):
+                known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise UserError(f"{where} has no text under {reading.column!r} (it has: {known}); name the column with "
+                                f"--column")
+            yield where, record
 
 
-def read_records(path: str, documents: str = "blank", separator: str | None = None, column: str = "text",
-                 config: str | None = None, split: str = "train", only: list | None = None):
-    """Yield (where it stands, record) for each document; the record has a string under `column` and, unless a parquet
-    file is to give `only` some columns, all else that the file says of it."""
+def _records_of(path: str, reading: Reading, only):
     if path.startswith("hf://"):
-        from datasets import load_dataset
-        name, _, revision = path.removeprefix("hf://").partition("@")
-        try:
-            rows = load_dataset(name, config, split=split, streaming=True, revision=revision or None)
-            yield from with_text(((f"{path} record {i}", row) for i, row in enumerate(rows, 1)), column)
-        except OSError as error:               # no such dataset, no network: not to be taken for a full disk
-            raise ValueError(f"{path} cannot be read from the Hub: {str(error).splitlines()[0]}") from None
+        yield from _hub_records(path, reading)
         return
     if not os.path.isfile(path):
-        raise ValueError(f"input file {path} " + ("is a folder; name the files in it" if os.path.isdir(path)
-                                                  else "does not exist"))
+        raise UserError(f"input file {path} " + ("is a folder; name the files in it" if os.path.isdir(path)
+                                                 else "does not exist"))
     if Path(path).suffix.lower() in NOT_TEXT:
-        raise ValueError(f"input file {path} is no plain text; make it .txt or .jsonl (one {{\"text\": ...}} a line)")
+        raise UserError(f"input file {path} is no plain text; make it .txt or .jsonl (one {{\"text\": ...}} a line)")
     stem = re.sub(r"\.(gz|zst)$", "", path)
     try:
         if stem.endswith(".parquet"):
-            yield from with_text(parquet_records(path, column, only), column)
+            yield from _parquet_records(path, reading.column, only)
         elif stem.endswith((".jsonl", ".ndjson")):
-            yield from with_text(json_records(path), column)
+            yield from json_records(path)
         else:
-            yield from ((path, {column: text}) for text in _text_documents(path, documents, separator))
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:       # none of which names the file
+            for text in _text_documents(path, reading):
+                yield path, {reading.column: text}
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        # These errors do not name the file, and the user may have given a hundred.
         what = "read" if stem.endswith(".parquet") else "read as UTF-8 text"
-        raise ValueError(f"input file {path} cannot be {what}: {error}; convert it or fetch it again") from None
+        raise UserError(f"input file {path} cannot be {what}: {error}; convert it or fetch it again") from None
 
 
-def with_text(records, column):
-    for where, record in records:
-        text = record.get(column) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{where} has no text under {column!r} (it has: {known}); name the column with --column")
-        yield where, record
+def _hub_records(path: str, reading: Reading):
+    from datasets import load_dataset
+    name, _, revision = path.removeprefix("hf://").partition("@")
+    try:
+        rows = load_dataset(name, reading.config, split=reading.split, streaming=True, revision=revision or None)
+        for number, row in enumerate(rows, 1):
+            yield f"{path} record {number}", row
+    except OSError as error:
+        # No such dataset or no network. As an OSError it would be reported like a full disk.
+        raise UserError(f"{path} cannot be read from the Hub: {str(error).splitlines()[0]}") from None
 
 
-def json_records(path):
+def json_records(path: str):
+    """Yield (where, value) of each line of a .jsonl[.gz|.zst] file; the value may be anything that JSON can hold."""
     with _open_text(path) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield f"{path} line {number}", json.loads(line)
-                except (ValueError, RecursionError) as error:      # a number of 5,000 digits, a thousand brackets
-                    raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                # Also an integer of more than 4,300 digits, and brackets a thousand deep.
+                raise UserError(f"{path} line {number} is not JSON: {error}") from None
+            yield f"{path} line {number}", value
 
 
-def parquet_records(path, column, only):
+def _parquet_records(path: str, column: str, only):
     import pyarrow
     import pyarrow.parquet as parquet
     try:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+        raise UserError(f"{path} is not a readable parquet file: {error}") from None
     if column not in file.schema_arrow.names:
-        raise ValueError(f"{path} has no column {column!r} (it has: {', '.join(file.schema_arrow.names)}); "
-                         f"name the column with --column")
+        raise UserError(f"{path} has no column {column!r} (it has: {', '.join(file.schema_arrow.names)}); "
+                        f"name the column with --column")
     for batch in file.iter_batches(batch_size=1024, columns=only):
-        yield from ((path, record) for record in batch.to_pylist())
+        for record in batch.to_pylist():
+            yield path, record
 
 
-def _open_text(path):
+def _open_text(path: str):
+    """A file of UTF-8 text, decompressed; a byte order mark is skipped, and only a line feed ends a line."""
     if path.endswith(".zst"):
-        import io
-
         import pyarrow
         return io.TextIOWrapper(pyarrow.input_stream(path, compression="zstd"), encoding="utf-8-sig", newline="\n")
     opener = gzip.open if path.endswith(".gz") else open
     return opener(path, "rt", encoding="utf-8-sig", newline="\n")
 
 
-def _text_documents(path, documents, separator):
+def _text_documents(path: str, reading: Reading):
     with _open_text(path) as file:
-        if separator:
-            rest = ""
-            while part := file.read(1 << 20):
-                *whole, rest = (rest + part).split(separator)
-                yield from (text.strip("\r\n") for text in whole)
-            if rest.strip("\r\n"):
-                yield rest.strip("\r\n")
-        elif documents == "file":
+        if reading.separator:
+            yield from _split_at(file, reading.separator)
+        elif reading.documents == "file":
             yield file.read()
-        elif documents == "line":
-            yield from (line.rstrip("\r\n") for line in file)
-        else:
-            block = []
+        elif reading.documents == "line":
             for line in file:
-                if line.strip():
-                    block.append(line)
-                elif block:
-                    yield "".join(block).rstrip("\r\n")
-                    block = []
-            if block:
-                yield "".join(block).rstrip("\r\n")
+                yield line.rstrip("\r\n")
+        else:
+            yield from _blocks(file)
+
+
+def _split_at(file, separator: str):
+    """The texts between the separators, without line ends around them; the last one only if it is not empty."""
+    rest = ""
+    while part := file.read(SEPARATED_CHUNK):
+        # The separator may lie across two chunks, so the last text waits for the next chunk.
+        *complete, rest = (rest + part).split(separator)
+        for text in complete:
+            yield text.strip("\r\n")
+    if rest.strip("\r\n"):
+        yield rest.strip("\r\n")
+
+
+def _blocks(file):
+    """The blocks of lines between blank lines."""
+    block = []
+    for line in file:
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield "".join(block).rstrip("\r\n")
+            block = []
+    if block:
+        yield "".join(block).rstrip("\r\n")
 
 
 def utf8(text: str) -> bytes:

@@ -268,7 +268,7 @@ def test_qlora_stays_within_two_percent_of_lora(data_dir, tmp_path):
     """stories260K on a title of law, the same batches; the last quarter's losses."""
     model, law = data_dir / "models/stories260K", data_dir / "corpora/legal_en_dc/dc_code_title16.txt"
     tok = tokenizer.load(model)
-    shards.pack(list(corpus.read_documents(str(law)))[:300], tok, tmp_path / "law")
+    shards.pack(list(corpus.read_documents([str(law)]))[:300], tok, tmp_path / "law")
     losses = {}
     for kept in ("plain", "nf4"):
         c = config.parse(train.Config, list(map(str, [

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from core.cli import Reading
 from text.corpus import read_documents
 
 
@@ -14,7 +15,7 @@ def test_text_files(tmp_path):
 
     def read(text, **options):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return list(read_documents(str(path), **options))
+        return list(read_documents([str(path)], Reading(**options)))
     text = "\n\none\n  two\n \t\nthree\n\n\n\nfour"
     assert read(text) == read(text + "\n\n") == ["one\n  two", "three", "four"]
     assert read(text.replace("\n", "\r\n")) == ["one\r\n  two", "three", "four"]
@@ -34,7 +35,7 @@ def test_text_files(tmp_path):
     assert read("", documents="file") == [""]
     packed = tmp_path / "b.txt.gz"
     packed.write_bytes(gzip.compress(text.encode()))
-    assert list(read_documents(str(packed))) == ["one\n  two", "three", "four"]
+    assert list(read_documents([str(packed)])) == ["one\n  two", "three", "four"]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "jsonl.gz", "jsonl.zst", "parquet"])
@@ -50,9 +51,9 @@ def test_records(tmp_path, suffix):
             file.write(lines.encode())
     else:
         path.write_bytes(gzip.compress(lines.encode()) if suffix.endswith("gz") else lines.encode())
-    assert list(read_documents(str(path), column="body")) == texts
+    assert list(read_documents([str(path)], Reading(column="body"))) == texts
     with pytest.raises(ValueError, match=rf"x\.{suffix} .*'text' \(it has: n, body\); .*--column"):
-        list(read_documents(str(path)))
+        list(read_documents([str(path)]))
 
 
 def test_records_that_are_wrong_name_file_and_line(tmp_path):
@@ -62,7 +63,7 @@ def test_records_that_are_wrong_name_file_and_line(tmp_path):
                         ("garbage", "line 2 is not JSON")):
         path.write_text('{"text": "a"}\n' + line + "\n")
         with pytest.raises(ValueError, match=match) as error:
-            list(read_documents(str(path)))
+            list(read_documents([str(path)]))
         assert "x.jsonl" in str(error.value)
 
 
@@ -79,9 +80,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     for name, raw in wrong.items():
         (tmp_path / name).write_bytes(raw)
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
-            list(read_documents(str(tmp_path / name)))
+            list(read_documents([str(tmp_path / name)]))
     with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
-        list(read_documents(str(tmp_path / "nowhere.txt")))
+        list(read_documents([str(tmp_path / "nowhere.txt")]))
 
 
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
@@ -90,14 +91,14 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert list(read_documents(f"hf://{folder}", column="body")) == ["one", "two"]
+    assert list(read_documents([f"hf://{folder}"], Reading(column="body"))) == ["one", "two"]
     asked = {}
 
     def load_dataset(name, config, **options):
         asked.update(options, name=name, config=config)
         return iter([{"text": "a"}, {"other": "b"}])
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    documents = read_documents("hf://org/set@v1", config="en", split="test")
+    documents = read_documents(["hf://org/set@v1"], Reading(config="en", split="test"))
     assert next(documents) == "a"
     assert asked == {"name": "org/set", "config": "en", "split": "test", "streaming": True, "revision": "v1"}
     with pytest.raises(ValueError, match="hf://org/set@v1 record 2 has no text under 'text'"):
@@ -111,4 +112,4 @@ def test_a_hub_that_cannot_be_reached_is_named_and_not_taken_for_a_full_disk(tmp
         raise ConnectionError("no route to the Hub")
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match="hf://org/name cannot be read from the Hub: no route"):
-        list(read_documents("hf://org/name"))
+        list(read_documents(["hf://org/name"]))

@@ -43,7 +43,7 @@ def cleaned(data_dir, tmp_path_factory):
     abstracts = json.loads((corpora / "medical_pubmedqa/ori_pqal.json").read_text(encoding="utf-8")).values()
     with gzip.open(data_dir / "bench/humaneval/HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
         code = [record["prompt"] + record["canonical_solution"] for record in map(json.loads, file)]
-    sources = {"legal": list(read_documents(str(corpora / "legal_en_dc/dc_code_title16.txt"))),
+    sources = {"legal": list(read_documents([str(corpora / "legal_en_dc/dc_code_title16.txt")])),
                "medical": ["\n".join(entry["CONTEXTS"]) for entry in abstracts], "code": code}
     kept = {}
     for name, texts in sources.items():
@@ -56,7 +56,7 @@ def cleaned(data_dir, tmp_path_factory):
             patch.setattr(sys, "argv", ["clean.py", str(home / f"{name}.jsonl"), "--preset", name, "--out",
                                         str(home / name)])
             assert main_guard(clean.main) == 0
-        kept[name] = list(read_documents(str(home / name / "kept.jsonl")))
+        kept[name] = list(read_documents([str(home / name / "kept.jsonl")]))
         assert len(kept[name]) > 50
     return kept
 

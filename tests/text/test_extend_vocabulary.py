@@ -114,7 +114,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="module")
 def legal(data_dir):
     """Documents to learn from, and others: about 450 kB and 100 kB of the DC Code."""
-    documents = list(read_documents(str(data_dir / "corpora/legal_en_dc/dc_code_title28.txt")))
+    documents = list(read_documents([str(data_dir / "corpora/legal_en_dc/dc_code_title28.txt")]))
     return [d for n, d in enumerate(documents) if n % 10 < 4], documents[9::10]
 
 

@@ -19,6 +19,7 @@ import pytest
 from synthetic import Bytes, counts_of, loader_of, naive_write, run, scored, some_texts, source
 
 import tokenizer as tokenizers
+from core.cli import Reading
 from text import shards
 from text.corpus import read_documents
 from text.mixture import SourceConfig
@@ -403,7 +404,8 @@ def test_real_text_comes_back(tmp_path, data_dir, name):
     for file, separator in (("legal_en_dc/dc_code_title16.txt", None), ("tinyshakespeare/input.txt", None),
                             ("wikitext2/wiki.valid.raw", None), ("tinystories/tinystories_sample_2MiB.txt",
                                                                  "<|endoftext|>")):
-        texts += list(itertools.islice(read_documents(str(data_dir / "corpora" / file), separator=separator), 100))
+        found = read_documents([str(data_dir / "corpora" / file)], Reading(separator=separator))
+        texts += list(itertools.islice(found, 100))
     manifest = pack(texts, tokenizer, tmp_path / "s", heldout=0.0, shard_tokens=20_000)
     shards, kept = Shards(tmp_path / "s"), [text for text in texts if text]
     assert shards.documents == len(kept) > 300
