@@ -27,8 +27,9 @@ import tokenizer as tokenizers
 from core import checkpoint
 from core.cli import Reading
 from core.config import ArgumentParser, main_guard, write_json
+from core.devices import pick_device
 from core.hashing import mix_keys
-from generate import Settings, generate, pick_device
+from generate import Settings, generate
 from learn import objectives
 from measure import verdict
 from model import Model, ModelConfig

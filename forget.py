@@ -36,7 +36,8 @@ import eval as evaluation
 import hf
 import tokenizer
 from core.config import ArgumentParser, main_guard, write_json
-from generate import Settings, decode, end_ids, first_ids, pick_device
+from core.devices import pick_device
+from generate import Settings, decode, end_ids, first_ids
 from learn.adaptive import AdaptiveConfig, AdaptiveReplay
 from learn.ema import EMA, EMAConfig
 from learn.ewc import EWC, EWCConfig

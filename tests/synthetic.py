@@ -114,3 +114,18 @@ def run(monkeypatch, *argv) -> int:
     """Exit status of data.py with these arguments."""
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
     return main_guard(data.main)
+
+
+MIXED = "Zażółć gęślą — 中文字、日本語 🙂👩‍💻🇩🇪 e\u0301 ok"
+
+
+class ByteTokenizer:
+    """A tokenizer whose ids are the bytes of UTF-8, with BOS 256 and EOS 257."""
+
+    vocab_size, bos_id, eos_id, add_bos = 258, 256, 257, True
+
+    def encode(self, text, bos=False, eos=False):
+        return [256] * bos + list(text.encode()) + [257] * eos
+
+    def decode(self, ids):
+        return b"".join(bytes([i]) for i in ids if i < 256).decode(errors="replace")

@@ -1,30 +1,29 @@
 """generate.py against transformers' logits processors and its generate(), and against laws.
 
 Laws: the cache and the device change nothing; a seed repeats itself and its draws have the stated probabilities
-(chi-square); what is streamed is the decoded text, however its bytes are cut into tokens.
+(chi-square).
 """
 
 import functools
 import itertools
 import json
-import random
 import shutil
 import types
 
 import pytest
 import tokenizers
 import torch
+from synthetic import MIXED, ByteTokenizer
 from torch import nn
 
 import generate as module
 import hf
 import tokenizer
-from core.config import main_guard
-from generate import Settings, TextStream, complete, end_ids, generate, penalised, probabilities, sample_logits
+from core.config import check_limits
+from generate import Settings, complete, end_ids, generate, penalised, probabilities, sample_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASE = {"max_new_tokens": 30, "temperature": 0.0}
-MIXED = "Zażółć gęślą — 中文字、日本語 🙂👩‍💻🇩🇪 e\u0301 ok"
 
 
 # ---- one token
@@ -128,7 +127,7 @@ def test_sampling_is_pure_and_greedy_takes_the_first_of_equals():
 def test_settings_out_of_range_are_named(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"{name} is .*must be"):
-            Settings(**{name: value})
+            check_limits(Settings(**{name: value}))
 
 
 # ---- many tokens
@@ -170,7 +169,7 @@ def test_a_real_model_tells_what_it_tells_in_transformers(data_dir, penalty):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_cached_equals_uncached(tiny_model, changes, temperature):
     model, prompt = tiny_model(**changes), [5, 90, 3, 3, 17]
-    new = [generate(model, prompt, Settings(40, temperature, top_p=0.9, use_cache=cache)) for cache in (True, False)]
+    new = [generate(model, prompt, Settings(40, temperature, top_p=0.9, cache=cache)) for cache in (True, False)]
     assert new[0] == new[1]
     assert len(new[0]) == 40
 
@@ -224,17 +223,6 @@ def test_cuda_and_cpu_tell_the_same(tiny_model):
 
 # ---- text
 
-class Bytes:
-    """A tokenizer whose ids are bytes; `width` of them at a time may be pushed as one token would be."""
-    vocab_size, bos_id, eos_id, add_bos = 258, 256, 257, True
-
-    def encode(self, text, bos=False, eos=False):
-        return [256] * bos + list(text.encode()) + [257] * eos
-
-    def decode(self, ids):
-        return b"".join(bytes([i]) for i in ids if i < 256).decode(errors="replace")
-
-
 class Scripted(nn.Module):
     """A model that says `script` after a prompt, whatever the prompt."""
 
@@ -250,98 +238,20 @@ class Scripted(nn.Module):
         return nn.functional.one_hot(torch.tensor([[script]]), self.config.vocab_size).float()
 
 
-def streamed(tok, prompt_ids, new_ids, stop=()):
-    """(pieces written, text) of a TextStream that is fed until it says stop."""
-    pieces = []
-    stream = TextStream(tok, prompt_ids, stop, pieces.append)
-    any(stream.push(token) for token in new_ids)
-    assert stream.finish() == stream.text == "".join(pieces)
-    return pieces, stream.text
-
-
-def test_characters_are_written_whole():
-    ids = Bytes().encode(MIXED)
-    for split in range(10):
-        pieces, text = streamed(Bytes(), Bytes().decode(ids[:split]).encode(errors="ignore"), ids)
-        assert text.endswith(MIXED)
-        assert "\ufffd" not in "".join(pieces[1:])
-    pieces, _ = streamed(Bytes(), [], ids)
-    assert len([piece for piece in pieces if piece]) == len(MIXED)       # each as soon as its last byte is there
-
-
-def test_invalid_bytes_are_written_once_it_is_clear_that_they_are():
-    source = random.Random(0)
-    for _ in range(300):
-        ids = [source.choice([0x41, 0x20, 0xc3, 0xa9, 0xe4, 0xb8, 0xad, 0xf0, 0x9f, 0x98, 0xff]) for _ in range(12)]
-        cut = source.randrange(12)
-        if Bytes().decode(ids[:cut]).endswith("\ufffd"):
-            continue                                # a prompt is whole text
-        assert streamed(Bytes(), ids[:cut], ids[cut:])[1] == Bytes().decode(ids)
-    pieces, text = streamed(Bytes(), [], [0x41, 0xe4, 0xb8])
-    assert (pieces, text) == (["", "A", "", "", "\ufffd"], "A\ufffd")
-
-
-def test_byte_fallback_that_takes_back_a_whole_run_does_not_stop_the_stream(tmp_path):
-    """`tokenizers` turns every byte of a run into U+FFFD while any part of the run is no character."""
-    vocab = {"<unk>": 0, **{f"<0x{b:02X}>": 1 + b for b in range(256)}, "▁a": 257}
-    lib = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
-    lib.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.Replace("▁", " "),
-                                                tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
-    lib.save(str(tmp_path / "tokenizer.json"))
-    tok = tokenizer.load(tmp_path)
-    run = [1 + b for b in "中文🙂".encode()]
-    pieces, text = streamed(tok, [257], run)
-    assert text == " a中文🙂"
-    assert [piece for piece in pieces if piece] == [" a", "中", "文", "🙂"]
-    pieces, text = streamed(tok, [257], [*run, 1 + 0xe4, 257])
-    assert text.startswith(" a中文🙂")
-    assert text.endswith(" a")
-
-
-def cut_at(text: str, prompt: int, stop) -> str:
-    """The rule in words: read on until some stop string is complete; the text ends before it."""
-    for end in range(prompt, len(text) + 1):
-        for s in sorted(stop, key=len, reverse=True):
-            if end - len(s) >= prompt and text[:end].endswith(s):
-                return text[:end - len(s)]
-    return text
-
-
-def test_stop_strings_across_tokens():
-    class Wide(Bytes):                              # ids from 1000 on are strings of several bytes
-        vocab_size = 10_000
-
-        def decode(self, ids):
-            return b"".join(words[i - 1000] for i in ids).decode(errors="replace")
-
-    source, words = random.Random(1), []
-    for _ in range(500):
-        text = "".join(source.choices("ab🙂", k=14)).encode()
-        stop = ["".join(source.choices("ab🙂", k=source.randint(1, 5))) for _ in range(source.randint(1, 3))]
-        prompt = "ab" * source.randint(0, 2)
-        cuts = sorted(source.sample(range(1, len(text)), 4))
-        words[:] = [prompt.encode(), *(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))]
-        _, out = streamed(Wide(), [1000], range(1001, 1000 + len(words)), stop)
-        assert out == cut_at(prompt + text.decode(), len(prompt), stop)
-        assert "\ufffd" not in out
-    with pytest.raises(ValueError, match="stop string is empty"):
-        TextStream(Bytes(), [], [""])
-
-
 def test_a_stop_string_ends_generation_and_the_prompt_may_hold_it():
-    said = Bytes().encode("lo END. never END said") + [257]
+    said = ByteTokenizer().encode("lo END. never END said") + [257]
     model = Scripted(said, 258, prompt=8)
-    out = complete(model, Bytes(), "END hel", Settings(50, 0.0), (257,), ["ND.", "END"])
+    out = complete(model, ByteTokenizer(), "END hel", Settings(50, 0.0), (257,), ["ND.", "END"])
     assert out["text"] == "END hello "
     assert out["prompt_ids"] == [256, *b"END hel"]
     assert out["new_ids"] == said[:6]
-    out = complete(model, Bytes(), "END hel", Settings(50, 0.0), (257,), ["said."])
+    out = complete(model, ByteTokenizer(), "END hel", Settings(50, 0.0), (257,), ["said."])
     assert out["text"] == "END hello END. never END said"           # what was held back comes at the end
     assert out["new_ids"] == said
 
 
 def test_prompts_begin_with_bos_where_the_model_was_trained_so():
-    tok, settings = Bytes(), Settings(2, 0.0)
+    tok, settings = ByteTokenizer(), Settings(2, 0.0)
     assert complete(Scripted([65, 66], 258, 1), tok, "", settings) == {"prompt_ids": [256], "new_ids": [65, 66],
                                                                       "text": "AB"}
     tok.add_bos = False
@@ -359,7 +269,7 @@ def test_prompts_begin_with_bos_where_the_model_was_trained_so():
 
 
 def test_rows_that_pad_the_embedding_are_no_text():
-    tok = Bytes()
+    tok = ByteTokenizer()
     tok.decode = lambda ids: bytes(ids).decode()                    # raises for ids that are no bytes
     tok.add_bos, tok.vocab_size = False, 256
     out = complete(Scripted([65, 300, 66], 320, 1), tok, "x", Settings(3, 0.0))
@@ -393,7 +303,7 @@ def byte_folder(hf_model):
 
 
 def command(*words):
-    return main_guard(lambda: module.main([str(word) for word in words]))
+    return module.main([str(word) for word in words])
 
 
 def test_command_writes_what_it_prints(byte_folder, tmp_path, capsys, monkeypatch):
@@ -465,17 +375,18 @@ def test_past_the_trained_length_it_warns_in_one_line_and_goes_on(byte_folder, t
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--max-new-tokens", "-1"], "max_new_tokens is -1"),
+    (["--max-new-tokens", "-1"], "--max-new-tokens is -1"),
     (["--max-new-tokens", "many"], "--max-new-tokens"),
-    (["--top-p", "1.5"], "top_p is 1.5"),
-    (["--top-p", "0"], "top_p is 0.0"),
-    (["--temperature", "-1"], "temperature is -1.0"),
-    (["--min-p", "nan"], "min_p is nan"),
-    (["--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+    (["--top-p", "1.5"], "--top-p is 1.5"),
+    (["--top-p", "0"], "--top-p is 0.0"),
+    (["--temperature", "-1"], "--temperature is -1.0"),
+    (["--temperature", "1e-9"], "temperature is 1e-09"),
+    (["--min-p", "nan"], "--min-p is nan"),
+    (["--repetition-penalty", "0"], "--repetition-penalty is 0.0"),
     (["--top-q", "1"], "did you mean"),
     (["--dtype", "float8"], "--dtype"),
-    (["--device", "abacus"], "device 'abacus'"),
-    (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+    (["--device", "abacus"], "device is 'abacus'"),
+    (["--prompt", "a", "--prompt-file", "b"], "not both"),
     (["--prompt-file", "no/such/file"], "no/such/file"),
     (["--prompt-file", "{latin1}"], "not UTF-8"),
     (["--prompt", "\udcff"], "not UTF-8"),
@@ -499,5 +410,5 @@ def test_help_lists_every_option(capsys):
         module.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in text for name in vars(Settings()) if name != "use_cache")
+    assert all(f"--{name.replace('_', '-')}" in text for name in vars(Settings()) if name != "cache")
     assert "new_ids" in text
