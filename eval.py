@@ -3,10 +3,14 @@
     python eval.py --model out/legal/final --baseline path/to/base --text law=shards/domain --text tales=tales.txt \\
                    --general tales --json eval.json
 
-A document is scored in windows of T tokens, each token once: the first window sees the prefix token (BOS, or EOS where
-there is none), later ones the last token of the window before. BOS and EOS are not scored. Bits per byte divide by the
-UTF-8 bytes of the text and so stay comparable when the tokenizer changes; perplexity does not.
-Windows of several documents share a row and cannot see each other.
+A document is scored in windows of T tokens, each of its tokens once. The first window sees the token that stands
+before a document (BOS, or EOS where there is no BOS), a later window the last token of the one before. BOS and EOS
+themselves are not scored. With T = 2, the document a b c is scored as (BOS -> a, a -> b) and (b -> c).
+
+Bits per byte divide by the UTF-8 bytes of the text, so they stay comparable when the tokenizer changes; perplexity does
+not. Windows of several documents share a sequence and cannot see each other.
+
+Shapes: B sequences, T tokens.
 """
 
 import core.threads
@@ -14,7 +18,7 @@ import core.threads
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +28,11 @@ import data
 import hf
 import lora
 import tokenizer as tokenizers
-from core import checkpoint
-from core.cli import Reading
-from core.config import ArgumentParser, main_guard, write_json
-from core.devices import pick_device
+from core import checkpoint, cli
+from core.cli import Device, Reading
+from core.config import setting
+from core.devices import pick_device, pick_dtype
+from core.errors import UserError
 from core.hashing import mix_keys
 from generate import Settings, generate
 from learn import objectives
@@ -38,72 +43,88 @@ from text.packing import pack_in_order
 from text.shards import Shards, check_tokenizer
 from text.vocabulary import token_before_document
 
+# ---- documents under an objective
 
-def causal_segments(documents, prefix: int, context: int):
-    """(inputs, targets) of each window of each document's tokens."""
+def cut_for_prediction(documents: list, prefix: int, context: int):
+    """Yield (inputs [n], targets [n]), n <= context, of each window of each document [its tokens]."""
     for ids in documents:
         ids = np.concatenate([np.array([prefix], np.int32), ids.astype(np.int32)])
-        for i in range(0, len(ids) - 1, context):
-            yield ids[i:i + context][:len(ids) - 1 - i], ids[i + 1:i + context + 1]
+        for start in range(0, len(ids) - 1, context):
+            targets = ids[start + 1:start + context + 1]
+            yield ids[start:start + len(targets)], targets
 
 
-def masked_segments(documents, context: int):
-    """(tokens, tokens) of each window; the objective masks them."""
+def cut_for_masking(documents: list, context: int):
+    """Yield (tokens [n], tokens [n]), n <= context, of each window of each document; the objective masks them later."""
     for ids in documents:
-        for i in range(0, len(ids), context):
-            yield (ids[i:i + context].astype(np.int32),) * 2
+        for start in range(0, len(ids), context):
+            window = ids[start:start + context].astype(np.int32)
+            yield window, window
+
+
+def make_batches(objective, documents: list, prefix: int, context: int, B: int) -> list[data.Batch]:
+    """Batches [B, T] (the last may have fewer sequences) that are ready for `objective.loss`."""
+    if objective.causal:
+        windows = cut_for_prediction(documents, prefix, context)
+    else:
+        windows = cut_for_masking(documents, context)
+    batches = [data.Batch.of(sequences) for sequences in pack_in_order(windows, context, B)]
+    for i, batch in enumerate(batches):
+        if objective.causal:
+            # The targets are apart already, so the last of the T + 1 positions, which is padding, goes.
+            for name in ("tokens", "labels", "position_ids", "doc_start"):
+                setattr(batch, name, getattr(batch, name)[:, :-1])
+        else:
+            # The masks are a function of the batch's place, so that every evaluation masks the same positions.
+            keys = mix_keys("eval", i, np.arange(len(batch.source)))
+            batches[i] = objective.corrupt(batch, data.RowRandom(keys))
+    return batches
 
 
 @torch.no_grad()
-def score(model, objective, documents: list, prefix: int, context: int, world=None, rows: int = 4, autocast=None):
-    """Loss of `objective` on documents [(token ids of the text, bytes)]: the numbers of one source of a result.
+def score(model, objective, documents: list, prefix: int, context: int, world=None, B: int = 4, autocast=None) -> dict:
+    """Score documents [(token ids of the text [n], its bytes)]: nats_per_token, perplexity, tokens, bytes, and
+    bits_per_byte (causal) or accuracy (masked).
 
-    With a world, the ranks share the batches and all return the same numbers.
+    prefix: the token before a document. B: sequences per forward pass. autocast: () -> the context of a forward pass;
+    without it, the model computes in its own type. With a world, the ranks share the batches and all return the same.
     """
     device = next(model.parameters()).device
-    texts = [ids for ids, _ in documents]
-    segments = causal_segments(texts, prefix, context) if objective.causal else masked_segments(texts, context)
-    batches = [data.Batch.of(sequences) for sequences in pack_in_order(segments, context, rows)]
+    batches = make_batches(objective, [ids for ids, _ in documents], prefix, context, B)
     rank, size = (world.rank, world.size) if world else (0, 1)
     nats = tokens = hits = 0.0
     mode = model.training
     model.eval()
-    for i in range(-(-len(batches) // size)):          # every rank runs the same number of forwards, as FSDP needs
+    # Every rank runs the same number of forward passes, because FSDP gathers in each. A rank that has no batch left
+    # runs the last one again, without targets.
+    for i in range(-(-len(batches) // size)):
         own = i * size + rank
-        batch = batches[min(own, len(batches) - 1)]
-        batch = _mask_again(objective, batch, own) if not objective.causal else _trim(batch)
+        batch = batches[min(own, len(batches) - 1)].to(device)
         if own >= len(batches):
             batch.labels = torch.full_like(batch.labels, objectives.IGNORE)
         with autocast() if autocast else torch.autocast(device.type, enabled=False):
-            loss, n, metrics = objective.loss(model, batch.to(device), want_hits=not objective.causal)
-        nats, tokens = nats + loss.double().item(), tokens + n.item()
-        hits += metrics["hits"].item() if not objective.causal else 0
+            loss, n_valid, metrics = objective.loss(model, batch, want_hits=not objective.causal)
+        nats += loss.double().item()
+        tokens += n_valid.item()
+        if not objective.causal:
+            hits += metrics["hits"].item()
     model.train(mode)
-    nats, tokens, hits = world.sum([nats, tokens, hits]) if world else (nats, tokens, hits)
-    per_token = nats / tokens if tokens else float("nan")
+    if world:
+        nats, tokens, hits = world.sum([nats, tokens, hits])
+    per_token = nats / tokens if tokens else math.nan
+    # exp overflows above 709.
     result = {"nats_per_token": per_token, "perplexity": math.exp(min(per_token, 700)), "tokens": int(tokens),
               "bytes": int(sum(nbytes for _, nbytes in documents))}
     if objective.causal:
         result["bits_per_byte"] = nats / math.log(2) / max(1, result["bytes"])
     else:
-        result["accuracy"] = hits / tokens if tokens else float("nan")
+        result["accuracy"] = hits / tokens if tokens else math.nan
     return result
 
 
-def _trim(batch):
-    for name in ("tokens", "labels", "position_ids", "doc_start"):
-        setattr(batch, name, getattr(batch, name)[:, :-1])
-    return batch
-
-
-def _mask_again(objective, batch, index):
-    """The same masks at every evaluation: they are a function of the batch's number."""
-    keys = mix_keys("eval", index, np.arange(len(batch.source)))
-    return objective.corrupt(batch, data.RowRandom(keys))
-
-
 def heldout_documents(shards: Shards, max_tokens: int) -> list:
-    """The first held-out documents of a source, whole, up to about `max_tokens` tokens (at least one)."""
+    """The first documents of held-out shards, complete, up to about `max_tokens` tokens (at least one document):
+    [(token ids of the text [n], its bytes)]."""
     documents, total = [], 0
     for i in range(shards.documents):
         ids, nbytes = shards.text_document(i)
@@ -115,6 +136,7 @@ def heldout_documents(shards: Shards, max_tokens: int) -> list:
 
 
 def protocol(prefix: int, context: int, dtype) -> dict:
+    """How a result was measured; results compare where their protocols are equal."""
     return {"prefix_token_id": prefix, "context": context, "stride": context, "bos_eos_scored": False,
             "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False}
 
@@ -127,15 +149,15 @@ class HeldOut:
     roles: dict[str, str]           # {source: "domain" or "general"}
     objective: object
     prefix: int                     # the token before each document
-    context: int                    # tokens a window
-    rows: int                       # windows a forward pass
+    context: int                    # T, tokens per window
+    batch_size: int                 # B, sequences per forward pass
     autocast: Callable              # () -> context of a forward pass in the run's precision
     dtype: torch.dtype              # what that precision is
 
     def score(self, model, world) -> dict:
-        """{source: {"role", "bits_per_byte", ...}}; the ranks of `world` share the windows."""
+        """{source: {"role", "bits_per_byte", ...}}; the ranks of `world` share the batches."""
         return {name: {"role": self.roles[name],
-                       **score(model, self.objective, documents, self.prefix, self.context, world, self.rows,
+                       **score(model, self.objective, documents, self.prefix, self.context, world, self.batch_size,
                                self.autocast)}
                 for name, documents in self.documents.items()}
 
@@ -143,41 +165,46 @@ class HeldOut:
         return protocol(self.prefix, self.context, self.dtype)
 
 
-def table(before: dict | None, after: dict) -> str:
-    """Markdown table of bits per byte (masked LM: accuracy) and perplexity, before and after."""
-    unit = "accuracy" if any("accuracy" in now for now in after.values()) else "bits_per_byte"
+def format_table(before: dict | None, after: dict) -> str:
+    """Markdown table of scores {text: {...}}: bits per byte (masked LM: accuracy) and perplexity, before and after."""
+    unit = "accuracy" if any("accuracy" in scores for scores in after.values()) else "bits_per_byte"
     lines = [f"| text | {unit.replace('_', ' ')} before | after | change | perplexity before | after |",
              "|" + "---|" * 6]
     for name, now in after.items():
         was = (before or {}).get(name, {})
-        first, second = (f"{x[unit]:.4f}" if x else "" for x in (was, now))
         change = f"{100 * (now[unit] / was[unit] - 1):+.1f} %" if was.get(unit) else ""
-        perplexity = [f"{x['perplexity']:.2f}" if x else "" for x in (was, now)]
-        lines.append(f"| {name} | {first} | {second} | {change} | {perplexity[0]} | {perplexity[1]} |")
+        values = [f"{scores[unit]:.4f}" if scores else "" for scores in (was, now)]
+        perplexities = [f"{scores['perplexity']:.2f}" if scores else "" for scores in (was, now)]
+        lines.append(f"| {name} | {values[0]} | {values[1]} | {change} | {perplexities[0]} | {perplexities[1]} |")
     return "\n".join(lines)
 
 
-def samples(model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int) -> list[dict]:
-    """What the model makes of each prompt, drawn at temperature 0.7 from the same seed every time."""
+def continue_prompts(model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int) -> list[dict]:
+    """[{"prompt", "text"}]: a continuation of each prompt at temperature 0.7, sampled with the same seed every time."""
+    settings = Settings(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
+    stop = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     out = []
     for prompt in prompts:
         ids = tokenizer.encode(prompt)
         if tokenizer.add_bos or not ids:
             ids = [token_before_document(tokenizer), *ids]
-        settings = Settings(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
-        stop = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
         new = generate(model, ids, settings, eos_ids=stop)
         out.append({"prompt": prompt, "text": tokenizer.decode([i for i in new if i not in stop])})
     return out
 
 
-def score_files(model, tokenizer, texts: dict[str, str], args) -> tuple[dict, dict]:
-    """({name: numbers}, protocol) of text files under a model."""
-    context = args.context or min(model.config.max_position_embeddings, 2048)
-    prefix, objective, results = token_before_document(tokenizer), objectives.Causal(mask_documents=True), {}
-    reading = Reading(args.documents, args.separator, args.column)
+# ---- files
+
+def score_files(model, tokenizer, texts: dict[str, str], reading: Reading, context: int | None = None) -> tuple:
+    """({name: scores}, protocol) of {name: text file or packed folder}; of a packed folder, the held-out documents.
+
+    context: tokens per window; by default the model's, at most 2,048.
+    """
+    context = context or min(model.config.max_position_embeddings, 2048)
+    prefix, objective = token_before_document(tokenizer), objectives.Causal(mask_documents=True)
+    results = {}
     for name, file in texts.items():
-        if (Path(file) / "manifest.json").is_file():           # a packed source: its held-out documents
+        if (Path(file) / "manifest.json").is_file():
             shards = Shards(file, "heldout")
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
@@ -185,18 +212,19 @@ def score_files(model, tokenizer, texts: dict[str, str], args) -> tuple[dict, di
             raw = [text for text in read_documents([file], reading) if text]
             documents = [(ids, len(utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
         if not documents:
-            raise ValueError(f"text {name} ({file}) is empty")
+            raise UserError(f"text {name} ({file}) is empty")
         results[name] = score(model, objective, documents, prefix, context)
     return results, protocol(prefix, context, next(model.parameters()).dtype)
 
 
 def checkpoints_of(run: Path):
-    """(step, model, tokenizer) of every checkpoint of a run, by number."""
+    """Yield (step, model, tokenizer) of every checkpoint of a run folder, by rising step."""
     for step in checkpoint.steps(run / "checkpoints"):
         path = checkpoint.path_of(run / "checkpoints", step)
         checkpoint.verify(path)
         tensors, _, state = checkpoint.load(path)
         adapters = lora.LoraConfig(**state["identity"]["lora"])
+        # A run with adapters saves these alone; all else is the base's.
         model = hf.load(state["base"]) if adapters.rank else Model(ModelConfig(**state["identity"]["model"]))
         if adapters.rank:
             lora.attach(model, adapters, seed=0)
@@ -207,68 +235,84 @@ def checkpoints_of(run: Path):
         yield step, model, tokenizers.load(hf.resolve(state["tokenizer"]))
 
 
-def main():
-    parser = ArgumentParser(prog="eval.py", description=__doc__)
-    parser.add_argument("--model", help="Hugging Face folder or hf:// id")
-    parser.add_argument("--run", help="a run folder: score each of its checkpoints instead")
-    parser.add_argument("--baseline", help="the model before: adds changes and forgetting")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE",
-                        help="text to score, or a packed folder, whose held-out documents are scored; repeatable")
-    parser.add_argument("--general", action="append", default=[], metavar="NAME",
-                        help="a text that is general and whose loss is forgetting; repeatable")
-    parser.add_argument("--documents", choices=("line", "blank", "file"), default="file",
-                        help="a document of each text file is a line, a block between blank lines, or the file "
-                             "(default)")
-    parser.add_argument("--separator", help="documents of each text file stand between this string")
-    parser.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
-    parser.add_argument("--context", type=int, help="tokens a window (default: the model's, at most 2048)")
-    parser.add_argument("--dtype", choices=tuple(hf.DTYPES), default="float32")
-    parser.add_argument("--device", default="auto", help="default: cuda where there is one, else cpu")
-    parser.add_argument("--json", metavar="FILE", help="write the result there")
-    args = parser.parse_args()
-    if bool(args.model) == bool(args.run):
-        raise ValueError("name one of --model and --run")
-    if args.context is not None and args.context < 1:
-        raise ValueError(f"--context is {args.context}, but a window needs at least 1 token")
-    if args.run and (args.baseline or args.general):
-        raise ValueError("--baseline and --general go with --model; --run scores each checkpoint alone")
-    args.device, texts = pick_device(args.device), {}
-    for text in args.text:
+# ---- command
+
+@dataclass(kw_only=True)
+class Eval:
+    """Score texts under a model, beside the model it was before, or under each checkpoint of a run."""
+    model: str | None = None
+    """Model folder or hf:// id."""
+    baseline: str | None = None
+    """The model before: adds changes, domain gain and forgetting."""
+    run: str | None = None
+    """A run folder: score each of its checkpoints instead."""
+    text: list[str]
+    """NAME=FILE ...: texts to score; of a packed folder, its held-out documents."""
+    general: list[str] = field(default_factory=list)
+    """Names of the texts that are general: their rise is forgetting, the fall of the others the domain gain."""
+    context: int | None = setting(None, at_least=1)
+    """Tokens per window (default: the model's, at most 2,048)."""
+    reading: Reading = field(default_factory=Reading)
+    device: Device = field(default_factory=Device)
+
+
+def run_eval(options: Eval) -> dict:
+    """Check the options, print the tables, and return what `--json` writes."""
+    if bool(options.model) == bool(options.run):
+        raise UserError("name one of --model and --run")
+    if options.run and (options.baseline or options.general):
+        raise UserError("--baseline and --general go with --model; --run scores each checkpoint alone")
+    texts = {}
+    for text in options.text:
         name, equals, file = text.partition("=")
         if not equals or not name:
-            raise ValueError(f"--text is {text!r}, but must be NAME=FILE")
+            raise UserError(f"--text is {text!r}, but must be NAME=FILE")
         texts[name] = file
-    if unknown := [name for name in args.general if name not in texts]:
-        raise ValueError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
+    if unknown := [name for name in options.general if name not in texts]:
+        raise UserError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
+    return score_run(options, texts) if options.run else score_model(options, texts)
 
-    if args.run:
-        result = {"run": args.run, "checkpoints": []}
-        for step, model, tokenizer in checkpoints_of(Path(args.run)):
-            scores, result["protocol"] = score_files(model.to(args.device), tokenizer, texts, args)
-            result["checkpoints"].append({"step": step, "texts": scores})
-            print(f"step {step}\n{table(None, scores)}")
-        if not result["checkpoints"]:
-            raise ValueError(f"{args.run} holds no checkpoints")
-    else:
-        def score_model(path):
-            model = hf.load(path, hf.DTYPES[args.dtype], args.device)
-            return score_files(model, tokenizers.load(hf.resolve(path)), texts, args)
 
-        scores, used = score_model(args.model)
-        result = {"model": args.model, "texts": scores, "protocol": used}
-        before = None
-        if args.baseline:
-            before, baseline_protocol = score_model(args.baseline)
-            result["baseline"] = {"model": args.baseline, "texts": before, "protocol": baseline_protocol}
-            result |= verdict.compare(before, scores, args.general)
-        print(table(before, scores))
-        print(f"windows of {used['context']} tokens, prefix token {used['prefix_token_id']}, {used['dtype']}")
-        if before:
-            print(verdict.describe(result))
-    if args.json:
-        write_json(args.json, result)
-    return 0
+def score_run(options: Eval, texts: dict) -> dict:
+    """Every checkpoint of a run, each with its table."""
+    result = {"run": options.run, "checkpoints": []}
+    device = pick_device(options.device.device)
+    for step, model, tokenizer in checkpoints_of(Path(options.run)):
+        model = model.to(device)
+        scores, result["protocol"] = score_files(model, tokenizer, texts, options.reading, options.context)
+        result["checkpoints"].append({"step": step, "texts": scores})
+        print(f"step {step}\n{format_table(None, scores)}")
+    if not result["checkpoints"]:
+        raise UserError(f"{options.run} holds no checkpoints")
+    return result
+
+
+def score_model(options: Eval, texts: dict) -> dict:
+    """A model, beside its baseline where one is named."""
+    device, dtype = pick_device(options.device.device), pick_dtype(options.device.dtype)
+
+    def score_folder(path):
+        base = hf.open_base(path)
+        model = hf.load(base, dtype, device)
+        return score_files(model, tokenizers.load(base.folder), texts, options.reading, options.context)
+
+    scores, used = score_folder(options.model)
+    result = {"model": options.model, "texts": scores, "protocol": used}
+    before = None
+    if options.baseline:
+        before, baseline_protocol = score_folder(options.baseline)
+        result["baseline"] = {"model": options.baseline, "texts": before, "protocol": baseline_protocol}
+        result |= verdict.compare(before, scores, options.general)
+    print(format_table(before, scores))
+    print(f"windows of {used['context']} tokens, prefix token {used['prefix_token_id']}, {used['dtype']}")
+    if before:
+        print(verdict.describe(result))
+    return result
+
+
+def main() -> int:
+    return cli.run("eval.py", __doc__, (Eval, run_eval))
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

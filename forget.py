@@ -25,7 +25,6 @@ import core.threads
 import json
 import os
 import sys
-import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +34,7 @@ from tqdm import tqdm
 import eval as evaluation
 import hf
 import tokenizer
+from core.cli import Reading
 from core.config import ArgumentParser, main_guard, write_json
 from core.devices import pick_device
 from generate import Settings, decode, end_ids, first_ids
@@ -148,8 +148,8 @@ def merge_command(args) -> dict:
     config = MergeConfig(args.method, args.alphas or MergeConfig().alphas, args.density)
 
     def score(model, folder):
-        return evaluation.score_files(model, tokenizer.load(hf.resolve(folder)), texts, types.SimpleNamespace(
-            context=args.context, documents=args.documents, separator=args.separator, column=args.column))[0]
+        reading = Reading(args.documents, args.separator, args.column)
+        return evaluation.score_files(model, tokenizer.load(hf.resolve(folder)), texts, reading, args.context)[0]
 
     found = merge_best(args.base, args.model, args.out, score, args.general, config, hf.DTYPES[args.dtype],
                        pick_device(args.device))

@@ -45,8 +45,8 @@ def draw_samples(run: Run, step: int):
         return
     prompts = c.eval.prompts or [run.tokenizer.decode(ids[:12].tolist()) for documents in run.heldout.documents.values()
                                  for ids, _ in documents[:2]]
-    run.log.record("samples", step, samples=evaluation.samples(run.inner, run.tokenizer, prompts,
-                                                               c.eval.sample_tokens, c.seed))
+    run.log.record("samples", step, samples=evaluation.continue_prompts(run.inner, run.tokenizer, prompts,
+                                                                        c.eval.sample_tokens, c.seed))
 
 
 # ---- what the methods make of it

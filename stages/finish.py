@@ -69,7 +69,7 @@ def write_results(run: Run, after: dict):
     first = json.loads((out / "eval_step_0.json").read_text(encoding="utf-8"))
     before, protocol = first["texts"], first["protocol"]
     comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.causal else {}
-    table = evaluation.table(before, after)
+    table = evaluation.format_table(before, after)
     if run.c.forget.merge.method == "none":        # a merge has written it, and only rank 0 would see the folder
         export(run, out / "final", f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
     if not run.world.main:

@@ -12,7 +12,6 @@ from torch import nn
 
 import hf
 import tokenizer
-from core import config
 from learn import merge
 
 ODD = torch.tensor([[-0.0, 1.0, -3.5], [1e-30, 2.0, 65504.0]])
@@ -104,7 +103,7 @@ def test_the_sweep_exports_the_best_of_two_texts(pair, tmp_path, forget_py, monk
     # the exported folder, scored by eval.py from the disk, is the row that was chosen
     monkeypatch.setattr(sys, "argv", ["eval.py", "--model", str(out), "--text", f"d={pair[2]}", "--text",
                                       f"g={pair[3]}", "--documents", "line", "--json", str(tmp_path / "eval.json")])
-    assert config.main_guard(evaluation.main) == 0
+    assert evaluation.main() == 0
     scored = json.loads((tmp_path / "eval.json").read_text())["texts"]
     best = found["rows"][scores.index(max(scores))]["texts"]
     assert scored["d"]["bits_per_byte"] == pytest.approx(best[str(pair[2])]["bits_per_byte"], rel=1e-6)
