@@ -118,7 +118,7 @@ def train_step(run: Run, step: int, batches: list) -> dict:
     for method in run.methods:
         numbers |= method.before_step(step, run.inner)                         # before the step
     parameters = [p for p in run.inner.parameters() if p.grad is not None]
-    norm = parallel.whole(torch.nn.utils.clip_grad_norm_(parameters, c.optim.clip or float("inf"))).item()
+    norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, c.optim.clip or float("inf"))).item()
     if not scale.enabled:
         guard.require_finite("gradient norm", norm, step, sources)
     lr = optim.learning_rate(step, run.steps, c.optim)
@@ -136,7 +136,7 @@ def train_step(run: Run, step: int, batches: list) -> dict:
 
 def train(c: Config, world) -> int:
     """The whole run; exit status 0 also where a signal ended it after a save."""
-    with guard.run_folder(c.out, world.main) as folder, guard.StopSignal() as stop, build(c, world, folder) as run:
+    with guard.run_folder(c.out, world) as folder, guard.StopSignal() as stop, build(c, world, folder) as run:
         describe(run)
         start = resume(run)
         begin(run, start)
@@ -161,9 +161,9 @@ def train(c: Config, world) -> int:
                 line = line_of(run, step + 1, done, seconds / measured)
                 run.log.record("train", step + 1, **line)
                 seconds, measured = 0.0, 0
-            run.log.step(step + 1, line)
+            run.log.show_step(step + 1, line)
             # once in a while: save, and leave when asked to
-            asked = world.sum([stop.received is not None])[0] > 0
+            asked = stop.on_any_rank(world)
             if (step + 1) % c.train.save_every == 0 or step + 1 == run.steps or asked:
                 save(run, step + 1)
             if asked and step + 1 < run.steps:

@@ -1,4 +1,4 @@
-"""What keeps a run whole: signals that wait for a step to end, one process a run folder, no step on a NaN."""
+"""What protects a run: one process per run folder, signals that wait for the step to end, no update from a NaN."""
 
 import contextlib
 import fcntl
@@ -7,28 +7,35 @@ import shutil
 import signal
 from pathlib import Path
 
+from core.errors import UserError
+
 
 class StopSignal:
-    """SIGTERM and the first Ctrl-C ask the loop to save and leave after its step; a second Ctrl-C stops at once."""
+    """Within this context SIGTERM and the first Ctrl-C are noted in `received`, so that the loop can save and leave
+    after its step. A second Ctrl-C stops at once."""
 
-    def __init__(self):
-        self.received = None
-        self.previous = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number, frame):
-        self.received = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    received: str | None = None
 
     def __enter__(self):
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
+    def on_any_rank(self, world) -> bool:
+        """Whether any rank was asked to stop. All ranks must call it together, so that they leave after the same
+        step."""
+        return world.sum([self.received is not None])[0] > 0
+
 
 class RunLock:
-    """Held while a process writes a run folder; the system drops it however the process ends."""
+    """The right to write to a run folder. The system releases it when the process ends, however it ends."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -37,21 +44,24 @@ class RunLock:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self.file.close()
-            raise ValueError(f"another process is writing the run folder {folder}; wait for it or choose another "
-                             f"--out") from None
+            raise UserError(f"another process is writing the run folder {folder}; wait for it or choose another "
+                            f"--out") from None
 
     def release(self):
         self.file.close()
 
 
 @contextlib.contextmanager
-def run_folder(path, main: bool):
-    """The run's folder, locked while the context lasts on the one process that is `main`; a folder that holds a
-    finished run is refused, and one that nothing was written to goes again."""
+def run_folder(path, world):
+    """The folder of a run, which rank 0 locks while the context lasts.
+
+    UserError where it holds a finished run. If the run fails before it wrote anything, the folder is removed again.
+    """
     folder = Path(path)
-    if (folder / "eval.json").exists():                    # the last that a run writes
-        raise ValueError(f"{folder} holds a finished run; choose another --out, or remove it to run again")
-    if not main:
+    # eval.json is the last file that a run writes.
+    if (folder / "eval.json").exists():
+        raise UserError(f"{folder} holds a finished run; choose another --out, or remove it to run again")
+    if not world.main:
         yield folder
         return
     lock = RunLock(folder)
@@ -66,7 +76,7 @@ def run_folder(path, main: bool):
 
 
 def require_finite(what: str, value: float, step: int, sources) -> None:
-    """Stop before the step that would spoil the weights."""
+    """UserError where `value` of the step (from 0) is NaN or infinite: the update would spoil the weights."""
     if not math.isfinite(value):
-        raise ValueError(f"the {what} of step {step + 1} is {value} (sources in the step: {', '.join(sources)}); the "
-                         f"update was not made: lower --optim.lr, or look at those documents")
+        raise UserError(f"the {what} of step {step + 1} is {value} (sources in the step: {', '.join(sources)}); the "
+                        f"update was not made: lower --optim.lr, or look at those documents")

@@ -9,28 +9,28 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from core.config import setting
+from core.errors import UserError
+
 
 @dataclass
 class LogConfig:
-    every: int = 10
+    every: int = setting(10, above=0)
     """steps between console and metrics lines"""
     tensorboard: bool = False
     """write TensorBoard events into the run folder (extra: log)"""
     wandb: str = ""
     """Weights & Biases project; offline without a key (extra: log)"""
 
-    def __post_init__(self):
-        if self.every <= 0:
-            raise ValueError(f"log.every is {self.every}, but must be above 0")
-
 
 class Logger:
-    """One JSON object a line in metrics.jsonl, flushed. Only the first rank is `main`; on others nothing happens."""
+    """Writes metrics.jsonl, one JSON object per line, and shows the run to the user. Only on the rank that is `main`;
+    on the others its methods do nothing."""
 
-    def __init__(self, folder: Path, config: LogConfig, total_steps: int, main: bool = True,
+    def __init__(self, folder: Path | None, config: LogConfig, total_steps: int, main: bool = True,
                  settings: dict | None = None):
         self.main, self.total = main, total_steps
-        self.file = self.bar = self.board = self.run = None
+        self.file = self.bar = self.board = self.tracker = None
         if not main:
             return
         path = Path(folder) / "metrics.jsonl"
@@ -39,35 +39,37 @@ class Logger:
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
         if config.tensorboard:
-            self.board = _tensorboard(folder)
+            self.board = _open_tensorboard(folder)
         if config.wandb:
-            self.run = _wandb(folder, config.wandb, settings)
+            self.tracker = _open_wandb(folder, config.wandb, settings)
 
     def say(self, text: str):
-        """A plain line on rank 0, above the progress bar where there is one."""
+        """A plain line, above the progress bar where there is one."""
         if self.main:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
     def record(self, kind: str, step: int, **values):
-        """Append to metrics.jsonl and pass the numbers on to the trackers."""
+        """A line of metrics.jsonl, flushed; the trackers get the numbers of training and evaluation lines."""
         if not self.main:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
-        numbers = dict(_numbers(values, f"{kind}/"))
-        if self.board and kind in ("train", "eval"):
+        if kind not in ("train", "eval"):
+            return
+        numbers = dict(_flatten_numbers(values, f"{kind}/"))
+        if self.board:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, step)
-        if self.run and kind in ("train", "eval"):
-            self.run.log(numbers, step=step)
+        if self.tracker:
+            self.tracker.log(numbers, step=step)
 
-    def at(self, step: int):
-        """The run goes on from `step`."""
+    def start_at(self, step: int):
+        """Set the progress bar to the steps that a resumed run has already done."""
         if self.bar:
             self.bar.update(step)
 
-    def step(self, step: int, values: dict | None = None):
-        """A finished step; with `values`, its line."""
+    def show_step(self, step: int, values: dict | None = None):
+        """Move the progress bar on by a step; with the step's `values`, show its line."""
         if not self.main:
             return
         if self.bar:
@@ -77,57 +79,60 @@ class Logger:
             self.bar.set_postfix_str(line.partition(" | ")[2]) if self.bar else print(line, flush=True)
 
     def close(self):
-        """Flush everything; a second call does nothing."""
-        for thing in (self.file, self.bar, self.board):
-            if thing:
-                thing.close()
-        if self.run:
-            self.run.finish()
-        self.main, self.bar, self.board, self.run = False, None, None, None
+        """Flush and close everything. A second call does nothing."""
+        for opened in (self.file, self.bar, self.board):
+            if opened:
+                opened.close()
+        if self.tracker:
+            self.tracker.finish()
+        self.main, self.bar, self.board, self.tracker = False, None, None, None
 
 
-def format_line(step: int, total: int, v: dict) -> str:
+def format_line(step: int, total: int, values: dict) -> str:
     """step 120/2000 | loss 2.134 | ppl 8.4 | legal 2.01 stories 2.3 | replay 30% | lr 2.9e-05 | ... | eta 0:42:10"""
-    sources = " ".join(f"{name} {s['loss']:.3f}" for name, s in v["sources"].items())
-    eta = int((total - step) * v["step_ms"] / 1000)
-    parts = [f"step {step}/{total}", f"loss {v['loss']:.3f}", f"ppl {math.exp(min(v['loss'], 99)):.1f}", sources,
-             f"replay {100 * v['replay_share']:.0f}%", f"lr {v['lr']:.2e}",
-             f"gnorm {v['grad_norm']:.2f}", f"{v['tokens_per_second'] / 1000:.1f}k tok/s"]
-    if v.get("mfu"):
-        parts.append(f"mfu {100 * v['mfu']:.0f}%")
-    parts += [f"mem {v['peak_gb']:.1f}G", f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"]
+    sources = " ".join(f"{name} {source['loss']:.3f}" for name, source in values["sources"].items())
+    seconds_left = int((total - step) * values["step_ms"] / 1000)
+    parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}", f"ppl {math.exp(min(values['loss'], 99)):.1f}",
+             sources, f"replay {100 * values['replay_share']:.0f}%", f"lr {values['lr']:.2e}",
+             f"gnorm {values['grad_norm']:.2f}", f"{values['tokens_per_second'] / 1000:.1f}k tok/s"]
+    if values.get("mfu"):
+        parts.append(f"mfu {100 * values['mfu']:.0f}%")
+    parts.append(f"mem {values['peak_gb']:.1f}G")
+    parts.append(f"eta {seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}")
     return " | ".join(parts)
 
 
-def _numbers(values: dict, prefix: str):
+def _flatten_numbers(values: dict, prefix: str):
+    """(name/name, number) of nested values: {"loss": 1.0, "sources": {"a": {"loss": 2.0}}} gives train/loss and
+    train/sources/a/loss."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{key}/")
+            yield from _flatten_numbers(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield prefix + key, value
 
 
 def _end_last_line(path: Path):
-    """A killed run may leave half a line; the next record starts on its own."""
-    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+    """A killed run may leave half a line; it must not swallow the next record."""
+    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
         with open(path, "ab") as file:
             file.write(b"\n")
 
 
-def _tensorboard(folder):
+def _open_tensorboard(folder):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("log.tensorboard needs the tensorboard package: pip install tensorboard") from None
+        raise UserError("log.tensorboard needs the tensorboard package: pip install tensorboard") from None
     return SummaryWriter(str(folder))
 
 
-def _wandb(folder, project, settings):
+def _open_wandb(folder, project, settings):
     try:
         import wandb
     except ImportError:
-        raise ValueError("log.wandb needs the wandb package: pip install wandb") from None
-    key = os.environ.get("WANDB_API_KEY")
-    mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")     # never asks, never waits
+        raise UserError("log.wandb needs the wandb package: pip install wandb") from None
+    # Without a key wandb would ask for one and wait.
+    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     return wandb.init(project=project, name=Path(folder).name, dir=str(folder), config=settings, mode=mode,
                       resume="allow")

@@ -25,7 +25,7 @@ from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, compress
 
 
 def copy_full(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The layout of a parameter that is not sharded: the full tensor itself (see parallel.like for the other one)."""
+    """The layout of a parameter that is not sharded: the full tensor itself (sharded: parallel.distribute_like)."""
     return full
 
 

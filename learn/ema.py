@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core.parallel import like, whole
+from core.parallel import distribute_like, full_tensor
 from learn.method import Method, trainable_parameters, upcast_dtype
 
 
@@ -57,8 +57,8 @@ class EMA(Method):
                     p.copy_(weights[name])
 
     def state(self):
-        return {name: whole(value) for name, value in self.mean.items()}, {}
+        return {name: full_tensor(value) for name, value in self.mean.items()}, {}
 
     def load_state(self, tensors, values):
         for name, mean in self.mean.items():
-            mean.copy_(like(tensors[name], mean))
+            mean.copy_(distribute_like(tensors[name], mean))

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from core.parallel import like, whole
+from core.parallel import distribute_like, full_tensor
 from kernels import linear_cross_entropy
 from kernels.cross_entropy import IGNORE
 from learn.method import Learning, Method, take_sequences, trainable_parameters, upcast_dtype
@@ -94,7 +94,7 @@ class EWC(Method):
         found = learning.world.broadcast(self.read_header(parameters) if learning.world.main else None)
         if found:
             with safe_open(self.file, framework="pt") as stored:
-                self.fisher = {name: like(stored.get_tensor(name), p, upcast_dtype(p))
+                self.fisher = {name: distribute_like(stored.get_tensor(name), p, upcast_dtype(p))
                                for name, p in parameters.items()}
             return found
         self.fisher, found = estimate_fisher(model, learning, self.config.samples, self.config.fisher == "true")
@@ -113,7 +113,7 @@ class EWC(Method):
     def save(self, found: dict):
         if self.file is None:
             return
-        tensors = {name: whole(value) for name, value in self.fisher.items()}
+        tensors = {name: full_tensor(value) for name, value in self.fisher.items()}
         if self.learning.world.main:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.file.with_suffix(".tmp")
@@ -131,7 +131,7 @@ class EWC(Method):
                 total = total + (pull * moved).sum()
                 if p.grad is not None:
                     p.grad.add_(pull, alpha=2 * self.config.strength)
-        return {"ewc_penalty": self.config.strength * whole(total).item()}
+        return {"ewc_penalty": self.config.strength * full_tensor(total).item()}
 
     def state(self):
         """Base and F do not change during a run, so a checkpoint only holds what they were made from."""

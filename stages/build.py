@@ -306,9 +306,9 @@ def make_sharded_model(c, config: ModelConfig, base: hf.Base | None, world) -> M
     if c.model.init == "scratch":
         parallel.load_model_state(model, parallel.model_state(make_fresh_model(c, config)))
     else:
-        hf.fill(model, base.folder, layout=parallel.like)
+        hf.fill(model, base.folder, layout=parallel.distribute_like)
     if c.lora.rank:
-        lora.initialise(model, c.seed, parallel.like)
+        lora.initialise(model, c.seed, parallel.distribute_like)
     return model
 
 

@@ -55,7 +55,7 @@ def describe(run: Run):
 
 def begin(run: Run, start: int):
     """The first files of a run folder, unless it goes on from a checkpoint of its own."""
-    run.log.at(start)
+    run.log.start_at(start)
     if not run.world.main or (start and checkpoint.steps(run.folder / "checkpoints")):
         return
     c, loader, out = run.c, run.loader, run.folder

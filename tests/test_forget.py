@@ -126,9 +126,10 @@ def two_rank_run(world, sharded: bool, folder: Path) -> dict:
     ewc, ema = made[1], made[3]
     _, again = methods(steps=3, built=build(), world=world, freeze=made[0].config, ewc=ewc.config, folder=folder,
                        general_text=UnreadText())
-    assert all(torch.equal(parallel.whole(again.fisher[n]), parallel.whole(ewc.fisher[n])) for n in again.fisher)
+    for name, value in again.fisher.items():
+        assert torch.equal(parallel.full_tensor(value), parallel.full_tensor(ewc.fisher[name]))
     tensors = {"weights": parallel.model_state(model), "ema": ema.state()[0],
-               "fisher": {name: parallel.whole(value) for name, value in ewc.fisher.items()}}
+               "fisher": {name: parallel.full_tensor(value) for name, value in ewc.fisher.items()}}
     stored = ema.state()[0]
     ema.load_state(stored, {})
     assert all(torch.equal(value, stored[name]) for name, value in ema.state()[0].items())

@@ -33,7 +33,7 @@ from stages import rehearse, resume
 from stages.build import build, build_model
 
 ROOT = Path(__file__).parent.parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
 
 
 # ---- two small corpora and a short run (test_parallel.py and test_eval.py use these too)
@@ -399,7 +399,7 @@ def gradients(run, step: int = 0) -> tuple[dict, dict]:
     kept = {}
 
     def keep(*_, **__):
-        kept.update({n: parallel.whole(p.grad).clone() for n, p in run.inner.named_parameters()})
+        kept.update({n: parallel.full_tensor(p.grad).clone() for n, p in run.inner.named_parameters()})
     hook = run.optimizer.register_step_pre_hook(keep)
     done = train.train_step(run, step, train.micro_batches(run, step))
     hook.remove()

@@ -1,8 +1,10 @@
 """checkpoint.py against laws: a step folder is whole or absent, what was saved comes back bit for bit, any change to a
 file is noticed, and checkpoints are ordered by number. The bits that are flipped here are flipped by hand."""
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 
 import pytest
@@ -46,7 +48,7 @@ def test_failure_in_the_middle_leaves_the_older_ones_and_nothing_else(tmp_path, 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
-        owner = {"fsync": checkpoint.os, "rename": checkpoint.Path}.get(at, checkpoint)
+        owner = {"fsync": os, "rename": checkpoint.Path}.get(at, checkpoint)
         patch.setattr(owner, at, fail)
         with pytest.raises(ValueError, match=r"step_00000002 could not be written .*No space left"):
             put(tmp_path, 2, keep=1)
@@ -56,12 +58,12 @@ def test_failure_in_the_middle_leaves_the_older_ones_and_nothing_else(tmp_path, 
 
 def test_leftovers_of_a_killed_save_are_no_checkpoint_and_are_replaced(tmp_path):
     put(tmp_path, 1)
-    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000002.tmp")
+    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000002.partial")
     (tmp_path / "step_x").mkdir()
     assert checkpoint.steps(tmp_path) == [1]
     put(tmp_path, 2)
     assert checkpoint.steps(tmp_path) == [1, 2]
-    assert not (tmp_path / ".step_00000002.tmp").exists()
+    assert not (tmp_path / ".step_00000002.partial").exists()
 
 
 def test_the_newest_by_number_are_kept(tmp_path):
@@ -73,10 +75,42 @@ def test_the_newest_by_number_are_kept(tmp_path):
     assert checkpoint.steps(tmp_path) == [11, 99_999_999, 100_000_000]
 
 
-def test_the_same_step_again_replaces_it(tmp_path):
-    put(tmp_path, 5)
-    checkpoint.save(tmp_path, 5, {"a": torch.zeros(2)}, {}, {}, 3)
-    assert set(checkpoint.load(checkpoint.newest(tmp_path))[0]) == {"a"}
+@pytest.mark.parametrize("fails", [None, "hash", "rename"])
+def test_the_same_step_again_replaces_it_once_it_is_complete(tmp_path, monkeypatch, fails):
+    old = put(tmp_path, 5)
+    seen = []
+
+    def look(file):
+        seen.append(checkpoint.verify(old))                   # the old one is there, and in order
+        if fails == "hash":
+            raise OSError(5, "Input/output error")
+        return hash_file(file)
+
+    def rename(path, target):
+        if fails == "rename" and path.name.endswith(".partial") and path.parent == tmp_path:
+            raise OSError(5, "Input/output error")
+        return os.rename(path, target)
+    hash_file = checkpoint.hash_file
+    monkeypatch.setattr(checkpoint.Path, "rename", rename)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "verify", lambda path: path.stat())
+        patch.setattr(checkpoint, "hash_file", look)
+        with pytest.raises(ValueError, match="could not be written") if fails else contextlib.nullcontext():
+            checkpoint.save(tmp_path, 5, {"a": torch.zeros(2)}, {}, {}, 3)
+    assert seen
+    checkpoint.verify(old)
+    assert set(checkpoint.load(checkpoint.newest(tmp_path))[0]) == ({"a.weight", "b"} if fails else {"a"})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_files_and_their_folder_reach_the_disk_before_the_name_is_given(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("core.files.sync", lambda path: synced.append((str(path), checkpoint.steps(tmp_path))))
+    put(tmp_path, 7)
+    partial = tmp_path / ".step_00000007.partial"
+    files = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+    assert {(str(partial / name), ()) for name in files} | {(str(partial), ())} <= {(p, tuple(s)) for p, s in synced}
+    assert synced[-1] == (str(tmp_path), [7])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])

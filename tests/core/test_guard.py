@@ -5,11 +5,13 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
 from core import guard
 
+ONE = types.SimpleNamespace(main=True)
 HOLD = """
 import sys, pathlib; sys.path.insert(0, sys.argv[2])
 from core import guard
@@ -37,8 +39,8 @@ def test_a_run_folder_is_locked_and_goes_again_where_nothing_was_written(tmp_pat
     folder = tmp_path / "run"
 
     def fail(*written):
-        with guard.run_folder(folder, main=True):
-            with pytest.raises(ValueError, match="another process"), guard.run_folder(folder, main=True):
+        with guard.run_folder(folder, ONE):
+            with pytest.raises(ValueError, match="another process"), guard.run_folder(folder, ONE):
                 pass
             assert folder.exists()                    # the one that holds the lock still needs it
             for name in written:
@@ -52,7 +54,7 @@ def test_a_run_folder_is_locked_and_goes_again_where_nothing_was_written(tmp_pat
         fail("metrics.jsonl")
     assert (folder / "metrics.jsonl").exists()
     (folder / "eval.json").touch()
-    with pytest.raises(ValueError, match="holds a finished run"), guard.run_folder(folder, main=False):
+    with pytest.raises(ValueError, match="holds a finished run"), guard.run_folder(folder, ONE):
         pass
 
 

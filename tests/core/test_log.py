@@ -7,7 +7,8 @@ import types
 
 import pytest
 
-from core import log
+from core.config import check_limits
+from core.errors import UserError
 from core.log import LogConfig, Logger, format_line
 
 VALUES = {"loss": 2.1344, "lr": 2.9e-5, "grad_norm": 0.7149, "tokens_per_second": 41_240.0, "step_ms": 1350.0,
@@ -61,12 +62,12 @@ def test_console_line():
 
 def test_plain_lines_without_a_terminal(tmp_path, capsys):
     logger = Logger(tmp_path, LogConfig(), 10)
-    logger.step(1)
-    logger.step(2, VALUES)
+    logger.show_step(1)
+    logger.show_step(2, VALUES)
     logger.say("hello")
     assert capsys.readouterr() == (format_line(2, 10, VALUES) + "\nhello\n", "")
     quiet = Logger(tmp_path, LogConfig(), 10, main=False)
-    quiet.step(3, VALUES)
+    quiet.show_step(3, VALUES)
     quiet.say("no")
     assert capsys.readouterr() == ("", "")
 
@@ -76,8 +77,8 @@ def test_progress_bar_on_a_terminal_goes_on_where_the_run_does(tmp_path, monkeyp
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
     logger = Logger(tmp_path, LogConfig(), 10)
-    logger.at(6)
-    logger.step(7, VALUES)
+    logger.start_at(6)
+    logger.show_step(7, VALUES)
     assert logger.bar.n == 7
     logger.close()
     assert "7/10" in screen.getvalue()
@@ -130,5 +131,5 @@ def test_wandb_gets_the_settings_and_numbers_and_never_asks_for_a_key(tmp_path, 
 
 
 def test_every_must_be_positive():
-    with pytest.raises(ValueError, match=r"log.every is 0"):
-        log.LogConfig(every=0)
+    with pytest.raises(UserError, match=r"log.every is 0, but must be above 0"):
+        check_limits(LogConfig(every=0), "log.")

@@ -198,8 +198,8 @@ def as_rank(folder: Path):
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if name in full:
-                        p.copy_(parallel.like(full[name], p))
-            lora.initialise(model, 4, parallel.like)
+                        p.copy_(parallel.distribute_like(full[name], p))
+            lora.initialise(model, 4, parallel.distribute_like)
             train_some(model, tokens(), 2)
             gathered = parallel.model_state(model)
             if world.main:
