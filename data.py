@@ -18,7 +18,6 @@ import core.threads
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -36,25 +35,21 @@ from core.config import ArgumentParser, main_guard, merge, parse, read_toml, to_
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
 from text import mixture
-from text.corpus import read_documents, read_records, utf8
+from text.corpus import read_documents, read_records
 from text.foreign import holds_tokens, read_token_documents
+from text.mixed_jsonl import mix_files
 from text.mixture import DataConfig, LengthConfig, SourceConfig
 from text.packing import PackedSources, Sequences, pack_sources
-from text.shards import (
-    SPLITS,
-    Shards,
-    deal,
+from text.parts import (
+    deal_documents,
     merge_parts,
     open_buckets,
-    pack,
     pack_buckets,
     packed_folders,
     part_folder,
     read_buckets,
-    read_manifest,
-    sync_and_close,
-    verify,
 )
+from text.shards import SPLITS, Shards, pack, read_manifest, verify
 
 ORDER_VERSION = 1                                  # raise it when the same seed gives another order
 MIX_HELP = """Show what a recipe draws when, as a table and a picture; --data.* and --train.* settings come last:
@@ -154,73 +149,6 @@ class Loader:
         return {name: float(n / rows) for n, (name, rows) in zip(self.plan[step], self.packed.rows_per_epoch.items())}
 
 
-# ---- mixed text for other tools
-
-def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = None, seed: int = 0,
-              max_epochs: float = SourceConfig.max_epochs, overwrite: bool = False) -> dict:
-    """Write `total` records to the JSONL file `out`, the share `ratio` of them from `domain`, in an order of `seed`.
-
-    domain, general: iterators over records (dict). A side's records come in a new order every epoch, none twice within
-    one; each gets "source_type", the name of its side. total None: every domain record once. Returns what was done.
-    """
-    if seed < 0:
-        raise ValueError(f"--seed is {seed}, but must be 0 or more")
-    if Path(out).exists() and not overwrite:
-        raise ValueError(f"{out} exists already; choose another --out or add --overwrite")
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"--domain-ratio is {ratio}, but must be between 0 and 1")
-    if total is None and not ratio:
-        raise ValueError("without --total-samples the domain file gives the length, but --domain-ratio is 0")
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.partial")
-    try:
-        with tempfile.TemporaryFile(dir=out.parent) as spool:
-            places = {"domain": _spool(domain, "domain", spool), "general": _spool(general, "general", spool)}
-            total = round(len(places["domain"]) / ratio) if total is None else total
-            if total < 1:
-                raise ValueError(f"{total} samples were asked for, or the domain files hold no records; there must be "
-                                 f"at least 1")
-            wanted = {"domain": round(total * ratio)}
-            wanted["general"] = total - wanted["domain"]
-            for side, n in wanted.items():
-                if n and not len(places[side]):
-                    raise ValueError(f"the {side} files hold no records, but {n} are wanted of them")
-            epochs = {side: n / max(1, len(places[side])) for side, n in wanted.items()}
-            sides = {side: SourceConfig(role=side, max_epochs=max_epochs) for side in wanted}
-            warnings = mixture.check_epochs(epochs, sides, "--max-epochs {1}")
-            lines = np.concatenate([_draw(side, n, places[side], seed) for side, n in wanted.items()])
-            with open(temporary, "wb") as file:
-                for line in permute(np.arange(total), total, mix_keys(seed, "mix")).tolist():
-                    spool.seek(int(lines[line]))
-                    file.write(spool.readline())
-                sync_and_close(file)
-        os.replace(temporary, out)
-    except OSError as error:
-        raise ValueError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-    return {"total": total, "seed": seed, "warnings": warnings,
-            **{side: {"records": len(places[side]), "written": n, "epochs": epochs[side]}
-               for side, n in wanted.items()}}
-
-
-def _spool(records, side, spool) -> np.ndarray:
-    """Where each record stands in the file it was written to."""
-    places = [spool.tell()]
-    for record in records:
-        line = json.dumps({**record, "source_type": side}, ensure_ascii=False, default=str)
-        spool.write(utf8(line) + b"\n")
-        places.append(spool.tell())
-    return np.array(places[:-1], np.int64)
-
-
-def _draw(side, n, places, seed) -> np.ndarray:
-    epoch, position = np.divmod(np.arange(n), max(1, len(places)))
-    order = permute(position, len(places), mix_keys(seed, side, "mix", epoch)) if n else position
-    return places[order]
-
-
 # ---- command line
 
 def cli_pack(args):
@@ -264,7 +192,7 @@ def cli_pack(args):
         first = args.first or ("high" if "quality" in args.score else "low")
         pack_buckets(records, tokenizer, out, args.buckets, args.score, first=first, column=args.column, **options)
     else:
-        pack(deal(args.files, texts, k, n), tokenizer, out, part=bool(args.part), **options)
+        pack(deal_documents(args.files, texts, k, n), tokenizer, out, allow_empty=bool(args.part), **options)
     bar.close()
     seconds = time.perf_counter() - start
     manifests = [read_manifest(folder) for folder in packed_folders(out)]

@@ -26,7 +26,7 @@ from text import vocabulary
 from text.corpus import read_documents, read_records, utf8
 from text.mixture import DataConfig
 from text.packing import pack_sources
-from text.shards import HEADER_BYTES, Shards, pack
+from text.shards import Shards, pack
 
 
 @dataclass
@@ -393,7 +393,7 @@ def bench_reading(folder, rounds) -> list:
     shards, T, B, steps = Shards(folder / "shards"), 2048, 64, 20
     plan = np.arange(steps * (rounds + 1) + 2, dtype=np.int64)[:, None] * B
     loader = data.Loader(pack_sources({"text": shards}, DataConfig(context=T)), plan, seed=0)
-    tokens = np.memmap(folder / "shards" / f"{shards.records[0]['name']}.bin", shards.dtype, "r", offset=HEADER_BYTES)
+    tokens = shards.token_maps[0]
     rng, step, windows = np.random.default_rng(0), itertools.count(), max(1, len(tokens) // (T + 1))
 
     def get_batch():
@@ -414,7 +414,7 @@ def bench_reading(folder, rounds) -> list:
         from datatrove.utils.dataset import DatatroveFileDataset
         tokens.tofile(folder / "tokens.ds")
         shards.end_maps[0].tofile(folder / "tokens.ds.index")
-        return DatatroveFileDataset(str(folder / "tokens.ds"), T, shards.dtype.itemsize, return_positions=True)
+        return DatatroveFileDataset(str(folder / "tokens.ds"), T, tokens.itemsize, return_positions=True)
 
     def in_order():
         for s in range(steps):

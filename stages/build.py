@@ -30,7 +30,8 @@ from model import Model, ModelConfig
 from text import mixture
 from text.mixture import LengthConfig
 from text.packing import pack_sources
-from text.shards import Shards, check_tokenizer, open_buckets, verify
+from text.parts import open_buckets
+from text.shards import Shards, check_tokenizer, verify
 from text.vocabulary import token_before_document
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -225,48 +225,6 @@ def test_no_bos_and_a_warning_where_nothing_is_held_out(tmp_path, tiny_bpe, monk
     assert Shards(tmp_path / "s").text_document(0)[0].tolist() == tokenizer.encode("one document")
 
 
-# ---- mix
-
-def test_mixed_files(tmp_path):
-    law = [{"text": f"law {i}", "id": i, "metadata": {"x": [i]}} for i in range(10)]
-    web = [{"text": f"web {i} \ud800\u2028", "source_type": "old"} for i in range(7)]
-    out, seen = tmp_path / "new/mixed.jsonl", set()
-    for seed in (0, 0, 1):
-        done = data.mix_files(iter(law), iter(web), out, overwrite=True, ratio=0.6, total=45, seed=seed)
-        seen.add(out.read_bytes())
-        got = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
-        for side, records, n in (("domain", law, 27), ("general", web, 18)):
-            mine = [r for r in got if r["source_type"] == side]
-            texts = [r["text"].replace("\ufffd", "\ud800") for r in mine]
-            assert len(mine) == n == done[side]["written"]
-            counts = [texts.count(r["text"]) for r in records]             # none twice before all are once
-            assert max(counts) - min(counts) <= 1
-            assert done[side]["epochs"] == n / len(records)
-        assert all(r == {**law[r["id"]], "source_type": "domain"} for r in got if r["source_type"] == "domain")
-    assert len(seen) == 2
-    assert [r["source_type"] for r in got] != sorted(r["source_type"] for r in got)
-    assert data.mix_files(law, web, out, overwrite=True)["total"] == 14  # each of the domain once
-    assert sorted(p.name for p in out.parent.iterdir()) == ["mixed.jsonl"]
-
-
-def test_an_epoch_of_a_mix_has_each_record_once_in_a_new_order(tmp_path):
-    law = [{"text": str(i)} for i in range(50)]
-    places = data._draw("domain", 200, np.arange(50), seed=3).reshape(4, 50)
-    assert all(sorted(row) == list(range(50)) for row in places.tolist())
-    assert len({tuple(row) for row in places.tolist()}) == 4
-    done = data.mix_files(law, [], tmp_path / "m.jsonl", overwrite=True, ratio=1.0, total=250)
-    assert ["read 5.0 times" in line for line in done["warnings"]] == [True]
-    before = (tmp_path / "m.jsonl").read_bytes()
-    for wrong, match in (({"total": 801}, "16.0 times, above its max_epochs of 16: .* --max-epochs 17"),
-                         ({"total": 0}, "at least 1"), ({"ratio": 1.5}, "--domain-ratio"), ({"ratio": 0.0}, "length"),
-                         ({"ratio": 0.5, "total": 9}, "the general files hold no records, but 5")):
-        with pytest.raises(ValueError, match=match):
-            data.mix_files(law, [], tmp_path / "m.jsonl", overwrite=True, **{"ratio": 1.0, **wrong})
-    data.mix_files(law, [], tmp_path / "n.jsonl", overwrite=True, ratio=1.0, total=801, max_epochs=20)
-    assert (tmp_path / "m.jsonl").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "n.jsonl"]
-
-
 def test_command_line_of_buckets_and_mixes(tmp_path, tiny_bpe, monkeypatch, capsys):
     law, wiki, out = tmp_path / "law.jsonl", tmp_path / "wiki.txt", tmp_path / "s"
     law.write_text("".join(json.dumps(r) + "\n" for r in scored(80)))
@@ -327,7 +285,6 @@ def test_command_line_of_buckets_and_mixes(tmp_path, tiny_bpe, monkeypatch, caps
     fails("mix", tmp_path / "no.toml", "--preview", match="no.toml does not exist")
     fails("info", out, "--data.schedule", "x", match="unknown argument --data.schedule")
     fails(*mixed, match="exists already; choose another --out or add --overwrite")
-    fails(*mixed, "--overwrite", "--seed", -1, match="--seed is -1, but must be 0 or more")
     assert len((tmp_path / "m.jsonl").read_text().splitlines()) == 100
     fails(*mixed, "--overwrite", "--total-samples", 100000, match="allow it with --max-epochs")
     recipe.write_text('[data.sources.law]\npath = "nowhere"\n')
