@@ -1,19 +1,18 @@
 """Kullback-Leibler divergence of a linear head from a teacher's: distillation without either one's logits.
 
-    s = x W^T / T   q = softmax(s)        t = x' W'^T / T   p = softmax(t)        x', W' the teacher's
-    forward   loss = T^2 sum over labelled rows of  sum_v p (log p - log q)       dz = T (q - p)
-    reverse   loss = T^2 sum over labelled rows of  sum_v q (log q - log p)       dz = T q (s - t - sum_v q (s - t))
+    s = x W^T / tau   q = softmax(s)        t = x' W'^T / tau   p = softmax(t)        x', W' the teacher's
+    loss = tau^2 sum over labelled tokens of  sum_v p (log p - log q)                 dz = tau (q - p)
     dx = dz W      dW = dz^T x
 
-T^2 keeps the gradients' size at any temperature T (Hinton et al., 2015, arXiv 1503.02531). The forward divergence makes
-the student cover all the teacher does, the reverse one keep to what the teacher does (MiniLLM, arXiv 2306.08543).
+tau^2 keeps the gradients' size at any temperature tau (Hinton et al., 2015, arXiv 1503.02531). M tokens, x [M, D],
+W [V, D], x' [M, D'], W' [V, D'].
 
-It is built like the cross-entropy next door: chunks of rows, gradients found in the forward pass in place of the
-student's logits, the backward pass only scales them. A chunk counts both logits. For M rows: 6 M V D operations (4 with
-a frozen head) and 2 M V D' for the teacher; the row kernel reads both logits twice and writes one, 10 M V bytes.
-No log-probability is ever stored: one pass finds both softmaxes' maxima and sums and the mean of s - t, and
+It is built like cross_entropy.py: chunks of tokens, gradients found in the forward pass in place of the student's
+logits, a backward pass that only scales them. A chunk counts both logits. The matmuls cost 6 M V D operations (4 with a
+frozen head) and 2 M V D' for the teacher; the Triton kernel reads both logits twice and writes one, 10 M V bytes.
+No log-probability is ever stored: one pass finds the maxima and sums of both softmaxes and the mean of t - s, and
     KL(p || q) = E_p[t - s] + logsumexp(s) - logsumexp(t)
-whose last two are subtracted maximum from maximum and sum from sum, as they nearly cancel when the student is close.
+The last two nearly cancel when the student is close, so maximum is subtracted from maximum and sum divided by sum.
 """
 
 import torch
@@ -24,40 +23,42 @@ from kernels.cross_entropy import (
     compute_dtype,
     keep_gradients,
     load_row,
-    logits,
-    over_chunks,
+    loss_by_chunks,
+    make_logits,
     scaled_gradients,
 )
 
 BLOCK = 4096                      # logits of each row that a program holds
-CACHED = 2**18                    # numbers the reference works on at a time: its temporaries stay in a CPU's cache
+# Elements the reference works on at a time, so that its intermediates stay in the CPU's cache.
+CACHED = 2**18
 
 
 # ---- reference
 
-def reference_rows(z, teacher_z, temperature, reverse, want_dz):
-    """z, teacher_z [m, V] in at least fp32 -> loss [m]; z becomes dz."""
+def reference_rows(z, teacher_z, temperature, want_dz):
+    """z, teacher_z [m, V] in fp32 or wider -> loss [m]; z becomes dz."""
     loss = z.new_empty(len(z))
     block = max(1, CACHED // max(1, z.shape[1]))
     for i in range(0, len(z), block):
         part = z[i:i + block]
         log_q = torch.log_softmax(part / temperature, -1)
         log_p = torch.log_softmax(teacher_z[i:i + block] / temperature, -1)
-        weight = (log_q if reverse else log_p).exp()
-        ratio = log_q - log_p if reverse else log_p - log_q
-        kl = (weight * ratio).sum(-1)
-        loss[i:i + block] = kl * temperature**2
+        p = log_p.exp()
+        loss[i:i + block] = (p * (log_p - log_q)).sum(-1) * temperature**2
         if want_dz:
-            dz = weight.mul_(ratio.sub_(kl[:, None])) if reverse else log_q.exp_().sub_(weight)
-            torch.mul(dz, temperature, out=part)
+            torch.mul(log_q.exp_().sub_(p), temperature, out=part)
     return loss
 
 
 # ---- Triton
 
 @jit
-def row_kernel(S, T, LOSS, V, stride, temperature, REVERSE: tl.constexpr, DZ: tl.constexpr, BLOCK: tl.constexpr):
-    """S, T [M, V] in rows of `stride` numbers: each row's loss, the gradient in place of the student's logits S."""
+def row_kernel(S, T, LOSS, V, stride, temperature, DZ: tl.constexpr, BLOCK: tl.constexpr):
+    """A program takes a row of the student's logits S [M, V] and the teacher's T [M, V], in two passes.
+
+    Rows are `stride` elements apart; LOSS [M]. The second pass puts the gradient in place of S; it runs backwards, over
+    what the cache still holds.
+    """
     row = tl.program_id(0)
     S += row.to(tl.int64) * stride
     T += row.to(tl.int64) * stride
@@ -71,7 +72,7 @@ def row_kernel(S, T, LOSS, V, stride, temperature, REVERSE: tl.constexpr, DZ: tl
         col = start + tl.arange(0, BLOCK)
         s = load_row(S, col, V, stride) * inverse
         t = load_row(T, col, V, stride) * inverse
-        difference = s - t if REVERSE else t - s
+        difference = t - s
         s = tl.where(col < V, s, float("-inf"))
         t = tl.where(col < V, t, float("-inf"))
         new_s = tl.maximum(top_s, tl.max(s, 0))
@@ -82,60 +83,58 @@ def row_kernel(S, T, LOSS, V, stride, temperature, REVERSE: tl.constexpr, DZ: tl
         old_t = tl.exp(top_t - new_t)
         t = tl.exp(t - new_t)
         total_t = total_t * old_t + t
-        dot = dot * old_s + s * difference if REVERSE else dot * old_t + t * difference
+        dot = dot * old_t + t * difference
         top_s = new_s
         top_t = new_t
     sum_s = tl.sum(total_s, 0)
     sum_t = tl.sum(total_t, 0)
     shift = (top_s - top_t) + tl.log(sum_s / sum_t)          # logsumexp(s) - logsumexp(t)
-    mean = tl.sum(dot, 0) / (sum_s if REVERSE else sum_t)
-    loss = mean - shift if REVERSE else mean + shift
+    loss = tl.sum(dot, 0) / sum_t + shift
     tl.store(LOSS + row, loss * temperature * temperature)
 
     if DZ:
         scale_s = temperature / sum_s
         scale_t = temperature / sum_t
-        for back in range(0, tl.cdiv(V, BLOCK)):             # backwards: the cache still holds the end of the rows
+        for back in range(0, tl.cdiv(V, BLOCK)):
             col = (tl.cdiv(V, BLOCK) - 1 - back) * BLOCK + tl.arange(0, BLOCK)
             s = load_row(S, col, V, stride) * inverse
             t = load_row(T, col, V, stride) * inverse
-            dz = tl.exp(s - top_s) * scale_s
-            dz = dz * (s - t - mean) if REVERSE else dz - tl.exp(t - top_t) * scale_t
+            dz = tl.exp(s - top_s) * scale_s - tl.exp(t - top_t) * scale_t
             tl.store(S + col, dz, mask=col < stride)
 
 
-def kernel_rows(z, teacher_z, temperature, reverse, want_dz):
-    """As reference_rows, z and teacher_z in any dtypes and rows of the same stride."""
+def kernel_rows(z, teacher_z, temperature, want_dz):
+    """As reference_rows; z and teacher_z in any dtypes, their rows equally far apart."""
     loss = torch.empty(len(z), dtype=torch.float32, device=z.device)
     block = min(BLOCK, max(128, power_of_two(z.shape[1])))
-    launch(row_kernel, (len(z),), z, teacher_z, loss, z.shape[1], z.stride(0), temperature, REVERSE=reverse,
-           DZ=want_dz, BLOCK=block, num_warps=max(1, min(16, block // 256)))
+    launch(row_kernel, (len(z),), z, teacher_z, loss, z.shape[1], z.stride(0), temperature, DZ=want_dz, BLOCK=block,
+           num_warps=max(1, min(16, block // 256)))
     return loss
 
 
 @op
 def linear_kl_forward(
         x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, teacher_weight: torch.Tensor,
-        labels: torch.Tensor, want_dx: bool, want_dw: bool, temperature: float,
-        reverse: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        labels: torch.Tensor, want_dx: bool, want_dw: bool,
+        temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [M, D], weight [V, D] in x's dtype, the teacher's likewise, labels [M] -> token_loss, dx, dw (or empty)."""
     triton, want_dz = use_triton(x), want_dx or want_dw
     dtypes = [x.dtype, teacher_x.dtype]
     buffers = dtypes if triton else [torch.promote_types(dtype, torch.float32) for dtype in dtypes]
 
     def chunk_loss(where, part, z, teacher_z):
-        z, teacher_z = logits(part, weight, z), logits(teacher_x[where], teacher_weight, teacher_z)
-        loss = (kernel_rows if triton else reference_rows)(z, teacher_z, temperature, reverse, want_dz)
+        z = make_logits(part, weight, z)
+        teacher_z = make_logits(teacher_x[where], teacher_weight, teacher_z)
+        loss = (kernel_rows if triton else reference_rows)(z, teacher_z, temperature, want_dz)
         return loss, z.to(x.dtype) if want_dz else z
-    return over_chunks(x, weight, labels, buffers, want_dx, want_dw, chunk_loss)
+    return loss_by_chunks(x, weight, labels, buffers, want_dx, want_dw, chunk_loss)
 
 
 class LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, teacher_x, teacher_weight, labels, want_dx, want_dw, temperature, reverse):
-        token_loss, dx, dw = linear_kl_forward(
-            x, weight.to(x.dtype), teacher_x, teacher_weight.to(teacher_x.dtype), labels, want_dx, want_dw,
-            temperature, reverse)
+    def forward(ctx, x, weight, teacher_x, teacher_weight, labels, want_dx, want_dw, temperature):
+        token_loss, dx, dw = linear_kl_forward(x, weight.to(x.dtype), teacher_x, teacher_weight.to(teacher_x.dtype),
+                                               labels, want_dx, want_dw, temperature)
         keep_gradients(ctx, dx, dw, weight)
         ctx.mark_non_differentiable(token_loss)
         return token_loss.sum(), token_loss
@@ -143,34 +142,34 @@ class LinearKL(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        return *scaled_gradients(ctx, scale, "linear_kl"), *[None] * 7
+        return *scaled_gradients(ctx, scale, "linear_kl"), *[None] * 6
 
 
 # ---- public op
 
 def linear_kl(x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, teacher_weight: torch.Tensor,
-              labels: torch.Tensor, temperature: float = 1.0, reverse: bool = False):
+              labels: torch.Tensor, temperature: float = 1.0):
     """Summed divergence in nats between the head `weight` [V, D] on x [..., D] and the teacher's [V, D'] on [..., D'].
 
-    Returns (loss, token_loss [...]): temperature^2 * KL(teacher || student), with `reverse` KL(student || teacher), of
-    softmax(logits / temperature), summed over the rows whose label in labels [...] is not -100 (no other value of it
-    matters), and each row's own, 0 where it is. The sum alone carries gradients, for x and weight and for one backward
-    pass; the teacher is a constant. Under autocast the products are taken in autocast's dtype.
+    Returns (loss, token_loss [...]): temperature^2 * KL(teacher || student) of softmax(logits / temperature), summed
+    over the tokens whose label in labels [...] is not -100 (no other value of it matters), and each token's own, 0
+    where it is. The sum alone carries gradients, for x and weight and for one backward pass; the teacher is a constant.
+    Under autocast the matmuls are in autocast's dtype. ValueError where the heads or the tokens do not fit.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(f"the student's head has {weight.shape[0]} rows, the teacher's {teacher_weight.shape[0]}; "
-                         "both must speak of the same tokens: take a teacher with the same tokenizer, and if one head "
+                         "both must score the same tokens: take a teacher with the same tokenizer, and if one head "
                          "is only padded, cut it to the shorter, e.g. teacher_weight[:V]")
     if teacher_x.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"the student's hidden states are {tuple(x.shape)}, the teacher's {tuple(teacher_x.shape)}; "
                          "all but the last size must agree: run both on the same tokens")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it divides the logits, say 1.0")
-    grad, dtype, teacher_dtype = torch.is_grad_enabled(), compute_dtype(x, weight), compute_dtype(
-        teacher_x, teacher_weight)
+    grad, dtype = torch.is_grad_enabled(), compute_dtype(x, weight)
+    teacher_dtype = compute_dtype(teacher_x, teacher_weight)
     with torch.autocast(autocast_device(x), enabled=False):
         loss, token_loss = LinearKL.apply(
             x.flatten(0, -2).to(dtype), weight, teacher_x.detach().flatten(0, -2).to(teacher_dtype),
             teacher_weight.detach(), labels.flatten(), grad and x.requires_grad, grad and weight.requires_grad,
-            float(temperature), reverse)
+            float(temperature))
     return loss, token_loss.view(labels.shape)
