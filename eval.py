@@ -9,9 +9,9 @@ themselves are not scored. With T = 2, the document a b c is scored as (BOS -> a
 
 Bits per byte divide by the UTF-8 bytes of the text, so they stay comparable when the tokenizer changes; perplexity does
 not. Windows of several documents share a sequence and cannot see each other.
-
-Shapes: B sequences, T tokens.
 """
+
+# Shapes: B sequences, T tokens.
 
 import core.threads
 
@@ -251,7 +251,7 @@ class Eval:
     general: list[str] = field(default_factory=list)
     """Names of the texts that are general: their rise is forgetting, the fall of the others the domain gain."""
     context: int | None = setting(None, at_least=1)
-    """Tokens per window (default: the model's, at most 2,048)."""
+    """Tokens per window (default: the model's, at most 2048)."""
     reading: Reading = field(default_factory=Reading)
     device: Device = field(default_factory=Device)
 
