@@ -64,8 +64,7 @@ def new_folder(path, overwrite: bool = False):
     if old.exists() and not path.exists():
         # A process was killed between the two renames below: the old folder is the only complete one.
         old.rename(path)
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} exists already; choose another folder, or pass --overwrite to replace it")
+    refuse_existing(path, overwrite)
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -86,6 +85,13 @@ def new_folder(path, overwrite: bool = False):
         shutil.rmtree(partial, ignore_errors=True)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(path, overwrite: bool = False) -> None:
+    """UserError if `path` exists and is not an empty folder, unless `overwrite`: ask this before a long job."""
+    path = Path(path)
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists already; choose another folder, or pass --overwrite to replace it")
 
 
 def sync(path) -> None:

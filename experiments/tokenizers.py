@@ -33,6 +33,7 @@ from core.cli import Reading  # noqa: E402
 from core.config import ArgumentParser, main_guard, write_json  # noqa: E402
 from text.corpus import read_documents  # noqa: E402
 from text.extend_vocabulary import extend  # noqa: E402
+from text.new_rows import NewRows  # noqa: E402
 from text.shards import Shards, pack  # noqa: E402
 
 LEGAL = ("corpora/legal_en_dc/dc_code_title16.txt", "corpora/legal_en_dc/dc_code_title28.txt")
@@ -80,7 +81,7 @@ def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, man
         model = data / BASE
     else:
         model = out / f"models/{method}_{seed}"
-        tokenizer.save_model(data / BASE, out / "tokenizer", parts, model, method, seed=seed)
+        tokenizer.save_model(data / BASE, out / "tokenizer", parts, model, NewRows(method, seed))
     train = manifests[vocabulary]["domain"]["splits"]["train"]
     per_byte = train["tokens"] / train["bytes"]
     steps = max(1, round(size["megabytes"] * 1e6 * per_byte / (16 * 512)))  # the recipe's batch and context

@@ -1,20 +1,60 @@
 """Whether a vocabulary is worth it: an extension beside its base, and BPE, Unigram and WordPiece on the same text."""
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from text.corpus import utf8
-from text.extend_vocabulary import count_fewest_tokens
+from core.cli import Positional, Reading
+from core.config import setting
+from core.errors import UserError
+from text.corpus import read_documents, utf8
+from text.extend_vocabulary import Learning, count_fewest_tokens, extend
 from text.shards import pack
 from text.train_vocabulary import train
 from text.vocabulary import Tokenizer, load, replace_surrogates
 from text.vocabulary_files import BaseTokenizer
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Say how much shorter an extension makes text, and whether it is worth it."""
+
+    tokenizer: str
+    """The base: a folder or a file."""
+    extended: str | None = None
+    """The extension; by default one is learnt from 9 in 10 domain documents."""
+    domain: list[str]
+    """Files of domain text."""
+    general: list[str] = field(default_factory=list)
+    """Files of general text."""
+    code: list[str] = field(default_factory=list)
+    """Files of code."""
+    corpus_tokens: int | None = setting(None, at_least=1)
+    """Tokens to train on, if more than those of the --domain files."""
+    learning: Learning = field(default_factory=Learning)
+    reading: Reading = field(default_factory=Reading)
+
+
+@dataclass(kw_only=True)
+class Compare:
+    """Train BPE, Unigram and WordPiece on the same text and compare them."""
+
+    files: Positional[list[str]]
+    vocab_size: int = 8000
+    """Ids in all, special tokens included."""
+    bits_per_byte: float = setting(0.0, at_least=0, below=math.inf)
+    """Also train a small model for each kind and seed on this many megabytes; each takes minutes."""
+    seeds: int = setting(2, at_least=1)
+    """Seeds of --bits-per-byte."""
+    reading: Reading = field(default_factory=Reading)
+
 
 WORTH_IT = 0.15         # the least saving of tokens that pays for a new vocabulary: a judgement, references/data.md 6.4
 TIMES_SEEN = 100        # how often a new row should be seen before it counts as trained: a judgement
@@ -28,7 +68,7 @@ def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> di
     size, words = sum(len(utf8(t)) for t in texts), sum(len(t.split()) for t in texts)
     a, b = sum(map(len, before)), sum(map(len, after))
     if not a:
-        raise ValueError("a text to report on is empty")
+        raise UserError("a text to report on is empty")
     counts = np.bincount(np.concatenate(after), minlength=new.vocab_size)[first:]
     fewest = count_fewest_tokens(base, texts)
     return {"documents": len(texts), "bytes": size, "words": words, "tokens_before": a, "tokens_after": b,
@@ -73,6 +113,25 @@ def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], cor
             "texts": {name: {k: v for k, v in row.items() if k != "counts"} for name, row in rows.items()}}
 
 
+def report_command(options: Report) -> dict:
+    base, domain = BaseTokenizer(options.tokenizer), list(read_documents(options.domain, options.reading))
+    corpus_tokens = options.corpus_tokens or sum(map(len, base.tokenizer.encode_batch(domain)))
+    others = {"general": options.general, "code": options.code}
+    texts = {name: list(read_documents(files, options.reading)) for name, files in others.items() if files}
+    if options.extended:
+        new = load(options.extended)
+        if new.tokens[:base.tokenizer.vocab_size] != base.tokenizer.tokens:
+            raise UserError(f"{options.extended} is no extension of {options.tokenizer}: their old ids differ")
+    else:
+        learn, domain = hold_out(domain)
+        with tempfile.TemporaryDirectory() as folder:
+            extend(options.tokenizer, learn, options.learning.new_tokens, folder, options.learning.min_count)
+            new = load(folder)
+    result = report(base, new, {"domain": domain} | texts, corpus_tokens)
+    print_report(result)
+    return result
+
+
 def print_report(result: dict) -> None:
     print(f"{'text':8} {'bytes':>12} {'tokens':>11} {'extended':>11} {'change':>7} {'possible':>8} {'per byte':>15} "
           f"{'per word':>13} {'touched':>8}")
@@ -90,7 +149,7 @@ def print_report(result: dict) -> None:
 def hold_out(texts: list[str]) -> tuple[list[str], list[str]]:
     """(texts to learn from, every tenth text)."""
     if len(texts) < 10:
-        raise ValueError(f"{len(texts)} documents are too few: every tenth is held out")
+        raise UserError(f"{len(texts)} documents are too few: every tenth is held out")
     return [text for n, text in enumerate(texts) if n % 10 != 9], texts[9::10]
 
 
@@ -104,10 +163,10 @@ def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megaby
     """
     size, words = sum(len(utf8(t)) for t in held_out), sum(len(t.split()) for t in held_out)
     if not words:
-        raise ValueError("every tenth document is held out, and there is not a word in those")
+        raise UserError("every tenth document is held out, and there is not a word in those")
     there = sum(len(utf8(t)) for t in learn)
     if megabytes * 1e6 > MOST_EPOCHS * there:
-        raise ValueError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
+        raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
                          f"ask for less --bits-per-byte, or give more text")
     rows = []
     with tempfile.TemporaryDirectory() as home:
@@ -134,6 +193,13 @@ def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megaby
             for seed in range(seeds):
                 bits.append(measure_small_model(Path(home, row["kind"]), learn, held_out, megabytes, seed))
                 print(f"{row['kind']}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
+    return rows
+
+
+def compare_command(options: Compare) -> list[dict]:
+    learn, held_out = hold_out(list(read_documents(options.files, options.reading)))
+    rows = compare_kinds(learn, held_out, options.vocab_size, options.bits_per_byte, options.seeds)
+    print_kinds(rows)
     return rows
 
 
@@ -175,8 +241,8 @@ def measure_small_model(tokenizer, learn: list[str], held_out: list[str], megaby
 
 
 def run_command(file: str, *arguments) -> None:
-    """Run a command of this checkout in a process of its own. ValueError with the line it ended with if it fails."""
+    """Run a command of this checkout in a process of its own. UserError with the line it ended with if it fails."""
     command = [sys.executable, Path(__file__).parents[1] / file, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise ValueError(f"{file} failed: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}")
+        raise UserError(f"{file} failed: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}")

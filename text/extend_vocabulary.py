@@ -15,16 +15,18 @@ makes a better model is not established; it does move every shard and checkpoint
 """
 
 import collections
-import contextlib
 import heapq
 import itertools
 import json
-import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import regex
 
+from core.config import setting
+from core.errors import UserError
+from core.files import read_json
 from text.train_vocabulary import cut_for_counting
 from text.vocabulary import TiktokenTokenizer, load, replace_surrogates
 from text.vocabulary_files import BaseTokenizer, write_extended, write_settings
@@ -35,6 +37,16 @@ MAX_BYTES, MAX_CHARACTERS = 32, 16
 SP_PIECE = regex.compile(r"▁?(?:\p{Latin}+|\p{Cyrillic}+|\p{Greek}+|[\p{L}\p{M}--\p{Latin}--\p{Cyrillic}--\p{Greek}]+"
                          r"|[^\p{L}\p{M}\p{N}▁\s]+)", regex.V1)
 SP_UNIT = regex.compile(f"{SP_PIECE.pattern}|▁+|.", regex.V1 | regex.DOTALL)
+
+
+@dataclass
+class Learning:
+    """What is learned from the text."""
+
+    new_tokens: int = setting(2000, at_least=1)
+    """How many new tokens to learn."""
+    min_count: int = setting(10, at_least=1)
+    """How often a pair of tokens must occur to be joined."""
 
 
 def count_words(base: BaseTokenizer, texts) -> collections.Counter:
@@ -146,33 +158,30 @@ def _join(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return joined
 
 
-def extend(path, texts, new_tokens: int, out, min_count: int = 10) -> dict[int, tuple[int, ...]]:
-    """Write the tokenizer at `path`, continued on `texts`, into the new folder `out`.
+def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[int, tuple[int, ...]]:
+    """Write the tokenizer at `path`, continued on `texts`, into `folder`.
 
-    Returns {new id: the old ids whose join it is}, in order. ValueError if the tokenizer cannot be continued or the
+    Returns {new id: the old ids whose join it is}, in order. UserError if the tokenizer cannot be continued or the
     texts hold no pair that occurs `min_count` times.
     """
     base = BaseTokenizer(path)
-    if new_tokens < 1 or min_count < 1:
-        raise ValueError(f"--new-tokens {new_tokens} and --min-count {min_count} must be at least 1")
     tokens, joinable = list(base.tokenizer.tokens), list(base.joinable)
     merges = continue_bpe(count_words(base, texts), tokens, joinable, lambda token: may_become_token(base, token),
                           new_tokens, min_count)
     if not merges:
-        raise ValueError(f"the text has no pair of tokens that may be joined and occurs {min_count} times; give more "
+        raise UserError(f"the text has no pair of tokens that may be joined and occurs {min_count} times; give more "
                          f"text or a lower --min-count")
     parts: dict[int, tuple[int, ...]] = {}
     for i, pair in enumerate(merges, base.tokenizer.vocab_size):
         parts[i] = tuple(old for half in pair for old in parts.get(half, (half,)))
-    with new_folder(out) as folder:
-        write_extended(base, tokens, merges, folder)
+    write_extended(base, tokens, merges, Path(folder))
     return parts
 
 
-def add(path, terms: list[str], out, special: bool = False, pad: str | None = None) -> dict[str, int]:
+def add(path, terms: list[str], folder, special: bool = False, pad: str | None = None) -> dict[str, int]:
     """Give each of `terms`, and the padding token `pad`, one id behind all others; return {term: id}.
 
-    Only tokenizer.json is written into `out`: it alone can say how an added token is found, which is as it is spelt,
+    Only tokenizer.json is written into `folder`: it alone can say how an added token is found, which is as it is spelt,
     anywhere in the text, before anything else, and so even inside words. A SentencePiece base sees the text behind a
     term as a new beginning and puts its prefix space there, as transformers does.
 
@@ -181,37 +190,39 @@ def add(path, terms: list[str], out, special: bool = False, pad: str | None = No
     base = BaseTokenizer(path)
     known = base.tokenizer.token_to_id
     if pad is not None and base.tokenizer.pad_id is not None:
-        raise ValueError(f"the tokenizer has the pad token {base.tokenizer.tokens[base.tokenizer.pad_id]!r} already")
+        raise UserError(f"the tokenizer has the pad token {base.tokenizer.tokens[base.tokenizer.pad_id]!r} already")
     wanted = [*terms, *([pad] if pad is not None else [])]
     if not wanted:
-        raise ValueError("there is no term to add; name some, or --pad TOKEN")
+        raise UserError("there is no term to add; name some, or --pad TOKEN")
     for n, term in enumerate(wanted):
         if not term:
-            raise ValueError("a term is empty")
+            raise UserError("a term is empty")
         if replace_surrogates(term) != term:
-            raise ValueError(f"the term {term!a} holds half a surrogate pair; spell it in UTF-8")
+            raise UserError(f"the term {term!a} holds half a surrogate pair; spell it in UTF-8")
         if term in wanted[:n]:
-            raise ValueError(f"the term {term!r} is named twice")
+            raise UserError(f"the term {term!r} is named twice")
         if known(term) is not None:
-            raise ValueError(f"{term!r} has the id {known(term)} already; leave it out")
+            raise UserError(f"{term!r} has the id {known(term)} already; leave it out")
     ids = {term: i for i, term in enumerate(wanted, base.tokenizer.vocab_size)}
-    with new_folder(out) as folder, tempfile.TemporaryDirectory() as converted:
+    with tempfile.TemporaryDirectory() as converted:
         write_extended(base, list(base.tokenizer.tokens), [], Path(converted))
         file = Path(converted, "tokenizer.json")
         if not file.exists():
-            raise ValueError(f"{base.file} has a normaliser that tokenizer.json cannot express here; nothing was added")
-        description = json.loads(file.read_text(encoding="utf-8"))
-        description["model"]["vocab"] |= ids
-        description["added_tokens"] += [
-            {"id": i, "content": term, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": special or term == pad} for term, i in ids.items()]
-        (folder / "tokenizer.json").write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
-        write_settings(base, folder, "PreTrainedTokenizerFast", **({"pad_token": pad} if pad is not None else {}))
-        new = load(folder)
-        for term, i in ids.items():
-            for text in (term, f"a{term}b", f"the {term} is"):
-                if new.encode(text).count(i) != 1:
-                    raise ValueError(f"{term!r} is not one token in {text!r}: another token takes a part of it first")
+            raise UserError(f"{base.file} has a normaliser that tokenizer.json cannot express here; nothing was added")
+        description = read_json(file)
+    description["model"]["vocab"] |= ids
+    description["added_tokens"] += [
+        {"id": i, "content": term, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": special or term == pad} for term, i in ids.items()]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+    write_settings(base, folder, "PreTrainedTokenizerFast", **({"pad_token": pad} if pad is not None else {}))
+    new = load(folder)
+    for term, i in ids.items():
+        for text in (term, f"a{term}b", f"the {term} is"):
+            if new.encode(text).count(i) != 1:
+                raise UserError(f"{term!r} is not one token in {text!r}: another token takes a part of it first")
     return ids
 
 
@@ -222,23 +233,3 @@ def find_plain_words(terms: list[str]) -> list[str]:
     space before it. `extend` learns it as the tokenizer learnt its other words.
     """
     return [term for term in terms if term.replace(" ", "").isalpha()]
-
-
-def refuse_existing(path: Path) -> None:
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"{path} exists already; choose another folder for --out")
-
-
-@contextlib.contextmanager
-def new_folder(path):
-    """A folder that appears whole at `path`, or not at all; one with files in it is not replaced."""
-    path = Path(path)
-    refuse_existing(path)
-    temporary = path.with_name(f".{path.name}.partial")     # a fixed name: the next run removes what a killed one left
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

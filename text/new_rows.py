@@ -1,20 +1,32 @@
 """Rows of the embedding and the head for new ids. V vocabulary, D model width."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
+from core.errors import UserError
 from text.vocabulary import Tokenizer
 
-INITS = ("subtoken", "subtoken_norm", "mean", "covariance", "zero", "random")
+
+@dataclass
+class NewRows:
+    """How the rows of new ids are made."""
+
+    init: Literal["subtoken", "subtoken_norm", "mean", "covariance", "zero", "random"] = "subtoken"
+    """The mean of the rows of a token's parts, the same at the old rows' norm, ..."""
+    seed: int = 0
+    """The seed of --init random and covariance."""
 
 
 @torch.no_grad()
-def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], init: str = "subtoken",
-           zero=(), seed: int = 0) -> None:
+def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], new_rows: NewRows,
+           zero_id: int | None = None) -> None:
     """Grow the embedding and the head, [V, D] each (one parameter if they are tied), to `vocab_size` rows, in place.
 
     parts: {new id: the old ids it stands for}. Rows of old ids keep their bits. Rows that a base has beyond its
         tokenizer count as free.
-    init: how new rows are made, for each matrix from its own rows of the ids of `old`:
+    new_rows.init: how new rows are made, for each matrix from its own rows of the ids of `old`:
         "subtoken": the mean of the rows of its parts.
         "subtoken_norm": the same, stretched to the median norm of the old rows (a mean is shorter than the rows it is
             made of). As a row of the head it is then too sure of what it has not learnt: stories260K with 200 new
@@ -23,23 +35,21 @@ def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], 
         "covariance": drawn around that mean with 1e-5 of the rows' covariance (Hewitt 2021, "Initializing new word
             embeddings").
         "zero", and "random": normal with the config's initializer_range
-    zero: ids whose rows are zero whatever `init` says (padding)
+    zero_id: an id whose row is zero whatever `init` says (padding)
     """
-    if init not in INITS:
-        raise ValueError(f"--init is {init!r}, but must be one of {', '.join(INITS)}")
     config = model.config
     if config.vocab_size < old.vocab_size:
-        raise ValueError(f"the model has {config.vocab_size} rows, but its tokenizer {old.vocab_size} ids; the two "
+        raise UserError(f"the model has {config.vocab_size} rows, but its tokenizer {old.vocab_size} ids; the two "
                          f"belong to different models")
     known = [i for i, token in enumerate(old.tokens) if token is not None]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(new_rows.seed)
     for module in [model.embed_tokens] if config.tie_word_embeddings else [model.embed_tokens, model.head]:
         weight = module.weight                                          # [V, D]
-        draw = _row_maker(weight[known].float().cpu(), init, config.initializer_range, generator)
+        draw = _row_maker(weight[known].float().cpu(), new_rows.init, config.initializer_range, generator)
         grown = weight.new_zeros(max(vocab_size, len(weight)), weight.shape[1])
         grown[:len(weight)] = weight
         for i, of in parts.items():
-            if i not in zero:
+            if i != zero_id:
                 grown[i] = draw(weight[list(of)].float().mean(0).cpu()).to(weight)
         module.weight = torch.nn.Parameter(grown)
     config.vocab_size = len(grown)

@@ -6,23 +6,28 @@ Each kind needs a little help for that: two of the trainers number tokens, or br
 import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from text.vocabulary import LLAMA3_SPLIT, ROLES, Tokenizer, load, replace_surrogates
+from core.errors import UserError
+from core.files import write_text
+from text.vocabulary import LLAMA3_SPLIT, Tokenizer, load, replace_surrogates
 
 LONG_RUNS = re.compile(r"\S{1000}|\s{1000}")
+Kind = Literal["bpe", "unigram", "wordpiece"]
+# {role: token}. Byte-level BPE knows every text and has no token for the unknown.
+UNKNOWN = {"bpe": {}, "unigram": {"unk": "<unk>"}, "wordpiece": {"unk": "[UNK]"}}
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>", "mask": "<|mask|>"}
 ASCII = [chr(c) for c in range(33, 127)]
 
 
-def train(texts: Iterable[str], kind: str, vocab_size: int, out_dir, specials: dict[str, str] = SPECIALS) -> Tokenizer:
+def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokenizer:
     """Train a tokenizer, write tokenizer.json and tokenizer_config.json into `out_dir`, and load it from there.
 
     kind: "bpe": bytes, split by Llama 3's pattern; any text survives encoding and decoding.
@@ -30,40 +35,30 @@ def train(texts: Iterable[str], kind: str, vocab_size: int, out_dir, specials: d
         that only a ▁ of the text itself is lost.
         "wordpiece": as BERT's, cased. Spacing and unseen characters are lost.
     vocab_size: ids, with the special tokens and bytes; the result has fewer if the text does not give as many
-    specials: {role: token} for the roles "bos", "eos", "pad", "mask", "unk"; they get the first ids. With a "bos",
-        documents begin with it.
+
+    The special tokens get the first ids, and documents begin with BOS.
     """
-    if unknown := set(specials) - set(ROLES):
-        raise ValueError(f"specials has the role {min(unknown)}; the roles are {', '.join(ROLES)}")
     out = Path(out_dir)
     if (out / "config.json").exists():
-        raise ValueError(f"{out} holds a model, whose tokenizer would be overwritten; choose another folder for --out")
+        raise UserError(f"{out} holds a model, whose tokenizer would be overwritten; choose another folder for --out")
     texts = itertools.chain.from_iterable(map(cut_for_counting, texts))
     first = next(texts, None)
     if first is None:
-        raise ValueError("there is no text to train a tokenizer on: the files are empty")
+        raise UserError("there is no text to train a tokenizer on: the files are empty")
     texts = itertools.chain([first], texts)
+    specials = UNKNOWN[kind] | SPECIALS
     if kind == "bpe":
         trained = _train_bpe(texts, vocab_size, specials)
     elif kind == "unigram":
-        specials = {"unk": "<unk>"} | specials
         trained = _train_unigram(list(texts), vocab_size, specials)
-    elif kind == "wordpiece":
-        specials = {"unk": "[UNK]"} | specials
-        trained = _train_wordpiece(list(texts), vocab_size, specials)
     else:
-        raise ValueError(f"kind is {kind!r}, but must be bpe, unigram or wordpiece")
-    if "bos" in specials:
-        put_bos_first(trained, specials["bos"])
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": "bos" in specials,
+        trained = _train_wordpiece(list(texts), vocab_size, specials)
+    put_bos_first(trained, specials["bos"])
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
               "clean_up_tokenization_spaces": False, **{f"{role}_token": token for role, token in specials.items()}}
-    out.mkdir(parents=True, exist_ok=True)
-    # tokenizer.json is written last: it makes the folder a tokenizer.
-    for name, content in (("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
-                          ("tokenizer.json", trained.to_str(pretty=True))):
-        temporary = out / f".{name}.partial"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, out / name)
+    write_text(out / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    # Written last, because it makes the folder a tokenizer
+    write_text(out / "tokenizer.json", trained.to_str(pretty=True))
     return load(out)
 
 
@@ -120,7 +115,7 @@ def _train_unigram(texts: list[str], vocab_size: int, specials: dict) -> tokeniz
             required_chars="<0x123456789ABCDEF>")       # so that the text "<0x41>" never needs the piece of that name
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
-        raise ValueError(f"no unigram vocabulary of {vocab_size} from this text: {reason}") from None
+        raise UserError(f"no unigram vocabulary of {vocab_size} from this text: {reason}") from None
     trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     names = [*specials.values(), *(f"<0x{b:02X}>" for b in range(256))]
     pieces = [(trained.id_to_piece(i), trained.get_score(i)) for i in range(trained.piece_size())
@@ -154,4 +149,4 @@ def _train_wordpiece(texts: list[str], vocab_size: int, specials: dict) -> token
 
 def _check_size(vocab_size: int, what: str, needed: int) -> None:
     if vocab_size <= needed:
-        raise ValueError(f"vocabulary of {vocab_size} is too small: {what} alone need {needed}; ask for more")
+        raise UserError(f"vocabulary of {vocab_size} is too small: {what} alone need {needed}; ask for more")

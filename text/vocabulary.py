@@ -33,6 +33,8 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from core.errors import UserError
+from core.files import read_json
 from text.corpus import utf8
 
 ROLES = ("bos", "eos", "pad", "unk", "mask")
@@ -119,7 +121,7 @@ class Tokenizer:
                 if token is None or token in self._vocab:
                     return self._vocab.get(token)
                 if role in ("bos", "eos"):
-                    raise ValueError(f"{file} names {token!r} as {key}, but the vocabulary beside it has no such "
+                    raise UserError(f"{file} names {token!r} as {key}, but the vocabulary beside it has no such "
                                      f"token; correct {key}, or bring the tokenizer file that belongs to it")
         key = f"{role}_token_id"
         for file, settings in numbering.items():
@@ -128,7 +130,7 @@ class Tokenizer:
             if isinstance(i, int) and 0 <= i < self.vocab_size:
                 return i
             if isinstance(i, int) and role in ("bos", "eos"):
-                raise ValueError(f"{file} says {key} {i}, but the tokenizer beside it ends at id "
+                raise UserError(f"{file} says {key} {i}, but the tokenizer beside it ends at id "
                                  f"{self.vocab_size - 1}; the two files belong to different models")
         return default
 
@@ -136,10 +138,10 @@ class Tokenizer:
         return True
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """Ids of `text`; BOS and EOS only if asked for. ValueError if one is asked for that the tokenizer lacks."""
+        """Ids of `text`; BOS and EOS only if asked for. UserError if one is asked for that the tokenizer lacks."""
         for wanted, role, i in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and i is None:
-                raise ValueError(f"this {self.kind} tokenizer has no {role.upper()} token; "
+                raise UserError(f"this {self.kind} tokenizer has no {role.upper()} token; "
                                  f"name one as {role}_token in tokenizer_config.json beside it")
         return [self.bos_id] * bos + self._encode(replace_surrogates(text)) + [self.eos_id] * eos
 
@@ -163,7 +165,7 @@ class Tokenizer:
 
     def id_to_token(self, i: int) -> str:
         if not 0 <= i < self.vocab_size or self.tokens[i] is None:
-            raise ValueError(f"id {i} is not in the tokenizer, which has ids from 0 to {self.vocab_size - 1}")
+            raise UserError(f"id {i} is not in the tokenizer, which has ids from 0 to {self.vocab_size - 1}")
         return self.tokens[i]
 
     @functools.cached_property
@@ -283,23 +285,23 @@ def load(path) -> Tokenizer:
     path: a file, or a folder with a model or with tokenizer files alone. A folder's first of tokenizer.json,
         tokenizer.model and vocab.json with merges.txt is read. The roles (BOS, EOS, ...) are looked up in the folder.
 
-    ValueError for a path without a tokenizer, for damaged files and for files that contradict each other.
+    UserError for a path without a tokenizer, for damaged files and for files that contradict each other.
     """
     path = Path(path)
     if not path.exists():
-        raise ValueError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
+        raise UserError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
     if path.is_dir():
         names = ("tokenizer.json", "tokenizer.model", "vocab.json")
         found = next((path / name for name in names if (path / name).is_file()), None)
         if found is None:
-            raise ValueError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json "
+            raise UserError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json "
                              f"with merges.txt; copy them from the base model's page")
         path = found
     if path.name in ("vocab.json", "merges.txt"):
         return _load_gpt2(path.parent)
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         return _load_llama3(data, path)
     try:
@@ -310,7 +312,7 @@ def load(path) -> Tokenizer:
             backend.LoadFromSerializedProto(data)
     except Exception as error:      # `tokenizers` raises no narrower class for a file it cannot read
         what = "tokenizer.json" if path.suffix == ".json" else "SentencePiece model or tiktoken ranks"
-        raise ValueError(f"{path} cannot be read as {what} ({error}); download it again") from error
+        raise UserError(f"{path} cannot be read as {what} ({error}); download it again") from error
     if path.suffix == ".json":
         return HuggingFaceTokenizer(backend, path.parent, "tokenizers", (), {})
     return SentencePieceTokenizer(backend, path.parent)
@@ -325,11 +327,11 @@ def _load_llama3(data: bytes, path: Path) -> Tokenizer:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is not 'base64 rank' ({error}); download it again") from None
+            raise UserError(f"{path} line {number} is not 'base64 rank' ({error}); download it again") from None
     used = set(ranks.values())
     base = next(i for i in itertools.count() if i not in used)
     if base != LLAMA3_BASE or len(used) != len(ranks) or used & set(range(base, base + len(LLAMA3_SPECIALS))):
-        raise ValueError(f"{path} has {base} ranks from 0 on where Llama 3 has {LLAMA3_BASE} and then 256 free "
+        raise UserError(f"{path} has {base} ranks from 0 on where Llama 3 has {LLAMA3_BASE} and then 256 free "
                          f"ids; another model's split pattern and special tokens are not in such a file: use its "
                          f"tokenizer.json")
     specials = {token: base + i for i, token in enumerate(LLAMA3_SPECIALS)}
@@ -343,16 +345,16 @@ def _load_llama3(data: bytes, path: Path) -> Tokenizer:
 def _load_gpt2(folder: Path) -> Tokenizer:
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; a GPT-2 tokenizer is vocab.json and merges.txt together")
+            raise UserError(f"{folder} has no {name}; a GPT-2 tokenizer is vocab.json and merges.txt together")
     made_by = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
     if made_by and made_by.removesuffix("Fast") not in GPT2_CLASSES:
-        raise ValueError(f"vocab.json and merges.txt in {folder} belong to a {made_by}, which splits text otherwise "
+        raise UserError(f"vocab.json and merges.txt in {folder} belong to a {made_by}, which splits text otherwise "
                          f"than GPT-2; add its tokenizer.json")
     vocab = read_settings(folder / "vocab.json")
     merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8").split("\n"))
     wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
     if wrong or not vocab:
-        raise ValueError(f"vocab.json in {folder} does not belong to merges.txt: it lacks the merge "
+        raise UserError(f"vocab.json in {folder} does not belong to merges.txt: it lacks the merge "
                          f"{' '.join(wrong or ())!r} or a part of it; download both again")
     made = {"".join(merge) for merge in merges}
     controls = {token: i for token, i in vocab.items() if token not in made and token not in LETTER_BYTES}
@@ -366,7 +368,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         specials = controls or {"\0no special token": max(vocab.values()) + 1}
         return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, specials, vocab, controls.values(), defaults)
     if added:
-        raise ValueError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
+        raise UserError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
                          f"tokenizer.json: save one with transformers' AutoTokenizer")
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -422,24 +424,19 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
     taken = set(vocab.values())
     for token, i in added.items():
         if token in vocab or i in taken:
-            raise ValueError(f"added token {token!r} of {folder} has id {i}, but the vocabulary beside it says "
+            raise UserError(f"added token {token!r} of {folder} has id {i}, but the vocabulary beside it says "
                              f"otherwise; the files belong to different models")
         if token not in control:
-            raise ValueError(f"added_tokens.json or tokenizer_config.json in {folder} adds the ordinary token "
+            raise UserError(f"added_tokens.json or tokenizer_config.json in {folder} adds the ordinary token "
                              f"{token!r}; how to find it in text stands in tokenizer.json: save one with transformers")
     return added
 
 
 def read_settings(path: Path) -> dict:
     """The JSON object in a settings file, {} if the file is missing."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from None
+    value = read_json(path) if path.is_file() else {}
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} where a table of names belongs; download it again")
+        raise UserError(f"{path} holds a {type(value).__name__} where a table of names belongs; download it again")
     return value
 
 
@@ -450,7 +447,7 @@ def token_before_document(tokenizer: Tokenizer) -> int:
     """
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
-        raise ValueError("the tokenizer has neither BOS nor EOS, and the first token of a text needs one before it; "
+        raise UserError("the tokenizer has neither BOS nor EOS, and the first token of a text needs one before it; "
                          "name a bos_token in tokenizer_config.json beside it (or give generate.py a prompt)")
     return first
 

@@ -21,6 +21,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from core.errors import UserError
+from core.files import read_json
 from text import vocabulary
 from text.train_vocabulary import put_bos_first, split_as_llama3
 from text.vocabulary import PROBES, ROLES, Tokenizer, read_settings, unspell_bytes
@@ -47,7 +49,7 @@ class BaseTokenizer:
             converted, path = vocabulary.load(path), path / "tokenizer.model"
         self.tokenizer = vocabulary.load(path)
         if converted and converted.vocab_size != self.tokenizer.vocab_size:
-            raise ValueError(f"{path.parent} has {converted.vocab_size} ids in tokenizer.json and "
+            raise UserError(f"{path.parent} has {converted.vocab_size} ids in tokenizer.json and "
                              f"{self.tokenizer.vocab_size} in tokenizer.model, so that new ids would meet old ones; "
                              f"remove the file that is not the model's")
         self.folder = path if path.is_dir() else path.parent
@@ -60,10 +62,10 @@ class BaseTokenizer:
             return
         special = set(self.tokenizer.special_ids)
         if self.tokenizer.kind == "tokenizers":
-            self.description = json.loads(self.file.read_text(encoding="utf-8"))
+            self.description = read_json(self.file)
             byte_level = '"ByteLevel"' in json.dumps(self.description["pre_tokenizer"])
             if self.description["model"]["type"] != "BPE" or not byte_level:
-                raise ValueError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
+                raise UserError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
                                  f"(put its tokenizer.model beside it)")
             special |= {entry["id"] for entry in self.description["added_tokens"]}
         self.joinable = [token is not None and i not in special for i, token in enumerate(self.tokenizer.tokens)]
@@ -72,7 +74,7 @@ class BaseTokenizer:
         model = read_fields(self.file.read_bytes())
         types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
         if read_submessage(model, 2).get(3, 1) != 2:                    # trainer_spec.model_type: 2 is BPE
-            raise ValueError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
+            raise UserError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
                              f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
         self.frozen = [self.tokenizer.tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
         self.joinable = [i < len(types) and types[i] == NORMAL for i in range(self.tokenizer.vocab_size)]
@@ -85,6 +87,7 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
     """
     old = base.tokenizer
     first = old.vocab_size
+    folder.mkdir(parents=True, exist_ok=True)
     if base.form == "sentencepiece":
         backend = _write_sentencepiece(base, tokens, folder)
     elif base.form == "tiktoken":

@@ -25,13 +25,12 @@ from tokenizers import models
 
 import hf
 import tokenizer
-from core.config import main_guard
 from text import compare_vocabularies as C
 from text import extend_vocabulary as X
 from text import vocabulary as T
 from text import vocabulary_files
 from text.corpus import read_documents
-from text.new_rows import resize
+from text.new_rows import NewRows, resize
 from text.train_vocabulary import train
 from text.vocabulary_files import BaseTokenizer
 
@@ -143,7 +142,7 @@ def command(monkeypatch, capsys):
     def call(line: str):
         monkeypatch.setattr(sys, "argv", ["tokenizer.py", *line.split()])
         try:
-            status = main_guard(tokenizer.main)
+            status = tokenizer.main()
         except SystemExit as stop:
             status = stop.code
         return status, *capsys.readouterr()
@@ -298,10 +297,10 @@ def test_rows(tiny_model, small, tied):
     known = [i for i, token in enumerate(old.tokens) if token is not None]
     parts = {old.vocab_size: [5, 7, 7], old.vocab_size + 1: [9], old.vocab_size + 2: [1, 2]}
 
-    def grow(init, rows=old.vocab_size, **options):
+    def grow(init, rows=old.vocab_size, seed=0, zero_id=None):
         model = tiny_model(vocab_size=rows, tie_word_embeddings=tied)
         before = [model.embed_tokens.weight.clone(), model.head.weight.clone()]
-        resize(model, old, old.vocab_size + 3, parts, init, **options)
+        resize(model, old, old.vocab_size + 3, parts, NewRows(init, seed), zero_id)
         after = [model.embed_tokens.weight, model.head.weight]
         assert (after[0] is after[1]) == tied
         assert model.config.vocab_size == len(after[0]) == max(rows, old.vocab_size + 3)
@@ -313,7 +312,7 @@ def test_rows(tiny_model, small, tied):
         for a, b in grow("subtoken", rows):
             assert torch.allclose(b[0], (a[5] + a[7] + a[7]) / 3)
             assert torch.equal(b[1], a[9])
-    for a, b in grow("subtoken_norm", zero=[old.vocab_size + 2]):
+    for a, b in grow("subtoken_norm", zero_id=old.vocab_size + 2):
         assert torch.allclose(b[:2].norm(dim=1), a.norm(dim=1).median())
         assert torch.cosine_similarity(b[0], a[5] + 2 * a[7], dim=0) > 0.9999
         assert not b[2].any()
@@ -328,9 +327,7 @@ def test_rows(tiny_model, small, tied):
         assert not torch.equal(b, other)
         assert 0.01 < b.std() < 0.03
     with pytest.raises(ValueError, match="the model has 97 rows, but its tokenizer 300 ids"):
-        resize(tiny_model(), old, 303, parts)
-    with pytest.raises(ValueError, match="--init is 'best'"):
-        grow("best")
+        resize(tiny_model(), old, 303, parts, NewRows())
 
 
 def test_covariance_rows_have_the_covariance(tiny_model, small):
@@ -339,7 +336,7 @@ def test_covariance_rows_have_the_covariance(tiny_model, small):
     rows = model.embed_tokens.weight.detach().clone()
     n = 4000
     parts = {i: [1] for i in range(old.vocab_size, old.vocab_size + n)}
-    resize(model, old, old.vocab_size + n, parts, "covariance")
+    resize(model, old, old.vocab_size + n, parts, NewRows("covariance"))
     drawn = model.embed_tokens.weight.detach()[old.vocab_size:].double()
     expected = torch.cov(rows.double().T, correction=0) * 1e-5
     assert (torch.cov(drawn.T) - expected).norm() < 0.2 * expected.norm()          # sqrt(32 / 4000) = 0.09
@@ -657,16 +654,16 @@ def test_mistakes_end_in_one_line(small, tmp_path, command):
     for line, message in (
             (f"extend --tokenizer {tmp_path}/wordpiece --out {out} {law}", "is no byte-level BPE; extend can continue"),
             (f"extend --tokenizer {tmp_path}/unigram --out {out} {law}", "is no BPE: a Unigram model's scores are"),
-            (f"extend --tokenizer {tok} --out {tok} {law}", "exists already; choose another folder for --out"),
+            (f"extend --tokenizer {tok} --out {tok} {law}", "exists already; choose another folder, or"),
             (f"extend --tokenizer {tok} --out {out} --min-count 999 {law}", "may be joined and occurs 999 times"),
             (f"extend --tokenizer {tok} --out {out} --new-tokens 0 {law}", "must be at least 1"),
             (f"extend --tokenizer {tok} --out {out} {law}x", "does not exist"),
             (f"extend --model {tok} --out {out} {law}", "config.json does not exist"),
-            (f"extend --out {out} {law}", "--model --tokenizer is required"),
+            (f"extend --out {out} {law}", "give one of --model and --tokenizer"),
             (f"report --tokenizer {tok} --extended {small['small pieces']} --domain {law}", "is no extension of"),
             (f"compare {law}", "are too few: every tenth is held out"),
             (f"compare {tmp_path}/some.jsonl --bits-per-byte 9", "9 megabytes are more than 16 times the text's 0.00"),
-            (f"compare {tmp_path}/some.jsonl --bits-per-byte nan", "--bits-per-byte is nan and --seeds 2; they must"),
+            (f"compare {tmp_path}/some.jsonl --bits-per-byte nan", "--bits-per-byte is nan, but must be at least 0"),
             (f"compare {tmp_path}/blank.jsonl", "there is not a word in those"),
             (f"report --tokenizer {tok} --domain {law} --corpus-tokens 0", "must be at least 1")):
         status, _, stderr = command(line)

@@ -2,7 +2,6 @@
 Laws: the same text gives the same files; BPE and Unigram give back any text.
 """
 
-import json
 import re
 
 import pytest
@@ -76,18 +75,11 @@ class TestTrain:
             assert [ours.id_to_token(i) for i in ours.encode(word)] == pieces
         assert ours.encode("\U0001f642") == [ours.unk_id]
 
-    def test_own_specials(self, tmp_path):
-        ours = train(CORPUS, "bpe", 300, tmp_path, specials={"eos": "</s>"})
-        assert (ours.eos_id, ours.bos_id, ours.add_bos, ours.encode("a</s>")[-1]) == (0, None, False, 0)
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        assert (config["tokenizer_class"], "bos_token" in config) == ("PreTrainedTokenizerFast", False)
-
     @pytest.mark.parametrize(("texts", "kind", "size", "message"), [
         (["", ""], "bpe", 300, "there is no text to train a tokenizer on"),
         (CORPUS, "bpe", 260, "vocabulary of 260 is too small: bytes and special tokens alone need 260; ask for more"),
         (CORPUS, "unigram", 270, "no unigram vocabulary of 270 from this text: Vocabulary size is smaller"),
         (CORPUS, "wordpiece", 50, "vocabulary of 50 is too small: letters"),
-        (CORPUS, "bytes", 300, "kind is 'bytes', but must be bpe, unigram or wordpiece"),
     ])
     def test_errors(self, tmp_path, texts, kind, size, message):
         with pytest.raises(ValueError, match=message):
@@ -97,8 +89,6 @@ class TestTrain:
     def test_a_models_folder_is_not_overwritten(self, tmp_path):
         with pytest.raises(ValueError, match="holds a model, whose tokenizer would be overwritten"):
             train(CORPUS, "bpe", 300, write(tmp_path, config={}))
-        with pytest.raises(ValueError, match="specials has the role end; the roles are bos"):
-            train(CORPUS, "bpe", 300, tmp_path / "x", specials={"end": "</s>"})
 
 
 def test_cut_for_counting():
