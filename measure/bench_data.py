@@ -21,11 +21,16 @@ import clean
 import data
 import dedup
 import tokenizer as tokenizers
+from core.cli import Reading
 from measure.bench_rows import compare_in_turn, row
 from text import vocabulary
 from text.corpus import read_documents, read_records, utf8
 from text.mixture import DataConfig
 from text.packing import pack_sources
+from text.records import read_input
+from text.repair import SENTENCE_END
+from text.rules import PRESETS, find_broken
+from text.scores import compute_quality
 from text.shards import Shards, pack
 
 
@@ -220,7 +225,7 @@ def datatrove_words():
             return text.split()
 
         def span_tokenize(self, text):
-            return [match.span() for match in clean.SENTENCE_END.finditer(text)] or [(0, len(text))]
+            return [match.span() for match in SENTENCE_END.finditer(text)] or [(0, len(text))]
 
         def sent_tokenize(self, text):
             return [text[a:b] for a, b in self.span_tokenize(text)]
@@ -258,8 +263,8 @@ def bench_cleaning(documents, folder, rounds) -> list:
         def step(record):
             part = clean.clean_document({**record, "metadata": {}}, settings)[0]
             scores = part["metadata"]["scores"]
-            scores["quality"] = clean.quality(scores)
-            return {"text": part["text"], "kept": not clean.broken(scores, clean.PRESETS["web"])}
+            scores["quality"] = compute_quality(scores)
+            return {"text": part["text"], "kept": not find_broken(scores, PRESETS["web"])}
         cache = tempfile.mkdtemp(dir=folder)
         raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
         kept = raw.map(step).filter(lambda record: record["kept"])
@@ -267,7 +272,8 @@ def bench_cleaning(documents, folder, rounds) -> list:
         return len(kept)
 
     def ours():
-        return clean.run(clean.read_records(str(source)), settings, folder / "cleaned", overwrite=True)["kept"]
+        return clean.clean_corpus(read_input(str(source), Reading()), settings, folder / "cleaned",
+                                  overwrite=True)["kept"]
 
     megabytes = sum(len(utf8(t)) for t in documents) / 1e6
     peers = {"clean_vs_datatrove": ("datatrove", datatrove), "clean_vs_datasets": ("datasets", by_datasets)}

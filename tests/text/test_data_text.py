@@ -16,7 +16,6 @@ import pytest
 
 import clean
 import tokenizer as T
-from core.config import main_guard
 from text.corpus import read_documents, utf8
 from text.shards import Shards, pack, verify
 
@@ -55,7 +54,7 @@ def cleaned(data_dir, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["clean.py", str(home / f"{name}.jsonl"), "--preset", name, "--out",
                                         str(home / name)])
-            assert main_guard(clean.main) == 0
+            assert clean.main() == 0
         kept[name] = list(read_documents([str(home / name / "kept.jsonl")]))
         assert len(kept[name]) > 50
     return kept

@@ -1,0 +1,190 @@
+"""One document's text made uniform: repair, normalisation, boilerplate lines, domain forms, parts of bounded length.
+
+Each step takes a text and returns a text; cleaning twice gives what cleaning once gave. Patterns are linear in the
+length of the text, because one line of a corpus may be 50 MB long.
+"""
+
+import re
+import unicodedata
+
+# ---- repair and normalisation
+
+CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\ufffe\uffff\u00ad]")
+CODE_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff]")
+LINE_BREAKS = re.compile("[\x0b\x0c\x85\u2028\u2029]")
+SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+INNER_SPACES = re.compile(r"(?<=[^ \t\n])[ \t]{2,}")
+# Kana, Han, Thai: each character counts as a word, because no spaces stand between words.
+SPACELESS_SIGN = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f\uf900-\ufaff]")
+
+
+def repair_unicode(text: str) -> str:
+    """Mend mojibake, HTML entities and ligatures with ftfy; curly quotes and full-width forms stay."""
+    if text.isascii() and "&" not in text:
+        return text
+    import ftfy
+    config = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, fix_line_breaks=False, explain=False)
+    # ftfy is slow: only lines that can need it go through it.
+    return "\n".join(line if line.isascii() and "&" not in line else ftfy.fix_text(line, config)
+                     for line in text.split("\n"))
+
+
+def normalise(text: str, code: bool = False) -> str:
+    """One kind of line end and space, no control characters, NFC. Lines, indentation and fenced code stay as they are.
+
+    Source code loses only NUL and other control characters, carriage returns and white space at the ends of lines.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if code:
+        return "\n".join(line.rstrip(" \t") for line in CODE_CONTROL.sub("", text).split("\n")).strip("\n")
+    text = SPACES.sub(" ", LINE_BREAKS.sub("\n", CONTROL.sub("", text)))
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    if "```" not in text:
+        return _normalise_prose(text).strip("\n")
+    # Odd parts are fenced code and keep their inner spaces, even parts are prose.
+    parts, fenced = [[]], False
+    for line in text.split("\n"):
+        fence = line.lstrip().startswith("```")
+        if fence and not fenced:
+            parts.append([])
+        parts[-1].append(line.rstrip())
+        if fence and fenced:
+            parts.append([])
+        fenced ^= fence
+    joined = ["\n".join(part) for part in parts]
+    return "\n".join(text if i % 2 else _normalise_prose(text)
+                     for i, text in enumerate(joined) if parts[i]).strip("\n")
+
+
+def _normalise_prose(text):
+    """No spaces at the ends of lines, single spaces inside them, at most one empty line in a row."""
+    text = INNER_SPACES.sub(" ", "\n".join(line.rstrip() for line in text.split("\n")))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+# ---- boilerplate lines
+
+NAVIGATION = frozenset({"home", "about", "about us", "contact", "contact us", "login", "log in", "sign in", "sign up",
+                        "register", "search", "help", "faq", "sitemap", "site map", "privacy", "terms", "menu", "news",
+                        "blog", "products", "services", "careers", "shop", "cart", "my account", "subscribe"})
+BOILERPLATE = re.compile(r"""(?ix)
+    skip\ (?:to|navigation)\b | jump\ to\ (?:navigation|content|search) | (?:back|go)\ to\ top | click\ here\b
+  | (?:share|tweet|pin)\ (?:this|on|it|via)\b | (?:follow|like)\ us\b | print\ this\ (?:page|article) | e?-?mail\ this\b
+  | (?:read|learn|show|view|see)\ (?:more|less|all)\W*\Z | continue\ reading\b | loading\W*\Z | advertisement\W*\Z
+  | (?:next|previous)\ (?:page|post|article)\W*\Z | leave\ a\ (?:reply|comment)
+  | posted\ (?:in|under|on|by)\ [\w\ ,]{1,30}\Z
+  | (?:sign\ up|subscribe)\ (?:for|to|now|today)\b | (?:log|sign)\ in\ (?:to|with)\b | enter\ your\ e-?mail
+  | (?:we|(?:this|our)\ (?:web)?site)\ uses?\ cookies | (?:accept|reject|manage)\ (?:all\ )?cookies | powered\ by\b
+  | by\ (?:continuing|using)\ (?:to\ )?(?:browse|use|this\ site) | all\ rights\ reserved\W*\Z
+  | forgot\ (?:your\ )?password
+  | (?:copyright\ )?(?:©|\(c\)|copyright)\s*(?:19|20)\d\d | \d+\ (?:comments?|shares?|likes?|views?)\W*\Z
+  | page\ \d{1,4}(?:\ of\ \d{1,4})?\W*\Z | [-–—]\ ?\d{1,4}\ ?[-–—]\Z""")
+POLICY = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies",
+          "use cookies")
+
+
+def is_boilerplate(line: str) -> bool:
+    """Whether a line is navigation, sharing, cookies, copyright or a page number.
+
+    Only a short line is, and never one that begins in lower case: that is how a wrapped sentence goes on.
+    """
+    line = line.strip(" \t•*»>-–|") if line[:1] not in "-–—" else line.strip()
+    if not 0 < len(line) <= 120 or line[0].islower():
+        return False
+    if BOILERPLATE.match(line):
+        return True
+    items = [item.strip().lower() for item in re.split(r"[|»›·>]", line)]
+    return len(items) > 2 and sum(item in NAVIGATION for item in items) * 2 >= len(items)
+
+
+def passes_c4(line: str) -> bool:
+    """Does a line pass C4's rules (Raffel et al. 2020) as FineWeb uses them: without the one on its last character?
+
+    It has at least 3 words, none above 1,000 characters, and no phrase of a policy or a notice about scripts; or none.
+    """
+    lower, words = line.lower(), line.split()
+    if not words:
+        return True
+    return (len(words) + len(SPACELESS_SIGN.findall(line)) >= 3 and max(map(len, words)) <= 1000
+            and not any(phrase in lower for phrase in POLICY))
+
+
+def drop_boilerplate(text: str, c4: bool = False) -> tuple[str, float]:
+    """(text without boilerplate lines and, with `c4`, without lines that fail C4's rules; share of words lost)."""
+    lines = text.split("\n")
+    kept = [line for line in lines if not is_boilerplate(line) and (not c4 or passes_c4(line))]
+    if len(kept) == len(lines):
+        return text, 0.0
+    after = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
+    return after, 1 - len(after.split()) / max(1, len(text.split()))
+
+
+# ---- domain forms
+
+# A reporter of United States law, without spaces and points -> its form in the Bluebook.
+REPORTERS = {re.sub(r"[ .]", "", form).lower(): form for form in (
+    "U.S.", "F.2d", "F.3d", "F.4th", "F. Supp.", "F. Supp. 2d", "F. Supp. 3d", "S. Ct.", "L. Ed.", "L. Ed. 2d",
+    "A.2d", "A.3d", "P.2d", "P.3d", "N.E.2d", "N.E.3d", "N.W.2d", "S.E.2d", "S.W.2d", "S.W.3d", "So. 2d", "So. 3d")}
+CITATION = re.compile(r"(?<![\w.])(\d{1,4}) {0,2}((?:U|F|S|L|A|P|N|So)\b\.? ?(?:S\.|(?:Supp|Ct|Ed)\.|[EW]\.)? ?"
+                      r"(?:2d|3d|4th)?) {0,2}(?=\d{1,5}\b)")
+ABBREVIATIONS = {"pt": "patient", "hx": "history", "dx": "diagnosis", "rx": "prescription", "tx": "treatment"}
+# In lower case, or capitalised as the first word of a sentence; never beside a digit or an operator.
+ABBREVIATION = re.compile(r"(?<![^\s(\"'])([hdrtHDRT]x|pt|Pt(?= (?:is|was|has|had|denies|reports|states|presents|"
+                          r"presented|complains|needs)\b))(?=[\s,;:.)]|$)")
+NOT_CLINICAL = re.compile(r"""(?ix)∫ | \b(?:d/dx|tx/rx|rx/tx)\b | \b(?:kidney|renal|liver|heart|lung|marrow)\ tx\b
+  | \b(?:transmit\w*|receiver|antenna|packet|ethernet|serial\ port|pixels?|font|integral)\b""")
+
+
+def normalise_citations(text: str) -> str:
+    """Citations of United States law in one form: "410 U. S. 113" becomes "410 U.S. 113", and "§16" becomes "§ 16"."""
+    def rewrite(match):
+        written = match[2].strip()
+        form = REPORTERS.get(re.sub(r"[ .]", "", written).lower())
+        # "3 A 4" may be a list: a reporter has a point, or a series as in "5 F 2d 1".
+        return f"{match[1]} {form} " if form and ("." in written or written[-1] in "dh") else match[0]
+    return re.sub(r"(?<=§) *(?=\d)", " ", CITATION.sub(rewrite, text))
+
+
+def expand_abbreviations(text: str) -> str:
+    """Write out pt, hx, dx, rx and tx in a text that is clinical: it has two of them, or a word such as patient."""
+    def expand(match):
+        # "12 pt" is a font size, and in "f(x) dx" stands an integral.
+        if re.search(r"[\d)\]] ?$", match.string[max(0, match.start() - 2):match.start()]):
+            return match[0]
+        word = ABBREVIATIONS[match[1].lower()]
+        return word.capitalize() if match[1][0].isupper() else word
+
+    if NOT_CLINICAL.search(text):
+        return text
+    found = {match[1].lower() for match in ABBREVIATION.finditer(text)}
+    if len(found) > 1 or re.search(r"\b(?:patients?|clinic\w*|hospital\w*|symptoms?)\b", text, re.I):
+        text = ABBREVIATION.sub(expand, text)
+    return text
+
+
+# ---- parts of bounded length
+
+SENTENCE_END = re.compile(r"(?<![.!?…])(?:[.!?…]++[\"')\]”’»]*+(?=\s|\Z)|[。！？]++)")
+
+
+def split_text(text: str, limit: int) -> list[str]:
+    """Parts of at most `limit` characters that join to the text.
+
+    A part ends where a section or paragraph ends, else a line, a sentence or a word: the first of these that has an end
+    in the second half of the part. With limit 12, "one two. three" becomes "one two.", " three".
+    """
+    parts, start = [], 0
+    while (rest := len(text) - start) > limit:
+        # A little above an equal share of the rest, so that no scrap is left for the last part.
+        room = min(limit, rest // -(-rest // limit) + limit // 8)
+        window, half = text[start:start + room], room // 2
+        ends = [m.end() for m in re.finditer(r"\n\n+(?=\S)", window[half:])]
+        cut = half + ends[-1] if ends else window.rfind("\n", half) + 1
+        if cut <= 0:
+            ends = [m.end() for m in SENTENCE_END.finditer(window, half)]
+            cut = ends[-1] if ends else window.rfind(" ", half) + 1
+        cut = cut if cut > 0 else room
+        parts.append(text[start:start + cut])
+        start += cut
+    return [*parts, text[start:]]
