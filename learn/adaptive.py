@@ -18,6 +18,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from core.config import setting
+from core.errors import UserError
 from learn.method import Learning, Method
 
 # One decision's change of the replay share.
@@ -35,9 +37,9 @@ class AdaptiveConfig:
     policy: Literal["none", "budget", "degradation"] = "none"
     """budget: as little replay as keeps general text within epsilon bits per byte of the base. degradation: replay
     rises by 0.1 where the worst metric has lost over 5 %, and falls by 0.05 where it has lost under 2.5 %"""
-    epsilon: float = 0.02
+    epsilon: float = setting(0.02, above=0, below=math.inf)
     """budget: bits per byte that general text may lose"""
-    smoothing: float = 0.5
+    smoothing: float = setting(0.5, above=0, at_most=1)
     """budget: weight of the newest evaluation against the forecast of the ones before. 1: no memory"""
     start: float = 0.3
     """replay share that the first decision changes"""
@@ -47,12 +49,8 @@ class AdaptiveConfig:
     """highest replay share"""
 
     def __post_init__(self):
-        if not 0 < self.epsilon < math.inf:
-            raise ValueError(f"forget.adaptive.epsilon is {self.epsilon}, but must be above 0")
-        if not 0 < self.smoothing <= 1:
-            raise ValueError(f"forget.adaptive.smoothing is {self.smoothing}, but must be above 0 and at most 1")
         if not 0 <= self.least <= self.start <= self.most <= 1:
-            raise ValueError(f"forget.adaptive: least {self.least}, start {self.start} and most {self.most} must rise "
+            raise UserError(f"forget.adaptive: least {self.least}, start {self.start} and most {self.most} must rise "
                              f"between 0 and 1")
 
 
@@ -70,7 +68,7 @@ class AdaptiveReplay(Method):
     def __init__(self, config: AdaptiveConfig, learning: Learning):
         learning.require_base("forget.adaptive")
         if not learning.general_sources:
-            raise ValueError("forget.adaptive moves the share of general text, and the run draws none; add a source "
+            raise UserError("forget.adaptive moves the share of general text, and the run draws none; add a source "
                              "with the role general (forget.py replay makes one from the base), or use "
                              "--forget.lwf.alpha 0.5 --forget.lwf.tokens all, which needs none")
         self.config = config
@@ -80,7 +78,7 @@ class AdaptiveReplay(Method):
         config, memory = self.config, self.memory
         now = {name: pick_metric(found, config.policy) for name, found in texts.items() if found["role"] == "general"}
         if not now:
-            raise ValueError("forget.adaptive decides by held-out general text, and no general source has any; pack "
+            raise UserError("forget.adaptive decides by held-out general text, and no general source has any; pack "
                              "one with --heldout above 0")
         if memory["baseline"] is None:
             memory["baseline"] = {name: value for name, (_, value) in now.items()}
@@ -133,7 +131,7 @@ def pick_metric(found: dict, policy: str) -> tuple[str, float]:
     """(metric, value) by which a source is judged."""
     metric = next((m for m in METRICS if found.get(m) is not None), None)
     if metric is None or (policy == "budget" and metric != "bits_per_byte"):
-        raise ValueError(f"forget.adaptive.policy {policy} needs bits_per_byte of each general source, and an "
+        raise UserError(f"forget.adaptive.policy {policy} needs bits_per_byte of each general source, and an "
                          f"evaluation has {', '.join(found)}; use --forget.adaptive.policy degradation")
     return metric, found[metric]
 

@@ -11,18 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
+from core.config import setting
 from core.parallel import distribute_like, full_tensor
 from learn.method import Method, trainable_parameters, upcast_dtype
 
 
 @dataclass
 class EMAConfig:
-    decay: float = 0.0
+    decay: float = setting(0.0, at_least=0, below=1)
     """weight of the old mean in each step's new one. 0: off; 0.999 averages over about 1,000 steps"""
-
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"forget.ema.decay is {self.decay}, but must be 0 (off) or more and below 1")
 
 
 class EMA(Method):

@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from core.config import setting
+from core.errors import UserError
 from core.parallel import distribute_like, full_tensor
 from kernels import linear_cross_entropy
 from kernels.cross_entropy import IGNORE
@@ -33,20 +35,14 @@ from learn.method import Learning, Method, take_sequences, trainable_parameters,
 
 @dataclass
 class EWCConfig:
-    strength: float = 0.0
+    strength: float = setting(0.0, at_least=0, below=math.inf)
     """weight of the penalty strength * sum_i F_i (w_i - base_i)^2, in nats per token. 0: off. Start with 1 and compare
     0.1 and 10. With fisher = true, 0.5 approximates KL(base, model) on general text to the second order"""
     fisher: Literal["empirical", "true", "l2sp"] = "empirical"
     """empirical: F from the gradients of general text as it stands. true: from labels drawn from the model. l2sp: F is
     1 everywhere and needs no text"""
-    samples: int = 1000
+    samples: int = setting(1000, above=0)
     """sequences of general text that F is estimated on"""
-
-    def __post_init__(self):
-        if not self.samples > 0:
-            raise ValueError(f"forget.ewc.samples is {self.samples}, but must be above 0")
-        if not 0 <= self.strength < math.inf:
-            raise ValueError(f"forget.ewc.strength is {self.strength}, but must be 0 (off) or more")
 
 
 class EWC(Method):
@@ -61,11 +57,11 @@ class EWC(Method):
     def __init__(self, config: EWCConfig, learning: Learning):
         learning.require_base("forget.ewc")
         if learning.adapters:
-            raise ValueError("forget.ewc ties the base's weights down, and with adapters these do not move, so it "
+            raise UserError("forget.ewc ties the base's weights down, and with adapters these do not move, so it "
                              "protects nothing; use --forget.lwf.alpha 0.5, whose base is the same network with its "
                              "adapters off")
         if config.fisher != "l2sp" and learning.general_text is None:
-            raise ValueError("forget.ewc estimates its Fisher on general text, and there is none; add a source with "
+            raise UserError("forget.ewc estimates its Fisher on general text, and there is none; add a source with "
                              "the role general (forget.py replay makes one from the base), or use --forget.ewc.fisher "
                              "l2sp")
         self.config, self.learning = config, learning
@@ -76,7 +72,7 @@ class EWC(Method):
     def model_built(self, model):
         parameters = trainable_parameters(model)
         if not parameters:
-            raise ValueError("forget.ewc ties down weights that train, and none does; leave it out, or freeze less")
+            raise UserError("forget.ewc ties down weights that train, and none does; leave it out, or freeze less")
         self.anchor = {name: p.detach().clone() for name, p in parameters.items()}
         gigabytes = sum(p.numel() * p.element_size() for p in parameters.values()) / 1e9
         text = "no text"
@@ -139,7 +135,7 @@ class EWC(Method):
 
     def load_state(self, tensors, values):
         if values["fingerprint"] != self.fingerprint:
-            raise ValueError(f"forget.ewc was made of {values['fingerprint']} and is made of {self.fingerprint}; use "
+            raise UserError(f"forget.ewc was made of {values['fingerprint']} and is made of {self.fingerprint}; use "
                              f"the same base, general text and settings to resume")
 
 
@@ -185,7 +181,7 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
                     total[name] += p.grad.to(total[name].dtype).square()
             model.zero_grad(set_to_none=True)
     if not sequences:
-        raise ValueError("the Fisher of forget.ewc has no general text to be estimated on; add a source with the role "
+        raise UserError("the Fisher of forget.ewc has no general text to be estimated on; add a source with the role "
                          "general, or use --forget.ewc.fisher l2sp")
     if share_out:
         for value in total.values():

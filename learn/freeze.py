@@ -19,7 +19,8 @@ from typing import Literal
 
 from torch.distributed.tensor import DTensor
 
-from core.config import nearest
+from core.config import setting
+from core.errors import UserError, nearest
 from learn.method import Learning, Method, trainable_parameters
 
 
@@ -28,9 +29,9 @@ class FreezeConfig:
     schedule: Literal["none", "top", "progressive", "stages"] = "none"
     """top: only the top blocks, the final norm and the head train. progressive: so at first, then the blocks thaw from
     the top down. stages: as freeze.stages says"""
-    blocks: int = 1
+    blocks: int = setting(1, at_least=0)
     """top, progressive: number of blocks that train from the first step on"""
-    thaw_ratio: float = 0.5
+    thaw_ratio: float = setting(0.5, above=0, at_most=1)
     """progressive: share of the run after which every block trains"""
     embeddings: bool = False
     """top, progressive: the embeddings train too, and with them a head that is tied to them"""
@@ -40,16 +41,12 @@ class FreezeConfig:
     "0.5 layers.*.mlp norm head" """
 
     def __post_init__(self):
-        if self.blocks < 0:
-            raise ValueError(f"forget.freeze.blocks is {self.blocks}, but must be 0 or more")
-        if not 0 < self.thaw_ratio <= 1:
-            raise ValueError(f"forget.freeze.thaw_ratio is {self.thaw_ratio}, but must be above 0 and at most 1")
         if bool(self.stages) != (self.schedule == "stages"):
-            raise ValueError("forget.freeze.stages goes with forget.freeze.schedule stages, which needs at least one, "
+            raise UserError("forget.freeze.stages goes with forget.freeze.schedule stages, which needs at least one, "
                              'e.g. "0 layers.3 norm head"')
         starts = [start for start, _ in self.parse_stages()]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1):
-            raise ValueError(f"forget.freeze.stages begin at {', '.join(f'{s:g}' for s in starts)}, but must begin at "
+            raise UserError(f"forget.freeze.stages begin at {', '.join(f'{s:g}' for s in starts)}, but must begin at "
                              f"0, rise and stay below 1, the end of the run")
 
     def parse_stages(self) -> list[tuple[float, list[str]]]:
@@ -60,7 +57,7 @@ class FreezeConfig:
             try:
                 stages.append((float(start), patterns))
             except ValueError:
-                raise ValueError(f"forget.freeze.stages has {stage!r}, which does not begin with the share of the run "
+                raise UserError(f"forget.freeze.stages has {stage!r}, which does not begin with the share of the run "
                                  f"it starts at, e.g. 0.5") from None
         return stages
 
@@ -78,7 +75,7 @@ class Freeze(Method):
 
     def __init__(self, config: FreezeConfig, learning: Learning):
         if learning.adapters:
-            raise ValueError("forget.freeze chooses which of the base's weights train, and with adapters none does; "
+            raise UserError("forget.freeze chooses which of the base's weights train, and with adapters none does; "
                              "put adapters on fewer modules instead")
         self.config, self.steps, self.world = config, learning.steps, learning.world
         self.starts = [start for start, _ in config.parse_stages()]
@@ -91,7 +88,7 @@ class Freeze(Method):
         stages = range(self.stage_at(0), self.stage_at(self.steps - 1) + 1)
         self.sets = {stage: {name for name in names if self.trains(name, stage)} for stage in stages}
         if empty := [stage for stage, members in self.sets.items() if not members]:
-            raise ValueError(f"forget.freeze leaves nothing to train (stage {empty[0]}); name at least one part, or "
+            raise UserError(f"forget.freeze leaves nothing to train (stage {empty[0]}); name at least one part, or "
                              f"leave out freezing")
         self.ever = set().union(*self.sets.values())
         for name, p in model.named_parameters():
@@ -100,15 +97,15 @@ class Freeze(Method):
         self.notes = self.describe(model)
 
     def check_names(self, names: list[str]):
-        """ValueError where the settings name blocks or parameters that the model does not have."""
+        """UserError where the settings name blocks or parameters that the model does not have."""
         config = self.config
         if config.schedule != "stages" and config.blocks > self.blocks:
-            raise ValueError(f"forget.freeze.blocks is {config.blocks}, but the model has {self.blocks} blocks named "
+            raise UserError(f"forget.freeze.blocks is {config.blocks}, but the model has {self.blocks} blocks named "
                              f"layers.N; lower it, or name what trains with --forget.freeze.schedule stages")
         for pattern in (p for _, patterns in config.parse_stages() for p in patterns):
             if not any(matches(name, pattern) for name in names):
                 modules = {name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)}
-                raise ValueError(f"forget.freeze.stages names {pattern!r}, which fits no parameter"
+                raise UserError(f"forget.freeze.stages names {pattern!r}, which fits no parameter"
                                  f"{nearest(pattern, modules)}")
 
     def describe(self, model) -> list[str]:

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from core.config import setting
+from core.errors import UserError
 from kernels import linear_cross_entropy, linear_kl
 from kernels.cross_entropy import IGNORE
 from learn.method import Learning, Method, take_sequences
@@ -25,18 +27,12 @@ from learn.method import Learning, Method, take_sequences
 
 @dataclass
 class LwFConfig:
-    alpha: float = 0.0
+    alpha: float = setting(0.0, at_least=0, at_most=1)
     """weight of the KL in (1 - alpha) cross-entropy + alpha temperature^2 KL(base || model). 0: off; 0.5 is usual"""
-    temperature: float = 2.0
+    temperature: float = setting(2.0, above=0, below=math.inf)
     """divides the logits of both; above 1 the unlikely tokens count for more"""
     tokens: Literal["replay", "all"] = "replay"
     """replay: the KL is taken on general text alone, and the domain's loss stays as it is. all: on every target"""
-
-    def __post_init__(self):
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"forget.lwf.alpha is {self.alpha}, but must be between 0 (off) and 1 (the KL alone)")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"forget.lwf.temperature is {self.temperature}, but must be above 0")
 
 
 class LwF(Method):
@@ -48,7 +44,7 @@ class LwF(Method):
     def __init__(self, config: LwFConfig, learning: Learning):
         learning.require_base("forget.lwf")
         if config.tokens == "replay" and not learning.general_sources:
-            raise ValueError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
+            raise UserError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
                              "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
                              "LwF out with --forget.lwf.alpha 0")
         self.config, self.learning, self.base = config, learning, learning.base

@@ -7,47 +7,42 @@ some of what was gained.
 
     base (0, 4), result (2, 5), alpha 0.5:   linear (1, 4.5);   ties with density 0.5 (1, 4), without the change of 1
 
-`merge_tensor` is the arithmetic, `merge` applies it to folders, one tensor at a time. forget.py tries coefficients on
-held-out text; train.py does that at the end of a run with --forget.merge.method.
+`merge_tensor` is the arithmetic, `merge` applies it to folders, one tensor at a time, and `try_coefficients` to a model
+in memory. forget.py finds the best coefficient so; train.py does at the end of a run with --forget.merge.method.
 """
 
 import math
 import re
 import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 
 import hf
-from core.config import write_json
+from core.config import setting
+from core.errors import UserError
+from core.files import new_folder, read_json, write_json
 from learn.method import upcast_dtype
+
+ALPHAS = [i / 10 for i in range(11)]
 
 
 @dataclass
 class MergeConfig:
     method: Literal["none", "linear", "ties", "slerp"] = "none"
     """after the run, merge it with the base; the best coefficient on the held-out text is exported"""
-    alphas: list[float] = field(default_factory=lambda: [i / 10 for i in range(11)])
+    alphas: list[float] = setting(ALPHAS, at_least=0, at_most=1)
     """coefficients to try: 0 is the base, 1 the run's own result"""
-    density: float = 0.2
+    density: float = setting(0.2, above=0, at_most=1)
     """ties: share of each tensor's changes that is kept, the largest"""
 
     def __post_init__(self):
         if not self.alphas:
-            raise ValueError("forget.merge.alphas is empty; name at least one coefficient between 0 and 1")
-        for alpha in self.alphas:
-            check_coefficients(alpha, self.density)
-
-
-def check_coefficients(alpha: float, density: float):
-    """ValueError where a merge with these would mean nothing."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is {alpha}, but must be between 0 (the base) and 1 (the result)")
-    if not 0 < density <= 1:
-        raise ValueError(f"density is {density}, but must be above 0 and at most 1 (every change is kept)")
+            raise UserError("forget.merge.alphas is empty; name at least one coefficient between 0 and 1")
 
 
 def merge_tensor(base: torch.Tensor, result: torch.Tensor, alpha: float, method: str = "linear",
@@ -106,11 +101,11 @@ class Pair:
         for names, other, folder in ((in_result, in_base, base), (in_base, in_result, result)):
             lacking = [n for n in names if n not in other and hf.from_hf_name(n) and n != "lm_head.weight"]
             if lacking:
-                raise ValueError(f"{folder} has no tensor {lacking[0]}; base and result must be of one architecture")
+                raise UserError(f"{folder} has no tensor {lacking[0]}; base and result must be of one architecture")
         # A tied head may be stored or not, so one of the two folders may lack it.
         self.names = [name for name in in_result if hf.from_hf_name(name) and name in in_base]
         if "lm_head.weight" in in_result and "lm_head.weight" not in self.names:
-            raise ValueError(f"{result} has a head of its own and {base} has none; untie the base's to merge them")
+            raise UserError(f"{result} has a head of its own and {base} has none; untie the base's to merge them")
 
     def merge_one(self, name: str, alpha: float, method: str, density: float) -> torch.Tensor:
         """The tensor `name` between the two folders."""
@@ -122,20 +117,18 @@ class Pair:
         is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
         grown = is_vocabulary and base.shape[1:] == result.shape[1:] and len(base) < len(result)
         if base.shape != result.shape and not grown:
-            raise ValueError(f"{name} is {list(base.shape)} in {self.folders[0]} and {list(result.shape)} in "
+            raise UserError(f"{name} is {list(base.shape)} in {self.folders[0]} and {list(result.shape)} in "
                              f"{self.folders[1]}; only a vocabulary may have grown, and only in the result")
         return merge_tensor(base, result, alpha, method, density)
 
 
-def merge(base, result, out, alpha: float, method: str = "linear", density: float = 0.2, card: str = ""):
+def merge(base, result, out, alpha: float, method: str = "linear", density: float = 0.2, card: str = "",
+          overwrite: bool = False):
     """Writes the merged model as a Hugging Face folder, whole or not at all; everything but the weights is the
     result's. Memory holds the tensors of one file of the result at a time. card: text for the folder's README."""
-    check_coefficients(alpha, density)
-    pair, out = Pair(base, result), Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists; name another folder with --out")
+    pair = Pair(base, result)
     in_result = pair.files[1]
-    with hf.replacing(out) as partial:
+    with new_folder(out, overwrite) as partial:
         weight_map, size, dtype = {}, 0, None
         for file in dict.fromkeys(in_result.values()):
             name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
@@ -150,8 +143,42 @@ def merge(base, result, out, alpha: float, method: str = "linear", density: floa
         if len(set(weight_map.values())) > 1:
             write_json(partial / "model.safetensors.index.json",
                        {"metadata": {"total_size": size}, "weight_map": weight_map})
-        config, name = hf.read_json(partial / "config.json"), str(dtype).removeprefix("torch.")
+        config, name = read_json(partial / "config.json"), str(dtype).removeprefix("torch.")
         write_json(partial / "config.json", {**config, "torch_dtype": name, "dtype": name})
         with open(partial / "README.md", "a", encoding="utf-8") as readme:
             readme.write(f"\n## Merged with its base\n\n{method}, coefficient {alpha:g} (0 is the base, 1 the model "
                          f"that was trained).\n{card}\n")
+
+
+def try_coefficients(base, result, score: Callable, compare: Callable, config: MergeConfig,
+                     dtype: torch.dtype = torch.float32, device="cpu") -> list[dict]:
+    """[{"alpha", "texts", **compare(before, texts)}] of the merged models, by rising alpha; no folder is written.
+
+    score(model, folder) -> {text: {"bits_per_byte", ...}}, where `folder` has the model's tokenizer.
+    """
+    before = score(hf.load(base, dtype, device), base)
+    pair, model, rows = Pair(base, result), hf.load(result, dtype, device), []
+    parameters = dict(model.named_parameters())
+    for alpha in sorted(set(config.alphas)):
+        with torch.no_grad():
+            for name in pair.names:
+                # A tied head may be stored all the same; the model has no parameter for it.
+                if hf.from_hf_name(name) in parameters:
+                    merged = pair.merge_one(name, alpha, config.method, config.density)
+                    parameters[hf.from_hf_name(name)].copy_(merged)
+        texts = score(model, result)
+        rows.append({"alpha": alpha, "texts": texts, **compare(before, texts)})
+    return rows
+
+
+def draw_table(rows: list[dict], general, best: dict) -> str:
+    """Markdown: what each coefficient gains and loses. general: names of the general texts."""
+    lines = ["| alpha | domain bits per byte | general | domain gain | forgetting | score |", "|" + "---|" * 6]
+    for row in rows:
+        bits = {name: found["bits_per_byte"] for name, found in row["texts"].items()}
+        domain, kept = (statistics.fmean(value for name, value in bits.items() if (name in general) == side)
+                        for side in (False, True))
+        mark = " (best)" if row is best else ""
+        lines.append(f"| {row['alpha']:g}{mark} | {domain:.4f} | {kept:.4f} | {100 * row['domain_gain']:+.1f} % "
+                     f"| {100 * row['forgetting']:+.1f} % | {row['score']:+.4f} |")
+    return "\n".join(lines)

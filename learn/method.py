@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from core.errors import UserError
 from core.parallel import World
 
 
@@ -46,9 +47,9 @@ class Learning:
     """of the base and of the general text: an estimate made from others is not used again"""
 
     def require_base(self, section: str):
-        """ValueError where a method keeps what a base knows and there is no base. section: the method's settings."""
+        """UserError where a method keeps what a base knows and there is no base. section: the method's settings."""
         if not self.pretrained:
-            raise ValueError(f"{section} keeps what a base knows, and model.init scratch has none; leave it out, or "
+            raise UserError(f"{section} keeps what a base knows, and model.init scratch has none; leave it out, or "
                              f"start from a model with --model.init pretrained")
 
 

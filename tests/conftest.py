@@ -19,7 +19,6 @@ from synthetic import some_texts, texts
 import forget
 import hf
 import tokenizer as tokenizers
-from core import config
 from model import Model, ModelConfig
 
 torch.set_num_threads(2)
@@ -89,7 +88,7 @@ def forget_py(monkeypatch):
     """forget_py(argument, ...) -> exit status of forget.py, with the commands that it hands over."""
     def run(*words) -> int:
         monkeypatch.setattr(sys, "argv", ["forget.py", *map(str, words)])
-        return config.main_guard(forget.main)
+        return forget.main()
     return run
 
 

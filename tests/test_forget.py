@@ -15,6 +15,7 @@ from retention import ONE, UnreadText, forward, methods, some_batch
 from test_train import ENV
 
 from core import config, parallel
+from core.errors import UserError
 from forget import AdaptiveConfig, EMAConfig, EWCConfig, ForgetConfig, FreezeConfig, LwFConfig, MergeConfig
 from learn.method import take_sequences
 from model import Model, ModelConfig
@@ -57,13 +58,13 @@ def test_a_command_line_turns_methods_on(tmp_path):
     (lambda: AdaptiveConfig("budget", start=0.7), "start 0.7"),
     (lambda: AdaptiveConfig("budget", smoothing=0), "smoothing is 0"),
     (lambda: EMAConfig(1.0), "decay is 1.0"),
-    (lambda: MergeConfig("linear", [0.5, 1.1]), "alpha is 1.1"),
+    (lambda: MergeConfig("linear", [0.5, 1.1]), "alphas is 1.1"),
     (lambda: MergeConfig("ties", density=0), "density is 0"),
     (lambda: MergeConfig(alphas=[]), "alphas is empty"),
 ])
 def test_wrong_settings(make, says):
-    with pytest.raises(ValueError, match=says) as error:
-        make()
+    with pytest.raises(UserError, match=says) as error:
+        config.check_limits(make())
     assert "\n" not in str(error.value)
 
 

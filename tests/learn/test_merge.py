@@ -148,6 +148,7 @@ def test_models_that_do_not_fit(pair, tmp_path, hf_model):
     (["--alpha", "1.5"], "alpha is 1.5"),
     (["--alpha", "0.5", "--density", "0", "--method", "ties"], "density is 0"),
     (["--alpha", "0.5", "--density", "0.5"], "--method ties keeps, and it is linear"),
+    (["--alphas", "0.5", "2", "--domain", "a", "--general", "b"], "alphas is 2"),
     (["--alpha", "0.5", "--model", "nowhere"], "nowhere does not exist"),
 ])
 def test_mistakes_of_a_merge_are_one_line(pair, tmp_path, forget_py, capsys, words, says):
