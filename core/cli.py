@@ -222,13 +222,13 @@ def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
     """
     kinds = {name: kind for name, (kind, _) in known.items() if kind != "positional"}
     groups, lists = [[]], {}
-    group = groups[0]
+    group, is_flag = groups[0], False
     for position, word in enumerate(argv):
         if word == "--":
             groups.append(argv[position:])
             break
         if not re.match("--[A-Za-z]", word):
-            group.append(word)
+            group.append(word.capitalize() if is_flag else word)
             continue
         option, equals, value = word.partition("=")
         name = option[2:].replace("-", "_")
@@ -240,7 +240,8 @@ def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
         else:
             group = lists[name] = [f"--{name}"]
             groups.append(group)
-        if kinds[name] == "flag" and recipe:
+        is_flag = recipe and kinds[name] == "flag"
+        if is_flag:
             following = argv[position + 1].lower() if position + 1 < len(argv) else ""
             if equals or following not in ("true", "false"):
                 group.append(value.capitalize() or "True")
