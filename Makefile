@@ -4,7 +4,7 @@ BIN := .venv/bin
 REQUIREMENTS = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*p["dependencies"], *(d for e in sys.argv[1:] for d in p["optional-dependencies"][e]), sep="\n")
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test test-all bench lint clean
 
 setup: .venv/core
 
@@ -34,8 +34,16 @@ setup: .venv/core
 demo: .venv/core
 	$(BIN)/python experiments/demo.py --out out/demo
 
+# Tests run in one process per core with one thread each: threads of small models would only wait for each other.
+PYTEST = NANOCPT_TRANSFORMERS4=$(CURDIR)/.venv/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	--numprocesses logical --maxprocesses 8 --dist worksteal
+
+# the quick tests, some minutes; test-all adds the slow ones and counts the lines that they reach
 test: .venv/test .venv/transformers4
-	NANOCPT_TRANSFORMERS4=$(CURDIR)/.venv/transformers4 $(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/test .venv/transformers4
+	$(PYTEST) --cov --cov-report=term:skip-covered
 
 bench: .venv/test
 	$(BIN)/python bench.py data --json out/bench_data.json

@@ -1,5 +1,7 @@
 """What several test files share. NANOCPT_DATA=folder-with-real-inputs adds the tests that need real text and models."""
 
+import core.threads
+
 import dataclasses
 import os
 import sys
@@ -21,7 +23,6 @@ import hf
 import tokenizer as tokenizers
 from model import Model, ModelConfig
 
-torch.set_num_threads(2)
 DATA = os.environ.get("NANOCPT_DATA")       # as it is at the start: a benchmark's test runs without it
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3,

@@ -1,15 +1,224 @@
-"""The house keeps its shape. Truth: the floors written out below and the files' own syntax."""
+"""The house keeps its shape: floors, limits, names. Truth: the floors and limits written out below, the files' own
+syntax, and faults planted on purpose, each of which must be found."""
 
 import ast
+import functools
+import inspect
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("core", "kernels", "text", "learn", "stages", "measure", "experiments")
-FILES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))])
+
+# A file imports from the lines above its own and, within its line, from what stands to its left. A folder stands for
+# each of its files that is not named by itself; files of one folder may import each other, but not in a circle.
+FLOORS = [
+    ["core"],
+    ["kernels", "text"],
+    ["model", "moe", "hf", "tokenizer", "data"],
+    ["learn", "lora"],
+    ["generate", "measure.tasks", "measure.probes", "measure.verdict", "eval", "forget"],
+    ["stages"],
+    ["train", "clean", "dedup", "plan", "report", "measure", "bench", "experiments"],
+]
+PLACES = {name: (floor, place) for floor, line in enumerate(FLOORS) for place, name in enumerate(line)}
+
+LINES = {"model": 320, "moe": 250, "hf": 400, "data": 380, "tokenizer": 180, "lora": 400, "eval": 380, "train": 300,
+         "generate": 240, "clean": 380, "dedup": 320, "forget": 220, "plan": 420, "report": 480, "bench": 100}
+LINES_OF_ANY_FILE = 480                     # outside kernels/
+LINES_OF_A_FUNCTION = 60                    # but the body of a Triton kernel
+LINES_OF_A_LOOP = {("train", "train"): 45, ("train", "train_step"): 45}
+LINES_OF_THE_PRODUCT = 16_000
+LINES_OF_THE_README = 250
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_each_file_says_what_it_is(path):
-    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+def read_house() -> dict[str, str]:
+    """{module: source} of every product file."""
+    paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path.read_text("utf-8")
+            for path in sorted(paths)}
+
+
+HOUSE = read_house()
+parse = functools.cache(ast.parse)
+
+
+def imports_of(module: str, tree: ast.AST, house: dict) -> set[str]:
+    """The modules of ours that are imported anywhere in `tree`: `from core import files` is core.files."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in house else node.module for name in inside}
+    return {name for name in found if name in house and name != module}
+
+
+def place_of(module: str) -> tuple[int, int] | None:
+    return PLACES.get(module) or PLACES.get(module.partition(".")[0])
+
+
+def find_faults(house: dict[str, str]) -> list[str]:
+    """What is wrong with the house, a line each: arrows, circles, imports inside functions, limits, docstrings."""
+    trees = {module: parse(source) for module, source in house.items()}
+    arrows = {module: imports_of(module, tree, house) for module, tree in trees.items()}
+    faults = []
+    for module, targets in arrows.items():
+        here, folder = place_of(module), module.partition(".")[0]
+        if here is None:
+            faults.append(f"{module} stands on no floor")
+            continue
+        for target in sorted(targets):
+            there = place_of(target)
+            in_one_folder = place_of(folder) == there == here
+            if not in_one_folder and (there is None or there >= here):
+                faults.append(f"{module} imports {target}, which does not stand above it")
+    faults += [f"a circle: {' -> '.join(circle)}" for circle in find_circle(arrows)]
+    for module, tree in trees.items():
+        for function in functions_of(tree) if arrows[module] else ():
+            lazy = imports_of(module, function, house)
+            faults += [f"{module}.{function.name} imports {target} inside a function" for target in sorted(lazy)]
+        if not ast.get_docstring(tree):
+            faults.append(f"{module} does not say what it is")
+    return faults + find_long(house, trees)
+
+
+def find_circle(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """One circle of imports, or none; a package's __init__ and its own files count as apart."""
+    done, path = set(), []
+
+    def visit(module):
+        if module in path:
+            return path[path.index(module):] + [module]
+        if module in done:
+            return None
+        path.append(module)
+        for target in sorted(arrows[module]):
+            if circle := visit(target):
+                return circle
+        path.pop()
+        done.add(module)
+        return None
+    return [circle for module in sorted(arrows) if (circle := visit(module))][:1]
+
+
+def functions_of(tree: ast.AST):
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def find_long(house: dict[str, str], trees: dict[str, ast.AST]) -> list[str]:
+    """Files and functions above their limits."""
+    faults, total = [], 0
+    for module, source in house.items():
+        lines = len(source.splitlines())
+        total += lines
+        limit = LINES.get(module, None if module.startswith("kernels") else LINES_OF_ANY_FILE)
+        if limit and lines > limit:
+            faults.append(f"{module} has {lines} lines, and may have {limit}: part it, it holds two concepts")
+        for function in functions_of(trees[module]):
+            is_kernel = any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+            limit = LINES_OF_A_LOOP.get((module, function.name), LINES_OF_A_FUNCTION)
+            length = function.end_lineno - function.lineno + 1
+            if length > limit and not is_kernel:
+                faults.append(f"{module}.{function.name} has {length} lines, and may have {limit}")
+    if total > LINES_OF_THE_PRODUCT:
+        faults.append(f"the product has {total} lines, and may have {LINES_OF_THE_PRODUCT}")
+    return faults
+
+
+def test_floors_and_limits_hold():
+    assert not find_faults(HOUSE)
+
+
+PLANTED = {
+    "an arrow up": ("model", "import train\n", "model imports train, which does not stand above it"),
+    "an arrow to the right": ("hf", "import tokenizer\n", "hf imports tokenizer"),
+    "the report reads its writer": ("core.log", "import eval\n", "core.log imports eval"),
+    "a circle": ("core.errors", "from core import cli\n", "a circle: "),
+    "a lazy import": ("clean", "def f():\n    import hf\n", "clean.f imports hf inside a function"),
+    "a lazy import from a folder": ("clean", "def f():\n    from core import files\n", "clean.f imports core.files"),
+    "a long file": ("core.guard", "x = 1\n" * 481, "core.guard has"),
+    "a long root file": ("bench", "x = 1\n" * 101, "bench has"),
+    "a long function": ("core.guard", "def f():\n" + "    x = 1\n" * 60, "core.guard.f has 61 lines, and may have 60"),
+    "a long step": ("train", "def train_step():\n" + "    x = 1\n" * 45, "train.train_step has 46 lines"),
+    "a file on no floor": ("extra", '"""Extra."""\n', "extra stands on no floor"),
+    "a growing product": ("kernels.lora", "x = 1\n" * 16_000, "the product has"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_fault_planted_on_purpose_is_found(name):
+    module, source, fault = PLANTED[name]
+    broken = HOUSE | {module: HOUSE.get(module, "") + "\n" + source}
+    known = find_faults(HOUSE)
+    new = [line for line in find_faults(broken) if line not in known]
+    assert any(line.startswith(fault) for line in new), new
+
+
+def test_the_readme_is_a_front_page():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= LINES_OF_THE_README
+
+
+@pytest.mark.parametrize("module", [name for name in HOUSE if not name.startswith("experiments")])
+def test_each_file_has_its_tests_in_the_same_folder(module):
+    if (ROOT / module.replace(".", "/")).is_dir():
+        pytest.skip("a folder's __init__ is tested by its files")
+    *folder, name = module.split(".")
+    assert Path(ROOT, "tests", *folder, f"test_{name}.py").exists()
+
+
+@pytest.mark.parametrize("module", HOUSE)
+def test_nothing_happens_at_import(module):
+    if module == "core.threads":
+        return                              # it must act before torch is imported, and says so
+    plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If, ast.Try)
+    for node in ast.parse(HOUSE[module]).body:
+        text = ast.unparse(node)
+        assert isinstance(node, plain) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) or \
+            text.startswith(("matplotlib.use", "sys.path")), f"{module}:{node.lineno} runs at import: {text[:80]}"
+
+
+# ---- names that scripts, notebooks and checks outside the project use
+
+COMMANDS = ["data.py pack", "data.py verify", "data.py info", "data.py mix", "data.py manifest", "clean.py", "dedup.py",
+            "tokenizer.py train", "tokenizer.py encode", "tokenizer.py extend", "tokenizer.py add",
+            "tokenizer.py report", "tokenizer.py compare", "train.py", "eval.py", "generate.py", "lora.py merge",
+            "forget.py merge", "forget.py replay", "report.py", "bench.py data", "bench.py train", "bench.py kernels",
+            "bench.py lora", "bench.py gpu"]
+OPTIONS = {"data.py pack": "tokenizer out", "data.py mix": "preview domain general out domain-ratio total-samples",
+           "clean.py": "preset out", "dedup.py": "out against", "eval.py": "model text baseline json",
+           "generate.py": "model prompt max-new-tokens temperature json", "lora.py merge": "base adapter out",
+           "forget.py merge": "base model alpha out", "report.py": "out", "bench.py data": "json"}
+
+
+def show_help(command: str) -> str:
+    """What `python COMMAND --help` prints at 80 columns."""
+    file, *words = command.split()
+    code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+            "runpy.run_path(sys.argv[0], run_name='__main__')")
+    run = subprocess.run([sys.executable, "-c", code, file, *words, "--help"], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"COLUMNS": "80"})
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_every_command_answers_with_its_options():
+    for command in COMMANDS:
+        text = show_help(command)
+        assert max(map(len, text.splitlines())) <= 80, command
+        for option in OPTIONS.get(command, "").split():
+            assert f"--{option}" in text or option == "json", f"{command} lacks --{option}"
+
+
+def test_the_library_answers():
+    import hf
+    import tokenizer
+    assert list(inspect.signature(hf.load).parameters)[:3] == ["path", "dtype", "device"]
+    assert list(inspect.signature(hf.save).parameters)[:2] == ["model", "path"]
+    assert {"base"} <= inspect.signature(hf.save).parameters.keys()
+    assert callable(tokenizer.load)
