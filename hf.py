@@ -10,9 +10,7 @@ Configs are written in both dialects (`rope_theta`, `rope_scaling`, `torch_dtype
 
 import core.threads
 
-import contextlib
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -20,10 +18,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from core.devices import DTYPES
+from core.errors import UserError
+from core.files import new_folder, read_object, write_json, write_text
+from core.tensor_files import open_tensors, tensor_files, write_tensors
 from model import Model, ModelConfig
 
 # What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
@@ -43,7 +43,6 @@ REFUSED = {
     "gpt2": "learned positions and LayerNorm are not in model.py",
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -69,16 +68,16 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         reason = f": {REFUSED[family]}" if family in REFUSED else ""
-        raise ValueError(f"{folder}/config.json has model_type {family!r}, which is not supported{reason}; known are "
+        raise UserError(f"{folder}/config.json has model_type {family!r}, which is not supported{reason}; known are "
                          f"{', '.join(FAMILIES)} (Llama 1 to 3.2, TinyLlama, SmolLM2 and Falcon3 are llama)")
     get = {**FAMILIES[family], **{k: v for k, v in values.items() if v is not None}}.get
     if missing := [name for name in SIZES if type(get(name)) is not int or get(name) < 1]:
-        raise ValueError(f"{folder}/config.json has no usable {', '.join(missing)}; a model needs at least 1")
+        raise UserError(f"{folder}/config.json has no usable {', '.join(missing)}; a model needs at least 1")
     if (act := get("hidden_act", "silu")) != "silu":
-        raise ValueError(f"{folder}/config.json has hidden_act {act!r}; only silu (SwiGLU) is implemented")
+        raise UserError(f"{folder}/config.json has hidden_act {act!r}; only silu (SwiGLU) is implemented")
     rope = {**(get("rope_scaling") or {}), **(get("rope_parameters") or {})}
     if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{folder}/config.json gives rope parameters by layer type; that is not supported")
+        raise UserError(f"{folder}/config.json gives rope parameters by layer type; that is not supported")
     theta = rope.pop("rope_theta", None) or get("rope_theta", 10000.0)
     rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", "default")
     rope.pop("type", None)
@@ -130,7 +129,7 @@ def _windows(family, values, get, layers) -> list[int | None] | None:
     return windows if any(windows) else None
 
 
-def write_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
+def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
     """config.json for `config`, laid over the base's own so that keys we do not know survive."""
     family = FAMILIES[config.family]
     scaling = {"rope_type": "default", **config.rope_scaling}
@@ -196,7 +195,12 @@ class Base:
     @cached_property
     def settings(self) -> dict:
         """config.json as it stands."""
-        return read_json(self.folder / "config.json")
+        return read_object(self.folder / "config.json")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What config.json says the weights are stored in; fp32 where it says nothing."""
+        return DTYPES.get(self.settings.get("dtype") or self.settings.get("torch_dtype"), torch.float32)
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -220,7 +224,7 @@ class Base:
         """What a user should know before training it: {"license": text, "chat_template": whether it has one}."""
         template = (self.folder / "chat_template.jinja").exists()
         if (self.folder / "tokenizer_config.json").exists():
-            template = template or bool(read_json(self.folder / "tokenizer_config.json").get("chat_template"))
+            template = template or bool(read_object(self.folder / "tokenizer_config.json").get("chat_template"))
         licence = None
         if (self.folder / "README.md").exists():
             lines = (self.folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -242,7 +246,7 @@ def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
     path = str(path)
     if not path.startswith("hf://"):
         if not Path(path).is_dir():
-            raise ValueError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
+            raise UserError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
         return Base(path, Path(path), None)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -256,7 +260,7 @@ def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[*wanted, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
+        raise UserError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
     return Base(path, folder, folder.name)
 
 
@@ -265,60 +269,7 @@ def resolve(path: "str | Path | Base") -> Path:
     return open_base(path).folder
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not an object of named values")
-    return value
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor name: file} of a checkpoint, single or sharded; safetensors before pytorch_model.bin."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index, single = folder / f"{stem}.index.json", folder / stem
-        if index.exists():
-            files = read_json(index).get("weight_map")
-            if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-                raise ValueError(f"{index} has no weight_map from tensor names to file names")
-            for name in set(files.values()):
-                if Path(name).name != name or name in (".", ".."):
-                    raise ValueError(f"{index} points outside its folder: {name!r}")
-                if not (folder / name).is_file():
-                    raise ValueError(f"{index} names {name}, which is missing; the download is incomplete")
-            return {tensor: folder / name for tensor, name in files.items()}
-        if single.exists():
-            with open_tensors(single) as file:
-                return dict.fromkeys(file.keys(), single)
-    raise ValueError(f"{folder} holds no model.safetensors, no index of one and no pytorch_model.bin")
-
-
-class _Pickle:
-    """pytorch_model.bin with safe_open's interface; read memory-mapped and through weights_only alone."""
-
-    def __init__(self, path: Path):
-        self.tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        self.keys, self.get_tensor = self.tensors.keys, self.tensors.__getitem__
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.tensors.clear()
-
-
-def open_tensors(path: Path):
-    try:
-        return _Pickle(path) if path.suffix == ".bin" else safe_open(path, framework="pt")
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from None
-    except Exception as error:                  # pickle.UnpicklingError: weights_only met code
-        raise ValueError(f"{path} is refused, it holds more than tensors: {str(error).splitlines()[0]}") from None
-
+# ---- loading
 
 def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
     """The model in a Hugging Face folder or under an hf:// id, in `dtype` on `device`.
@@ -333,146 +284,118 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
 
 
 def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device="cpu", layout=None):
-    """Give every parameter its tensor from `folder`. `layout(full, parameter)` shards a tensor for parameters that are
-    already on their devices; without it parameters on the meta device are replaced."""
-    config, files = model.config, tensor_files(folder)
+    """Give every parameter of the base its tensor from `folder`; UserError where a tensor is missing, left over or of
+    another shape.
+
+    Without `layout` the parameters, on the meta device until now, are replaced by new ones in `dtype` on `device`. With
+    it they stay the same objects, already on their devices, and layout(full, parameter) -> the share to copy in.
+    """
+    files = tensor_files(folder)
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
     if left_over := [name for name in files if from_hf_name(name) not in (None, *wanted)]:
-        raise ValueError(f"{folder} holds tensors this model has no place for: {_few(left_over)}")
+        raise UserError(f"{folder} holds tensors this model has no place for: {list_some(left_over)}")
     filled = set()
     for hf_name, file in files.items():
         name = from_hf_name(hf_name)
         if name is None:
             continue
-        with open_tensors(file) as opened:      # opened anew for each tensor, so that the last one's pages are let go
-            if hf_name not in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                raise ValueError(f"{file} does not hold {hf_name}, though the index says so")
-            tensor = opened.get_tensor(hf_name)
-            if tensor.shape != wanted[name].shape:
-                raise ValueError(f"{hf_name} in {file} has shape {list(tensor.shape)}, but config.json makes it "
-                                 f"{list(wanted[name].shape)}")
-            if layout:
-                with torch.no_grad():
-                    wanted[name].copy_(layout(tensor, wanted[name]))
-            else:
-                value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-            del tensor
+        tensor = read_tensor(file, hf_name, wanted[name].shape)
+        if layout:
+            with torch.no_grad():
+                wanted[name].copy_(layout(tensor, wanted[name]))
+        else:
+            value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+        del tensor
         filled.add(name)
-    if config.tie_word_embeddings:
-        if not layout and {"head.weight", "embed_tokens.weight"} <= filled and not torch.equal(
-                model.embed_tokens.weight, model.head.weight):
-            raise ValueError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
-                             f"embedding; set tie_word_embeddings to false there")
+    if model.config.tie_word_embeddings:
+        stored_twice = not layout and {"head.weight", "embed_tokens.weight"} <= filled
+        if stored_twice and not torch.equal(model.embed_tokens.weight, model.head.weight):
+            raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
+                            f"embedding; set tie_word_embeddings to false there")
         filled.add("head.weight")
         model.tie()
     if missing := [to_hf_name(name) for name in wanted if name not in filled]:
-        raise ValueError(f"{folder} lacks tensors the model needs: {_few(missing)}")
+        raise UserError(f"{folder} lacks tensors the model needs: {list_some(missing)}")
 
 
-def _few(names) -> str:
+def read_tensor(file: Path, name: str, shape: torch.Size) -> torch.Tensor:
+    """One tensor of a file, which is opened anew for each: only so are the pages of the last one let go."""
+    with open_tensors(file) as opened:
+        if name not in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            raise UserError(f"{file} does not hold {name}, though the index says so")
+        tensor = opened.get_tensor(name)
+    if tensor.shape != shape:
+        raise UserError(f"{name} in {file} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}")
+    return tensor
+
+
+def list_some(names) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
+# ---- saving
+
 def save(model: Model, path, base=None, state: dict | None = None, card: str = "", tokenizer=None, scratch=False,
          pad_id: int | None = None, shard_bytes: int = 5 * 10**9):
-    """Write `model` as a Hugging Face folder at `path`, replacing it whole or not at all.
+    """Write `model` as a Hugging Face folder; what was at `path` is replaced when the new one is complete.
 
-    base: the folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, its config
-    keys kept. state: our names -> full tensors, where the parameters themselves are sharded. card: Markdown for the
-    model card, e.g. the before/after table. scratch: only sizes came
-    from base, and the card says so. tokenizer: folder or file whose tokenizer takes the place of
-    base's. pad_id: the id of a padding token that base does not have yet.
+    base       a Base, folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, and
+               the keys of its config that we do not know are kept
+    state      {our name: full tensor}, where the model's own parameters are sharded
+    card       Markdown for the model card, e.g. the table of before and after
+    tokenizer  a folder or file whose tokenizer takes the place of the base's
+    scratch    only the sizes came from the base, and the card says so
+    pad_id     the id of a padding token that the base does not have yet
     """
     path, config = Path(path), model.config
     base = open_base(base) if base else None
     tensors = state if state is not None else model.state_dict()
-    tensors = {to_hf_name(name): t.detach().cpu().contiguous() for name, t in tensors.items()
+    # A tied head is not stored: it is the embedding.
+    tensors = {to_hf_name(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
                if not (config.tie_word_embeddings and name == "head.weight")}
     dtype = next(iter(tensors.values())).dtype
-    with replacing(path) as out:
-        _save_tensors(tensors, out, shard_bytes)
-        pad = {} if pad_id is None else {"pad_token_id": pad_id}
-        new_config = write_config(config, dtype, base.settings if base else {}) | pad
-        _write_json(out / "config.json", new_config)
-        _write_json(out / "generation_config.json", _generation_config(base, new_config) | pad)
+    pad = {} if pad_id is None else {"pad_token_id": pad_id}
+    with new_folder(path, overwrite=True) as out:
+        write_tensors(tensors, out, shard_bytes)
+        new_config = make_config(config, dtype, base.settings if base else {}) | pad
+        write_json(out / "config.json", new_config)
+        write_json(out / "generation_config.json", make_generation_config(base, new_config) | pad)
         if base:
-            _copy(base.folder, LICENCES, out)
+            copy_files(base.folder, LICENCES, out)
         if tokenizer or base:
-            _copy_tokenizer(Path(tokenizer or base.folder), out)
-        text = _model_card(None if scratch else base, path.name, card)
-        (out / "README.md").write_text(text, encoding="utf-8")
+            copy_tokenizer(Path(tokenizer or base.folder), out)
+        write_text(out / "README.md", make_card(None if scratch else base, path.name, card))
 
 
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A folder to write to, which takes the place of `path` in the end; after an error `path` is as it was."""
-    out, old = (path.with_name(f"{path.name}.{end}{os.getpid()}") for end in ("tmp", "old"))
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    try:
-        yield out
-        if path.exists():
-            path.rename(old)
-        out.rename(path)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for left in (old, out):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _copy(folder: Path, patterns, out: Path):
+def copy_files(folder: Path, patterns, out: Path):
     for file in (file for pattern in patterns for file in folder.glob(pattern)):
         shutil.copyfile(file, out / file.name)
 
 
-def _copy_tokenizer(source: Path, out: Path):
-    """A folder's tokenizer; or one file under the name that readers look for, with the settings beside it."""
+def copy_tokenizer(source: Path, out: Path):
+    """Copy a folder's tokenizer; or one file, under the name that readers look for, with the settings beside it."""
     if source.is_dir():
-        _copy(source, VOCABULARIES + TOKENIZER_SETTINGS, out)
+        copy_files(source, VOCABULARIES + TOKENIZER_SETTINGS, out)
         return
-    _copy(source.parent, TOKENIZER_SETTINGS, out)
+    copy_files(source.parent, TOKENIZER_SETTINGS, out)
     if source.name in ("vocab.json", "merges.txt"):
-        _copy(source.parent, ("vocab.json", "merges.txt"), out)
+        copy_files(source.parent, ("vocab.json", "merges.txt"), out)
     else:
         shutil.copyfile(source, out / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
 
 
-def _save_tensors(tensors: dict, out: Path, shard_bytes: int):
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], out / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, out / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(out / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _write_json(path: Path, value):
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _generation_config(base: Base | None, config: dict) -> dict:
+def make_generation_config(base: Base | None, config: dict) -> dict:
     """Only the token ids: servers take sampling values found here as their defaults, and a base model has none."""
     file = base.folder / "generation_config.json" if base else None
-    known = {**config, **(read_json(file) if file and file.exists() else {})}
+    known = {**config, **(read_object(file) if file and file.exists() else {})}
     ids = {key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if known.get(key) is not None}
     return {"_from_model_config": True, **ids}
 
 
-def _model_card(base: Base | None, name: str, card: str) -> str:
+def make_card(base: Base | None, name: str, card: str) -> str:
+    """The model card: front matter as the Hub reads it, and `card`."""
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- continued-pretraining"]
     if base:
         known = base.facts["license"]

@@ -24,7 +24,11 @@ import torch
 from torch import nn
 
 import hf
-from core.config import ArgumentParser, main_guard, nearest, write_json
+from core import cli
+from core.cli import Dtype, Output
+from core.config import setting
+from core.devices import pick_dtype
+from core.errors import UserError, nearest
 from learn.adapters import (
     Table,
     adapted_layers,
@@ -39,28 +43,28 @@ from learn.peft_files import advise_serving, load_adapter
 
 @dataclass
 class LoraConfig:
-    rank: int = 0
+    rank: int = setting(0, at_least=0)
     """Rank r of the adapters; 0: no adapter, all weights are trained. 8 is usual, 128 to 256 for much new text."""
-    alpha: float = 16.0
+    alpha: float = setting(16.0, above=0, below=math.inf)
     """The adapter's part is multiplied by alpha / rank."""
     targets: list[str] = field(default_factory=list)
     """Linear layers that get an adapter, by name ("q_proj", "layers.0.mlp.up_proj") or pattern ("layers.1?.*").
     Default: all of the blocks."""
     ranks: list[str] = field(default_factory=list)
     """Other ranks by name or pattern, "down_proj=16" "layers.0.*=4"; the last that matches a layer counts."""
-    dropout: float = 0.0
+    dropout: float = setting(0.0, at_least=0, below=1)
     """Dropout on the adapters' input. It costs the fused matmuls."""
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead of alpha / rank, which suits large ranks."""
     dora: bool = False
     """Train the length of each row apart from its direction: a little better at small ranks, and slower."""
-    b_lr_ratio: float = 1.0
+    b_lr_ratio: float = setting(1.0, above=0, below=math.inf)
     """LoRA+: learning rate of B divided by that of A. The paper has 16."""
     embeddings: Literal["frozen", "rows", "full"] = "frozen"
     """How embedding and head are trained; rows: only those of embedding_rows."""
     embedding_rows: str = ""
     """Token ids, e.g. "32000:" for all from 32000 on, or "32000:32512,7"."""
-    embedding_lr_ratio: float | None = None
+    embedding_lr_ratio: float | None = setting(None, above=0)
     """Learning rate of embedding and head divided by optim.lr. Default: 0.1 with full, 1 with rows."""
     base: Literal["plain", "nf4", "int4", "int8"] = "plain"
     """How the frozen weights of the blocks are kept: as loaded, in 4 bits (levels at normal quantiles, or evenly
@@ -69,20 +73,12 @@ class LoraConfig:
     """With nf4 and int4: 4.13 bits per weight instead of 4.5."""
 
     def __post_init__(self):
-        if self.rank < 0:
-            raise ValueError(f"lora.rank is {self.rank}, but must be 0 or more")
-        if not (0 < self.alpha < math.inf and 0 < self.b_lr_ratio < math.inf):
-            raise ValueError(f"lora.alpha {self.alpha} and lora.b_lr_ratio {self.b_lr_ratio} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}, but must be from 0 to below 1")
         if (self.embeddings == "rows") != bool(self.embedding_rows):
-            raise ValueError(f"lora.embeddings is {self.embeddings!r} and lora.embedding_rows {self.embedding_rows!r}; "
-                             f"to train some rows give both, e.g. rows and \"32000:\"")
-        if self.embedding_lr_ratio is not None and self.embedding_lr_ratio <= 0:
-            raise ValueError(f"lora.embedding_lr_ratio is {self.embedding_lr_ratio}, but must be above 0")
+            raise UserError(f"lora.embeddings is {self.embeddings!r} and lora.embedding_rows {self.embedding_rows!r}; "
+                            f"to train some rows give both, e.g. rows and \"32000:\"")
         for entry in self.ranks:
             if not re.fullmatch(r"[^=]+=[1-9]\d*", entry):
-                raise ValueError(f"lora.ranks has {entry!r}, but needs NAME=RANK, e.g. down_proj=16")
+                raise UserError(f"lora.ranks has {entry!r}, but needs NAME=RANK, e.g. down_proj=16")
 
 
 # ---- attaching
@@ -98,7 +94,7 @@ def choose_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
     for pattern in [*config.targets, *(pattern for pattern, _, _ in rank_entries)]:
         if not any(matches(pattern, path) for path in paths):
             short = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
-            raise ValueError(f"lora: no linear layer is called {pattern!r}{nearest(pattern, short)}; there are "
+            raise UserError(f"lora: no linear layer is called {pattern!r}{nearest(pattern, short)}; there are "
                              f"{', '.join(short)}, e.g. {paths[0]} (embedding and head: lora.embeddings)")
     ranks = {path: config.rank for path in paths
              if not config.targets or any(matches(pattern, path) for pattern in config.targets)}
@@ -115,7 +111,7 @@ def parse_token_ids(text: str, vocab_size: int) -> list[int]:
         first = int(match[1]) if match else 0
         end = 0 if not match else int(match[3] or vocab_size) if match[2] else first + 1
         if not first < end <= vocab_size:
-            raise ValueError(f"lora.embedding_rows has {part!r}, but needs token ids below {vocab_size:,}, e.g. 7 or "
+            raise UserError(f"lora.embedding_rows has {part!r}, but needs token ids below {vocab_size:,}, e.g. 7 or "
                              f"\"{max(0, vocab_size - 512)}:\" for all from there on")
         ids |= set(range(first, end))
     return sorted(ids)
@@ -129,7 +125,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
     at a time, so that the plain ones never have to fit there. ValueError where a pattern matches no layer.
     """
     if not config.rank:
-        raise ValueError("lora.rank is 0: no adapter; set it, e.g. to 8")
+        raise UserError("lora.rank is 0: no adapter; set it, e.g. to 8")
     on_meta = any(p.is_meta for p in model.parameters())
     ranks, tables = choose_ranks(model, config), {}
     if config.embeddings != "frozen":
@@ -138,7 +134,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
         tables = dict.fromkeys(["embed_tokens"] if is_tied(model) else ["embed_tokens", "head"], token_ids)
     if config.base != "plain":
         if on_meta:
-            raise ValueError(f"lora.base {config.base}: every rank holds all quantised weights, they are not sharded; "
+            raise UserError(f"lora.base {config.base}: every rank holds all quantised weights, they are not sharded; "
                              f"use --parallel.strategy ddp")
         for path in linear_layers(model):
             layer = replace_layer(model, path)
@@ -207,7 +203,7 @@ def trainable_share(model: nn.Module) -> str:
 
 def refuse_quantised(model: nn.Module):
     if any(layer.quantised is not None for _, layer in adapted_layers(model)):
-        raise ValueError("merging into a quantised base would lose the adapter in its rounding; save the adapter and "
+        raise UserError("merging into a quantised base would lose the adapter in its rounding; save the adapter and "
                          "merge it into the full weights: python lora.py merge --base DIR --adapter DIR --out DIR")
 
 
@@ -245,49 +241,58 @@ def merge(model: nn.Module):
 
 @torch.no_grad()
 def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **options) -> dict:
-    """Write base and adapter, each a folder or an hf:// id, as one Hugging Face folder; -> what to say about it.
+    """Write a base (a Base, folder or hf:// id) and an adapter (folder or hf:// id) as one Hugging Face folder.
 
-    dtype: of the weights written; None: the base's. The sum is fp32's. options: hf.save's, such as card and tokenizer.
+    dtype is that of the weights written, the base's by default; the sum is fp32. options: hf.save's, such as card and
+    tokenizer. The result tells how far rounding moved the logits of 64 random tokens, and who serves the adapter alone.
     """
     base = hf.open_base(base)
-    named = base.settings
-    if "quantization_config" in named:
-        raise ValueError(f"{base.folder} is quantised; merge into the full-precision base it was made from")
-    dtype = dtype or hf.DTYPES.get(named.get("dtype") or named.get("torch_dtype"), torch.float32)
+    if "quantization_config" in base.settings:
+        raise UserError(f"{base.folder} is quantised; merge into the full-precision base it was made from")
+    dtype = dtype or base.dtype
     model = hf.load(base).eval()
     settings = load_adapter(model, adapter)
-    result = {"out": str(out), "trained": trainable_share(model), "dtype": str(dtype).removeprefix("torch.")}
+    trained = trainable_share(model)
     tokens = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    apart = model.head(model(tokens))
+    logits = model.head(model(tokens))
     merge(model)
     for weight in model.parameters():
         weight.copy_(weight.to(dtype))
-    difference = (model.head(model(tokens)) - apart).abs().max()
+    difference = (model.head(model(tokens)) - logits).abs().max()
     hf.save(model, out, base=base, state={name: weight.to(dtype) for name, weight in merged_state(model).items()},
             **options)
-    return {**result, "largest_logit_difference": difference.item(), "largest_logit": apart.abs().max().item(),
-            "advise_serving": advise_serving(settings, adapter, base.name)}
+    return {"out": str(out), "trained": trained, "dtype": str(dtype).removeprefix("torch."),
+            "largest_logit_difference": difference.item(), "largest_logit": logits.abs().max().item(),
+            "handoff": advise_serving(settings, adapter, base.name)}
 
 
-def main():
-    parser = ArgumentParser(prog="lora.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    p = commands.add_parser("merge", help="base and adapter as one Hugging Face folder")
-    p.add_argument("--base", required=True, metavar="DIR", help="the full-precision base: a folder or hf:// id")
-    p.add_argument("--adapter", required=True, metavar="DIR", help="a folder in PEFT's format, ours or PEFT's own")
-    p.add_argument("--out", required=True, metavar="DIR")
-    p.add_argument("--dtype", choices=hf.DTYPES, help="of the weights written (default: the base's)")
-    p.add_argument("--json", metavar="FILE", help="write what is printed as data")
-    args = parser.parse_args()
-    if Path(args.out).exists():
-        raise ValueError(f"{args.out} exists; name another folder with --out")
-    result = merge_folders(args.base, args.adapter, args.out, hf.DTYPES.get(args.dtype))
-    print(f"{result['trained']}\n{args.out}: merged in fp32, written in {result['dtype']}; largest logit difference "
+@dataclass(kw_only=True)
+class Merge:
+    """Write base and adapter as one Hugging Face folder."""
+
+    base: str
+    """The full-precision base: a folder or an hf:// id."""
+    adapter: str
+    """A folder in PEFT's format, ours or PEFT's own."""
+    dtype: Dtype | None = None
+    """The type of the weights written. Default: the base's."""
+    output: Output
+
+
+def merge_command(options: Merge) -> dict:
+    out = options.output.out
+    if Path(out).exists() and not options.output.overwrite:
+        raise UserError(f"{out} exists; name another folder with --out, or pass --overwrite")
+    result = merge_folders(options.base, options.adapter, out, options.dtype and pick_dtype(options.dtype))
+    print(f"{result['trained']}\n{out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")
-    print("the adapter by itself:", *result["advise_serving"], sep="\n  ")
-    if args.json:
-        write_json(args.json, result)
+    print("the adapter by itself:", *result["handoff"], sep="\n  ")
+    return result
+
+
+def main() -> int:
+    return cli.run("lora.py", __doc__, {"merge": (Merge, merge_command)})
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

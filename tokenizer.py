@@ -27,6 +27,7 @@ from core import cli
 from core.cli import Output, Positional, Reading
 from core.errors import UserError
 from core.files import new_folder, refuse_existing
+from core.tensor_files import tensor_files
 from text.compare_vocabularies import Compare, Report, compare_command, report_command
 from text.corpus import read_documents
 from text.extend_vocabulary import Learning, add, extend, find_plain_words
@@ -152,7 +153,7 @@ def check_change(change: Change) -> Path:
         return Path(change.tokenizer)
     base = hf.open_base(change.model)
     hf.parse_config(base.settings, base.folder)
-    hf.tensor_files(base.folder)
+    tensor_files(base.folder)
     return base.folder
 
 
@@ -171,8 +172,7 @@ def save_model(base, tokenizer_folder, parts: dict[int, list[int]], out, rows: N
     parts: {new id: the old ids it stands for}. zero_id: a new id whose row is zero.
     """
     base = hf.open_base(base)
-    dtype = hf.DTYPES.get(base.settings.get("dtype") or base.settings.get("torch_dtype"), torch.float32)
-    model, new = hf.load(base, dtype), load(tokenizer_folder)
+    model, new = hf.load(base, base.dtype), load(tokenizer_folder)
     card = (f"No training yet: {len(parts)} tokens were added to the vocabulary of {model.config.vocab_size}, rows by "
             f"`{rows.init}`.")
     resize(model, BaseTokenizer(base.folder).tokenizer, new.vocab_size, parts, rows, zero_id)

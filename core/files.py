@@ -23,6 +23,14 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
+def read_object(path) -> dict:
+    """As `read_json`, for a file that must hold an object of named values."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, not an object of named values")
+    return value
+
+
 def write_json(path, value) -> None:
     """`value` as JSON with one level of indentation; the folder is made where it is missing."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

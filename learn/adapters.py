@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.errors import UserError
 from kernels import lora_linear
 from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, compress
 
@@ -341,9 +342,9 @@ def add_adapter(model: nn.Module, name: str, low_rank: dict[str, dict], tables: 
     to train, None for all}. ValueError where the name is no word or is taken.
     """
     if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"an adapter cannot be called {name!r}; use letters, digits and _")
+        raise UserError(f"an adapter cannot be called {name!r}; use letters, digits and _")
     if any(name in layer.adapters for _, layer in adapted_layers(model)):
-        raise ValueError(f"the model has an adapter {name!r} already; give this one another name")
+        raise UserError(f"the model has an adapter {name!r} already; give this one another name")
     model.requires_grad_(False)
     for path, settings in low_rank.items():
         layer = replace_layer(model, path)
@@ -364,7 +365,7 @@ def activate(model: nn.Module, name: str | None):
     layers = adapted_layers(model)
     known = sorted({name for _, layer in layers for name in layer.adapters})
     if name is not None and name not in known:
-        raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(known) or 'none'}")
+        raise UserError(f"the model has no adapter {name!r}; it has {', '.join(known) or 'none'}")
     for _, layer in layers:
         layer.active_name = name
         for key, adapter in layer.adapters.items():

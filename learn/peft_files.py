@@ -14,7 +14,6 @@ llama.cpp takes lora_A and lora_B alone, so neither DoRA nor embeddings; takes e
 
 import re
 from collections import Counter
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf
-from core.config import write_json
+from core.errors import UserError
+from core.files import new_folder, read_object, write_json
 from learn.adapters import (
     FullTable,
     LowRank,
@@ -79,15 +79,15 @@ def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
     keys = set(names.values())
     tied = EMBEDDING_KEY in keys and HEAD_KEY not in keys and {HEAD_KEY, EMBEDDING_KEY} <= tensors.keys()
     if tied and not torch.equal(tensors.pop(HEAD_KEY), tensors[EMBEDDING_KEY]):
-        raise ValueError("the adapter has a head of its own, but the model's is tied to its embedding; untie the base "
+        raise UserError("the adapter has a head of its own, but the model's is tied to its embedding; untie the base "
                          "first (tie_word_embeddings false and an lm_head.weight)")
     if odd := sorted(tensors.keys() ^ keys):
-        raise ValueError(f"the adapter's tensors are not those the model expects: "
+        raise UserError(f"the adapter's tensors are not those the model expects: "
                          f"{'left over' if odd[0] in tensors else 'missing'} is {odd[0]}, and {len(odd) - 1} more")
     parameters = dict(model.named_parameters())
     for name, key in names.items():
         if tensors[key].shape != parameters[name].shape:
-            raise ValueError(f"{key} has shape {list(tensors[key].shape)}, but the base makes it "
+            raise UserError(f"{key} has shape {list(tensors[key].shape)}, but the base makes it "
                              f"{list(parameters[name].shape)}; it was trained on another base")
         parameters[name].copy_(tensors[key])
 
@@ -135,7 +135,7 @@ def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None 
     base_name: the base's folder or Hub id. weights: as in lora.merged_state.
     """
     tensors, config = peft_state(model, weights), peft_config(model, base_name)
-    with hf.replacing(Path(folder)) as out:
+    with new_folder(folder, overwrite=True) as out:
         save_file(tensors, out / TENSORS, metadata={"format": "pt"})
         write_json(out / CONFIG, config)
 
@@ -143,19 +143,19 @@ def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None 
 def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
     """(settings, tensors) of an adapter's folder or hf:// id; ValueError where it is none or more than LoRA."""
     folder = hf.resolve(folder)
-    settings = hf.read_json(folder / CONFIG)
+    settings = read_object(folder / CONFIG)
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
+        raise UserError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
     if missing := [name for name in ("r", "lora_alpha") if type(settings.get(name)) not in (int, float)]:
-        raise ValueError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
+        raise UserError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
     for name, allowed in HARMLESS.items():
         if settings.get(name) not in allowed:
-            raise ValueError(f"{folder / CONFIG} has {name} {settings[name]!r}, which is not supported; merge it with "
+            raise UserError(f"{folder / CONFIG} has {name} {settings[name]!r}, which is not supported; merge it with "
                              f"PEFT's own merge_and_unload")
     try:
         return settings, load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / TENSORS} cannot be read: {error}") from None
+        raise UserError(f"{folder / TENSORS} cannot be read: {error}") from None
 
 
 def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
@@ -167,7 +167,7 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     settings, tensors = read_adapter(folder)
     tied = is_tied(model)
     if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
-        raise ValueError(f"{folder} trains the embedding and leaves the head as it was (ensure_weight_tying is not "
+        raise UserError(f"{folder} trains the embedding and leaves the head as it was (ensure_weight_tying is not "
                          f"set), but the base's head is its embedding; untie the base first (tie_word_embeddings false "
                          f"and an lm_head.weight)")
     known, low_rank, tables = linear_layers(model), {}, {}
@@ -201,7 +201,7 @@ def trained_token_ids(settings: dict, table: str, folder) -> list[int]:
     by_path = listed if isinstance(listed, dict) else {"embed_tokens": listed}
     ids = next((ids for path, ids in by_path.items() if last_part(path) == table), None)
     if ids is None or table not in ("embed_tokens", "lm_head"):
-        raise ValueError(f"{folder}: {CONFIG} has no trainable_token_indices for {table}")
+        raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {table}")
     return ids
 
 

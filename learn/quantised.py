@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.errors import UserError
 from kernels import NF4, dequantise, quantise
 
 TINY = torch.finfo(torch.float32).tiny           # divisor in place of 0 where all weights of a block are 0
@@ -43,7 +44,7 @@ class EightBit(nn.Module):
         self.shape = weight.shape
         scale = weight.abs().amax(1).float() / 127
         if not scale.isfinite().all():
-            raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; int8 has none")
+            raise UserError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; int8 has none")
         codes = (weight.float() / scale.clamp(min=TINY)[:, None]).round()
         self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("scale", scale)

@@ -190,7 +190,7 @@ def peer_of(model, side: str):
     """-> transformers' model with our weights, or PEFT's with our adapters too, and its name and version."""
     import transformers
     who = f"transformers {transformers.__version__}"
-    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf.write_config(model.config, torch.float32, {})))
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf.make_config(model.config, torch.float32, {})))
     peer.load_state_dict({hf.to_hf_name(k): v for k, v in model.state_dict().items() if ".adapters." not in k})
     if side == "peft":
         import peft

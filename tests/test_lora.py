@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import hf
 import lora
-from core.config import main_guard, parse
+from core.config import check_limits, parse
 from lora import LoraConfig
 from model import Model
 
@@ -134,7 +134,7 @@ def test_a_half_precision_base_is_merged_in_fp32(tiny_model):
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({"rank": -1}, "lora.rank is -1"),
-    ({"rank": 8, "alpha": 0}, "lora.alpha 0"),
+    ({"rank": 8, "alpha": 0}, "lora.alpha is 0"),
     ({"rank": 8, "dropout": 1.0}, "lora.dropout is 1.0"),
     ({"rank": 8, "embeddings": "rows"}, "give both"),
     ({"rank": 8, "embedding_rows": "3"}, "give both"),
@@ -142,7 +142,7 @@ def test_a_half_precision_base_is_merged_in_fp32(tiny_model):
     ({"rank": 8, "ranks": ["q_proj"]}, "needs NAME=RANK"), ({"rank": 8, "ranks": ["q_proj=0"]}, "needs NAME=RANK")])
 def test_settings_that_make_no_sense(changes, says):
     with pytest.raises(ValueError, match=says):
-        LoraConfig(**changes)
+        check_limits(LoraConfig(**changes), "lora.")
 
 
 @pytest.mark.parametrize(("changes", "says"), [
@@ -186,7 +186,7 @@ def adapter(tiny_model, tmp_path):
 
 def run_main(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, arguments)])
-    return main_guard(lora.main)
+    return lora.main()
 
 
 def test_the_merge_command(hf_model, peft, tmp_path, monkeypatch, capsys):
