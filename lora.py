@@ -17,7 +17,6 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -29,6 +28,7 @@ from core.cli import Dtype, Output
 from core.config import setting
 from core.devices import pick_dtype
 from core.errors import UserError, nearest
+from core.files import refuse_existing
 from learn.adapters import (
     Table,
     adapted_layers,
@@ -281,8 +281,7 @@ class Merge:
 
 def merge_command(options: Merge) -> dict:
     out = options.output.out
-    if Path(out).exists() and not options.output.overwrite:
-        raise UserError(f"{out} exists; name another folder with --out, or pass --overwrite")
+    refuse_existing(out, options.output.overwrite)
     result = merge_folders(options.base, options.adapter, out, options.dtype and pick_dtype(options.dtype))
     print(f"{result['trained']}\n{out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")

@@ -20,8 +20,6 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 import hf
 from core import cli
 from core.cli import Output, Positional, Reading
