@@ -233,8 +233,9 @@ def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
         option, equals, value = word.partition("=")
         name = option[2:].replace("-", "_")
         if name not in kinds:
-            known_words = kinds if recipe else map(_spell_flag, kinds)
-            raise UserError(f"unknown option {option}{nearest(name if recipe else option, known_words)}")
+            if recipe:
+                raise UserError(f"unknown key {name}{nearest(name, kinds)}")
+            raise UserError(f"unknown option {option}{nearest(option, map(_spell_flag, kinds))}")
         if kinds[name] == "list" and name in lists:
             group = lists[name]
         else:

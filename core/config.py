@@ -1,14 +1,12 @@
-"""Where settings come from: dataclass defaults <- RECIPE.toml <- `--section.key value` on the command line.
+"""Settings: dataclasses with the limits of their fields, read from a RECIPE.toml and written as one.
 
-Each file declares the dataclass of its own knobs; `train.py` composes them and calls `parse`. A key nobody declared is
-an error that names the nearest known one. The resolved settings are written beside the run (`to_toml`) and rerun it.
+Each file declares the dataclass of its own settings and `train.py` composes them. The defaults are overlaid by a
+recipe, and both by the command line (core/cli.py). An unknown key is an error that names the nearest known one.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
-import io
 import json
 import math
 import operator
@@ -19,52 +17,7 @@ import types
 import typing
 from pathlib import Path
 
-import tyro
-
 from core.errors import UserError, nearest
-
-
-def main_guard(main) -> int:
-    """Run `main()`; a user's mistake becomes one line on stderr and exit status 2, never a traceback."""
-    try:
-        return main() or 0
-    except (ValueError, OSError) as error:
-        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-        print("error: " + " ".join(text.split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line; for the commands whose options are few and flat."""
-
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        known = [name for action in self._all_actions() for name in action.option_strings]
-        for word in args[:args.index("--")] if "--" in args else args:
-            if word.startswith("--") and (option := word.partition("=")[0]) not in known:
-                self.error(f"unknown argument {option}{nearest(option, known)}")
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unknown argument {unknown[0]}")
-        return parsed
-
-    def _all_actions(self):
-        for action in self._actions:
-            yield action
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser._all_actions()
 
 
 def setting(default, *, above=None, at_least=None, below=None, at_most=None):
@@ -106,41 +59,14 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
                 raise UserError(f"{option_of(prefix + item.name)} is {each}, but must be {wanted}")
 
 
-def refuse_unused(section, name: str, switch: str):
-    """ValueError where settings of `section` are changed while its `switch` still has the value that turns it off."""
+def refuse_unused(section, name: str, switch: str) -> None:
+    """UserError where settings of `section` are changed while its `switch` still has the value that turns it off."""
     plain = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
              for f in dataclasses.fields(section)}
     changed = [key for key, value in plain.items() if getattr(section, key) != value]
     if changed and switch not in changed:
         raise UserError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
                          f"nothing; set {name}.{switch}, or leave it out")
-
-
-def write_json(path, value) -> None:
-    """`value` as JSON in a file; its folder is made where it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def parse(cls, argv: list[str], description: str = ""):
-    """Settings from `argv`: an optional RECIPE.toml, then `--section.key value`. ValueError in one line if wrong."""
-    default = cls()
-    argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        default = merge(default, read_toml(argv.pop(0)))
-    argv = _prepare(default, argv)
-    screen = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
-            return tyro.cli(cls, default=default, args=argv, description=description,
-                            config=(tyro.conf.FlagConversionOff,))
-    except SystemExit as stop:
-        if stop.code == 0:                     # --help
-            print(screen.getvalue(), end="")
-            raise
-        body = [line.strip() for line in screen.getvalue().splitlines()[2:]]
-        body = body[:next((i for i, line in enumerate(body) if line.startswith("---")), len(body))]
-        raise UserError(re.sub(r"^Error parsing (\w+): ", "", " ".join(line for line in body if line))) from None
 
 
 def read_toml(path: str) -> dict:
@@ -190,39 +116,6 @@ def _convert(value, hint, current, name):
     raise UserError(f"{name} is {value!r}, but must be of type {wanted}")
 
 
-def _prepare(default, argv: list[str]) -> list[str]:
-    """Name the nearest key for an unknown one, let `--flag` stand for `--flag True`, and open new named sections."""
-    known, out, flag = _keys(default), [], False
-    for position, word in enumerate(argv):
-        if not word.startswith("--") or word == "--help":
-            out.append(word.capitalize() if flag else word)
-            continue
-        key, equals, value = word[2:].partition("=")
-        key = key.replace("-", "_")
-        if key not in known:
-            _open_section(default, key)
-            known = _keys(default)
-        if key not in known:
-            raise UserError(f"unknown key {key}{nearest(key, known)}")
-        flag = known[key] is bool
-        out += ["--" + key] + ([value.capitalize() if flag else value] if equals else [])
-        following = argv[position + 1] if position + 1 < len(argv) else "--"
-        if flag and not equals and following.lower() not in ("true", "false"):
-            out.append("True")
-    return out
-
-
-def _keys(value, prefix: str = "") -> dict:
-    """{"section.key": type} of every setting that has a value."""
-    out = {}
-    for name, entry in _items(value):
-        if dataclasses.is_dataclass(entry) or isinstance(entry, dict):
-            out |= _keys(entry, f"{prefix}{name}.")
-        else:
-            out[prefix + name] = type(entry)
-    return out
-
-
 def _items(value) -> list:
     """(name, value) of a dataclass or of a table of named sections."""
     if isinstance(value, dict):
@@ -231,21 +124,18 @@ def _items(value) -> list:
 
 
 def open_sections(config, keys) -> None:
-    """Make an entry in a table of named sections for each key that names a new one: data.sources.NEW.path."""
+    """Make the entries of tables that the dotted `keys` name: `data.sources.NEW.path` makes NEW."""
     for key in keys:
-        _open_section(config, key.replace("-", "_"))
-
-
-def _open_section(value, key: str) -> None:
-    """`--data.sources.NEW.path` makes the entry NEW in the table data.sources."""
-    *path, entry, _ = ["", *key.split(".")]
-    hint = None
-    for name in path[1:]:
-        if not hasattr(value, name):
-            return
-        hint, value = typing.get_type_hints(type(value))[name], getattr(value, name)
-    if isinstance(value, dict) and entry not in value:
-        value[entry] = typing.get_args(hint)[1]()
+        *path, entry, _ = ["", *key.replace("-", "_").split(".")]
+        section, hint = config, None
+        for name in path[1:]:
+            if not hasattr(section, name):
+                break
+            hint = typing.get_type_hints(type(section))[name]
+            section = getattr(section, name)
+        else:
+            if isinstance(section, dict) and entry not in section:
+                section[entry] = typing.get_args(hint)[1]()
 
 
 def _toml_key(key: str) -> str:
@@ -269,3 +159,59 @@ def to_toml(config, prefix: str = "") -> str:
         elif value is not None:
             lines.append(f"{_toml_key(key)} = {_toml_value(value)}\n")
     return "".join(lines) + "".join(sections)
+
+
+# ---- on its way out: core/cli.py and core/files.py have these
+
+def main_guard(main) -> int:
+    """Run `main()`; a user's mistake becomes one line on stderr and exit status 2, never a traceback."""
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line; for the commands whose options are few and flat."""
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        known = [name for action in self._all_actions() for name in action.option_strings]
+        for word in args[:args.index("--")] if "--" in args else args:
+            if word.startswith("--") and (option := word.partition("=")[0]) not in known:
+                self.error(f"unknown argument {option}{nearest(option, known)}")
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown argument {unknown[0]}")
+        return parsed
+
+    def _all_actions(self):
+        for action in self._actions:
+            yield action
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._all_actions()
+
+
+def write_json(path, value) -> None:
+    """`value` as JSON in a file; its folder is made where it is missing."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def parse(cls, argv: list[str], description: str = ""):
+    from core import cli
+    return cli.parse(cls, argv, "train.py", description, recipe=True)

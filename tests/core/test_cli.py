@@ -102,7 +102,7 @@ def test_a_recipe_then_words(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "line"), [
-    (["--step", "3"], "unknown option --step; did you mean steps?"),
+    (["--step", "3"], "unknown key step; did you mean steps?"),
     (["--optim.lr", "0"], "optim.lr is 0.0, but must be above 0"),
     (["--sources.law.weight", "-1"], "sources.law.weight is -1.0, but must be at least 0"),
     (["--steps", "x"], "--steps: 'x' is no INT"),

@@ -2,18 +2,15 @@
 
 import math
 import re
-import subprocess
-import sys
 import tomllib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from core.config import ArgumentParser, main_guard, nearest, parse, to_toml
-
-ROOT = Path(__file__).resolve().parents[2]
+from core import cli
+from core.config import to_toml
+from core.errors import nearest
 
 
 @dataclass
@@ -60,6 +57,10 @@ def recipe(tmp_path):
         path.write_text(text, encoding="utf-8")
         return str(path)
     return write
+
+
+def parse(cls, argv, description=""):
+    return cli.parse(cls, argv, "train.py", description, recipe=True)
 
 
 def one_line(message) -> str:
@@ -213,81 +214,8 @@ def test_to_toml_keeps_not_a_number(recipe):
     assert math.isnan(parse(Config, [recipe(to_toml(Config(lr=math.nan)))]).lr)
 
 
-# ---- the last line of a command
-
-def failing(error):
-    def main():
-        raise error
-    return main
-
-
-@pytest.mark.parametrize(("error", "line"), [
-    (ValueError("bad value\nover two lines"), "error: bad value over two lines\n"),
-    (FileNotFoundError(2, "No such file or directory", "x.txt"), "error: No such file or directory: x.txt\n"),
-    (PermissionError(13, "Permission denied", "/y"), "error: Permission denied: /y\n"),
-    (OSError("disk full"), "error: disk full\n"),
-])
-def test_main_guard_prints_one_line(capsys, error, line):
-    assert main_guard(failing(error)) == 2
-    assert capsys.readouterr().err == line
-
-
-def test_main_guard_otherwise(capsys):
-    assert main_guard(lambda: None) == 0
-    assert main_guard(lambda: 3) == 3
-    assert main_guard(failing(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
-    with pytest.raises(AssertionError):                        # ours to mend: the traceback is wanted
-        main_guard(failing(AssertionError("an invariant")))
-
-
-def test_a_command_ends_with_one_line_and_status_2(tmp_path):
-    script = ("import sys; from core.config import main_guard, read_toml; "
-              "sys.exit(main_guard(lambda: read_toml(sys.argv[1])))")
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path / "no.toml")], cwd=ROOT, capture_output=True,
-                         text=True)
-    assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: recipe ")
-    assert run.stderr.count("\n") == 1
-
+# ---- the nearest word
 
 def test_nearest():
     assert nearest("contxt", ["data", "context"]) == "; did you mean context?"
     assert nearest("zzz", ["data", "context"]) == ""
-
-
-def flat_parser():
-    parser = ArgumentParser(prog="tool.py")
-    parser.add_argument("--model")
-    commands = parser.add_subparsers(dest="command")
-    pack = commands.add_parser("pack")
-    pack.add_argument("--tokenizer")
-    pack.add_argument("--rows", type=int)
-    return parser
-
-
-@pytest.mark.parametrize(("argv", "line"), [
-    (["--modle", "x"], "error: unknown argument --modle; did you mean --model? (tool.py --help lists the options)"),
-    (["pack", "--tokeniser", "x"],
-     "error: unknown argument --tokeniser; did you mean --tokenizer? (tool.py --help lists the options)"),
-    (["pack", "--token", "x"], "error: unknown argument --token; did you mean --tokenizer?"),     # no abbreviations
-    (["--qqqq"], "error: unknown argument --qqqq (tool.py"),
-    (["pack", "--rows", "x"], "error: argument --rows: invalid int value: 'x' (tool.py pack --help lists the options)"),
-    (["unpack"], "error: argument command: invalid choice: 'unpack'"),
-])
-def test_argument_parser(capsys, argv, line):
-    with pytest.raises(SystemExit) as stop:
-        flat_parser().parse_args(argv)
-    assert stop.value.code == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith(line)
-    assert shown.count("\n") == 1
-
-
-def test_argument_parser_accepts(capsys):
-    parsed = flat_parser().parse_args(["--model", "m", "pack", "--tokenizer", "t", "--rows", "3"])
-    assert (parsed.model, parsed.command, parsed.tokenizer, parsed.rows) == ("m", "pack", "t", 3)
-    with pytest.raises(SystemExit) as stop:
-        flat_parser().parse_args(["--help"])
-    assert stop.value.code == 0
-    assert "--model" in capsys.readouterr().out
