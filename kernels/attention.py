@@ -1,29 +1,29 @@
 """Attention over one contiguous interval of keys per query.
 
 A causal mask, a sliding window and packed documents all leave each query one interval [first, last] of keys:
-    last  = its own position i when causal, else the end of its document (or row), with a window at most i + w - 1
-    first = the start of its document (or row), with a window of w tokens at least i - w + 1
+    last  = its own position i when causal, else the end of its document; with a window at most i + w - 1
+    first = the start of its document; with a window of w tokens at least i - w + 1
 
-On the CPU packed rows are split into their documents and each document attends alone, so that the cost follows the
-documents' lengths; on CUDA the kernels of flash.py visit only the tiles that an interval touches. No T x T mask of a
-packed row is made by either. Rows that are one whole document need nothing of that and go to PyTorch's own kernels,
-on Hopper first to cuDNN's, which is about twice as fast there as the FlashAttention-2 that PyTorch would choose
+    Example: documents of 3 and 2 tokens (doc_start 0 0 0 3 3), causal. The queries 0 to 4 see the keys
+    0..0, 0..1, 0..2, 3..3, 3..4. With a window of 2: 0..0, 0..1, 1..2, 3..3, 3..4.
+
+On the CPU packed sequences are split into their documents and each document attends alone, so that the cost follows the
+documents' lengths; on CUDA the kernels of flash.py visit only the tiles that an interval touches. Neither makes a T x T
+mask of a packed sequence. A sequence that is one document needs none of that and goes to PyTorch's own kernels, on
+Hopper first to cuDNN's, which is about twice as fast there as the FlashAttention-2 that PyTorch would choose
 (github.com/pytorch/pytorch/issues/142132).
 
-With P pairs of a query and a key it sees, H heads of size d: 4 H d P operations forward (two products), 10 H d P
-backward (five; flash.py does seven). Memory, ideally: q, k, v read and o written; backward also do, and dq, dk, dv.
+B sequences, T queries, S keys, H heads, K key-value heads, d head size. With P pairs of a query and a key it sees:
+4 H d P operations forward (two matmuls), 10 H d P backward (five; flash.py does seven). Memory, ideally: q, k, v are
+read and o is written; backward also do, and dq, dk, dv.
 
     NANOCPT_ATTENTION=          chosen as above
-    NANOCPT_ATTENTION=triton    flash.py for every row
+    NANOCPT_ATTENTION=triton    flash.py for every call
     NANOCPT_ATTENTION=sdpa      scaled_dot_product_attention, with a T x T mask where it is needed
-    NANOCPT_ATTENTION=flex      torch.nn.attention.flex_attention with a block mask of the same intervals
-    NANOCPT_ATTENTION=varlen    torch.nn.attention.varlen.varlen_attn (FlashAttention) on CUDA in bf16 or fp16
-NANOCPT_KERNELS=triton or reference (backend.py) goes before it. Of these only flash.py is deterministic by itself;
-torch.use_deterministic_algorithms(True) makes PyTorch's own so.
+NANOCPT_KERNELS=triton or reference (backend.py) goes before it. flash.py is deterministic by itself;
+torch.use_deterministic_algorithms(True) makes PyTorch's kernels so.
 """
 
-import functools
-import inspect
 import os
 
 import torch
@@ -37,6 +37,7 @@ from kernels.flash import Flash
 choice = os.environ.get("NANOCPT_ATTENTION", "")
 HOPPER_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                 SDPBackend.MATH]
+LARGEST_HEAD = 256                # of flash.py
 
 
 def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc_start=None, device=None):
@@ -55,12 +56,13 @@ def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc
     return mask
 
 
-# ---- PyTorch's scaled_dot_product_attention: the reference, and the fastest for rows that are one document
+# ---- PyTorch's scaled_dot_product_attention: the reference, and the fastest for sequences that are one document
 
 def _sdpa(q, k, v, causal, window, doc_start=None):
     """q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d]; documents through a dense mask."""
     queries, keys = q.shape[1], k.shape[1]
-    if q.is_cuda and q.dtype == torch.float32:       # the only fused kernel for fp32 takes as many key-value heads
+    if q.is_cuda and q.dtype == torch.float32:
+        # The only fused kernel for fp32 needs as many key-value heads as heads.
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     window = None if window is None or window >= keys else window
     mask = None
@@ -73,100 +75,47 @@ def _sdpa(q, k, v, causal, window, doc_start=None):
 
 
 def sdpa(q, k, v, causal, window, doc_start):
+    """Arguments as `attention`'s, checked already."""
     if doc_start is not None and q.device.type == "cpu" and q.numel():
         position = torch.arange(q.shape[1], dtype=doc_start.dtype)
         starts = (doc_start == position).flatten().nonzero().flatten()
         ends = torch.cat([starts[1:], starts.new_tensor([doc_start.numel()])])
         lengths = (ends - starts).tolist()
-        parts = zip(*(x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)))
-        return torch.cat([_sdpa(a, b, c, causal, window) for a, b, c in parts], dim=1).view(q.shape)
+        documents = zip(*(x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)))   # [1, length, ., d]
+        return torch.cat([_sdpa(*document, causal, window) for document in documents], dim=1).view(q.shape)
     # cuDNN builds a plan for each shape, in milliseconds: not for prompts of every length, nor for a growing cache.
-    whole = doc_start is None and window is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
-    if whole and q.is_cuda and backend.architecture(q.device) == 90:
+    plain = doc_start is None and window is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
+    if plain and q.is_cuda and backend.architecture(q.device) == 90:
         with sdpa_kernel(HOPPER_FIRST, set_priority=True):
             return _sdpa(q, k, v, causal, window)
     return _sdpa(q, k, v, causal, window, doc_start)
 
 
-# ---- the others
-
-def triton(q, k, v, causal, window, doc_start):
-    if q.dtype == torch.float64 or q.shape[-1] > 256 or not (q.is_cuda or q.is_meta or backend.interpreting):
+def flash(q, k, v, causal, window, doc_start):
+    """Arguments as `attention`'s, checked already."""
+    runs = q.is_cuda or q.is_meta or backend.interpreting
+    if q.dtype == torch.float64 or q.shape[-1] > LARGEST_HEAD or not runs:
         raise ValueError(f"NANOCPT_ATTENTION=triton for heads of {q.shape[-1]} in {q.dtype} on {q.device.type}: "
-                         "flash.py takes 256 at most, no float64, and needs CUDA; leave NANOCPT_ATTENTION empty")
+                         f"flash.py takes {LARGEST_HEAD} at most, no float64, and needs CUDA; leave NANOCPT_ATTENTION "
+                         "empty")
     return Flash.apply(q, k, v, causal, window, doc_start)
 
 
-@functools.cache
-def compiled(function):
-    return torch.compile(function)
+BACKENDS = {"triton": flash, "sdpa": sdpa}
 
 
-flex_mask = (None, None, None)   # what it was made for (numbers, doc_start) and the mask: a model's layers share it
+# ---- public op
 
-
-def flex(q, k, v, causal, window, doc_start):
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    if q.device.type == "cpu" and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise ValueError("NANOCPT_ATTENTION=flex: flex_attention has no backward pass on a CPU; leave it empty there")
-    (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-
-    def sees(b, h, i, j):
-        at = i + (S - T)
-        seen = j <= at if causal else j >= 0
-        if window is not None:
-            seen = seen & (j > at - window) & (j < at + window)
-        return seen if doc_start is None else seen & (doc_start[b, at] == doc_start[b, j])
-
-    global flex_mask
-    eager = not torch.compiler.is_compiling()
-    wrap = compiled if eager and q.is_cuda else lambda function: function
-    filled = 0 if doc_start is None or doc_start.is_inference() else doc_start._version      # it may be a buffer
-    wanted = (B, T, S, causal, window, q.device, filled)
-    if eager and flex_mask[0] == wanted and flex_mask[1] is doc_start:
-        mask = flex_mask[2]
-    else:
-        mask = wrap(create_block_mask)(sees, None if doc_start is None else B, None, T, S, device=q.device)
-        if eager:
-            flex_mask = wanted, doc_start, mask
-    y = wrap(flex_attention)(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask,
-                             enable_gqa=H != K)
-    return y.transpose(1, 2)
-
-
-def varlen(q, k, v, causal, window, doc_start):
-    from torch.nn.attention.varlen import varlen_attn
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"NANOCPT_ATTENTION=varlen in {q.dtype} on {q.device.type}: varlen_attn needs bf16 or fp16 "
-                         "and CUDA; leave NANOCPT_ATTENTION empty")
-    (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
-    starts, keys = (torch.arange(B + 1, dtype=torch.int32, device=q.device) * n for n in (T, S))
-    if doc_start is not None:
-        begins = doc_start == torch.arange(T, device=q.device)
-        starts = keys = F.pad(begins.flatten().nonzero().flatten().int(), (0, 1), value=B * T)
-    left = -1 if window is None else window - 1
-    # torch 2.11 groups heads without being asked to, 2.12 wants it said.
-    grouped = {"enable_gqa": H != K} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, keys, T, S,
-                    window_size=(left, 0 if causal else left), **grouped)
-    return y.view(q.shape)
-
-
-BACKENDS = {"triton": triton, "sdpa": sdpa, "flex": flex, "varlen": varlen}
-
-
-# ---- the public op
-
-def select(q, k, causal, window, doc_start) -> str:
-    """The backend that runs: a forced one, else by what is static about the call."""
+def choose_backend(q, k, causal, window, doc_start) -> str:
+    """The name of the backend that runs: a forced one, else by what is static about the call."""
     if choice and not backend.choice:
         if choice not in BACKENDS:
             raise ValueError(f"NANOCPT_ATTENTION is {choice!r}; it may be {', '.join(BACKENDS)} or empty")
         return choice
-    if not use_triton(q) or q.shape[-1] > 256:
+    if not use_triton(q) or q.shape[-1] > LARGEST_HEAD:
         return "sdpa"
-    whole = doc_start is None and window is None and (q.shape[1] in (1, k.shape[1]) or not causal)
-    return "sdpa" if whole and backend.choice != "triton" else "triton"
+    plain = doc_start is None and window is None and (q.shape[1] in (1, k.shape[1]) or not causal)
+    return "sdpa" if plain and backend.choice != "triton" else "triton"
 
 
 def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start=None) -> torch.Tensor:
@@ -174,7 +123,8 @@ def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start
 
     q [B, T, H, d], k and v [B, S, K, d] with H a multiple of K -> [B, T, H, d], all in one dtype; the last query is
     aligned with the last key. window: a query sees as many keys up to its own (causal=False: to both sides).
-    doc_start [B, T] (S == T): for each position, where in its row its document begins; None: a row is one document.
+    doc_start [B, T] (S == T): for each position, where in its sequence its document begins; None: a sequence is one
+    document. Under autocast q, k and v are cast to its dtype. ValueError where shapes or dtypes do not fit.
     """
     (B, T, H, d), (_, S, K, _) = q.shape, k.shape
     if H % max(1, K) or S < T or k.shape != (B, S, K, d) or v.shape != k.shape:
@@ -191,6 +141,7 @@ def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start
         raise ValueError(f"attention of q, k, v in {q.dtype}, {k.dtype}, {v.dtype}: give all three one dtype")
     if window is not None and window >= S:
         window = None
-    if window is not None and causal and T == 1:               # decoding: what the query does not see is cut off
+    if window is not None and causal and T == 1:
+        # Decoding: the keys that the one query does not see are cut off.
         k, v, window = k[:, -window:], v[:, -window:], None
-    return BACKENDS[select(q, k, causal, window, doc_start)](q, k, v, causal, window, doc_start)
+    return BACKENDS[choose_backend(q, k, causal, window, doc_start)](q, k, v, causal, window, doc_start)

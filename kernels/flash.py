@@ -4,18 +4,31 @@
     dv_j = sum_i p_ij do_i              ds_ij = p_ij (do_i v_j - delta_i)                delta_i = sum(o_i do_i)
     dq_i = sum_j ds_ij k_j / sqrt(d)    dk_j = sum_i ds_ij q_i / sqrt(d)                 (Dao, 2023, arXiv 2307.08691)
 
-Document, window and causality all grow with the position, so that a tile of queries needs only the interval of its
-first and of its last query: key tiles before `lo` and after `hi` are never read, and those that every query of the
-tile sees whole skip the mask. The same holds the other way round, for the queries that see a tile of keys:
+The ends of a query's interval only grow with its position, so a tile of queries needs nothing but the intervals of its
+first and its last query: key tiles before `lo` and after `hi` are never read, and key tiles that every query of the
+tile sees in full skip the mask. The same holds the other way round, for the queries that see a tile of keys:
 
     below(x) = max(start of x's document, x - window + 1)     above(x) = min(end of x's document - 1, x + window - 1)
     keys of query p: below(p) ... p if causal, else above(p)  queries of key j: j if causal, else below(j) ... above(j)
 
-Forward, a program keeps a tile of queries of one head; backward, one kernel keeps a tile of keys of one key-value head
+    Example: documents of 3 and 5 tokens, causal, tiles of 4 queries and 2 keys. Queries 0 to 3 see keys 0..0, 0..1,
+    0..2, 3..3, so lo = 0 and hi = 3: key tiles 0-1 and 2-3 are read, both with the mask. Queries 4 to 7 see 3..4 to
+    3..7: lo = 3, so the first tile read is 2-3; tile 4-5 is masked too, as query 4 does not see key 5.
+
+Forward, a program keeps a tile of queries of one head. Backward, one kernel keeps a tile of keys of one key-value head
 and walks over the queries of all its query heads, another keeps a tile of queries: each result has one program that
-sums it in a fixed order, so that two runs agree bitwise and no atomics are needed. It costs two products more than the
-five that a backward pass with atomics needs. Kept for it: q, k, v, o and one fp32 number a query and head, the
+sums it in a fixed order, so two runs agree bitwise and no atomics are needed. That costs two matmuls more than the
+five that a backward pass with atomics needs. Kept for it: q, k, v, o and one fp32 value per query and head, the
 logarithm of the softmax's denominator; logarithms and exponentials are to the base 2, which the hardware has.
+
+B sequences, T queries, S keys, H query heads, K key-value heads, GROUP = H / K, D head size. Arguments of the kernels:
+
+    Q, DO, O, DQ        [B, T, H, D]            q_b, q_h, q_t: elements between sequences, heads and positions of Q
+    K, V, DK, DV        [B, S, K, D]            k_b, k_h, k_t and v_b, v_h, v_t: the same of K and V; do_... of DO
+    START, END          [B, S] int32            where each position's document starts and ends; unused without DOCS
+    LSE, DELTA          [B, H, T] fp32
+    SCALE               log2(e) / sqrt(D)
+    WINDOW              in tokens, 0 for none
 """
 
 import math
@@ -24,7 +37,7 @@ import torch
 
 from kernels.backend import jit, launch, op, power_of_two, table, tl
 
-# (queries, keys, warps, stages) of a program by architecture and padded head size; "fp32" for inputs of 4 bytes.
+# (queries, keys, warps, stages) of a program, by architecture and padded head size; "fp32" for inputs of 4 bytes.
 FORWARD = {
     80: {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2), "fp32": (32, 32, 8, 1)},
     90: {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2), "fp32": (32, 32, 8, 1)},
@@ -43,7 +56,7 @@ DKDV = {
 
 
 @jit
-def around(x, START, END, S, DOCS: tl.constexpr, WINDOW: tl.constexpr):
+def bounds_around(x, START, END, S, DOCS: tl.constexpr, WINDOW: tl.constexpr):
     """The first and last position in x's document and window."""
     if DOCS:
         below = tl.load(START + x)
@@ -58,26 +71,26 @@ def around(x, START, END, S, DOCS: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @jit
-def seen(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
+def keys_of_query(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
     """The first and last key of the query at position x."""
-    below, above = around(x, START, END, S, DOCS, WINDOW)
+    below, above = bounds_around(x, START, END, S, DOCS, WINDOW)
     if CAUSAL:
         above = x
     return below, above
 
 
 @jit
-def seeing(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
+def queries_of_key(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
     """The first and last position whose query sees key x."""
-    below, above = around(x, START, END, S, DOCS, WINDOW)
+    below, above = bounds_around(x, START, END, S, DOCS, WINDOW)
     if CAUSAL:
         below = x
     return below, above
 
 
 @jit
-def rows(P, stride, start, limit, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[SIZE, BLOCK_D] from row `start` on, zeros from row `limit` and column D on."""
+def load_tile(P, stride, start, limit, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[SIZE, BLOCK_D] from row `start` of P on, whose rows are `stride` apart; zeros from row `limit` and column D."""
     row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
     at = P + tl.cast(start, tl.int64) * stride + row[:, None] * stride + col[None, :]
     mask = (start + row < limit)[:, None]
@@ -91,7 +104,7 @@ def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v
                    k_t: tl.constexpr, v_t: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
                    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid: query heads, tiles of queries (the last first: a causal row's longest), rows of the batch."""
+    """Grid: query heads, tiles of queries (the last first: when causal it takes longest), sequences."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -102,16 +115,17 @@ def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v
     END += b * S
 
     i = start + tl.arange(0, BLOCK_M)
-    first, last = seen(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    lo, full_hi = seen(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    full_lo, hi = seen(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    first, last = keys_of_query(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    lo, full_hi = keys_of_query(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    full_lo, hi = keys_of_query(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
 
-    q = rows(Q, q_t, start, T, BLOCK_M, D, BLOCK_D)
+    q = load_tile(Q, q_t, start, T, BLOCK_M, D, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    top = tl.full([BLOCK_M], -1e30, tl.float32)          # not -inf: -inf - -inf in a tile without a key is NaN
+    # Not -inf: in a tile where a query sees no key, -inf - -inf would be NaN.
+    top = tl.full([BLOCK_M], -1e30, tl.float32)
     for j in range(lo // BLOCK_N * BLOCK_N, hi + 1, BLOCK_N):
-        k = rows(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
+        k = load_tile(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (j < full_lo) | (j + BLOCK_N - 1 > full_hi):
             key = (j + tl.arange(0, BLOCK_N))[None, :]
@@ -120,7 +134,7 @@ def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v
         p = tl.exp2(s * SCALE - new[:, None])
         shrink = tl.exp2(top - new)
         total = total * shrink + tl.sum(p, 1)
-        v = rows(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
+        v = load_tile(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new
 
@@ -133,10 +147,11 @@ def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v
 @jit
 def delta_kernel(O, DO, DELTA, T, do_b, do_h, do_t: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_D: tl.constexpr):
+    """DELTA = sum over the head's elements of O * DO. Grid: query heads, tiles of queries, sequences."""
     head, b, start = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1) * BLOCK_M
     H = tl.num_programs(0)
-    o = rows(O + (b * T * H + head) * D, H * D, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
-    do = rows(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    o = load_tile(O + (b * T * H + head) * D, H * D, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    do = load_tile(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
     i = start + tl.arange(0, BLOCK_M)
     tl.store(DELTA + (b * H + head) * T + i, tl.sum(o * do, 1), mask=i < T)
 
@@ -146,7 +161,7 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
                 q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
                 D: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Grid: key-value heads, tiles of keys (the first first: the longest of a causal row), rows of the batch."""
+    """Grid: key-value heads, tiles of keys (the first first: when causal it takes longest), sequences."""
     kv, b, start = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1) * BLOCK_N
     heads = tl.num_programs(0)
     K += b * k_b + kv.to(tl.int64) * k_h
@@ -156,29 +171,30 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
 
     j = start + tl.arange(0, BLOCK_N)
     past = S - T                               # query i is at position past + i
-    first, last = seeing(tl.minimum(j, S - 1), START, END, S, CAUSAL, DOCS, WINDOW)
+    first, last = queries_of_key(tl.minimum(j, S - 1), START, END, S, CAUSAL, DOCS, WINDOW)
     first -= past
     last -= past
-    lo, full_hi = seeing(start, START, END, S, CAUSAL, DOCS, WINDOW)
-    full_lo, hi = seeing(tl.minimum(start + BLOCK_N, S) - 1, START, END, S, CAUSAL, DOCS, WINDOW)
+    lo, full_hi = queries_of_key(start, START, END, S, CAUSAL, DOCS, WINDOW)
+    full_lo, hi = queries_of_key(tl.minimum(start + BLOCK_N, S) - 1, START, END, S, CAUSAL, DOCS, WINDOW)
     lo = tl.maximum(lo - past, 0) // BLOCK_M * BLOCK_M
 
-    k = rows(K, k_t, start, S, BLOCK_N, D, BLOCK_D)
-    v = rows(V, v_t, start, S, BLOCK_N, D, BLOCK_D)
+    k = load_tile(K, k_t, start, S, BLOCK_N, D, BLOCK_D)
+    v = load_tile(V, v_t, start, S, BLOCK_N, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     hi = hi - past + 1
     m = lo
     head = kv * GROUP
-    for _ in range(0, GROUP * tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)):        # the group's heads, each from lo to hi
+    # The query heads of the group one after the other, each from lo to hi.
+    for _ in range(0, GROUP * tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)):
         i = m + tl.arange(0, BLOCK_M)
         row = (b * heads * GROUP + head) * T
-        q = rows(Q + b * q_b + tl.cast(head, tl.int64) * q_h, q_t, m, T, BLOCK_M, D, BLOCK_D)
+        q = load_tile(Q + b * q_b + tl.cast(head, tl.int64) * q_h, q_t, m, T, BLOCK_M, D, BLOCK_D)
         lse = tl.load(LSE + row + i, mask=i < T, other=0.0)[None, :]
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE - lse)           # [keys, queries]
         if (m < full_lo - past) | (m + BLOCK_M - 1 > full_hi - past):
             p = tl.where((i[None, :] >= first[:, None]) & (i[None, :] <= last[:, None]), p, 0.0)
-        do = rows(DO + b * do_b + tl.cast(head, tl.int64) * do_h, do_t, m, T, BLOCK_M, D, BLOCK_D)
+        do = load_tile(DO + b * do_b + tl.cast(head, tl.int64) * do_h, do_t, m, T, BLOCK_M, D, BLOCK_D)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         delta = tl.load(DELTA + row + i, mask=i < T, other=0.0)[None, :]
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta)
@@ -199,7 +215,7 @@ def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h,
               q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
               D: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
               PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The grid and the walk of forward_kernel."""
+    """The grid of forward_kernel and its walk over the keys."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(0)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
@@ -209,22 +225,22 @@ def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h,
     END += b * S
 
     i = start + tl.arange(0, BLOCK_M)
-    first, last = seen(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    lo, full_hi = seen(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    full_lo, hi = seen(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    first, last = keys_of_query(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    lo, full_hi = keys_of_query(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    full_lo, hi = keys_of_query(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
 
-    q = rows(Q + b * q_b + head.to(tl.int64) * q_h, q_t, start, T, BLOCK_M, D, BLOCK_D)
-    do = rows(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D)
+    q = load_tile(Q + b * q_b + head.to(tl.int64) * q_h, q_t, start, T, BLOCK_M, D, BLOCK_D)
+    do = load_tile(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D)
     lse = tl.load(LSE + (b * H + head) * T + i, mask=i < T, other=0.0)
     delta = tl.load(DELTA + (b * H + head) * T + i, mask=i < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in range(lo // BLOCK_N * BLOCK_N, hi + 1, BLOCK_N):
-        k = rows(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
+        k = load_tile(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE - lse[:, None])
         if (j < full_lo) | (j + BLOCK_N - 1 > full_hi):
             key = (j + tl.arange(0, BLOCK_N))[None, :]
             p = tl.where((key >= first[:, None]) & (key <= last[:, None]), p, 0.0)
-        v = rows(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
+        v = load_tile(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -233,20 +249,24 @@ def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h,
     tl.store(DQ + at, dq * (SCALE * 0.6931471805599453), mask=(i < T)[:, None] & (col < D)[None, :])
 
 
-def tiles(by_architecture, q) -> dict:
+def tile_options(by_architecture, q) -> dict:
+    """The launch options of a program's tile for q's device, dtype and head size."""
     D = max(16, power_of_two(q.shape[-1]))
     size = "fp32" if q.dtype == torch.float32 else max(64, D)
     m, n, warps, stages = table(by_architecture, q.device)[size]
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": D, "num_warps": warps, "num_stages": stages}
 
 
-def apart(**tensors) -> tuple[list, dict]:
-    """How far rows of the batch and heads lie apart in memory, an argument each; positions, constants each."""
+def strides_of(**tensors) -> tuple[list, dict]:
+    """Elements between sequences and heads, an argument each, and between positions, a constant each.
+
+    strides_of(q=q) -> [q_b, q_h], {"q_t": q_t}
+    """
     return ([x.stride(dim) for x in tensors.values() for dim in (0, 2)],
             {f"{name}_t": x.stride(1) for name, x in tensors.items()})
 
 
-def setting(q, k, causal, window, docs) -> dict:
+def constants_of(q, k, causal, window, docs) -> dict:
     """What a kernel is compiled for."""
     d, S = q.shape[-1], k.shape[1]
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
@@ -258,16 +278,20 @@ def setting(q, k, causal, window, docs) -> dict:
 @op
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor | None, causal: bool,
                   window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> o [B, T, H, d], logsumexp to the base 2 [B, H, T] fp32, doc_end [B, T] int32 (empty without documents)."""
+    """-> o [B, T, H, d], log2-sum-exp2 [B, H, T] fp32, doc_end [B, T] int32 (empty without documents).
+
+    q, k, v with their last dimension contiguous; doc_start [B, T] int32, contiguous.
+    """
     (B, T, H, _), S = q.shape, k.shape[1]
     docs = doc_start is not None
-    # A row of doc_start is sorted: the positions that are not above its own value end where its document ends.
+    # doc_start is sorted along T, so the entries that are not above a position's own value end where its document does:
+    # 0 0 0 3 3 -> 3 3 3 5 5.
     end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True) if docs else q.new_empty(0)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    size, (strides, constants) = tiles(FORWARD, q), apart(q=q, k=k, v=v)
+    size, (strides, constants) = tile_options(FORWARD, q), strides_of(q=q, k=k, v=v)
     launch(forward_kernel, (H, -(-T // size["BLOCK_M"]), B), q, k, v, doc_start if docs else q, end if docs else q, o,
-           lse, T, S, *strides, **constants, **setting(q, k, causal, window, docs), **size)
+           lse, T, S, *strides, **constants, **constants_of(q, k, causal, window, docs), **size)
     return o, lse, end
 
 
@@ -275,7 +299,7 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: 
 def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
                    lse: torch.Tensor, doc_start: torch.Tensor | None, doc_end: torch.Tensor, causal: bool,
                    window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> dq, dk, dv, contiguous."""
+    """do as q; o, lse and doc_end of flash_forward -> dq, dk, dv, contiguous."""
     (B, T, H, d), (S, K) = q.shape, k.shape[1:3]
     docs = doc_start is not None
     delta = torch.empty_like(lse)
@@ -283,24 +307,24 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     launch(delta_kernel, (H, -(-T // 64), B), o, do, delta, T, do.stride(0), do.stride(2), do_t=do.stride(1), D=d,
            BLOCK_M=64, BLOCK_D=max(16, power_of_two(d)), num_warps=8 if d > 64 else 4)
     given = (q, k, v, doc_start if docs else q, doc_end if docs else q, do, lse, delta)
-    strides, constants = apart(q=q, k=k, v=v, do=do)
-    constants |= setting(q, k, causal, window, docs)
-    size = tiles(DKDV, q)
+    strides, constants = strides_of(q=q, k=k, v=v, do=do)
+    constants |= constants_of(q, k, causal, window, docs)
+    size = tile_options(DKDV, q)
     launch(dkdv_kernel, (K, -(-S // size["BLOCK_N"]), B), *given, dk, dv, T, S, *strides, **constants, **size)
-    size = tiles(DQ, q)
+    size = tile_options(DQ, q)
     launch(dq_kernel, (H, -(-T // size["BLOCK_M"]), B), *given, dq, T, S, *strides, **constants, **size)
     return dq, dk, dv
 
 
-def rowwise(x):
-    """x itself where each head's numbers lie side by side."""
+def contiguous_heads(x):
+    """x itself where the elements of each head lie side by side, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, window, doc_start):
-        q, k, v = rowwise(q), rowwise(k), rowwise(v)
+        q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
         if doc_start is not None:
             doc_start = doc_start.to(torch.int32).contiguous()
         o, lse, doc_end = flash_forward(q, k, v, doc_start, causal, window)
@@ -312,5 +336,5 @@ class Flash(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse, doc_start, doc_end = ctx.saved_tensors
-        gradients = flash_backward(rowwise(do), q, k, v, o, lse, doc_start, doc_end, ctx.causal, ctx.window)
+        gradients = flash_backward(contiguous_heads(do), q, k, v, o, lse, doc_start, doc_end, ctx.causal, ctx.window)
         return *gradients, None, None, None

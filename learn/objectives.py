@@ -9,9 +9,7 @@ from typing import Literal
 
 import torch
 
-from kernels import linear_cross_entropy
-
-IGNORE = -100
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels import backend, flash
-from kernels.attention import attention, select
+from kernels.attention import attention, choose_backend
 from measure.compile_check import compare, run
 
 pytestmark = pytest.mark.kernel
@@ -223,20 +223,21 @@ def test_offsets_do_not_overflow(monkeypatch):
     def forward():
         q, k, v = (x.detach() for x in qkv(1, 1, H=1, K=1, d=16))
         o, lse = torch.empty_like(q), torch.empty(1, 1, 1)
+        constants = flash.constants_of(q, k, True, None, False)
         flash.forward_kernel[(1, 4, 1)](q, k, v, q, q, o, lse, 1, 1, 0, 0, 0, 0, 0, 0, q_t=2**26, k_t=16, v_t=16,
-                                        BLOCK_M=16, BLOCK_N=16, BLOCK_D=16, **flash.setting(q, k, True, None, False))
+                                        BLOCK_M=16, BLOCK_N=16, BLOCK_D=16, **constants)
         return torch.equal(o, v)
     assert forward()
 
     @backend.jit
-    def rows(P, stride, start, limit, SIZE, D, BLOCK_D):
+    def load_tile(P, stride, start, limit, SIZE, D, BLOCK_D):
         row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
         mask = (start + row < limit)[:, None] & (col < D)[None, :]
         return tl.load(P + start * stride + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
 
     import triton.language as tl
     globals()["tl"] = tl
-    monkeypatch.setattr(flash, "rows", rows)
+    monkeypatch.setattr(flash, "load_tile", load_tile)
     with pytest.raises(Exception, match="overflow"):
         forward()
 
@@ -286,80 +287,31 @@ def test_frozen_parts():
 
 def test_static_choice(monkeypatch):
     q, k, _ = (x.detach().half() for x in qkv(T=3, S=3))
-    assert select(q, k, True, None, None) == "sdpa"
+    assert choose_backend(q, k, True, None, None) == "sdpa"
     monkeypatch.setattr(module, "use_triton", lambda x: x.dtype != torch.float64)
     long = torch.empty(1, 9, 1, 20, dtype=torch.half)
     starts = documents([[3]])
-    assert select(q, k, True, None, None) == select(q, k, False, None, None) == "sdpa"
-    assert select(q[:, :1], long, True, None, None) == select(q, long, False, None, None) == "sdpa"
-    assert select(q, k, True, None, starts) == select(q, k, True, 2, None) == "triton"
-    assert select(q, long, True, None, None) == "triton"
-    assert select(q.double(), k, True, None, starts) == "sdpa"
-    assert select(q.new_empty(1, 3, 2, 264), k, True, None, starts) == "sdpa"
+    assert choose_backend(q, k, True, None, None) == choose_backend(q, k, False, None, None) == "sdpa"
+    assert choose_backend(q[:, :1], long, True, None, None) == choose_backend(q, long, False, None, None) == "sdpa"
+    assert choose_backend(q, k, True, None, starts) == choose_backend(q, k, True, 2, None) == "triton"
+    assert choose_backend(q, long, True, None, None) == "triton"
+    assert choose_backend(q.double(), k, True, None, starts) == "sdpa"
+    assert choose_backend(q.new_empty(1, 3, 2, 264), k, True, None, starts) == "sdpa"
     with backend.using("triton"):
-        assert select(q, k, True, None, None) == "triton"
-    monkeypatch.setattr(module, "choice", "flex")
-    assert select(q, k, True, None, None) == "flex"
+        assert choose_backend(q, k, True, None, None) == "triton"
+    monkeypatch.setattr(module, "choice", "triton")
+    assert choose_backend(q, k, True, None, None) == "triton"
     with backend.using("reference"):
         monkeypatch.setattr(module, "use_triton", backend.use_triton)
-        assert select(q, k, True, None, None) == "sdpa"
+        assert choose_backend(q, k, True, None, None) == "sdpa"
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_flex(monkeypatch, name):
-    monkeypatch.setattr(module, "choice", "flex")
-    inputs = qkv(d=32, dtype=DTYPES[1] if DEVICE == "cuda" else torch.float32)
-    if DEVICE == "cpu":
-        inputs = [x.detach() for x in inputs]
-        assert (attention(*inputs, *options(name)) - naive(*inputs, *options(name))).abs().max() < 1e-5
-    else:
-        check([*inputs, *options(name)], kernel="")
-
-
-@pytest.mark.parametrize("T", [1, 5])
-def test_flex_with_a_cache(monkeypatch, T):
-    monkeypatch.setattr(module, "choice", "flex")
-    inputs = [x.detach() for x in qkv(2, T, 37, d=32)]
-    assert (attention(*inputs, True, 6) - naive(*inputs, True, 6)).abs().max() < (1e-5 if DEVICE == "cpu" else 1e-2)
-
-
-def test_flex_makes_a_mask_once_for_all_layers(monkeypatch):
-    monkeypatch.setattr(module, "choice", "flex")
-    starts, (q, k, v) = documents(PACKED), (x.detach() for x in qkv(d=32))
-    first = attention(q, k, v, doc_start=starts)
-    mask = module.flex_mask[2]
-    assert torch.equal(first, attention(q, k, v, doc_start=starts))
-    assert module.flex_mask[2] is mask
-    starts.copy_(documents([[37]]))                             # a buffer that is filled anew
-    assert (attention(q, k, v, doc_start=starts) - naive(q, k, v)).abs().max() < (1e-5 if DEVICE == "cpu" else 1e-2)
-
-
-@pytest.mark.parametrize("name", ["varlen", "sdpa", "triton"])
+@pytest.mark.parametrize("name", ["sdpa", "triton"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.skipif(DEVICE == "cpu", reason="on CUDA only")
-def test_other_backends(monkeypatch, name, mask):
+def test_forced_backends(monkeypatch, name, mask):
     monkeypatch.setattr(module, "choice", name)
     check([*qkv(d=64, dtype=torch.bfloat16), *options(mask)], kernel="")
-
-
-def test_varlen_gets_the_same_intervals(monkeypatch):
-    """Its arguments, with the op itself replaced: cumulative lengths, window to the left and to the right."""
-    from torch.nn.attention import varlen
-    seen = []
-
-    def varlen_attn(q, k, v, starts, keys, most, most_keys, *, window_size=(-1, -1), enable_gqa=False):
-        seen.append((q.shape[0], k.shape[0], starts.tolist(), keys.tolist(), most, most_keys, window_size, enable_gqa))
-        return q
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    q, k, v = (x.detach().half() for x in qkv(2))
-    starts = documents([[1, 16, 20], [37]])
-    module.varlen(q, k, v, True, None, starts)
-    module.varlen(q, k, v, False, 4, starts)
-    module.varlen(q[:, :3], k, v, True, 6, None)
-    rows = [0, 1, 17, 37, 74]
-    assert seen == [(74, 74, rows, rows, 37, 37, (-1, 0), True), (74, 74, rows, rows, 37, 37, (3, 3), True),
-                    (6, 74, [0, 3, 6], [0, 37, 74], 3, 37, (5, 0), True)]
 
 
 def test_hopper_asks_cudnn_first(monkeypatch):
@@ -376,8 +328,7 @@ def test_hopper_asks_cudnn_first(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "change", "message"), [
-    ("flax", lambda x: x, "NANOCPT_ATTENTION is 'flax'"),
-    ("varlen", lambda x: x.float(), "needs bf16 or fp16 and CUDA"),
+    ("flex", lambda x: x, "NANOCPT_ATTENTION is 'flex'"),
     ("triton", lambda x: x.double(), "no float64"),
     ("triton", lambda x: torch.cat([x] * 14, -1), "heads of 280"),
 ])
@@ -387,7 +338,7 @@ def test_backends_say_what_they_cannot(monkeypatch, name, change, message):
         attention(*(change(x.detach()) for x in qkv()))
 
 
-def test_users_mistakes(monkeypatch):
+def test_users_mistakes():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="multiple of key-value heads"):
         attention(q, *(x.expand(-1, -1, 3, -1) for x in (k, v)))
@@ -397,10 +348,6 @@ def test_users_mistakes(monkeypatch):
         attention(q[:, :30], k, v, doc_start=documents([[30]]))
     with pytest.raises(ValueError, match="one dtype"):
         attention(q, k.half(), v)
-    monkeypatch.setattr(module, "choice", "flex")
-    if DEVICE == "cpu":
-        with pytest.raises(ValueError, match="no backward pass on a CPU"):
-            attention(q, k, v)
 
 
 def test_arguments_that_do_not_fit():
