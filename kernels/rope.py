@@ -1,22 +1,24 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), half-split as in Hugging Face's checkpoints, alone and
 behind the norm of each head that Qwen3 has (arXiv 2505.09388).
 
-With x = [a, b, c], r/2 + r/2 + (d - r) numbers of a head, and the angle of each of the r/2 pairs:
-    y = [a cos - b sin,  b cos + a sin,  c]          backward: the same rotation by the negative angle
+With x = [a, b], the two halves of a head's d elements, and an angle for each of the d / 2 pairs:
+    y = [a cos - b sin,  b cos + a sin]             backward: the same rotation by the negative angle
 
-r is 2 cos.shape[-1]; where it is d there is no c, else the rotation is partial (Phi, GLM). Positions, scaled
-frequencies and YaRN's amplitude come in through cos and sin.
+    Example: d = 2 and an angle of 90 degrees turn (1, 0) into (0, 1).
 
-    qk_norm_rope: y = rotate(w x / sqrt(mean(x^2) + eps)), the mean over the d numbers of the head
+Positions, scaled frequencies and YaRN's amplitude come in through cos and sin.
+
+    qk_norm_rope: y = rotate(w x / sqrt(mean(x^2) + eps)), the mean over the d elements of the head
     g = rotate back(dy)     xhat = x rms^-1     dx = rms^-1 (w g - xhat mean(w g xhat))     dw = sum of g xhat
 
-Nothing but the inputs is kept: rms is computed anew. With n bytes a number, an ideal device moves 2 (H + K) d n a
-token forward, as many backward for rope and 3 (H + K) d n for qk_norm_rope, and 4 r for cos and sin (fp32).
+B sequences, T tokens, H query heads, K key-value heads, d head size. Only the inputs are kept: rms is computed anew.
+With n bytes per element, an ideal device moves 2 (H + K) d n per token forward, as many backward for rope and
+3 (H + K) d n for qk_norm_rope, and 4 d for cos and sin (fp32).
 
 One launch takes q and k. A row is a head of a token, and a program takes a tile of rows of one of the two, however
 many heads a token has: no lanes are idle, and q and k load the same vectors of 16 bytes. The program of k stands right
-behind those of q for the same tokens, so that the memory gives cos and sin once. A program loads all before it stores:
-no load waits behind a store that might change it.
+behind those of q for the same tokens, so that cos and sin are read from memory once. A program loads all before it
+stores: no load waits behind a store that might change it.
 
 Backward through the norm, a fixed number of programs stride over the tiles, so that each keeps its share of dw in
 registers; the shares are summed in a second step, in a fixed order: two runs agree bitwise.
@@ -28,22 +30,22 @@ from kernels.backend import jit, launch, multiprocessors, op, power_of_two, tl, 
 from kernels.rmsnorm import Reference as RMSNorm
 from kernels.rmsnorm import upcast
 
-PAIRS, WARPS = 2048, 8         # of a tile: 8 pairs a thread, 16 bytes of bf16 of each half
-RESIDENT, REGISTERS = 3, 80    # backward through the norm: programs a multiprocessor, registers a thread for that
+# Of a tile: 8 pairs per thread, so 16 bytes of bf16 of each half.
+PAIRS, WARPS = 2048, 8
+# Backward through the norm: programs per multiprocessor, and the registers per thread that allow so many.
+RESIDENT, REGISTERS = 3, 80
 
 
 # ---- reference
 
 def rotate(x, cos, sin):
-    """x [B, T, H, d] by the angles whose cosine and sine are [B or 1, T, 1, r/2]; numbers from r on are copied."""
-    if 2 * cos.shape[-1] < x.shape[-1]:
-        turned, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
-        return torch.cat([rotate(turned, cos, sin), rest], -1)
-    wide = upcast(x)
-    a, b = wide.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():            # fuses this itself; views that are written to only hinder it
+    """Turn x [B, T, H, d] by the angles whose cosine and sine are [B or 1, T, 1, d / 2]."""
+    upcast_x = upcast(x)
+    a, b = upcast_x.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():
+        # The compiler fuses this by itself; views that are written to only hinder it.
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-    y = wide * torch.cat([cos, cos], -1)
+    y = upcast_x * torch.cat([cos, cos], -1)
     ya, yb = y.chunk(2, dim=-1)
     ya.addcmul_(b, sin, value=-1)
     yb.addcmul_(a, sin)
@@ -66,11 +68,19 @@ class Reference(torch.autograd.Function):
 
 # ---- Triton
 # A row is a head of a token, a tile is ROWS of them, all of q or all of k. Each row loads its angles and weights itself
-# and nearly always finds them in the cache: to hand them on between threads takes barriers.
+# and nearly always finds them in the cache: handing them on between threads would take barriers.
+#
+#   Q, YQ, DYQ, DQ [B, T, H, D]     qb, qt, qh: elements between sequences, tokens and heads of Q; dqb, ...: of DYQ
+#   K, YK, DYK, DK [B, T, KH, D]    kb, kt, kh: the same of K; dkb, ...: of DYK
+#   WQ, WK [D]                      COS, SIN [B or 1, T, HALF], cb: elements between their sequences, 0 if there is one
+#   DW [programs, D]                N = B T tokens, HALF = D / 2
 
 @jit
 def share(N, H: tl.constexpr, KH: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr):
-    """RATIO programs take q, the next one k. -> whether this one does, its first row, the step to the next, the end."""
+    """RATIO programs take q, the next one k.
+
+    -> whether this one takes k, its first row, the step to its next tile, the end of the rows.
+    """
     team, part = tl.program_id(0) // (RATIO + 1), tl.program_id(0) % (RATIO + 1)
     is_k, step = part == RATIO, tl.num_programs(0) // (RATIO + 1) * ROWS
     return (is_k, tl.where(is_k, team, team * RATIO + part) * ROWS, tl.where(is_k, step, step * RATIO),
@@ -79,7 +89,7 @@ def share(N, H: tl.constexpr, KH: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.co
 
 @jit
 def rows_of(first, is_k, T, H: tl.constexpr, KH: tl.constexpr, ROWS: tl.constexpr):
-    """-> of each row: its number, sequence, position, head; [ROWS, 1]. By constants, the divisions are cheap."""
+    """-> number, sequence, position and head of each row, [ROWS, 1]. Divisions by constants are cheap."""
     row = first + tl.arange(0, ROWS)[:, None]
     token = tl.where(is_k, row // KH, row // H)
     head = row - token * tl.where(is_k, KH, H)
@@ -90,7 +100,7 @@ def rows_of(first, is_k, T, H: tl.constexpr, KH: tl.constexpr, ROWS: tl.constexp
 @jit
 def forward_kernel(Q, K, WQ, WK, YQ, YK, COS, SIN, N, T, cb, qb, qt, qh, kb, kt, kh, eps, NORM: tl.constexpr,
                    INVERSE: tl.constexpr, H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-                   RATIO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr):
+                   RATIO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     is_k, first, _, end = share(N, H, KH, RATIO, ROWS)
     X, W, Y = tl.where(is_k, K, Q), tl.where(is_k, WK, WQ), tl.where(is_k, YK, YQ)
     row, b, t, h = rows_of(first, is_k, T, H, KH, ROWS)
@@ -102,33 +112,24 @@ def forward_kernel(Q, K, WQ, WK, YQ, YK, COS, SIN, N, T, cb, qb, qt, qh, kb, kt,
     sin = tl.load(SIN + (b * cb + t * HALF + col), mask=mask, other=0.0).to(tl.float32)
     x1 = tl.load(X + x_at + col, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(X + x_at + HALF + col, mask=mask, other=0.0).to(tl.float32)
-    if REST:
-        last = tl.arange(0, REST)[None, :] + 2 * HALF
-        x3 = tl.load(X + x_at + last, mask=real & (last < D), other=0.0).to(tl.float32)
     if NORM:
         square = tl.sum(x1 * x1 + x2 * x2, 1)
-        if REST:
-            square += tl.sum(x3 * x3, 1)
         rstd = tl.rsqrt(square / D + eps)[:, None]
         w_at = tl.broadcast_to(col, [ROWS, BLOCK])
         x1 *= rstd * tl.load(W + w_at, mask=w_at < HALF, other=0.0).to(tl.float32)
         x2 *= rstd * tl.load(W + HALF + w_at, mask=w_at < HALF, other=0.0).to(tl.float32)
-        if REST:
-            x3 *= rstd * tl.load(W + last, mask=last < D, other=0.0).to(tl.float32)
     if INVERSE:
         sin = -sin
     tl.store(Y + y_at + col, x1 * cos - x2 * sin, mask=mask)
     tl.store(Y + y_at + HALF + col, x2 * cos + x1 * sin, mask=mask)
-    if REST:
-        tl.store(Y + y_at + last, x3, mask=real & (last < D))
 
 
 @jit
 def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb, dqt, dqh, dkb, dkt, dkh,
                     qb, qt, qh, kb, kt, kh, eps, WANT_DW: tl.constexpr, H: tl.constexpr, KH: tl.constexpr,
-                    D: tl.constexpr, HALF: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                    REST: tl.constexpr):
-    """A fixed number of programs, so that each keeps its share of dw in registers; DW [programs, D]."""
+                    D: tl.constexpr, HALF: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
+                    BLOCK: tl.constexpr):
+    """Each of a fixed number of programs strides over the tiles and keeps its share of dw in registers."""
     is_k, first, step, end = share(N, H, KH, RATIO, ROWS)
     DY, X, W, DX = tl.where(is_k, DYK, DYQ), tl.where(is_k, K, Q), tl.where(is_k, WK, WQ), tl.where(is_k, DK, DQ)
     sb, st, sh = tl.where(is_k, dkb, dqb), tl.where(is_k, dkt, dqt), tl.where(is_k, dkh, dqh)
@@ -139,10 +140,6 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
     w2 = tl.load(W + HALF + w_at, mask=w_at < HALF, other=0.0).to(tl.float32)
     dw1 = tl.zeros([ROWS, BLOCK], tl.float32)
     dw2 = tl.zeros([ROWS, BLOCK], tl.float32)
-    if REST:
-        last = tl.arange(0, REST)[None, :] + 2 * HALF
-        w3 = tl.load(W + last, mask=last < D, other=0.0).to(tl.float32)
-        dw3 = tl.zeros([ROWS, REST], tl.float32)
     for tile in range(first, end, step):
         row, b, t, h = rows_of(tile, is_k, T, H, KH, ROWS)
         real, dx_at = row < end, row * D
@@ -158,11 +155,6 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
         g2 = dy2 * cos - dy1 * sin
         square = tl.sum(x1 * x1 + x2 * x2, 1)
         product = tl.sum(g1 * x1 * w1 + g2 * x2 * w2, 1)
-        if REST:
-            x3 = tl.load(X + x_at + last, mask=real & (last < D), other=0.0).to(tl.float32)
-            g3 = tl.load(DY + dy_at + last, mask=real & (last < D), other=0.0).to(tl.float32)
-            square += tl.sum(x3 * x3, 1)
-            product += tl.sum(g3 * x3 * w3, 1)
         rstd = tl.rsqrt(square / D + eps)
         mean = (product * rstd / D)[:, None]                  # of w g xhat
         rstd = rstd[:, None]
@@ -173,39 +165,32 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
             dw2 += g2 * x2
         tl.store(DX + dx_at + col, rstd * (w1 * g1 - x1 * mean), mask=mask)
         tl.store(DX + dx_at + HALF + col, rstd * (w2 * g2 - x2 * mean), mask=mask)
-        if REST:
-            x3 *= rstd
-            if WANT_DW:
-                dw3 += g3 * x3
-            tl.store(DX + dx_at + last, rstd * (w3 * g3 - x3 * mean), mask=real & (last < D))
     if WANT_DW:
         DW += tl.program_id(0) * D
         tl.store(DW + col, tl.sum(dw1, 0)[None, :], mask=col < HALF)
         tl.store(DW + HALF + col, tl.sum(dw2, 0)[None, :], mask=col < HALF)
-        if REST:
-            tl.store(DW + last, tl.sum(dw3, 0)[None, :], mask=last < D)
 
 
-def rows_apart(x):
-    """x, whose heads may lie anywhere but hold their numbers side by side; a copy where they do not."""
+def contiguous_heads(x):
+    """x itself where the elements of each head lie side by side, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def tiling(q, k, cos, pairs: int = PAIRS) -> dict:
-    H, KH, d, half = q.shape[2], k.shape[2], q.shape[-1], cos.shape[-1]
-    block, rest = power_of_two(half), power_of_two(d - 2 * half) if d > 2 * half else 0
-    return {"H": H, "KH": KH, "D": d, "HALF": half, "RATIO": max(1, H // max(1, KH)),
-            "ROWS": max(1, pairs // max(block, rest // 2)), "BLOCK": block, "REST": rest, "num_warps": WARPS}
+def tiling(q, k) -> dict:
+    H, KH, d = q.shape[2], k.shape[2], q.shape[-1]
+    block = power_of_two(d // 2)
+    return {"H": H, "KH": KH, "D": d, "HALF": d // 2, "RATIO": max(1, H // max(1, KH)),
+            "ROWS": max(1, PAIRS // block), "BLOCK": block, "num_warps": WARPS}
 
 
-def teams(q, tiles) -> int:
-    """Of RATIO programs of q and one of k; so many that one tile each covers all rows."""
-    needed = max(-(-tiles["H"] // tiles["RATIO"]), tiles["KH"])          # rows a token
-    return -(-q.shape[0] * q.shape[1] * needed // tiles["ROWS"]) if q.shape[-1] else 0
+def count_teams(q, tiles) -> int:
+    """Teams of RATIO programs of q and one of k; so many that one tile each covers all rows."""
+    rows_per_token = max(-(-tiles["H"] // tiles["RATIO"]), tiles["KH"])
+    return -(-q.shape[0] * q.shape[1] * rows_per_token // tiles["ROWS"]) if q.shape[-1] else 0
 
 
 def places(cos, *inputs):
-    """The kernels' arguments that say where numbers lie: N, T, a row's step in cos, three strides of each input."""
+    """The kernels' arguments that say where elements lie: N, T, cos' sequence stride, three strides of each input."""
     B, T = inputs[0].shape[:2]
     return B * T, T, cos.stride(0) if cos.shape[0] > 1 else 0, *[s for x in inputs for s in x.stride()[:3]]
 
@@ -217,8 +202,8 @@ def rope_turn(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor | None, k
     """-> q, k normalised where there are weights, then rotated; contiguous. cos and sin are contiguous."""
     yq, yk = q.new_empty(q.shape), k.new_empty(k.shape)
     norm = q_weight is not None
-    tiles = tiling(q, k, cos)
-    launch(forward_kernel, (teams(q, tiles) * (tiles["RATIO"] + 1),), q, k, q_weight if norm else q,
+    tiles = tiling(q, k)
+    launch(forward_kernel, (count_teams(q, tiles) * (tiles["RATIO"] + 1),), q, k, q_weight if norm else q,
            k_weight if norm else k, yq, yk, cos, sin, *places(cos, q, k), eps, NORM=norm, INVERSE=inverse, **tiles)
     return yq, yk
 
@@ -229,14 +214,12 @@ def qk_norm_rope_backward(dyq: torch.Tensor, dyk: torch.Tensor, q: torch.Tensor,
                           eps: float, want_dw: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """-> dq, dk and the two weights' gradients (empty if not wanted)."""
     dq, dk, d = q.new_empty(q.shape), k.new_empty(k.shape), q.shape[-1]
-    partial = 2 * cos.shape[-1] < d               # more to hold: a smaller tile and no bound on the registers
-    tiles = tiling(q, k, cos, PAIRS // 2 if partial else PAIRS)
+    tiles = tiling(q, k)
     ratio = tiles["RATIO"]
-    used = min(teams(q, tiles), max(1, RESIDENT * multiprocessors(q.device) // (ratio + 1)))
+    used = min(count_teams(q, tiles), max(1, RESIDENT * multiprocessors(q.device) // (ratio + 1)))
     dw = torch.empty(used if want_dw else 0, ratio + 1, d, dtype=torch.float32, device=q.device)
     launch(backward_kernel, (used * (ratio + 1),), dyq, dyk, q, k, q_weight, k_weight, dq, dk, dw, cos, sin,
-           *places(cos, dyq, dyk, q, k), eps, WANT_DW=want_dw, **tiles,
-           maxnreg=None if partial else REGISTERS)
+           *places(cos, dyq, dyk, q, k), eps, WANT_DW=want_dw, **tiles, maxnreg=REGISTERS)
     if not want_dw:
         return dq, dk, q.new_empty(0), q.new_empty(0)
     return dq, dk, dw[:, :ratio].sum((0, 1)).to(q_weight.dtype), dw[:, ratio].sum(0).to(k_weight.dtype)
@@ -247,18 +230,19 @@ class Kernel(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin):
         cos, sin = cos.contiguous(), sin.contiguous()
         ctx.save_for_backward(cos, sin)
-        return rope_turn(rows_apart(q), rows_apart(k), None, None, cos, sin, 0.0, False)
+        return rope_turn(contiguous_heads(q), contiguous_heads(k), None, None, cos, sin, 0.0, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
-        return *rope_turn(rows_apart(dq), rows_apart(dk), None, None, *ctx.saved_tensors, 0.0, True), None, None
+        dq, dk = contiguous_heads(dq), contiguous_heads(dk)
+        return *rope_turn(dq, dk, None, None, *ctx.saved_tensors, 0.0, True), None, None
 
 
 class NormKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):
-        q, k, cos, sin = rows_apart(q), rows_apart(k), cos.contiguous(), sin.contiguous()
+        q, k, cos, sin = contiguous_heads(q), contiguous_heads(k), cos.contiguous(), sin.contiguous()
         q_weight, k_weight, ctx.eps = q_weight.contiguous(), k_weight.contiguous(), eps
         ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
         return rope_turn(q, k, q_weight, k_weight, cos, sin, eps, False)
@@ -267,28 +251,29 @@ class NormKernel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
         want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        dq, dk, dwq, dwk = qk_norm_rope_backward(rows_apart(dq), rows_apart(dk), *ctx.saved_tensors, ctx.eps, want)
+        dq, dk = contiguous_heads(dq), contiguous_heads(dk)
+        dq, dk, dwq, dwk = qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, ctx.eps, want)
         return dq, dk, dwq if want else None, dwk if want else None, None, None, None
 
 
 # ---- public ops
 
 def check_shapes(q, k, cos, sin):
-    """The kernels would read past the end of angles that do not fit, and tell q from k by address alone."""
+    """ValueError where the kernels would read past the end of the angles, or take q and k for the same shape."""
     B, T, _, d = q.shape
     if (*k.shape[:2], k.shape[3], k.dtype) != (B, T, d, q.dtype):
-        raise ValueError(f"q is {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype}; only their numbers of "
-                         "heads may differ")
-    if cos.shape != sin.shape or cos.shape[0] not in (1, B) or cos.shape[1] != T or 2 * cos.shape[2] > d:
+        raise ValueError(f"q is {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype}; only how many heads "
+                         "they have may differ")
+    if cos.shape != sin.shape or cos.shape[0] not in (1, B) or cos.shape[1:] != (T, d / 2):
         raise ValueError(f"cos is {tuple(cos.shape)} and sin {tuple(sin.shape)}; for q {tuple(q.shape)} both must be "
-                         f"[1 or {B}, {T}, at most {d // 2}]")
+                         f"[1 or {B}, {T}, {d / 2:g}]")
 
 
 def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
     """Rotate queries q [B, T, H, d] and keys k [B, T, K, d] by the angles whose cosine and sine are given.
 
-    cos, sin [B or 1, T, r/2], fp32 constants; the numbers of a head from r on are copied. -> q, k rotated.
-    ValueError where shapes or the dtypes of q and k do not fit.
+    cos, sin [B or 1, T, d / 2], fp32 constants -> q, k rotated, contiguous. ValueError where shapes or the dtypes of q
+    and k do not fit.
     """
     check_shapes(q, k, cos, sin)
     return (Kernel if use_triton(q) else Reference).apply(q, k, cos, sin)
