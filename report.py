@@ -231,6 +231,12 @@ def join_fields(fields: dict, between: str) -> str:
     return " · ".join(f"{key.replace('_', ' ')}{between}{text}" for key, text in texts.items())
 
 
+def utc(seconds) -> str:
+    """Seconds since 1970 as a date and a time; a dash where they are unknown."""
+    seconds = finite(seconds)
+    return "–" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+
+
 def why_unknown(run: Run) -> str:
     """Why forgetting is unknown."""
     if not run.before:
@@ -293,9 +299,12 @@ def render(runs: list) -> str:
     points = 400 if len(runs) == 1 else max(60, 900 // len(runs))
     # Autoescape: whatever stands in a run's files reaches the page as text, never as markup.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"finite": finite, "percent": percent, "decimal": decimal, "short": short, "utc": utc,
+                            "fields": join_fields}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         views=[view_of(run, i, points) for i, run in enumerate(runs)], palette=PALETTE, plain=plain, best=best,
-        across=charts.draw_comparison(runs, 300) if len(runs) > 1 else [], lead=lead, notes=comparability(runs))
+        across=charts.draw_comparison(runs, 300) if len(runs) > 1 else [], lead=lead, notes=comparability(runs),
+        advice=ADVICE)
 
 
 def comparability(runs: list) -> list:
@@ -312,70 +321,34 @@ def comparability(runs: list) -> list:
 
 
 def view_of(run: Run, index: int, points: int) -> dict:
-    """Everything the template shows of one run, already in words."""
-    rows, pairs = source_rows(run), sample_pairs(run)
-    grade = verdict.grade_forgetting(run.forgetting)
+    """What the template shows of one run and does not find in the run itself; None where a value is unknown."""
+    rows = source_rows(run)
     speed = charts.series(run.train, lambda row: row.get("tokens_per_second"))[1]
     tokens = charts.series(run.train, lambda row: row.get("tokens"))[1]
-    sampled = [row["step"] for row in first_and_last(run.samples)]
-    evaluated = max((row["step"] for row in run.evals), default=run.step)
-    # The gauge of forgetting runs from 0 to 15 %.
-    gauge = min(max(run.forgetting or 0, 0), 0.15) / 0.15 * 100
     return {
         "run": run, "number": index + 1, "colour": charts.colour_of_run(index), "headline": headline(run),
-        "unit": UNITS[run.metric], "grade": grade, "meaning": meaning(run),
-        "advice": ADVICE["forgetting"] if grade == "bad" else "",
-        "status": "finished" if run.finished else "still going", "gain_grade": verdict.grade_gain(run.domain_gain),
-        "gain": percent(run.domain_gain), "overall": percent(run.overall, signed=True),
-        "forgetting": why_unknown(run) if grade == "unknown" else percent(run.forgetting), "gauge": f"{gauge:.1f}",
-        "tokens": short(tokens[-1]) if len(tokens) else "–",
-        "speed": short(float(np.median(speed))) if len(speed) else "–",
-        "facts": facts_of(run),
-        "rows": rows, "has": {key: any(row[key] for row in rows) for key in rows[0]} if rows else {},
-        "now": "after" if run.finished else f"at step {evaluated:,}",
-        "means": [" → ".join(decimal(mean(run.values(role, side, run.metric))) for side in (run.before, run.after))
+        "unit": UNITS[run.metric], "meaning": meaning(run), "why_unknown": why_unknown(run),
+        "grade": verdict.grade_forgetting(run.forgetting), "gain_grade": verdict.grade_gain(run.domain_gain),
+        "rows": rows, "has": {key: any(row[key] not in (None, []) for row in rows) for key in rows[0]} if rows else {},
+        "means": [[mean(run.values(role, side, run.metric)) for side in (run.before, run.after)]
                   for role in ("domain", "general")],
-        "charts": charts.draw_run(run, points, f"run{index}"), "samples": pairs[:12], "n_samples": len(pairs),
-        "sampled_at": " and ".join(f"step {step:,}" for step in sampled),
-        "sample_names": ["before" if not step else "after" if run.finished else f"step {step:,}" for step in sampled],
-        "events": [(row.get("step", "–"), row.get("message") or "resumed") for row in run.events][-200:],
-        "protocol": join_fields(run.protocol, ": "),
-        "versions": join_fields(dict_or_empty(run.start.get("versions")), " "),
+        "tokens": tokens[-1] if len(tokens) else None, "speed": np.median(speed) if len(speed) else None,
+        "evaluated": max((row["step"] for row in run.evals), default=run.step),
+        "charts": charts.draw_run(run, points, f"run{index}"), "samples": sample_pairs(run),
+        "sampled": [row["step"] for row in first_and_last(run.samples)],
     }
 
 
-def facts_of(run: Run) -> list:
-    """[(name, value)] of the small list under the tiles."""
-    start = run.start
-    total, trainable, size, began = (finite(start.get(key)) for key in (
-        "total_steps", "trainable_parameters", "parameters", "time"))
-    share = f" ({trainable / size * 100:.3g} %)" if size and trainable is not None else ""
-    return [
-        ("parameters", short(size)), ("trainable", short(trainable) + share),
-        ("steps", f"{run.step:,}" + ("" if total is None else f" of {total:,.0f}")),
-        ("tokens per step", short(start.get("tokens_per_step"))),
-        ("device", " ".join(str(start[key]) for key in ("device", "precision") if key in start) or "–"),
-        ("started", "–" if began is None else f"{datetime.fromtimestamp(began, UTC):%Y-%m-%d %H:%M} UTC"),
-    ]
-
-
 def source_rows(run: Run) -> list:
-    """The table of sources, a dict of texts for each; an empty text where the files do not say."""
+    """The table of sources, a dict for each; None, or an empty list, where the files do not say."""
     trained = {}
     for row in run.train:
         trained.update(row["sources"])
     changes = run.comparison["change"]
     widest = max(map(abs, changes.values()), default=0)
-
-    def known(words, *values):
-        return " → ".join(words(value) for value in values if finite(value) is not None)
-
-    def epochs(value):
-        return "< 0.01" if 0 < value < 0.01 else decimal(value, 2)
-
     rows = []
     for name, role in run.sources.items():
-        before, after, last = (side.get(name, {}) for side in (run.before, run.after, trained))
+        sides = [side.get(name, {}) for side in (run.before, run.after)]
         change = changes.get(name)
         # The bar starts in the middle of its field and goes left where the score fell.
         width = abs(change or 0) / widest * 50 if widest else 0
@@ -383,12 +356,11 @@ def source_rows(run: Run) -> list:
         rows.append({
             "name": name, "role": role, "colour": run.colours[name],
             "grade": verdict.grade_gain(gain) if role == "domain" else verdict.grade_forgetting(change),
-            "before": known(decimal, before.get(run.metric)), "after": known(decimal, after.get(run.metric)),
-            "change": known(lambda value: percent(value, signed=True), change),
-            "left": f"{50 - width if (change or 0) < 0 else 50:.1f}", "width": f"{width:.1f}",
-            "perplexity": known(lambda value: decimal(value, 2), before.get("perplexity"), after.get("perplexity")),
-            "accuracy": known(percent, before.get("accuracy"), after.get("accuracy")),
-            "tokens": known(short, last.get("tokens")), "epochs": known(epochs, last.get("epochs")),
+            "before": finite(sides[0].get(run.metric)), "after": finite(sides[1].get(run.metric)), "change": change,
+            "left": 50 - width if (change or 0) < 0 else 50, "width": width,
+            **{column: [side[column] for side in sides if finite(side.get(column)) is not None]
+               for column in ("perplexity", "accuracy")},
+            **{column: finite(trained.get(name, {}).get(column)) for column in ("tokens", "epochs")},
         })
     return rows
 
