@@ -21,7 +21,7 @@ FLOORS = [
     ["kernels", "text"],
     ["model", "moe", "hf", "tokenizer", "data"],
     ["learn", "lora"],
-    ["generate", "measure.tasks", "measure.probes", "measure.verdict", "eval", "forget"],
+    ["generate", "measure.tasks", "measure.probes", "measure.verdict", "measure.charts", "eval", "forget"],
     ["stages"],
     ["train", "clean", "dedup", "plan", "report", "measure", "bench", "experiments"],
 ]
