@@ -28,7 +28,7 @@ from core.hashing import mix_keys
 from core.log import LogConfig
 from core.parallel import ParallelConfig
 from forget import ForgetConfig
-from learn import objectives, optim
+from learn import objectives, schedules
 from learn.objectives import ObjectiveConfig
 from learn.optim import OptimConfig
 from lora import LoraConfig
@@ -121,7 +121,7 @@ def train_step(run: Run, step: int, batches: list) -> dict:
     norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, c.optim.clip or float("inf"))).item()
     if not scale.enabled:
         guard.require_finite("gradient norm", norm, step, sources)
-    lr = optim.learning_rate(step, run.steps, c.optim)
+    lr = schedules.learning_rate(step, run.steps, c.optim)
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     if scale.update(norm):

@@ -10,7 +10,7 @@ import torch
 import lora
 from core import checkpoint
 from core.config import to_toml
-from learn import optim
+from learn import schedules
 from model import matmul_flops_per_token
 from stages.build import Run
 from stages.evaluate import wanted_share, write_plan, write_text
@@ -32,10 +32,10 @@ def describe(run: Run):
     if c.lora.rank:
         say(f"lora: {lora.trainable_share(run.inner)}")
     if c.model.init == "pretrained":
-        say(optim.hint(run.inner.count_parameters(), "lora" if c.lora.rank else "full", c.optim))
+        say(schedules.hint(run.inner.count_parameters(), "lora" if c.lora.rank else "full", c.optim))
     for line in (note for method in run.methods for note in method.notes):
         say(line)
-    if optim.warmup_length(run.steps, c.optim) >= run.steps:
+    if schedules.warmup_length(run.steps, c.optim) >= run.steps:
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards, epochs in zip(loader.names, loader.shards, loader.epochs(run.steps).values()):
         scored = sum(len(ids) for ids, _ in run.heldout.documents.get(name, []))

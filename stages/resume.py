@@ -7,7 +7,7 @@ from pathlib import Path
 import data
 from core import checkpoint, parallel
 from core.hashing import short_digest
-from learn import optim
+from learn import schedules
 from stages.build import Run
 from stages.evaluate import apply_decision
 from text.shards import SPLITS
@@ -30,10 +30,10 @@ def identity(run: Run, step: int) -> dict:
         "eval_every": c.eval.every if c.forget.adaptive.policy != "none" else None,       # then it decides the order
         "mix": short_digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.steps if c.forget.freeze.schedule != "none" else None,
-        "rates": short_digest(repr([optim.learning_rate(s, run.steps, c.optim) for s in range(step)]).encode()),
+        "rates": short_digest(repr([schedules.learning_rate(s, run.steps, c.optim) for s in range(step)]).encode()),
         "base": run.base_fingerprint, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
         "tokens": short_digest(json.dumps(tokens).encode()),
-        "optim": {k: v for k, v in dataclasses.asdict(c.optim).items() if k not in optim.SCHEDULE_FIELDS},
+        "optim": {k: v for k, v in dataclasses.asdict(c.optim).items() if k not in schedules.SCHEDULE_FIELDS},
         "objective": dataclasses.asdict(c.objective),
         "model": dataclasses.asdict(run.config),
     }))

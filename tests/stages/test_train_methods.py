@@ -17,7 +17,7 @@ import lora
 import tokenizer
 import train
 from core import checkpoint, config
-from learn import optim
+from learn import schedules
 from learn.peft_files import load_adapter
 from stages.build import build
 from text import corpus, shards
@@ -291,5 +291,5 @@ def test_every_recipe_is_settings_that_there_are(recipe):
     assert c.out.startswith("out/")
     if "lora" in recipe.stem:
         assert c.lora.rank
-        lr, least = optim.recommended(7e9, "lora")
+        lr, least = schedules.recommended(7e9, "lora")
         assert (c.optim.lr, c.optim.min_lr) == (pytest.approx(lr), pytest.approx(least))
