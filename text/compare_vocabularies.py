@@ -167,7 +167,7 @@ def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megaby
     there = sum(len(utf8(t)) for t in learn)
     if megabytes * 1e6 > MOST_EPOCHS * there:
         raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
-                         f"ask for less --bits-per-byte, or give more text")
+                        f"ask for less --bits-per-byte, or give more text")
     rows = []
     with tempfile.TemporaryDirectory() as home:
         for kind in ("bpe", "unigram", "wordpiece"):

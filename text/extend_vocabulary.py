@@ -62,7 +62,7 @@ def count_words(base: BaseTokenizer, texts) -> collections.Counter:
             counts[tuple(ids.tolist())] += n
         return counts
     for text in texts:
-        if base.form == "sentencepiece":
+        if base.kind == "sentencepiece":
             ids = tokenizer.encode(text)
             starts = [k for k, i in enumerate(ids) if k == 0 or tokenizer.tokens[i].startswith("▁")]
         else:
@@ -76,7 +76,7 @@ def count_words(base: BaseTokenizer, texts) -> collections.Counter:
 def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
     """The number of tokens of `texts` if everything that may ever become one token were one."""
     words = count_words(base, texts)
-    if base.form != "sentencepiece":
+    if base.kind != "sentencepiece":
         return sum(words.values())
     total = 0
     for word, n in words.items():
@@ -87,7 +87,7 @@ def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
 
 
 def may_become_token(base: BaseTokenizer, token: str) -> bool:
-    if base.form != "sentencepiece":
+    if base.kind != "sentencepiece":
         return len(token) <= MAX_BYTES
     fits = len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token)
     return bool(fits) and not any(piece in token for piece in base.frozen)
@@ -170,7 +170,7 @@ def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[in
                           new_tokens, min_count)
     if not merges:
         raise UserError(f"the text has no pair of tokens that may be joined and occurs {min_count} times; give more "
-                         f"text or a lower --min-count")
+                        f"text or a lower --min-count")
     parts: dict[int, tuple[int, ...]] = {}
     for i, pair in enumerate(merges, base.tokenizer.vocab_size):
         parts[i] = tuple(old for half in pair for old in parts.get(half, (half,)))

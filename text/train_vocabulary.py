@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from core.cli import Output, Positional, Reading
 from core.errors import UserError
 from core.files import write_text
+from text.corpus import read_documents
 from text.vocabulary import LLAMA3_SPLIT, Tokenizer, load, replace_surrogates
 
 LONG_RUNS = re.compile(r"\S{1000}|\s{1000}")
@@ -25,6 +28,31 @@ Kind = Literal["bpe", "unigram", "wordpiece"]
 UNKNOWN = {"bpe": {}, "unigram": {"unk": "<unk>"}, "wordpiece": {"unk": "[UNK]"}}
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>", "mask": "<|mask|>"}
 ASCII = [chr(c) for c in range(33, 127)]
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a new tokenizer on text."""
+
+    files: Positional[list[str]]
+    """Text: .txt, .jsonl or .parquet, also .gz and .zst, or hf://org/dataset."""
+    vocab_size: int
+    """Ids in all, special tokens included."""
+    kind: Kind = "bpe"
+    """Byte-level BPE, SentencePiece's Unigram, or BERT's WordPiece."""
+    reading: Reading = field(default_factory=Reading)
+    output: Output
+
+
+def train_command(options: Train) -> dict:
+    out = Path(options.output.out)
+    if (out / "tokenizer.json").exists() and not options.output.overwrite:
+        raise UserError(f"{out} holds a tokenizer already; choose another --out or add --overwrite")
+    tokenizer = train(read_documents(options.files, options.reading), options.kind, options.vocab_size, out)
+    size = tokenizer.vocab_size
+    fewer = f" of {options.vocab_size}: the text gave no more" if size < options.vocab_size else ""
+    print(f"{out}: {options.kind} tokenizer with {size} ids{fewer}")
+    return {"out": str(out), "kind": options.kind, "vocab_size": size}
 
 
 def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokenizer:

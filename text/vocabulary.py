@@ -122,7 +122,7 @@ class Tokenizer:
                     return self._vocab.get(token)
                 if role in ("bos", "eos"):
                     raise UserError(f"{file} names {token!r} as {key}, but the vocabulary beside it has no such "
-                                     f"token; correct {key}, or bring the tokenizer file that belongs to it")
+                                    f"token; correct {key}, or bring the tokenizer file that belongs to it")
         key = f"{role}_token_id"
         for file, settings in numbering.items():
             i = settings.get(key)
@@ -131,7 +131,7 @@ class Tokenizer:
                 return i
             if isinstance(i, int) and role in ("bos", "eos"):
                 raise UserError(f"{file} says {key} {i}, but the tokenizer beside it ends at id "
-                                 f"{self.vocab_size - 1}; the two files belong to different models")
+                                f"{self.vocab_size - 1}; the two files belong to different models")
         return default
 
     def _library_adds_bos(self) -> bool:
@@ -142,7 +142,7 @@ class Tokenizer:
         for wanted, role, i in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
             if wanted and i is None:
                 raise UserError(f"this {self.kind} tokenizer has no {role.upper()} token; "
-                                 f"name one as {role}_token in tokenizer_config.json beside it")
+                                f"name one as {role}_token in tokenizer_config.json beside it")
         return [self.bos_id] * bos + self._encode(replace_surrogates(text)) + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -179,8 +179,6 @@ class Tokenizer:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Encodes with `tokenizers`."""
-
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, kind: str, control, defaults: dict):
         self.backend = backend
         backend.no_truncation()
@@ -203,8 +201,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Encodes with `sentencepiece`."""
-
     def __init__(self, backend: sentencepiece.SentencePieceProcessor, folder: Path):
         self.backend = backend
         pieces = range(backend.piece_size())
@@ -279,24 +275,27 @@ class TiktokenTokenizer(Tokenizer):
         return self.backend.decode(ids, errors="replace")
 
 
-def load(path) -> Tokenizer:
-    """Read the tokenizer in `path`.
-
-    path: a file, or a folder with a model or with tokenizer files alone. A folder's first of tokenizer.json,
-        tokenizer.model and vocab.json with merges.txt is read. The roles (BOS, EOS, ...) are looked up in the folder.
-
-    UserError for a path without a tokenizer, for damaged files and for files that contradict each other.
-    """
+def find_file(path) -> Path:
+    """The tokenizer file that `path` means: a file, or a folder's first of those in the table above."""
     path = Path(path)
+    if path.is_file():
+        return path
     if not path.exists():
         raise UserError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
-    if path.is_dir():
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        found = next((path / name for name in names if (path / name).is_file()), None)
-        if found is None:
-            raise UserError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json "
-                             f"with merges.txt; copy them from the base model's page")
-        path = found
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json with "
+                    f"merges.txt; copy them from the base model's page")
+
+
+def load(path) -> Tokenizer:
+    """Read the tokenizer in `path`: a file, or a folder (of a model, or of tokenizer files alone).
+
+    The roles (BOS, EOS, ...) are looked up in the same folder. UserError for a path without a tokenizer, for damaged
+    files and for files that contradict each other.
+    """
+    path = find_file(path)
     if path.name in ("vocab.json", "merges.txt"):
         return _load_gpt2(path.parent)
     data = path.read_bytes()
@@ -332,8 +331,8 @@ def _load_llama3(data: bytes, path: Path) -> Tokenizer:
     base = next(i for i in itertools.count() if i not in used)
     if base != LLAMA3_BASE or len(used) != len(ranks) or used & set(range(base, base + len(LLAMA3_SPECIALS))):
         raise UserError(f"{path} has {base} ranks from 0 on where Llama 3 has {LLAMA3_BASE} and then 256 free "
-                         f"ids; another model's split pattern and special tokens are not in such a file: use its "
-                         f"tokenizer.json")
+                        f"ids; another model's split pattern and special tokens are not in such a file: use its "
+                        f"tokenizer.json")
     specials = {token: base + i for i, token in enumerate(LLAMA3_SPECIALS)}
     # At the end of a text `\s++$` matches what `\s+(?!\S)` matches, without its use of the stack.
     pattern = LLAMA3_SPLIT.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")
@@ -349,13 +348,13 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     made_by = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
     if made_by and made_by.removesuffix("Fast") not in GPT2_CLASSES:
         raise UserError(f"vocab.json and merges.txt in {folder} belong to a {made_by}, which splits text otherwise "
-                         f"than GPT-2; add its tokenizer.json")
+                        f"than GPT-2; add its tokenizer.json")
     vocab = read_settings(folder / "vocab.json")
     merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8").split("\n"))
     wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
     if wrong or not vocab:
         raise UserError(f"vocab.json in {folder} does not belong to merges.txt: it lacks the merge "
-                         f"{' '.join(wrong or ())!r} or a part of it; download both again")
+                        f"{' '.join(wrong or ())!r} or a part of it; download both again")
     made = {"".join(merge) for merge in merges}
     controls = {token: i for token, i in vocab.items() if token not in made and token not in LETTER_BYTES}
     added = _read_added_tokens(folder, vocab)
@@ -369,7 +368,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, specials, vocab, controls.values(), defaults)
     if added:
         raise UserError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
-                         f"tokenizer.json: save one with transformers' AutoTokenizer")
+                        f"tokenizer.json: save one with transformers' AutoTokenizer")
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     return HuggingFaceTokenizer(bpe, folder, "gpt2", controls.values(), defaults)
@@ -425,10 +424,10 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
     for token, i in added.items():
         if token in vocab or i in taken:
             raise UserError(f"added token {token!r} of {folder} has id {i}, but the vocabulary beside it says "
-                             f"otherwise; the files belong to different models")
+                            f"otherwise; the files belong to different models")
         if token not in control:
             raise UserError(f"added_tokens.json or tokenizer_config.json in {folder} adds the ordinary token "
-                             f"{token!r}; how to find it in text stands in tokenizer.json: save one with transformers")
+                            f"{token!r}; how to find it in text stands in tokenizer.json: save one with transformers")
     return added
 
 
@@ -448,7 +447,7 @@ def token_before_document(tokenizer: Tokenizer) -> int:
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
         raise UserError("the tokenizer has neither BOS nor EOS, and the first token of a text needs one before it; "
-                         "name a bos_token in tokenizer_config.json beside it (or give generate.py a prompt)")
+                        "name a bos_token in tokenizer_config.json beside it (or give generate.py a prompt)")
     return first
 
 

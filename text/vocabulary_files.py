@@ -36,8 +36,8 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 class BaseTokenizer:
     """A tokenizer that can be continued.
 
-    form: "tiktoken", "gpt2", "json" or "sentencepiece", a row of the table above
     tokenizer: what `vocabulary.load` returns for it; file, folder: where it stands
+    kind: "tiktoken", "gpt2", "tokenizers" or "sentencepiece", a row of the table above
     joinable: per id, whether it may be a part of a new token
     frozen: strings that no new token may contain (SentencePiece's user-defined pieces)
     """
@@ -50,23 +50,22 @@ class BaseTokenizer:
         self.tokenizer = vocabulary.load(path)
         if converted and converted.vocab_size != self.tokenizer.vocab_size:
             raise UserError(f"{path.parent} has {converted.vocab_size} ids in tokenizer.json and "
-                             f"{self.tokenizer.vocab_size} in tokenizer.model, so that new ids would meet old ones; "
-                             f"remove the file that is not the model's")
-        self.folder = path if path.is_dir() else path.parent
-        self.file = path if path.is_file() else next(
-            path / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (path / name).is_file())
-        self.form = {"tokenizers": "json"}.get(self.tokenizer.kind, self.tokenizer.kind)
+                            f"{self.tokenizer.vocab_size} in tokenizer.model, so that new ids would meet old ones; "
+                            f"remove the file that is not the model's")
+        self.file = vocabulary.find_file(path)
+        self.folder = self.file.parent
+        self.kind = self.tokenizer.kind
         self.frozen = []
-        if self.form == "sentencepiece":
+        if self.kind == "sentencepiece":
             self._open_sentencepiece()
             return
         special = set(self.tokenizer.special_ids)
-        if self.tokenizer.kind == "tokenizers":
+        if self.kind == "tokenizers":
             self.description = read_json(self.file)
             byte_level = '"ByteLevel"' in json.dumps(self.description["pre_tokenizer"])
             if self.description["model"]["type"] != "BPE" or not byte_level:
                 raise UserError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
-                                 f"(put its tokenizer.model beside it)")
+                                f"(put its tokenizer.model beside it)")
             special |= {entry["id"] for entry in self.description["added_tokens"]}
         self.joinable = [token is not None and i not in special for i, token in enumerate(self.tokenizer.tokens)]
 
@@ -75,7 +74,7 @@ class BaseTokenizer:
         types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
         if read_submessage(model, 2).get(3, 1) != 2:                    # trainer_spec.model_type: 2 is BPE
             raise UserError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
-                             f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
+                            f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
         self.frozen = [self.tokenizer.tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
         self.joinable = [i < len(types) and types[i] == NORMAL for i in range(self.tokenizer.vocab_size)]
 
@@ -85,12 +84,11 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
 
     tokens: by id, the old ones first. merges: the pair of ids that each new token joins.
     """
-    old = base.tokenizer
-    first = old.vocab_size
+    first = base.tokenizer.vocab_size
     folder.mkdir(parents=True, exist_ok=True)
-    if base.form == "sentencepiece":
+    if base.kind == "sentencepiece":
         backend = _write_sentencepiece(base, tokens, folder)
-    elif base.form == "tiktoken":
+    elif base.kind == "tiktoken":
         backend = _write_tiktoken(base, tokens, folder)
     else:
         backend = _write_merges(base, tokens, [(tokens[a], tokens[b]) for a, b in merges], folder)
@@ -101,10 +99,10 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
     backend.model.ignore_merges = look_up
     assert not dead, f"{len(dead)} new tokens cannot be reached by merges, the first is {dead[0]!r}"
     backend.save(str(folder / "tokenizer.json"))
-    write_settings(base, folder, "GPT2Tokenizer" if base.form == "gpt2" else "PreTrainedTokenizerFast")
-    if base.form == "sentencepiece" and not _encode_alike(folder, folder / "tokenizer.model"):
+    write_settings(base, folder, "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast")
+    if base.kind == "sentencepiece" and not _encode_alike(folder, folder / "tokenizer.model"):
         (folder / "tokenizer.json").unlink()        # the model has a normaliser that the conversion does not know
-    assert vocabulary.load(folder).tokens[:first] == old.tokens, "an old id moved"
+    assert vocabulary.load(folder).tokens[:first] == base.tokenizer.tokens, "an old id moved"
 
 
 def _write_tiktoken(base: BaseTokenizer, tokens: list, folder: Path) -> tokenizers.Tokenizer:
@@ -131,7 +129,7 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
     which has grown.
     """
     first = base.tokenizer.vocab_size
-    if base.form == "gpt2":
+    if base.kind == "gpt2":
         vocab = {token: i for i, token in enumerate(tokens) if token is not None}
         lines = (base.folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
         lines += [" ".join(pair) for pair in pairs]
@@ -256,28 +254,24 @@ def _encode_alike(one: Path, other: Path) -> bool:
 def read_fields(data: bytes) -> list[tuple[int, int | bytes]]:
     """(field number, value) in order: varints as int, strings and messages as bytes, floats as their 4 or 8 bytes."""
     fields, at = [], 0
-
-    def read_varint():
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value |= (byte & 127) << shift
-            at += 1
-            shift += 7
-            if byte < 128:
-                return value
-
     while at < len(data):
-        tag = read_varint()
+        tag, at = read_varint(data, at)
         if tag & 7 == 0:
-            value = read_varint()
+            value, at = read_varint(data, at)
         else:
-            size = {1: 8, 5: 4}.get(tag & 7) or read_varint()
-            value = data[at:at + size]
-            at += size
+            size, at = {1: (8, at), 5: (4, at)}.get(tag & 7) or read_varint(data, at)
+            value, at = data[at:at + size], at + size
         fields.append((tag >> 3, value))
     return fields
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The varint that begins at byte `at`, and where it ends."""
+    value = shift = 0
+    while data[at] > 127:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return value | data[at] << shift, at + 1
 
 
 def read_submessage(fields: list, number: int) -> dict:

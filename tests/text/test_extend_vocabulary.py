@@ -195,7 +195,7 @@ class TestExtension:
         base, _, new, _, held = extended(kind)
         for text in [*fuzz(200, seed=1), *held[:20]]:
             ids = new.encode(text)
-            if base.form == "sentencepiece":            # its normaliser adds and drops spaces
+            if base.kind == "sentencepiece":            # its normaliser adds and drops spaces
                 assert new.decode(ids) == base.tokenizer.decode(base.tokenizer.encode(text))
             else:
                 assert new.decode(ids) == T.replace_surrogates(text)
@@ -204,7 +204,7 @@ class TestExtension:
         """By the rule of the written file, spelt out: no look-up of whole words."""
         base, out, new, parts, _ = extended(kind)
         first = base.tokenizer.vocab_size
-        if base.form == "sentencepiece":
+        if base.kind == "sentencepiece":
             lib = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
             rank = {lib.id_to_piece(i): -lib.get_score(i) for i in range(lib.piece_size()) if not lib.is_control(i)}
         elif (out / "tokenizer.model").exists():
@@ -233,7 +233,7 @@ class TestExtension:
         assert files == {"gpt2": {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer.tiktoken"},
                          "phi2": {"tokenizer.json"}, "small bytes": {"tokenizer.json", "tokenizer.tiktoken"}
                          }.get(kind, {"tokenizer.json", "tokenizer.model"})
-        if base.form == "sentencepiece":
+        if base.kind == "sentencepiece":
             theirs = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
             assert [theirs.encode(text) for text in texts] == expected
         elif kind != "phi2":
