@@ -17,9 +17,11 @@ in several commands are dataclasses of this file, so that they have the same nam
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
 import sys
+import textwrap
 import typing
 from dataclasses import dataclass
 from typing import Literal
@@ -134,11 +136,11 @@ def parse(cls, argv: list[str], program: str = "", description: str = "", recipe
     try:
         with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
             options = tyro.cli(cls, args=["--help"] if asks_for_help else argv, prog=program or None,
-                               description=description, config=marks, **({"default": default} if recipe else {}))
+                               description="DESCRIPTION", config=marks, **({"default": default} if recipe else {}))
     except SystemExit as stop:
         screen.seek(0)
         if not stop.code:
-            print(_tidy_help(screen.read(), recipe), end="")
+            print(_tidy_help(screen.read(), recipe).replace("DESCRIPTION", _shorten(description), 1), end="")
             raise
         raise UserError(_read_error(screen.read())) from None
     for name, (kind, value) in known.items():
@@ -152,7 +154,7 @@ def _choose(program: str, description: str, commands: dict, argv: list[str]) -> 
     """The command that the first word names; prints the list of them where help is asked for."""
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, commands))
-        print(f"usage: {program} {'|'.join(commands)} ...\n\n{(description or '').strip()}\n\ncommands:")
+        print(f"usage: {program} {'|'.join(commands)} ...\n\n{_shorten(description)}\n\ncommands:")
         for name, (cls, _) in commands.items():
             print(f"  {name:{width}}  {cls.__doc__.strip().splitlines()[0]}")
         print(f"\n{program} COMMAND --help lists the options of one.")
@@ -271,14 +273,28 @@ def _read_error(screen: str) -> str:
     return re.sub(r"^Error parsing [\w.]+: ", "", text)
 
 
+def _shorten(docstring: str) -> str:
+    """The first paragraph of a docstring and the command lines below it, at 80 columns."""
+    first, *others = inspect.cleandoc(docstring or "").split("\n\n")
+    lines = textwrap.wrap(first, 79)
+    if others and others[0].startswith("    "):
+        lines.append("")
+        for example in others[0].replace("\\\n", " ").splitlines():
+            # What stands far behind the command explains it, and is left to the file.
+            command = re.split(r"\s{3,}", example.strip())[0]
+            lines += textwrap.wrap(command, 79, initial_indent="    ", subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
 def _tidy_help(screen: str, recipe: bool) -> str:
     """tyro's help without frames and without what says nothing: `{None}|STR` is `STR`, no default is no default."""
-    silent = "None||''" if recipe else "None||''|True|False"
     text = "\n".join(_strip_frame(screen, keep_indent=True))
-    text = text.replace("{None}|", "").replace("[STR [STR ...]]", "STR ...")
-    text = re.sub(rf" *\(default: ({silent})\)", "", text)
-    text = re.sub(r"\n{3,}", "\n\n", text)
-    return text.strip() + "\n"
+    text = re.sub(r"\{None\}\|(\S+)", r"\1       ", text).replace("[STR [STR ...]]", "STR ...        ")
+    # In a command the option's own name says whether it is on by default: --overwrite, --no-pii.
+    text = re.sub(rf" *\(default: (None||''{'' if recipe else '|True|False'})\)", "", text)
+    text = re.sub(r" +\n", "\n", text)
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"\n+(?=  -)", "\n", text))
+    return text.strip() + "\n\n--json FILE writes the result as data.\n"
 
 
 def _strip_frame(screen: str, keep_indent: bool = False) -> list[str]:

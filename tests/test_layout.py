@@ -4,9 +4,6 @@ syntax, and faults planted on purpose, each of which must be found."""
 import ast
 import functools
 import inspect
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ FLOORS = [
     ["learn", "lora"],
     ["generate", "measure.tasks", "measure.probes", "measure.verdict", "measure.charts", "eval", "forget"],
     ["stages"],
-    ["train", "clean", "dedup", "plan", "report", "measure", "bench", "experiments"],
+    ["train", "clean", "dedup", "plan", "measure.charts", "report", "measure", "bench", "experiments"],
 ]
 PLACES = {name: (floor, place) for floor, line in enumerate(FLOORS) for place, name in enumerate(line)}
 
@@ -183,37 +180,7 @@ def test_nothing_happens_at_import(module):
             text.startswith(("matplotlib.use", "sys.path")), f"{module}:{node.lineno} runs at import: {text[:80]}"
 
 
-# ---- names that scripts, notebooks and checks outside the project use
-
-COMMANDS = ["data.py pack", "data.py verify", "data.py info", "data.py mix", "data.py manifest", "clean.py", "dedup.py",
-            "tokenizer.py train", "tokenizer.py encode", "tokenizer.py extend", "tokenizer.py add",
-            "tokenizer.py report", "tokenizer.py compare", "train.py", "eval.py", "generate.py", "lora.py merge",
-            "forget.py merge", "forget.py replay", "report.py", "bench.py data", "bench.py train", "bench.py kernels",
-            "bench.py lora", "bench.py gpu"]
-OPTIONS = {"data.py pack": "tokenizer out", "data.py mix": "preview domain general out domain-ratio total-samples",
-           "clean.py": "preset out", "dedup.py": "out against", "eval.py": "model text baseline json",
-           "generate.py": "model prompt max-new-tokens temperature json", "lora.py merge": "base adapter out",
-           "forget.py merge": "base model alpha out", "report.py": "out", "bench.py data": "json"}
-
-
-def show_help(command: str) -> str:
-    """What `python COMMAND --help` prints at 80 columns."""
-    file, *words = command.split()
-    code = ("import runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
-            "runpy.run_path(sys.argv[0], run_name='__main__')")
-    run = subprocess.run([sys.executable, "-c", code, file, *words, "--help"], cwd=ROOT, capture_output=True, text=True,
-                         env=os.environ | {"COLUMNS": "80"})
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-def test_every_command_answers_with_its_options():
-    for command in COMMANDS:
-        text = show_help(command)
-        assert max(map(len, text.splitlines())) <= 80, command
-        for option in OPTIONS.get(command, "").split():
-            assert f"--{option}" in text or option == "json", f"{command} lacks --{option}"
-
+# ---- names that scripts and notebooks outside the project use; tests/test_help.py has the commands
 
 def test_the_library_answers():
     import hf

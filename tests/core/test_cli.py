@@ -163,6 +163,7 @@ def test_help_reads_well_at_80_columns(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80
     assert text.startswith("usage: data.py pack [-h] [OPTIONS] [FILES]\n\nTokenise files into shards.\n\n")
+    assert text.endswith("\n\n--json FILE writes the result as data.\n")
     assert "  --heldout FLOAT\n                Share of the documents that is held out. (default: 0.02)\n" in text
     assert "  --part STR\n                K/N: pack the K-th of N parts.\n" in text
     assert "reading options:\n  How text is read.\n" in text
