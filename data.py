@@ -10,55 +10,48 @@
     python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
     python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl --domain-ratio 0.7
 
-corpus.py reads documents, shards.py keeps their tokens on disk, mixture.py says which source comes when; here stands
-the order. B sequences a step, T tokens of context, L tokens of a source.
+The ideas stand in text/: corpus.py reads documents, shards.py keeps their tokens on disk, packing.py cuts sources into
+sequences, mixture.py says how many sequences of each source a step has. Here stands their order.
+B sequences per step, T tokens of context, S sources.
 """
 
-import core.threads
-
-import argparse
-import dataclasses
+import functools
 import os
-import re
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.cli import Reading
-from core.config import ArgumentParser, main_guard, merge, parse, read_toml, to_toml, write_json
+import tokenizer as tokenizers
+from core import cli
+from core.cli import Output, Positional, Reading
+from core.config import setting
+from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
-from text import mixture
 from text.corpus import read_documents, read_records
 from text.foreign import holds_tokens, read_token_documents
+from text.mix_preview import preview_mix
 from text.mixed_jsonl import mix_files
-from text.mixture import DataConfig, LengthConfig, SourceConfig
-from text.packing import PackedSources, Sequences, pack_sources
+from text.mixture import SourceConfig
+from text.packing import PackedSources, Sequences
 from text.parts import (
     deal_documents,
     merge_parts,
-    open_buckets,
     pack_buckets,
     packed_folders,
     part_folder,
     read_buckets,
+    read_part,
 )
-from text.shards import SPLITS, Shards, pack, read_manifest, verify
+from text.shards import SPLITS, pack, read_manifest, verify
 
-ORDER_VERSION = 1                                  # raise it when the same seed gives another order
-MIX_HELP = """Show what a recipe draws when, as a table and a picture; --data.* and --train.* settings come last:
-
-    python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
-
-or write a mixed JSONL for other tools, each record with its source_type:
-
-    python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl --domain-ratio 0.7"""
+ORDER_VERSION = 1                   # raise it when the same seed gives another order
 
 
 class RowRandom:
@@ -149,244 +142,232 @@ class Loader:
         return {name: float(n / rows) for n, (name, rows) in zip(self.plan[step], self.packed.rows_per_epoch.items())}
 
 
-# ---- command line
+# ---- pack, info, verify, manifest
 
-def cli_pack(args):
-    import tokenizer as tokenizers
+@dataclass(kw_only=True)
+class Pack:
+    """Tokenise files into shards."""
 
-    if (args.buckets is None) != (args.score is None) or (args.first and not args.score):
-        raise ValueError("--buckets K and --score NAME go together, and --first with them")
-    if args.part and args.buckets:
-        raise ValueError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
-    k, n = args.part or (1, 1)
-    out = part_folder(args.out, k, n) if args.part else args.out
-    if args.buckets and any(map(holds_tokens, args.files)):
-        raise ValueError("--buckets orders records by a score, and token files carry none; pack them without")
-    tokenizer = tokenizers.load(args.tokenizer)
-    reading = Reading(args.documents, args.separator, args.column, args.config, args.split)
-    for path in args.files:                    # all of them, before any work
-        if holds_tokens(path):
-            next(read_token_documents(path, tokenizer, args.dtype), None)
-        else:
-            next(read_documents([path], reading), None)
-    start, bar = time.perf_counter(), tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
+    files: Positional[list[str]]
+    """.txt, .jsonl[.gz|.zst], .parquet, hf://org/dataset, or token files of datatrove, Megatron, llm.c and nanoGPT."""
+    tokenizer: str
+    """A model folder or a tokenizer file."""
+    output: Output
+    reading: Reading = field(default_factory=Reading)
+    heldout: float = setting(0.02, at_least=0, below=1)
+    """Share of the documents kept for evaluation."""
+    bos: bool = False
+    """Put a BOS before each document, whatever the tokenizer says."""
+    no_bos: bool = False
+    """Put no BOS before documents, whatever the tokenizer says."""
+    shard_tokens: int = setting(10**8, at_least=1, below=2**31)
+    """Tokens per shard."""
+    workers: int = setting(2, at_least=1)
+    """Batches of documents tokenised at a time."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Type of the ids in raw token files; default: what the vocabulary needs."""
+    part: str | None = None
+    """K/N packs the K-th of N parts, each on a machine of its own; join them with manifest --merge."""
+    buckets: int | None = setting(None, at_least=2, at_most=100)
+    """Split the documents into this many folders by --score; a curriculum reads them in their order."""
+    score: str | None = None
+    """The number under metadata.scores of each record to split by."""
+    first: Literal["low", "high"] | None = None
+    """The end of the score that is read first; default: high for quality, low for any other."""
 
-    def records(files=args.files):
-        for record in read_records(files, reading, only=[args.column] if not args.score else None):
-            bar.update(len(record[1][args.column]))
-            yield record
 
-    def texts(files):
+def run_pack(options: Pack) -> dict:
+    """Pack files into shards, parts of shards or score buckets; returns the manifest or the buckets."""
+    _refuse_contradictions(options)
+    part = read_part(options.part) if options.part else None
+    out = part_folder(options.output.out, *part) if part else options.output.out
+    tokenizer = tokenizers.load(options.tokenizer)
+    for path in options.files:
+        # A file that cannot be read should be known before hours of work, so each gives its first document now.
+        first = read_token_documents(path, tokenizer, options.dtype) if holds_tokens(path) else \
+            read_documents([path], options.reading)
+        next(first, None)
+    bar = tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
+
+    def records(files=options.files):
+        for where, record in read_records(files, options.reading, None if options.score else [options.reading.column]):
+            bar.update(len(record[options.reading.column]))
+            yield where, record
+
+    def documents(files):
         for path in files:
             if holds_tokens(path):
-                for ids in read_token_documents(path, tokenizer, args.dtype):
+                for ids in read_token_documents(path, tokenizer, options.dtype):
                     bar.update(ids.nbytes // 2)
                     yield ids
             else:
-                yield from (record[args.column] for _, record in records([path]))
+                yield from (record[options.reading.column] for _, record in records([path]))
 
-    inputs = [{"name": Path(f).name, "bytes": os.path.getsize(f) if os.path.isfile(f) else None} for f in args.files]
-    options = {"heldout": args.heldout, "bos": args.bos, "shard_tokens": args.shard_tokens, "workers": args.workers,
-               "inputs": inputs, "overwrite": args.overwrite}
-    if args.buckets:
-        first = args.first or ("high" if "quality" in args.score else "low")
-        pack_buckets(records, tokenizer, out, args.buckets, args.score, first=first, column=args.column, **options)
+    start = time.perf_counter()
+    inputs = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
+              for path in options.files]
+    settings = {"heldout": options.heldout, "bos": True if options.bos else False if options.no_bos else None,
+                "shard_tokens": options.shard_tokens, "workers": options.workers, "inputs": inputs,
+                "overwrite": options.output.overwrite}
+    if options.buckets:
+        first = options.first or ("high" if "quality" in options.score else "low")
+        pack_buckets(records, tokenizer, out, options.buckets, options.score, first=first,
+                     column=options.reading.column, **settings)
+    elif part:
+        pack(deal_documents(options.files, documents, *part), tokenizer, out, allow_empty=True, **settings)
     else:
-        pack(deal_documents(args.files, texts, k, n), tokenizer, out, allow_empty=bool(args.part), **options)
+        pack(documents(options.files), tokenizer, out, **settings)
     bar.close()
     seconds = time.perf_counter() - start
-    manifests = [read_manifest(folder) for folder in packed_folders(out)]
-    total = sum(s["tokens"] for manifest in manifests for s in manifest["splits"].values())
-    print(f"packed {total:,} tokens in {seconds:.1f} s ({total / seconds / 1e6:.2f} M tokens/s) into {out}")
-    if not any(manifest["splits"]["heldout"]["documents"] for manifest in manifests) and args.heldout:
+    splits = [split for folder in packed_folders(out) for split in read_manifest(folder)["splits"].items()]
+    tokens = sum(totals["tokens"] for _, totals in splits)
+    print(f"packed {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds / 1e6:.2f} M tokens/s) into {out}")
+    if options.heldout and not any(totals["documents"] for name, totals in splits if name == "heldout"):
         print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
               "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
-    return print_info(out, args.json)
+    return print_info(out)
 
 
-def print_info(folder, json_file=None):
+def _refuse_contradictions(options: Pack):
+    if options.bos and options.no_bos:
+        raise UserError("--bos and --no-bos contradict each other; leave one of them out")
+    if (options.buckets is None) != (options.score is None) or (options.first and not options.score):
+        raise UserError("--buckets K and --score NAME go together, and --first with them")
+    if options.part and options.buckets:
+        raise UserError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
+    if options.buckets and any(map(holds_tokens, options.files)):
+        raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
+
+
+@dataclass
+class Folder:
+    """Say what a packed folder holds."""
+
+    dir: Positional[str]
+    """A folder made by data.py pack."""
+
+
+@dataclass
+class Verify(Folder):
+    """Hash every shard against the manifest."""
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """Join the parts that many machines have packed."""
+
+    merge: str
+    """The folder that was the parts' --out."""
+
+
+def print_info(folder) -> dict:
+    """Say what a packed source or a folder of score buckets holds; returns its manifest, or the buckets and theirs."""
     index = read_buckets(folder)
     manifests = [read_manifest(path) for path in packed_folders(folder)]
     for k, manifest in enumerate(manifests):
         if index:
-            part = index["buckets"][k]
-            print(f"{part['name']}, read {'first' if not k else 'next' if k < len(manifests) - 1 else 'last'}: "
-                  f"{index['score']} from {part['low']:g} to {part['high']:g}")
+            bucket = index["buckets"][k]
+            print(f"{bucket['name']}, read {'first' if not k else 'next' if k < len(manifests) - 1 else 'last'}: "
+                  f"{index['score']} from {bucket['low']:g} to {bucket['high']:g}")
         for split in SPLITS:
-            s = manifest["splits"][split]
-            ratio = f"{s['tokens'] / s['bytes']:.3f} tokens per byte" if s["bytes"] else ""
-            print(f"  {split:8} {s['documents']:>10,} documents {s['tokens']:>14,} tokens {s['bytes']:>14,} bytes  "
-                  f"{ratio}".rstrip(" "))
-    t = manifest["tokenizer"]
-    print(f"  {manifest['dtype']}, {t['library']}, vocabulary {t['vocab_size']:,}, "
-          f"{'BOS, ' if manifest['bos'] else ''}EOS; {sum(m['empty_documents_dropped'] for m in manifests)} empty "
+            totals = manifest["splits"][split]
+            ratio = f"{totals['tokens'] / totals['bytes']:.3f} tokens per byte" if totals["bytes"] else ""
+            print(f"  {split:8} {totals['documents']:>10,} documents {totals['tokens']:>14,} tokens "
+                  f"{totals['bytes']:>14,} bytes  {ratio}".rstrip())
+    made = manifests[-1]
+    print(f"  {made['dtype']}, {made['tokenizer']['library']}, vocabulary {made['tokenizer']['vocab_size']:,}, "
+          f"{'BOS, ' if made['bos'] else ''}EOS; {sum(m['empty_documents_dropped'] for m in manifests)} empty "
           f"documents dropped")
-    if json_file:
-        write_json(json_file, {**index, "manifests": manifests} if index else manifest)
+    return {**index, "manifests": manifests} if index else made
 
 
-@dataclass
-class MixSettings:
-    """What of a recipe decides the mix."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    train: LengthConfig = field(default_factory=LengthConfig)
-
-
-def cli_preview(args, words):
-    recipe, known = read_toml(args.recipe), {f.name for f in dataclasses.fields(LengthConfig)}
-    length = {key: value for key, value in recipe.get("train", {}).items() if key in known}
-    settings = merge(MixSettings(), {"data": recipe.get("data", {}), "train": length})
-    with tempfile.TemporaryDirectory() as folder:              # of the recipe only what MixSettings knows
-        file = Path(folder) / "mix.toml"
-        file.write_text(to_toml(settings), encoding="utf-8")
-        settings = parse(MixSettings, [str(file), *words])
-    if not settings.data.sources:
-        raise ValueError(f"{args.recipe} names no source; add one, e.g. --data.sources.domain.path shards/legal")
-    packed = {name: Path(source.path).is_dir() for name, source in settings.data.sources.items() if source.path}
-    if not all(packed.get(name) for name in settings.data.sources) and not (settings.train.steps
-                                                                           or settings.train.tokens):
-        missing = next(name for name in settings.data.sources if not packed.get(name))
-        raise ValueError(f"data.sources.{missing}.path is no folder, so an epoch has no length; make it with data.py "
-                         f"pack, or give --train.steps")
-    sources = open_buckets(settings.data.sources)
-    shards = {name: Shards(s.path) for name, s in sources.items() if s.path and Path(s.path).is_dir()}
-    T = settings.data.context
-    rows_of = pack_sources(shards, settings.data).rows_per_epoch
-    counts = mixture.make_plan(settings.data, settings.train, sources, rows_of)
-    steps, drawn = len(counts) - 1, dict(zip(sources, counts[-1].tolist()))
-    epochs = {name: drawn[name] / rows for name, rows in rows_of.items()}
-    rows, out = mixture.realised(settings.data, sources, counts, 10), Path(args.out or "out/mix.png")
-    title = f"{settings.data.schedule}, {steps:,} steps of {settings.train.batch_size} sequences"
-    print(f"{title} of {T} tokens\n\n{'steps':>17} {'wanted':>8} {'domain':>8}   "
-          + " ".join(f"{name[-12:]:>12}" for name in sources))
-    for row in rows:
-        print(f"{row['first_step']:>8}-{row['last_step']:<8} {row['wanted']:>8.3f} {row['domain']:>8.3f}   "
-              + " ".join(f"{share:>12.3f}" for share in row["sources"].values()))
-    print()
-    for name, source in sources.items():
-        read = f", read {epochs[name]:.2f} times" if name in epochs else ""
-        print(f"{name} ({source.role}{', ' + source.stratum if source.stratum else ''}): {drawn[name]:,} sequences, "
-              f"{drawn[name] * T:,} positions{read}")
-    shares, empty = mixture.replay_strata(sources, settings.data.strata)
-    notes = mixture.notes(settings.data, sources)
-    try:
-        notes += mixture.check_epochs(epochs, sources)
-    except ValueError as error:
-        notes.append(f"warning: train.py refuses this plan: {error}")
-    print("".join(line + "\n" for line in notes), end="")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    mixture.draw(out, title, sources, mixture.realised(settings.data, sources, counts, 200))
-    print(f"picture: {out}")
-    if args.json:
-        write_json(args.json, {"steps": steps, "batch_size": settings.train.batch_size, "context": T, "rows": rows,
-                               "schedule": settings.data.schedule, "sequences": drawn, "epochs": epochs,
-                               "strata": shares, "empty_strata": empty, "notes": notes, "picture": str(out)})
+def run_verify(options: Verify) -> dict:
+    """Hash the shards of a source or of its buckets; a UserError names the first file that differs."""
+    read = sum(verify(folder) for folder in packed_folders(options.dir))
+    print(f"{options.dir}: {read:,} bytes have the hashes they were written with")
+    return {"dir": options.dir, "bytes": read}
 
 
-def cli_mix(args):
-    def records(files):
-        reading = Reading(args.documents, args.separator, args.column, args.config, args.split)
-        return (record for _, record in read_records(files, reading))
+def run_manifest(options: Manifest) -> dict:
+    """Join packed parts; returns the manifest."""
+    merge_parts(options.merge)
+    return print_info(options.merge)
 
-    done = mix_files(records(args.domain), records(args.general), args.out, ratio=args.domain_ratio,
-                     total=args.total_samples, seed=args.seed, max_epochs=args.max_epochs,
-                     overwrite=args.overwrite)
+
+# ---- mix
+
+@dataclass(kw_only=True)
+class Mix:
+    """Show what a recipe draws when, or write a mixed JSONL for other tools.
+
+    python data.py mix RECIPE --preview [--data.schedule staged --train.steps 1000 ...]
+    python data.py mix --domain FILE ... --general FILE ... --out FILE
+    """
+
+    recipe: Positional[str | None] = None
+    """A recipe of train.py; settings of its [data] and [train] may follow as --data.* and --train.*."""
+    preview: bool = False
+    """Print and draw how much of each source the recipe's schedule draws over the run."""
+    domain: list[str] = field(default_factory=list)
+    """Files of the domain."""
+    general: list[str] = field(default_factory=list)
+    """Files of general text."""
+    out: str | None = None
+    """The mixed JSONL; with --preview the picture, by default out/mix.png."""
+    overwrite: bool = False
+    """Replace the mixed JSONL if it exists."""
+    domain_ratio: float = setting(0.7, at_least=0, at_most=1)
+    """Share of domain records in the mixed JSONL."""
+    total_samples: int | None = setting(None, above=0)
+    """Records in the mixed JSONL; default: each of the domain once."""
+    seed: int = setting(0, at_least=0)
+    """Seed of the order of the mixed JSONL."""
+    max_epochs: float = setting(SourceConfig.max_epochs, above=0)
+    """Refuse to repeat a side's records more often."""
+    reading: Reading = field(default_factory=Reading)
+
+
+def run_mix(options: Mix, settings: list[str]) -> dict:
+    """Preview the recipe's mix under `settings`, words such as --train.steps 10; or write the mixed JSONL."""
+    files = bool(options.domain or options.general)
+    if options.preview and options.recipe and not files:
+        return preview_mix(options.recipe, settings, Path(options.out or "out/mix.png"))
+    if options.recipe or options.preview or settings or not (options.domain and options.general and options.out):
+        raise UserError("mix wants either RECIPE --preview, or --domain, --general and --out")
+    sides = ((record for _, record in read_records(files, options.reading))
+             for files in (options.domain, options.general))
+    done = mix_files(*sides, options.out, ratio=options.domain_ratio, total=options.total_samples, seed=options.seed,
+                     max_epochs=options.max_epochs, overwrite=options.overwrite)
     for side in ("domain", "general"):
         print(f"{side}: {done[side]['written']:,} of {done['total']:,} samples from {done[side]['records']:,} records, "
               f"read {done[side]['epochs']:.2f} times")
     for warning in done["warnings"]:
         print(warning, file=sys.stderr)
-    print(f"mixed into {args.out}, seed {args.seed}")
-    if args.json:
-        write_json(args.json, done)
+    print(f"mixed into {options.out}, seed {options.seed}")
+    return done
 
 
-def _reader_options(p):
-    p.add_argument("--documents", choices=("line", "blank", "file"), default="blank",
-                   help="a document of a text file is a line, a block between blank lines (default), or the file")
-    p.add_argument("--separator", help="documents of a text file stand between this string")
-    p.add_argument("--column", default="text", help="where a record keeps its text (default: text)")
-    p.add_argument("--config", help="configuration of a Hub dataset")
-    p.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
+def take_settings(argv: list[str]) -> list[str]:
+    """The recipe's settings among the words of a command line, --data.KEY VALUE ... and --train.KEY VALUE ..., which
+    are taken out of it."""
+    taken, rest = [], []
+    target = rest
+    for word in argv:
+        if word.startswith("--"):
+            target = taken if word.startswith(("--data.", "--train.")) else rest
+        target.append(word)
+    argv[:] = rest
+    return taken
 
 
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 9999:
-        raise argparse.ArgumentTypeError(f"{text!r} is no part; write K/N with K from 1 to N, e.g. 3/8")
-    return int(match[1]), int(match[2])
-
-
-def main():
-    words = sys.argv[1:]
-    settings = next((i for i, w in enumerate(words) if w.startswith(("--data.", "--train."))), len(words))
-    parser = ArgumentParser(prog="data.py", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=ArgumentParser)
-    p = commands.add_parser("pack", help="tokenise files into shards", description="Tokenise files into shards.")
-    p.add_argument("files", nargs="+", metavar="FILE", help=".txt, .jsonl[.gz|.zst], .parquet, hf://org/dataset, "
-                                                          "or token files of datatrove, Megatron, llm.c, nanoGPT")
-    p.add_argument("--tokenizer", required=True, help="a model folder or a tokenizer file")
-    p.add_argument("--out", required=True, help="folder to make")
-    _reader_options(p)
-    p.add_argument("--heldout", type=float, default=0.02, help="share of documents kept for evaluation (default: 0.02)")
-    p.add_argument("--bos", action="store_true", default=None, help="BOS before each document, whatever the tokenizer")
-    p.add_argument("--no-bos", action="store_false", dest="bos", help="no BOS before documents")
-    p.add_argument("--shard-tokens", type=int, default=10**8, help="tokens a shard (default: 1e8)")
-    p.add_argument("--workers", type=int, default=2, help="batches tokenised at a time (default: 2)")
-    p.add_argument("--dtype", choices=("uint16", "uint32"),
-                   help="of raw token files (default: what the vocabulary needs)")
-    p.add_argument("--part", type=_part, metavar="K/N", help="pack the K-th of N parts, each by a machine of its own, "
-                                                             "then join them with manifest --merge")
-    p.add_argument("--buckets", type=int, metavar="K", help="split the documents into K folders by --score; a source "
-                                                            "of such buckets can be read in their order")
-    p.add_argument("--score", metavar="NAME", help="number under metadata.scores of each record to split by")
-    p.add_argument("--first", choices=("low", "high"), help="end of the score that is read first "
-                                                            "(default: high for quality, low for any other)")
-    p.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
-    p.add_argument("--json", metavar="FILE", help="write the manifest there too")
-    p = commands.add_parser("manifest", help="join the parts that many machines have packed")
-    p.add_argument("--merge", required=True, metavar="DIR", help="folder that was the parts' --out")
-    p.add_argument("--json", metavar="FILE", help="write the manifest there too")
-    p = commands.add_parser("verify", help="hash every shard against the manifest")
-    p.add_argument("dir")
-    p = commands.add_parser("info", help="what a packed folder holds")
-    p.add_argument("dir")
-    p.add_argument("--json", metavar="FILE", help="write the manifest there too")
-    p = commands.add_parser("mix", help="show a recipe's mix, or write a mixed JSONL", description=MIX_HELP)
-    p.add_argument("recipe", nargs="?", metavar="RECIPE", help="a recipe of train.py")
-    p.add_argument("--preview", action="store_true", help="draw what the recipe's schedule draws")
-    p.add_argument("--domain", nargs="+", metavar="FILE", help="files of the domain")
-    p.add_argument("--general", nargs="+", metavar="FILE", help="files of general text")
-    p.add_argument("--out", metavar="FILE", help="the mixed JSONL; of --preview the picture (default: out/mix.png)")
-    p.add_argument("--domain-ratio", type=float, default=0.7, help="share of domain records (default: 0.7)")
-    p.add_argument("--total-samples", type=int, metavar="N", help="records (default: each of the domain once)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--overwrite", action="store_true", help="replace the mixed JSONL if it exists")
-    p.add_argument("--max-epochs", type=float, default=SourceConfig.max_epochs,
-                   help="refuse to repeat a side more often (default: 16)")
-    _reader_options(p)
-    p.add_argument("--json", metavar="FILE", help="write what is printed there too")
-    args = parser.parse_args(words[:settings])
-    if settings < len(words) and not (args.command == "mix" and args.preview):
-        parser.error(f"unknown argument {words[settings]}")
-    if args.command == "pack":
-        return cli_pack(args)
-    if args.command == "manifest":
-        merge_parts(args.merge)
-        return print_info(args.merge, args.json)
-    if args.command == "mix":
-        if args.preview and args.recipe and not args.domain and not args.general:
-            return cli_preview(args, words[settings:])
-        if args.recipe or args.preview or not (args.domain and args.general and args.out):
-            parser.error("mix wants either RECIPE --preview, or --domain, --general and --out")
-        return cli_mix(args)
-    if args.command == "verify":
-        total = sum(verify(folder) for folder in packed_folders(args.dir))
-        print(f"{args.dir}: {total:,} bytes have the hashes they were written with")
-        return 0
-    return print_info(args.dir, args.json)
+def main() -> int:
+    argv = sys.argv[1:]
+    settings = take_settings(argv) if argv[:1] == ["mix"] else []
+    return cli.run("data.py", __doc__, {
+        "pack": (Pack, run_pack), "manifest": (Manifest, run_manifest), "verify": (Verify, run_verify),
+        "info": (Folder, lambda options: print_info(options.dir)),
+        "mix": (Mix, functools.partial(run_mix, settings=settings))}, argv=argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

@@ -114,15 +114,16 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
         return 130
 
 
-def parse(cls, argv: list[str], program: str = "", description: str = "", recipe: bool = False):
+def parse(cls, argv: list[str], program: str = "", description: str = "", recipe: bool = False, default=None):
     """The options `cls` filled from the words `argv`; a UserError of one line where they are wrong.
 
     With `recipe` the first word may be a RECIPE.toml whose values stand between the defaults and the other words, and
-    sections are prefixes of their keys (`--train.steps 10`). Without it, nested options have no prefix.
+    sections are prefixes of their keys (`--train.steps 10`). Without it, nested options have no prefix. `default` is an
+    instance of `cls` to begin with, for a recipe that was read elsewhere.
     """
-    argv, default = list(argv), None
+    argv = list(argv)
     if recipe:
-        default = cls()
+        default = cls() if default is None else default
         if argv and not argv[0].startswith("-"):
             default = merge(default, read_toml(argv.pop(0)))
         open_sections(default, [word[2:].partition("=")[0] for word in argv if word.startswith("--")])
@@ -237,7 +238,7 @@ def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
         if name not in kinds:
             if recipe:
                 raise UserError(f"unknown key {name}{nearest(name, kinds)}")
-            raise UserError(f"unknown option {option}{nearest(option, map(_spell_flag, kinds))}")
+            raise UserError(f"unknown option {option}{nearest(option, [*map(_spell_flag, kinds), '--json'])}")
         if kinds[name] == "list" and name in lists:
             group = lists[name]
         else:

@@ -70,7 +70,6 @@ class TrainSection(LengthConfig):
     have done up to there, as with a learning rate that was constant so far and now anneals"""
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("micro_batch_size", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, but must be above 0")
@@ -340,7 +339,7 @@ class GeneralText:
         c, shards = self.run.c, dict(zip(self.run.loader.names, self.run.loader.shards))
         packed = pack_sources({name: shards[name] for name in self.sources}, c.data)
         weights = mixture.source_weights(self.sources, 0.0, strata=c.data.strata)
-        plan = mixture.plan_counts(lambda progress: weights, -(-c.forget.ewc.samples // 8), 8)
+        plan = mixture.plan_counts(np.tile(weights, (-(-c.forget.ewc.samples // 8), 1)), batch_size=8)
         loader = data.Loader(packed, plan, seed=c.seed)
         for step in range(len(plan) - 1):
             batch = loader.batch(step)

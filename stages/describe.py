@@ -43,7 +43,7 @@ def describe(run: Run):
             f"{scored:,} held-out tokens scored")
         if not scored:
             say(f"warning: source {name} has no held-out documents, so it is not evaluated")
-    for line in mixture.notes(c.data, run.sources) + mixture.check_epochs(loader.epochs(run.steps), run.sources):
+    for line in mixture.describe_mix(c.data, run.sources) + mixture.check_epochs(loader.epochs(run.steps), run.sources):
         say(line)
     lost = ", ".join(f"{name} {packing.padded or packing.dropped:,} {'dropped' if packing.dropped else 'padded'}"
                      for name, packing in zip(loader.names, loader.packings) if packing.padded or packing.dropped)

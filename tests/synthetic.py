@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 import data
-from core.config import main_guard
 from text.corpus import utf8
 from text.mixture import DataConfig
 from text.packing import pack_sources
@@ -113,7 +112,7 @@ def scored(n: int, seed: int = 0) -> list[dict]:
 def run(monkeypatch, *argv) -> int:
     """Exit status of data.py with these arguments."""
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, argv)])
-    return main_guard(data.main)
+    return data.main()
 
 
 MIXED = "Zażółć gęślą — 中文字、日本語 🙂👩‍💻🇩🇪 e\u0301 ok"

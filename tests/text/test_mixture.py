@@ -9,6 +9,7 @@ import typing
 import numpy as np
 import pytest
 
+from core.config import check_limits
 from text.mixture import (
     Bucket,
     DataConfig,
@@ -17,13 +18,12 @@ from text.mixture import (
     Strata,
     _due_first,
     check_epochs,
+    describe_mix,
     domain_share,
-    draw,
     make_plan,
-    notes,
     open_documents,
     plan_counts,
-    realised,
+    progress_of,
     replay_strata,
     share_at,
     source_weights,
@@ -42,14 +42,19 @@ def bucketed(K: int = 10, tokens=None, **more) -> dict:
 
 # ---- the plan
 
-def deviation(weights_at, steps, batch_size) -> float:
-    counts = plan_counts(weights_at, steps, batch_size)
+def over_run(weights, steps) -> np.ndarray:
+    """[steps, S] of a function of the progress."""
+    return np.array([weights(p) for p in progress_of(steps)])
+
+
+def deviation(weights, batch_size) -> float:
+    counts = plan_counts(weights, batch_size)
     taken = np.diff(counts, axis=0)
     assert counts.dtype == np.int64
     assert not counts[0].any()
     assert (taken >= 0).all()
     assert (taken.sum(1) == batch_size).all()
-    wanted = np.cumsum([batch_size * np.asarray(weights_at(s / max(1, steps - 1))) for s in range(steps)], 0)
+    wanted = np.cumsum(batch_size * weights, 0)
     return float(np.abs(counts[1:] - wanted).max()) - 1e-6             # the plan knows weights to 2^-32
 
 
@@ -58,13 +63,13 @@ def test_counts_keep_within_one_sequence_of_the_mix(batch_size):
     configs = {"a": SourceConfig(weight=1.0), "b": SourceConfig(weight=3.0), "c": SourceConfig(weight=0.0),
                "d": SourceConfig(role="general", weight=2.0), "e": SourceConfig(role="general", weight=0.01)}
     for schedule in ("static", "warmup_cooldown"):
-        assert deviation(lambda p, s=schedule: source_weights(configs, domain_share(s, 0.7, p)),
-                         700, batch_size) < 1
+        weights = over_run(lambda p, s=schedule: source_weights(configs, domain_share(s, 0.7, p)), 700)
+        assert deviation(weights, batch_size) < 1
     for sources in (1, 2, 3, 6):
         jumps = np.random.default_rng(sources).dirichlet(np.full(sources, 0.5), 700)
-        assert deviation(lambda p, j=jumps: j[round(p * 699)], 700, batch_size) < 1
-    assert not plan_counts(lambda p: np.array([0.5, 0.0, 0.5]), 100, batch_size)[:, 1].any()
-    assert plan_counts(lambda p: np.array([1.0]), 5, batch_size)[:, 0].tolist() == [batch_size * i for i in range(6)]
+        assert deviation(jumps, batch_size) < 1
+    assert not plan_counts(np.tile([0.5, 0.0, 0.5], (100, 1)), batch_size)[:, 1].any()
+    assert plan_counts(np.ones((5, 1)), batch_size)[:, 0].tolist() == [batch_size * i for i in range(6)]
 
 
 def test_the_plan_of_what_is_due_first():
@@ -83,7 +88,7 @@ def test_the_plan_of_what_is_due_first():
         for row, weights in zip(counts[1:].tolist(), whole.tolist()):      # exact, in Python's integers
             wanted = [have + batch_size * more for have, more in zip(wanted, weights)]
             assert all(abs(n * 2**32 - want) < 2**32 for n, want in zip(row, wanted))
-        assert deviation(lambda p, j=jumps: j[round(p * (len(j) - 1))], steps, batch_size) < 1
+        assert deviation(jumps, batch_size) < 1
 
 
 def test_the_schedule_of_the_domain_share():
@@ -92,7 +97,7 @@ def test_the_schedule_of_the_domain_share():
     assert [round(share(p), 12) for p in (0, 0.05, 0.1, 0.5, 0.9, 0.95, 1)] == [0.3, 0.5, 0.7, 0.7, 0.7, 0.6, 0.5]
     assert {domain_share("static", 0.7, p) for p in (0, 0.05, 0.5, 1)} == {0.7}
     assert [domain_share("warmup_cooldown", 0.2, p) for p in (0, 0.5, 1)] == [0.2] * 3     # never above the target
-    counts = plan_counts(lambda p: np.array([share(p), 1 - share(p)]), 1001, 10)
+    counts = plan_counts(over_run(lambda p: [share(p), 1 - share(p)], 1001), 10)
     assert abs(counts[100, 0] - 10 * sum(0.3 + 0.4 * s / 100 for s in range(100))) < 1
     assert abs(counts[900, 0] - counts[100, 0] - 0.7 * 8000) < 2
 
@@ -107,10 +112,10 @@ def test_weights_of_sources():
     assert source_weights({"a": one, "c": silent}, 0.6).tolist() == [1.0, 0.0]
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="weight"):
-            SourceConfig(weight=weight)
+            check_limits(SourceConfig(weight=weight))
     for wrong in ({"context": 0}, {"domain_share": 1.5}, {"domain_share": -0.1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            DataConfig(**wrong)
+            check_limits(DataConfig(**wrong))
 
 
 # ---- schedules
@@ -126,7 +131,7 @@ def test_domain_shares_by_hand(schedule, wanted):
     config = DataConfig(schedule=schedule, domain_share=0.8)
     assert {p: round(domain_share(schedule, 0.8, p), 12) for p in wanted} == wanted
     assert {p: round(share_at(config, p, 1000), 12) for p in wanted} == wanted
-    assert {p: round(weights_at(config, bucketed(), 1000)(p)[:-1].sum(), 12) for p in wanted} == wanted
+    assert {p: round(weights_at(config, bucketed(), np.array([p]), 1000)[0, :-1].sum(), 12) for p in wanted} == wanted
 
 
 def test_gradual_over_a_number_of_steps():
@@ -170,8 +175,8 @@ def test_buckets_share_their_sources_weight_by_what_is_open_of_them():
 def test_one_bucket_of_all_documents_is_the_source():
     config = DataConfig(schedule="curriculum")
     whole = {"law": SourceConfig(), "wiki": SourceConfig(role="general")}
-    for p in np.linspace(0, 1, 101):
-        np.testing.assert_allclose(weights_at(config, bucketed(1), 100)(p), weights_at(config, whole, 100)(p))
+    progress = np.linspace(0, 1, 101)
+    np.testing.assert_allclose(weights_at(config, bucketed(1), progress, 100), weights_at(config, whole, progress, 100))
 
 
 def test_anneal_bends_the_end_of_any_schedule():
@@ -195,10 +200,10 @@ def test_every_schedule_keeps_within_one_sequence_at_every_prefix(schedule, batc
             for K in (2, 10):
                 config = DataConfig(schedule=schedule, anneal_share=anneal)
                 tokens = np.random.default_rng(K).integers(1, 1000, K).tolist()
-                at = weights_at(config, {**bucketed(K, tokens), "code": SourceConfig(weight=0.2)}, steps)
-                assert deviation(at, steps, batch_size) < 1
+                sources = {**bucketed(K, tokens), "code": SourceConfig(weight=0.2)}
+                assert deviation(weights_at(config, sources, progress_of(steps), steps), batch_size) < 1
                 sources = {name: s for name, s in bucketed(K).items() if name != "wiki"} | strata
-                assert deviation(weights_at(config, sources, steps), steps, batch_size) < 1
+                assert deviation(weights_at(config, sources, progress_of(steps), steps), batch_size) < 1
 
 
 def test_domain_alone_leaves_general_text_out_and_wants_a_domain():
@@ -232,9 +237,9 @@ def test_curriculum_ends_with_emphasis_on_the_hard():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_that_finds_no_buckets_to_order_says_so(schedule):
     plain = {"law": SourceConfig(), "wiki": SourceConfig(role="general")}
-    said = notes(DataConfig(schedule=schedule), plain)
+    said = describe_mix(DataConfig(schedule=schedule), plain)
     assert bool(said) == (schedule in ("quality_first", "curriculum")) == ("data.py pack --buckets" in "".join(said))
-    assert notes(DataConfig(schedule=schedule), bucketed()) == []
+    assert describe_mix(DataConfig(schedule=schedule), bucketed()) == []
 
 
 # ---- length
@@ -271,7 +276,7 @@ def test_strata_hold_whatever_is_in_them():
     shares, empty = replay_strata(sources, strata)
     assert shares == {"coding": 0.75, "math": 0.25}
     assert empty == ["instruction_following"]
-    assert notes(DataConfig(strata=strata), sources) == [
+    assert describe_mix(DataConfig(strata=strata), sources) == [
         "replay strata: coding 0.750, math 0.250; no source for instruction_following: the others share it"]
     assert source_weights(sources, 0.6, strata=strata).round(12).tolist() == [0.6, 0.025, 0.075, 0.3]
     sources["c"].weight = 0.0                                              # a stratum without weight is empty too
@@ -293,9 +298,9 @@ def test_strata_are_named_by_all_general_sources_or_none():
     assert replay_strata(sources, Strata(math=9.0)) == ({}, [])
     sources["b"].stratum = "safety"
     with pytest.raises(ValueError, match=r"sources\.a\.stratum is not set"):
-        weights_at(DataConfig(), sources, 10)(0.5)
+        weights_at(DataConfig(), sources, progress_of(10), 10)
     with pytest.raises(ValueError, match=r"data\.strata\.coding"):
-        Strata(coding=-1.0)
+        check_limits(Strata(coding=-1.0), "data.strata.")
 
 
 # ---- repetition
@@ -310,28 +315,10 @@ def test_repeats_are_warned_of_above_4_and_refused_above_the_cap():
     with pytest.raises(ValueError, match=r"source law/0 would be read 16\.5 .* --data\.sources\.law\.max-epochs 17"):
         check_epochs({"law/0": 16.5}, sources)
     with pytest.raises(ValueError, match="max_epochs"):
-        SourceConfig(max_epochs=0.0)
-
-
-# ---- what is drawn
-
-def test_realised_shares_are_the_counts(tmp_path):
-    config, sources = DataConfig(schedule="staged"), bucketed(4)
-    counts = make_plan(config, LengthConfig(steps=100, batch_size=10), sources, {})
-    rows = realised(config, sources, counts, 10)
-    assert [(r["first_step"], r["last_step"]) for r in rows] == [(10 * i, 10 * i + 9) for i in range(10)]
-    for row in rows:
-        taken = counts[row["last_step"] + 1] - counts[row["first_step"]]
-        assert [row["sources"][name] for name in sources] == (taken / 100).tolist()
-        assert row["domain"] == pytest.approx(1 - taken[-1] / 100)
-        assert abs(row["wanted"] - row["domain"]) < 0.02
-    assert [round(rows[i]["wanted"], 3) for i in (0, 1, 2, 3, 9)] == [0.21, 0.42, 0.42, 0.7, 0.7]
-    assert [len(realised(config, sources, counts[:n + 1], 10)) for n in (1, 3, 10)] == [1, 3, 10]
-    draw(tmp_path / "mix.png", "title", sources, rows)
-    assert (tmp_path / "mix.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        check_limits(SourceConfig(max_epochs=0.0))
 
 
 @pytest.mark.parametrize("wrong", [{"anneal_share": 1.2}, {"anneal_ratio": 0.0}, {"gradual_steps": 0}])
 def test_settings_out_of_range_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        DataConfig(**wrong)
+        check_limits(DataConfig(**wrong))
