@@ -25,6 +25,7 @@ from core.cli import Reading
 from measure.bench_rows import compare_in_turn, row
 from text import vocabulary
 from text.corpus import read_documents, read_records, utf8
+from text.minhash import BANDS, ROWS, SHINGLE, compute_band_keys, fold_words, hash_ngrams, keep_best, link_band
 from text.mixture import DataConfig
 from text.packing import pack_sources
 from text.records import read_input
@@ -295,7 +296,7 @@ def with_copies(documents) -> list:
 
 def bench_dedup(documents, folder, rounds) -> list:
     """Near-duplicates on one core: from jsonl to jsonl against datatrove's four stages and datasketch, and in memory
-    against datasketch; all with the words of dedup.normalise, sets of 5-word shingles, 14 bands of 8 hashes.
+    against datasketch; all with the words of fold_words, sets of 5-word shingles, 14 bands of 8 hashes.
 
     Ours decides each proposed pair by its true Jaccard similarity, 0.8 or more, keeps the best and lists what it
     removed. The peers believe the bands; datatrove also joins chains of pairs, and writes only what is kept.
@@ -325,23 +326,23 @@ def dedup_in_memory(documents) -> int:
     texts = sorted(documents, key=len, reverse=True)                     # the best of a group is its longest
     sets, keys = [], []
     for i in range(0, len(texts), 64):
-        grams = dedup.ngram_hashes([dedup.normalise(t) for t in texts[i:i + 64]], dedup.SHINGLE)
+        grams = hash_ngrams([fold_words(t) for t in texts[i:i + 64]], SHINGLE)
         sets += map(np.unique, grams)
-        keys.append(dedup.band_keys(grams))
-    members, groups = zip(*map(dedup.link, np.concatenate(keys).T))
-    kept, _, _ = dedup.verdict(list(members), list(groups), len(texts), sets.__getitem__, 0.8)
+        keys.append(compute_band_keys(grams))
+    members, groups = zip(*map(link_band, np.concatenate(keys).T))
+    kept, _, _ = keep_best(list(members), list(groups), len(texts), sets.__getitem__, 0.8)
     return int((kept == np.arange(len(texts))).sum())
 
 
 def dedup_by_datasketch(texts) -> list[int]:
     """Indices of the texts that stay."""
     from datasketch import MinHash, MinHashLSH
-    size = dedup.BANDS * dedup.ROWS
-    index, kept = MinHashLSH(num_perm=size, params=(dedup.BANDS, dedup.ROWS)), []
+    size = BANDS * ROWS
+    index, kept = MinHashLSH(num_perm=size, params=(BANDS, ROWS)), []
     for i, text in enumerate(texts):
-        words, sketch = dedup.normalise(text).split(" "), MinHash(num_perm=size)
-        sketch.update_batch({" ".join(words[j:j + dedup.SHINGLE]).encode()
-                             for j in range(max(len(words) - dedup.SHINGLE + 1, 1))})
+        words, sketch = fold_words(text).split(" "), MinHash(num_perm=size)
+        sketch.update_batch({" ".join(words[j:j + SHINGLE]).encode()
+                             for j in range(max(len(words) - SHINGLE + 1, 1))})
         if not index.query(sketch):
             index.insert(i, sketch)
             kept.append(i)
@@ -356,13 +357,13 @@ def dedup_by_datatrove(source, folder) -> int:
     from datatrove.utils.text import TextNormConfig
     from xxhash import xxh64_intdigest
     words = TextNormConfig(remove_punctuation=False, norm_numbers=False, norm_unicode_diacritics=False)
-    config = minhash.MinhashConfig(dedup.SHINGLE, dedup.BANDS, dedup.ROWS, norm_config=words)
+    config = minhash.MinhashConfig(SHINGLE, BANDS, ROWS, norm_config=words)
     signed, pairs, removed, out = (tempfile.mkdtemp(dir=folder) for _ in range(4))
     sign = minhash.MinhashDedupSignature(signed, config, language=datatrove_words())
     sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())             # its own, but xxhash 4 takes bytes alone
     return datatrove_run(
         folder, ([JsonlReader(str(source.parent)), sign], 1),
-        ([minhash.MinhashDedupBuckets(signed, pairs, config=config)], dedup.BANDS),
+        ([minhash.MinhashDedupBuckets(signed, pairs, config=config)], BANDS),
         ([minhash.MinhashDedupCluster(pairs, removed, config)], 1),
         ([JsonlReader(str(source.parent)), minhash.MinhashDedupFilter(removed),
           JsonlWriter(out, compression=None)], 1))["total"].total

@@ -1,10 +1,9 @@
-"""Truth: brute force over all pairs with Python sets of word tuples, on real text with planted copies; datasketch's
-MinHash; the banding's formula; a ten-line greedy loop; hand-made cases. Laws: what is removed is similar enough to
-something kept; neither order, nor workers, nor a kill changes the result.
+"""Truth: brute force over all pairs with Python sets of word tuples, on real text with planted copies; a plain loop
+over the ranking; hand-made cases. Laws: what is removed is similar enough to something kept; neither order, nor
+workers, nor a kill changes the result.
 """
 
 import gzip
-import itertools
 import json
 import os
 import random
@@ -13,83 +12,32 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
-import numpy as np
 import pytest
+from similar_texts import (
+    all_similar,
+    edited,
+    found_share,
+    random_texts,
+    read_jsonl,
+    records_of,
+    spoken,
+    write_jsonl,
+)
 
 import dedup as module
-from core.config import main_guard
-from dedup import BANDS, ROWS, band_keys, dedup, jaccard, ngram_hashes, normalise, signatures
+from core.cli import Reading
+from dedup import dedup
+from text.minhash import compute_band_keys, fold_words, hash_ngrams
 
 ROOT = Path(__file__).parent.parent
-
-
-def found_share(s: float) -> float:
-    """The banding's chance to propose a pair of similarity s."""
-    return 1 - (1 - s**8) ** 14
-
-
-def spoken(text: str) -> list[str]:
-    return re.sub("[\u3040-\u30ff\u4e00-\u9fff]", r" \g<0> ", text.casefold()).split()      # WikiText quotes kana
-
-
-def shingle_set(text: str, n: int = 5) -> set:
-    listed = spoken(text)
-    return {tuple(listed[i:i + n]) for i in range(max(len(listed) - n + 1, 1))}
-
-
-def all_similar(texts: list[str], least: float) -> dict:
-    """{(i, j): Jaccard similarity} of every pair i < j that shares a shingle and has at least this similarity."""
-    sets, where, common = [shingle_set(t) for t in texts], {}, Counter()
-    for i, shingles in enumerate(sets):
-        for shingle in shingles:
-            for j in where.setdefault(shingle, []):
-                common[j, i] += 1
-            where[shingle].append(i)
-    pairs = {(i, j): n / (len(sets[i]) + len(sets[j]) - n) for (i, j), n in common.items()}
-    return {pair: s for pair, s in pairs.items() if s >= least}
-
-
-def write_jsonl(path, records) -> str:
-    Path(path).write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    return str(path)
-
-
-def read_jsonl(path) -> list:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def results(out) -> tuple[list, list]:
     """The lines of kept.jsonl and removed.jsonl, sorted."""
     return tuple(sorted(Path(out, name).read_bytes().splitlines()) for name in ("kept.jsonl", "removed.jsonl"))
-
-
-def random_texts(n: int, seed: int = 0, copies: float = 0.3) -> list[str]:
-    """Texts of 20 to 120 words, a share of them copies with up to two changed words."""
-    rng, texts = random.Random(seed), []
-    for _ in range(n):
-        if texts and rng.random() < copies:
-            listed = rng.choice(texts).split()
-            for _ in range(rng.randrange(3)):
-                listed[rng.randrange(len(listed))] = f"new{rng.randrange(99)}"
-        else:
-            listed = [f"w{int(rng.paretovariate(0.6)) % 5000}" for _ in range(rng.randrange(20, 120))]
-        texts.append(" ".join(listed))
-    return texts
-
-
-def records_of(texts) -> list[dict]:
-    return [{"text": t, "id": f"d{i}", "metadata": {"source": "test", "n": i}} for i, t in enumerate(texts)]
-
-
-def edited(text: str, share: float, rng) -> str:
-    listed = text.split(" ")
-    for i in rng.sample(range(len(listed)), max(round(share * len(listed)), 1)):
-        listed[i] = "".join(rng.choice("aeioubcdfg") for _ in range(7))
-    return " ".join(listed)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +107,7 @@ def test_planted_copies_in_real_text_against_brute_force(planted, truth, tmp_pat
 def test_what_is_kept_is_what_a_plain_loop_over_the_ranking_keeps(threshold, tmp_path):
     texts = random_texts(600, seed=1, copies=0.6)
     similar = all_similar(texts, threshold)
-    keys = band_keys(ngram_hashes([normalise(t) for t in texts], 5))
+    keys = compute_band_keys(hash_ngrams([fold_words(t) for t in texts], 5))
     ties = [int.from_bytes(blake2b(t.encode(), digest_size=8).digest(), "little") for t in texts]
     ranking = sorted(range(600), key=lambda i: (-len(texts[i]), ties[i], i))
     kept, target = [], {}
@@ -217,64 +165,6 @@ def test_everything_of_a_record_is_kept(tmp_path):
                                                           {"text": "", "id": f"{path}:3"}]
 
 
-# ---- the arithmetic
-
-def test_band_keys_meet_as_often_as_the_formula_says():
-    rng, n, size = np.random.default_rng(0), 3000, 360
-    for s in (0.6, 0.8, 0.9):
-        common = round(2 * size * s / (1 + s))
-        pool = rng.integers(2**64, size=(n, 2 * size - common), dtype=np.uint64)
-        a, b = pool[:, :size], pool[:, size - common:]
-        exact = common / (2 * size - common)
-        ka, kb = (band_keys(list(np.sort(x, axis=1))) for x in (a, b))
-        for share, p in (((ka == kb).any(1).mean(), found_share(exact)), ((ka == kb).mean(), exact**8)):
-            assert abs(share - p) < 4 * (p * (1 - p) / n) ** 0.5 + 1e-3, (s, share, p)
-
-
-def test_estimates_agree_with_datasketch_within_sampling_error():
-    datasketch = pytest.importorskip("datasketch")
-    rng, ours, theirs, exact = random.Random(0), [], [], []
-    for _ in range(120):
-        listed = [f"w{rng.randrange(5000)}" for _ in range(150)]
-        texts = [" ".join(listed), edited(" ".join(listed), rng.choice((0.01, 0.03, 0.06, 0.1)), rng)]
-        a, b = signatures(ngram_hashes([normalise(t) for t in texts], 5))
-        sketches = [datasketch.MinHash(num_perm=BANDS * ROWS) for _ in texts]
-        for sketch, text in zip(sketches, texts):
-            sketch.update_batch([" ".join(shingle).encode() for shingle in shingle_set(text)])
-        ours.append(float((a == b).mean()))
-        theirs.append(sketches[0].jaccard(sketches[1]))
-        exact.append(all_similar(texts, 0)[0, 1])
-    ours, theirs, exact = map(np.array, (ours, theirs, exact))
-    sigma = (exact * (1 - exact) / (BANDS * ROWS)) ** 0.5
-    assert (abs(ours - exact) < 4.5 * sigma).all()
-    assert (abs(ours - theirs) < 4.5 * 2**0.5 * sigma).all()
-    assert abs((ours - exact).mean()) < 4 * (sigma**2).sum() ** 0.5 / len(sigma)
-    assert 0.8 < ((ours - exact) / sigma).std() < 1.2                    # as widely spread as independent rows are
-
-
-def test_shingle_sets_and_similarity_against_python_sets():
-    texts = [*random_texts(60, seed=4), "", "one", "one two", "a a a a a a a a a", "one two three four",
-             "one two three four five"]
-    sets = ngram_hashes([normalise(t) for t in texts], 5)
-    truths = [shingle_set(t) if t else set() for t in texts]
-    unique = [np.unique(s) for s in sets]
-    assert [len(s) for s in unique] == [len(t) for t in truths]
-    for i, j in itertools.combinations([i for i, t in enumerate(texts) if t], 2):
-        assert jaccard(unique[i], unique[j]) == len(truths[i] & truths[j]) / len(truths[i] | truths[j])
-    alone = [ngram_hashes([normalise(t)], 5)[0] for t in texts]              # a batch changes nothing
-    assert all(np.array_equal(a, b) for a, b in zip(sets, alone))
-    assert np.array_equal(band_keys(sets), np.concatenate([band_keys([s]) for s in alone]))
-
-
-def test_normalise():
-    assert normalise("The  LAW,\r\n§ 5\t(a)") == "the law, § 5 (a)"
-    assert normalise("Straße Cafe\u0301") == normalise("STRASSE CAFÉ")
-    assert normalise("漢字とkana is") == "漢 字 と kana is"
-    assert normalise("漢\n字") == normalise("漢字")
-    assert normalise("กขค") == "ก ข ค"
-    assert normalise("a\ud800b") == "a\ufffdb"
-
-
 def test_scripts_without_spaces_are_compared_by_characters(tmp_path):
     rng = random.Random(5)
     text = "".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(200))
@@ -284,8 +174,6 @@ def test_scripts_without_spaces_are_compared_by_characters(tmp_path):
     assert sorted(r["reason"] for r in rows) == ["exact", "near"]
     assert sum(r["id"] == "d3" for r in rows) == 0
 
-
-# ---- paragraphs and benchmarks
 
 def test_paragraphs(tmp_path):
     notice = "This notice stands at the end of each and every page of the manual, word for word, as it always did."
@@ -306,72 +194,9 @@ def test_paragraphs(tmp_path):
     assert (report["documents"], report["paragraph"], report["kept"]) == (4, 2, len(kept))
 
 
-def write_benchmarks(folder) -> dict:
-    """One long item in every kind of file; {file: its text}."""
-    texts = {f"b{i}": " ".join(f"{'abcdefg'[i]}{j}" for j in range(20)) for i in range(6)}
-    write_jsonl(folder / "b0.jsonl", [{"question": "short"}, {"choices": {"text": ["x", texts["b0"]]}, "n": 3}])
-    (folder / "b1.csv").write_text(f'question,A\n"{texts["b1"]}, ""quoted""",B\n')
-    with gzip.open(folder / "b2.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"prompt": texts["b2"]}) + "\n")
-    (folder / "b3.txt").write_text(f"first block\n\n{texts['b3']}\n")
-    (folder / "b4.json").write_text(json.dumps({"17": {"context": [texts["b4"]]}}))
-    import pyarrow
-    import pyarrow.parquet as parquet
-    parquet.write_table(pyarrow.table({"n": [1], "q": [texts["b5"]]}), folder / "b5.parquet")
-    return {next(folder.glob(f"{name}.*")): text for name, text in texts.items()}
-
-
-def test_decontamination_by_file_type_and_edge(tmp_path):
-    benchmarks = write_benchmarks(tmp_path)
-    texts = []
-    for text in benchmarks.values():
-        listed = text.split()
-        texts += ["before " + " ".join(listed[3:16]).upper().replace(" ", ",\n") + ". after",      # 13 words in a row
-                  "before " + " ".join(listed[3:15]) + " other " + " ".join(listed[16:]) + " after"]       # 12
-    path = write_jsonl(tmp_path / "in.jsonl", records_of(texts))
-    report = dedup([path], tmp_path / "out", against=benchmarks)
-    rows = read_jsonl(tmp_path / "out" / "removed.jsonl")
-    assert [r["id"] for r in rows] == [f"d{i}" for i in range(0, 12, 2)]
-    assert [r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")] == [f"d{i}" for i in range(1, 12, 2)]
-    item = {"b0": 2, "b1": 2, "b2": 1, "b3": 2, "b4": 1, "b5": 1}
-    for row, file in zip(rows, benchmarks):
-        assert row["reason"] == "contaminated"
-        assert row["duplicate_of"] == f"{file}:{item[file.name[:2]]}"
-        grams = 9 if file.name == "b1.csv" else 8                        # "quoted" is a word of that field
-        assert row["overlaps"] == [{"item": row["duplicate_of"], "ngrams": 1, "share": round(1 / grams, 4)}]
-        assert report["against"][str(file)]["found"] == 1
-    assert report["against"][str(tmp_path / "b0.jsonl")] == {"items": 2, "too_short": 1, "found": 1}
-
-
-def test_decontamination_against_real_benchmarks(data_dir, tmp_path):
-    """Items planted in stories are found; the truth is a set of 13-tuples. The clean copy of one stays."""
-    files = [data_dir / "bench" / "gsm8k" / "test.jsonl", data_dir / "bench" / "humaneval" / "HumanEval.jsonl.gz",
-             data_dir / "bench" / "mmlu" / "test" / "jurisprudence_test.csv"]
-    questions = [json.loads(line)["question"] for line in files[0].read_text(encoding="utf-8").splitlines()]
-    stories = (data_dir / "corpora" / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
-    stories = [s.strip() for s in stories.split("<|endoftext|>") if len(s.split()) > 80][:300]
-    texts = [f"{story}\n{questions[i]}" if i % 10 == 0 else story for i, story in enumerate(stories)]
-    path = write_jsonl(tmp_path / "in.jsonl", records_of([*texts, stories[0]]))
-
-    def tuples(text):
-        listed = re.findall(r"\w+", text.lower())
-        return {tuple(listed[i:i + 13]) for i in range(len(listed) - 12)}
-    grams = set().union(*map(tuples, questions))
-    wanted = {f"d{i}" for i, text in enumerate(texts) if tuples(text) & grams}
-    assert len(wanted) >= 29
-    dedup([path], tmp_path / "out", against=files, workers=2)
-    rows = [r for r in read_jsonl(tmp_path / "out" / "removed.jsonl") if r["reason"] == "contaminated"]
-    assert {r["id"] for r in rows} == wanted
-    numbers = {int(r["duplicate_of"].rpartition(":")[2]) for r in rows if str(files[0]) in r["duplicate_of"]}
-    assert len(numbers - {10 * i + 1 for i in range(30)}) <= 1           # item = line of the file
-    assert f"d{len(texts)}" in {r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")}
-
-
-# ---- kills and hostile input
-
 def test_stopped_at_any_commit_and_run_again_gives_the_same_bytes(tmp_path, monkeypatch):
-    texts = random_texts(90, seed=6)
-    files = [write_jsonl(tmp_path / f"{i}.jsonl", records_of(texts)[i::3]) for i in range(3)]
+    texts = random_texts(40, seed=6)
+    files = [write_jsonl(tmp_path / f"{i}.jsonl", records_of(texts)[i::2]) for i in range(2)]
     bench = tmp_path / "bench.txt"
     bench.write_text(" ".join(texts[0].split()[:15]))
     names = ("kept.jsonl", "removed.jsonl", "dedup.json")
@@ -388,13 +213,16 @@ def test_stopped_at_any_commit_and_run_again_gives_the_same_bytes(tmp_path, monk
         return call
     monkeypatch.setattr(os, "replace", counted(replace))
     monkeypatch.setattr(os, "fsync", counted(fsync))
-    for stop in range(1, 100):
+    # A commit is three calls (the file, its name, its folder), so every fourth one is of another kind.
+    for stop in range(1, 200, 4):
         out, calls[0] = tmp_path / f"out{stop}", stop
         try:
             dedup(files, out, against=[bench])
             break
         except KeyboardInterrupt:
-            assert not (out / "dedup.json").exists()
+            if (out / "dedup.json").exists():
+                assert [(out / name).read_bytes() for name in names] == wanted
+                break
         for torn in list((out / ".dedup").glob("*.partial"))[:1]:
             torn.write_bytes(b"torn")
         for short in list((out / ".dedup").glob("*.bands"))[:stop % 2]:    # as after a power cut
@@ -403,7 +231,7 @@ def test_stopped_at_any_commit_and_run_again_gives_the_same_bytes(tmp_path, monk
         dedup(files, out, against=[bench])
         assert [(out / name).read_bytes() for name in names] == wanted
         assert sorted(p.name for p in out.iterdir()) == sorted(names)
-    assert stop > 35                                                     # 3 files, 14 bands, 3 results
+    assert stop > 60, "2 files of 5 parts, 14 bands, 3 results"
 
 
 def test_an_input_that_changed_after_the_kill_is_read_again(tmp_path):
@@ -460,7 +288,7 @@ def refused(capsys, monkeypatch, *arguments) -> str:
     """The one line that the command ends with."""
     monkeypatch.setattr(sys, "argv", ["dedup.py", *map(str, arguments)])
     try:
-        status = main_guard(module.main)
+        status = module.main()
     except SystemExit as stop:
         status = stop.code
     assert status == 2
@@ -494,8 +322,8 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert "is a folder" in no(tmp_path / "folder", "--out", tmp_path / "out")
     assert "does not exist" in no(tmp_path / "nothing", "--out", tmp_path / "out")
     assert "is a folder" in no(good, "--out", tmp_path / "out", "--against", tmp_path / "folder", "--overwrite")
-    assert "threshold" in no(good, "--out", tmp_path / "out", "--threshold", 1.5)
-    assert "at least one worker" in no(good, "--out", tmp_path / "out", "--workers", 0)
+    assert "--threshold is 1.5" in no(good, "--out", tmp_path / "out", "--threshold", 1.5)
+    assert "--workers is 0, but must be at least 1" in no(good, "--out", tmp_path / "out", "--workers", 0)
     assert "--against" in no(good, "--out", tmp_path / "out", "--againts", good)
     assert "--out" in no(good)
     dedup([good], tmp_path / "done")
@@ -564,21 +392,21 @@ def test_parquet_text_and_other_columns(tmp_path):
     now = datetime.datetime(2024, 5, 1)
     parquet.write_table(pyarrow.table({"body": ["a b c", "A  b c", "d"], "id": [1, 2, 3], "at": [now] * 3}),
                         tmp_path / "a.parquet")
-    dedup([tmp_path / "a.parquet"], tmp_path / "out", column="body")
+    dedup([tmp_path / "a.parquet"], tmp_path / "out", reading=Reading(column="body"))
     kept = read_jsonl(tmp_path / "out" / "kept.jsonl")
     assert [r["body"] for r in kept][-1:] == ["d"]
     assert len(kept) == 2
     assert kept[0]["at"] == str(now)
     (tmp_path / "a.txt").write_text("one block\n\nanother block\n\none  BLOCK\n")
     assert dedup([tmp_path / "a.txt"], tmp_path / "text")["exact"] == 1
-    assert dedup([tmp_path / "a.txt"], tmp_path / "file", documents="file")["kept"] == 1
+    assert dedup([tmp_path / "a.txt"], tmp_path / "file", reading=Reading(documents="file"))["kept"] == 1
 
 
 def test_command_line_prints_and_writes_the_report(tmp_path, capsys, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", records_of(["one two", "One two", "three"]))
     monkeypatch.setattr(sys, "argv", ["dedup.py", path, "--out", str(tmp_path / "out"), "--workers", "1", "--against",
                                       path, "--json", str(tmp_path / "report.json")])
-    assert main_guard(module.main) == 0
+    assert module.main() == 0
     printed = capsys.readouterr().out
     assert "2 kept" in printed
     assert "1 exact" in printed

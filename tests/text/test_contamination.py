@@ -1,0 +1,70 @@
+"""Truth: cases made by hand in every kind of file; a set of 13-tuples of words over real benchmarks (NANOCPT_DATA)."""
+
+import gzip
+import json
+import re
+
+from similar_texts import read_jsonl, records_of, write_jsonl
+
+from dedup import dedup
+
+
+def write_benchmarks(folder) -> dict:
+    """One long item in every kind of file; {file: its text}."""
+    texts = {f"b{i}": " ".join(f"{'abcdefg'[i]}{j}" for j in range(20)) for i in range(6)}
+    write_jsonl(folder / "b0.jsonl", [{"question": "short"}, {"choices": {"text": ["x", texts["b0"]]}, "n": 3}])
+    (folder / "b1.csv").write_text(f'question,A\n"{texts["b1"]}, ""quoted""",B\n')
+    with gzip.open(folder / "b2.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"prompt": texts["b2"]}) + "\n")
+    (folder / "b3.txt").write_text(f"first block\n\n{texts['b3']}\n")
+    (folder / "b4.json").write_text(json.dumps({"17": {"context": [texts["b4"]]}}))
+    import pyarrow
+    import pyarrow.parquet as parquet
+    parquet.write_table(pyarrow.table({"n": [1], "q": [texts["b5"]]}), folder / "b5.parquet")
+    return {next(folder.glob(f"{name}.*")): text for name, text in texts.items()}
+
+
+def test_decontamination_by_file_type_and_edge(tmp_path):
+    benchmarks = write_benchmarks(tmp_path)
+    texts = []
+    for text in benchmarks.values():
+        listed = text.split()
+        texts += ["before " + " ".join(listed[3:16]).upper().replace(" ", ",\n") + ". after",      # 13 words in a row
+                  "before " + " ".join(listed[3:15]) + " other " + " ".join(listed[16:]) + " after"]       # 12
+    path = write_jsonl(tmp_path / "in.jsonl", records_of(texts))
+    report = dedup([path], tmp_path / "out", against=benchmarks)
+    rows = read_jsonl(tmp_path / "out" / "removed.jsonl")
+    assert [r["id"] for r in rows] == [f"d{i}" for i in range(0, 12, 2)]
+    assert [r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")] == [f"d{i}" for i in range(1, 12, 2)]
+    item = {"b0": 2, "b1": 2, "b2": 1, "b3": 2, "b4": 1, "b5": 1}
+    for row, file in zip(rows, benchmarks):
+        assert row["reason"] == "contaminated"
+        assert row["duplicate_of"] == f"{file}:{item[file.name[:2]]}"
+        grams = 9 if file.name == "b1.csv" else 8                        # "quoted" is a word of that field
+        assert row["overlaps"] == [{"item": row["duplicate_of"], "ngrams": 1, "share": round(1 / grams, 4)}]
+        assert report["against"][str(file)]["found"] == 1
+    assert report["against"][str(tmp_path / "b0.jsonl")] == {"items": 2, "too_short": 1, "found": 1}
+
+
+def test_decontamination_against_real_benchmarks(data_dir, tmp_path):
+    """Items planted in stories are found; the truth is a set of 13-tuples. The clean copy of one stays."""
+    files = [data_dir / "bench" / "gsm8k" / "test.jsonl", data_dir / "bench" / "humaneval" / "HumanEval.jsonl.gz",
+             data_dir / "bench" / "mmlu" / "test" / "jurisprudence_test.csv"]
+    questions = [json.loads(line)["question"] for line in files[0].read_text(encoding="utf-8").splitlines()]
+    stories = (data_dir / "corpora" / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
+    stories = [s.strip() for s in stories.split("<|endoftext|>") if len(s.split()) > 80][:300]
+    texts = [f"{story}\n{questions[i]}" if i % 10 == 0 else story for i, story in enumerate(stories)]
+    path = write_jsonl(tmp_path / "in.jsonl", records_of([*texts, stories[0]]))
+
+    def tuples(text):
+        listed = re.findall(r"\w+", text.lower())
+        return {tuple(listed[i:i + 13]) for i in range(len(listed) - 12)}
+    grams = set().union(*map(tuples, questions))
+    wanted = {f"d{i}" for i, text in enumerate(texts) if tuples(text) & grams}
+    assert len(wanted) >= 29
+    dedup([path], tmp_path / "out", against=files, workers=2)
+    rows = [r for r in read_jsonl(tmp_path / "out" / "removed.jsonl") if r["reason"] == "contaminated"]
+    assert {r["id"] for r in rows} == wanted
+    numbers = {int(r["duplicate_of"].rpartition(":")[2]) for r in rows if str(files[0]) in r["duplicate_of"]}
+    assert len(numbers - {10 * i + 1 for i in range(30)}) <= 1           # item = line of the file
+    assert f"d{len(texts)}" in {r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")}

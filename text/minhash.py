@@ -1,0 +1,166 @@
+"""Near-duplicates by MinHash: a text's words, hashes of its n-grams, signatures, bands, candidate pairs, the verdict.
+
+A document is the set of its 5-word shingles. MinHash (Broder 1997) estimates how similar two sets are: under a random
+hash function their least hashes are equal with probability s, the Jaccard similarity. A signature has 14 bands of 8
+such hashes (FineWeb's numbers), and two sets that agree in all 8 hashes of any band are a candidate pair; a pair of
+similarity s becomes one with probability 1 - (1 - s^8)^14. The verdict then compares the sets themselves.
+
+U texts, S hashes of the n-grams of one text, M members of the groups of one band.
+"""
+
+import functools
+import itertools
+import re
+import unicodedata
+
+import numpy as np
+from tqdm import tqdm
+
+from core.hashing import fmix64
+from text.corpus import utf8
+
+BANDS, ROWS, SHINGLE = 14, 8, 5
+# Thai, Lao, Myanmar, Khmer, kana and Han are written without spaces.
+SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
+                       "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+# A random value for each byte, the base of the polynomial hash, and the 112 hash functions x -> SCALE x + SHIFT.
+BYTE_VALUES, BASE = fmix64(np.arange(1, 257)), 0x9E3779B97F4A7C15
+SCALE, SHIFT = fmix64(np.arange(101, 101 + BANDS * ROWS)) | np.uint64(1), fmix64(np.arange(301, 301 + BANDS * ROWS))
+ROW_WEIGHTS = fmix64(np.arange(1, ROWS + 1)) | np.uint64(1)
+
+
+# ---- text -> words -> hashes -> band keys
+
+def fold_words(text: str) -> str:
+    """The words that are compared, one space between them: NFC, casefolded; letters of scripts without spaces apart.
+
+    Punctuation stays, because `a - b` is not `a + b` and $1,000 is not $1.000.
+    """
+    if text.isascii():
+        return " ".join(text.lower().split())
+    text = unicodedata.normalize("NFC", utf8(text).decode()).casefold()
+    return " ".join(SPACELESS.sub(r" \g<0> ", text).split())
+
+
+@functools.lru_cache(maxsize=2)
+def _powers(base: int, blocks: int) -> np.ndarray:
+    """base^1, base^2, ... modulo 2^64, as many as there are bytes in so many blocks of 256 KB."""
+    return np.cumprod(np.full(blocks << 18, base, np.uint64))
+
+
+def hash_ngrams(texts: list[str], n: int) -> list[np.ndarray]:
+    """uint64 [S] for each of the folded texts: a hash of every n words, in order and with repeats.
+
+    A text of fewer words has one hash, of all its words, and an empty one has none.
+
+    The hash of the bytes b[s:e] is the polynomial of their BYTE_VALUES in BASE modulo 2^64 (Rabin-Karp): a difference
+    of two prefix sums, divided by BASE^s so that it does not depend on the place. No word is looked at on its own.
+    """
+    if not texts:
+        return []
+    counts = [text.count(" ") + 1 for text in texts]
+    flat = np.frombuffer("\n".join([*texts, ""]).encode(), np.uint8)
+    word_ends = np.flatnonzero((flat == 32) | (flat == 10))
+    word_starts = np.append(0, word_ends[:-1] + 1)
+    prefix = np.zeros(len(flat) + 1, np.uint64)
+    blocks = (len(flat) >> 18) + 1
+    np.cumsum(BYTE_VALUES[flat] * _powers(BASE, blocks)[:len(flat)], out=prefix[1:])
+    text_ends = np.cumsum(counts)
+    last = np.minimum(np.arange(len(word_starts)) + n, np.repeat(text_ends, counts)) - 1
+    sums = prefix[word_ends[last]] - prefix[word_starts]
+    grams = fmix64(sums * _powers(pow(BASE, -1, 1 << 64), blocks)[word_starts])
+    return [grams[end - count:max(end - count + 1, end - n + 1)] if text else grams[:0]
+            for text, count, end in zip(texts, counts, text_ends.tolist())]
+
+
+def compute_signatures(sets: list[np.ndarray]) -> np.ndarray:
+    """uint64 [U, BANDS * ROWS]: the least hash of each set under 112 hash functions; all ones for an empty one."""
+    out = np.full((len(sets), BANDS * ROWS), ~np.uint64(0))
+    filled, at = [i for i, s in enumerate(sets) if len(s)], 0
+    while at < len(filled):
+        # As many sets at a time as fit the cache.
+        group, size = [], 0
+        while at < len(filled) and (not group or size + len(sets[filled[at]]) < 1 << 15):
+            group.append(filled[at])
+            size += len(sets[filled[at]])
+            at += 1
+        flat = np.concatenate([sets[i] for i in group])
+        starts = np.cumsum([0] + [len(sets[i]) for i in group[:-1]])
+        buffer = np.empty_like(flat)
+        for k in range(BANDS * ROWS):
+            np.multiply(flat, SCALE[k], out=buffer)
+            np.add(buffer, SHIFT[k], out=buffer)
+            out[group, k] = np.minimum.reduceat(buffer, starts)
+    return out
+
+
+def compute_band_keys(sets: list[np.ndarray]) -> np.ndarray:
+    """uint64 [U, BANDS]: two sets share a key where their signatures agree in all rows of the band."""
+    rows = compute_signatures(sets).reshape(len(sets), BANDS, ROWS)
+    return fmix64((rows * ROW_WEIGHTS).sum(2, dtype=np.uint64)).reshape(len(sets), BANDS)
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """The Jaccard similarity, 0 to 1, of two sorted arrays [at least 1] without repeats."""
+    if len(a) > len(b):
+        a, b = b, a
+    at = np.minimum(b.searchsorted(a), len(b) - 1)
+    common = int(np.count_nonzero(b[at] == a))
+    return common / (len(a) + len(b) - common)
+
+
+# ---- candidates and the verdict
+
+def link_band(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys of one band, uint64 [U], best text first -> (members uint32 [M], group uint32 [M]) of every key that two or
+    more texts share. The members of a group follow each other, best first."""
+    order = keys.argsort(kind="stable")
+    keys = keys[order]
+    same = keys[1:] == keys[:-1]
+    before, after = np.append(False, same), np.append(same, False)
+    shared = before | after
+    group = np.cumsum(~before[shared], dtype=np.int64) - 1
+    return order[shared].astype(np.uint32), group.astype(np.uint32)
+
+
+def keep_best(members: list, groups: list, n: int, shingles, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """From best to worst, keep a text unless it is `threshold` similar to a kept one with which it shares a band.
+
+    members, groups: what `link_band` gives of each band, for texts 0 (best) to n - 1. shingles(i): the sorted hashes of
+    text i without repeats. Returns (stays int64 [n]: the text that stays in its place; similarity float64 [n] to it;
+    pairs compared).
+
+    Let 0 and 1 be 0.9 similar, 1 and 2 too, 0 and 2 only 0.7, and the threshold 0.8. 0 stays. 1 goes: it resembles 0.
+    2 stays: it resembles 1, which is not there any more, but not 0. No chain removes what is unlike all that is kept.
+    """
+    sizes = [int(group[-1]) + 1 if len(group) else 0 for group in groups]
+    offsets = np.cumsum([0, *sizes])
+    # First in the order of the groups, to learn where each group's list begins; then in the order of the texts.
+    group = np.concatenate([g + np.uint32(offset) for g, offset in zip(groups, offsets)])
+    starts = np.append(0, np.cumsum(np.bincount(group, minlength=offsets[-1])))
+    members = np.concatenate(members)
+    order = members.argsort(kind="stable")
+    group, members = group[order], members[order]
+    del order
+    edges = np.append(np.flatnonzero(np.append(True, members[1:] != members[:-1])[:len(members)]), len(members))
+    # A kept text is put at the end of the list of each of its groups: a later one finds there all that it may resemble.
+    kept, fill = np.zeros(len(members), np.uint32), np.zeros(offsets[-1], np.int64)
+    stays, similarity, compared = np.arange(n), np.ones(n), 0
+    for low, high in tqdm(itertools.pairwise(edges), "compare", len(edges) - 1, unit=" documents", disable=None):
+        text, own = int(members[low]), group[low:high]
+        candidates = set()
+        for start, length in zip(starts[own].tolist(), fill[own].tolist()):
+            if length:
+                candidates.update(kept[start:start + length].tolist())
+        mine = shingles(text) if candidates else None
+        for other in sorted(candidates):
+            s = jaccard(mine, shingles(other))
+            compared += 1
+            if s >= threshold:
+                stays[text] = other
+                similarity[text] = s
+                break
+        else:
+            kept[starts[own] + fill[own]] = text
+            fill[own] += 1
+    return stays, similarity, compared
