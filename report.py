@@ -25,7 +25,7 @@ from core.cli import Positional
 from core.errors import UserError
 from core.files import write_text
 from measure import charts, verdict
-from measure.charts import DOMAIN, GENERAL, PALETTE, decimal, short
+from measure.charts import DOMAIN, GENERAL, decimal, short
 from measure.verdict import ADVICE, UNITS, finite, mean
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -75,7 +75,7 @@ class Run:
 
     @cached_property
     def colours(self) -> dict:
-        """{source: name in PALETTE}: warm for the domain, cool for everything else."""
+        """{source: colour's name}: warm for the domain, cool for everything else."""
         warm = self.names_of("domain")
         cool = [name for name in self.sources if name not in warm]
         return {name: palette[i % len(palette)]
@@ -290,34 +290,14 @@ def meaning(run: Run) -> str:
 
 def render(runs: list) -> str:
     """The whole page for one or several runs, as HTML text that loads nothing from anywhere."""
-    ranked = [run for run in runs if run.overall is not None]
-    best = max(ranked, key=lambda run: run.overall, default=None)
-    if best:
-        lead = [(f"{best.name} scores best of {count(len(runs), 'run')}. ", ""), *headline(best)]
-    else:
-        lead = [(f"None of the {len(runs)} runs can be ranked yet: gain or forgetting is unknown.", "")]
     points = 400 if len(runs) == 1 else max(60, 900 // len(runs))
     # Autoescape: whatever stands in a run's files reaches the page as text, never as markup.
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"finite": finite, "percent": percent, "decimal": decimal, "short": short, "utc": utc,
-                            "fields": join_fields}
+                            "fields": join_fields, "plain": plain}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        views=[view_of(run, i, points) for i, run in enumerate(runs)], palette=PALETTE, plain=plain, best=best,
-        across=charts.draw_comparison(runs, 300) if len(runs) > 1 else [], lead=lead, notes=comparability(runs),
-        advice=ADVICE)
-
-
-def comparability(runs: list) -> list:
-    """What a reader should know before comparing these runs, a sentence each."""
-    notes = []
-    if len({json.dumps(run.protocol, sort_keys=True) for run in runs}) > 1:
-        notes.append("These runs were not evaluated under the same protocol: compare their values with care.")
-    if len({run.metric for run in runs}) > 1:
-        notes.append("Some runs carry no bits per byte and are shown in nats per predicted token: "
-                     "only the relative changes compare.")
-    if len({str(run.sources) for run in runs}) > 1:
-        notes.append("These runs do not have the same sources.")
-    return notes
+        views=[view_of(run, i, points) for i, run in enumerate(runs)], advice=ADVICE,
+        across=charts.draw_comparison(runs, 300) if len(runs) > 1 else [])
 
 
 def view_of(run: Run, index: int, points: int) -> dict:

@@ -1,7 +1,7 @@
 """The charts of report.py: the curves of one run, and several runs beside each other, as inline SVG.
 
-matplotlib draws in the colours of a light page. Each colour is then replaced by a variable of the page's style sheet,
-so that one picture serves light and dark pages. Text in the pictures stays text, and nothing is loaded from anywhere.
+A colour in a picture is a variable of the page's style sheet, so that one picture serves light and dark pages. Text in
+the pictures stays text, and nothing is loaded from anywhere.
 
 A run is report.py's Run. Values that a file does not have, or that are no finite numbers, are left out of a curve.
 """
@@ -18,26 +18,19 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from measure.verdict import UNITS, finite, mean
 
-# {name: (colour on a light page, colour on a dark page)}; all differ, because to_svg finds a colour by its light value.
-PALETTE = {
-    "page": ("#f7f8fa", "#12161d"), "card": ("#ffffff", "#1a202a"),
-    "ink": ("#1b2330", "#e8ebf0"), "muted": ("#5f6b7c", "#9aa5b5"), "line": ("#e2e6ec", "#303846"),
-    "good": ("#15803e", "#4ade80"), "warning": ("#b45308", "#fbbf25"), "bad": ("#b91c1d", "#f87172"),
-    "d0": ("#c2410d", "#fb923d"), "d1": ("#be185e", "#f472b7"), "d2": ("#a16208", "#facc16"),
-    "d3": ("#7f1d1e", "#fca5a6"), "g0": ("#2563ec", "#60a5fb"), "g1": ("#0d9489", "#2dd4c0"),
-    "g2": ("#7c3aee", "#a78bfb"), "g3": ("#4d7c10", "#a3e636"), "g4": ("#0284c8", "#38bdf9"),
-    "g5": ("#64748c", "#94a3b9"), "g6": ("#a21cb0", "#e879fa"),
-}
-DOMAIN = [name for name in PALETTE if re.fullmatch(r"d\d", name)]    # warm colours
-GENERAL = [name for name in PALETTE if re.fullmatch(r"g\d", name)]   # cool colours
+# The style sheet of report.html.j2 says what each of these colours is on a light and on a dark page.
+DOMAIN, GENERAL = ["d0", "d1", "d2", "d3"], ["g0", "g1", "g2", "g3", "g4", "g5", "g6"]     # warm; cool
+COLOURS = ["page", "card", "ink", "muted", "line", "good", "warning", "bad", *DOMAIN, *GENERAL]
 RUNS = ["g0", "d0", "g1", "g2", "d1", "d2", "g3", "g5"]
+# What matplotlib draws instead: values that nothing else has, so that clean_svg finds them again.
+HEX = {name: f"#0000{i:02x}" for i, name in enumerate(COLOURS, 1)}
 
 STYLE = {
-    "svg.fonttype": "none", "font.size": 8, "axes.edgecolor": PALETTE["line"][0],
-    "axes.labelcolor": PALETTE["muted"][0], "xtick.color": PALETTE["muted"][0], "ytick.color": PALETTE["muted"][0],
-    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": PALETTE["line"][0], "grid.linewidth": 0.7,
-    "xtick.major.size": 0, "ytick.major.size": 0, "lines.solid_capstyle": "round",
+    "svg.fonttype": "none", "font.size": 8, "axes.edgecolor": HEX["line"], "axes.labelcolor": HEX["muted"],
+    "xtick.color": HEX["muted"], "ytick.color": HEX["muted"], "axes.spines.top": False, "axes.spines.right": False,
+    "axes.spines.left": False, "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y",
+    "grid.color": HEX["line"], "grid.linewidth": 0.7, "xtick.major.size": 0, "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
 }
 DASHED, DOTTED = (0, (4, 3)), (0, (1, 1.7))
 # (class in the page's style sheet, width and height in inches)
@@ -68,12 +61,7 @@ def short(value) -> str:
 def tick_text(value, _position=None) -> str:
     """A label of an axis: 20000 -> '20k', 0.00002 -> '2e-5'."""
     size, letter = next(((size, letter) for size, letter in SIZES if abs(value) >= max(size, 1e4)), (1, ""))
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    else:
-        text = f"{value / size:.4g}{letter}"
-    return text.replace("-", "−")
+    return f"{value / size:.4g}{letter}".replace("e-0", "e-").replace("-", "−")
 
 
 # ---- a run's files as arrays
@@ -123,12 +111,8 @@ def smooth(y):
 # ---- pieces of a chart
 
 def colour_of_run(index: int) -> str:
-    """The name in PALETTE of the run at this place of a comparison."""
+    """The colour's name of the run at this place of a comparison."""
     return RUNS[index % len(RUNS)]
-
-
-def hex_of(name: str) -> str:
-    return PALETTE[name][0]
 
 
 def make_axes(size, x_name: str = "step", end: float | None = None):
@@ -149,7 +133,7 @@ def make_axes(size, x_name: str = "step", end: float | None = None):
 
 
 def make_chart(figure, size, title: str, caption: str, key: list) -> dict:
-    """What the page needs to show a figure; `key` is its legend, [(name in PALETTE, text)]."""
+    """What the page needs to show a figure; `key` is its legend, [(colour's name, text)]."""
     return {"figure": figure, "size": size[0], "title": title, "caption": caption, "key": key}
 
 
@@ -179,8 +163,8 @@ def clean_svg(text: str) -> str:
         return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), match[0])
 
     text = re.sub(r' (?:d|x|y|transform)="[^"]*"', shorten, text)
-    for name, (light, _) in PALETTE.items():
-        text = text.replace(light, f"var(--{name})")
+    for name, value in HEX.items():
+        text = text.replace(value, f"var(--{name})")
     return re.sub(r"\s*\n\s*", "\n", text)
 
 
@@ -188,13 +172,13 @@ def draw_curve(axes, x, y, colour: str, points: int, smoothed: bool = False, raw
     """Few points get markers; many noisy ones a moving mean, over the faint curve as it was logged if `raw`."""
     if not smoothed or len(x) < 40:
         marks = {"marker": "o", "markersize": 3.2} if len(x) <= 30 else {}
-        axes.plot(*thin(x, y, points), color=hex_of(colour), linewidth=1.6, **marks)
+        axes.plot(*thin(x, y, points), color=HEX[colour], linewidth=1.6, **marks)
         return
     if raw:
         faint = 0.28 if len(x) <= points else 0.14
-        axes.plot(*thin(x, y, points), color=hex_of(colour), linewidth=0.6, alpha=faint)
+        axes.plot(*thin(x, y, points), color=HEX[colour], linewidth=0.6, alpha=faint)
     keep = spread(len(x), points // 2)
-    axes.plot(x[keep], smooth(y)[keep], color=hex_of(colour), linewidth=1.6)
+    axes.plot(x[keep], smooth(y)[keep], color=HEX[colour], linewidth=1.6)
 
 
 def use_log_if_spiky(axes, y) -> str:
@@ -229,7 +213,7 @@ def chart_evaluations(run, points: int) -> dict | None:
     for name, (x, y) in curves.items():
         base = finite(run.before.get(name, {}).get(run.metric))
         if base is not None:
-            axes.axhline(base, color=hex_of(run.colours[name]), linewidth=0.9, linestyle=DASHED, alpha=0.6)
+            axes.axhline(base, color=HEX[run.colours[name]], linewidth=0.9, linestyle=DASHED, alpha=0.6)
         draw_curve(axes, x, y, run.colours[name], points)
     unit = UNITS[run.metric]
     caption = f"{unit.capitalize()} by step, lower is better" + ("; dashed: the base model." if run.before else ".")
@@ -249,7 +233,7 @@ def chart_loss(run, points: int) -> dict | None:
         draw_curve(axes, x, y, run.colours.get(name, "muted"), points, smoothed=True)
     resumed = [row["step"] for row in run.events if row["kind"] == "resume" and finite(row.get("step")) is not None]
     for step in resumed:
-        axes.axvline(step, color=hex_of("muted"), linewidth=0.8, linestyle=DOTTED)
+        axes.axvline(step, color=HEX["muted"], linewidth=0.8, linestyle=DOTTED)
     unit = "Nats per token" if run.metric == "bits_per_byte" else UNITS[run.metric].capitalize()
     caption = f"{unit} by step" + use_log_if_spiky(axes, np.concatenate([y for _, y in curves.values()]))
     caption += "; faint: as logged, solid: moving mean" if max(len(x) for x, _ in curves.values()) >= 40 else ""
@@ -273,14 +257,14 @@ def chart_mix(run, points: int) -> dict | None:
         # One line was logged so far: draw its shares as constant since step 0.
         steps, counts = np.array([0, steps[0]]), np.repeat(counts, 2, axis=1)
     figure, axes = make_axes(FULL, end=run.step)
-    axes.stackplot(steps, counts / counts.sum(axis=0) * 100, colors=[hex_of(run.colours[name]) for name in curves],
+    axes.stackplot(steps, counts / counts.sum(axis=0) * 100, colors=[HEX[run.colours[name]] for name in curves],
                    alpha=0.62, linewidth=0)
     caption = "Share of all tokens trained so far, in per cent, by step"
     x, wanted = series(run.train, lambda row: row.get("domain_share"))
     if len(x):
         mean_so_far, keep = np.cumsum(wanted) / np.arange(1, len(x) + 1), spread(len(x), points // 2)
-        axes.plot(x[keep], wanted[keep] * 100, color=hex_of("ink"), linewidth=1.2, linestyle=DASHED)
-        axes.plot(x[keep], mean_so_far[keep] * 100, color=hex_of("ink"), linewidth=1, linestyle=DOTTED)
+        axes.plot(x[keep], wanted[keep] * 100, color=HEX["ink"], linewidth=1.2, linestyle=DASHED)
+        axes.plot(x[keep], mean_so_far[keep] * 100, color=HEX["ink"], linewidth=1, linestyle=DOTTED)
         caption += "; dashed: the domain share wanted at that step; dotted: its mean so far, which the domain follows"
     axes.set_ylim(0, 100)
     return make_chart(figure, FULL, "Realised mix", caption + ".", [(run.colours[name], name) for name in curves])
@@ -353,13 +337,13 @@ def chart_gain_against_forgetting(runs: list) -> dict | None:
     axes.set_ylim(min(ys) - room, max(ys) + room)
     axes.set_ylabel("domain gain, %")
     for start, end, grade in ((left, 5, "good"), (5, 10, "warning"), (10, right, "bad")):
-        axes.axvspan(start, end, color=hex_of(grade), alpha=0.08, linewidth=0)
+        axes.axvspan(start, end, color=HEX[grade], alpha=0.08, linewidth=0)
     # Runs with the overall score of the best one: a constant gain up to 5 % of forgetting, then one more % a %.
     best = max(run.overall for run in runs if run.overall is not None) * 100
-    axes.plot([left, 5, right], [best, best, best + right - 5], color=hex_of("muted"), linewidth=0.9, linestyle=DASHED)
+    axes.plot([left, 5, right], [best, best, best + right - 5], color=HEX["muted"], linewidth=0.9, linestyle=DASHED)
     for i, x, y in known:
-        axes.plot(x, y, "o", markersize=11, color=hex_of(colour_of_run(i)), markeredgecolor="none")
-        axes.annotate(str(i + 1), (x, y), color=hex_of("card"), ha="center", va="center_baseline", fontsize=7,
+        axes.plot(x, y, "o", markersize=11, color=HEX[colour_of_run(i)], markeredgecolor="none")
+        axes.annotate(str(i + 1), (x, y), color=HEX["card"], ha="center", va="center_baseline", fontsize=7,
                       weight="bold")
     return make_chart(figure, HALF, "Domain gain against forgetting", "Per cent; up and to the left is better. Bands: "
                       "good, warning, bad. Dashed: as good an overall score as the best run's.",

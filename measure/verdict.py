@@ -51,13 +51,6 @@ def relative_change(before, after) -> float | None:
     return after / before - 1 if before and after is not None else None
 
 
-def overall_score(domain_gain: float | None, forgetting: float | None) -> float | None:
-    """The two in one value, both as fractions; None where either is unknown."""
-    if domain_gain is None or forgetting is None:
-        return None
-    return domain_gain - max(0.0, forgetting - GOOD)
-
-
 def compare(before: dict | None, after: dict, general, domain=None, metric: str = "bits_per_byte") -> dict:
     """{"change": {text: fraction}, "domain_gain", "forgetting", "score"} of scores {text: {metric: value, ...}}.
 
@@ -74,7 +67,8 @@ def compare(before: dict | None, after: dict, general, domain=None, metric: str 
         domain = [name for name in change if name not in general]
     gain = mean(-change[name] for name in change if name in domain)
     forgetting = mean(change[name] for name in change if name in general)
-    return {"change": change, "domain_gain": gain, "forgetting": forgetting, "score": overall_score(gain, forgetting)}
+    score = None if None in (gain, forgetting) else gain - max(0.0, forgetting - GOOD)
+    return {"change": change, "domain_gain": gain, "forgetting": forgetting, "score": score}
 
 
 def grade_forgetting(forgetting: float | None) -> str:
