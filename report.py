@@ -271,21 +271,6 @@ def plain(pieces: list) -> str:
     return "".join(text for text, _ in pieces)
 
 
-def meaning(run: Run) -> str:
-    """What the headline means, the general source that lost most, and the accuracy of a masked-LM run."""
-    parts = [{"good": "Forgetting is below 5 %: good.", "warning": "Forgetting is between 5 and 10 %: a warning.",
-              "bad": "Forgetting is above 10 %: bad.", "unknown": ""}[verdict.grade_forgetting(run.forgetting)]]
-    change = run.comparison["change"]
-    rises = sorted((change[name], name) for name in run.names_of("general") if name in change)
-    if len(rises) > 1 and rises[-1][0] > 0:
-        parts.append(f"The source that lost most is {rises[-1][1]}, {percent(rises[-1][0])}.")
-    for role in ("domain", "general"):
-        before, after = (mean(run.values(role, side, "accuracy")) for side in (run.before, run.after))
-        if None not in (before, after):
-            parts.append(f"Accuracy on {role} text went from {percent(before)} to {percent(after)}.")
-    return " ".join(parts)
-
-
 # ---- the page
 
 def render(runs: list) -> str:
@@ -302,16 +287,19 @@ def render(runs: list) -> str:
 
 def view_of(run: Run, index: int, points: int) -> dict:
     """What the template shows of one run and does not find in the run itself; None where a value is unknown."""
+    def means(column):
+        return {role: [mean(run.values(role, side, column)) for side in (run.before, run.after)]
+                for role in ("domain", "general")}
+
     rows = source_rows(run)
     speed = charts.series(run.train, lambda row: row.get("tokens_per_second"))[1]
     tokens = charts.series(run.train, lambda row: row.get("tokens"))[1]
     return {
         "run": run, "number": index + 1, "colour": charts.colour_of_run(index), "headline": headline(run),
-        "unit": UNITS[run.metric], "meaning": meaning(run), "why_unknown": why_unknown(run),
-        "grade": verdict.grade_forgetting(run.forgetting), "gain_grade": verdict.grade_gain(run.domain_gain),
+        "unit": UNITS[run.metric], "means": means(run.metric), "accuracy": means("accuracy"),
+        "why_unknown": why_unknown(run), "grade": verdict.grade_forgetting(run.forgetting),
+        "gain_grade": verdict.grade_gain(run.domain_gain),
         "rows": rows, "has": {key: any(row[key] not in (None, []) for row in rows) for key in rows[0]} if rows else {},
-        "means": [[mean(run.values(role, side, run.metric)) for side in (run.before, run.after)]
-                  for role in ("domain", "general")],
         "tokens": tokens[-1] if len(tokens) else None, "speed": np.median(speed) if len(speed) else None,
         "evaluated": max((row["step"] for row in run.evals), default=run.step),
         "charts": charts.draw_run(run, points, f"run{index}"), "samples": sample_pairs(run),

@@ -193,15 +193,15 @@ def use_log_if_spiky(axes, y) -> str:
 
 # ---- charts of one run
 
+@matplotlib.rc_context(STYLE)
 def draw_run(run, points: int, salt: str) -> list:
-    """Charts of one run, with at most about `points` points a curve: dicts of svg, title, caption, size and key."""
-    with matplotlib.rc_context(STYLE):
-        return to_svg([
-            chart_evaluations(run, points), chart_loss(run, points), chart_mix(run, points),
-            chart_column(run, points, "lr", "Learning rate", "Learning rate by step, no unit"),
-            chart_column(run, points, "grad_norm", "Gradient norm", "Norm of the gradient before clipping, no unit"),
-            chart_column(run, points, "tokens_per_second", "Throughput", "Tokens per second"),
-        ], salt)
+    """Charts of one run, with at most about `points` points per curve: dicts of svg, title, caption, size and key."""
+    return to_svg([
+        chart_evaluations(run, points), chart_loss(run, points), chart_mix(run, points),
+        chart_column(run, points, "lr", "Learning rate", "Learning rate by step, no unit"),
+        chart_column(run, points, "grad_norm", "Gradient norm", "Norm of the gradient before clipping, no unit"),
+        chart_column(run, points, "tokens_per_second", "Throughput", "Tokens per second"),
+    ], salt)
 
 
 def chart_evaluations(run, points: int) -> dict | None:
@@ -291,6 +291,7 @@ def chart_column(run, points: int, column: str, title: str, caption: str) -> dic
 
 # ---- charts of several runs
 
+@matplotlib.rc_context(STYLE)
 def draw_comparison(runs: list, points: int) -> list:
     """Gain against forgetting, then held-out scores and losses over each other by tokens trained (else by step)."""
     per_step = [finite(run.start.get("tokens_per_step")) for run in runs]
@@ -311,16 +312,15 @@ def draw_comparison(runs: list, points: int) -> list:
     def held_out(role):
         return lambda run: series(run.evals, lambda row: mean(run.values(role, row["sources"], run.metric)))
 
-    with matplotlib.rc_context(STYLE):
-        return to_svg([
-            chart_gain_against_forgetting(runs),
-            overlay("Domain, held out", f"{units}, mean over domain sources; lower is better.", held_out("domain")),
-            overlay("General, held out", f"{units}, mean over general sources; its rise is forgetting.",
-                    held_out("general")),
-            overlay("Training loss", "Nats per token over all sources, moving mean; mixes may differ, so this shows "
-                    "the course of a run and not its merit.",
-                    lambda run: series(run.train, lambda row: row.get("loss")), smoothed=True),
-        ], "across")
+    return to_svg([
+        chart_gain_against_forgetting(runs),
+        overlay("Domain, held out", f"{units}, mean over domain sources; lower is better.", held_out("domain")),
+        overlay("General, held out", f"{units}, mean over general sources; its rise is forgetting.",
+                held_out("general")),
+        overlay("Training loss", "Nats per token over all sources, moving mean; mixes may differ, so this shows the "
+                "course of a run and not its merit.", lambda run: series(run.train, lambda row: row.get("loss")),
+                smoothed=True),
+    ], "across")
 
 
 def chart_gain_against_forgetting(runs: list) -> dict | None:
