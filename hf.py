@@ -18,31 +18,33 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from core.devices import DTYPES
 from core.errors import UserError
 from core.files import new_folder, read_object, write_json, write_text
-from core.tensor_files import open_tensors, tensor_files, write_tensors
+from core.tensor_files import open_tensors, tensor_files
 from model import Model, ModelConfig
 
 # What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
+DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "rope_theta": 10000.0,
+            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 FAMILIES = {
     "llama": {"architecture": "LlamaForCausalLM"},
     "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "sliding_window": 4096,
                 "max_position_embeddings": 131072},
     "qwen2": {"architecture": "Qwen2ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
-              "qkv_bias": True, "max_window_layers": 28},
+              "max_window_layers": 28},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
-              "head_dim": 128, "qk_norm": True, "max_window_layers": 28},
+              "head_dim": 128, "max_window_layers": 28},
     "smollm3": {"architecture": "SmolLM3ForCausalLM", "num_key_value_heads": 4, "max_position_embeddings": 32768,
                 "rope_theta": 2e6, "tie_word_embeddings": True},
 }
-REFUSED = {
-    "falcon": "this is the old Falcon architecture; Falcon3 is a plain Llama and works",
-    "gpt2": "learned positions and LayerNorm are not in model.py",
-}
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+# Settings that a config.json and a ModelConfig call the same.
+SHARED = (*SIZES, "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
+          "attention_bias", "mlp_bias")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -67,106 +69,78 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
     """The values of `folder`/config.json as a ModelConfig; an architecture we do not have is refused by name."""
     family = values.get("model_type")
     if family not in FAMILIES:
-        reason = f": {REFUSED[family]}" if family in REFUSED else ""
-        raise UserError(f"{folder}/config.json has model_type {family!r}, which is not supported{reason}; known are "
-                         f"{', '.join(FAMILIES)} (Llama 1 to 3.2, TinyLlama, SmolLM2 and Falcon3 are llama)")
-    get = {**FAMILIES[family], **{k: v for k, v in values.items() if v is not None}}.get
-    if missing := [name for name in SIZES if type(get(name)) is not int or get(name) < 1]:
+        raise UserError(f"{folder}/config.json has model_type {family!r}, which is not supported; known are "
+                        f"{', '.join(FAMILIES)} (Llama 1 to 3.2, TinyLlama, SmolLM2 and Falcon3 are llama)")
+    known = {**DEFAULTS, **FAMILIES[family], **{key: value for key, value in values.items() if value is not None}}
+    if missing := [name for name in SIZES if type(known.get(name)) is not int or known[name] < 1]:
         raise UserError(f"{folder}/config.json has no usable {', '.join(missing)}; a model needs at least 1")
-    if (act := get("hidden_act", "silu")) != "silu":
-        raise UserError(f"{folder}/config.json has hidden_act {act!r}; only silu (SwiGLU) is implemented")
-    rope = {**(get("rope_scaling") or {}), **(get("rope_parameters") or {})}
+    if known["hidden_act"] != "silu":
+        raise UserError(f"{folder}/config.json has hidden_act {known['hidden_act']!r}; only silu (SwiGLU) is known")
+    rope = {**(known.get("rope_scaling") or {}), **(known.get("rope_parameters") or {})}
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{folder}/config.json gives rope parameters by layer type; that is not supported")
-    theta = rope.pop("rope_theta", None) or get("rope_theta", 10000.0)
-    rope["rope_type"] = rope.pop("rope_type", None) or rope.pop("type", "default")
-    rope.pop("type", None)
-    layers = get("num_hidden_layers")
-    return ModelConfig(
-        **{name: get(name) for name in SIZES},
-        num_key_value_heads=values.get("num_key_value_heads", get("num_key_value_heads")),  # null: all heads
-        head_dim=get("head_dim"),
-        max_position_embeddings=get("max_position_embeddings", 2048),
-        rms_norm_eps=get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling={} if rope["rope_type"] == "default" else rope,
-        tie_word_embeddings=get("tie_word_embeddings", False),
-        qkv_bias=get("qkv_bias", False),
-        attention_bias=get("attention_bias", False) if family != "qwen2" else False,
-        mlp_bias=get("mlp_bias", False),
-        qk_norm=get("qk_norm", False),
-        windows=_windows(family, values, get, layers),
-        no_rope_layers=_no_rope_layers(family, values, layers),
-        initializer_range=get("initializer_range", 0.02),
-        family=family,
-    )
+    theta = rope.pop("rope_theta", None) or known["rope_theta"]
+    old_kind = rope.pop("type", "default")                   # the key's name before `rope_type`
+    rope["rope_type"] = rope.pop("rope_type", None) or old_kind
+    no_rope = find_no_rope_layers(values, known["num_hidden_layers"]) if family == "smollm3" else []
+    config = {name: known.get(name) for name in SHARED}
+    if family == "qwen2":
+        config["attention_bias"] = False                     # its q, k and v always have one, its o never
+    # An explicit null means as many key-value heads as heads, unlike a silent config.
+    config["num_key_value_heads"] = values.get("num_key_value_heads", known.get("num_key_value_heads"))
+    return ModelConfig(**config, rope_theta=theta, rope_scaling={} if rope["rope_type"] == "default" else rope,
+                       qkv_bias=family == "qwen2", qk_norm=family == "qwen3", no_rope_layers=no_rope, family=family,
+                       windows=find_windows(family, values, known, no_rope))
 
 
-def _no_rope_layers(family, values, layers) -> list[int]:
-    if family != "smollm3":
-        return []
+def find_no_rope_layers(values: dict, layers: int) -> list[int]:
+    """Indices of SmolLM3's layers without rotation: no_rope_layers has a 0 for each, else it is every fourth."""
     interval = values.get("no_rope_layer_interval", 4)
-    uses = values.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(layers)]   # 1: has rope
-    return [i for i, rope in enumerate(uses) if not rope]
+    uses_rope = values.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
+    return [i for i, uses in enumerate(uses_rope) if not uses]
 
 
-def _windows(family, values, get, layers) -> list[int | None] | None:
-    """Each layer's sliding window, from the three ways the families have of saying it."""
+def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> list[int | None] | None:
+    """Each layer's sliding window in tokens, from the three ways the families have of saying it; None: no layer's."""
+    layers = range(known["num_hidden_layers"])
     if family == "mistral":
-        window = values.get("sliding_window", get("sliding_window"))       # an explicit null means none
-        return [window] * layers if window else None
+        window = values.get("sliding_window", known["sliding_window"])       # an explicit null means none
+        return [window for _ in layers] if window else None
     if family == "llama" or not values.get("use_sliding_window"):
         return None
-    window = values.get("sliding_window", 4096)
-    kinds = values.get("layer_types")
-    if not kinds and family == "smollm3":
-        no_rope = _no_rope_layers(family, values, layers)
-        kinds = ["sliding_attention" if i in no_rope else "full_attention" for i in range(layers)]
-    elif not kinds:
-        first = get("max_window_layers")
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    if kinds := values.get("layer_types"):
+        slides = [kind == "sliding_attention" for kind in kinds]
+    elif family == "smollm3":
+        slides = [i in no_rope for i in layers]
+    else:
+        slides = [i >= known["max_window_layers"] for i in layers]
+    windows = [values.get("sliding_window", 4096) if slide else None for slide in slides]
     return windows if any(windows) else None
 
 
 def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
     """config.json for `config`, laid over the base's own so that keys we do not know survive."""
-    family = FAMILIES[config.family]
-    scaling = {"rope_type": "default", **config.rope_scaling}
     name = str(dtype).removeprefix("torch.")
-    out = {
+    windows, layers = config.windows, range(config.num_hidden_layers)
+    made = {
         **base,
-        "architectures": [family["architecture"]],
-        "model_type": config.family,
-        **{key: getattr(config, key) for key in SIZES},
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
-        "rope_theta": config.rope_theta,
+        **{key: getattr(config, key) for key in (*SHARED, "num_key_value_heads", "rope_theta")},
+        "architectures": [FAMILIES[config.family]["architecture"]], "model_type": config.family,
+        "hidden_act": "silu", "use_cache": True, "torch_dtype": name, "dtype": name,
         "rope_scaling": config.rope_scaling or None,
-        "rope_parameters": {**scaling, "rope_theta": config.rope_theta},
-        "torch_dtype": name,
-        "dtype": name,
-        "use_cache": True,
+        "rope_parameters": {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta},
     }
     if config.family == "mistral":
-        out["sliding_window"] = config.windows[0] if config.windows else None
+        made["sliding_window"] = windows[0] if windows else None
     elif config.family != "llama":
-        out["use_sliding_window"] = config.windows is not None
-        out["sliding_window"] = next((w for w in config.windows or [] if w), None)
-        out["layer_types"] = ["sliding_attention" if w else "full_attention"
-                              for w in config.windows or [None] * config.num_hidden_layers]
-        if config.windows and config.family != "smollm3":
-            out["max_window_layers"] = next(i for i, w in enumerate(config.windows) if w)
+        made["use_sliding_window"] = windows is not None
+        made["sliding_window"] = next((window for window in windows or [] if window), None)
+        made["layer_types"] = ["sliding_attention" if windows and windows[i] else "full_attention" for i in layers]
+        if windows and config.family != "smollm3":
+            made["max_window_layers"] = next(i for i in layers if windows[i])
     if config.family == "smollm3":
-        out["no_rope_layers"] = [int(i not in config.no_rope_layers) for i in range(config.num_hidden_layers)]
-    return out
+        made["no_rope_layers"] = [int(i not in config.no_rope_layers) for i in layers]
+    return made
 
 
 # ---- folders
@@ -358,7 +332,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
     dtype = next(iter(tensors.values())).dtype
     pad = {} if pad_id is None else {"pad_token_id": pad_id}
     with new_folder(path, overwrite=True) as out:
-        write_tensors(tensors, out, shard_bytes)
+        save_torch_state_dict(tensors, out, max_shard_size=shard_bytes)
         new_config = make_config(config, dtype, base.settings if base else {}) | pad
         write_json(out / "config.json", new_config)
         write_json(out / "generation_config.json", make_generation_config(base, new_config) | pad)

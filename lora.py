@@ -29,15 +29,7 @@ from core.config import setting
 from core.devices import pick_dtype
 from core.errors import UserError, nearest
 from core.files import refuse_existing
-from learn.adapters import (
-    Table,
-    adapted_layers,
-    add_adapter,
-    copy_full,
-    is_tied,
-    linear_layers,
-    replace_layer,
-)
+from learn import adapters
 from learn.peft_files import advise_serving, load_adapter
 
 
@@ -89,7 +81,7 @@ def matches(pattern: str, path: str) -> bool:
 
 def choose_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
     """{path: rank} of the linear layers that get an adapter; ValueError where a pattern matches none."""
-    paths = list(linear_layers(model))
+    paths = list(adapters.linear_layers(model))
     rank_entries = [entry.rpartition("=") for entry in config.ranks]
     for pattern in [*config.targets, *(pattern for pattern, _, _ in rank_entries)]:
         if not any(matches(pattern, path) for path in paths):
@@ -131,30 +123,29 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
     if config.embeddings != "frozen":
         rows = config.embedding_rows
         token_ids = parse_token_ids(rows, model.embed_tokens.weight.shape[0]) if rows else None
-        tables = dict.fromkeys(["embed_tokens"] if is_tied(model) else ["embed_tokens", "head"], token_ids)
+        tables = dict.fromkeys(["embed_tokens"] if adapters.is_tied(model) else ["embed_tokens", "head"], token_ids)
     if config.base != "plain":
         if on_meta:
             raise UserError(f"lora.base {config.base}: every rank holds all quantised weights, they are not sharded; "
                              f"use --parallel.strategy ddp")
-        for path in linear_layers(model):
-            layer = replace_layer(model, path)
+        for path in adapters.linear_layers(model):
+            layer = adapters.replace_layer(model, path)
             if layer.quantised is None:
                 layer.compress(config.base, config.double_quant, device)
     settings = {"alpha": config.alpha, "rslora": config.rslora, "dora": config.dora, "dropout": config.dropout}
-    add_adapter(model, name, {path: {"rank": rank, **settings} for path, rank in ranks.items()}, tables)
+    adapters.add_adapter(model, name, {path: {"rank": rank, **settings} for path, rank in ranks.items()}, tables)
     if not on_meta:
         initialise(model, seed)
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, layout=copy_full):
+def initialise(model: nn.Module, seed: int, layout=adapters.copy_full):
     """Draw the active adapter. Each tensor depends on (seed, path of its layer, name of the adapter) alone, so that it
     is the same under any sharding and beside any other adapted layers. layout(full, parameter): as in hf.fill."""
-    for path, layer in adapted_layers(model):
-        if layer.adapter is not None:
-            key = hashlib.blake2b(f"{seed}/{path}/{layer.active_name}".encode(), digest_size=7).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
-            layer.adapter.initialise(layer, generator, layout)
+    for path, layer in adapters.active_layers(model):
+        key = hashlib.blake2b(f"{seed}/{path}/{layer.active_name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
+        layer.adapter.initialise(layer, generator, layout)
 
 
 @contextmanager
@@ -163,7 +154,7 @@ def disabled(model: nn.Module):
 
     For passes without gradients: a recomputed block would run again in the backward pass, outside of this context.
     """
-    layers = [layer for _, layer in adapted_layers(model)]
+    layers = [layer for _, layer in adapters.adapted_layers(model)]
     active_names = [layer.active_name for layer in layers]
     try:
         for layer in layers:
@@ -178,11 +169,9 @@ def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
     """{parameter: its learning rate divided by optim.lr}, of every B, embedding and head that is trained."""
     table_ratio = config.embedding_lr_ratio or (0.1 if config.embeddings == "full" else 1.0)
     scales = {}
-    for path, layer in adapted_layers(model):
-        for leaf in layer.adapter.peft_suffixes() if layer.adapter is not None else ():
-            if isinstance(layer, Table) or leaf == "B":
-                ratio = table_ratio if isinstance(layer, Table) else config.b_lr_ratio
-                scales[f"{path}.adapters.{layer.active_name}.{leaf}"] = ratio
+    for path, layer in adapters.active_layers(model):
+        leaf, ratio = ("rows", table_ratio) if isinstance(layer, adapters.Table) else ("B", config.b_lr_ratio)
+        scales[f"{path}.adapters.{layer.active_name}.{leaf}"] = ratio
     return scales
 
 
@@ -190,7 +179,7 @@ def trainable_share(model: nn.Module) -> str:
     """ "65,536 of 16,777,216 parameters trained (0.39 %), ..." of an adapted model; the base's are the 100 %."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = sum(p.numel() for name, p in model.named_parameters() if ".adapters." not in name)
-    quantised = [layer.quantised for _, layer in adapted_layers(model) if layer.quantised is not None]
+    quantised = [layer.quantised for _, layer in adapters.adapted_layers(model) if layer.quantised is not None]
     elements = sum(weight.shape.numel() for weight in quantised)
     text = f"{trained:,} of {base + elements:,} parameters trained ({100 * trained / (base + elements):.2f} %)"
     if quantised:
@@ -201,40 +190,16 @@ def trainable_share(model: nn.Module) -> str:
 
 # ---- merging
 
-def refuse_quantised(model: nn.Module):
-    if any(layer.quantised is not None for _, layer in adapted_layers(model)):
-        raise UserError("merging into a quantised base would lose the adapter in its rounding; save the adapter and "
-                         "merge it into the full weights: python lora.py merge --base DIR --adapter DIR --out DIR")
-
-
-@torch.no_grad()
-def merged_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
-    """{name in the plain model: tensor} with the active adapter merged in, for hf.save; the model stays as it is.
-
-    The sum is computed in fp32 or wider and rounded once to the base's dtype. weights: the model's parameters as full
-    tensors, where its own are shards (parallel.model_state). ValueError on a quantised base.
-    """
-    refuse_quantised(model)
-    weights = dict(model.named_parameters()) if weights is None else weights
-    merged = {name: tensor.detach() for name, tensor in weights.items() if ".adapters." not in name}
-    for path, layer in adapted_layers(model):
-        if layer.adapter is not None:
-            prefix = f"{path}.adapters.{layer.active_name}."
-            tensors = {leaf: weights[prefix + leaf] for leaf in layer.adapter.peft_suffixes()}
-            merged[f"{path}.weight"] = layer.adapter.merge_into(merged[f"{path}.weight"], tensors)
-    return merged
-
-
 @torch.no_grad()
 def merge(model: nn.Module):
     """Put the active adapter into the base's weights, each rounded once from fp32 or wider, and take it off the model.
-    ValueError on a quantised base."""
-    refuse_quantised(model)
-    for _, layer in adapted_layers(model):
-        if layer.adapter is not None:
-            weight = layer._parameters["weight"]
-            weight.copy_(layer.adapter.merge_into(weight, dict(layer.adapter.named_parameters())))
-            del layer.adapters[layer.active_name]
+    UserError on a quantised base."""
+    if any(layer.quantised is not None for _, layer in adapters.adapted_layers(model)):
+        raise UserError("merging into a quantised base would lose the adapter in its rounding; save the adapter and "
+                        "merge it into the full weights: python lora.py merge --base DIR --adapter DIR --out DIR")
+    for _, layer in adapters.active_layers(model):
+        layer.kept.copy_(layer.adapter.merge_into(layer.kept))
+        del layer.adapters[layer.active_name]
 
 
 # ---- the command line
@@ -259,7 +224,7 @@ def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **option
     for weight in model.parameters():
         weight.copy_(weight.to(dtype))
     difference = (model.head(model(tokens)) - logits).abs().max()
-    hf.save(model, out, base=base, state={name: weight.to(dtype) for name, weight in merged_state(model).items()},
+    hf.save(model, out, base=base, state={name: weight.to(dtype) for name, weight in model.named_parameters()},
             **options)
     return {"out": str(out), "trained": trained, "dtype": str(dtype).removeprefix("torch."),
             "largest_logit_difference": difference.item(), "largest_logit": logits.abs().max().item(),

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder: which file holds which, reading one at a time, writing shards with their index.
+"""The tensors of a checkpoint folder: which file holds which, and reading them one at a time.
 
 Files are model.safetensors, or shards with an index beside them, or PyTorch's older pytorch_model.bin in the same two
 forms. No file is unpickled: a .bin is read through torch.load's weights_only, which refuses everything but tensors.
@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from core.errors import UserError
-from core.files import read_object, write_json
+from core.files import read_object
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -57,24 +56,3 @@ def open_tensors(path: Path):
     except Exception as error:
         # weights_only met code and raised pickle.UnpicklingError, or a broken pickle raised what it likes.
         raise UserError(f"{path} is refused, it holds more than tensors: {str(error).splitlines()[0]}") from None
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: int):
-    """Write contiguous CPU tensors as model.safetensors, or as shards of at most `shard_bytes` with their index."""
-    shards, size = [{}], 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

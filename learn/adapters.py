@@ -22,7 +22,7 @@ from torch import nn
 
 from core.errors import UserError
 from kernels import lora_linear
-from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, compress
+from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, Quantised, compress
 
 
 def copy_full(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -31,29 +31,28 @@ def copy_full(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def new_parameter(layer: "Adapted", *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(layer.dtype, torch.float32), device=layer.device))
+    return nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(layer.kept.dtype, torch.float32),
+                                    device=layer.kept.device))
 
 
 # ---- what is trained
-# Each kind has peft_suffixes() -> {parameter: end of its key in PEFT's file}; initialise(layer, generator, layout); and
-# merge_into(weight, tensors) -> the base weight with the adapter in it. `tensors` are the adapter's parameters by name,
-# passed in because the module's own may be shards.
+# Each kind has `peft_suffixes`, {parameter: end of its key in PEFT's file}, initialise(layer, generator, layout), and
+# merge_into(weight) -> the base weight with the adapter in it, in its dtype.
 
 class LowRank(nn.Module):
     """s B A of a linear layer, and DoRA's magnitude m."""
 
     def __init__(self, layer: "Linear", rank: int, alpha: float, rslora: bool, dora: bool, dropout: float):
         super().__init__()
-        out, width = layer.shape
+        out, width = layer.kept.shape
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.A = new_parameter(layer, rank, width)
         self.B = new_parameter(layer, out, rank)
         self.magnitude = new_parameter(layer, out) if dora else None
-
-    def peft_suffixes(self) -> dict[str, str]:
-        suffixes = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
-        return suffixes if self.magnitude is None else {**suffixes, "magnitude": ".lora_magnitude_vector"}
+        self.peft_suffixes = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
+        if dora:
+            self.peft_suffixes["magnitude"] = ".lora_magnitude_vector"
 
     def initialise(self, layer: "Linear", generator: torch.Generator, layout):
         """A as nn.Linear draws its weight (Kaiming-uniform with a = sqrt(5)), B = 0, m = the norms of W's rows: the
@@ -77,66 +76,53 @@ class LowRank(nn.Module):
             square = norms * norms + 2 * self.scale * cross + self.scale**2 * ((b @ (a @ a.T)) * b).sum(1)
             return square.clamp(min=TINY).sqrt()
 
-    def merge_into(self, weight: torch.Tensor, tensors: dict) -> torch.Tensor:
-        a, b = tensors["A"], tensors["B"]
-        merged = weight.to(b.dtype) + self.scale * (b @ a)
+    def merge_into(self, weight: torch.Tensor) -> torch.Tensor:
+        merged = weight.to(self.B.dtype) + self.scale * (self.B @ self.A)
         if self.magnitude is not None:
-            merged *= (tensors["magnitude"] / merged.norm(dim=1).clamp(min=TINY))[:, None]
+            merged *= (self.magnitude / merged.norm(dim=1).clamp(min=TINY))[:, None]
         return merged.to(weight.dtype)
 
 
-class FullTable(nn.Module):
-    """A trained copy of an embedding or head [V, D]; the base's own stays for when the adapter is off."""
-
-    def __init__(self, layer: "Table"):
-        super().__init__()
-        self.table = new_parameter(layer, *layer.shape)
-
-    def peft_suffixes(self) -> dict[str, str]:
-        return {"table": ".weight"}
-
-    def initialise(self, layer: "Table", generator: torch.Generator, layout):
-        self.table.copy_(layout(layer.gather_base(), self.table))
-
-    def merge_into(self, weight: torch.Tensor, tensors: dict) -> torch.Tensor:
-        return tensors["table"].to(weight.dtype)
-
-    def look_up(self, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        return F.embedding(tokens, self.table).to(weight.dtype)
-
-
 class TableRows(nn.Module):
-    """Trained rows [n, D] of some tokens in place of the base's: gradients, weight decay and the optimizer's moments
-    exist for these n alone.
+    """Trained rows [n, D] of an embedding or head in place of the base's: those of some tokens, or, without token_ids,
+    all. Gradients, weight decay and the optimizer's moments exist for these n alone.
 
-    With token ids 7 and 9 of a vocabulary of 10, `ids` is [7, 9] and `slots`, from token to trained row, is -1
-    everywhere but slots[7] = 0 and slots[9] = 1.
+    With the token ids 7 and 9 of a vocabulary of 10, `ids` is [7, 9], and `slots`, from token to trained row, is -1 but
+    for slots[7] = 0 and slots[9] = 1.
     """
 
-    def __init__(self, layer: "Table", token_ids: list[int]):
+    def __init__(self, layer: "Table", token_ids: list[int] | None):
         super().__init__()
-        self.token_ids = token_ids
-        self.rows = new_parameter(layer, len(token_ids), layer.shape[1])
-        self.register_buffer("ids", torch.empty(len(token_ids), dtype=torch.int64, device=layer.device))
-        self.register_buffer("slots", torch.empty(layer.shape[0], dtype=torch.int64, device=layer.device))
-        self.fill_buffers()
+        self.token_ids, (vocab_size, width) = token_ids, layer.kept.shape
+        self.rows = new_parameter(layer, vocab_size if token_ids is None else len(token_ids), width)
+        self.peft_suffixes = {"rows": ".weight"}
+        if token_ids is not None:
+            self.peft_suffixes = {"rows": ".token_adapter.trainable_tokens_delta"}
+            device = layer.kept.device
+            self.register_buffer("ids", torch.empty(len(token_ids), dtype=torch.int64, device=device))
+            self.register_buffer("slots", torch.empty(vocab_size, dtype=torch.int64, device=device))
+            self.fill_buffers()
 
     def fill_buffers(self):
         self.ids.copy_(torch.tensor(self.token_ids))
         self.slots.fill_(-1)[self.ids] = torch.arange(len(self.token_ids), device=self.ids.device)
 
-    def peft_suffixes(self) -> dict[str, str]:
-        return {"rows": ".token_adapter.trainable_tokens_delta"}
-
     def initialise(self, layer: "Table", generator: torch.Generator, layout):
-        # A model built on the meta device goes through to_empty(), which leaves anything in buffers.
-        self.fill_buffers()
-        self.rows.copy_(layout(layer.gather_base()[self.ids], self.rows))
+        base = layer.gather_base()
+        if self.token_ids is not None:
+            # A model built on the meta device goes through to_empty(), which leaves anything in buffers.
+            self.fill_buffers()
+            base = base[self.ids]
+        self.rows.copy_(layout(base, self.rows))
 
-    def merge_into(self, weight: torch.Tensor, tensors: dict) -> torch.Tensor:
-        return weight.index_copy(0, self.ids.to(weight.device), tensors["rows"].to(weight.dtype))
+    def merge_into(self, weight: torch.Tensor) -> torch.Tensor:
+        rows = self.rows.to(weight.dtype)
+        return rows if self.token_ids is None else weight.index_copy(0, self.ids, rows)
 
     def look_up(self, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [...] -> their rows [..., D], trained or the base's."""
+        if self.token_ids is None:
+            return F.embedding(tokens, self.rows).to(weight.dtype)
         slot = self.slots[tokens]
         trained = F.embedding(slot.clamp(min=0), self.rows).to(weight.dtype)
         return torch.where((slot >= 0).unsqueeze(-1), trained, F.embedding(tokens, weight))
@@ -156,27 +142,19 @@ class Adapted(nn.Module):
         self.adapters = nn.ModuleDict()
         self.active_name = None
 
+    @property
+    def kept(self) -> "nn.Parameter | Quantised":
+        """W as it is kept; both kinds have shape, dtype and device."""
+        return self._parameters["weight"] if self.quantised is None else self.quantised
+
     def base_weight(self) -> torch.Tensor:
         """W; a quantised one is dequantised to fp32."""
-        return self._parameters["weight"].detach() if self.quantised is None else self.quantised.dequantise()
+        return self.kept.detach() if self.quantised is None else self.kept.dequantise()
 
     def gather_base(self) -> torch.Tensor:
         """The full W, gathered from its shards where it is sharded: then every rank must call this."""
         weight = self.base_weight()
         return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-
-    @property
-    def shape(self) -> torch.Size:
-        return self._parameters["weight"].shape if self.quantised is None else self.quantised.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._parameters["weight"].dtype if self.quantised is None else torch.float32
-
-    @property
-    def device(self) -> torch.device:
-        weight = self._parameters["weight"] if self.quantised is None else next(self.quantised.buffers())
-        return weight.device
 
     @property
     def adapter(self) -> nn.Module | None:
@@ -201,7 +179,7 @@ class Linear(Adapted):
         self.weight = None
 
     def extra_repr(self):
-        return f"{self.shape[1]}, {self.shape[0]}, bias={self.bias is not None}, active={self.active_name!r}"
+        return f"{self.kept.shape[1]}, {self.kept.shape[0]}, bias={self.bias is not None}, active={self.active_name!r}"
 
     def forward(self, x):
         return self.apply_together(x, [self])[0]
@@ -237,7 +215,8 @@ class Linear(Adapted):
         """(weight, bias, A, B, scale) for kernels.lora_linear; without an adapter of its own to fuse, one of rank 0."""
         weight = self.weight if self.quantised is None else self.quantised.record()
         if self.adapter is None or self.needs_own_matmuls():
-            return weight, self.bias_of_base(), x.new_empty(0, self.shape[1]), x.new_empty(self.shape[0], 0), 1.0
+            out, width = self.kept.shape
+            return weight, self.bias_of_base(), x.new_empty(0, width), x.new_empty(out, 0), 1.0
         return weight, self.bias_of_base(), self.adapter.A, self.adapter.B, self.adapter.scale
 
     def apply_base(self, x):
@@ -258,9 +237,8 @@ class Linear(Adapted):
             x = F.dropout(x, adapter.dropout, self.training)
             y = y + adapter.scale * F.linear(F.linear(x, adapter.A.to(x.dtype)), adapter.B.to(x.dtype))
         if adapter.magnitude is not None:
-            weight = self.weight if self.quantised is None else self.quantised.dequantise()
             # The factor stays fp32: it is near 1, and bf16 would round its small changes away.
-            y = (y * (adapter.magnitude / adapter.merged_norms(weight))).to(y.dtype)
+            y = (y * (adapter.magnitude / adapter.merged_norms(self.base_weight()))).to(y.dtype)
             y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y
 
@@ -270,8 +248,7 @@ class Table(Adapted):
 
     def merged_weight(self) -> torch.Tensor:
         """[V, D] with the active adapter in it; gradients reach the adapter."""
-        weight, adapter = self._parameters["weight"], self.adapter
-        return weight if adapter is None else adapter.merge_into(weight, dict(adapter.named_parameters()))
+        return self.kept if self.adapter is None else self.adapter.merge_into(self.kept)
 
 
 class Embedding(Table):
@@ -294,9 +271,8 @@ class Head(Table):
 
     @property
     def weight(self):
-        parameter = self._parameters["weight"]
-        if hasattr(parameter, "full_tensor"):
-            return parameter
+        if hasattr(self.kept, "full_tensor"):
+            return self.kept
         return self.tied_to[0].merged_weight() if self.tied_to else self.merged_weight()
 
     def forward(self, hidden):
@@ -308,6 +284,11 @@ class Head(Table):
 def adapted_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
     """(path, layer) of every layer that was replaced."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
+
+
+def active_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
+    """(path, layer) of every layer that the active adapter is on."""
+    return [(path, layer) for path, layer in adapted_layers(model) if layer.adapter is not None]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -351,7 +332,7 @@ def add_adapter(model: nn.Module, name: str, low_rank: dict[str, dict], tables: 
         layer.adapters[name] = LowRank(layer, **settings)
     for path, token_ids in tables.items():
         layer = replace_layer(model, path)
-        layer.adapters[name] = FullTable(layer) if token_ids is None else TableRows(layer, token_ids)
+        layer.adapters[name] = TableRows(layer, token_ids)
     if "embed_tokens" in tables and is_tied(model):
         replace_layer(model, "head")
     activate(model, name)

@@ -3,13 +3,9 @@
     save_adapter(model, "out/legal/adapter", "hf://org/base")
     settings = load_adapter(model, "out/legal/adapter")
 
-What serves these files (from vLLM's config/lora.py and lora/{peft_helper,lora_weights,utils}.py and llama.cpp's
-convert_lora_to_gguf.py and llama-adapter.h, read in 2026; `advise_serving` says what of it concerns an adapter):
-vLLM      takes LoRA and rsLoRA with r <= --max-lora-rank (16; one of 1, 8, 16, 32, 64, 128, 256, 320, 512); refuses
-          DoRA, modules_to_save and token rows; scales every layer by alpha / r of the config and knows no patterns.
-llama.cpp takes lora_A and lora_B alone, so neither DoRA nor embeddings; takes each layer's rank from its tensor, but
-          one alpha for all, and knows no rsLoRA: it would scale by alpha / r without a word.
-`python lora.py merge` makes a plain model of whatever they do not take.
+Read in 2026 in vLLM's lora/peft_helper.py and llama.cpp's convert_lora_to_gguf.py: vLLM takes LoRA and rsLoRA up to a
+rank that it is told, but no DoRA, no trained embeddings and no patterns; llama.cpp takes lora_A and lora_B alone, one
+alpha for all, and scales by alpha / r even where rsLoRA is meant. `advise_serving` says what of it concerns an adapter.
 """
 
 import re
@@ -23,15 +19,7 @@ from torch import nn
 import hf
 from core.errors import UserError
 from core.files import new_folder, read_object, write_json
-from learn.adapters import (
-    FullTable,
-    LowRank,
-    TableRows,
-    adapted_layers,
-    add_adapter,
-    is_tied,
-    linear_layers,
-)
+from learn import adapters
 
 PREFIX = "base_model.model."                 # of every key in PEFT's files
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -58,12 +46,13 @@ def last_part(path: str) -> str:
 def peft_names(model: nn.Module) -> dict[str, str]:
     """{parameter of the active adapter: its key in PEFT's file}"""
     return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + peft_path(path) + suffix
-            for path, layer in adapted_layers(model) if layer.adapter is not None
-            for leaf, suffix in layer.adapter.peft_suffixes().items()}
+            for path, layer in adapters.active_layers(model)
+            for leaf, suffix in layer.adapter.peft_suffixes.items()}
 
 
 def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
-    """{PEFT's key: tensor on the CPU} of the active adapter. weights: as in `merged_state`."""
+    """{PEFT's key: tensor on the CPU} of the active adapter. weights: the model's parameters as full tensors, where its
+    own are shards (parallel.model_state)."""
     weights = dict(model.named_parameters()) if weights is None else weights
     state = {key: weights[name].detach().cpu().clone() for name, key in peft_names(model).items()}
     if EMBEDDING_KEY in state and HEAD_KEY not in state:
@@ -74,7 +63,7 @@ def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch
 
 @torch.no_grad()
 def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
-    """Fill the active adapter by PEFT's keys; ValueError where a key or shape does not fit."""
+    """Fill the active adapter by PEFT's keys; UserError where a key or shape does not fit."""
     names, tensors = peft_names(model), dict(tensors)
     keys = set(names.values())
     tied = EMBEDDING_KEY in keys and HEAD_KEY not in keys and {HEAD_KEY, EMBEDDING_KEY} <= tensors.keys()
@@ -106,16 +95,17 @@ def shorten_paths(values: dict[str, object]) -> dict[str, object]:
 
 def peft_config(model: nn.Module, base_name: str) -> dict:
     """adapter_config.json of the active adapter."""
-    active = {peft_path(path): layer.adapter for path, layer in adapted_layers(model) if layer.adapter is not None}
-    low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, LowRank)}
-    rows = {last_part(path): adapter.token_ids for path, adapter in active.items() if isinstance(adapter, TableRows)}
-    full = [last_part(path) for path, adapter in active.items() if isinstance(adapter, FullTable)]
+    active = {peft_path(path): layer.adapter for path, layer in adapters.active_layers(model)}
+    low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, adapters.LowRank)}
+    rows = {last_part(path): adapter.token_ids for path, adapter in active.items() if path not in low_rank}
+    full = [path for path, token_ids in rows.items() if token_ids is None]
+    some = {path: token_ids for path, token_ids in rows.items() if token_ids is not None}
     # The commonest rank and alpha are the defaults, the others go into patterns.
     rank = Counter(adapter.rank for adapter in low_rank.values()).most_common(1)[0][0]
     alpha = Counter(adapter.alpha for adapter in low_rank.values()).most_common(1)[0][0]
     ranks = shorten_paths({path: adapter.rank for path, adapter in low_rank.items()})
     alphas = shorten_paths({path: adapter.alpha for path, adapter in low_rank.items()})
-    targets = shorten_paths({peft_path(path): peft_path(path) in low_rank for path in linear_layers(model)})
+    targets = shorten_paths({peft_path(path): peft_path(path) in low_rank for path in adapters.linear_layers(model)})
     one = next(iter(low_rank.values()))
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "revision": None,
@@ -124,15 +114,16 @@ def peft_config(model: nn.Module, base_name: str) -> dict:
         "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
         "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
         "use_rslora": one.rslora, "use_dora": one.magnitude is not None, "bias": "none", "fan_in_fan_out": False,
-        "modules_to_save": full or None, "trainable_token_indices": rows or None,
-        "ensure_weight_tying": bool(full) and is_tied(model), "init_lora_weights": True, "inference_mode": True,
+        "modules_to_save": full or None, "trainable_token_indices": some or None,
+        "ensure_weight_tying": bool(full) and adapters.is_tied(model),
+        "init_lora_weights": True, "inference_mode": True,
     }
 
 
 def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None = None):
     """Write the active adapter as PEFT does; an old `folder` is replaced when the new one is complete.
 
-    base_name: the base's folder or Hub id. weights: as in lora.merged_state.
+    base_name: the base's folder or Hub id. weights: as in `peft_state`.
     """
     tensors, config = peft_state(model, weights), peft_config(model, base_name)
     with new_folder(folder, overwrite=True) as out:
@@ -141,7 +132,7 @@ def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None 
 
 
 def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(settings, tensors) of an adapter's folder or hf:// id; ValueError where it is none or more than LoRA."""
+    """(settings, tensors) of an adapter's folder or hf:// id; UserError where it is none or more than LoRA."""
     folder = hf.resolve(folder)
     settings = read_object(folder / CONFIG)
     if settings.get("peft_type") != "LORA":
@@ -161,48 +152,39 @@ def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
 def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     """Add PEFT's adapter in `folder` (ours or its own) under `name`, active; -> its settings.
 
-    ValueError where it is not for this model, names what it does not hold, or trains an embedding that this model
+    UserError where it is not for this model, names what it does not hold, or trains an embedding that this model
     shares with its head.
     """
     settings, tensors = read_adapter(folder)
-    tied = is_tied(model)
+    tied = adapters.is_tied(model)
     if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
         raise UserError(f"{folder} trains the embedding and leaves the head as it was (ensure_weight_tying is not "
                          f"set), but the base's head is its embedding; untie the base first (tie_word_embeddings false "
                          f"and an lm_head.weight)")
-    known, low_rank, tables = linear_layers(model), {}, {}
+    alphas, indices = settings.get("alpha_pattern") or {}, settings.get("trainable_token_indices") or {}
+    # A bare list means the embedding.
+    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
+    same = {"rslora": bool(settings.get("use_rslora")), "dora": bool(settings.get("use_dora")),
+            "dropout": settings.get("lora_dropout") or 0.0}
+    known, low_rank, tables = adapters.linear_layers(model), {}, {}
     for key in sorted(tensors):
         module, _, end = key.removeprefix(PREFIX).partition(".lora_A")
         path = hf.from_hf_name(module + ".")[:-1]
         if end == ".weight" and path in known:
-            low_rank[path] = low_rank_settings(settings, module, rank=len(tensors[key]))
+            alpha = next((value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)),
+                         settings["lora_alpha"])
+            low_rank[path] = {"rank": len(tensors[key]), "alpha": float(alpha), **same}
         elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
             tables["embed_tokens" if key == EMBEDDING_KEY else "head"] = None
         elif key.endswith(".token_adapter.trainable_tokens_delta"):
             table = key.split(".")[-3]
-            tables["head" if table == "lm_head" else "embed_tokens"] = trained_token_ids(settings, table, folder)
-    add_adapter(model, name, low_rank, tables)
+            token_ids = next((ids for path, ids in indices.items() if last_part(path) == table), None)
+            if token_ids is None or table not in ("embed_tokens", "lm_head"):
+                raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {key}")
+            tables["head" if table == "lm_head" else "embed_tokens"] = token_ids
+    adapters.add_adapter(model, name, low_rank, tables)
     load_peft_state(model, tensors)
     return settings
-
-
-def low_rank_settings(settings: dict, module: str, rank: int) -> dict:
-    """LowRank's settings of the layer `module` from PEFT's: its rank is read from its tensor."""
-    patterns = settings.get("alpha_pattern") or {}
-    alpha = next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", module)),
-                 settings["lora_alpha"])
-    return {"rank": rank, "alpha": float(alpha), "rslora": bool(settings.get("use_rslora")),
-            "dora": bool(settings.get("use_dora")), "dropout": settings.get("lora_dropout") or 0.0}
-
-
-def trained_token_ids(settings: dict, table: str, folder) -> list[int]:
-    """The ids of the rows trained of embed_tokens or lm_head; a bare list in the settings means the embedding."""
-    listed = settings.get("trainable_token_indices") or {}
-    by_path = listed if isinstance(listed, dict) else {"embed_tokens": listed}
-    ids = next((ids for path, ids in by_path.items() if last_part(path) == table), None)
-    if ids is None or table not in ("embed_tokens", "lm_head"):
-        raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {table}")
-    return ids
 
 
 def advise_serving(settings: dict, folder, base: str = "BASE") -> list[str]:

@@ -19,7 +19,15 @@ from kernels import NF4, dequantise, quantise
 TINY = torch.finfo(torch.float32).tiny           # divisor in place of 0 where all weights of a block are 0
 
 
-class FourBit(nn.Module):
+class Quantised(nn.Module):
+    """What FourBit and EightBit share; `shape` and `dtype` are those of the weight."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers()).device
+
+
+class FourBit(Quantised):
     """The tensors of kernels/nf4.py's record as buffers, so that a model moves them between devices."""
 
     def __init__(self, record: NF4):
@@ -36,12 +44,12 @@ class FourBit(nn.Module):
         return dequantise(self.record(), torch.float32)
 
 
-class EightBit(nn.Module):
+class EightBit(Quantised):
     """codes int8 [out, in] and scale fp32 [out], the largest absolute weight of each output divided by 127."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.shape = weight.shape
+        self.shape, self.dtype = weight.shape, torch.float32
         scale = weight.abs().amax(1).float() / 127
         if not scale.isfinite().all():
             raise UserError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; int8 has none")

@@ -51,12 +51,12 @@ def test_only_what_is_trained_moves(tiny_model, tied):
         raw = dict(model.named_parameters(remove_duplicate=False))[name]
         assert torch.equal(raw, p), name
     for current, frozen in ((model.head.weight, base.head.weight),
-                            (lora.merged_state(model)["embed_tokens.weight"], base.embed_tokens.weight)):
+                            (model.embed_tokens.merged_weight(), base.embed_tokens.weight)):
         moved = (current != frozen).any(1)
         assert moved.nonzero().flatten().tolist() == [5, 95, 96]
     assert ("head.adapters.default.rows" in before) != tied
     x = torch.tensor([[95, 3, 5, 96]])
-    assert torch.equal(model.embed_tokens(x), lora.merged_state(model)["embed_tokens.weight"][x])
+    assert torch.equal(model.embed_tokens(x), model.embed_tokens.merged_weight()[x])
 
 
 def test_disabled_is_the_base_and_comes_back(tiny_model):
@@ -107,12 +107,11 @@ def test_merged_is_the_same_model(tiny_model, tmp_path, tied, kind):
     stir(model.parameters())
     with torch.no_grad():
         apart = logits(model, x)
-        hf.save(model, tmp_path / "merged", state=lora.merged_state(model))
-        assert close(logits(hf.load(tmp_path / "merged"), x), apart)
-        assert close(logits(hf.load(tmp_path / "merged", torch.float64), x), apart.double())
-        assert torch.equal(logits(model, x), apart)                  # merged_state changed nothing
         lora.merge(model)
         assert close(logits(model, x), apart)
+        hf.save(model, tmp_path / "merged", state=dict(model.named_parameters()))
+        assert close(logits(hf.load(tmp_path / "merged"), x), apart)
+        assert close(logits(hf.load(tmp_path / "merged", torch.float64), x), apart.double())
         lora.merge(model)                                            # it was taken off: merging again adds nothing
         assert close(logits(model, x), apart)
 
@@ -124,7 +123,8 @@ def test_a_half_precision_base_is_merged_in_fp32(tiny_model):
     layer = model.layers[0].mlp.up_proj
     a, b, w = (p.detach().double() for p in (layer.adapter.A, layer.adapter.B, layer.weight))
     assert (layer.adapter.A.dtype, layer.weight.dtype) == (torch.float32, torch.bfloat16)
-    merged = lora.merged_state(model)["layers.0.mlp.up_proj.weight"]
+    lora.merge(model)
+    merged = layer.weight
     assert merged.dtype == torch.bfloat16
     exact = w + 4 * b @ a
     assert ((merged.double() - exact).abs() <= 1.001 * 2.0**-8 * exact.abs()).all()
