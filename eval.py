@@ -45,29 +45,21 @@ from text.vocabulary import token_before_document
 
 # ---- documents under an objective
 
-def cut_for_prediction(documents: list, prefix: int, context: int):
-    """Yield (inputs [n], targets [n]), n <= context, of each window of each document [its tokens]."""
-    for ids in documents:
-        ids = np.concatenate([np.array([prefix], np.int32), ids.astype(np.int32)])
-        for start in range(0, len(ids) - 1, context):
-            targets = ids[start + 1:start + context + 1]
-            yield ids[start:start + len(targets)], targets
+def cut_windows(objective, documents: list, prefix: int, context: int):
+    """Yield (inputs [n], targets [n]), n <= context, of each window of each document [its tokens].
 
-
-def cut_for_masking(documents: list, context: int):
-    """Yield (tokens [n], tokens [n]), n <= context, of each window of each document; the objective masks them later."""
+    Inputs stand one token before their targets. A masked objective gets the tokens as both, and masks them later.
+    """
     for ids in documents:
+        ids = ids.astype(np.int32)
+        inputs = np.concatenate([np.array([prefix], np.int32), ids[:-1]]) if objective.causal else ids
         for start in range(0, len(ids), context):
-            window = ids[start:start + context].astype(np.int32)
-            yield window, window
+            yield inputs[start:start + context], ids[start:start + context]
 
 
 def make_batches(objective, documents: list, prefix: int, context: int, B: int) -> list[data.Batch]:
     """Batches [B, T] (the last may have fewer sequences) that are ready for `objective.loss`."""
-    if objective.causal:
-        windows = cut_for_prediction(documents, prefix, context)
-    else:
-        windows = cut_for_masking(documents, context)
+    windows = cut_windows(objective, documents, prefix, context)
     batches = [data.Batch.of(sequences) for sequences in pack_in_order(windows, context, B)]
     for i, batch in enumerate(batches):
         if objective.causal:

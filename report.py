@@ -90,17 +90,10 @@ class Run:
         """measure/verdict.py's comparison of the last evaluation with the one at step 0."""
         return verdict.compare(self.before, self.after, self.names_of("general"), self.names_of("domain"), self.metric)
 
-    @property
-    def domain_gain(self) -> float | None:
-        return self.comparison["domain_gain"]
-
-    @property
-    def forgetting(self) -> float | None:
-        return self.comparison["forgetting"]
-
-    @property
-    def overall(self) -> float | None:
-        return self.comparison["score"]
+    # Fractions; None where they cannot be known.
+    domain_gain = property(lambda run: run.comparison["domain_gain"])
+    forgetting = property(lambda run: run.comparison["forgetting"])
+    overall = property(lambda run: run.comparison["score"])
 
 
 def read_run(folder) -> Run:

@@ -122,7 +122,7 @@ def test_masked_loss_and_accuracy(tiny_model):
     result = evaluation.score(model, objective, documents, 0, 32)
     assert evaluation.score(model, objective, documents, 0, 32) == result          # the same masks every time
     nats, hits, n = 0.0, 0, 0
-    segments = evaluation.cut_for_masking([d for d, _ in documents], 32)
+    segments = evaluation.cut_windows(objective, [d for d, _ in documents], 0, 32)
     for i, batch in enumerate(map(data.Batch.of, pack_in_order(segments, 32, 4))):
         rng = data.RowRandom(mix_keys("eval", i, np.arange(len(batch.source))))
         batch = objective.corrupt(batch, rng)
