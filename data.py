@@ -34,21 +34,13 @@ from core.config import setting
 from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
-from text.corpus import read_documents, read_records
+from text import parts
+from text.corpus import read_records
 from text.foreign import holds_tokens, read_token_documents
 from text.mix_preview import preview_mix
 from text.mixed_jsonl import mix_files
 from text.mixture import SourceConfig
 from text.packing import PackedSources, Sequences
-from text.parts import (
-    deal_documents,
-    merge_parts,
-    pack_buckets,
-    packed_folders,
-    part_folder,
-    read_buckets,
-    read_part,
-)
 from text.shards import SPLITS, pack, read_manifest, verify
 
 ORDER_VERSION = 1                   # raise it when the same seed gives another order
@@ -177,58 +169,7 @@ class Pack:
 
 
 def run_pack(options: Pack) -> dict:
-    """Pack files into shards, parts of shards or score buckets; returns the manifest or the buckets."""
-    _refuse_contradictions(options)
-    part = read_part(options.part) if options.part else None
-    out = part_folder(options.output.out, *part) if part else options.output.out
-    tokenizer = tokenizers.load(options.tokenizer)
-    for path in options.files:
-        # A file that cannot be read should be known before hours of work, so each gives its first document now.
-        first = read_token_documents(path, tokenizer, options.dtype) if holds_tokens(path) else \
-            read_documents([path], options.reading)
-        next(first, None)
-    bar = tqdm(unit="B", unit_scale=True, disable=None, desc="pack")
-
-    def records(files=options.files):
-        for where, record in read_records(files, options.reading, None if options.score else [options.reading.column]):
-            bar.update(len(record[options.reading.column]))
-            yield where, record
-
-    def documents(files):
-        for path in files:
-            if holds_tokens(path):
-                for ids in read_token_documents(path, tokenizer, options.dtype):
-                    bar.update(ids.nbytes // 2)
-                    yield ids
-            else:
-                yield from (record[options.reading.column] for _, record in records([path]))
-
-    start = time.perf_counter()
-    inputs = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
-              for path in options.files]
-    settings = {"heldout": options.heldout, "bos": True if options.bos else False if options.no_bos else None,
-                "shard_tokens": options.shard_tokens, "workers": options.workers, "inputs": inputs,
-                "overwrite": options.output.overwrite}
-    if options.buckets:
-        first = options.first or ("high" if "quality" in options.score else "low")
-        pack_buckets(records, tokenizer, out, options.buckets, options.score, first=first,
-                     column=options.reading.column, **settings)
-    elif part:
-        pack(deal_documents(options.files, documents, *part), tokenizer, out, allow_empty=True, **settings)
-    else:
-        pack(documents(options.files), tokenizer, out, **settings)
-    bar.close()
-    seconds = time.perf_counter() - start
-    splits = [split for folder in packed_folders(out) for split in read_manifest(folder)["splits"].items()]
-    tokens = sum(totals["tokens"] for _, totals in splits)
-    print(f"packed {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds / 1e6:.2f} M tokens/s) into {out}")
-    if options.heldout and not any(totals["documents"] for name, totals in splits if name == "heldout"):
-        print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
-              "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
-    return print_info(out)
-
-
-def _refuse_contradictions(options: Pack):
+    """Pack files into shards, a part of them or score buckets; returns what print_info does."""
     if options.bos and options.no_bos:
         raise UserError("--bos and --no-bos contradict each other; leave one of them out")
     if (options.buckets is None) != (options.score is None) or (options.first and not options.score):
@@ -237,6 +178,46 @@ def _refuse_contradictions(options: Pack):
         raise UserError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
     if options.buckets and any(map(holds_tokens, options.files)):
         raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
+    part = parts.read_part(options.part) if options.part else None
+    out = parts.part_folder(options.output.out, *part) if part else options.output.out
+    tokenizer, column = tokenizers.load(options.tokenizer), options.reading.column
+    bar = tqdm(unit=" documents", disable=None, desc="pack")
+
+    def records(files=options.files):
+        """(where, record) of each document; the text of a document of a token file is its ids."""
+        for path in files:
+            found = ((path, {column: ids}) for ids in read_token_documents(path, tokenizer, options.dtype)) \
+                if holds_tokens(path) else read_records([path], options.reading, None if options.score else [column])
+            for where, record in found:
+                bar.update()
+                yield where, record
+
+    for path in options.files:
+        # A file that cannot be read should be known before hours of work.
+        next(records([path]), None)
+    start = time.perf_counter()
+    settings = {"heldout": options.heldout, "bos": True if options.bos else False if options.no_bos else None,
+                "shard_tokens": options.shard_tokens, "workers": options.workers,
+                "overwrite": options.output.overwrite,
+                "inputs": [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
+                           for path in options.files]}
+    if options.buckets:
+        first = options.first or ("high" if "quality" in options.score else "low")
+        parts.pack_buckets(records, tokenizer, out, options.buckets, options.score, first=first, column=column,
+                           **settings)
+    else:
+        found = parts.deal_documents(options.files, records, *part) if part else records()
+        pack((record[column] for _, record in found), tokenizer, out, allow_empty=bool(part), **settings)
+    bar.close()
+    seconds = time.perf_counter() - start
+    result = print_info(out)
+    splits = [manifest["splits"] for manifest in result.get("manifests", [result])]
+    tokens = sum(made[split]["tokens"] for made in splits for split in SPLITS)
+    print(f"packed {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds / 1e6:.2f} M tokens/s) into {out}")
+    if options.heldout and not any(made["heldout"]["documents"] for made in splits):
+        print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
+              "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
+    return result
 
 
 @dataclass
@@ -262,8 +243,8 @@ class Manifest:
 
 def print_info(folder) -> dict:
     """Say what a packed source or a folder of score buckets holds; returns its manifest, or the buckets and theirs."""
-    index = read_buckets(folder)
-    manifests = [read_manifest(path) for path in packed_folders(folder)]
+    index = parts.read_buckets(folder)
+    manifests = [read_manifest(path) for path in parts.packed_folders(folder)]
     for k, manifest in enumerate(manifests):
         if index:
             bucket = index["buckets"][k]
@@ -283,14 +264,14 @@ def print_info(folder) -> dict:
 
 def run_verify(options: Verify) -> dict:
     """Hash the shards of a source or of its buckets; a UserError names the first file that differs."""
-    read = sum(verify(folder) for folder in packed_folders(options.dir))
+    read = sum(verify(folder) for folder in parts.packed_folders(options.dir))
     print(f"{options.dir}: {read:,} bytes have the hashes they were written with")
     return {"dir": options.dir, "bytes": read}
 
 
 def run_manifest(options: Manifest) -> dict:
     """Join packed parts; returns the manifest."""
-    merge_parts(options.merge)
+    parts.merge_parts(options.merge)
     return print_info(options.merge)
 
 

@@ -31,6 +31,8 @@ from core import checkpoint, config, guard, parallel
 from learn import optim
 from stages import rehearse, resume
 from stages.build import build, build_model
+from text.parts import pack_buckets
+from text.shards import Shards, pack
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
@@ -42,7 +44,7 @@ def make_lab(folder: Path) -> Path:
     """folder/{tok, legal, story}: a tokenizer of 300 ids and two packed sources."""
     tok = tokenizer.train(texts("legal") + texts("story"), "bpe", 300, folder / "tok")
     for kind in KINDS:
-        data.pack(texts(kind), tok, folder / kind, heldout=0.1)
+        pack(texts(kind), tok, folder / kind, heldout=0.1)
     return folder
 
 
@@ -216,7 +218,7 @@ def test_a_run_learns_and_its_plan_is_what_it_drew(lab, tmp_path):
 
 def test_score_buckets_are_read_in_their_order_and_resumed(lab, tmp_path, monkeypatch):
     records = [{"text": t, "metadata": {"scores": {"words": len(t.split())}}} for t in texts("legal")]
-    data.pack_buckets(lambda: (("", r) for r in records), tokenizer.load(lab / "tok"), tmp_path / "law", 4, "words",
+    pack_buckets(lambda: (("", r) for r in records), tokenizer.load(lab / "tok"), tmp_path / "law", 4, "words",
                       heldout=0.1)
     words = ("--data.sources.legal.path", tmp_path / "law", "--data.schedule", "staged", "--eval.tokens", 800)
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -349,7 +351,7 @@ def test_signals_to_a_real_process(lab, tmp_path):
 def test_resume_under_other_settings_is_refused_with_what_differs(lab, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     crash_at(monkeypatch, settings(lab, out, "--train.save-every", 2), 3)
-    data.pack(texts("legal")[:200], tokenizer.load(lab / "tok"), tmp_path / "other", heldout=0.1)
+    pack(texts("legal")[:200], tokenizer.load(lab / "tok"), tmp_path / "other", heldout=0.1)
     before = {f: f.read_bytes() for f in (out / "checkpoints").rglob("*") if f.is_file()}
     for words, differs in (("--seed 1", "seed was 0 and is 1"), ("--train.batch-size 8", "batch_size was 4 and is 8"),
                            (f"--data.sources.legal.path {tmp_path / 'other'}", "tokens was"),
@@ -446,7 +448,7 @@ def test_padding_of_the_last_window_is_no_target(lab, tmp_path):
     """Over a whole epoch each token of a source is a target once, but for the first of each document piece."""
     c = settings(lab, tmp_path / "run", "--data.sources.story.weight", 0, "--data.domain-share", 1,
                  "--data.schedule", "static", "--data.mask-documents", "false")
-    shards = data.Shards(lab / "legal")
+    shards = Shards(lab / "legal")
     windows = -(-shards.tokens // 32)
     c.train.batch_size, c.train.steps = windows, 1
     run = build(c, one())
@@ -597,7 +599,7 @@ def mistakes(lab, tmp_path):
     bert.mkdir()
     (bert / "config.json").write_text('{"model_type": "bert"}')
     other = tokenizer.train(texts("legal"), "bpe", 280, tmp_path / "othertok")
-    data.pack(texts("legal"), other, tmp_path / "othershards")
+    pack(texts("legal"), other, tmp_path / "othershards")
     shutil.copytree(lab / "legal", tmp_path / "flipped")
     file = tmp_path / "flipped/train_000000.bin"
     content = bytearray(file.read_bytes())
@@ -657,7 +659,7 @@ def test_a_mistake_in_a_real_process(lab, tmp_path):
 def test_a_chat_model_and_a_source_without_held_out_text_are_warned_of(lab, tmp_path, whole, monkeypatch, capsys):
     base = shutil.copytree(whole[0] / "final", tmp_path / "chat")
     (base / "chat_template.jinja").write_text("{{ messages }}")
-    data.pack(texts("legal")[:20], tokenizer.load(lab / "tok"), tmp_path / "all", heldout=0)
+    pack(texts("legal")[:20], tokenizer.load(lab / "tok"), tmp_path / "all", heldout=0)
     status, said, _ = command(monkeypatch, capsys, arguments(
         lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", base, "--dry-run",
         "--data.sources.legal.path", tmp_path / "all"))
@@ -702,7 +704,7 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
 def test_masked_language_model_improves_on_held_out_text(lab, tmp_path):
     """Text that goes round in a circle can be guessed from either side."""
     circle, out = " ".join(KINDS["legal"].split() * 3), tmp_path / "run"
-    data.pack([circle[i:i + 90] for i in range(len(circle) // 2)], tokenizer.load(lab / "tok"), tmp_path / "circle",
+    pack([circle[i:i + 90] for i in range(len(circle) // 2)], tokenizer.load(lab / "tok"), tmp_path / "circle",
               heldout=0.2)
     train.train(settings(lab, out, "--objective.name", "masked", "--eval.tokens", 2000, "--data.sources.legal.path",
                          tmp_path / "circle", "--data.schedule", "static", "--data.domain-share", 1,

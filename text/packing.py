@@ -46,6 +46,12 @@ class Sequences:
             self.doc_start[row, at + begins] = at + begins
         self.end[row] = end
 
+    def cut(self, B: int) -> "Sequences":
+        """Keep the first B sequences."""
+        self.tokens, self.labels, self.doc_start, self.end = (
+            each[:B] for each in (self.tokens, self.labels, self.doc_start, self.end))
+        return self
+
     def close(self):
         """Complete doc_start, and return it."""
         padded = np.flatnonzero(self.end < self.doc_start.shape[1])
@@ -188,23 +194,13 @@ def pack_in_order(segments, context: int, B: int):
     A segment stands beside the one before it, or begins the next sequence where it does not fit. The last position of
     each sequence stays padding.
     """
-    layout, room = [[]], context
-    for segment in segments:
-        if len(segment[0]) > room:
-            if len(layout) == B:
-                yield _lay(layout, context)
-                layout = []
-            layout.append([])
-            room = context
-        layout[-1].append(segment)
-        room -= len(segment[0])
-    if layout[0]:
-        yield _lay(layout, context)
-
-
-def _lay(layout: list, context: int) -> Sequences:
-    sequences = Sequences(len(layout), context + 1)
-    for row, segments in enumerate(layout):
-        for tokens, labels in segments:
-            sequences.append(row, tokens, labels)
-    return sequences
+    sequences, row = Sequences(B, context + 1), 0
+    for tokens, labels in segments:
+        if sequences.end[row] + len(tokens) > context:
+            row += 1
+            if row == B:
+                yield sequences
+                sequences, row = Sequences(B, context + 1), 0
+        sequences.append(row, tokens, labels)
+    if sequences.end[0]:
+        yield sequences.cut(row + 1)

@@ -28,6 +28,7 @@ MAGIC = {2: (20240520, 1), 4: (20240801, 7)}
 # "nCPT" in llm.c's first spare word
 OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1
 SPLITS = ("train", "heldout")
+TOKENIZER_KEYS = ("fingerprint", "library", "vocab_size", "bos_id", "eos_id")
 
 
 # ---- writing
@@ -36,60 +37,52 @@ class ShardWriter:
     """Appends documents to shards of about `shard_tokens` tokens. Plain writes, so that a full disk is an error and not
     a signal, which it would be in a memory map."""
 
-    def __init__(self, folder: Path, split: str, tokenizer, itemsize: int, shard_tokens: int):
+    def __init__(self, folder: Path, split: str, tokenizer: dict, itemsize: int, shard_tokens: int):
         self.folder, self.split, self.tokenizer, self.shard_tokens = folder, split, tokenizer, shard_tokens
         self.dtype = np.dtype(f"<u{itemsize}")
-        # What the manifest says of each finished shard
-        self.records = []
+        self.records = []                   # what the manifest says of each finished shard
         self.file = None
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, nbytes: np.ndarray):
         """Documents one after the other: token ids [n]; tokens and text bytes of each document [documents]."""
         while len(lengths):
             if self.file is None:
-                self._open()
-            ends = np.cumsum(lengths)
-            fits = int(np.searchsorted(ends, self.shard_tokens - self.tokens, "right"))
-            if self.tokens == 0:
+                name = f"{self.split}_{len(self.records):06d}"
+                self.record = {"name": name, "tokens": 0, "documents": 0, "bytes": 0, "max_id": 0}
+                self.file = open(self.folder / f"{name}.bin", "wb")     # noqa: SIM115  (stays open until close())
+                self.file.write(bytes(HEADER_BYTES))
+                self.hash, self.ends, self.nbytes = hashlib.sha256(), [], []
+            shard, ends = self.record, np.cumsum(lengths)
+            fits = int(np.searchsorted(ends, self.shard_tokens - shard["tokens"], "right"))
+            if not shard["tokens"]:
                 # A document larger than a shard is not cut: it gets a shard of its own.
                 fits = max(fits, 1)
             if fits:
-                self._append(ids[:ends[fits - 1]], ends[:fits], nbytes[:fits])
-                ids, lengths, nbytes = ids[ends[fits - 1]:], lengths[fits:], nbytes[fits:]
+                payload = ids[:ends[fits - 1]].astype(self.dtype)
+                self.hash.update(payload)
+                self.file.write(payload)
+                self.ends.append(ends[:fits] + shard["tokens"])
+                self.nbytes.append(nbytes[:fits])
+                shard["max_id"] = max(shard["max_id"], int(ids[:len(payload)].max()))
+                shard["tokens"] += len(payload)
+                ids, lengths, nbytes = ids[len(payload):], lengths[fits:], nbytes[fits:]
             if len(lengths):
                 self.close()
-
-    def _open(self):
-        self.name = f"{self.split}_{len(self.records):06d}"
-        self.file = open(self.folder / f"{self.name}.bin", "wb")     # noqa: SIM115  (stays open until close())
-        self.file.write(bytes(HEADER_BYTES))
-        self.tokens, self.max_id, self.hash = 0, 0, hashlib.sha256()
-        self.ends, self.nbytes = [], []
-
-    def _append(self, ids, ends, nbytes):
-        payload = ids.astype(self.dtype)
-        self.max_id = max(self.max_id, int(ids.max()))
-        self.hash.update(payload)
-        self.file.write(payload)
-        self.ends.append(ends + self.tokens)
-        self.nbytes.append(nbytes)
-        self.tokens += len(ids)
 
     def close(self):
         """Finish the shard under way, if there is one: its header, its other two files and its record."""
         if self.file is None:
             return
         ends, nbytes = np.concatenate(self.ends).astype("<u8"), np.concatenate(self.nbytes).astype("<u4")
-        record = {"name": self.name, "tokens": self.tokens, "documents": len(ends), "bytes": int(nbytes.sum()),
-                  "max_id": self.max_id, "sha256": self.hash.hexdigest()}
+        self.record |= {"documents": len(ends), "bytes": int(nbytes.sum()), "sha256": self.hash.hexdigest()}
         self.file.seek(0)
-        self.file.write(shard_header(record, describe_tokenizer(self.tokenizer), self.dtype.itemsize).tobytes())
+        self.file.write(shard_header(self.record, self.tokenizer, self.dtype.itemsize).tobytes())
         self.file.close()
         for suffix, array in (("idx", ends), ("bytes", nbytes)):
-            with open(self.folder / f"{self.name}.{suffix}", "wb") as file:
+            with open(self.folder / f"{self.record['name']}.{suffix}", "wb") as file:
                 file.write(array.tobytes())
-            record[f"{suffix}_sha256"] = hashlib.sha256(array).hexdigest()
-        self.records.append(record)
+            self.record[f"{suffix}_sha256"] = hashlib.sha256(array).hexdigest()
+        self.records.append(self.record)
         self.file = None
 
 
@@ -104,12 +97,6 @@ def shard_header(record: dict, tokenizer: dict, itemsize: int) -> np.ndarray:
     header[16:24] = np.frombuffer(bytes.fromhex(tokenizer["fingerprint"]), "<i4")
     header[24:32] = np.frombuffer(bytes.fromhex(record["sha256"]), "<i4")
     return header
-
-
-def describe_tokenizer(tokenizer) -> dict:
-    """What the manifest says of the tokenizer."""
-    return {"fingerprint": tokenizer.fingerprint, "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
 
 
 def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = None, shard_tokens: int = 10**8,
@@ -134,7 +121,8 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
         raise UserError("--bos was asked for, but the tokenizer has no BOS token")
     with new_source(out, overwrite) as partial:
         itemsize = 2 if tokenizer.vocab_size <= 65536 else 4
-        writers = {split: ShardWriter(partial, split, tokenizer, itemsize, shard_tokens) for split in SPLITS}
+        described = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
+        writers = {split: ShardWriter(partial, split, described, itemsize, shard_tokens) for split in SPLITS}
         empty = 0
         with WorkerPool(workers, (tokenizer, bos, heldout), threads=True) as pool:
             for encoded, without_text in pool.map(_encode_batch, batches_by_size(texts, len, batch_bytes)):
@@ -148,7 +136,7 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
             raise UserError(f"nothing to train on: {empty} empty documents, {splits['heldout']['documents']} held out")
         manifest = {
             "format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
-            "tokenizer": describe_tokenizer(tokenizer),
+            "tokenizer": described,
             "bos": bos, "eos": True, "heldout": heldout, "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout",
             "inputs": inputs or [], "empty_documents_dropped": empty, "splits": splits,
         }
@@ -177,26 +165,22 @@ def new_source(out: Path, overwrite: bool):
 def _encode_batch(shared, texts: list):
     """In a worker thread: ({split: (ids [n], tokens of each document, text bytes of each)}, empty documents)."""
     tokenizer, bos, heldout = shared
-    # A document that is given as ids is decoded for its hash and its bytes alone.
-    raw = [utf8(text if isinstance(text, str) else tokenizer.decode(text)) for text in texts]
-    kept = [i for i, data in enumerate(raw) if data]
-    new = iter(tokenizer.encode_batch([texts[i] for i in kept if isinstance(texts[i], str)]))
-    encoded = [next(new) if isinstance(texts[i], str) else texts[i] for i in kept]
     start = [np.array([tokenizer.bos_id], np.uint32)] if bos else []
     end = np.array([tokenizer.eos_id], np.uint32)
-    limit = round(10000 * heldout)
-    empty = len(texts) - len(kept)
+    limit, empty = round(10000 * heldout), 0
     documents = {split: ([], [], []) for split in SPLITS}
-    for i, ids in zip(kept, encoded):
-        if not len(ids):
+    encoded = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
+    for text in texts:
+        # A document that is given as ids is decoded for its hash and its bytes alone.
+        raw, ids = (utf8(text), next(encoded)) if isinstance(text, str) else (utf8(tokenizer.decode(text)), text)
+        if not raw or not len(ids):
             empty += 1
             continue
-        digest = hashlib.blake2b(raw[i], digest_size=8).digest()
-        split = "heldout" if int.from_bytes(digest, "little") % 10000 < limit else "train"
-        pieces, lengths, nbytes = documents[split]
+        draw = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") % 10000
+        pieces, lengths, nbytes = documents["heldout" if draw < limit else "train"]
         pieces += [*start, ids, end]
         lengths.append(len(ids) + len(start) + 1)
-        nbytes.append(len(raw[i]))
+        nbytes.append(len(raw))
     return {split: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
             for split, (pieces, lengths, nbytes) in documents.items() if pieces}, empty
 
