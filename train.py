@@ -1,13 +1,15 @@
 """Continue the pretraining of a model on a domain corpus, with replay of general text, and say what it was worth.
 
     python train.py recipes/cpt.toml --model.path DIR --data.sources.domain.path shards/legal --out out/legal
-    python train.py recipes/cpt.toml ... --dry-run               one step, one evaluation, one save, and nothing left
+    python train.py recipes/cpt.toml ... --dry-run               one step, one evaluation, one save, and nothing is kept
     torchrun --nproc-per-node 8 train.py recipes/llama2_7b_cpt.toml
 
-Everything the run leaves is in its folder: config.toml (reruns it), metrics.jsonl, plan.jsonl, eval_step_N.json,
+A run leaves everything in its folder: config.toml (which reruns it), metrics.jsonl, plan.jsonl, eval_step_N.json,
 checkpoints/, eval.json, final/ (a Hugging Face folder), report.html. The same command again resumes it, bit for bit.
-A feature enters the loop as one call at one of five points: model built, loss computed, before the step, after the
-step, once in a while.
+
+This file is the loop. What it is made of stands in stages/, and how a batch is made and scored in data.py and
+learn/objectives.py. A feature enters the loop as one call at one of six points: model built, loss computed, before the
+step, after the step, evaluated, exported (learn/method.py).
 """
 
 import core.threads
@@ -22,19 +24,20 @@ from pathlib import Path
 
 import torch
 
-from core import guard, parallel
-from core.config import main_guard, parse, refuse_unused
+from core import cli, guard, parallel
+from core.config import refuse_unused, setting
 from core.hashing import mix_keys
 from core.log import LogConfig
 from core.parallel import ParallelConfig
+from data import Batch
 from forget import ForgetConfig
-from learn import objectives, schedules
-from learn.objectives import ObjectiveConfig
+from learn import schedules
+from learn.objectives import IGNORE, LossBySource, ObjectiveConfig
 from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import ModelSection, Run, TrainSection, build
-from stages.describe import begin, describe, line_of
-from stages.evaluate import EvalSection, ask_methods, draw_samples, evaluate
+from stages.describe import begin, describe, log_step
+from stages.evaluate import EvalSection, evaluate
 from stages.finish import finish
 from stages.rehearse import rehearse
 from stages.resume import resume, save
@@ -45,12 +48,13 @@ from text.mixture import DataConfig
 class Config:
     out: str = "out/run"
     """run folder"""
-    seed: int = 0
+    seed: int = setting(0, at_least=0)
     device: str = "auto"
+    """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N"""
     compile: bool = False
     """torch.compile the model"""
     dry_run: bool = False
-    """one step, one evaluation and one save; print what the run would cost, leave nothing"""
+    """one step, one evaluation and one save; print what the run would cost, keep nothing"""
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -63,105 +67,93 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, but must be 0 or more")
         refuse_unused(self.lora, "lora", "rank")
         for name, switch in (("freeze", "schedule"), ("ewc", "strength"), ("lwf", "alpha"), ("adaptive", "policy"),
                              ("merge", "method")):
             refuse_unused(getattr(self.forget, name), f"forget.{name}", switch)
 
 
-# ---- one step
+def micro_batches(run: Run, step: int) -> list[Batch]:
+    """This rank's share of the step's global batch, corrupted, in micro-batches of at most train.micro_batch_size."""
+    share, size = run.c.train.batch_size // run.world.size, run.c.train.micro_batch_size
+    first = run.world.rank * share
+    batches = [run.loader.batch(step, begin, min(begin + size, first + share))
+               for begin in range(first, first + share, size)]
+    return [run.objective.corrupt(batch, batch.rng) for batch in batches]
 
-def micro_batches(run: Run, step: int) -> list:
-    """This rank's rows of the step's global batch, corrupted, in micro-batches."""
-    share = run.c.train.batch_size // run.world.size
-    first, size = run.world.rank * share, run.c.train.micro_batch_size
-    rows = (run.loader.batch(step, lo, min(lo + size, first + share)) for lo in range(first, first + share, size))
-    return [run.objective.corrupt(batch, batch.rng) for batch in rows]
 
+def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
+    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "methods": {name: value}}.
 
-def train_step(run: Run, step: int, batches: list) -> dict:
-    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "methods": their numbers}.
-
-    The loss is the sum over all targets of the step divided by their count over all ranks, so that accumulation,
-    packing and the number of ranks change nothing.
+    The loss is summed over all targets of the step and divided by their number on all ranks, so that gradient
+    accumulation, packing and the number of ranks change nothing.
     """
-    c, world, scale, names = run.c, run.world, run.scale, run.loader.names
-    valid = max(1.0, world.sum([sum((b.labels != objectives.IGNORE).sum().item() for b in batches)])[0])
-    torch.manual_seed(int(mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))     # of adapters; resumes alike
-    row_loss, row_tokens = [], []
+    c, world, scale = run.c, run.world, run.scale
+    targets = max(1.0, world.sum([sum((batch.labels != IGNORE).sum().item() for batch in batches)])[0])
+    # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
+    torch.manual_seed(int(mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
+    by_source = LossBySource(run.loader.names)
     for i, batch in enumerate(batches):
         with parallel.accumulate(run.model, last=i == len(batches) - 1):
             batch = batch.to(world.device)
             with run.autocast():
                 loss, _, metrics = run.objective.loss(run.model, batch)
                 for method in run.methods:
-                    loss = method.loss_computed(run.inner, batch, loss, metrics)           # loss computed
-                del metrics["hidden"]              # or it would live through the next forward pass
-            # ranks average their gradients; times their number, the average is the sum
-            (loss * (scale.scale * world.size / valid)).backward()
-        row_loss.append(metrics["row_loss"])
-        row_tokens.append(metrics["row_tokens"])
-    sums = torch.zeros(2, len(names), dtype=torch.float64)
-    source = torch.cat([torch.from_numpy(b.source) for b in batches])
-    sums[0].index_add_(0, source, torch.cat(row_loss).double().cpu())          # waits for the device
-    sums[1].index_add_(0, source, torch.cat(row_tokens).double().cpu())
-    sums = torch.tensor(world.sum(sums.flatten().tolist())).view(2, -1).tolist()
-    sources = {name: (nats, int(n)) for name, nats, n in zip(names, *sums) if n}
-    loss = sum(sums[0]) / valid
-    guard.require_finite("loss", loss, step, sources)
+                    loss = method.loss_computed(run.inner, batch, loss, metrics)            # loss computed
+            by_source.add(batch, metrics)
+            # The hidden states must not live through the next forward pass.
+            del metrics["hidden"]
+            # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by world.size.
+            (loss * (scale.scale * world.size / targets)).backward()
 
-    if scale.enabled:
-        torch._foreach_mul_([p.grad for p in run.inner.parameters() if p.grad is not None], 1.0 / scale.scale)
-    numbers = {}
+    scale.unscale_(run.inner)
+    logged = {}
     for method in run.methods:
-        numbers |= method.before_step(step, run.inner)                         # before the step
-    parameters = [p for p in run.inner.parameters() if p.grad is not None]
-    norm = parallel.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, c.optim.clip or float("inf"))).item()
+        logged |= method.before_step(step, run.inner)                                       # before the step
+    norm = parallel.clip_gradients(run.inner, c.optim.clip)
+    # The one point of a step at which the CPU waits for the device.
+    sources, norm = by_source.reduce(world, norm)
+    loss = sum(nats for nats, _ in sources.values()) / targets
+    guard.require_finite("loss", loss, step, sources)
     if not scale.enabled:
         guard.require_finite("gradient norm", norm, step, sources)
-    lr = schedules.learning_rate(step, run.steps, c.optim)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+    lr = schedules.set_learning_rate(run.optimizer, step, run.steps, c.optim)
     if scale.update(norm):
         run.optimizer.step()
     for method in run.methods:
-        method.after_step(step, run.inner, run.optimizer)                      # after the step
+        method.after_step(step, run.inner, run.optimizer)                                   # after the step
     run.optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": numbers}
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": logged}
 
-
-# ---- the run
 
 def train(c: Config, world) -> int:
-    """The whole run; exit status 0 also where a signal ended it after a save."""
-    with guard.run_folder(c.out, world) as folder, guard.StopSignal() as stop, build(c, world, folder) as run:
+    """The whole run; exit status 0, also where a signal ended it after a save."""
+    with guard.run_folder(c.out, world) as folder, guard.StopSignal() as stop, build(c, world, folder) as run, \
+            ThreadPoolExecutor(1) as pool:
         describe(run)
         start = resume(run)
         begin(run, start)
-        pool = ThreadPoolExecutor(1)
         ahead = pool.submit(micro_batches, run, start) if start < run.steps else None
         seconds, measured = 0.0, 0
         for step in range(start, run.steps):
             # once in a while: evaluate (methods may change the plan)
             if step % c.eval.every == 0:
-                ask_methods(run, step, evaluate(run, step))
-                if step == 0:
-                    draw_samples(run, 0)
-            # the step
+                evaluate(run, step)
+
+            # the step; the batches of the next one are read meanwhile
             clock = time.perf_counter()
             batches = ahead.result()
             ahead = pool.submit(micro_batches, run, step + 1) if step + 1 < run.steps else None
-            done = train_step(run, step, batches)
+            result = train_step(run, step, batches)
             seconds, measured = seconds + time.perf_counter() - clock, measured + 1
+
             # once in a while: log
-            line = None
             if (step + 1) % c.log.every == 0 or step in (start, run.steps - 1):
-                line = line_of(run, step + 1, done, seconds / measured)
-                run.log.record("train", step + 1, **line)
+                log_step(run, step + 1, result, seconds / measured)
                 seconds, measured = 0.0, 0
-            run.log.show_step(step + 1, line)
+            else:
+                run.log.show_step(step + 1)
+
             # once in a while: save, and leave when asked to
             asked = stop.on_any_rank(world)
             if (step + 1) % c.train.save_every == 0 or step + 1 == run.steps or asked:
@@ -182,16 +174,21 @@ def dry_run(c: Config, world) -> int:
     return 0
 
 
-def main() -> int:
-    c = parse(Config, sys.argv[1:], description=__doc__)
+def run_command(c: Config) -> int:
+    """What the command line asks for, on this process's rank."""
     world = parallel.start(c.device)
     try:
         status = (dry_run if c.dry_run else train)(c, world)
-        world.barrier()                    # none leaves while another still waits for it
+        # No rank leaves while another still waits for it.
+        world.barrier()
         return status
     finally:
         parallel.stop()
 
 
+def main() -> int:
+    return cli.run("train.py", __doc__, (Config, run_command), recipe=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

@@ -1,5 +1,8 @@
 """Devices and floating-point types by the names people use for them."""
 
+import resource
+from pathlib import Path
+
 import torch
 
 from core.errors import UserError
@@ -29,3 +32,17 @@ def pick_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {name}, but torch sees no CUDA device; use --device cpu")
     return device
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far: of the GPU, or of this process.
+
+    getrusage's maximum is inherited from the process that started this one, so Linux's own VmHWM is read instead.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])

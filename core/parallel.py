@@ -134,6 +134,14 @@ def accumulate(model: nn.Module, last: bool):
     yield
 
 
+def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+    """Scale the gradients so that their global norm is at most `limit` (0: leave them). Returns the norm before, a
+    scalar that stays on the device. A collective for sharded parameters."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
 # ---- full tensors and sharded ones
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

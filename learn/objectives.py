@@ -1,7 +1,9 @@
-"""What is learned from a row: `corrupt` makes inputs and targets of it, `loss` scores a model on them.
+"""What is learned from a sequence: `corrupt` makes inputs and targets of it, `loss` scores a model on them.
 
-Rows come from the loader with T + 1 tokens and labels equal to the tokens; `corrupt` shifts (once, here) or masks, and
-leaves T. A loss is a sum over the targets that count; whoever calls divides by the count of the whole step.
+The loader's batches have T + 1 tokens, and labels equal to the tokens. `corrupt` shifts (once, here) or masks them and
+leaves T. A loss is a sum over the targets that count; the caller divides by the count of the whole step.
+
+Shapes: B sequences, T tokens, D model width, V vocabulary, S sources.
 """
 
 from dataclasses import dataclass, replace
@@ -9,103 +11,146 @@ from typing import Literal
 
 import torch
 
+from core.config import setting
+from core.errors import UserError
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 
 
 @dataclass
 class ObjectiveConfig:
     name: Literal["causal", "masked"] = "causal"
-    """causal: predict the next token; masked: predict masked tokens, seeing both ways"""
-    mask_ratio: float = 0.15
-    """masked: share of positions that are predicted"""
+    """causal: predict the next token; masked: predict masked tokens from both sides"""
+    mask_ratio: float = setting(0.15, above=0, at_most=1)
+    """masked: share of the positions that are predicted"""
     mask_token_id: int | None = None
     """masked: id that stands for a masked token; default: the tokenizer's mask token"""
+    z_loss: float = setting(0.0, at_least=0)
+    """weight of logsumexp(logits)^2 per target, which keeps logits from growing (PaLM, arXiv 2204.02311: 1e-4); it
+    counts in training losses and not in evaluations"""
 
-    def __post_init__(self):
-        if not 0 < self.mask_ratio <= 1:
-            raise ValueError(f"objective.mask_ratio is {self.mask_ratio}, but must be above 0 and at most 1")
+
+class Objective:
+    """The loss, which all objectives share; each has a `corrupt` of its own."""
+
+    causal: bool
+    """whether attention sees only the tokens before"""
+
+    def __init__(self, mask_documents: bool, z_loss: float = 0.0):
+        self.mask_documents = mask_documents
+        self.z_loss = z_loss
+
+    def corrupt(self, batch, rng):
+        """The batch [B, T + 1] as inputs and targets [B, T]. rng: its random values (data.RowRandom)."""
+        raise NotImplementedError
+
+    def hidden_states(self, model, batch) -> torch.Tensor:
+        """[B, T, D] of a corrupted batch, seen as the objective sees it: both ways or not, across documents or not."""
+        doc_start = batch.doc_start if self.mask_documents else None
+        return model(batch.tokens, batch.position_ids, doc_start, self.causal)
+
+    def loss(self, model, batch, want_hits: bool = False):
+        """(nats summed over the targets, their number, metrics) of a corrupted batch.
+
+        metrics: "sequence_loss" [B] and "sequence_targets" [B], the same two per sequence; "hidden" [B, T, D], part of
+        the graph; with want_hits "hits", the number of targets that have the largest logit.
+        """
+        hidden = self.hidden_states(model, batch)
+        # Under DDP the model stands inside its wrapper.
+        head = getattr(model, "module", model).head
+        loss, token_loss, hits = linear_cross_entropy(hidden, head.weight, batch.labels, want_hits,
+                                                      z_loss=self.z_loss if model.training else 0.0)
+        valid = batch.labels != IGNORE
+        metrics = {"sequence_loss": token_loss.sum(1), "sequence_targets": valid.sum(1), "hidden": hidden}
+        if want_hits:
+            metrics["hits"] = hits.sum()
+        return loss, valid.sum(), metrics
 
 
-class Causal:
-    """mean of -log p(token t+1 | tokens up to t). Where attention stays inside documents, a document's first token
-    has nothing to be predicted from and is not a target."""
+class Causal(Objective):
+    """Mean of -log p(token t + 1 | tokens up to t).
+
+    Where attention stays inside documents, the first token of a document has nothing to be predicted from and is no
+    target: of the documents [a b c] [d e] in one sequence, the targets of a b c d are b c - e.
+    """
 
     causal = True
-
-    def __init__(self, mask_documents: bool):
-        self.mask_documents = mask_documents
 
     def corrupt(self, batch, rng):
         targets = batch.labels[:, 1:]
         if self.mask_documents:
-            first = batch.doc_start[:, 1:] == torch.arange(1, batch.tokens.shape[1], dtype=torch.int32)
-            targets = torch.where(first, IGNORE, targets)
-        return _inputs(batch, batch.tokens[:, :-1], targets)
-
-    def loss(self, model, batch, want_hits: bool = False):
-        return _loss(self, model, batch, want_hits)
+            position = torch.arange(1, batch.tokens.shape[1], dtype=torch.int32)
+            targets = torch.where(batch.doc_start[:, 1:] == position, IGNORE, targets)
+        return replace(batch, tokens=batch.tokens[:, :-1], labels=targets, position_ids=batch.position_ids[:, :-1],
+                       doc_start=batch.doc_start[:, :-1])
 
 
-class Masked:
-    """BERT's masking (arXiv 1810.04805): of the chosen positions 80 % become the mask, 10 % a random token and 10 %
-    stay; the loss is on them alone. Special tokens are never chosen and never put in at random."""
+class Masked(Objective):
+    """BERT's masking (arXiv 1810.04805): of the chosen positions 80 % become the mask token, 10 % a random token and
+    10 % stay; only they are targets. Special tokens are never chosen and never put in at random."""
 
     causal = False
 
-    def __init__(self, mask_documents: bool, mask_id: int, special_ids, vocab_size: int, mask_ratio: float = 0.15):
-        self.mask_documents, self.mask_id, self.mask_ratio = mask_documents, mask_id, mask_ratio
+    def __init__(self, mask_documents: bool, mask_id: int, special_ids, vocab_size: int, mask_ratio: float = 0.15,
+                 z_loss: float = 0.0):
+        super().__init__(mask_documents, z_loss)
+        self.mask_id, self.mask_ratio = mask_id, mask_ratio
         self.special = torch.tensor(sorted({*special_ids, mask_id}), dtype=torch.int32)
-        ordinary = torch.ones(vocab_size, dtype=torch.bool)
-        ordinary[self.special.long()] = False
-        self.ordinary = ordinary.nonzero().flatten().to(torch.int32)
+        is_ordinary = torch.ones(vocab_size, dtype=torch.bool)
+        is_ordinary[self.special.long()] = False
+        self.ordinary = is_ordinary.nonzero().flatten().to(torch.int32)
 
     def corrupt(self, batch, rng):
         T = batch.tokens.shape[1] - 1
         tokens, labels = batch.tokens[:, :T], batch.labels[:, :T]
+        # Three independent streams of random values: which positions, what becomes of each, and which random token.
         chosen = (rng.uniform(0, T) < self.mask_ratio) & (labels != IGNORE) & ~torch.isin(tokens, self.special)
         kind = rng.uniform(1, T)
-        random = self.ordinary[(rng.uniform(2, T).double() * len(self.ordinary)).long()]
+        random_token = self.ordinary[(rng.uniform(2, T).double() * len(self.ordinary)).long()]
         inputs = torch.where(chosen & (kind < 0.8), self.mask_id, tokens)
-        inputs = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random, inputs)
-        return _inputs(batch, inputs, torch.where(chosen, labels, IGNORE))
-
-    def loss(self, model, batch, want_hits: bool = False):
-        return _loss(self, model, batch, want_hits)
+        inputs = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_token, inputs)
+        return replace(batch, tokens=inputs, labels=torch.where(chosen, labels, IGNORE),
+                       position_ids=batch.position_ids[:, :T], doc_start=batch.doc_start[:, :T])
 
 
-def _inputs(batch, tokens, targets):
-    T = tokens.shape[1]
-    return replace(batch, tokens=tokens, labels=targets, position_ids=batch.position_ids[:, :T],
-                   doc_start=batch.doc_start[:, :T])
-
-
-def hidden_states(objective, model, batch) -> torch.Tensor:
-    """[B, T, D] of a corrupted batch, seen as the objective sees it."""
-    return model(batch.tokens, batch.position_ids, batch.doc_start if objective.mask_documents else None,
-                 objective.causal)
-
-
-def _loss(objective, model, batch, want_hits):
-    """(loss_sum, n_valid, metrics): nats summed over the targets, their number, and both by row [B]; and the hidden
-    states [B, T, D] they come from."""
-    hidden = hidden_states(objective, model, batch)
-    head = getattr(model, "module", model).head          # under DDP the model is inside
-    loss, token_loss, hits = linear_cross_entropy(hidden, head.weight, batch.labels, want_hits)
-    valid = batch.labels != IGNORE
-    metrics = {"row_loss": token_loss.sum(1), "row_tokens": valid.sum(1), "hidden": hidden}
-    if want_hits:
-        metrics["hits"] = hits.sum()
-    return loss, valid.sum(), metrics
-
-
-def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int):
+def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:
+    """The objective of the settings. UserError where masking lacks a mask token inside the vocabulary."""
     if config.name == "causal":
-        return Causal(mask_documents)
+        return Causal(mask_documents, config.z_loss)
     mask_id = config.mask_token_id if config.mask_token_id is not None else getattr(tokenizer, "mask_id", None)
     if mask_id is None:
-        raise ValueError("objective masked needs a mask token and the tokenizer has none; name an id that the text "
-                         "does not use, e.g. --objective.mask-token-id 0")
+        raise UserError("objective masked needs a mask token and the tokenizer has none; name an id that the text does "
+                        "not use, e.g. --objective.mask-token-id 0")
     if not 0 <= mask_id < vocab_size:
-        raise ValueError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
+        raise UserError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
     special = [i for i in tokenizer.special_ids if i < vocab_size] if tokenizer is not None else ()
-    return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio)
+    return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss)
+
+
+class LossBySource:
+    """Nats and numbers of targets of a step by source, over its micro-batches and all ranks."""
+
+    def __init__(self, names: list[str]):
+        self.names = names
+        self.sources, self.losses, self.targets = [], [], []
+
+    def add(self, batch, metrics: dict):
+        """Note a micro-batch. What is on the device stays there, so that nothing waits for it yet."""
+        self.sources.append(torch.from_numpy(batch.source))
+        self.losses.append(metrics["sequence_loss"])
+        self.targets.append(metrics["sequence_targets"])
+
+    def reduce(self, world, norm: torch.Tensor) -> tuple[dict, float]:
+        """({source: (nats, targets)} of the sources that have targets, the gradient norm as a float).
+
+        This waits for the device: everything that the loop must know of a step comes in one copy. fp32 holds the
+        counts exactly, as they are at most T.
+        """
+        values = torch.cat([*self.losses, *self.targets, norm.flatten()]).float().cpu().double()
+        *parts, norm = values.split([values.numel() // 2, values.numel() // 2, 1])
+        sums = torch.zeros(2, len(self.names), dtype=torch.float64)
+        for total, part in zip(sums, parts):
+            total.index_add_(0, torch.cat(self.sources), part)
+        nats, targets = torch.tensor(world.sum(sums.flatten().tolist()), dtype=torch.float64).view(2, -1)
+        # Losses are computed in fp32: more digits of their sum would say nothing.
+        nats, targets = nats.float().tolist(), targets.long().tolist()
+        return {name: (nats[i], targets[i]) for i, name in enumerate(self.names) if targets[i]}, norm.item()

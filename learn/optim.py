@@ -193,6 +193,11 @@ class LossScale:
     def __init__(self, enabled: bool):
         self.enabled, self.scale, self.good_steps = enabled, 2.0**16 if enabled else 1.0, 0
 
+    def unscale_(self, model):
+        """Divide the model's gradients by the scale that their loss was multiplied with."""
+        if self.enabled:
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1.0 / self.scale)
+
     def update(self, norm: float) -> bool:
         """Takes note of a step's gradient norm; False where the step must be left out."""
         finite = math.isfinite(norm)

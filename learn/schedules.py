@@ -88,6 +88,14 @@ def learning_rate(step: int, total: int, config: ScheduleConfig) -> float:
     return max(config.min_lr, config.min_lr + (schedule(start - 1, total, warmup, config) - config.min_lr) * left)
 
 
+def set_learning_rate(optimizer, step: int, total: int, config: ScheduleConfig) -> float:
+    """Give every parameter group the rate of the step, times the group's own scale. Returns the rate."""
+    lr = learning_rate(step, total, config)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
 def warmup_length(total: int, config: ScheduleConfig) -> int:
     """Steps of the warm-up, at least 1: a warm-up of one step is none, because that step has all of lr."""
     return max(1, round(config.warmup_ratio * total) if config.warmup_steps is None else config.warmup_steps)

@@ -15,10 +15,11 @@ from typing import Literal
 import torch
 
 import data
+from core.devices import peak_bytes
 from learn.objectives import Causal
 from learn.optim import OptimConfig, make_optimizer
 from measure import timing
-from measure.bench_rows import ROOT, missing_row, peak_bytes, row, spread
+from measure.bench_rows import ROOT, missing_row, row, spread
 from measure.bench_steps import update
 from model import Model, ModelConfig, matmul_flops_per_token
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -47,17 +46,6 @@ def spread(values) -> float:
     """Range of the middle half over the median."""
     quartiles = statistics.quantiles(values, n=4) if len(values) > 2 else [min(values), 0, max(values)]
     return (quartiles[2] - quartiles[0]) / statistics.median(values)
-
-
-def peak_bytes(device) -> int:
-    """The most memory held so far, of the GPU or of this process.
-
-    Not by getrusage: its maximum is inherited from the process that started this one.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def compare_in_turn(unit: str, amount, ours, peers: dict, rounds: int, **more) -> list:

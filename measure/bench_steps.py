@@ -26,12 +26,13 @@ import data
 import hf
 import lora
 from core import parallel
+from core.devices import peak_bytes
 from kernels.cross_entropy import IGNORE, chunk_rows
 from learn import peft_files
 from learn.adapters import adapted_layers
 from learn.objectives import Causal
 from learn.optim import OptimConfig, make_optimizer
-from measure.bench_rows import ROOT, peak_bytes, row, spread
+from measure.bench_rows import ROOT, row, spread
 from model import Model, ModelConfig
 
 MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,

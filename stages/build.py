@@ -22,6 +22,8 @@ import hf
 import lora
 import tokenizer as tokenizers
 from core import checkpoint, parallel
+from core.config import setting
+from core.errors import UserError
 from core.hashing import short_digest
 from core.log import LogConfig, Logger
 from learn import objectives, optim
@@ -59,20 +61,16 @@ class ModelSection:
 
 @dataclass
 class TrainSection(LengthConfig):
-    micro_batch_size: int = 2
+    micro_batch_size: int = setting(2, above=0)
     """sequences a device holds at once; the rest of its share is accumulated"""
     precision: Literal["bf16", "fp32", "fp16"] = "bf16"
-    save_every: int = 1000
-    keep: int = 3
+    save_every: int = setting(1000, above=0)
+    """steps between checkpoints"""
+    keep: int = setting(3, above=0)
     """checkpoints kept"""
     branch_from: str = ""
     """checkpoint of another run to go on from, out/RUN/checkpoints/step_N; what it has done must be what this run would
     have done up to there, as with a learning rate that was constant so far and now anneals"""
-
-    def __post_init__(self):
-        for name in ("micro_batch_size", "save_every", "keep"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"train.{name} is {getattr(self, name)}, but must be above 0")
 
 
 # ---- the run
@@ -127,7 +125,7 @@ class Run:
     def forward(self, model, batch):
         """Hidden states [B, T, D] of a corrupted batch under any model, as the run computes them."""
         with self.autocast():
-            return objectives.hidden_states(self.objective, model, batch.to(self.world.device))
+            return self.objective.hidden_states(model, batch.to(self.world.device))
 
     def __enter__(self):
         return self
@@ -162,17 +160,17 @@ def build(c, world, folder: Path | None = None) -> Run:
 
 
 def refuse_combinations(c, world):
-    """ValueError for settings that exclude each other."""
+    """UserError for settings that exclude each other."""
     if c.optim.name == "muon" and c.lora.rank:
-        raise ValueError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
+        raise UserError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
                          "use --optim.name adamw with adapters")
     if c.lora.rank and c.model.init == "scratch":
-        raise ValueError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one "
+        raise UserError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one "
                          "of them out")
     if c.lora.rank and c.optim.embedding_lr_scale != 1:
-        raise ValueError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
+        raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     if c.train.batch_size % world.size:
-        raise ValueError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
+        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
 
 
 def open_log(run: Run) -> Logger:
@@ -204,7 +202,7 @@ def open_tokenizer(c, base: hf.Base | None):
     if c.model.tokenizer:
         return tokenizers.load(c.model.tokenizer)
     if base is None:
-        raise ValueError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
+        raise UserError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
                          "--model.tokenizer")
     has = any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return tokenizers.load(base.folder) if has else None
@@ -220,12 +218,12 @@ def open_sources(c, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict
     """({name: source}, {name: train shards}, {name: held-out shards}), a score bucket being a source; verified, and
     refused where the model cannot read them."""
     if not c.data.sources:
-        raise ValueError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
+        raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
     for name, source in c.data.sources.items():
         if not source.path:
-            raise ValueError(f"data.sources.{name}.path is not set; name a folder made by data.py pack")
+            raise UserError(f"data.sources.{name}.path is not set; name a folder made by data.py pack")
         if not Path(source.path).is_dir():
-            raise ValueError(f"data.sources.{name}.path {source.path} does not exist; make it with data.py pack")
+            raise UserError(f"data.sources.{name}.path {source.path} does not exist; make it with data.py pack")
     sources, train, heldout = open_buckets(c.data.sources), {}, {}
     for name, source in sources.items():
         train[name], heldout[name] = Shards(source.path), Shards(source.path, "heldout")
@@ -254,15 +252,15 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
 
 
 def refuse_plan(run: Run):
-    """ValueError for settings that the run's data or its length make senseless."""
+    """UserError for settings that the run's data or its length make senseless."""
     c = run.c
     both = len(set(run.heldout.roles.values())) == 2
     if c.forget.merge.method != "none" and not (run.objective.causal and both):
-        raise ValueError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
+        raise UserError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
                          "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
                          "run: python forget.py merge --alpha 0.5")
     if c.forget.adaptive.policy != "none" and c.eval.every >= run.steps:
-        raise ValueError(f"forget.adaptive decides at evaluations, and with eval.every {c.eval.every} there is none "
+        raise UserError(f"forget.adaptive decides at evaluations, and with eval.every {c.eval.every} there is none "
                          f"within {run.steps} steps; set --eval.every {max(1, run.steps // 10)}")
 
 

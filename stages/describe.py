@@ -1,6 +1,5 @@
-"""Say what is about to be run, and what each step was: before the run, at its beginning, and a line at a time."""
+"""Say what is about to be run, begin its folder, and say what each step was."""
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -10,18 +9,21 @@ import torch
 import lora
 from core import checkpoint
 from core.config import to_toml
+from core.devices import peak_bytes
+from core.files import write_text
 from learn import schedules
 from model import matmul_flops_per_token
 from stages.build import Run
-from stages.evaluate import wanted_share, write_plan, write_text
+from stages.evaluate import wanted_share, write_plan
 from text import mixture
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}     # dense bf16, vendors' data sheets
+# Dense bf16 per second, from the vendors' data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def describe(run: Run):
-    """What is about to be run, in a few lines, with the warnings a user would want before and not after."""
-    c, loader, say = run.c, run.loader, run.log.say
+    """What is about to be run, in a few lines, with the warnings that a user wants before the run and not after it."""
+    c, say = run.c, run.log.say
     say(f"model: {run.inner.count_parameters() / 1e6:.1f}M parameters, {run.config.family}, "
         f"vocabulary {run.config.vocab_size:,}")
     if c.model.init == "pretrained":
@@ -33,64 +35,72 @@ def describe(run: Run):
         say(f"lora: {lora.trainable_share(run.inner)}")
     if c.model.init == "pretrained":
         say(schedules.hint(run.inner.count_parameters(), "lora" if c.lora.rank else "full", c.optim))
-    for line in (note for method in run.methods for note in method.notes):
-        say(line)
+    for method in run.methods:
+        for note in method.notes:
+            say(note)
     if schedules.warmup_length(run.steps, c.optim) >= run.steps:
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
-    for name, shards, epochs in zip(loader.names, loader.shards, loader.epochs(run.steps).values()):
-        scored = sum(len(ids) for ids, _ in run.heldout.documents.get(name, []))
-        say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs:.2f} times; "
-            f"{scored:,} held-out tokens scored")
-        if not scored:
-            say(f"warning: source {name} has no held-out documents, so it is not evaluated")
-    for line in mixture.describe_mix(c.data, run.sources) + mixture.check_epochs(loader.epochs(run.steps), run.sources):
-        say(line)
-    lost = ", ".join(f"{name} {packing.padded or packing.dropped:,} {'dropped' if packing.dropped else 'padded'}"
-                     for name, packing in zip(loader.names, loader.packings) if packing.padded or packing.dropped)
+    describe_data(run)
     say(f"run: {run.steps:,} steps of {c.train.batch_size} x {c.data.context} = "
         f"{c.train.batch_size * c.data.context:,} tokens, seed {c.seed}, {c.train.precision}, "
         f"{run.world.size} x {run.world.device.type}")
-    say(f"packing: {c.data.packing}; positions an epoch without a token: {lost or 'none'}")
+    lost = [f"{name} {packing.padded or packing.dropped:,} {'dropped' if packing.dropped else 'padded'}"
+            for name, packing in zip(run.loader.names, run.loader.packings) if packing.padded or packing.dropped]
+    say(f"packing: {c.data.packing}; positions an epoch without a token: {', '.join(lost) or 'none'}")
+
+
+def describe_data(run: Run):
+    """A line per source: its tokens, how often they are read, and what is scored of it."""
+    say, epochs = run.log.say, run.loader.epochs(run.steps)
+    for name, shards in zip(run.loader.names, run.loader.shards):
+        scored = sum(len(ids) for ids, _ in run.heldout.documents.get(name, []))
+        say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs[name]:.2f} times; "
+            f"{scored:,} held-out tokens scored")
+        if not scored:
+            say(f"warning: source {name} has no held-out documents, so it is not evaluated")
+    for line in mixture.describe_mix(run.c.data, run.sources) + mixture.check_epochs(epochs, run.sources):
+        say(line)
 
 
 def begin(run: Run, start: int):
-    """The first files of a run folder, unless it goes on from a checkpoint of its own."""
+    """Write the first files of the run folder, unless the run goes on from a checkpoint of its own."""
+    c, loader = run.c, run.loader
     run.log.start_at(start)
     if not run.world.main or (start and checkpoint.steps(run.folder / "checkpoints")):
         return
-    c, loader, out = run.c, run.loader, run.folder
-    (out / "config.toml").write_text(to_toml(c), encoding="utf-8")
-    if start:                                  # a branch: what was known before is what its trunk found
+    write_text(run.folder / "config.toml", to_toml(c))
+    if start:
+        # A branch: what the model knew before is what its trunk measured.
         first = Path(c.train.branch_from).parent.parent / "eval_step_0.json"
-        write_text(out / first.name, first.read_text(encoding="utf-8"))
+        write_text(run.folder / first.name, first.read_text(encoding="utf-8"))
     write_plan(run)
-    run.log.record("start", 0, time=time.time(), run=out.name, parameters=run.inner.count_parameters(),
-                  trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
-                  tokens_per_step=c.train.batch_size * c.data.context, total_steps=run.steps,
-                  device=str(run.world.device), world_size=run.world.size, precision=c.train.precision,
-                  sources={name: {"role": run.sources[name].role, "tokens": s.tokens, "documents": s.documents}
-                           for name, s in zip(loader.names, loader.shards)},
-                  versions={"torch": torch.__version__, "python": sys.version.split()[0]})
+    run.log.record("start", 0, time=time.time(), run=run.folder.name, parameters=run.inner.count_parameters(),
+                   trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
+                   tokens_per_step=c.train.batch_size * c.data.context, total_steps=run.steps,
+                   device=str(run.world.device), world_size=run.world.size, precision=c.train.precision,
+                   sources={name: {"role": run.sources[name].role, "tokens": shards.tokens,
+                                   "documents": shards.documents}
+                            for name, shards in zip(loader.names, loader.shards)},
+                   versions={"torch": torch.__version__, "python": sys.version.split()[0]})
 
 
-def line_of(run: Run, step: int, done: dict, seconds: float) -> dict:
-    """The numbers of a console and metrics line after `step` steps, `seconds` each."""
-    c, loader = run.c, run.loader
+def log_step(run: Run, step: int, result: dict, seconds: float):
+    """The metrics and console line after `step` steps. result: what train_step returned for the last of them; seconds:
+    the mean time of a step since the line before."""
+    c, device = run.c, run.world.device
     tokens = c.train.batch_size * c.data.context
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if run.world.device.type == "cuda"
-                 and name in torch.cuda.get_device_name(run.world.device)), None)
-    flops = matmul_flops_per_token(run.config, c.data.context) * tokens / run.world.size / seconds
-    epochs, taken = loader.epochs(step), dict(zip(loader.names, loader.plan[step].tolist()))
-    general = sum(n for name, n in taken.items() if run.sources[name].role == "general")
-    return {"loss": done["loss"], "lr": done["lr"], "grad_norm": done["grad_norm"], "tokens": step * tokens,
-            "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds, "peak_gb": peak_gb(run.world),
-            **({"mfu": flops / peak} if peak else {}), "replay_share": general / sum(taken.values()),
-            "domain_share": wanted_share(run, step), **done["methods"],
-            "sources": {name: {"loss": nats / n, "tokens": taken[name] * c.data.context, "epochs": epochs[name]}
-                        for name, (nats, n) in done["sources"].items()}}
+    values = {"loss": result["loss"], "lr": result["lr"], "grad_norm": result["grad_norm"], "tokens": step * tokens,
+              "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds, "peak_gb": peak_bytes(device) / 1e9}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    if peak:
+        values["mfu"] = matmul_flops_per_token(run.config, c.data.context) * tokens / run.world.size / seconds / peak
 
-
-def peak_gb(world) -> float:
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6            # kilobytes on Linux
+    epochs, drawn = run.loader.epochs(step), dict(zip(run.loader.names, run.loader.plan[step].tolist()))
+    values["replay_share"] = sum(drawn[name] for name in run.names_of("general")) / sum(drawn.values())
+    values["domain_share"] = wanted_share(run, step)
+    values |= result["methods"]
+    values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
+                         for name, (nats, n) in result["sources"].items()}
+    run.log.record("train", step, **values)
+    run.log.show_step(step, values)

@@ -27,7 +27,7 @@ import data
 import hf
 import tokenizer
 import train
-from core import checkpoint, config, guard, parallel
+from core import checkpoint, cli, guard, parallel
 from learn import optim
 from stages import rehearse, resume
 from stages.build import build, build_model
@@ -61,7 +61,7 @@ def arguments(lab: Path, out, *more, steps: int = 8) -> list[str]:
 
 
 def settings(lab, out, *more, steps: int = 8) -> train.Config:
-    return config.parse(train.Config, arguments(lab, out, *more, steps=steps))
+    return cli.parse(train.Config, arguments(lab, out, *more, steps=steps), recipe=True)
 
 
 def one(device="cpu") -> parallel.World:
@@ -154,7 +154,7 @@ def crash_at(monkeypatch, c, step: int):
 def command(monkeypatch, capsys, words) -> tuple[int, str, str]:
     """train.py's command line in this process: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
-    status = config.main_guard(train.main)
+    status = train.main()
     return status, *capsys.readouterr()
 
 
@@ -671,7 +671,7 @@ def test_a_chat_model_and_a_source_without_held_out_text_are_warned_of(lab, tmp_
 def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monkeypatch, capsys):
     before = set(tmp_path.iterdir())
     monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path))
-    calls = dict.fromkeys(("evaluate", "save"), 0)
+    calls = dict.fromkeys(("score_heldout", "save"), 0)
     for name in calls:
         real = getattr(rehearse, name)
 
@@ -681,7 +681,7 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
         monkeypatch.setattr(rehearse, name, counted)
     status, said, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=1000))
     assert (status, errors) == (0, "")
-    assert calls == {"evaluate": 1, "save": 1}
+    assert calls == {"score_heldout": 1, "save": 1}
     for pattern in (r"1,000 steps of 4 x 32 = 128 tokens", r"legal \(domain\): [\d,]+ tokens, read [\d.]+ times",
                     r"story \(general\): [\d,]+ tokens, read [\d.]+ times", r"peak memory \d+\.\d\d GB",
                     r"a checkpoint [\d,]+ MB", r"takes about \d+\.\d\d hours"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from core.config import check_limits
 from core.hashing import mix_keys
 from data import Batch, RowRandom
 from learn.objectives import IGNORE, Causal, Masked, ObjectiveConfig, make_objective
@@ -73,12 +74,12 @@ def test_causal_loss_against_torch(tiny_model, documents):
     each = F.cross_entropy(logits.transpose(1, 2), batch.labels.long(), reduction="none", ignore_index=IGNORE)
     each.sum().backward()
     torch.testing.assert_close(loss, each.sum(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(metrics["row_loss"].detach(), each.sum(1).detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(metrics["sequence_loss"].detach(), each.sum(1).detach(), rtol=1e-5, atol=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     kept = batch.labels != IGNORE
     assert valid == kept.sum() == (57 - 9 - 2 * documents)           # 9 of padding, and the first of two documents
-    assert metrics["row_tokens"].tolist() == kept.sum(1).tolist()
+    assert metrics["sequence_targets"].tolist() == kept.sum(1).tolist()
     assert metrics["hits"] == ((logits.argmax(-1) == batch.labels) & kept).sum()
     assert "hits" not in objective.loss(model, batch)[2]
 
@@ -238,4 +239,4 @@ def test_settings_that_cannot_be():
             make_objective(ObjectiveConfig(name="masked", mask_token_id=wrong), True, None, 10)
     for ratio in (0.0, -0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="mask_ratio"):
-            ObjectiveConfig(mask_ratio=ratio)
+            check_limits(ObjectiveConfig(mask_ratio=ratio), "objective.")

@@ -16,7 +16,7 @@ import hf
 import lora
 import tokenizer
 import train
-from core import checkpoint, config
+from core import checkpoint, cli
 from learn import schedules
 from learn.peft_files import load_adapter
 from stages.build import build
@@ -270,12 +270,12 @@ def test_qlora_stays_within_two_percent_of_lora(data_dir, tmp_path):
     shards.pack(list(corpus.read_documents([str(law)]))[:300], tok, tmp_path / "law")
     losses = {}
     for kept in ("plain", "nf4"):
-        c = config.parse(train.Config, list(map(str, [
+        c = cli.parse(train.Config, list(map(str, [
             "--out", tmp_path / kept, "--device", "cpu", "--model.path", model, "--data.context", 128,
             "--data.sources.law.path", tmp_path / "law", "--train.steps", 40, "--train.batch-size", 8,
             "--train.micro-batch-size", 8, "--train.precision", "fp32", "--optim.lr", 5e-3, "--optim.min-lr", 5e-4,
             "--lora.rank", 8, "--lora.base", kept, "--eval.tokens", 2000, "--eval.sample-tokens", 0,
-            "--log.every", 1])))
+            "--log.every", 1])), recipe=True)
         train.train(c, one())
         losses[kept] = [line["loss"] for line in lines(tmp_path / kept, "train")]
     plain, quantised = (sum(losses[kept][30:]) for kept in ("plain", "nf4"))
@@ -286,7 +286,7 @@ def test_qlora_stays_within_two_percent_of_lora(data_dir, tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_is_settings_that_there_are(recipe):
-    c = config.parse(train.Config, [str(recipe)])
+    c = cli.parse(train.Config, [str(recipe)], recipe=True)
     assert c.out.startswith("out/")
     if "lora" in recipe.stem:
         assert c.lora.rank
