@@ -1,12 +1,14 @@
-"""What each method buys: one domain shift, the same tokens for every method, domain gain against forgetting.
+"""What each retention method buys: one domain shift, the same tokens for all.
 
-    python experiments/forgetting.py --model models/stories260K --domain law_title16.txt law_title28.txt \\
-        --general tinystories.txt --separator '<|endoftext|>' --out out/forgetting
+    python experiments/forgetting.py --model models/stories260K \\
+        --domain law_title16.txt law_title28.txt --general tinystories.txt \\
+        --separator '<|endoftext|>' --out out/forgetting
 
-Every run is a command of the project (train.py with recipes/forgetting.toml and the words of METHODS below), on one
-thread, two at a time. experiments/results/forgetting.json has a row a method with the mean over the seeds and each
-seed's numbers, forgetting.png beside it is the plane of domain gain against forgetting (both stay in --out where only
-some --methods are run). Time and memory are what metrics.jsonl says.
+Every run is a command of the project: train.py with recipes/forgetting.toml and
+the words of METHODS below, on one thread. experiments/results/forgetting.json
+has a row per method with the mean over the seeds and the values of each seed;
+forgetting.png beside it shows domain gain against forgetting (both stay in
+--out where only some --methods are run). Time and memory are metrics.jsonl's.
 """
 
 import json
@@ -16,116 +18,152 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from matplotlib.figure import Figure
+
+# The checkout, from whatever folder this file is run.
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
+sys.path.insert(0, str(ROOT))
 
-from core.config import ArgumentParser, main_guard, write_json  # noqa: E402
+from core import cli  # noqa: E402
+from core.config import setting  # noqa: E402
+from core.errors import UserError  # noqa: E402
+from core.files import read_json, refuse_existing, write_json  # noqa: E402
 from measure import verdict  # noqa: E402
 
-ALONE = ["--data.schedule", "static", "--data.domain-share", 1.0]
+RESULTS = ROOT / "experiments/results"
 
 
 def replay(share: float) -> list:
+    """Words of train.py for a mix with this share of general text throughout."""
     return ["--data.schedule", "static", "--data.domain-share", 1 - share]
 
 
-METHODS = {      # words of train.py; "own" as the general source: text drawn from the base
-    "domain_only": ALONE,
-    "replay_5": replay(0.05),
-    "replay_15": replay(0.15),
-    "replay": replay(0.3),
-    "self_replay": [*replay(0.3), "own"],
-    "adaptive": ["--forget.adaptive.policy", "degradation", "--eval.every", 25],
-    "ewc": [*ALONE, "--forget.ewc.strength", 10.0],
-    "lwf": [*ALONE, "--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "all"],
-    "lora": [*ALONE, "--lora.rank", 8, "--optim.lr", 1e-2, "--optim.min-lr", 1e-3],
-    "freeze": [*ALONE, "--forget.freeze.schedule", "progressive"],
-    "merge": [*ALONE, "--forget.merge.method", "linear"],
-    "replay_lwf": [*replay(0.15), "--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "replay"],
+# {method: (name in the chart, words of train.py)}; the word "own" takes text sampled from the base as general source.
+METHODS = {
+    "domain_only": ("domain only", replay(0.0)),
+    "replay_5": ("replay 5 %", replay(0.05)),
+    "replay_15": ("replay 15 %", replay(0.15)),
+    "replay": ("replay 30 %", replay(0.3)),
+    "self_replay": ("replay 30 %, sampled from the base", [*replay(0.3), "own"]),
+    "adaptive": ("adaptive", ["--forget.adaptive.policy", "degradation", "--eval.every", 25]),
+    "ewc": ("ewc", [*replay(0.0), "--forget.ewc.strength", 10.0]),
+    "lwf": ("lwf", [*replay(0.0), "--forget.lwf.alpha", 0.5, "--forget.lwf.tokens", "all"]),
+    "lora": ("lora", [*replay(0.0), "--lora.rank", 8, "--optim.lr", 1e-2, "--optim.min-lr", 1e-3]),
+    "freeze": ("freeze", [*replay(0.0), "--forget.freeze.schedule", "progressive"]),
+    "merge": ("merge", [*replay(0.0), "--forget.merge.method", "linear"]),
+    "replay_lwf": ("replay 15 % + LwF on it", [*replay(0.15), "--forget.lwf.alpha", 0.5]),
 }
-LABEL = {"replay": "replay 30 %", "replay_5": "replay 5 %", "replay_15": "replay 15 %",
-         "self_replay": "replay 30 %, drawn from the base", "replay_lwf": "replay 15 % + LwF on it",
-         "domain_only": "domain only"}
 
 
-def command(*words, threads: int = 1) -> None:
-    """A project command; its failure ends the study with the last line it printed."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+@dataclass(kw_only=True)
+class Study:
+    """The options of both studies of forgetting."""
+
+    model: str
+    """The base: a Hugging Face folder."""
+    domain: list[str]
+    """Text files of the domain."""
+    general: list[str]
+    """Text files of what the base was trained on."""
+    separator: str | None = None
+    """The string that stands between the documents of the general files."""
+    seeds: list[int] = setting([0, 1], at_least=0)
+    """Every method is trained once for each."""
+    steps: int = setting(150, above=0)
+    """Length of each run."""
+    jobs: int = setting(2, above=0)
+    """Runs at a time."""
+
+
+@dataclass(kw_only=True)
+class Forgetting(Study):
+    """What each retention method buys: one domain shift, the same tokens for all."""
+
+    methods: list[Literal[*METHODS]] = setting(list(METHODS))
+    """The methods to compare."""
+    documents: int = setting(600, above=0)
+    """Documents to sample from the base for self_replay."""
+    out: str = "out/forgetting"
+    """The folder to make."""
+
+
+def run_command(program: str, *words, threads: int = 1) -> None:
+    """Runs a command of the project; a UserError has the last line that a failed one printed."""
+    done = subprocess.run([sys.executable, ROOT / program, *map(str, words)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise ValueError(f"{''.join(last)} (python {' '.join(map(str, words))})")
+        raise UserError(f"{''.join(last)} (python {program} {' '.join(map(str, words))})")
 
 
-def prepare(args, out: Path) -> dict[str, Path]:
-    """Packed folders of both sides, and of text drawn from the base where a method wants it."""
-    sides = {"domain": args.domain, "general": args.general}
-    if any("own" in METHODS[name] for name in args.methods):
-        command("forget.py", "replay", "--model", args.model, "--out", out / "own.jsonl", "--documents", args.documents,
-                "--max-new-tokens", 256, threads=2)
+def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
+    """(the new folder, {"domain", "general": packed folder}); with `sampled`, also "own", so many documents sampled
+    from the base."""
+    refuse_existing(c.out)
+    out, sides = Path(c.out).resolve(), {"domain": c.domain, "general": c.general}
+    if sampled:
+        run_command("forget.py", "replay", "--model", c.model, "--out", out / "own.jsonl", "--documents", sampled,
+                    "--max-new-tokens", 256, threads=2)
         sides["own"] = [out / "own.jsonl"]
     for side, files in sides.items():
-        separator = ["--separator", args.separator] if side == "general" and args.separator else []
-        command("data.py", "pack", "--tokenizer", args.model, "--out", out / "shards" / side, *files, *separator,
-                "--heldout", 0.05)
-    return {side: out / "shards" / side for side in sides}
+        separator = ["--separator", c.separator] if side == "general" and c.separator else []
+        run_command("data.py", "pack", "--tokenizer", c.model, "--out", out / "shards" / side, *files, *separator,
+                    "--heldout", 0.05)
+    return out, {side: out / "shards" / side for side in sides}
 
 
-def run(words: list, seed: int, args, folder: Path, shards: dict) -> tuple[dict, list[dict]]:
+def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple[dict, list[dict]]:
     """(eval.json, the lines of metrics.jsonl about training) of one run with these words of train.py."""
-    words, own = [w for w in words if w != "own"], "own" in words
     sources = ["--data.sources.domain.path", shards["domain"], "--data.sources.general.path", shards["general"],
                "--data.sources.general.role", "general"]
-    if own:                            # the real general text is then read by nobody, and scored all the same
+    if "own" in words:
+        # The real general text then has no share in the mix, and is scored all the same.
         sources += ["--data.sources.own.path", shards["own"], "--data.sources.own.role", "general",
                     "--data.sources.general.weight", 0]
-    command("train.py", "recipes/forgetting.toml", "--model.path", args.model, *sources, "--seed", seed,
-            "--train.steps", args.steps, "--out", folder, *words)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    run_command("train.py", ROOT / "recipes/forgetting.toml", "--model.path", c.model, *sources, "--seed", seed,
+                "--train.steps", c.steps, "--out", folder, *(word for word in words if word != "own"))
+    found = read_json(folder / "eval.json")
     if lacking := {"domain", "general"} - found["after"].keys():
-        raise ValueError(f"of the --{min(lacking)} text no document was held out to be scored; give more of it")
+        raise UserError(f"of the --{min(lacking)} text no document was held out to be scored; give more of it")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return found, [line for line in lines if line["kind"] == "train"]
 
 
-def one(method: str, seed: int, args, out: Path, shards: dict) -> dict:
-    """One run; its numbers."""
+def measure_method(method: str, seed: int, c: Study, out: Path, shards: dict) -> dict:
+    """One run of a method, as the values that the study compares."""
     began = time.perf_counter()
-    found, trained = run(METHODS[method], seed, args, out / "runs" / f"{method}_{seed}", shards)
-    after = {side: found["after"][side]["bits_per_byte"] for side in ("domain", "general")}
+    found, trained = train(METHODS[method][1], seed, c, out / "runs" / f"{method}_{seed}", shards)
     comparison = verdict.compare(found["before"], found["after"], general=["general"], domain=["domain"])
-    row = {"seed": seed, "domain_bits_per_byte": after["domain"], "general_bits_per_byte": after["general"],
+    row = {"seed": seed, "domain_bits_per_byte": found["after"]["domain"]["bits_per_byte"],
+           "general_bits_per_byte": found["after"]["general"]["bits_per_byte"],
            "domain_gain": comparison["domain_gain"], "forgetting": comparison["forgetting"],
            "seconds": time.perf_counter() - began, "step_ms": statistics.median(line["step_ms"] for line in trained),
-           "peak_gb": max(line["peak_gb"] for line in trained),
-           "replay_share": trained[-1]["replay_share"]}
+           "peak_gb": max(line["peak_gb"] for line in trained), "replay_share": trained[-1]["replay_share"]}
     print(f"{method:14} seed {seed}: domain {row['domain_bits_per_byte']:.4f} ({-row['domain_gain']:+.1%}), general "
           f"{row['general_bits_per_byte']:.4f} ({row['forgetting']:+.1%}) bits per byte, {row['seconds']:.0f} s",
           flush=True)
     return row
 
 
-def front(rows: list[dict]) -> set[str]:
-    """Methods that no other beats in both domain gain and forgetting."""
-    return {r["method"] for r in rows if not any(
-        o["domain_gain"] >= r["domain_gain"] and o["forgetting"] <= r["forgetting"]
-        and (o["domain_gain"], o["forgetting"]) != (r["domain_gain"], r["forgetting"]) for o in rows)}
-
-
 def summarise(runs: dict[str, list[dict]]) -> list[dict]:
-    """A row a method: means over the seeds, the spread, and both sides against domain-only training."""
+    """A row per method: means over the seeds, their spread, and both sides against domain-only training. "pareto": no
+    other method is better in domain gain and forgetting both."""
     rows = []
     for method, seeds in runs.items():
         mean = {key: statistics.mean(s[key] for s in seeds) for key in seeds[0] if key != "seed"}
         spread = {f"{key}_sd": statistics.stdev(s[key] for s in seeds) if len(seeds) > 1 else 0.0
                   for key in ("domain_bits_per_byte", "general_bits_per_byte")}
-        rows.append({"method": method, **mean, **spread, "words": " ".join(map(str, METHODS[method])), "runs": seeds})
+        words = " ".join(map(str, METHODS[method][1]))
+        rows.append({"method": method, **mean, **spread, "words": words, "runs": seeds})
     alone = next((row for row in rows if row["method"] == "domain_only"), None)
-    best = front(rows)
     for row in rows:
-        row["pareto"] = row["method"] in best
+        row["pareto"] = not any(
+            o["domain_gain"] >= row["domain_gain"] and o["forgetting"] <= row["forgetting"]
+            and (o["domain_gain"], o["forgetting"]) != (row["domain_gain"], row["forgetting"]) for o in rows)
         if alone:
             row["forgetting_removed"] = 1 - row["forgetting"] / alone["forgetting"]
             row["domain_cost"] = row["domain_bits_per_byte"] / alone["domain_bits_per_byte"] - 1
@@ -133,11 +171,11 @@ def summarise(runs: dict[str, list[dict]]) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["| method | domain bits per byte | general | forgetting | of it removed | domain cost | time a step "
+def draw_table(rows: list[dict]) -> str:
+    lines = ["| method | domain bits per byte | general | forgetting | of it removed | domain cost | time per step "
              "| peak GB |", "|---|---:|---:|---:|---:|---:|---:|---:|"]
     for r in sorted(rows, key=lambda r: r["forgetting"]):
-        lines.append(f"| {LABEL.get(r['method'], r['method'])}{' *' if r['pareto'] else ''} "
+        lines.append(f"| {METHODS[r['method']][0]}{' *' if r['pareto'] else ''} "
                      f"| {r['domain_bits_per_byte']:.4f} ± {r['domain_bits_per_byte_sd']:.4f} "
                      f"| {r['general_bits_per_byte']:.4f} ± {r['general_bits_per_byte_sd']:.4f} "
                      f"| {r['forgetting']:+.1%} | {r.get('forgetting_removed', 0):.0%} "
@@ -145,79 +183,48 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, rows: list[dict]):
-    """PNG: each seed a dot, each method's mean a labelled one, the Pareto front a line."""
-    from matplotlib.figure import Figure
+def draw_chart(rows: list[dict]) -> Figure:
+    """Each seed a dot, each method's mean a labelled one, the Pareto front a line; in percent."""
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
     axes = figure.subplots()
     for i, row in enumerate(rows):
-        colour = f"C{i % 10}"
+        at, colour = (100 * row["domain_gain"], 100 * row["forgetting"]), f"C{i % 10}"
         axes.scatter([100 * r["domain_gain"] for r in row["runs"]], [100 * r["forgetting"] for r in row["runs"]],
                      s=12, color=colour, alpha=0.4)
-        axes.scatter(100 * row["domain_gain"], 100 * row["forgetting"], s=40, color=colour,
-                     marker="o" if row["pareto"] else "x")
-        axes.annotate(LABEL.get(row["method"], row["method"]), (100 * row["domain_gain"], 100 * row["forgetting"]),
-                      xytext=(5, 4), textcoords="offset points", fontsize=8)
-    best = sorted((r["domain_gain"], r["forgetting"]) for r in rows if r["pareto"])
-    axes.plot([100 * x for x, _ in best], [100 * y for _, y in best], color="grey", linewidth=0.8, zorder=0)
+        axes.scatter(*at, s=40, color=colour, marker="o" if row["pareto"] else "x")
+        axes.annotate(METHODS[row["method"]][0], at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    front = sorted((100 * r["domain_gain"], 100 * r["forgetting"]) for r in rows if r["pareto"])
+    axes.plot(*zip(*front), color="grey", linewidth=0.8, zorder=0)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(xlabel="domain gain: bits per byte, % below the base",
              ylabel="forgetting: general bits per byte, % above it",
              title="same tokens, every method; down and right is better")
-    figure.savefig(path)
+    return figure
 
 
-def arguments(description: str) -> ArgumentParser:
-    parser = ArgumentParser(description=description)
-    parser.add_argument("--model", required=True, type=os.path.abspath, help="the base: a Hugging Face folder")
-    parser.add_argument("--domain", required=True, nargs="+", metavar="FILE", type=os.path.abspath)
-    parser.add_argument("--general", required=True, nargs="+", metavar="FILE", type=os.path.abspath)
-    parser.add_argument("--separator", help="documents of the general files stand between this string")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (%(default)s)")
-    return parser
+def save_study(name: str, c: Study, folder: Path, rows: list[dict], figure: Figure, began: float, **more) -> None:
+    """NAME.json and NAME.png in the folder. more: further options, which the command had too."""
+    options = {"steps": c.steps, **more, "seeds": " ".join(map(str, c.seeds))}
+    words = " ".join(f"--{option} {value}" for option, value in options.items())
+    figure.savefig(folder / f"{name}.png")
+    write_json(folder / f"{name}.json", {
+        "command": f"python experiments/{name}.py --model stories260K --domain ... --general ... {words}",
+        "seeds": c.seeds, **more, "seconds": time.perf_counter() - began, "rows": rows})
 
 
-def new_folder(path: Path) -> Path:
-    if path.exists():
-        raise ValueError(f"{path} exists; remove it, or name another folder with --out")
-    path.mkdir(parents=True)
-    return path.resolve()
-
-
-def together(jobs: int, function, calls: list[tuple]) -> list:
-    """function(*call) of each, `jobs` at a time; the first mistake ends those that have not begun."""
-    with ThreadPoolExecutor(jobs) as pool:
-        waiting = [pool.submit(function, *call) for call in calls]
-        try:
-            return [done.result() for done in waiting]
-        except ValueError:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
-                        help=f"of {', '.join(METHODS)} (default: all)")
-    parser.add_argument("--documents", type=int, default=600, help="drawn from the base for self_replay (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("out/forgetting"), help="folder to write (%(default)s)")
-    args = parser.parse_args()
-    began, out = time.perf_counter(), new_folder(args.out)
-    shards, runs = prepare(args, out), {method: [] for method in args.methods}
-    asked = [(method, seed) for method in args.methods for seed in args.seeds]
-    for (method, _), row in zip(asked, together(args.jobs, one, [(*pair, args, out, shards) for pair in asked])):
-        runs[method].append(row)
-    rows = summarise(runs)
-    results = ROOT / "experiments/results" if args.methods == list(METHODS) else out
-    draw(results / "forgetting.png", rows)
-    write_json(results / "forgetting.json", {
-        "command": "python experiments/forgetting.py --model stories260K --domain ... --general ... "
-                   f"--steps {args.steps} --seeds {' '.join(map(str, args.seeds))}",
-        "seeds": args.seeds, "seconds": time.perf_counter() - began, "rows": rows})
-    print(f"\n{table(rows)}\n\n* nothing beats it in both; {time.perf_counter() - began:.0f} s; {results}/forgetting.*")
+def run_study(c: Forgetting) -> None:
+    began, asked = time.perf_counter(), [(method, seed) for method in c.methods for seed in c.seeds]
+    out, shards = prepare(c, c.documents if any("own" in METHODS[name][1] for name in c.methods) else 0)
+    # After a mistake the executor drops the runs that have not begun.
+    with ThreadPoolExecutor(c.jobs) as pool:
+        measured = list(pool.map(lambda pair: measure_method(*pair, c, out, shards), asked))
+    rows = summarise({method: [row for (name, _), row in zip(asked, measured) if name == method]
+                      for method in c.methods})
+    results = RESULTS if c.methods == list(METHODS) else out
+    save_study("forgetting", c, results, rows, draw_chart(rows), began)
+    print(f"\n{draw_table(rows)}\n\n* nothing beats it in both; {time.perf_counter() - began:.0f} s; "
+          f"{results}/forgetting.*")
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(cli.run("forgetting.py", __doc__, (Forgetting, run_study)))

@@ -1,7 +1,6 @@
 """experiments/forgetting.py and experiments/budget.py. Truths: sums worked out by hand, and a run's own eval.json."""
 
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,6 +12,8 @@ sys.path.append(str(ROOT / "experiments"))       # at the end: experiments/token
 
 import budget  # noqa: E402
 import forgetting  # noqa: E402
+
+from core import cli  # noqa: E402
 
 
 def row(method, domain, general, seed=0):
@@ -33,7 +34,7 @@ def test_a_method_is_measured_against_domain_only_training():
     assert rows["replay"]["general_bits_per_byte_sd"] == pytest.approx(0.2 / 2**0.5)
     assert rows["domain_only"]["forgetting_removed"] == rows["domain_only"]["domain_cost"] == 0
     assert {method for method, r in rows.items() if r["pareto"]} == {"domain_only", "replay", "merge"}
-    assert [line.split(" | ")[0] for line in forgetting.table(list(rows.values())).splitlines()[2:]] == \
+    assert [line.split(" | ")[0] for line in forgetting.draw_table(list(rows.values())).splitlines()[2:]] == \
         ["| merge *", "| replay 30 % *", "| freeze", "| domain only *"]
 
 
@@ -44,8 +45,8 @@ def test_what_a_budget_run_spent_and_lost(tmp_path, monkeypatch):
     trained = [{"step": 1, "replay_share": 0.5}] + [{"step": s, "replay_share": r} for s, r in
                                                     ((10, 0.6), (20, 0.5), (30, 0.4))]
     found = {"after": {"domain": {"bits_per_byte": 2.0}, "general": {"bits_per_byte": 1.101}}}
-    monkeypatch.setattr(budget, "run", lambda *a: (found, trained))
-    got = budget.measured("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path, {})
+    monkeypatch.setattr(budget, "train", lambda *a: (found, trained))
+    got = budget.measure_run("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path, {})
     assert got["replay_shares"] == pytest.approx([0.6, 0.4, 0.2])
     assert got["rises"] == pytest.approx([0, 0.12, 0.05, 0.101])
     assert (got["evaluations_over"], got["evaluations"], got["replay_share"]) == (2, 3, 0.4)
@@ -59,24 +60,26 @@ def test_the_fixed_share_is_what_the_budget_spent(monkeypatch):
         asked.append(words)
         return {"method": method, "replay_share": 0.37, "worst_rise": 0.1, "evaluations_over": 0, "evaluations": 3,
                 "last_rise": 0.1, "domain_bits_per_byte": 2.0}
-    monkeypatch.setattr(budget, "measured", measured)
-    budget.pair(0, types.SimpleNamespace(epsilon=0.1), Path("out"), {})
+    monkeypatch.setattr(budget, "measure_run", measured)
+    budget.measure_pair(0, types.SimpleNamespace(epsilon=0.1), Path("out"), {})
     assert "budget" in asked[0]
     assert asked[1] == ["--data.domain-share", 0.63]
 
 
-def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
-    corpora, out, results = data_dir / "corpora", tmp_path / "out", ROOT / "experiments/results/forgetting.json"
-    before = results.read_bytes()
+def study(data_dir, out, stories) -> int:
+    """Exit status of a study of one method, one seed and two steps."""
+    corpora = data_dir / "corpora"
     words = ["--model", data_dir / "models/stories260K", "--domain", corpora / "legal_en_dc/dc_code_title16.txt",
-             "--separator", "<|endoftext|>", "--methods", "domain_only", "--seeds", 3, "--steps", 2]
+             "--general", corpora / "tinystories" / stories, "--separator", "<|endoftext|>",
+             "--methods", "domain_only", "--seeds", 3, "--steps", 2, "--out", out]
+    return cli.run("forgetting.py", "", (forgetting.Forgetting, forgetting.run_study), argv=list(map(str, words)))
 
-    def study(stories, out):
-        return subprocess.run([sys.executable, ROOT / "experiments/forgetting.py", *map(str, words), "--out", out,
-                               "--general", corpora / "tinystories" / stories], capture_output=True, text=True,
-                              check=False)
-    done = study("tinystories_sample_2MiB.txt", out)
-    assert done.returncode == 0, done.stderr
+
+@pytest.mark.slow
+def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
+    out, results = tmp_path / "out", ROOT / "experiments/results/forgetting.json"
+    before = results.read_bytes()
+    assert study(data_dir, out, "tinystories_sample_2MiB.txt") == 0
     (one,) = json.loads((out / "forgetting.json").read_text())["rows"]
     scores = json.loads((out / "runs/domain_only_3/eval.json").read_text())
     assert one["domain_bits_per_byte"] == scores["after"]["domain"]["bits_per_byte"]
@@ -84,8 +87,17 @@ def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
         scores["before"]["general"]["bits_per_byte"] - 1
     assert (out / "forgetting.png").stat().st_size > 10_000
     assert results.read_bytes() == before, "some methods alone are no study"
-    for stories, folder, says in (("tinystories_sample_2MiB.txt", out, "exists; remove it"),
-                                  ("tinystories_sample_cs336.txt", tmp_path / "few", "--general text no document")):
-        done = study(stories, folder)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert says in done.stderr
+
+
+@pytest.mark.slow
+def test_too_little_text_is_one_line(data_dir, tmp_path, capsys):
+    assert study(data_dir, tmp_path / "few", "tinystories_sample_cs336.txt") == 2
+    error = capsys.readouterr().err
+    assert "--general text no document" in error
+    assert error.count("\n") == 1
+
+
+def test_a_study_does_not_write_over_another(data_dir, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert study(data_dir, tmp_path, "tinystories_sample_2MiB.txt") == 2
+    assert "exists already" in capsys.readouterr().err
