@@ -27,7 +27,7 @@ from core.files import new_folder, refuse_existing
 from core.tensor_files import tensor_files
 from text.compare_vocabularies import Compare, Report, compare_command, report_command
 from text.corpus import read_documents
-from text.extend_vocabulary import Learning, add, extend, find_plain_words
+from text.extend_vocabulary import Learning, add, extend
 from text.new_rows import NewRows, resize
 from text.train_vocabulary import Train, train, train_command
 from text.vocabulary import load
@@ -111,7 +111,8 @@ def add_command(options: Add) -> dict:
         ids = add(source, options.terms, scratch, options.special, options.pad)
         old = BaseTokenizer(source).tokenizer
         write_change(options, scratch, {i: old.encode(term) for term, i in ids.items()}, ids.get(options.pad))
-    plain = find_plain_words(options.terms)
+    # A plain word, once added, has no form with a space before it, and is cut out of longer words: "lien" of "client".
+    plain = [term for term in options.terms if term.replace(" ", "").isalpha()]
     if plain and not options.special:
         print(f"warning: {', '.join(map(repr, plain))}: plain words; as added tokens they are also cut out of longer "
               f"words. `tokenizer.py extend` on text that holds them serves better", file=sys.stderr)

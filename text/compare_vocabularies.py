@@ -63,20 +63,25 @@ MOST_EPOCHS = 16        # train.py refuses to repeat a text more often
 
 def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> dict:
     """Lengths of `texts` under both tokenizers, and how often each new id occurs ("counts", int64 [new ids])."""
-    old, first = base.tokenizer, base.tokenizer.vocab_size
-    before, after = old.encode_batch(texts), new.encode_batch(texts)
-    size, words = sum(len(utf8(t)) for t in texts), sum(len(t.split()) for t in texts)
-    a, b = sum(map(len, before)), sum(map(len, after))
-    if not a:
+    first = base.tokenizer.vocab_size
+    before, after = base.tokenizer.encode_batch(texts), new.encode_batch(texts)
+    row = {"documents": len(texts), **count_text(texts),
+           "tokens_before": sum(map(len, before)), "tokens_after": sum(map(len, after))}
+    if not row["tokens_before"]:
         raise UserError("a text to report on is empty")
+    for when in ("before", "after"):
+        row[f"tokens_per_byte_{when}"] = row[f"tokens_{when}"] / row["bytes"]
+        row[f"tokens_per_word_{when}"] = row[f"tokens_{when}"] / max(1, row["words"])
     counts = np.bincount(np.concatenate(after), minlength=new.vocab_size)[first:]
-    fewest = count_fewest_tokens(base, texts)
-    return {"documents": len(texts), "bytes": size, "words": words, "tokens_before": a, "tokens_after": b,
-            "tokens_per_byte_before": a / size, "tokens_per_byte_after": b / size,
-            "tokens_per_word_before": a / max(1, words), "tokens_per_word_after": b / max(1, words),
-            "change": b / a - 1, "largest_possible_change": min(1.0, fewest / a) - 1,
-            "documents_touched": sum(bool((ids >= first).any()) for ids in after) / len(texts),
-            "new_tokens_used": float((counts > 0).mean()) if len(counts) else 0.0, "counts": counts}
+    return row | {
+        "change": row["tokens_after"] / row["tokens_before"] - 1,
+        "largest_possible_change": min(1.0, count_fewest_tokens(base, texts) / row["tokens_before"]) - 1,
+        "documents_touched": sum(bool((ids >= first).any()) for ids in after) / len(texts),
+        "new_tokens_used": float((counts > 0).mean()) if len(counts) else 0.0, "counts": counts}
+
+
+def count_text(texts: list[str]) -> dict[str, int]:
+    return {"bytes": sum(len(utf8(text)) for text in texts), "words": sum(len(text.split()) for text in texts)}
 
 
 def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], corpus_tokens: int | None = None) -> dict:
@@ -161,10 +166,10 @@ def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megaby
     gives back, with their white space and without; unknown, a share of tokens; train_seconds; encode_mb_per_second;
     and, if `megabytes` are asked for, bits_per_byte of a small model for each seed (measure_small_model).
     """
-    size, words = sum(len(utf8(t)) for t in held_out), sum(len(t.split()) for t in held_out)
+    size, words = count_text(held_out).values()
     if not words:
         raise UserError("every tenth document is held out, and there is not a word in those")
-    there = sum(len(utf8(t)) for t in learn)
+    there = count_text(learn)["bytes"]
     if megabytes * 1e6 > MOST_EPOCHS * there:
         raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
                         f"ask for less --bits-per-byte, or give more text")

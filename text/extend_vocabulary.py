@@ -224,12 +224,3 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
             if new.encode(text).count(i) != 1:
                 raise UserError(f"{term!r} is not one token in {text!r}: another token takes a part of it first")
     return ids
-
-
-def find_plain_words(terms: list[str]) -> list[str]:
-    """The terms made of letters and spaces alone, which `extend` learns better.
-
-    As an added token such a term is cut out of longer words too ("lien" out of "client"), and it has no form with a
-    space before it. `extend` learns it as the tokenizer learnt its other words.
-    """
-    return [term for term in terms if term.replace(" ", "").isalpha()]

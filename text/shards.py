@@ -167,7 +167,7 @@ def _encode_batch(shared, texts: list):
     tokenizer, bos, heldout = shared
     start = [np.array([tokenizer.bos_id], np.uint32)] if bos else []
     end = np.array([tokenizer.eos_id], np.uint32)
-    limit, empty = round(10000 * heldout), 0
+    empty = 0
     documents = {split: ([], [], []) for split in SPLITS}
     encoded = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
     for text in texts:
@@ -176,13 +176,17 @@ def _encode_batch(shared, texts: list):
         if not raw or not len(ids):
             empty += 1
             continue
-        draw = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little") % 10000
-        pieces, lengths, nbytes = documents["heldout" if draw < limit else "train"]
+        pieces, lengths, nbytes = documents["heldout" if is_held_out(raw, heldout) else "train"]
         pieces += [*start, ids, end]
         lengths.append(len(ids) + len(start) + 1)
         nbytes.append(len(raw))
     return {split: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
             for split, (pieces, lengths, nbytes) in documents.items() if pieces}, empty
+
+
+def is_held_out(text: bytes, share: float) -> bool:
+    """Whether the hash of a document's text puts it into the held-out `share`."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 10000 < round(10000 * share)
 
 
 # ---- reading

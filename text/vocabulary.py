@@ -98,24 +98,22 @@ class Tokenizer:
         self.tokens: list[str | None] = [None] * self.vocab_size
         for token, i in vocab.items():
             self.tokens[i] = token
-        naming = {name: read_settings(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
-        numbering = {name: read_settings(folder / name) for name in ("config.json", "generation_config.json")}
-        self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id = (
-            self._find_role(role, naming, numbering, vocab.get(defaults.get(role))) for role in ROLES)
-        config = naming["tokenizer_config.json"]
+        roles = [self._find_role(role, folder, vocab.get(defaults.get(role))) for role in ROLES]
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id = roles
+        config = read_settings(folder / "tokenizer_config.json")
         add_bos = config.get("add_bos_token")
         if add_bos is None and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
             add_bos = True
         if add_bos is None:
             add_bos = self._library_adds_bos()
         self.add_bos = self.bos_id is not None and bool(add_bos)
-        roles = {self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id} - {None}
-        self.special_ids = sorted(roles | set(control))
+        self.special_ids = sorted({*roles, *control} - {None})
 
-    def _find_role(self, role: str, naming: dict, numbering: dict, default: int | None) -> int | None:
-        """The id of a role. naming: {file: settings} with tokens as strings; numbering: the same with ids."""
+    def _find_role(self, role: str, folder: Path, default: int | None) -> int | None:
+        """The id of a role, from the first file in `folder` that gives its token or its id."""
         key = f"{role}_token"
-        for file, settings in naming.items():
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            settings = read_settings(folder / file)
             if key in settings:
                 token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
                 if token is None or token in self._vocab:
@@ -123,14 +121,13 @@ class Tokenizer:
                 if role in ("bos", "eos"):
                     raise UserError(f"{file} names {token!r} as {key}, but the vocabulary beside it has no such "
                                     f"token; correct {key}, or bring the tokenizer file that belongs to it")
-        key = f"{role}_token_id"
-        for file, settings in numbering.items():
-            i = settings.get(key)
+        for file in ("config.json", "generation_config.json"):
+            i = read_settings(folder / file).get(f"{key}_id")
             i = i[0] if isinstance(i, list) and i else i
             if isinstance(i, int) and 0 <= i < self.vocab_size:
                 return i
             if isinstance(i, int) and role in ("bos", "eos"):
-                raise UserError(f"{file} says {key} {i}, but the tokenizer beside it ends at id "
+                raise UserError(f"{file} says {key}_id {i}, but the tokenizer beside it ends at id "
                                 f"{self.vocab_size - 1}; the two files belong to different models")
         return default
 
@@ -150,11 +147,8 @@ class Tokenizer:
         return self._encode_batch([replace_surrogates(text) for text in texts]) if texts else []
 
     def decode(self, ids) -> str:
-        """The text of `ids` (list, array or tensor).
-
-        Bytes that are not UTF-8, such as the first half of a character whose second half is the next id, become U+FFFD.
-        Control tokens appear by name; SentencePiece leaves them out.
-        """
+        """The text of `ids` (list, array or tensor). Half characters become U+FFFD. Control tokens appear by name;
+        SentencePiece leaves them out."""
         ids = [int(i) for i in ids]
         for i in ids:
             self.id_to_token(i)
@@ -170,11 +164,8 @@ class Tokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 (64 hex digits) of the tokens by id and of the ids of PROBES.
-
-        It is the same for two files that encode alike, and differs after an extension of the vocabulary or under a
-        package whose Unicode tables have changed.
-        """
+        """sha256 (64 hex digits) of the tokens by id and of the ids of PROBES: equal for files that encode alike, and
+        different for an extended vocabulary or a package whose Unicode tables have changed."""
         return hashlib.sha256(json.dumps([self.tokens, [self.encode(t) for t in PROBES]]).encode()).hexdigest()
 
 
@@ -222,16 +213,13 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class TiktokenTokenizer(Tokenizer):
-    """Encodes with `tiktoken`.
-
-    backend: must have at least one special token. Without any, tiktoken's search for special tokens costs more than
-        the encoding.
-    pattern: the regular expression that cuts a text into words before bytes are joined
-    """
+    """`pattern` is the regular expression that cuts a text into words, within which bytes are joined."""
 
     def __init__(self, folder: Path, kind: str, pattern: str, ranks: dict, specials: dict, vocab: dict, control,
                  defaults: dict):
         self.pattern = pattern
+        # Without any special token, tiktoken's search for special tokens costs more than the encoding.
+        specials = specials or {"\0no special token": max(vocab.values()) + 1}
         self.backend = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self._describe(folder, kind, "tiktoken", vocab, control, defaults)
 
@@ -261,10 +249,9 @@ class TiktokenTokenizer(Tokenizer):
             return np.concatenate([self._to_array(part) for part in parts])
 
     def cut_long_spaces(self, text: str) -> list[str]:
-        """Cut `text` so that the parts encode as they do together.
+        """Cut `text` before the last character of long runs of white space, where the pattern ends a word anyway.
 
-        The pattern ends a word before the last character of a run of white space, so that is where the cut may be. The
-        exception is a newline there, which Llama 3's pattern keeps with the run (without overflowing the stack).
+        Llama 3's pattern keeps a newline there with the run (and does not overflow the stack then).
         """
         keep = "\r\n" if self.kind == "tiktoken" else ""
         ends = [run.end() for run in LONG_SPACES.finditer(text)]
@@ -364,8 +351,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     if ranks is not None:
         controls |= added
         vocab |= added
-        specials = controls or {"\0no special token": max(vocab.values()) + 1}
-        return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, specials, vocab, controls.values(), defaults)
+        return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls, vocab, controls.values(), defaults)
     if added:
         raise UserError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
                         f"tokenizer.json: save one with transformers' AutoTokenizer")
@@ -397,7 +383,7 @@ def tiktoken_ranks(vocab: dict, merges: list, bpe: tokenizers.Tokenizer) -> dict
 
 
 def spell_bytes(token: bytes) -> str:
-    """Bytes in GPT-2's letters, one each."""
+    """`token` in GPT-2's letters, one per byte."""
     return token.decode("latin-1").translate(BYTE_LETTERS)
 
 
@@ -407,10 +393,9 @@ def unspell_bytes(token: str) -> bytes:
 
 
 def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
-    """Control tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary that lacks them.
+    """{token: id} of the control tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary.
 
-    They get their ids and are never found in text. An ordinary added token would have to be found there, by rules that
-    only a tokenizer.json states in full; it is refused.
+    They are never found in text. Any other added token would have to be, by rules that only a tokenizer.json states.
     """
     config = read_settings(folder / "tokenizer_config.json")
     entries = {entry["content"]: (int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()}

@@ -57,7 +57,13 @@ class BaseTokenizer:
         self.kind = self.tokenizer.kind
         self.frozen = []
         if self.kind == "sentencepiece":
-            self._open_sentencepiece()
+            model = read_fields(self.file.read_bytes())
+            types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
+            if read_submessage(model, 2).get(3, 1) != 2:                # trainer_spec.model_type: 2 is BPE
+                raise UserError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
+                                f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
+            self.frozen = [self.tokenizer.tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
+            self.joinable = [i < len(types) and types[i] == NORMAL for i in range(self.tokenizer.vocab_size)]
             return
         special = set(self.tokenizer.special_ids)
         if self.kind == "tokenizers":
@@ -68,15 +74,6 @@ class BaseTokenizer:
                                 f"(put its tokenizer.model beside it)")
             special |= {entry["id"] for entry in self.description["added_tokens"]}
         self.joinable = [token is not None and i not in special for i, token in enumerate(self.tokenizer.tokens)]
-
-    def _open_sentencepiece(self):
-        model = read_fields(self.file.read_bytes())
-        types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
-        if read_submessage(model, 2).get(3, 1) != 2:                    # trainer_spec.model_type: 2 is BPE
-            raise UserError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
-                            f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
-        self.frozen = [self.tokenizer.tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
-        self.joinable = [i < len(types) and types[i] == NORMAL for i in range(self.tokenizer.vocab_size)]
 
 
 def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, int]], folder: Path) -> None:
@@ -100,9 +97,14 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
     assert not dead, f"{len(dead)} new tokens cannot be reached by merges, the first is {dead[0]!r}"
     backend.save(str(folder / "tokenizer.json"))
     write_settings(base, folder, "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast")
-    if base.kind == "sentencepiece" and not _encode_alike(folder, folder / "tokenizer.model"):
-        (folder / "tokenizer.json").unlink()        # the model has a normaliser that the conversion does not know
-    assert vocabulary.load(folder).tokens[:first] == base.tokenizer.tokens, "an old id moved"
+    new = vocabulary.load(folder)
+    if base.kind == "sentencepiece":
+        # The model may have a normaliser that the conversion does not know. Packages differ on control tokens in text.
+        model, special = vocabulary.load(folder / "tokenizer.model"), [new.tokens[i] for i in new.special_ids]
+        texts = [text for text in PROBES if not any(token in text for token in special)]
+        if any(new.encode(text) != model.encode(text) for text in texts):
+            (folder / "tokenizer.json").unlink()
+    assert new.tokens[:first] == base.tokenizer.tokens, "an old id moved"
 
 
 def _write_tiktoken(base: BaseTokenizer, tokens: list, folder: Path) -> tokenizers.Tokenizer:
@@ -232,14 +234,6 @@ def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **ro
         "tokenizer_class": tokenizer_class, "add_bos_token": tok.add_bos,
         "clean_up_tokenization_spaces": False} | roles
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _encode_alike(one: Path, other: Path) -> bool:
-    """Whether two tokenizers give PROBES the same ids, but for texts with a control token, where packages differ."""
-    a, b = vocabulary.load(one), vocabulary.load(other)
-    special = [a.tokens[i] for i in a.special_ids]
-    texts = [text for text in PROBES if not any(token in text for token in special)]
-    return all(np.array_equal(x, y) for x, y in zip(a.encode_batch(texts), b.encode_batch(texts)))
 
 
 # ---- protobuf's wire format, as far as a SentencePiece model needs it

@@ -443,8 +443,14 @@ def test_add_refuses(small, tmp_path):
             X.add(path, terms, tmp_path / "out", pad=pad)
         assert message in str(error.value)
         assert not (tmp_path / "out").exists()
-    assert X.find_plain_words(["lien", "habeas corpus", "res_judicata", "<a>", "x1", "Pfändung"]) == [
-        "lien", "habeas corpus", "Pfändung"]
+
+
+def test_plain_words_are_warned_of(small, tmp_path, command):
+    path, file = small["small bytes"], tmp_path / "add.json"
+    line = f"add --tokenizer {path} --out {tmp_path}/out --json {file} lien res_judicata <a> x1 Pfändung"
+    status, _, stderr = command(line)
+    assert (status, json.loads(file.read_text())["plain_words"]) == (0, ["lien", "Pfändung"])
+    assert stderr.startswith("warning: 'lien', 'Pfändung': plain words; as added tokens they are also cut out of")
 
 
 # ---- report and compare
