@@ -100,8 +100,8 @@ def parse_token_ids(text: str, vocab_size: int) -> list[int]:
     ids = set()
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(:(\d*))?\s*", part)
-        first = int(match[1]) if match else 0
-        end = 0 if not match else int(match[3] or vocab_size) if match[2] else first + 1
+        first, has_end, end = (int(match[1]), match[2], match[3]) if match else (0, True, "0")
+        end = int(end or vocab_size) if has_end else first + 1
         if not first < end <= vocab_size:
             raise UserError(f"lora.embedding_rows has {part!r}, but needs token ids below {vocab_size:,}, e.g. 7 or "
                              f"\"{max(0, vocab_size - 512)}:\" for all from there on")
@@ -112,9 +112,9 @@ def parse_token_ids(text: str, vocab_size: int) -> list[int]:
 def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default", device=None):
     """Freeze `model` and give it the adapter `name`, drawn from `seed` and active.
 
-    At first the model computes what it did before, bit for bit unless its weights are quantised. On the meta device
-    nothing is drawn: call `initialise` once the base's weights are there. device: where quantised weights go, one layer
-    at a time, so that the plain ones never have to fit there. ValueError where a pattern matches no layer.
+    At first the model computes what it did, bit for bit unless its weights are quantised. On the meta device nothing is
+    drawn: call `initialise` once the base's weights are there. device: where quantised weights go, one layer at a time,
+    so that the plain ones never have to fit there.
     """
     if not config.rank:
         raise UserError("lora.rank is 0: no adapter; set it, e.g. to 8")
@@ -139,7 +139,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int, layout=adapters.copy_full):
+def initialise(model: nn.Module, seed: int, layout=lambda full, parameter: full):
     """Draw the active adapter. Each tensor depends on (seed, path of its layer, name of the adapter) alone, so that it
     is the same under any sharding and beside any other adapted layers. layout(full, parameter): as in hf.fill."""
     for path, layer in adapters.active_layers(model):
@@ -150,10 +150,8 @@ def initialise(model: nn.Module, seed: int, layout=adapters.copy_full):
 
 @contextmanager
 def disabled(model: nn.Module):
-    """Inside, the model is its base: a teacher that costs no memory.
-
-    For passes without gradients: a recomputed block would run again in the backward pass, outside of this context.
-    """
+    """Inside, the model is its base: a teacher that costs no memory. For passes without gradients, because a recomputed
+    block would run again in the backward pass, outside."""
     layers = [layer for _, layer in adapters.adapted_layers(model)]
     active_names = [layer.active_name for layer in layers]
     try:

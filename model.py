@@ -75,17 +75,14 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, fl
     d, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
     exponent = torch.arange(0, d, 2, dtype=torch.float32) / d
-    if kind == "dynamic":
-        # The base grows once a sequence is longer than the model was trained for.
+    if kind == "dynamic":          # the base grows once a sequence is longer than the model was trained for
         trained = config.max_position_embeddings
         base *= (factor * max(length, trained) / trained - (factor - 1)) ** (d / (d - 2))
     frequency = 1.0 / base**exponent
-    if kind == "linear":
-        # arXiv 2306.15595
+    if kind == "linear":           # arXiv 2306.15595
         return frequency / factor, 1.0
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind == "llama3":
-        # Pairs that turn slowly are stretched, fast ones kept, with a ramp between (arXiv 2407.21783).
+    if kind == "llama3":           # slow pairs are stretched, fast ones kept, a ramp between (2407.21783)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = original * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -97,31 +94,28 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, fl
 
 def yarn_frequencies(config: ModelConfig, frequency, factor: float, original: int) -> tuple[torch.Tensor, float]:
     """YaRN (arXiv 2309.00071): a ramp over the pairs from kept to divided by `factor`, and sharper attention."""
-    d, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
+    d, scaling = config.head_dim, config.rope_scaling
 
-    def find_pair(turns):
-        """Index of the pair that makes so many turns over the original length."""
-        return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+    def find_pair(turns):          # the pair that makes so many turns over the original length
+        return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     def scale_for(weight):
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    low = find_pair(scaling.get("beta_fast") or 32)
-    high = find_pair(scaling.get("beta_slow") or 1)
+    low, high = find_pair(scaling.get("beta_fast") or 32), find_pair(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, d - 1)
     ramp = ((torch.arange(d // 2) - low) / (max(high - low, 0.001))).clamp(0, 1)
     amplitude = scaling.get("attention_factor")
-    if amplitude is None:
-        both = scaling.get("mscale") and scaling.get("mscale_all_dim")
-        amplitude = scale_for(scaling["mscale"]) / scale_for(scaling["mscale_all_dim"]) if both else scale_for(1.0)
+    if amplitude is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        amplitude = scale_for(scaling["mscale"]) / scale_for(scaling["mscale_all_dim"])
+    elif amplitude is None:
+        amplitude = scale_for(1.0)
     return frequency * (1 - ramp) + frequency / factor * ramp, amplitude
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
-
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
@@ -176,8 +170,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -211,8 +203,7 @@ class KVCache:
         self.capacity, self.length, self.layers = capacity, 0, {}
 
     def append(self, layer, k, v):
-        """Store k and v [B, T, K, d] of new tokens; -> all of the layer's, [B, length + T, K, d]. The model raises
-        `length` when its last layer is done."""
+        """Store k and v [B, T, K, d] of new tokens; -> all of the layer's, [B, length + T, K, d]."""
         end = self.length + k.shape[1]
         if end > self.capacity:
             raise UserError(f"the cache holds {self.capacity} tokens, but {end} are needed")
@@ -236,10 +227,8 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Whether each block is recomputed in the backward pass, instead of its activations being kept.
-        self.checkpoint_blocks = False
-        # (length, cos, sin) of the longest sequence so far
-        self._angles = (0, None, None)
+        self.checkpoint_blocks = False           # whether blocks are recomputed in the backward pass
+        self._angles = (0, None, None)           # (length, cos, sin) of the longest sequence so far
         self.tie()
 
     def tie(self):
@@ -271,11 +260,9 @@ class Model(nn.Module):
         return self.norm(x)
 
     def table_length(self, position_ids, sequence_length: int) -> int:
-        """How many positions the table of angles must cover.
-
-        Normally position_ids < sequence_length, and a caller that passes larger ones stays within the trained length.
-        Their maximum is exact; asking for it is free on the CPU, but waits for a GPU and breaks a compiled graph.
-        """
+        """How many positions the table of angles must cover: normally position_ids < sequence_length, and a caller who
+        passes larger ones stays within the trained length. Only their maximum is exact, but asking for it waits for a
+        GPU and breaks a compiled graph."""
         is_free = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if is_free or self.config.rope_scaling.get("rope_type") == "dynamic":
             return int(position_ids.max()) + 1
@@ -304,22 +291,19 @@ class Model(nn.Module):
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             kind = name.split(".")[-2]
-            if name.endswith(".bias"):
-                parameter.zero_()
-            elif kind.endswith("norm"):
-                parameter.fill_(1.0)
-            elif kind.endswith("_proj") or kind in ("embed_tokens", "head"):
-                residual = kind in ("o_proj", "down_proj")
-                scale = std / math.sqrt(2 * self.config.num_hidden_layers) if residual else std
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
-            else:
-                raise AssertionError(f"no rule initialises the parameter {name}")
+            if name.endswith(".bias") or kind.endswith("norm"):
+                parameter.fill_(float(kind.endswith("norm")))
+                continue
+            assert kind.endswith("_proj") or kind in ("embed_tokens", "head"), f"no rule initialises {name}"
+            into_residual = kind in ("o_proj", "down_proj")
+            scale = std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
 
     def count_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     def shard_plan(self) -> list[nn.Module]:
-        """The modules that FSDP gathers and frees one after the other; the optimizer calls them blocks."""
+        """The modules that FSDP gathers and frees one after the other."""
         return list(self.layers)
 
 

@@ -1,16 +1,12 @@
 """Layers that carry adapters: a frozen base weight W and, beside it, the small tensors that are trained.
 
-    h = W x + s B A x                      LoRA (arXiv 2106.09685): A and B are trained, s = alpha / r;
-                                           rsLoRA (2312.03732): s = alpha / sqrt(r)
-    h = m (W x + s B A x) / |W + s B A|    DoRA (2402.09353): m is trained too; the norm, one for each output, counts as
-                                           a constant in the backward pass
+    h = W x + s B A x                      LoRA (arXiv 2106.09685): s = alpha / r; rsLoRA (2312.03732): alpha / sqrt(r)
+    h = m (W x + s B A x) / |W + s B A|    DoRA (2402.09353): the norm, one per output, has no gradient
 
-A layer of the model is replaced by one of these. It holds the same parameters under the same names, so that loading,
-sharding and saving a base do not know of adapters; what is trained is in `adapters.NAME`. A layer has any number of
-adapters, and at most one of them is active. Adapters are fp32, or fp64 beside an fp64 base.
+A layer of ours holds the parameters of the one it replaces, under the same names, so that loading, sharding and saving
+a base do not know of adapters. What is trained is in `adapters.NAME`, of which at most one is active, in fp32 or wider.
 
-Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embedding or head) is [V, D], and n of its
-rows are trained.
+Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embedding or head) [V, D], n trained rows.
 """
 
 import math
@@ -22,22 +18,17 @@ from torch import nn
 
 from core.errors import UserError
 from kernels import lora_linear
-from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, Quantised, compress
-
-
-def copy_full(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The layout of a parameter that is not sharded: the full tensor itself (sharded: parallel.distribute_like)."""
-    return full
-
-
-def new_parameter(layer: "Adapted", *shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(layer.kept.dtype, torch.float32),
-                                    device=layer.kept.device))
-
+from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, compress
 
 # ---- what is trained
-# Each kind has `peft_suffixes`, {parameter: end of its key in PEFT's file}, initialise(layer, generator, layout), and
-# merge_into(weight) -> the base weight with the adapter in it, in its dtype.
+# Each kind has `peft_suffixes`, {parameter: end of its key in PEFT's file}; initialise(layer, generator, layout), with
+# layout(full, parameter) -> what of the full tensor the parameter holds; and merge_into(weight) -> the base weight with
+# the adapter in it, in its dtype.
+
+def new_parameter(layer: "Adapted", *shape: int) -> nn.Parameter:
+    dtype = torch.promote_types(layer.kept.dtype, torch.float32)
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=layer.device))
+
 
 class LowRank(nn.Module):
     """s B A of a linear layer, and DoRA's magnitude m."""
@@ -98,9 +89,8 @@ class TableRows(nn.Module):
         self.peft_suffixes = {"rows": ".weight"}
         if token_ids is not None:
             self.peft_suffixes = {"rows": ".token_adapter.trainable_tokens_delta"}
-            device = layer.kept.device
-            self.register_buffer("ids", torch.empty(len(token_ids), dtype=torch.int64, device=device))
-            self.register_buffer("slots", torch.empty(vocab_size, dtype=torch.int64, device=device))
+            self.register_buffer("ids", torch.empty(len(token_ids), dtype=torch.int64, device=layer.device))
+            self.register_buffer("slots", torch.empty(vocab_size, dtype=torch.int64, device=layer.device))
             self.fill_buffers()
 
     def fill_buffers(self):
@@ -143,9 +133,13 @@ class Adapted(nn.Module):
         self.active_name = None
 
     @property
-    def kept(self) -> "nn.Parameter | Quantised":
-        """W as it is kept; both kinds have shape, dtype and device."""
+    def kept(self) -> nn.Parameter | FourBit | EightBit:
+        """W as it is kept; all kinds have shape and dtype."""
         return self._parameters["weight"] if self.quantised is None else self.quantised
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.buffers(), self._parameters["weight"]).device
 
     def base_weight(self) -> torch.Tensor:
         """W; a quantised one is dequantised to fp32."""
@@ -163,11 +157,8 @@ class Adapted(nn.Module):
 
 
 class Linear(Adapted):
-    """x [..., in] -> [..., out].
-
-    kernels.lora_linear computes base and adapter of several layers of one input in one call. It knows plain and 4-bit
-    weights, and no dropout; everything else is the base's matmul and then the adapter's two.
-    """
+    """x [..., in] -> [..., out]. One call of kernels.lora_linear computes bases and adapters of several layers of one
+    input, but for dropout and int8 weights: those are the base's matmul and then the adapter's two."""
 
     def __init__(self, old: nn.Linear):
         super().__init__(old)
@@ -175,11 +166,8 @@ class Linear(Adapted):
 
     def compress(self, kind: str, double_quant: bool, device=None):
         """Quantise the weight (kind: nf4, int4, int8), on `device` if that is another."""
-        self.quantised = compress(self.weight.detach().to(device or self.weight.device), kind, double_quant)
+        self.quantised = compress(self.weight.detach().to(device or self.device), kind, double_quant)
         self.weight = None
-
-    def extra_repr(self):
-        return f"{self.kept.shape[1]}, {self.kept.shape[0]}, bias={self.bias is not None}, active={self.active_name!r}"
 
     def forward(self, x):
         return self.apply_together(x, [self])[0]
@@ -188,15 +176,9 @@ class Linear(Adapted):
     def apply_together(x: torch.Tensor, layers) -> list[torch.Tensor]:
         """layer(x) of each of `layers`, plain nn.Linear among them too; those that can be fused are one call."""
         fused = [layer for layer in layers if isinstance(layer, Linear) and layer.can_fuse()]
-        fused_outputs = iter(lora_linear(x, *zip(*(layer.fused_operands(x) for layer in fused))) if fused else ())
-        outputs = []
-        for layer in layers:
-            if isinstance(layer, Linear):
-                y = next(fused_outputs) if layer in fused else layer.apply_base(x)
-                outputs.append(layer.finish(x, y))
-            else:
-                outputs.append(layer(x))
-        return outputs
+        done = dict(zip(fused, lora_linear(x, *zip(*(layer.fused_operands(x) for layer in fused))) if fused else ()))
+        return [layer.finish(x, done[layer] if layer in done else layer.apply_base(x)) if isinstance(layer, Linear)
+                else layer(x) for layer in layers]
 
     def needs_own_matmuls(self) -> bool:
         """Whether the adapter cannot be part of a fused call: for its dropout, or because the base is int8."""
@@ -259,11 +241,8 @@ class Embedding(Table):
 
 
 class Head(Table):
-    """hidden [..., D] -> logits [..., V].
-
-    The training loss makes no logits and reads `head.weight` itself, so `weight` is base and active adapter as one.
-    Where the base is sharded it is the parameter of that name instead, because FSDP asks for it under this name.
-    """
+    """hidden [..., D] -> logits [..., V]. The training loss makes no logits and reads `head.weight`, which is therefore
+    base and active adapter as one; of a sharded base it is the parameter, for FSDP asks for it under this name."""
 
     def __init__(self, old: nn.Linear, embedding: Embedding | None):
         super().__init__(old)
@@ -292,8 +271,7 @@ def active_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: module} of the layers that can have a low-rank adapter: every linear layer but the head, whose forward
-    does not run in training (see Head)."""
+    """{path: module} of what can have a low-rank adapter: not the head, whose forward training does not call."""
     return {path: module for path, module in model.named_modules()
             if isinstance(module, (nn.Linear, Linear)) and path != "head"}
 
@@ -319,8 +297,8 @@ def replace_layer(model: nn.Module, path: str) -> Adapted:
 def add_adapter(model: nn.Module, name: str, low_rank: dict[str, dict], tables: dict[str, list[int] | None]):
     """Freeze the model and give it the adapter `name`, whose tensors are still to be filled; it becomes active.
 
-    low_rank: {path of a linear layer: LowRank's settings}. tables: {"embed_tokens" or "head": the token ids of the rows
-    to train, None for all}. ValueError where the name is no word or is taken.
+    low_rank: {path of a linear layer: LowRank's settings}. tables: {"embed_tokens" or "head": TableRows' token ids}.
+    UserError where the name is no word or is taken.
     """
     if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
         raise UserError(f"an adapter cannot be called {name!r}; use letters, digits and _")
@@ -339,10 +317,7 @@ def add_adapter(model: nn.Module, name: str, low_rank: dict[str, dict], tables: 
 
 
 def activate(model: nn.Module, name: str | None):
-    """Make the adapter `name` the one in force and the only one that is trained; None: the base alone.
-
-    ValueError where there is none of that name.
-    """
+    """Make the adapter `name` the one in force and the only one that is trained; None: the base alone."""
     layers = adapted_layers(model)
     known = sorted({name for _, layer in layers for name in layer.adapters})
     if name is not None and name not in known:

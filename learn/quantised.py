@@ -19,15 +19,7 @@ from kernels import NF4, dequantise, quantise
 TINY = torch.finfo(torch.float32).tiny           # divisor in place of 0 where all weights of a block are 0
 
 
-class Quantised(nn.Module):
-    """What FourBit and EightBit share; `shape` and `dtype` are those of the weight."""
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.buffers()).device
-
-
-class FourBit(Quantised):
+class FourBit(nn.Module):
     """The tensors of kernels/nf4.py's record as buffers, so that a model moves them between devices."""
 
     def __init__(self, record: NF4):
@@ -44,7 +36,7 @@ class FourBit(Quantised):
         return dequantise(self.record(), torch.float32)
 
 
-class EightBit(Quantised):
+class EightBit(nn.Module):
     """codes int8 [out, in] and scale fp32 [out], the largest absolute weight of each output divided by 127."""
 
     def __init__(self, weight: torch.Tensor):
@@ -63,11 +55,8 @@ class EightBit(Quantised):
 
 
 class EightBitMatmul(torch.autograd.Function):
-    """x W^T with a gradient for x alone.
-
-    bf16 and fp16 hold every int8 code exactly. The scale of an output is applied after the sum, so that no dequantised
-    weight is ever made.
-    """
+    """x W^T with a gradient for x alone. bf16 and fp16 hold every int8 code exactly; the scale of an output is applied
+    after the sum, so that no dequantised weight is ever made."""
 
     @staticmethod
     def forward(ctx, x, codes, scale):
