@@ -224,7 +224,7 @@ def checkpoints_of(run: Path):
             for name, parameter in model.named_parameters():
                 if name in tensors or not adapters.rank:
                     parameter.copy_(tensors[name])
-        yield step, model, tokenizers.load(hf.resolve(state["tokenizer"]))
+        yield step, model, tokenizers.load(hf.open_base(state["tokenizer"]).folder)
 
 
 # ---- command

@@ -151,7 +151,7 @@ def merge_command(c: Merge) -> dict:
         texts = {file: file for file in c.domain + c.general}
 
         def score(model, folder):
-            tok = tokenizer.load(hf.resolve(folder))
+            tok = tokenizer.load(hf.open_base(folder).folder)
             return evaluation.score_files(model, tok, texts, c.reading, c.context)[0]
 
         config = MergeConfig(c.method, c.alphas, c.density)
@@ -186,7 +186,7 @@ def replay_command(c: Replay) -> dict:
     out, records, tokens = Path(c.out), 0, 0
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file with --out, e.g. {out / 'replay.jsonl'}")
-    folder = hf.resolve(c.model)
+    folder = hf.open_base(c.model).folder
     tok = tokenizer.load(folder)
     model = hf.load(folder, pick_dtype(c.computing.dtype), pick_device(c.computing.device))
     length = min(c.max_new_tokens, model.config.max_position_embeddings - 1)

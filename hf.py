@@ -152,7 +152,7 @@ class Base:
     name      as the user wrote it: a folder, or hf://org/name[@revision]
     folder    the local folder
     revision  the commit on the Hub (40 hex digits); None for a plain folder
-    What costs time to find out is found out on first use, and once.
+    What costs time to find out is found out once, on first use.
     """
     name: str
     folder: Path
@@ -182,8 +182,8 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a hash over the names, sizes, first and last megabyte of the tensor files. It is the same
-        on every machine, and another one for other weights, without reading all of them."""
+        """16 hex digits that tell these weights from others without reading all of them: a hash over the names, sizes,
+        first and last megabyte of the tensor files."""
         digest = hashlib.sha256()
         for file in sorted(set(tensor_files(self.folder).values())):
             size = file.stat().st_size
@@ -196,24 +196,20 @@ class Base:
     @cached_property
     def facts(self) -> dict:
         """What a user should know before training it: {"license": text, "chat_template": whether it has one}."""
-        template = (self.folder / "chat_template.jinja").exists()
-        if (self.folder / "tokenizer_config.json").exists():
-            template = template or bool(read_object(self.folder / "tokenizer_config.json").get("chat_template"))
-        licence = None
-        if (self.folder / "README.md").exists():
-            lines = (self.folder / "README.md").read_text(encoding="utf-8", errors="replace").splitlines()
-            licence = next((line.partition(":")[2].strip() for line in lines[:60] if line.startswith("license:")), None)
-        if not licence:
-            licence = next((f"see {file.name}" for file in sorted(self.folder.glob("LICENSE*"))), "not stated")
-        return {"license": licence, "chat_template": template}
+        template, settings = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
+        has_template = template.exists() or (settings.exists() and bool(read_object(settings).get("chat_template")))
+        card = self.folder / "README.md"
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60] if card.exists() else []
+        stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+        files = [f"see {file.name}" for file in sorted(self.folder.glob("LICENSE*"))]
+        return {"license": next(filter(None, [*stated[:1], *files]), "not stated"), "chat_template": has_template}
 
 
 def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
     """Open the model folder `path`; `hf://org/name@revision` is downloaded to, or found in, the Hub's cache.
 
-    revision: a commit that takes the place of the one in `path`; give every rank the one that rank 0 found. A branch
-    may move between two questions to the Hub, so each further question is asked about the commit of the first answer.
-    A Base is returned as it is. ValueError where there is no such folder or the Hub does not answer.
+    revision: a commit that takes the place of the one in `path`; give every rank the one that rank 0 found. A Base is
+    returned as it is. UserError where there is no such folder, or the Hub neither answers nor is cached.
     """
     if isinstance(path, Base):
         return path
@@ -226,11 +222,11 @@ def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, named = path.removeprefix("hf://").partition("@")
-    wanted = ["*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md", *LICENCES]
+    wanted, revision = ["*.json", "*.jinja", "README.md", *VOCABULARIES, *LICENCES], revision or named or None
     try:
-        folder = Path(snapshot_download(name, revision=revision or named or None,
-                                        allow_patterns=[*wanted, "*.safetensors"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
+            # A branch may move between two questions to the Hub: the second is about the commit of the first answer.
             folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[*wanted, "*.bin"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -238,18 +234,10 @@ def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
     return Base(path, folder, folder.name)
 
 
-def resolve(path: "str | Path | Base") -> Path:
-    """The local folder of a model, for a reader that needs nothing else of it (see `open_base`)."""
-    return open_base(path).folder
-
-
 # ---- loading
 
 def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
-    """The model in a Hugging Face folder or under an hf:// id, in `dtype` on `device`.
-
-    Raises ValueError where a tensor is missing, left over or of another shape than the config says.
-    """
+    """The model of a Base, a Hugging Face folder or an hf:// id, in `dtype` on `device`; UserErrors as in `fill`."""
     base = open_base(path)
     with torch.device("meta"):
         model = Model(base.config)

@@ -96,7 +96,7 @@ class Pair:
     """
 
     def __init__(self, base, result):
-        self.folders = [hf.resolve(base), hf.resolve(result)]
+        self.folders = [hf.open_base(base).folder, hf.open_base(result).folder]
         self.files = [tensor_files(folder) for folder in self.folders]
         in_base, in_result = self.files
         for names, other, folder in ((in_result, in_base, base), (in_base, in_result, result)):

@@ -133,7 +133,7 @@ def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None 
 
 def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
     """(settings, tensors) of an adapter's folder or hf:// id; UserError where it is none or more than LoRA."""
-    folder = hf.resolve(folder)
+    folder = hf.open_base(folder).folder
     settings = read_object(folder / CONFIG)
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")

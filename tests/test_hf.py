@@ -601,7 +601,7 @@ def test_hub_ids_come_from_the_cache(folder, tiny_model, tmp_path):
     code = """if True:
         import json, sys, hf
         names = "hf://org/name", "hf://org/name@v1", "hf://org/name@" + "b" * 40
-        out = {name: str(hf.resolve(name)) for name in names}
+        out = {name: str(hf.open_base(name).folder) for name in names}
         for name in ("hf://org/absent", "hf://org/name@v2", "hf://not an/id/at all"):
             try:
                 hf.load(name)
@@ -646,7 +646,7 @@ def test_a_base_is_one_commit_though_its_branch_moves(tiny_model, tmp_path, monk
     asked.clear()
     hf.load(base)
     hf.save(tiny_model(), tmp_path / "out", base=base)
-    assert hf.resolve(base) == base.folder
+    assert hf.open_base(base).folder == base.folder
     assert not asked
     assert "base_model: org/name\n" in (tmp_path / "out/README.md").read_text()
     assert hf.open_base(tmp_path / "out").revision is None
