@@ -37,6 +37,7 @@ from text.shards import Shards, pack
 
 @dataclass
 class DataOptions:
+    """Time the way from raw text to batches."""
     text: list[str] = field(default_factory=list)
     """Text or .jsonl files. Default: WikiText-2, law and stories of $NANOCPT_DATA, else what Python documents itself
     with, which is on every machine."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import kernels
 from core import parallel
+from core.errors import UserError
 from kernels.attention import interval_mask
 from measure import compile_check, timing
 from measure.bench_rows import ROOT, missing_row, row, spread
@@ -29,6 +30,7 @@ from measure.kernel_cases import KERNELS, cases
 
 @dataclass
 class KernelOptions:
+    """Measure every kernel, on a GPU or without one."""
     only: list[str] = field(default_factory=list)
     """Check and measure these files of kernels/ alone, e.g. rmsnorm. Default: measure all of them."""
     tokens: list[int] = field(default_factory=lambda: [2048, 8192, 16384])
@@ -39,15 +41,13 @@ class KernelOptions:
     """Rounds of each CPU timing."""
     progress: str = ""
     """Write the rows so far to this file after each case, on a GPU."""
-    picture: str = ""
-    """Draw the shares of the device's limit into this PNG, on a GPU."""
 
 
 def bench_kernels(options: KernelOptions) -> list:
     """The table for this machine; with `only`, a check of those kernels against float64 first."""
     unknown = [name for name in options.only if name not in KERNELS]
     if unknown:
-        raise ValueError(f"--only {unknown[0]} is no kernel; choose from {', '.join(KERNELS)}")
+        raise UserError(f"--only {unknown[0]} is no kernel; choose from {', '.join(KERNELS)}")
     for name in options.only:
         if not check_apart(name):
             raise RuntimeError(f"kernels/{name}.py is further from float64 than rounding explains")
@@ -142,8 +142,7 @@ def logits_rows(steps: int) -> list:
     """Training at 32,768 ids with the fused linear cross-entropy, and with the logits of all tokens at once."""
     seconds, results, _ = in_turn("vocab_32k", ("ours", "materialised"), steps, "cpu")
     assert math.isclose(*(r["losses"][0] for r in results.values()), rel_tol=1e-5), results
-    tokens = math.prod(CASES["vocab_32k"][1:3])
-    ours, theirs = (tokens / statistics.median(s) for s in seconds.values())
+    ours, theirs = (CASES["vocab_32k"].tokens / statistics.median(s) for s in seconds.values())
     return [row("cpu_training_32k", "tokens/s", ours, theirs, "materialised logits",
                 spread=spread([b / a for a, b in zip(*seconds.values())])),
             row("cpu_training_32k_peak_memory", "bytes", *(r["peak_bytes"] for r in results.values()),
@@ -155,7 +154,7 @@ def logits_rows(steps: int) -> list:
 def time_kernels(options: KernelOptions) -> list:
     """Every case of every kernel on this GPU; what the time does not suffice for is named."""
     end, peers, limits = time.monotonic() + options.seconds, liger_peers(), timing.device_limits()
-    rows, timed = [row(name, name, value) for name, value in limits.items()], []
+    rows = [row(name, name, value) for name, value in limits.items()]
     todo = [(name, case, n) for n in options.tokens for name in options.only or KERNELS for case in cases(name)]
     for module, case, n in todo:
         if time.monotonic() > end:
@@ -164,7 +163,6 @@ def time_kernels(options: KernelOptions) -> list:
             continue
         passes = timing.time_case(case, n, limits, peers.get(case.name.split()[0], {}))
         timing.print_times(passes)
-        timed += passes
         for t in passes:
             best = min(((ms, name) for name, ms in t["ms"].items() if name != "triton"), default=(None, None))
             ours = t["ms"].get("triton")
@@ -173,28 +171,7 @@ def time_kernels(options: KernelOptions) -> list:
                          "module": module, **t})
         if options.progress:
             Path(options.progress).write_text(json.dumps({"rows": rows}), encoding="utf-8")
-    if options.picture and timed:
-        plot_times(timed, Path(options.picture))
     return rows
-
-
-def plot_times(timed: list, picture: Path):
-    """A bar per provider and case: the share of what this device can do at most."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    names = sorted({name for t in timed for name in t["ms"]})
-    figure, axes = plt.subplots(figsize=(10, 0.35 * len(timed) + 2))
-    for i, name in enumerate(names):
-        at = [(y + 0.8 * i / len(names), t["floor_ms"] / t["ms"][name]) for y, t in enumerate(timed) if name in t["ms"]]
-        axes.barh([y for y, _ in at], [share for _, share in at], 0.8 / len(names), label=name)
-    axes.set_yticks(range(len(timed)), [f"{t['case']} {t['tokens']} {t['pass']}" for t in timed])
-    axes.invert_yaxis()
-    axes.set_xlabel("share of the device's measured limit")
-    axes.legend()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, bbox_inches="tight")
-    plt.close(figure)
 
 
 def liger_peers() -> dict:

@@ -1,21 +1,26 @@
-"""Training steps on a CPU or GPU, beside transformers' and PEFT's on the same weights and batches.
+"""Training steps of train.py, beside transformers' and PEFT's on the same weights and batches.
 
 Each side is a process of its own (`python -m measure.bench_steps CASE SIDE DEVICE`), so that peaks of memory are its
-own, imports included. Both sides get the same weights, batches, threads, dtype (fp32) and fused AdamW with clipping;
-the last target of a sequence counts on neither side, because theirs leaves it out. Theirs is the plain loop
-`model(input_ids, labels=...).loss.backward(); clip; step`. What train.py does to its process counts as ours: it tells
-glibc's allocator to keep freed memory. A row `..._their_allocator_too` gives the peer that setting as well.
+own, imports included. Ours is train.train_step, the step that ships; theirs is the plain loop
+`model(input_ids, labels=...).loss.backward(); clip; step` with torch's fused AdamW. The last target of a sequence
+counts on neither side, because theirs leaves it out. What train.py does to its process counts as ours: it tells glibc's
+allocator to keep freed memory, and OpenMP's threads to give up their cores early. A row `..._their_allocator_too`
+gives the peer these settings as well.
 
 B sequences, T tokens, D model width, F MLP width.
 """
 
+import core.threads
+
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -25,93 +30,144 @@ import torch.nn.functional as F
 import data
 import hf
 import lora
+import train
 from core import parallel
 from core.devices import peak_bytes
+from core.errors import UserError
 from kernels.cross_entropy import IGNORE, chunk_rows
 from learn import peft_files
 from learn.adapters import adapted_layers
 from learn.objectives import Causal
-from learn.optim import OptimConfig, make_optimizer
+from learn.optim import LossScale, OptimConfig, make_optimizer
+from measure import timing
 from measure.bench_rows import ROOT, row, spread
-from model import Model, ModelConfig
+from model import Model, ModelConfig, matmul_flops_per_token
+from stages.build import Run, TrainSection
 
-MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2}
-CASES = {   # vocabulary, context, sequences, documents of mixed length
-    "vocab_8k": (8192, 512, 8, False),
-    "vocab_32k": (32768, 512, 8, False),
-    "packed_2k": (8192, 2048, 2, True),
-    "tiny": (512, 64, 2, False),                # for the tests
+
+def sizes(D, F, layers, heads, kv_heads, **more) -> dict:
+    return {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "tie_word_embeddings": False, **more}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A model and its batches of random tokens; `packed` sequences hold documents of 32 to 640 tokens."""
+    vocab: int
+    context: int
+    sequences: int
+    packed: bool = False
+    sizes: dict = field(default_factory=lambda: sizes(256, 704, 4, 4, 2))
+    bf16: bool = False
+    """Weights in bf16 and 8-bit moments, torch's fused AdamW in bf16 on the other side; else fp32."""
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.context
+
+
+CASES = {
+    "vocab_8k": StepCase(8192, 512, 8),
+    "vocab_32k": StepCase(32768, 512, 8),
+    "packed_2k": StepCase(8192, 2048, 2, packed=True),
+    # 1.3M parameters, to see what waiting threads cost.
+    "small": StepCase(1024, 128, 4, sizes=sizes(128, 384, 5, 4, 2)),
+    # Llama-3-8B and Llama-3.2-1B, for a GPU.
+    "8b": StepCase(128256, 8192, 1, False, sizes(4096, 14336, 32, 32, 8, rope_theta=5e5), bf16=True),
+    "1b": StepCase(128256, 8192, 2, False, sizes(2048, 8192, 16, 32, 8, rope_theta=5e5, tie_word_embeddings=True),
+                   bf16=True),
+    # For the tests.
+    "tiny": StepCase(512, 64, 2),
+    "tiny_bf16": StepCase(512, 64, 2, sizes=sizes(64, 96, 2, 4, 2), bf16=True),
 }
 OURS, PEERS = ("ours", "materialised", "lora", "qlora"), ("transformers", "peft")
 RANK, ALPHA = 8, 16
+# libgomp's own default: a thread spins for about 3 ms before it gives up its core.
+OPENMP_AS_IT_COMES = {"GOMP_SPINCOUNT": "300000"}
 
 
 @dataclass
 class TrainOptions:
+    """Time training steps beside transformers'."""
+    cases: list[str] = field(default_factory=lambda: ["vocab_8k", "vocab_32k", "packed_2k", "busy_machine"])
+    """What to time: vocab_8k, vocab_32k, packed_2k, busy_machine; on a GPU also 8b and 1b."""
     device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
     steps: int = 12
     """Steps of each side, in turn."""
 
 
 @dataclass
 class LoraOptions:
+    """Time training steps of an adapter beside PEFT's, on a CPU."""
     steps: int = 12
     """Steps of each side, in turn."""
 
 
 # ---- one side of a case, in a process of its own
 
-def worker(case: str, side: str, device: str):
+def worker(name: str, side: str, device: str):
     """Answer each line on stdin with the seconds of one training step, or of the step's matmuls alone.
 
     At the end of stdin one more line: {"losses", "peak_bytes", ...} as JSON.
     """
-    kind, _, allocator = side.partition("_")
-    if kind in OURS or allocator:
+    case, (kind, _, option) = CASES[name], side.partition("_")
+    if kind in OURS or option == "allocator":
         parallel.start(device)
-    config = ModelConfig(vocab_size=CASES[case][0], max_position_embeddings=CASES[case][1], tie_word_embeddings=False,
-                         **MODEL)
-    model = Model(config)
-    model.initialise(0)
-    objective, batches = Causal(mask_documents=CASES[case][3]), case_batches(case, 8)
-    batches = [objective.corrupt(batch, None) for batch in batches]
+    model = random_model(case, device)
+    result = {"losses": [], "matmul_flops_per_token": matmul_flops_per_token(model.config, case.context)}
+    objective = Causal(mask_documents=case.packed)
+    batches = [objective.corrupt(batch, None).to(device) for batch in make_batches(case, 8)]
     for batch in batches:
         batch.labels[:, -1] = IGNORE
-    result, optim_config, rates = {"losses": []}, OptimConfig(lr=1e-4, min_lr=0.0), None
+    optim, rates = OptimConfig(name="adamw_8bit" if case.bf16 else "adamw", lr=1e-4, min_lr=0.0, schedule="constant",
+                               warmup_steps=0), None
     if kind in ("lora", "qlora", "peft"):
-        rates, optim_config.lr = adapt(model, kind == "qlora"), 1e-3
+        rates, optim.lr = adapt(model, kind == "qlora"), 1e-3
         result["held"] = held_bytes(model)
-    if kind in OURS:
-        step = our_step(model, objective, optim_config, rates, device, materialised=kind == "materialised")
-        prepared = [batch.to(device) for batch in batches]
+    if kind in PEERS:
+        model, result["peer"] = peer_of(model, kind)
+        step = peer_step(model.to(device), optim)
     else:
-        peer, result["peer"] = peer_of(model, kind)
-        step = peer_step(peer, optim_config, device)
-        prepared = [batch.tokens.long().to(device) for batch in batches]
+        step = our_step(model, AllLogits() if kind == "materialised" else objective, optim, rates, case, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
-    number = 0
     for line in sys.stdin:
         if line.strip() == "matmuls":
-            print(time_matmuls(config, *CASES[case][1:3], device), flush=True)
+            print(time_matmuls(model.config, case.context, case.sequences, device), flush=True)
             continue
         start = time.perf_counter()
-        result["losses"].append(step(prepared[number % len(prepared)]))
-        number += 1
-        if number <= 3:                             # before anything but steps has asked for memory
+        result["losses"].append(step(batches[len(result["losses"]) % len(batches)]))
+        if len(result["losses"]) <= 3:              # before anything but steps has asked for memory
             result["peak_bytes"] = peak_bytes(torch.device(device))
         print(time.perf_counter() - start, flush=True)
     print(json.dumps(result))
 
 
-def case_batches(case, count, seed=0) -> list:
-    """Random tokens [B, T + 1]; packed sequences hold documents of 32 to 640 tokens."""
-    vocab, T, B, packed = CASES[case]
+@torch.no_grad()
+def random_model(case: StepCase, device) -> Model:
+    """The same random weights in every process, made on the device: 8B normal values take minutes on a CPU."""
+    config = ModelConfig(vocab_size=case.vocab, max_position_embeddings=case.context, **case.sizes)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Model(config).to(torch.bfloat16 if case.bf16 else torch.float32)
+        for p in model.parameters():
+            p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02)
+    # A card that cannot hold 8B parameters and their activations recomputes each block in the backward pass.
+    model.checkpoint_blocks = (device == "cuda" and case.sizes["num_hidden_layers"] == 32
+                               and torch.cuda.get_device_properties(0).total_memory < 110e9)
+    return model
+
+
+def make_batches(case: StepCase, count, seed=0) -> list:
+    """Batches of random tokens [B, T + 1]."""
+    B, T = case.sequences, case.context
     rng, batches = np.random.default_rng(seed), []
     for _ in range(count):
-        tokens = torch.from_numpy(rng.integers(0, vocab, (B, T + 1)).astype(np.int32))
+        tokens = torch.from_numpy(rng.integers(0, case.vocab, (B, T + 1)).astype(np.int32))
         doc_start = np.zeros((B, T + 1), np.int32)
-        for b in range(B if packed else 0):
+        for b in range(B if case.packed else 0):
             at = 0
             while at < T + 1:
                 length = int(np.exp(rng.uniform(np.log(32), np.log(640))))
@@ -123,37 +179,41 @@ def case_batches(case, count, seed=0) -> list:
     return batches
 
 
-def our_step(model, objective, optim_config, rates, device, materialised=False):
-    """-> function(batch) -> loss: a step of ours, or of the same model that makes all of its logits."""
-    model.to(device)
-    optimizer = make_optimizer(model, optim_config, rates)
+def our_step(model, objective, optim, rates, case, device):
+    """-> function(batch) -> loss, by train.train_step on a run that has a model and a plan and nothing else."""
+    c = train.Config(device=device, optim=optim, train=TrainSection(precision="bf16" if case.bf16 else "fp32"))
+    loader = SimpleNamespace(names=["random"], plan=np.zeros((1000, 1), np.int64))
+    run = Run(c, parallel.World(0, 1, torch.device(device)), None, None, model.config, {}, loader, loader.plan,
+              objective, None, None, inner=model, model=model.train(), optimizer=make_optimizer(model, optim, rates),
+              scale=LossScale(False))
+    count = iter(range(1000))
+    return lambda batch: train.train_step(run, next(count), [batch])["loss"]
+
+
+class AllLogits:
+    """The causal objective with the logits of all tokens at once."""
+
+    def loss(self, model, batch):
+        hidden = model(batch.tokens, batch.position_ids)
+        nats = F.cross_entropy(model.head(hidden).transpose(1, 2), batch.labels.long(), reduction="none")
+        counts = (batch.labels != IGNORE).sum(1)
+        return nats.sum(), counts.sum(), {"row_loss": nats.detach().sum(1), "row_tokens": counts, "hidden": hidden}
+
+
+def peer_step(model, optim):
+    """-> function(batch) -> loss: the plain loop around a model of transformers or PEFT."""
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(batch) -> float:
-        if materialised:
-            logits = model.head(model(batch.tokens, batch.position_ids))
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().long())
-        else:
-            loss, n, _ = objective.loss(model, batch)
-            loss = loss / n
-        return update(model, optimizer, loss)
+        tokens = batch.tokens.long()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
     return step
-
-
-def peer_step(model, optim_config, device):
-    """-> function(tokens [B, T]) -> loss: the plain loop around a model of transformers or PEFT."""
-    model.to(device).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=optim_config.lr,
-                                  betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    return lambda tokens: update(model, optimizer, model(input_ids=tokens, labels=tokens).loss)
-
-
-def update(model, optimizer, loss) -> float:
-    loss.backward()
-    value = loss.item()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value
 
 
 @torch.no_grad()
@@ -245,64 +305,116 @@ def time_call(call, repeats: int = 3) -> float:
 
 # ---- sides beside each other
 
+def environment_of(side: str) -> dict:
+    """The variables of a side's process: OpenMP as it comes for peers and for ours_spinning, else our setting of it."""
+    kind, _, option = side.partition("_")
+    as_it_comes = option == "spinning" or (kind in PEERS and not option)
+    return {**os.environ, **(OPENMP_AS_IT_COMES if as_it_comes else {})}
+
+
 def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = ""):
     """Let the sides of a case take their steps in turn, so that what else the machine does hits them alike.
 
     -> {side: seconds of each step}, {side: what its worker reported}, [(seconds of the matmuls, of a step)] of the side
-    that `matmuls` names.
+    that `matmuls` names. A side after the first that fails before its second step (it does not fit on the card) is
+    left out.
     """
     workers = {side: subprocess.Popen(
-        [sys.executable, "-m", "measure.bench_steps", case, side, device], cwd=ROOT,
+        [sys.executable, "-m", "measure.bench_steps", case, side, device], cwd=ROOT, env=environment_of(side),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
 
-    def ask(side, what):
-        print(what, file=workers[side].stdin, flush=True)
+    def ask(side, what) -> float | None:
+        try:
+            print(what, file=workers[side].stdin, flush=True)
+        except BrokenPipeError:
+            return None
         answer = workers[side].stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the {side} side of {case} failed; its error stands above")
-        return float(answer)
+        return float(answer) if answer else None
 
-    seconds, results, shares = {side: [] for side in sides}, {}, []
+    seconds, results, shares = {}, {}, []
     for side in sides:                                       # the first step warms up
-        ask(side, "step")
+        if ask(side, "step") is not None:
+            seconds[side] = []
+        elif side == sides[0]:
+            raise RuntimeError(f"the {side} side of {case} failed; its error stands above")
     for number in range(steps):
-        for side in sides if number % 2 else sides[::-1]:
+        for side in [*seconds][::1 if number % 2 else -1]:
             seconds[side].append(ask(side, "step"))
-    for side, process in workers.items():
+    for side in seconds:
         if side == matmuls:
             shares = [(ask(side, "matmuls"), ask(side, "step")) for _ in range(3)]
-        process.stdin.close()
-        results[side] = json.loads(process.stdout.read())
-        process.wait()
+        workers[side].stdin.close()
+        results[side] = json.loads(workers[side].stdout.read())
+        workers[side].wait()
     return seconds, results, shares
 
 
 def rate_rows(name, case, sides, seconds, results, **more) -> list:
-    """Tokens per second of sides[0] against those of the peer sides[1], and of sides[2], the peer with our setting of
-    the allocator."""
-    vocab, T, B, packed = CASES[case]
-    rate = [B * T / statistics.median(seconds[side]) for side in sides]
+    """Tokens per second of sides[0] against those of the peer sides[1], and of sides[2], the peer with our settings."""
+    rate = [CASES[case].tokens / statistics.median(seconds[side]) for side in sides if side in seconds]
+    more |= {"context": CASES[case].context, "rows": CASES[case].sequences, "packed": CASES[case].packed,
+             "model": {**CASES[case].sizes, "vocab_size": CASES[case].vocab}}
+    if len(rate) < 2:
+        return [row(name, "tokens/s", rate[0], left_out=sides[1:], **more)]
     peer = results[sides[1]]["peer"]
-    return [row(name, "tokens/s", *rate[:2], peer, context=T, rows=B, packed=packed,
-                spread=spread([b / a for a, b in zip(*(seconds[side] for side in sides[:2]))]),
-                first_loss=[results[side]["losses"][0] for side in sides], model={**MODEL, "vocab_size": vocab},
-                **more),
-            row(f"{name}_their_allocator_too", "tokens/s", rate[0], rate[2], peer)]
+    ratios = [theirs / mine for mine, theirs in zip(seconds[sides[0]], seconds[sides[1]])]
+    rows = [row(name, "tokens/s", *rate[:2], peer, spread=spread(ratios),
+                first_loss=[results[side]["losses"][0] for side in sides], **more)]
+    return rows + [row(f"{name}_their_allocator_too", "tokens/s", rate[0], theirs, peer) for theirs in rate[2:]]
 
 
 def bench_train(options: TrainOptions) -> list:
-    """A step of the whole model against transformers', its peak memory, and its matmuls' share of the time."""
-    rows, share = [], None
-    sides = ("ours", "transformers", "transformers_allocator")
-    for case in ("vocab_8k", "vocab_32k", "packed_2k"):
-        seconds, results, matmuls = in_turn(case, sides, options.steps, options.device,
-                                            "ours" if case == "vocab_32k" else "")
-        rows += rate_rows(case, case, sides, seconds, results)
-        if case == "vocab_32k":
-            rows.append(row("peak_memory_32k", "bytes", *(results[side]["peak_bytes"] for side in sides[:2]),
-                            results["transformers"]["peer"]))
-            share = statistics.median(alone / step for alone, step in matmuls)
-    rows.append(row("matmul_share", "of the step is its matmuls at the machine's own rate", share))
+    """Steps of the whole model against transformers', peak memory, and the matmuls' share of the time."""
+    rows = []
+    for case in options.cases:
+        if case == "busy_machine":
+            rows += busy_rows(options.steps)
+        elif case in CASES:
+            rows += train_rows(case, options)
+        else:
+            raise UserError(f"--cases {case} is unknown; choose from {', '.join(CASES)}, busy_machine")
+    return rows
+
+
+def train_rows(case: str, options: TrainOptions) -> list:
+    if case == "8b":
+        sides = ("ours",)
+    else:
+        sides = ("ours", "transformers") + (() if CASES[case].bf16 else ("transformers_allocator",))
+    largest = case == "vocab_32k"
+    seconds, results, matmuls = in_turn(case, sides, options.steps, options.device, "ours" if largest else "")
+    rows = rate_rows(case, case, sides, seconds, results)
+    if largest or CASES[case].bf16:
+        peer = results.get("transformers", {})
+        rows.append(row(f"peak_memory_{case.removeprefix('vocab_')}", "bytes", results["ours"]["peak_bytes"],
+                        peer.get("peak_bytes"), peer.get("peer")))
+    if largest:
+        rows.append(row("matmul_share", "of the step is its matmuls at the machine's own rate",
+                        statistics.median(alone / step for alone, step in matmuls)))
+    if options.device == "cuda":
+        done = results["ours"]["matmul_flops_per_token"] * rows[0]["ours"] / 1e12
+        rows.append(row(f"matmul_rate_{case}", "TFLOP/s", done, timing.device_limits()["bf16_tflops"],
+                        "8192 x 8192 matmul"))
+    return rows
+
+
+def busy_rows(steps: int) -> list:
+    """A small model on all cores, with our setting of OpenMP's threads against OpenMP as it comes.
+
+    `busy_machine_quiet` is on the machine as it is, `busy_machine` beside two busy loops.
+    """
+    rows, sides = [], ("ours", "ours_spinning")
+    for name, loops in (("busy_machine_quiet", 0), ("busy_machine", 2)):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
+        try:
+            seconds, _, _ = in_turn("small", sides, steps, "cpu")
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        rate = [CASES["small"].tokens / statistics.median(seconds[side]) for side in sides]
+        rows.append(row(name, "tokens/s", *rate, "OpenMP as it comes", busy_loops=loops, cores=os.cpu_count(),
+                        spread=spread([b / a for a, b in zip(*seconds.values())])))
     return rows
 
 
@@ -325,7 +437,7 @@ def bench_lora(options: LoraOptions) -> list:
     rows += [row("lora_peak_memory", "bytes", peak["lora"], peak["peft"], peer),
              row("lora_peak_memory_their_allocator_too", "bytes", peak["lora"], peak["peft_allocator"], peer)]
     four, plain = results["qlora"]["held"], results["lora"]["held"]
-    rate = [math.prod(CASES[case][1:3]) / statistics.median(seconds[side]) for side in ("qlora", "lora")]
+    rate = [CASES[case].tokens / statistics.median(seconds[side]) for side in ("qlora", "lora")]
     return rows + [
         row("qlora", "tokens/s", *rate, own, spread=spread([b / a for a, b in zip(seconds["qlora"], seconds["lora"])])),
         row("qlora_memory", "bytes of base weights", four["base_bytes"], plain["base_bytes"], own, **four),

@@ -1,32 +1,102 @@
 """Training steps beside transformers' and PEFT's. Truth: one loss on both sides, hand-made sizes, promised names."""
 
+import io
+import json
+import os
+
 import pytest
 
+from core.errors import UserError
 from measure import bench_steps
-from measure.bench_steps import LoraOptions
+from measure.bench_steps import CASES, LoraOptions, TrainOptions, environment_of, in_turn, make_batches
 
 
 def test_packed_cases_hold_documents_and_the_others_do_not():
-    packed, plain = bench_steps.case_batches("packed_2k", 1)[0], bench_steps.case_batches("vocab_8k", 1)[0]
+    packed, plain = make_batches(CASES["packed_2k"], 1)[0], make_batches(CASES["vocab_8k"], 1)[0]
     lengths = packed.doc_start[0].unique().diff()
     assert 32 <= lengths.min() <= lengths.max() <= 640
     assert not plain.doc_start.any()
     assert (packed.position_ids[packed.doc_start == packed.position_ids + packed.doc_start] == 0).all()
 
 
-def test_both_sides_start_from_the_same_weights_and_batches(monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "sides", "limit"), [
+    ("tiny", ("ours", "transformers", "materialised"), 1e-5), ("tiny_bf16", ("ours", "transformers"), 1e-3)])
+def test_all_sides_train_the_same(case, sides, limit):
+    """The loss of each of four steps, so that weights, batches, clipping and AdamW are the same on all sides."""
     pytest.importorskip("transformers")
-    _, results, _ = bench_steps.in_turn("tiny", ("ours", "transformers"), 1, "cpu")
-    ours, theirs = (results[side]["losses"] for side in ("ours", "transformers"))
-    assert ours == pytest.approx(theirs, rel=1e-5)
+    seconds, results, matmuls = in_turn(case, sides, 3, "cpu", "ours")
+    assert all(len(taken) == 3 for taken in seconds.values())
+    ours = results["ours"]["losses"]
+    assert len(ours) == 4 + 3
+    assert ours[0] == pytest.approx(6.27, abs=0.05)                      # log(512), and some for the random head
+    for side in sides[1:]:
+        assert results[side]["losses"] == pytest.approx(ours[:4], rel=limit)
+        assert results[side]["peak_bytes"] > 1e8
+    assert all(0 < alone < step for alone, step in matmuls)
+
+
+class FakeProcess:
+    """A busy loop, or a side that answers these seconds, one a step, and then its result."""
+
+    def __init__(self, side, seconds):
+        result = {"losses": [1.0], "peak_bytes": 10 * len(side), "peer": "transformers 5", "matmul_flops_per_token": 1}
+        self.stdin, self.stdout, self.seconds = io.StringIO(), self, list(seconds)
+        self.read = lambda: json.dumps(result)
+
+    def readline(self):
+        return f"{self.seconds.pop(0)}\n" if self.seconds else ""
+
+    def wait(self):
+        pass
+
+    kill = wait
+
+
+def fake_sides(monkeypatch, **sides):
+    monkeypatch.setattr(bench_steps.subprocess, "Popen", lambda command, **options: FakeProcess(
+        command[4], sides[command[4]]) if "measure.bench_steps" in command else FakeProcess("", []))
+
+
+def test_train_rows_carry_the_names_that_others_read(monkeypatch, capsys):
+    fake_sides(monkeypatch, ours=[9, 1, 1, 0.5, 1, 0.5, 1, 0.5, 1], transformers=[9, 2, 2],
+               transformers_allocator=[9, 4, 4], ours_spinning=[9, 8, 8])
+    rows = {r["name"]: r for r in bench_steps.bench_train(TrainOptions(steps=2))}
+    assert list(rows) == ["vocab_8k", "vocab_8k_their_allocator_too", "vocab_32k", "vocab_32k_their_allocator_too",
+                          "peak_memory_32k", "matmul_share", "packed_2k", "packed_2k_their_allocator_too",
+                          "busy_machine_quiet", "busy_machine"]
+    assert rows["vocab_8k"]["ours"] == 8 * 512
+    assert (rows["vocab_8k"]["ratio"], rows["vocab_8k_their_allocator_too"]["ratio"]) == (2, 4)
+    assert (rows["peak_memory_32k"]["ours"], rows["peak_memory_32k"]["peer"]) == (40, 120)
+    assert rows["matmul_share"]["ours"] == 0.5
+    assert (rows["busy_machine"]["ratio"], rows["busy_machine"]["busy_loops"]) == (8, 2)
+    with pytest.raises(UserError, match="--cases tall is unknown"):
+        bench_steps.bench_train(TrainOptions(cases=["tall"]))
+
+
+def test_a_peer_that_does_not_fit_leaves_our_figures(monkeypatch, capsys):
+    fake_sides(monkeypatch, ours=[9, 1, 1], transformers=[])
+    rows = bench_steps.bench_train(TrainOptions(cases=["1b"], steps=2))
+    assert (rows[0]["ours"], rows[0]["peer"], rows[0]["left_out"]) == (2 * 8192, None, ("transformers",))
+    fake_sides(monkeypatch, ours=[])
+    with pytest.raises(RuntimeError, match="the ours side of 8b failed"):
+        bench_steps.bench_train(TrainOptions(cases=["8b"]))
+
+
+def test_our_setting_of_openmp_counts_as_ours(monkeypatch):
+    monkeypatch.setitem(os.environ, "GOMP_SPINCOUNT", "1000")            # as core/threads.py leaves it
+    spins = {side: environment_of(side)["GOMP_SPINCOUNT"] for side in ("ours", "lora", "transformers",
+                                                                        "transformers_allocator", "ours_spinning")}
+    assert list(spins.values()) == ["1000", "1000", "300000", "1000", "300000"]
 
 
 LORA_ROWS = ["lora", "lora_their_allocator_too", "lora_peak_memory", "lora_peak_memory_their_allocator_too", "qlora",
              "qlora_memory", "qlora_matrix_memory", "qlora_peak_memory"]
 
 
+@pytest.mark.slow
 def test_lora_trains_what_peft_trains_and_its_rows_carry_the_names_that_others_read(monkeypatch, capfd):
-    """At 512 ids, to be fast, and with PEFT's worker in the place of both of its sides."""
+    """At 512 ids, to be fast, and with PEFT's process in the place of both of its sides."""
     pytest.importorskip("peft")
     real = bench_steps.in_turn
 
