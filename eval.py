@@ -1,7 +1,7 @@
 """Perplexity, bits per byte and forgetting, by one protocol that stands in every result.
 
-    python eval.py --model out/legal/final --baseline path/to/base --text law=shards/domain --text tales=tales.txt \\
-                   --general tales --json eval.json
+    python eval.py --model out/legal/final --baseline DIR --text law=shards/domain tales=tales.txt --general tales
+    python eval.py --run out/legal --text law=shards/domain
 
 A document is scored in windows of T tokens, each of its tokens once. The first window sees the token that stands
 before a document (BOS, or EOS where there is no BOS), a later window the last token of the one before. BOS and EOS

@@ -10,7 +10,7 @@ from core.errors import UserError
 from core.files import new_file
 from core.hashing import mix_keys, permute
 from text.corpus import utf8
-from text.mixture import SourceConfig, judge_epochs
+from text.mixture import SourceConfig, check_epochs
 
 
 def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = None, seed: int = 0,
@@ -35,9 +35,7 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
             total = sum(wanted.values())
             epochs = {side: n / max(1, len(places[side])) for side, n in wanted.items()}
             sides = {side: SourceConfig(role=side, max_epochs=max_epochs) for side in wanted}
-            refusals, warnings = judge_epochs(epochs, sides, "--max-epochs {1}")
-            if refusals:
-                raise UserError(refusals[0])
+            warnings = check_epochs(epochs, sides, "--max-epochs {1}")
             lines = np.concatenate([_draw(side, n, places[side], seed) for side, n in wanted.items()])
             with new_file(out, "wb") as file:
                 for line in permute(np.arange(total), total, mix_keys(seed, "mix")).tolist():
