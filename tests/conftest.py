@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 import torch.nn.functional as F
 from synthetic import some_texts, texts
+from vocabularies import make_small_bases
 
 import forget
 import hf
@@ -53,6 +54,12 @@ def tiny_bpe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bpe")
     tokenizers.train(some_texts(200), "bpe", 300, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_bases(tmp_path_factory) -> dict[str, Path]:
+    """{"small bytes": folder, "small pieces": folder} of two tokenizers that can be extended."""
+    return make_small_bases(tmp_path_factory.mktemp("small_bases"))
 
 
 @pytest.fixture(scope="session")
