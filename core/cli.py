@@ -102,7 +102,7 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
         if json_file:
             write_json(json_file, result)
         return result if isinstance(result, int) else 0
-    except ValueError as error:        # UserError, once every file raises it
+    except UserError as error:
         _print_error(str(error))
         return 2
     except OSError as error:

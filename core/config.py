@@ -4,14 +4,12 @@ Each file declares the dataclass of its own settings and `train.py` composes the
 recipe, and both by the command line (core/cli.py). An unknown key is an error that names the nearest known one.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
 import math
 import operator
 import re
-import sys
 import tomllib
 import types
 import typing
@@ -159,59 +157,3 @@ def to_toml(config, prefix: str = "") -> str:
         elif value is not None:
             lines.append(f"{_toml_key(key)} = {_toml_value(value)}\n")
     return "".join(lines) + "".join(sections)
-
-
-# ---- on its way out: core/cli.py and core/files.py have these
-
-def main_guard(main) -> int:
-    """Run `main()`; a user's mistake becomes one line on stderr and exit status 2, never a traceback."""
-    try:
-        return main() or 0
-    except (ValueError, OSError) as error:
-        text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
-        print("error: " + " ".join(text.split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line; for the commands whose options are few and flat."""
-
-    def __init__(self, *args, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        known = [name for action in self._all_actions() for name in action.option_strings]
-        for word in args[:args.index("--")] if "--" in args else args:
-            if word.startswith("--") and (option := word.partition("=")[0]) not in known:
-                self.error(f"unknown argument {option}{nearest(option, known)}")
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unknown argument {unknown[0]}")
-        return parsed
-
-    def _all_actions(self):
-        for action in self._actions:
-            yield action
-            if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser._all_actions()
-
-
-def write_json(path, value) -> None:
-    """`value` as JSON in a file; its folder is made where it is missing."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def parse(cls, argv: list[str], description: str = ""):
-    from core import cli
-    return cli.parse(cls, argv, "train.py", description, recipe=True)

@@ -27,13 +27,14 @@ import time
 import tokenize
 import warnings
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
 
-from core.config import ArgumentParser, main_guard  # noqa: E402
+from core import cli  # noqa: E402
 
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)  # bounds of one record
 SKIP_FOLDERS = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}
@@ -307,21 +308,33 @@ def show(summary: dict) -> None:
           f"{100 * cost:.1f} %")
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write (%(default)s)")
-    parser.add_argument("--corpora-only", action="store_true", help="make the two corpora, show snippets, and stop")
-    args = parser.parse_args()
-    if args.corpora_only:
-        for side in make_corpora(args.out).values():
+@dataclass
+class Demo:
+    """The demo: its corpora, its base model and three continuations of it."""
+
+    out: str = "out/demo"
+    """The folder to write."""
+    corpora_only: bool = False
+    """Make the two corpora, show snippets of them, and stop."""
+
+
+def run_demo(options: Demo) -> dict | None:
+    if options.corpora_only:
+        for side in make_corpora(Path(options.out)).values():
             print("\n".join(snippets(side["path"])))
-        return
-    out = Path(os.path.relpath(args.out.resolve(), ROOT))  # short paths in the commands that are shown
+        return None
+    # A path relative to the checkout keeps the commands that are shown short.
+    out = Path(os.path.relpath(Path(options.out).resolve(), ROOT))
     os.chdir(ROOT)
     summary = demo(out)
     show(summary)
     print(f"{summary['seconds']:.0f} s; report: {out}/report.html")
+    return summary
+
+
+def main() -> int:
+    return cli.run("experiments/demo.py", __doc__, (Demo, run_demo))
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    sys.exit(main())

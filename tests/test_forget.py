@@ -14,7 +14,7 @@ from conftest import SIZES, large_weights
 from retention import ONE, UnreadText, forward, methods, some_batch
 from test_train import ENV
 
-from core import config, parallel
+from core import cli, config, parallel
 from core.errors import UserError
 from forget import AdaptiveConfig, EMAConfig, EWCConfig, ForgetConfig, FreezeConfig, LwFConfig, MergeConfig
 from learn.method import take_sequences
@@ -31,11 +31,11 @@ def test_a_command_line_turns_methods_on(tmp_path):
     words = ["--forget.ewc.strength", "0.1", "--forget.ewc.fisher", "true", "--forget.lwf.alpha", "0.5",
              "--forget.freeze.schedule", "stages", "--forget.freeze.stages", "0 layers.3 norm", "0.5 layers norm head",
              "--forget.adaptive.policy", "budget", "--forget.ema.decay", "0.9", "--forget.merge.method", "slerp"]
-    c = config.parse(Recipe, words)
+    c = cli.parse(Recipe, words, recipe=True)
     assert c.forget.ewc == EWCConfig(0.1, "true", 1000)
     assert c.forget.freeze.parse_stages() == [(0.0, ["layers.3", "norm"]), (0.5, ["layers", "norm", "head"])]
     (tmp_path / "again.toml").write_text(config.to_toml(c))
-    assert config.parse(Recipe, [str(tmp_path / "again.toml")]) == c
+    assert cli.parse(Recipe, [str(tmp_path / "again.toml")], recipe=True) == c
     made = methods(**{f.name: getattr(c.forget, f.name) for f in dataclasses.fields(c.forget)})
     assert [m.name for m in made] == ["freeze", "ewc", "lwf", "adaptive", "ema"]
     assert methods() == [], "every method is off unless it is asked for"

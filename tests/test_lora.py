@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 
 import hf
 import lora
-from core.config import check_limits, parse
+from core.cli import parse
+from core.config import check_limits
 from lora import LoraConfig
 from model import Model
 
@@ -173,7 +174,8 @@ def test_rows_are_written_as_slices():
 def test_it_is_a_section_of_a_recipe(tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('rank = 8\nranks = ["down_proj=16"]\nembedding_lr_ratio = 1\n')
-    config = parse(LoraConfig, [str(recipe), "--targets", "q_proj", "down_proj", "--base", "nf4", "--dora"])
+    words = [str(recipe), "--targets", "q_proj", "down_proj", "--base", "nf4", "--dora"]
+    config = parse(LoraConfig, words, recipe=True)
     assert config == LoraConfig(rank=8, ranks=["down_proj=16"], targets=["q_proj", "down_proj"], base="nf4", dora=True,
                                 embedding_lr_ratio=1.0)
 
