@@ -17,6 +17,8 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from core.errors import UserError
+
 _shared = None          # in a worker process: the first argument of every call
 
 
@@ -64,10 +66,10 @@ class WorkerPool:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise ValueError(f"a worker process was killed, most likely for want of memory; use fewer than "
-                             f"{self.workers} --workers") from None
+            raise UserError(f"a worker process was killed, most likely for want of memory; use fewer than "
+                            f"{self.workers} --workers") from None
         except RecursionError:
-            raise ValueError("a record is nested too deeply to be sent to a worker process; use --workers 1") from None
+            raise UserError("a record is nested too deeply to be sent to a worker process; use --workers 1") from None
 
 
 def _start_worker(shared):

@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the checkout, wherever this file is run from
 
 from core import cli  # noqa: E402
+from core.errors import UserError  # noqa: E402
 
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)  # bounds of one record
 SKIP_FOLDERS = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}
@@ -226,7 +227,7 @@ def make_corpora(
                 gc.enable()
         size = sum(len(record["text"].encode()) for record in records.values())
         if size < budget / 10:
-            raise ValueError(
+            raise UserError(
                 f"only {size:,} of the {budget // 10:,} bytes of {side} text that the demo needs are in the files of "
                 f"{', '.join(map(str, roots)) or 'no folder'}: use a Python that has its standard library as .py files"
             )
@@ -256,7 +257,7 @@ def run(*command) -> None:
     """A project command, shown and run; its failure ends the demo with the line it printed."""
     print("\n$ python " + " ".join(map(str, command)), flush=True)
     if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
-        raise ValueError(f"this command of the demo failed: python {' '.join(map(str, command))}")
+        raise UserError(f"this command of the demo failed: python {' '.join(map(str, command))}")
 
 
 def demo(out: Path) -> dict:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from core.errors import UserError
 from text.shards import HEADER_BYTES, MAGIC, OUR_MAGIC
 
 MEGATRON = b"MMIDIDX\0\0"
@@ -31,29 +32,29 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
     """
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"input file {path} does not exist or is no file")
+        raise UserError(f"input file {path} does not exist or is no file")
     usual = "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
     header = np.fromfile(file, "<i4", 256)
     sizes = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}
     size = sizes.get(int(header[0])) if len(header) == 256 else None           # bytes a token, where a header says it
     if size and header[3] == OUR_MAGIC:
-        raise ValueError(f"{path} is a packed shard already; name its folder as a source")
+        raise UserError(f"{path} is a packed shard already; name its folder as a source")
     index, ends = file.with_name(file.name + ".index") if file.suffix == ".ds" else file.with_suffix(".idx"), None
     if file.suffix == ".bin" and index.is_file():
         tokens, ends = _megatron(file, index)
     elif file.suffix == ".bin" and size:
         tokens = _map(file, np.dtype(f"<u{size}"), HEADER_BYTES)
         if len(tokens) != header[2]:
-            raise ValueError(f"{path} says it has {header[2]:,} tokens and has {len(tokens):,}; fetch it again")
+            raise UserError(f"{path} says it has {header[2]:,} tokens and has {len(tokens):,}; fetch it again")
     else:
         tokens = _map(file, np.dtype(dtype or usual).newbyteorder("<"))
         if not dtype and tokens.itemsize == 2 and len(tokens) > 1 and not tokens[1:CHUNK:2].any():
-            raise ValueError(f"{path} looks like uint32 tokens: every other uint16 of it is 0; name its --dtype")
+            raise UserError(f"{path} looks like uint32 tokens: every other uint16 of it is 0; name its --dtype")
         if file.suffix == ".ds" and index.is_file():
             ends = _map(index, np.dtype("<u8")).astype(np.int64)
     lengths = np.diff(ends, prepend=0) if ends is not None else np.array([len(tokens)])
     if (lengths < 0).any() or lengths.sum() != len(tokens):
-        raise ValueError(f"{index} has document ends that do not rise to the {len(tokens):,} tokens beside it; fetch "
+        raise UserError(f"{index} has document ends that do not rise to the {len(tokens):,} tokens beside it; fetch "
                          f"both again, or name their --dtype")
     marks = np.array([i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None])
     for ids in _cut(tokens, marks) if ends is None else (tokens[end - n:end] for n, end in zip(lengths, ends)):
@@ -62,7 +63,7 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
         for worst in (ids.min(initial=0), ids.max(initial=0)):
             if not 0 <= worst < tokenizer.vocab_size:
                 last = tokenizer.vocab_size - 1
-                raise ValueError(f"{path} holds token id {worst}, but the tokenizer ends at {last}; "
+                raise UserError(f"{path} holds token id {worst}, but the tokenizer ends at {last}; "
                                  f"take its own tokenizer, or name its --dtype if that is not {tokens.dtype}")
         yield ids.astype(np.uint32)
 
@@ -70,7 +71,7 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
 def _map(file: Path, dtype: np.dtype, skip: int = 0) -> np.ndarray:
     size = file.stat().st_size - skip
     if size <= 0 or size % dtype.itemsize:
-        raise ValueError(f"{file} has {max(0, size)} bytes of {dtype.name}, which is none or no whole number of them; "
+        raise UserError(f"{file} has {max(0, size)} bytes of {dtype.name}, which is none or no whole number of them; "
                          f"fetch it again, or name its --dtype")
     return np.memmap(file, dtype, "r", skip)
 
@@ -88,7 +89,7 @@ def _megatron(file: Path, index: Path):
         first = np.frombuffer(raw, "<i8", documents, 34 + 12 * sequences)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[first[first > 0]]
     except (ValueError, struct.error, IndexError) as error:
-        raise ValueError(f"{index} is no index of a Megatron dataset ({error}); fetch it again, or remove it if "
+        raise UserError(f"{index} is no index of a Megatron dataset ({error}); fetch it again, or remove it if "
                          f"{file.name} is not one") from None
     return _map(file, np.dtype(MEGATRON_DTYPES[code])), ends
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from core.errors import UserError
 from kernels.cross_entropy import IGNORE
 from text.mixture import DataConfig
 from text.shards import Shards
@@ -179,7 +180,7 @@ def pack_sources(sources: dict[str, Shards], config: DataConfig) -> PackedSource
     """Cut each source into sequences as config.packing says. No plan is needed yet: a plan needs the rows per epoch."""
     for name, shards in sources.items():
         if not shards.tokens:
-            raise ValueError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
+            raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
     packings = {name: Windows(shards, config.context, config.drop_last) if config.packing == "window"
                 else Documents(shards, config.context, config.packing == "best_fit")
                 for name, shards in sources.items()}
