@@ -148,17 +148,14 @@ def test_table():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A lab, a run with checkpoints at 2, 4 and 5 of 5 steps, and two text files."""
+    """A lab, a run with checkpoints at 2, 4 and 5 of 5 steps, and a text file of the domain."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         made = types.SimpleNamespace(returncode=0, stderr="")
         patch.setattr("stages.finish.subprocess", types.SimpleNamespace(run=lambda *a, **k: made))
         make_lab(folder / "lab")
         train.train(settings(folder / "lab", folder / "run", "--train.save-every", 2, steps=5), one())
-        train.train(settings(folder / "lab", folder / "more", "--model.init", "pretrained", "--model.path",
-                             folder / "run/final", steps=6), one())
-    for name in ("legal", "story"):
-        (folder / f"{name}.txt").write_text("\n\n".join(texts(name)[:20]))
+    (folder / "legal.txt").write_text("\n\n".join(texts("legal")[:20]))
     return folder
 
 
@@ -171,21 +168,21 @@ def command(monkeypatch, capsys, *words):
     return status, *capsys.readouterr()
 
 
-def test_model_against_its_baseline(runs, monkeypatch, capsys, tmp_path):
+def test_model_against_its_baseline(pair, monkeypatch, capsys, tmp_path):
     transformers = pytest.importorskip("transformers")
+    base, model, law, tales = pair
     status, said, errors = command(
-        monkeypatch, capsys, "--model", runs / "more/final", "--baseline", runs / "run/final", "--documents", "blank",
-        "--text", f"law={runs}/legal.txt", "--text", f"tales={runs}/story.txt", "--general", "tales", "--device", "cpu",
-        "--context", 16, "--json", tmp_path / "out.json")
+        monkeypatch, capsys, "--model", model, "--baseline", base, "--documents", "line", "--text", f"law={law}",
+        "--text", f"tales={tales}", "--general", "tales", "--device", "cpu", "--context", 16, "--json",
+        tmp_path / "out.json")
     assert (status, errors) == (0, "")
     result = json.loads((tmp_path / "out.json").read_text())
-    tok = tokenizer.load(runs / "lab/tok")
-    for key, folder in (("texts", runs / "more/final"), ("baseline", runs / "run/final")):
-        numbers = result[key] if key == "texts" else result[key]["texts"]
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        for name, kind in (("law", "legal"), ("tales", "story")):
-            docs = [(np.array(tok.encode(t)), len(t.encode())) for t in texts(kind)[:20]]
-            assert numbers[name] == pytest.approx(truth(model, docs, tok.bos_id, 16), rel=1e-5)
+    tok = tokenizer.load(base)
+    for scores, folder in ((result["texts"], model), (result["baseline"]["texts"], base)):
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        for name, file in (("law", law), ("tales", tales)):
+            docs = [(np.array(tok.encode(t)), len(t.encode())) for t in file.read_text().splitlines()]
+            assert scores[name] == pytest.approx(truth(theirs, docs, tok.bos_id, 16), rel=1e-5)
     bits = [r["tales"]["bits_per_byte"] for r in (result["baseline"]["texts"], result["texts"])]
     assert result["forgetting"] == pytest.approx(bits[1] / bits[0] - 1)
     assert result["protocol"] == {"prefix_token_id": tok.bos_id, "context": 16, "stride": 16, "bos_eos_scored": False,
