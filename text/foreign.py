@@ -4,8 +4,8 @@
     NAME.bin, NAME.idx          an indexed dataset of Megatron's
     NAME.bin                    llm.c's tokens after a header, or nanoGPT's (uint16 or uint32) without one
 
-Ids stay as they are. BOS and EOS at a document's ends are taken off, since packing puts its own there; where no index
-says more, each is where a document ends.
+Ids stay as they are. BOS and EOS at the ends of a document are taken off, because packing puts its own there; where no
+index says where documents end, each BOS or EOS does.
 """
 
 import struct
@@ -17,85 +17,95 @@ from core.errors import UserError
 from text.shards import HEADER_BYTES, MAGIC, OUR_MAGIC
 
 MEGATRON = b"MMIDIDX\0\0"
-MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}      # its DType codes that hold ids
-CHUNK = 1 << 24
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}      # its DType codes that can hold ids
+CHUNK = 1 << 24                                                                   # tokens looked through at a time
 
 
 def holds_tokens(path: str) -> bool:
+    """Whether a file's name says that it holds token ids and not text."""
     return path.endswith((".bin", ".ds"))
 
 
 def read_token_documents(path: str, tokenizer, dtype: str | None = None):
-    """Yield uint32 [n] ids of each document of a token file, without BOS and EOS at its ends.
+    """Yield uint32 [n], the ids of each document of a token file, without BOS and EOS at its ends.
 
-    dtype: "uint16" or "uint32" of a file that does not say it; default: what the tokenizer's vocabulary needs.
+    dtype: "uint16" or "uint32", for a file that does not say it; default: what the tokenizer's vocabulary needs.
+    A file that is damaged, or that is not in this tokenizer's ids, is a UserError.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"input file {path} does not exist or is no file")
-    usual = "uint16" if tokenizer.vocab_size <= 65536 else "uint32"
-    header = np.fromfile(file, "<i4", 256)
-    sizes = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}
-    size = sizes.get(int(header[0])) if len(header) == 256 else None           # bytes a token, where a header says it
-    if size and header[3] == OUR_MAGIC:
-        raise UserError(f"{path} is a packed shard already; name its folder as a source")
-    index, ends = file.with_name(file.name + ".index") if file.suffix == ".ds" else file.with_suffix(".idx"), None
-    if file.suffix == ".bin" and index.is_file():
-        tokens, ends = _megatron(file, index)
-    elif file.suffix == ".bin" and size:
-        tokens = _map(file, np.dtype(f"<u{size}"), HEADER_BYTES)
-        if len(tokens) != header[2]:
-            raise UserError(f"{path} says it has {header[2]:,} tokens and has {len(tokens):,}; fetch it again")
-    else:
-        tokens = _map(file, np.dtype(dtype or usual).newbyteorder("<"))
-        if not dtype and tokens.itemsize == 2 and len(tokens) > 1 and not tokens[1:CHUNK:2].any():
-            raise UserError(f"{path} looks like uint32 tokens: every other uint16 of it is 0; name its --dtype")
-        if file.suffix == ".ds" and index.is_file():
-            ends = _map(index, np.dtype("<u8")).astype(np.int64)
-    lengths = np.diff(ends, prepend=0) if ends is not None else np.array([len(tokens)])
-    if (lengths < 0).any() or lengths.sum() != len(tokens):
-        raise UserError(f"{index} has document ends that do not rise to the {len(tokens):,} tokens beside it; fetch "
-                         f"both again, or name their --dtype")
+    tokens, ends = _open_tokens(Path(path), dtype, "uint16" if tokenizer.vocab_size <= 65536 else "uint32")
     marks = np.array([i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None])
-    for ids in _cut(tokens, marks) if ends is None else (tokens[end - n:end] for n, end in zip(lengths, ends)):
+    last = tokenizer.vocab_size - 1
+    documents = _cut_at_marks(tokens, marks) if ends is None else (
+        tokens[end - n:end] for n, end in zip(np.diff(ends, prepend=0), ends))
+    for ids in documents:
         inner = np.flatnonzero(~np.isin(ids, marks))
         ids = ids[inner[0]:inner[-1] + 1] if len(inner) else ids[:0]
         for worst in (ids.min(initial=0), ids.max(initial=0)):
-            if not 0 <= worst < tokenizer.vocab_size:
-                last = tokenizer.vocab_size - 1
-                raise UserError(f"{path} holds token id {worst}, but the tokenizer ends at {last}; "
-                                 f"take its own tokenizer, or name its --dtype if that is not {tokens.dtype}")
+            if not 0 <= worst <= last:
+                raise UserError(f"{path} holds token id {worst}, but the tokenizer ends at {last}; take its own "
+                                f"tokenizer, or name its --dtype if that is not {tokens.dtype}")
         yield ids.astype(np.uint32)
+
+
+def _open_tokens(file: Path, dtype: str | None, usual: str):
+    """(memory map of the tokens, int64 document ends or None where no index says them); `usual` is the likely dtype."""
+    if not file.is_file():
+        raise UserError(f"input file {file} does not exist or is no file")
+    header, ends = np.fromfile(file, "<i4", 256), None
+    sizes = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}
+    size = sizes.get(int(header[0])) if len(header) == 256 else None
+    if size and header[3] == OUR_MAGIC:
+        raise UserError(f"{file} is a packed shard already; name its folder as a source")
+    index = file.with_name(file.name + ".index") if file.suffix == ".ds" else file.with_suffix(".idx")
+    if file.suffix == ".bin" and index.is_file():
+        tokens, ends = _open_megatron(file, index)
+    elif file.suffix == ".bin" and size:
+        tokens = _map(file, np.dtype(f"<u{size}"), HEADER_BYTES)
+        if len(tokens) != header[2]:
+            raise UserError(f"{file} says it has {header[2]:,} tokens and has {len(tokens):,}; fetch it again")
+    else:
+        tokens = _map(file, np.dtype(dtype or usual).newbyteorder("<"))
+        if not dtype and tokens.itemsize == 2 and len(tokens) > 1 and not tokens[1:CHUNK:2].any():
+            raise UserError(f"{file} looks like uint32 tokens: every other uint16 of it is 0; name its --dtype")
+        if file.suffix == ".ds" and index.is_file():
+            ends = _map(index, np.dtype("<u8")).astype(np.int64)
+    if ends is not None and (not len(ends) or ends[-1] != len(tokens) or (np.diff(ends, prepend=0) < 0).any()):
+        raise UserError(f"{index} has document ends that do not rise to the {len(tokens):,} tokens beside it; fetch "
+                        f"both again, or name their --dtype")
+    return tokens, ends
 
 
 def _map(file: Path, dtype: np.dtype, skip: int = 0) -> np.ndarray:
     size = file.stat().st_size - skip
     if size <= 0 or size % dtype.itemsize:
         raise UserError(f"{file} has {max(0, size)} bytes of {dtype.name}, which is none or no whole number of them; "
-                         f"fetch it again, or name its --dtype")
+                        f"fetch it again, or name its --dtype")
     return np.memmap(file, dtype, "r", skip)
 
 
-def _megatron(file: Path, index: Path):
-    """(tokens, int64 document ends) of an indexed dataset: sequences' lengths, and each document's first sequence."""
+def _open_megatron(file: Path, index: Path):
+    """As _open_tokens. The index has the length of each sequence, and which sequence is the first of each document."""
     raw = index.read_bytes()
     try:
-        if raw[:9] != MEGATRON:
-            raise ValueError("no such header")
-        version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, 9)
-        if version != 1 or code not in MEGATRON_DTYPES:
-            raise ValueError(f"version {version}, dtype code {code}")
+        version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(MEGATRON))
         lengths = np.frombuffer(raw, "<i4", sequences, 34)
         first = np.frombuffer(raw, "<i8", documents, 34 + 12 * sequences)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[first[first > 0]]
+        fault = "" if (raw[:9], version) == (MEGATRON, 1) and code in MEGATRON_DTYPES else \
+            f"version {version}, dtype code {code}"
     except (ValueError, struct.error, IndexError) as error:
-        raise UserError(f"{index} is no index of a Megatron dataset ({error}); fetch it again, or remove it if "
-                         f"{file.name} is not one") from None
+        fault = str(error)
+    if fault:
+        raise UserError(f"{index} is no index of a Megatron dataset ({fault}); fetch it again, or remove it if "
+                        f"{file.name} is not one")
     return _map(file, np.dtype(MEGATRON_DTYPES[code])), ends
 
 
-def _cut(tokens: np.ndarray, marks: np.ndarray):
-    """Pieces of `tokens`, each but the first beginning with one of `marks`; a chunk or a piece in memory at a time."""
+def _cut_at_marks(tokens: np.ndarray, marks: np.ndarray):
+    """Yield pieces of `tokens`, each but the first beginning with one of `marks`, with one chunk of them in memory.
+
+    E a b E c d E with the mark E gives (E a b) and (E c d): a piece of one mark alone is no document.
+    """
     rest = []
     for at in range(0, len(tokens), CHUNK):
         part = np.asarray(tokens[at:at + CHUNK])
@@ -103,7 +113,7 @@ def _cut(tokens: np.ndarray, marks: np.ndarray):
             if rest and len(piece) and piece[0] in marks:
                 yield np.concatenate(rest)
                 rest = []
-            if len(piece) > 1 or rest or not np.isin(piece, marks).all():       # not the EOS before a BOS alone
+            if len(piece) > 1 or rest or not np.isin(piece, marks).all():
                 rest.append(piece)
     if rest:
         yield np.concatenate(rest)

@@ -10,7 +10,7 @@ from core.errors import UserError
 from core.files import new_file
 from core.hashing import mix_keys, permute
 from text.corpus import utf8
-from text.mixture import SourceConfig, check_epochs
+from text.mixture import SourceConfig, judge_epochs
 
 
 def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = None, seed: int = 0,
@@ -31,12 +31,17 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
         # Records are drawn in random order and may not fit in memory: they wait in a file, by their places in it.
         with tempfile.TemporaryFile(dir=out.parent) as spool:
             places = {"domain": _spool(domain, "domain", spool), "general": _spool(general, "general", spool)}
-            wanted = _count(places, ratio, total)
-            total = sum(wanted.values())
-            epochs = {side: n / max(1, len(places[side])) for side, n in wanted.items()}
-            sides = {side: SourceConfig(role=side, max_epochs=max_epochs) for side in wanted}
-            warnings = check_epochs(epochs, sides, "--max-epochs {1}")
-            lines = np.concatenate([_draw(side, n, places[side], seed) for side, n in wanted.items()])
+            total = round(len(places["domain"]) / ratio) if total is None else total
+            written = {"domain": round(total * ratio), "general": total - round(total * ratio)}
+            for side, n in written.items():
+                if not total or n and not len(places[side]):
+                    raise UserError(f"the {side} files hold no records, but {n or 'some'} are wanted of them")
+            epochs = {side: n / max(1, len(places[side])) for side, n in written.items()}
+            sides = {side: SourceConfig(role=side, max_epochs=max_epochs) for side in written}
+            refusals, warnings = judge_epochs(epochs, sides, "--max-epochs {1}")
+            if refusals:
+                raise UserError(refusals[0])
+            lines = np.concatenate([_draw(side, n, places[side], seed) for side, n in written.items()])
             with new_file(out, "wb") as file:
                 for line in permute(np.arange(total), total, mix_keys(seed, "mix")).tolist():
                     spool.seek(int(lines[line]))
@@ -45,7 +50,7 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
         raise UserError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
     return {"total": total, "seed": seed, "warnings": warnings,
             **{side: {"records": len(places[side]), "written": n, "epochs": epochs[side]}
-               for side, n in wanted.items()}}
+               for side, n in written.items()}}
 
 
 def _spool(records, side: str, spool) -> np.ndarray:
@@ -58,22 +63,7 @@ def _spool(records, side: str, spool) -> np.ndarray:
     return np.array(places, np.int64)
 
 
-def _count(places: dict, ratio: float, total: int | None) -> dict[str, int]:
-    """{side: records wanted of it}; UserError where a side has none to give."""
-    total = round(len(places["domain"]) / ratio) if total is None else total
-    if total < 1:
-        raise UserError("the domain files hold no records; name others, or give --total-samples")
-    domain = round(total * ratio)
-    wanted = {"domain": domain, "general": total - domain}
-    for side, n in wanted.items():
-        if n and not len(places[side]):
-            raise UserError(f"the {side} files hold no records, but {n} are wanted of them")
-    return wanted
-
-
 def _draw(side: str, n: int, places: np.ndarray, seed: int) -> np.ndarray:
     """The places of n records: epoch after epoch, each a permutation of all. 5 of 3 records: 2 0 1, then 1 2."""
-    if not n:
-        return places[:0]
-    epoch, position = np.divmod(np.arange(n), len(places))
-    return places[permute(position, len(places), mix_keys(seed, side, "mix", epoch))]
+    epoch, position = np.divmod(np.arange(n), max(1, len(places)))
+    return places[permute(position, len(places), mix_keys(seed, side, "mix", epoch))] if n else places[:0]

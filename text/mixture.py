@@ -32,6 +32,7 @@ STAGES = ((0.3, 1.0), (0.1, 0.6), (0.0, 0.3))       # staged: (from this progres
 HARD = 3.0                          # curriculum's end: the hardest documents come 3 times as often as the easiest
 WARN_EPOCHS = 4                     # up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264)
 ALONE = ("two_stage", "domain_only")
+ALL = (0.0, 1.0, 1.0)               # open_documents where all are open and come alike
 ANY = float("inf")
 
 
@@ -126,35 +127,27 @@ def domain_share(schedule: str, target: float, progress: float, ramp: float = RA
     """The share of domain sequences wanted at `progress` (0 to 1); gradual rises over the share `ramp` of the run."""
     if schedule in ALONE:
         return 1.0
-    if schedule == "gradual":
-        return target * min(1.0, progress / ramp)
     if schedule == "staged":
         return target * next(part for start, part in STAGES if progress >= start)
-    if schedule != "warmup_cooldown":
-        return target
-    if progress < 0.1:
-        return min(0.3, target) + (target - min(0.3, target)) * progress / 0.1
-    if progress <= 0.9:
-        return target
-    return target + (min(0.5, target) - target) * (progress - 0.9) / 0.1
+    # (progress, share): straight lines between the points
+    lines = {"gradual": ((0.0, 0.0), (ramp, target)),
+             "warmup_cooldown": ((0.0, min(0.3, target)), (0.1, target), (0.9, target), (1.0, min(0.5, target)))}
+    return float(np.interp(progress, *zip(*lines.get(schedule, ((0.0, target),)))))
 
 
 def open_documents(schedule: str, progress: float, ramp: float = RAMP) -> tuple[float, float, float]:
     """(low, high, emphasis) at `progress`: from which to which quantile of its order a source's documents are open, and
     how many times as often the last of them come as the first."""
-    if schedule == "gradual":
-        return 0.0, OPEN_FIRST + (1 - OPEN_FIRST) * min(1.0, progress / ramp), 1.0
     if schedule == "staged":
         return 0.0, next(part for start, part in STAGES if progress >= start), 1.0
-    if schedule == "quality_first":
-        return 0.0, OPEN_FIRST + (1 - OPEN_FIRST) * progress, 1.0
-    if schedule == "curriculum":
-        if progress < 0.3:
-            return 0.0, 0.3 + 0.3 * progress / 0.3, 1.0
-        if progress < 0.7:
-            return 0.2, 0.6 + 0.2 * (progress - 0.3) / 0.4, 1.0
-        return 0.0, 1.0, HARD
-    return 0.0, 1.0, 1.0
+    if schedule in ("gradual", "quality_first"):
+        done = min(1.0, progress / ramp) if schedule == "gradual" else progress
+        return 0.0, OPEN_FIRST + (1 - OPEN_FIRST) * done, 1.0
+    if schedule != "curriculum":
+        return ALL
+    if progress < 0.3:
+        return 0.0, 0.3 + progress, 1.0
+    return (0.2, 0.6 + 0.2 * (progress - 0.3) / 0.4, 1.0) if progress < 0.7 else (0.0, 1.0, HARD)
 
 
 def share_at(config: DataConfig, progress: float, steps: int) -> float:
@@ -172,44 +165,45 @@ def _ramp(config, steps) -> float:
 
 # ---- weights
 
-def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple = (0.0, 1.0, 1.0),
+def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple = ALL,
                    strata: Strata | None = None) -> np.ndarray:
     """float64 [S], with sum one: the domain sources share `share`, the general ones the rest.
 
     `opened`, as from open_documents, moves a domain source's weight among its buckets. `strata` (default: all alike)
     holds among the general sources if they name theirs.
     """
-    weights = _bucket_weights(sources, opened)
+    weights = {name: s.weight if not isinstance(s, Bucket) else _open_tokens(s, opened if s.role == "domain" else ALL)
+               for name, s in sources.items()}
+    for bucket in {s.of: s for s in sources.values() if isinstance(s, Bucket)}.values():
+        members = [name for name, s in sources.items() if isinstance(s, Bucket) and s.of == bucket.of]
+        _scale(weights, members, bucket.weight)
     for stratum, part in replay_strata(sources, strata or Strata())[0].items():
-        members = [name for name, s in sources.items() if s.role == "general" and s.stratum == stratum]
-        total = sum(weights[name] for name in members)
-        weights |= {name: part * weights[name] / total for name in members}
-    roles = {role: sum(weights[n] for n, s in sources.items() if s.role == role) for role in ("domain", "general")}
-    if not roles["general"]:
+        _scale(weights, [name for name, s in sources.items() if s.role == "general" and s.stratum == stratum], part)
+    domain, general = ([name for name, s in sources.items() if s.role == role] for role in ("domain", "general"))
+    if not any(weights[name] for name in general):
         share = 1.0
-    elif not roles["domain"]:
+    elif not any(weights[name] for name in domain):
         share = 0.0
-    part = {"domain": share, "general": 1 - share}
-    return np.array([part[s.role] * weights[n] / roles[s.role] if roles[s.role] else 0.0 for n, s in sources.items()])
+    _scale(weights, domain, share)
+    _scale(weights, general, 1 - share)
+    return np.array(list(weights.values()))
 
 
-def _bucket_weights(sources, opened) -> dict[str, float]:
-    """{source: its own weight}; the buckets of a source share its weight by their open tokens, times the emphasis."""
-    weights = {name: s.weight for name, s in sources.items()}
-    buckets_of = {}
-    for name, s in sources.items():
-        if not isinstance(s, Bucket):
-            continue
-        low, high, emphasis = opened if s.role == "domain" else (0.0, 1.0, 1.0)
-        begin, end = max(low, s.low), min(high, s.high)
-        # The emphasis rises along a straight line from 1 to `emphasis`, so its mean over the bucket is its middle's.
-        middle = ((begin + end) / 2 - low) / (high - low)
-        density = 1 + (emphasis - 1) * middle
-        buckets_of.setdefault(s.of, {})[name] = s.tokens * density * max(0.0, end - begin) / (s.high - s.low)
-    for parts in buckets_of.values():
-        total = sum(parts.values())
-        weights |= {name: weights[name] * part / total for name, part in parts.items()}
-    return weights
+def _open_tokens(bucket: Bucket, opened: tuple) -> float:
+    """The tokens of a bucket that are open, times their emphasis."""
+    low, high, emphasis = opened
+    begin, end = max(low, bucket.low), min(high, bucket.high)
+    # The emphasis rises along a straight line from 1 to `emphasis`, so its mean over the bucket is that of its middle.
+    middle = ((begin + end) / 2 - low) / (high - low)
+    density = 1 + (emphasis - 1) * middle
+    return bucket.tokens * density * max(0.0, end - begin) / (bucket.high - bucket.low)
+
+
+def _scale(weights: dict[str, float], names: list[str], total: float):
+    """Scale the weights of `names` so that they sum to `total`; where all are 0 they stay 0."""
+    before = sum(weights[name] for name in names)
+    for name in names:
+        weights[name] = total * weights[name] / before if before else 0.0
 
 
 def replay_strata(sources: dict[str, SourceConfig], strata: Strata) -> tuple[dict[str, float], list[str]]:
@@ -397,14 +391,6 @@ def judge_epochs(epochs: dict[str, float], sources: dict[str, SourceConfig],
             warnings.append(f"warning: source {name} is read {times:.1f} times; above {WARN_EPOCHS} repeats teach less "
                             f"and less")
     return refusals, warnings
-
-
-def check_epochs(epochs: dict[str, float], sources: dict[str, SourceConfig], *option: str) -> list[str]:
-    """The warnings of judge_epochs; its first refusal is a UserError."""
-    refusals, warnings = judge_epochs(epochs, sources, *option)
-    if refusals:
-        raise UserError(refusals[0])
-    return warnings
 
 
 def part_of(sources: dict[str, SourceConfig], name: str, n: int) -> int:
