@@ -239,7 +239,9 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     packed = pack_sources(shards, c.data)
     plan = mixture.make_plan(c.data, c.train, sources, packed.rows_per_epoch)
     loader = data.Loader(packed, plan, seed=c.seed)
-    mixture.check_epochs(loader.epochs(len(plan) - 1), sources)
+    refusals, _ = mixture.judge_epochs(loader.epochs(len(plan) - 1), sources)
+    if refusals:
+        raise UserError(refusals[0])
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     documents = {name: docs for name, s in heldout.items()
                  if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}

@@ -58,7 +58,7 @@ def describe_data(run: Run):
             f"{scored:,} held-out tokens scored")
         if not scored:
             say(f"warning: source {name} has no held-out documents, so it is not evaluated")
-    for line in mixture.describe_mix(run.c.data, run.sources) + mixture.check_epochs(epochs, run.sources):
+    for line in mixture.describe_mix(run.c.data, run.sources) + mixture.judge_epochs(epochs, run.sources)[1]:
         say(line)
 
 

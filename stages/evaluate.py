@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import eval as evaluation
 from core.config import setting
-from core.errors import UserError
 from core.files import write_json, write_text
 from learn import adaptive
 from stages.build import Run
@@ -66,11 +65,9 @@ def ask_methods(run: Run, step: int, scores: dict):
         share = "as scheduled" if decision["replay_share"] is None else decision["replay_share"]
         run.log.record("replay", step, **{key: value for key, value in decision.items() if key != "step"})
         run.log.say(f"replay at step {step}: {decision['reason']}; share {share}")
-        try:
-            mixture.check_epochs(run.loader.epochs(run.steps), run.sources)
-        except UserError as error:
-            # A plan that reads a source too often is refused before a run. Within a run it is better to go on.
-            run.log.say(f"warning: {error}")
+        # A plan that reads a source too often is refused before a run. Within a run it is better to go on.
+        for refusal in mixture.judge_epochs(run.loader.epochs(run.steps), run.sources)[0][:1]:
+            run.log.say(f"warning: {refusal}")
         if run.world.main:
             write_plan(run)
 

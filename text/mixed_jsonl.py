@@ -34,7 +34,7 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
             total = round(len(places["domain"]) / ratio) if total is None else total
             written = {"domain": round(total * ratio), "general": total - round(total * ratio)}
             for side, n in written.items():
-                if not total or n and not len(places[side]):
+                if not total or (n and not len(places[side])):
                     raise UserError(f"the {side} files hold no records, but {n or 'some'} are wanted of them")
             epochs = {side: n / max(1, len(places[side])) for side, n in written.items()}
             sides = {side: SourceConfig(role=side, max_epochs=max_epochs) for side in written}

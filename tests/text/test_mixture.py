@@ -17,9 +17,9 @@ from text.mixture import (
     SourceConfig,
     Strata,
     _due_first,
-    check_epochs,
     describe_mix,
     domain_share,
+    judge_epochs,
     make_plan,
     open_documents,
     plan_counts,
@@ -307,13 +307,15 @@ def test_strata_are_named_by_all_general_sources_or_none():
 
 def test_repeats_are_warned_of_above_4_and_refused_above_the_cap():
     sources = bucketed(2) | {"wiki": SourceConfig(role="general", max_epochs=30.0)}
-    assert check_epochs({"law/0": 4.0, "law/1": 0.0, "wiki": 1.0}, sources) == []
-    said = check_epochs({"law/0": 4.1, "wiki": 29.9}, sources)
+    assert judge_epochs({"law/0": 4.0, "law/1": 0.0, "wiki": 1.0}, sources) == ([], [])
+    refusals, said = judge_epochs({"law/0": 4.1, "wiki": 29.9}, sources)
+    assert refusals == []
     assert [line.partition(" times")[0] for line in said] == ["warning: source law/0 is read 4.1",
                                                               "warning: source wiki is read 29.9"]
-    check_epochs({"law/0": 16.0}, sources)
-    with pytest.raises(ValueError, match=r"source law/0 would be read 16\.5 .* --data\.sources\.law\.max-epochs 17"):
-        check_epochs({"law/0": 16.5}, sources)
+    assert judge_epochs({"law/0": 16.0}, sources)[0] == []
+    (refusal,), _ = judge_epochs({"law/0": 16.5}, sources)
+    assert refusal.startswith("source law/0 would be read 16.5 ")
+    assert refusal.endswith(" --data.sources.law.max-epochs 17")
     with pytest.raises(ValueError, match="max_epochs"):
         check_limits(SourceConfig(max_epochs=0.0))
 
