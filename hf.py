@@ -82,7 +82,10 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
     theta = rope.pop("rope_theta", None) or known["rope_theta"]
     old_kind = rope.pop("type", "default")                   # the key's name before `rope_type`
     rope["rope_type"] = rope.pop("rope_type", None) or old_kind
-    no_rope = find_no_rope_layers(values, known["num_hidden_layers"]) if family == "smollm3" else []
+    no_rope, interval = [], values.get("no_rope_layer_interval", 4)
+    if family == "smollm3":                                  # without a list, every fourth layer is without rotation
+        uses_rope = values.get("no_rope_layers") or [(i + 1) % interval for i in range(known["num_hidden_layers"])]
+        no_rope = [i for i, uses in enumerate(uses_rope) if not uses]
     config = {name: known.get(name) for name in SHARED}
     if family == "qwen2":
         config["attention_bias"] = False                     # its q, k and v always have one, its o never
@@ -91,13 +94,6 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
     return ModelConfig(**config, rope_theta=theta, rope_scaling={} if rope["rope_type"] == "default" else rope,
                        qkv_bias=family == "qwen2", qk_norm=family == "qwen3", no_rope_layers=no_rope, family=family,
                        windows=find_windows(family, values, known, no_rope))
-
-
-def find_no_rope_layers(values: dict, layers: int) -> list[int]:
-    """Indices of SmolLM3's layers without rotation: no_rope_layers has a 0 for each, else it is every fourth."""
-    interval = values.get("no_rope_layer_interval", 4)
-    uses_rope = values.get("no_rope_layers") or [(i + 1) % interval != 0 for i in range(layers)]
-    return [i for i, uses in enumerate(uses_rope) if not uses]
 
 
 def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> list[int | None] | None:
@@ -246,12 +242,9 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
 
 
 def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device="cpu", layout=None):
-    """Give every parameter of the base its tensor from `folder`; UserError where a tensor is missing, left over or of
-    another shape.
-
-    Without `layout` the parameters, on the meta device until now, are replaced by new ones in `dtype` on `device`. With
-    it they stay the same objects, already on their devices, and layout(full, parameter) -> the share to copy in.
-    """
+    """Give every parameter of the base its tensor in `folder`; UserError where one is missing, left over or of another
+    shape. Without `layout` the parameters, on the meta device until now, are replaced by new ones in `dtype` on
+    `device`. With it they stay, already on their devices, and layout(full, parameter) -> the share to copy in."""
     files = tensor_files(folder)
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
     if left_over := [name for name in files if from_hf_name(name) not in (None, *wanted)]:

@@ -204,11 +204,9 @@ def merge(model: nn.Module):
 
 @torch.no_grad()
 def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **options) -> dict:
-    """Write a base (a Base, folder or hf:// id) and an adapter (folder or hf:// id) as one Hugging Face folder.
-
-    dtype is that of the weights written, the base's by default; the sum is fp32. options: hf.save's, such as card and
-    tokenizer. The result tells how far rounding moved the logits of 64 random tokens, and who serves the adapter alone.
-    """
+    """Write a base (a Base, folder or hf:// id) and an adapter (folder or hf:// id) as one Hugging Face folder, summed
+    in fp32 and rounded to `dtype`, the base's by default. options: hf.save's, such as card and tokenizer. The result
+    tells how far rounding moved the logits of 64 random tokens, and who serves the adapter alone."""
     base = hf.open_base(base)
     if "quantization_config" in base.settings:
         raise UserError(f"{base.folder} is quantised; merge into the full-precision base it was made from")

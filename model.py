@@ -190,7 +190,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, causal, doc_start, cache):
-        """x [B, T, D] -> [B, T, D]; cos, sin [B or 1, T, d/2]; the rest as in Model.forward."""
+        """x [B, T, D] -> [B, T, D]; cos and sin [B or 1, T, d/2]; the rest as in Model.forward."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, causal, doc_start, cache)
         normed, x = self.post_attention_layernorm.add(attended, x)
         return x + self.mlp(normed)

@@ -78,8 +78,8 @@ class TableRows(nn.Module):
     """Trained rows [n, D] of an embedding or head in place of the base's: those of some tokens, or, without token_ids,
     all. Gradients, weight decay and the optimizer's moments exist for these n alone.
 
-    With the token ids 7 and 9 of a vocabulary of 10, `ids` is [7, 9], and `slots`, from token to trained row, is -1 but
-    for slots[7] = 0 and slots[9] = 1.
+    `slots` leads from a token to its trained row: with the token ids 7 and 9 of a vocabulary of 10 it is -1 but for
+    slots[7] = 0 and slots[9] = 1.
     """
 
     def __init__(self, layer: "Table", token_ids: list[int] | None):

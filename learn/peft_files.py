@@ -100,19 +100,20 @@ def peft_config(model: nn.Module, base_name: str) -> dict:
     rows = {last_part(path): adapter.token_ids for path, adapter in active.items() if path not in low_rank}
     full = [path for path, token_ids in rows.items() if token_ids is None]
     some = {path: token_ids for path, token_ids in rows.items() if token_ids is not None}
-    # The commonest rank and alpha are the defaults, the others go into patterns.
-    rank = Counter(adapter.rank for adapter in low_rank.values()).most_common(1)[0][0]
-    alpha = Counter(adapter.alpha for adapter in low_rank.values()).most_common(1)[0][0]
-    ranks = shorten_paths({path: adapter.rank for path, adapter in low_rank.items()})
-    alphas = shorten_paths({path: adapter.alpha for path, adapter in low_rank.items()})
+
+    def find_common(values: dict) -> tuple[float, dict]:
+        """The commonest value, which is the default, and the others as a pattern."""
+        common = Counter(values.values()).most_common(1)[0][0]
+        return common, {path: value for path, value in shorten_paths(values).items() if value != common}
+    rank, rank_pattern = find_common({path: adapter.rank for path, adapter in low_rank.items()})
+    alpha, alpha_pattern = find_common({path: adapter.alpha for path, adapter in low_rank.items()})
     targets = shorten_paths({peft_path(path): peft_path(path) in low_rank for path in adapters.linear_layers(model)})
     one = next(iter(low_rank.values()))
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "revision": None,
         "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": one.dropout,
         "target_modules": sorted(path for path, is_target in targets.items() if is_target),
-        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
-        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
         "use_rslora": one.rslora, "use_dora": one.magnitude is not None, "bias": "none", "fan_in_fan_out": False,
         "modules_to_save": full or None, "trainable_token_indices": some or None,
         "ensure_weight_tying": bool(full) and adapters.is_tied(model),
@@ -121,10 +122,8 @@ def peft_config(model: nn.Module, base_name: str) -> dict:
 
 
 def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None = None):
-    """Write the active adapter as PEFT does; an old `folder` is replaced when the new one is complete.
-
-    base_name: the base's folder or Hub id. weights: as in `peft_state`.
-    """
+    """Write the active adapter as PEFT does, in place of an old `folder`. base_name: the base's folder or Hub id.
+    weights: as in `peft_state`."""
     tensors, config = peft_state(model, weights), peft_config(model, base_name)
     with new_folder(folder, overwrite=True) as out:
         save_file(tensors, out / TENSORS, metadata={"format": "pt"})
@@ -150,11 +149,8 @@ def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
-    """Add PEFT's adapter in `folder` (ours or its own) under `name`, active; -> its settings.
-
-    UserError where it is not for this model, names what it does not hold, or trains an embedding that this model
-    shares with its head.
-    """
+    """Add the adapter in `folder` (ours or PEFT's own) under `name`, active; -> its settings. UserError where it is not
+    for this model, or trains an embedding that this model shares with its head."""
     settings, tensors = read_adapter(folder)
     tied = adapters.is_tied(model)
     if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
