@@ -36,10 +36,9 @@ from learn.objectives import IGNORE, LossBySource, ObjectiveConfig
 from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import ModelSection, Run, TrainSection, build
-from stages.describe import begin, describe, log_step
+from stages.describe import begin, describe, log_step, rehearse
 from stages.evaluate import EvalSection, evaluate
 from stages.finish import finish
-from stages.rehearse import rehearse
 from stages.resume import resume, save
 from text.mixture import DataConfig
 

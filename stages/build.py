@@ -6,7 +6,6 @@ the model cannot read before the model is made, a plan that reads a source too o
 
 import contextlib
 import dataclasses
-import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,23 +76,32 @@ class TrainSection(LengthConfig):
 
 @dataclass
 class Run:
-    """Everything a step, an evaluation or a save needs; built once by `build`."""
+    """Everything that a step, an evaluation or a save needs; made by `build`."""
 
-    c: object                    # the Config of train.py
+    c: object
+    """the Config of train.py"""
     world: parallel.World
-    folder: Path | None          # the run's own, for what it leaves; None: it leaves nothing and says nothing
+    folder: Path | None
+    """the run's own folder; None: the run leaves nothing and says nothing"""
+    base: hf.Base | None
+    """what model.path names; None: no path"""
     tokenizer: object
     config: ModelConfig
-    sources: dict                # {name: SourceConfig}, a score bucket being a source
+    sources: dict
+    """{name: SourceConfig}; a score bucket counts as a source"""
     loader: data.Loader
-    planned: np.ndarray          # loader.plan before any decision of the run's own
-    objective: object
-    heldout: evaluation.HeldOut  # what the evaluations score
-    base: hf.Base | None         # what model.path names, opened once; None: no path
-    inner: Model = None          # the model itself
-    model: torch.nn.Module = None            # what the loop calls: the same, or DDP around it
-    methods: list = field(default_factory=list)       # what keeps the base's knowledge (forget.py)
-    decisions: list = field(default_factory=list)     # what adaptive replay made of the evaluations so far
+    planned: np.ndarray
+    """loader.plan as it was before the run; adaptive replay replaces the loader's"""
+    objective: objectives.Objective
+    heldout: evaluation.HeldOut = None
+    inner: Model = None
+    """the model itself"""
+    model: torch.nn.Module = None
+    """what the loop calls: the model itself, or DDP around it"""
+    methods: list = field(default_factory=list)
+    """the retention methods that are on (forget.py)"""
+    decisions: list = field(default_factory=list)
+    """what adaptive replay decided at the evaluations so far"""
     optimizer: torch.optim.Optimizer = None
     scale: optim.LossScale = None
     log: Logger = None
@@ -104,16 +112,16 @@ class Run:
 
     @property
     def trained(self) -> str:
-        """What the names of the weights that a checkpoint must hold have in common."""
+        """The part that all names of weights to be saved have in common: with adapters, only these are saved."""
         return ".adapters." if self.c.lora.rank else ""
 
     @property
     def base_fingerprint(self) -> str | None:
-        """Of the weights that the run began from; None where it began from random ones."""
+        """Of the weights that the run began from; None: random ones."""
         return self.base.fingerprint if self.c.model.init == "pretrained" else None
 
     def names_of(self, role: str) -> list[str]:
-        """The sources of one role, "domain" or "general"."""
+        """The sources of a role, domain or general."""
         return [name for name, source in self.sources.items() if source.role == role]
 
     def autocast(self):
@@ -123,7 +131,7 @@ class Run:
         return torch.autocast(self.world.device.type, PRECISIONS[self.c.train.precision])
 
     def forward(self, model, batch):
-        """Hidden states [B, T, D] of a corrupted batch under any model, as the run computes them."""
+        """Hidden states [B, T, D] of a corrupted batch under any model, computed as the run computes."""
         with self.autocast():
             return self.objective.hidden_states(model, batch.to(self.world.device))
 
@@ -138,10 +146,11 @@ def build(c, world, folder: Path | None = None) -> Run:
     """The run that the settings `c` describe, ready for its first step.
 
     base -> tokenizer -> data plan -> model -> adapters -> methods -> shards -> optimizer. Only FSDP shards before the
-    weights come (see `build_model`), because no rank could hold them all.
+    weights come (see `make_sharded_model`).
     """
     refuse_combinations(c, world)
-    torch.set_float32_matmul_precision("high")             # TF32 for what stays fp32 on a GPU; no effect on a CPU
+    # TF32 on GPUs for what stays in fp32; a CPU computes as before.
+    torch.set_float32_matmul_precision("high")
     base = open_base(c, world)
     tokenizer = open_tokenizer(c, base)
     config = base.config if base else fresh_config(c, tokenizer)
@@ -150,7 +159,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.inner = build_model(c, config, base, world)
     run.methods = forget.build(c.forget, describe_learning(run))
     for method in run.methods:
-        method.model_built(run.inner)                                      # model built
+        method.model_built(run.inner)                                                       # model built
     ddp = world.size > 1 and c.parallel.strategy == "ddp"
     run.model = parallel.replicate(run.inner, world) if ddp else run.inner
     run.optimizer = optim.make_optimizer(run.inner, c.optim, lora.lr_scales(run.inner, c.lora) if c.lora.rank else None)
@@ -163,10 +172,10 @@ def refuse_combinations(c, world):
     """UserError for settings that exclude each other."""
     if c.optim.name == "muon" and c.lora.rank:
         raise UserError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
-                         "use --optim.name adamw with adapters")
+                        "use --optim.name adamw with adapters")
     if c.lora.rank and c.model.init == "scratch":
-        raise UserError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one "
-                         "of them out")
+        raise UserError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one of "
+                        "them out")
     if c.lora.rank and c.optim.embedding_lr_scale != 1:
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     if c.train.batch_size % world.size:
@@ -174,9 +183,9 @@ def refuse_combinations(c, world):
 
 
 def open_log(run: Run) -> Logger:
-    """The run's metrics.jsonl and what else it is to tell; without what a run left that died before its first save."""
+    """The run's log, without what a run left in it that died before its first save."""
     if run.folder is None:
-        return Logger(Path(), LogConfig(), run.steps, main=False)
+        return Logger(None, LogConfig(), run.steps, main=False)
     if run.world.main and not checkpoint.steps(run.folder / "checkpoints"):
         for stale in [run.folder / "metrics.jsonl", *run.folder.glob("eval_step_*.json")]:
             stale.unlink(missing_ok=True)
@@ -186,8 +195,8 @@ def open_log(run: Run) -> Logger:
 # ---- base, tokenizer and data
 
 def open_base(c, world) -> hf.Base | None:
-    """model.path, opened once. A branch of the Hub may move at any time: every rank takes the commit that rank 0
-    found."""
+    """model.path, opened once in a run. A branch of the Hub may move at any time, so every rank takes the commit that
+    rank 0 found."""
     if not c.model.path:
         return None
     if world.size == 1 or not c.model.path.startswith("hf://"):
@@ -198,25 +207,27 @@ def open_base(c, world) -> hf.Base | None:
 
 
 def open_tokenizer(c, base: hf.Base | None):
-    """The model's tokenizer, or None where a folder has none (then only the vocabulary's size is checked)."""
+    """The model's tokenizer; None where the base has none, and then only the vocabulary's size is checked."""
     if c.model.tokenizer:
         return tokenizers.load(c.model.tokenizer)
     if base is None:
         raise UserError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
-                         "--model.tokenizer")
+                        "--model.tokenizer")
     has = any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return tokenizers.load(base.folder) if has else None
 
 
 def fresh_config(c, tokenizer) -> ModelConfig:
-    """The sizes that the settings give a model without a base."""
+    """The sizes that the settings give to a model without a base."""
     sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
     return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
 
 
 def open_sources(c, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict]:
-    """({name: source}, {name: train shards}, {name: held-out shards}), a score bucket being a source; verified, and
-    refused where the model cannot read them."""
+    """({name: SourceConfig}, {name: train shards}, {name: held-out shards}); a score bucket counts as a source.
+
+    Shards are verified on rank 0. UserError where the model cannot read a source.
+    """
     if not c.data.sources:
         raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
     for name, source in c.data.sources.items():
@@ -243,9 +254,9 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     if refusals:
         raise UserError(refusals[0])
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
-    documents = {name: docs for name, s in heldout.items()
-                 if (docs := evaluation.heldout_documents(s, mixture.part_of(sources, name, c.eval.tokens)))}
-    run = Run(c, world, folder, tokenizer, config, sources, loader, plan, objective, None, base)
+    run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective)
+    documents = {name: found for name, shards in heldout.items()
+                 if (found := evaluation.heldout_documents(shards, mixture.part_of(sources, name, c.eval.tokens)))}
     run.heldout = evaluation.HeldOut(
         documents, {name: sources[name].role for name in documents}, objective,
         token_before_document(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
@@ -254,16 +265,16 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
 
 
 def refuse_plan(run: Run):
-    """UserError for settings that the run's data or its length make senseless."""
+    """UserError for settings that the run's sources or its length make senseless."""
     c = run.c
     both = len(set(run.heldout.roles.values())) == 2
     if c.forget.merge.method != "none" and not (run.objective.causal and both):
         raise UserError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
-                         "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
-                         "run: python forget.py merge --alpha 0.5")
+                        "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
+                        "run: python forget.py merge --alpha 0.5")
     if c.forget.adaptive.policy != "none" and c.eval.every >= run.steps:
         raise UserError(f"forget.adaptive decides at evaluations, and with eval.every {c.eval.every} there is none "
-                         f"within {run.steps} steps; set --eval.every {max(1, run.steps // 10)}")
+                        f"within {run.steps} steps; set --eval.every {max(1, run.steps // 10)}")
 
 
 # ---- model
@@ -329,39 +340,33 @@ def weight_dtype(c) -> torch.dtype:
 # ---- methods
 
 class GeneralText:
-    """Batches of the general sources alone, corrupted by the objective, the same on every rank; enough of them for
-    EWC's samples. Iterating again begins anew."""
+    """Corrupted batches of the general sources alone, enough for EWC's samples, the same on every rank and at each
+    iteration."""
 
-    def __init__(self, run: Run, sources: dict):
-        self.run, self.sources = run, sources
+    def __init__(self, run: Run):
+        self.run = run
 
     def __iter__(self):
-        c, shards = self.run.c, dict(zip(self.run.loader.names, self.run.loader.shards))
-        packed = pack_sources({name: shards[name] for name in self.sources}, c.data)
-        weights = mixture.source_weights(self.sources, 0.0, strata=c.data.strata)
-        plan = mixture.plan_counts(np.tile(weights, (-(-c.forget.ewc.samples // 8), 1)), batch_size=8)
-        loader = data.Loader(packed, plan, seed=c.seed)
-        for step in range(len(plan) - 1):
-            batch = loader.batch(step)
+        c, names = self.run.c, self.run.names_of("general")
+        shards = dict(zip(self.run.loader.names, self.run.loader.shards))
+        weights = mixture.source_weights({name: self.run.sources[name] for name in names}, 0.0, strata=c.data.strata)
+        # Batches of 8 sequences.
+        plan = mixture.plan_counts(np.tile(weights, (-(-c.forget.ewc.samples // 8), 1)), 8)
+        loader = data.Loader(pack_sources({name: shards[name] for name in names}, c.data), plan, seed=c.seed)
+        for batch in map(loader.batch, range(len(plan) - 1)):
             yield self.run.objective.corrupt(batch, batch.rng)
-
-
-def show_teacher(teacher, model):
-    """For Learning.base: the context manager that yields the teacher, whatever the model."""
-    return contextlib.nullcontext(teacher)
 
 
 def describe_learning(run: Run) -> Learning:
     """What the retention methods may know of this run."""
-    c, world, loader = run.c, run.world, run.loader
-    general = {name: run.sources[name] for name in run.names_of("general")}
+    c, world, loader, general = run.c, run.world, run.loader, run.names_of("general")
     base = None
     if c.lora.rank:
         base = lora.disabled
     elif c.forget.lwf.alpha and world.size > 1 and c.parallel.strategy == "fsdp":
         # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
-        base = functools.partial(show_teacher, teacher)
+        base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
     tokens = [record["sha256"] for name, shards in zip(loader.names, loader.shards) if name in general
               for record in shards.manifest["splits"]["train"]["shards"]]
     made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
@@ -369,9 +374,8 @@ def describe_learning(run: Run) -> Learning:
         made_of.append("drop_last")
     return Learning(
         steps=run.steps, seed=c.seed, world=world, forward=run.forward,
-        general_text=GeneralText(run, general) if general else None,
-        general_sources=frozenset(i for i, name in enumerate(loader.names)
-                                  if name in general and loader.plan[-1][i]),
+        general_text=GeneralText(run) if general else None,
+        general_sources=frozenset(i for i, name in enumerate(loader.names) if name in general and loader.plan[-1][i]),
         base=base, pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
         precision=None if c.train.precision == "fp32" else PRECISIONS[c.train.precision],
         folder=run.folder, fingerprint=short_digest(json.dumps(made_of).encode()))

@@ -29,7 +29,7 @@ import tokenizer
 import train
 from core import checkpoint, cli, guard, parallel
 from learn import optim
-from stages import rehearse, resume
+from stages import describe, resume
 from stages.build import build, build_model
 from text.parts import pack_buckets
 from text.shards import Shards, pack
@@ -673,12 +673,12 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
     monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path))
     calls = dict.fromkeys(("score_heldout", "save"), 0)
     for name in calls:
-        real = getattr(rehearse, name)
+        real = getattr(describe, name)
 
         def counted(*args, name=name, real=real):
             calls[name] += 1
             return real(*args)
-        monkeypatch.setattr(rehearse, name, counted)
+        monkeypatch.setattr(describe, name, counted)
     status, said, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=1000))
     assert (status, errors) == (0, "")
     assert calls == {"score_heldout": 1, "save": 1}
