@@ -27,9 +27,8 @@ import core.threads
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -41,7 +40,7 @@ from core import cli
 from core.config import setting
 from core.devices import pick_device, pick_dtype
 from core.errors import UserError
-from core.files import new_file
+from core.files import new_file, refuse_existing
 from generate import Settings, decode, end_ids, first_ids
 from learn.adaptive import AdaptiveConfig, AdaptiveReplay
 from learn.ema import EMA, EMAConfig
@@ -112,18 +111,13 @@ class Merge:
     """What the training began from: a Hugging Face folder or hf://org/name."""
     model: str
     """What came of it."""
-    method: Literal["linear", "ties", "slerp"] = "linear"
-    """linear: straight between the two; ties: that, for the largest changes only; slerp: along an arc."""
     alpha: float | None = setting(None, at_least=0, at_most=1)
     """How far to go: 0 is the base, 1 the model."""
     domain: list[str] = field(default_factory=list)
     """Held-out text of the domain, instead of --alpha: tries --alphas and keeps the best."""
     general: list[str] = field(default_factory=list)
     """Held-out general text; the best has the most domain gain - max(0, forgetting - 5 %), in bits per byte."""
-    alphas: list[float] = setting(ALPHAS, at_least=0, at_most=1)
-    """The coefficients to try."""
-    density: float = setting(MergeConfig.density, above=0, at_most=1)
-    """ties: share of each tensor's changes that is kept, the largest."""
+    merging: MergeConfig = field(default_factory=lambda: MergeConfig("linear"))
     context: int | None = setting(None, above=0)
     """Tokens that are scored together; default: the model's, at most 2048."""
     reading: cli.Reading = field(default_factory=cli.Reading)
@@ -134,30 +128,29 @@ class Merge:
 def merge_command(c: Merge) -> dict:
     if (c.alpha is not None) == bool(c.domain or c.general) or bool(c.domain) != bool(c.general):
         raise UserError("name either --alpha, or held-out text with both --domain and --general")
-    if c.alpha is not None and c.alphas != ALPHAS:
+    if c.alpha is not None and c.merging.alphas != ALPHAS:
         raise UserError("--alphas are tried on --domain and --general; with --alpha there is nothing to try")
-    if c.density != MergeConfig.density and c.method != "ties":
-        raise UserError(f"--density is the share of the changes that --method ties keeps, and it is {c.method}; leave "
-                        f"it out")
+    if c.merging.density != MergeConfig.density and c.merging.method != "ties":
+        raise UserError(f"--density is the share of the changes that --method ties keeps, and it is "
+                        f"{c.merging.method}; leave it out")
+    if c.merging.method == "none":
+        raise UserError("--method none merges nothing; choose linear, ties or slerp")
     if both := set(c.domain) & set(c.general):
         raise UserError(f"{min(both)} is named by --domain and by --general; it can be only one of them")
-    out, overwrite = c.output.out, c.output.overwrite
-    if Path(out).exists() and not overwrite:
-        raise UserError(f"{out} exists already; choose another folder, or pass --overwrite to replace it")
-    found = {"method": c.method, "alpha": c.alpha, "rows": [], "out": out}
+    out, overwrite, texts = c.output.out, c.output.overwrite, {file: file for file in c.domain + c.general}
+    refuse_existing(out, overwrite)
+
+    def score(model, folder):
+        tok = tokenizer.load(hf.open_base(folder).folder)
+        return evaluation.score_files(model, tok, texts, c.reading, c.context)[0]
+
     if c.alpha is not None:
-        merge(c.base, c.model, out, c.alpha, c.method, c.density, overwrite=overwrite)
+        merge(c.base, c.model, out, c.alpha, c.merging.method, c.merging.density, overwrite=overwrite)
+        found = {"method": c.merging.method, "alpha": c.alpha, "rows": [], "out": out}
     else:
-        texts = {file: file for file in c.domain + c.general}
-
-        def score(model, folder):
-            tok = tokenizer.load(hf.open_base(folder).folder)
-            return evaluation.score_files(model, tok, texts, c.reading, c.context)[0]
-
-        config = MergeConfig(c.method, c.alphas, c.density)
-        found = merge_best(c.base, c.model, out, score, c.general, config, pick_dtype(c.computing.dtype),
+        found = merge_best(c.base, c.model, out, score, c.general, c.merging, pick_dtype(c.computing.dtype),
                            pick_device(c.computing.device), overwrite=overwrite)
-    print(f"{out}: {c.method}, {found['alpha']:g} of the way from {c.base} to {c.model}")
+    print(f"{out}: {c.merging.method}, {found['alpha']:g} of the way from {c.base} to {c.model}")
     return found
 
 
@@ -171,33 +164,26 @@ class Replay:
     """The jsonl file to write; pack it as a source with the role general."""
     documents: int = setting(1000, above=0)
     """Number of documents to sample; those that come out empty are left out."""
-    max_new_tokens: int = setting(512, above=0)
-    """Longest document, in tokens."""
-    temperature: float = setting(1.0, above=0)
-    """1 is the base's own distribution, less is more alike; at 0 every document would be the same."""
-    top_p: float = setting(1.0, above=0, at_most=1)
-    """Sample from the likeliest tokens that together reach this probability; 1: from all."""
-    seed: int = setting(0, at_least=0)
-    """Same seed, same documents."""
+    sampling: Settings = field(default_factory=lambda: Settings(max_new_tokens=512))
     computing: cli.Device = field(default_factory=cli.Device)
 
 
 def replay_command(c: Replay) -> dict:
+    if not c.sampling.max_new_tokens or not c.sampling.temperature:
+        raise UserError("--max-new-tokens and --temperature must be above 0: at temperature 0 every document would be "
+                        "the same")
     out, records, tokens = Path(c.out), 0, 0
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file with --out, e.g. {out / 'replay.jsonl'}")
     folder = hf.open_base(c.model).folder
     tok = tokenizer.load(folder)
     model = hf.load(folder, pick_dtype(c.computing.dtype), pick_device(c.computing.device))
-    length = min(c.max_new_tokens, model.config.max_position_embeddings - 1)
-    settings = Settings(max_new_tokens=length, temperature=c.temperature, top_p=c.top_p, seed=c.seed)
+    longest = min(c.sampling.max_new_tokens, model.config.max_position_embeddings - 1)
+    settings = replace(c.sampling, max_new_tokens=longest)
     # BOS ends a document too, because it begins the next one.
     ends = {*end_ids(folder, tok), *([] if tok.bos_id is None else [tok.bos_id])}
-
-    def continue_prompts(prompts, generators):
-        return decode(model, prompts, settings, generators, ends)
-
-    sampled = sample_documents(continue_prompts, tok, first_ids(tok, ""), ends, c.documents, c.seed)
+    sampled = sample_documents(lambda prompts, generators: decode(model, prompts, settings, generators, ends), tok,
+                               first_ids(tok, ""), ends, c.documents, settings.seed)
     with new_file(out) as file:
         for record in tqdm(sampled, total=c.documents, unit="document", disable=None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,16 +1,12 @@
 """Adaptive replay: each evaluation decides what share of the mix is general text from then on.
 
-degradation: the worst relative loss of a general source. Above 5 % the share rises by 0.1, below 2.5 % it falls by
-0.05.
+degradation: judges the worst relative loss of a general source, against 5 % and 2.5 %.
+budget: smooths the loss in bits per byte together with its trend (Holt's double exponential smoothing, which does not
+lag behind a steady rise), looks AHEAD evaluations into the future, because replay takes time to help, and judges that
+against epsilon and three quarters of it. Epsilon 0.02, smoothing 0.5, two evaluations that lost 0.01 and 0.02:
 
-budget: general text may lose at most epsilon bits per byte. The loss is smoothed together with its trend (Holt's double
-exponential smoothing, which does not lag behind a steady rise) and extrapolated over AHEAD evaluations, because replay
-takes time to help. Where the forecast is above epsilon the share rises, below three quarters of epsilon it falls.
-
-Three evaluations with epsilon 0.02, smoothing 0.5 and losses of 0, 0.01 and 0.02 bits per byte over the first one:
-
-    level 0.005,   trend 0.0025,   forecast 0.0125       below 0.015, the share falls by 0.05
-    level 0.01375, trend 0.005625, forecast 0.030625     above 0.02,  the share rises by 0.1
+    level 0.005,   trend 0.0025,   forecast 0.0125       below 0.015: the share falls by 0.05
+    level 0.01375, trend 0.005625, forecast 0.030625     above 0.02:  the share rises by 0.1
 """
 
 import copy
@@ -22,21 +18,17 @@ from core.config import setting
 from core.errors import UserError
 from learn.method import Learning, Method
 
-# One decision's change of the replay share.
-RAISE, LOWER = 0.1, 0.05
-# degradation: the relative losses above which replay rises and below which it falls.
-WORST, MILD = 0.05, 0.025
-# budget: the share of epsilon below which replay falls, and how many evaluations the forecast looks ahead.
-SPARE, AHEAD = 0.75, 3
-# Which direction is better; a source is judged by the first of these that its evaluation has.
-METRICS = {"bits_per_byte": "down", "perplexity": "down", "accuracy": "up"}
+# A decision's change of the replay share; degradation's two bounds; budget's lower bound as a share of epsilon.
+RAISE, LOWER, WORST, MILD, SPARE, AHEAD = 0.1, 0.05, 0.05, 0.025, 0.75, 3
+# A source is judged by the first of these that its evaluation has; -1: more is better.
+METRICS = {"bits_per_byte": 1, "perplexity": 1, "accuracy": -1}
 
 
 @dataclass
 class AdaptiveConfig:
     policy: Literal["none", "budget", "degradation"] = "none"
     """budget: as little replay as keeps general text within epsilon bits per byte of the base. degradation: replay
-    rises by 0.1 where the worst metric has lost over 5 %, and falls by 0.05 where it has lost under 2.5 %"""
+    rises by 0.1 where a general source has lost over 5 %, and falls by 0.05 where all have lost under 2.5 %"""
     epsilon: float = setting(0.02, above=0, below=math.inf)
     """budget: bits per byte that general text may lose"""
     smoothing: float = setting(0.5, above=0, at_most=1)
@@ -51,16 +43,14 @@ class AdaptiveConfig:
     def __post_init__(self):
         if not 0 <= self.least <= self.start <= self.most <= 1:
             raise UserError(f"forget.adaptive: least {self.least}, start {self.start} and most {self.most} must rise "
-                             f"between 0 and 1")
+                            f"between 0 and 1")
 
 
 class AdaptiveReplay(Method):
-    """The replay share as a controlled quantity. The first evaluation is the baseline, and each later one makes a
-    decision. Decisions are a function of the evaluations alone: a new controller that is shown the same ones decides
-    the same. The data schedule holds until a decision first wants a change; from then on the decisions hold.
-
-    A decision is a JSON object {"step", "policy", "source", "metric", "lost", "before", "replay_share", "reason", and
-    for budget "smoothed", "ahead"}; its "replay_share" is None while the schedule still holds.
+    """The first evaluation is the baseline, and each later one makes a decision, a JSON object with the new
+    "replay_share" and its "reason". Decisions are a function of the evaluations alone: a new controller that is shown
+    the same ones decides the same. The data schedule holds, and "replay_share" is None, until a decision first wants a
+    change; from then on the decisions hold.
     """
 
     name = "adaptive"
@@ -69,8 +59,8 @@ class AdaptiveReplay(Method):
         learning.require_base("forget.adaptive")
         if not learning.general_sources:
             raise UserError("forget.adaptive moves the share of general text, and the run draws none; add a source "
-                             "with the role general (forget.py replay makes one from the base), or use "
-                             "--forget.lwf.alpha 0.5 --forget.lwf.tokens all, which needs none")
+                            "with the role general (forget.py replay makes one from the base), or use "
+                            "--forget.lwf.alpha 0.5 --forget.lwf.tokens all, which needs none")
         self.config = config
         self.memory = {"baseline": None, "share": config.start, "acted": False, "level": 0.0, "trend": 0.0}
 
@@ -79,12 +69,16 @@ class AdaptiveReplay(Method):
         now = {name: pick_metric(found, config.policy) for name, found in texts.items() if found["role"] == "general"}
         if not now:
             raise UserError("forget.adaptive decides by held-out general text, and no general source has any; pack "
-                             "one with --heldout above 0")
+                            "one with --heldout above 0")
         if memory["baseline"] is None:
             memory["baseline"] = {name: value for name, (_, value) in now.items()}
             return None
-        lost = {name: measure_loss(metric, memory["baseline"][name], value, config.policy == "degradation")
-                for name, (metric, value) in now.items()}
+        lost = {}
+        for name, (metric, value) in now.items():
+            before = memory["baseline"][name]
+            lost[name] = METRICS[metric] * (value - before)
+            if config.policy == "degradation" and before:
+                lost[name] /= before
         source = max(lost, key=lost.get)
         decision = {"step": step, "policy": config.policy, "source": source, "metric": now[source][0],
                     "lost": lost[source], "before": memory["share"]}
@@ -105,11 +99,8 @@ class AdaptiveReplay(Method):
     def move_share(self, judged: float, high: float, low: float) -> dict:
         """Raises the share where the judged loss is above `high`, lowers it below `low`; {"replay_share", "reason"}."""
         config, memory = self.config, self.memory
-        change, where = 0.0, f"between {low:g} and {high:g}"
-        if judged > high:
-            change, where = RAISE, f"above {high:g}"
-        elif judged < low:
-            change, where = -LOWER, f"below {low:g}"
+        change = RAISE if judged > high else -LOWER if judged < low else 0.0
+        where = {RAISE: f"above {high:g}", -LOWER: f"below {low:g}", 0.0: f"between {low:g} and {high:g}"}[change]
         share = round(min(config.most, max(config.least, memory["share"] + change)), 9)
         reason = f"{judged:.4f} is {where}"
         if change and share == memory["share"]:
@@ -132,23 +123,13 @@ def pick_metric(found: dict, policy: str) -> tuple[str, float]:
     metric = next((m for m in METRICS if found.get(m) is not None), None)
     if metric is None or (policy == "budget" and metric != "bits_per_byte"):
         raise UserError(f"forget.adaptive.policy {policy} needs bits_per_byte of each general source, and an "
-                         f"evaluation has {', '.join(found)}; use --forget.adaptive.policy degradation")
+                        f"evaluation has {', '.join(found)}; use --forget.adaptive.policy degradation")
     return metric, found[metric]
 
 
-def measure_loss(metric: str, before: float, after: float, relative: bool) -> float:
-    """How much worse `after` is than `before`, whichever direction is better; as a share of `before` if relative."""
-    worse = after - before if METRICS[metric] == "down" else before - after
-    return worse / before if relative and before else worse
-
-
 def share_in_force(decisions: list[dict], batch: int | None = None) -> float | None:
-    """The replay share that the decisions demand of the batch read at step `batch` (from 0), or, without a batch, of
-    all to come; None while the data schedule holds.
-
-    A decision made before step s holds from batch s + 1 on, because batch s has been read ahead by then: one made
-    before step 4 leaves batch 4 as it was and holds for batch 5.
-    """
+    """The replay share that the decisions demand of the batch of step `batch`, or, without one, of all to come; None
+    while the data schedule holds. One made before step 4 holds from batch 5 on, as batch 4 has been read ahead."""
     shares = [decision["replay_share"] for decision in decisions
               if decision["replay_share"] is not None and (batch is None or decision["step"] < batch)]
     return shares[-1] if shares else None

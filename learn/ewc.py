@@ -4,18 +4,15 @@
     grad_i += 2 strength F_i (w_i - base_i)                   what is done here, exactly and without a graph
 
 F is the diagonal of the Fisher information per token: how much the loss on general text reacts to each parameter. With
-F = 1 everywhere it is L2-SP (Li 2018, arXiv 1802.01483).
+F = 1 everywhere it is L2-SP (Li 2018, arXiv 1802.01483). B sequences, T tokens, D model width, V vocabulary.
 
-One parameter, two sequences of general text with 2 targets each, whose summed nats have the gradients -2 and 0.5:
-F = (4 + 0.25) / 4 targets = 1.0625. Moved by 0.1 with strength 0.4 the penalty is 0.4 * 1.0625 * 0.01 = 0.00425 and its
+Example: two sequences of general text, 2 targets each, whose summed nats have the gradients -2 and 0.5 in a parameter:
+F = (4 + 0.25) / 4 = 1.0625. Moved by 0.1 with strength 0.4, the penalty is 0.4 * 1.0625 * 0.01 = 0.00425 and its
 gradient 2 * 0.4 * 1.0625 * 0.1 = 0.085.
-
-B sequences, T tokens, D model width, V vocabulary.
 """
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +24,8 @@ from tqdm import tqdm
 
 from core.config import setting
 from core.errors import UserError
+from core.files import new_folder, read_json, write_json
+from core.hashing import short_digest
 from core.parallel import distribute_like, full_tensor
 from kernels import linear_cross_entropy
 from kernels.cross_entropy import IGNORE
@@ -46,11 +45,8 @@ class EWCConfig:
 
 
 class EWC(Method):
-    """Holds the base's values of what trains (`anchor`) and their F (`fisher`, None for l2sp). A parameter without a
-    gradient in a step does not move, so it is not pulled either.
-
-    F is estimated once and kept as fisher.safetensors in the run folder, for a resumed run to read again.
-    """
+    """Holds the base's values of what trains (`anchor`) and their F (`fisher`, None for l2sp). F is estimated once and
+    kept in the run folder, under a name that says from what, for a resumed run to read again."""
 
     name = "ewc"
 
@@ -58,64 +54,48 @@ class EWC(Method):
         learning.require_base("forget.ewc")
         if learning.adapters:
             raise UserError("forget.ewc ties the base's weights down, and with adapters these do not move, so it "
-                             "protects nothing; use --forget.lwf.alpha 0.5, whose base is the same network with its "
-                             "adapters off")
+                            "protects nothing; use --forget.lwf.alpha 0.5, whose base is the same network with its "
+                            "adapters off")
         if config.fisher != "l2sp" and learning.general_text is None:
-            raise UserError("forget.ewc estimates its Fisher on general text, and there is none; add a source with "
-                             "the role general (forget.py replay makes one from the base), or use --forget.ewc.fisher "
-                             "l2sp")
-        self.config, self.learning = config, learning
-        self.file = learning.folder / "fisher.safetensors" if learning.folder else None
+            raise UserError("forget.ewc estimates its Fisher on general text, and there is none; add a source with the "
+                            "role general (forget.py replay makes one from the base), or use --forget.ewc.fisher l2sp")
+        self.config, self.learning, self.fisher = config, learning, None
         self.fingerprint = json.dumps([learning.fingerprint, config.fisher, config.samples, learning.seed])
-        self.fisher = None
 
     def model_built(self, model):
         parameters = trainable_parameters(model)
         if not parameters:
             raise UserError("forget.ewc ties down weights that train, and none does; leave it out, or freeze less")
         self.anchor = {name: p.detach().clone() for name, p in parameters.items()}
-        gigabytes = sum(p.numel() * p.element_size() for p in parameters.values()) / 1e9
-        text = "no text"
+        text, copies = "no text", list(self.anchor.values())
         if self.config.fisher != "l2sp":
             found = self.load_or_estimate(model, parameters)
-            gigabytes += sum(4 * p.numel() for p in parameters.values()) / 1e9
-            text = f"{found['sequences']:,} sequences, {found['tokens']:,} tokens of general text"
-            if found["sequences"] < self.config.samples:
-                text += f" (of {self.config.samples:,} wanted)"
+            text = (f"{found['sequences']:,} of {self.config.samples:,} sequences, {found['tokens']:,} tokens of "
+                    f"general text")
+            copies += self.fisher.values()
+        gigabytes = sum(x.numel() * x.element_size() for x in copies) / 1e9
         self.notes = [f"ewc: {self.config.fisher} from {text}; its copies take {gigabytes:.2f} GB over all ranks"]
 
     def load_or_estimate(self, model, parameters: dict) -> dict:
         """Sets self.fisher, and returns {"sequences", "tokens"} of the text that it was estimated on."""
-        learning = self.learning
-        found = learning.world.broadcast(self.read_header(parameters) if learning.world.main else None)
-        if found:
-            with safe_open(self.file, framework="pt") as stored:
-                self.fisher = {name: distribute_like(stored.get_tensor(name), p, upcast_dtype(p))
-                               for name, p in parameters.items()}
-            return found
-        self.fisher, found = estimate_fisher(model, learning, self.config.samples, self.config.fisher == "true")
-        self.save(found)
+        world, folder = self.learning.world, self.learning.folder
+        if folder:
+            digest = short_digest(json.dumps([self.fingerprint, *sorted(parameters)]).encode())
+            folder = folder / f"fisher_{digest}"
+            if world.broadcast(folder.exists()):
+                with safe_open(folder / "fisher.safetensors", framework="pt") as stored:
+                    self.fisher = {name: distribute_like(stored.get_tensor(name), p, upcast_dtype(p))
+                                   for name, p in parameters.items()}
+                return read_json(folder / "text.json")
+        self.fisher, found = estimate_fisher(model, self.learning, self.config.samples, self.config.fisher == "true")
+        if folder:
+            tensors = {name: full_tensor(value) for name, value in self.fisher.items()}
+            if world.main:
+                with new_folder(folder) as partial:
+                    save_file(tensors, partial / "fisher.safetensors")
+                    write_json(partial / "text.json", found)
+            world.barrier()
         return found
-
-    def read_header(self, parameters: dict) -> dict | None:
-        """{"sequences", "tokens"} of the stored F, or None where there is none, or where it was made from another base,
-        text or setting."""
-        if self.file is None or not self.file.exists():
-            return None
-        with safe_open(self.file, framework="pt") as stored:
-            same = stored.metadata()["fingerprint"] == self.fingerprint and set(stored.keys()) == parameters.keys()
-            return json.loads(stored.metadata()["known"]) if same else None
-
-    def save(self, found: dict):
-        if self.file is None:
-            return
-        tensors = {name: full_tensor(value) for name, value in self.fisher.items()}
-        if self.learning.world.main:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_suffix(".tmp")
-            save_file(tensors, temporary, metadata={"fingerprint": self.fingerprint, "known": json.dumps(found)})
-            os.replace(temporary, self.file)
-        self.learning.world.barrier()
 
     @torch.no_grad()
     def before_step(self, step, model):
@@ -125,32 +105,30 @@ class EWC(Method):
                 moved = p.to(upcast_dtype(p)) - self.anchor[name].to(upcast_dtype(p))
                 pull = moved * self.fisher[name] if self.fisher else moved
                 total = total + (pull * moved).sum()
+                # A parameter without a gradient does not move in this step.
                 if p.grad is not None:
                     p.grad.add_(pull, alpha=2 * self.config.strength)
         return {"ewc_penalty": self.config.strength * full_tensor(total).item()}
 
     def state(self):
-        """Base and F do not change during a run, so a checkpoint only holds what they were made from."""
+        # Base and F do not change during a run, so a checkpoint only says what they were made from.
         return {}, {"fingerprint": self.fingerprint}
 
     def load_state(self, tensors, values):
         if values["fingerprint"] != self.fingerprint:
             raise UserError(f"forget.ewc was made of {values['fingerprint']} and is made of {self.fingerprint}; use "
-                             f"the same base, general text and settings to resume")
+                            f"the same base, general text and settings to resume")
 
 
 def estimate_fisher(model, learning: Learning, samples: int, true: bool = False) -> tuple[dict, dict]:
-    """The diagonal Fisher information per token of `samples` sequences of general text: ({name: F in fp32 or wider,
-    laid out over the ranks like the parameter}, {"sequences", "tokens"}).
+    """The diagonal Fisher information of `samples` sequences of general text: ({name: F in fp32 or wider, laid out over
+    the ranks like the parameter}, {"sequences", "tokens"}).
 
-    F = sum over sequences of (gradient of the sequence's summed nats)^2 / all their targets; one backward pass per
-    sequence. With labels drawn from the model (`true`) the gradients of different tokens are uncorrelated given the
-    text, so F does not depend on where the text is cut into sequences. With the text's own labels this holds only
-    approximately (Kunstner 2019, arXiv 1905.12558).
-
-    Every rank iterates over the same text. Ranks that each hold the full model (DDP) share the sequences out and sum
-    F at the end. Ranks that share one model (FSDP) all take every sequence: a gradient is then averaged over the
-    ranks, and equal ones average to themselves.
+    F = sum over sequences of (gradient of the sequence's summed nats)^2 / all their targets; one backward pass each.
+    With labels drawn from the model (`true`) the gradients of different tokens are uncorrelated given the text, so F
+    does not depend on where sequences are cut; with the text's own labels that is only nearly so (Kunstner 2019, arXiv
+    1905.12558). Ranks that each hold the model (DDP) share the sequences out and add up. Ranks that share one model
+    (FSDP) all take every sequence: a gradient is averaged over the ranks, and equal ones average to themselves.
     """
     world = learning.world
     total = {name: torch.zeros_like(p, dtype=upcast_dtype(p)) for name, p in trainable_parameters(model).items()}
@@ -158,7 +136,8 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
     sequences = tokens = 0
     model.zero_grad(set_to_none=True)
     with tqdm(total=samples, unit="sequence", desc="Fisher", disable=None if world.main else True) as bar:
-        for sequence in split_sequences(learning.general_text):
+        one_by_one = (take_sequences(batch, [i]) for batch in learning.general_text for i in range(len(batch.tokens)))
+        for sequence in one_by_one:
             if sequences == samples:
                 break
             targets = int((sequence.labels != IGNORE).sum())
@@ -182,18 +161,11 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
             model.zero_grad(set_to_none=True)
     if not sequences:
         raise UserError("the Fisher of forget.ewc has no general text to be estimated on; add a source with the role "
-                         "general, or use --forget.ewc.fisher l2sp")
+                        "general, or use --forget.ewc.fisher l2sp")
     if share_out:
         for value in total.values():
             torch.distributed.all_reduce(value)
     return {name: value / tokens for name, value in total.items()}, {"sequences": sequences, "tokens": tokens}
-
-
-def split_sequences(batches):
-    """Yields every sequence of the batches as a batch of one."""
-    for batch in batches:
-        for i in range(len(batch.tokens)):
-            yield take_sequences(batch, slice(i, i + 1))
 
 
 @torch.no_grad()

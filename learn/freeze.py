@@ -1,14 +1,7 @@
 """Freezing: some parameters keep the base's values for a while, or throughout.
 
-    --forget.freeze.schedule top             the top blocks, the final norm and the head train
-    --forget.freeze.schedule progressive     so at first; then the blocks thaw from the top down
-    --forget.freeze.schedule stages          as forget.freeze.stages says
-
-A model of 4 blocks, schedule progressive, blocks = 1, thaw_ratio = 0.5, 8 steps: at step s, 1 + floor(3 s / 4) blocks
-train, at most 4:
-
-    step                0   1   2   3   4   5   6   7
-    blocks that train   1   1   2   3   4   4   4   4          (1 is layers.3 alone, 2 are layers.2 and layers.3)
+A model of 4 blocks, schedule progressive, blocks = 1, thaw_ratio = 0.5, 8 steps: in step s, 1 + floor(3 s / 4) blocks
+train, at most 4. The blocks that train are 1 1 2 3 4 4 4 4; 2 are layers.2 and layers.3.
 """
 
 import bisect
@@ -47,7 +40,7 @@ class FreezeConfig:
         starts = [start for start, _ in self.parse_stages()]
         if starts and (starts[0] != 0 or starts != sorted(set(starts)) or starts[-1] >= 1):
             raise UserError(f"forget.freeze.stages begin at {', '.join(f'{s:g}' for s in starts)}, but must begin at "
-                             f"0, rise and stay below 1, the end of the run")
+                            f"0, rise and stay below 1, the end of the run")
 
     def parse_stages(self) -> list[tuple[float, list[str]]]:
         """The stages as [(progress, patterns)]: "0.5 norm head" is (0.5, ["norm", "head"])."""
@@ -58,17 +51,16 @@ class FreezeConfig:
                 stages.append((float(start), patterns))
             except ValueError:
                 raise UserError(f"forget.freeze.stages has {stage!r}, which does not begin with the share of the run "
-                                 f"it starts at, e.g. 0.5") from None
+                                f"it starts at, e.g. 0.5") from None
         return stages
 
 
 class Freeze(Method):
-    """Which parameters train is a function of the step. A frozen one has no gradient, keeps every bit and holds no
-    optimizer state.
+    """Which parameters train is a function of the step. A frozen one keeps every bit and holds no optimizer state.
 
-    Every parameter that trains at some time keeps requires_grad until the first step, because the optimizer and DDP
-    only know what has it when they are made. Under DDP it keeps it throughout: DDP waits for every gradient it knew at
-    the start, so the gradients of frozen parameters are computed and then dropped.
+    What trains at some time keeps requires_grad until the first step, because the optimizer and DDP only know what has
+    it when they are made. Under DDP it keeps it throughout: DDP waits for every gradient it knew at the start, so the
+    gradients of frozen parameters are computed and then dropped.
     """
 
     name = "freeze"
@@ -76,10 +68,9 @@ class Freeze(Method):
     def __init__(self, config: FreezeConfig, learning: Learning):
         if learning.adapters:
             raise UserError("forget.freeze chooses which of the base's weights train, and with adapters none does; "
-                             "put adapters on fewer modules instead")
+                            "put adapters on fewer modules instead")
         self.config, self.steps, self.world = config, learning.steps, learning.world
         self.starts = [start for start, _ in config.parse_stages()]
-        self.blocks = 0
 
     def model_built(self, model):
         names = list(trainable_parameters(model))
@@ -89,7 +80,7 @@ class Freeze(Method):
         self.sets = {stage: {name for name in names if self.trains(name, stage)} for stage in stages}
         if empty := [stage for stage, members in self.sets.items() if not members]:
             raise UserError(f"forget.freeze leaves nothing to train (stage {empty[0]}); name at least one part, or "
-                             f"leave out freezing")
+                            f"leave out freezing")
         self.ever = set().union(*self.sets.values())
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.ever)
@@ -97,19 +88,17 @@ class Freeze(Method):
         self.notes = self.describe(model)
 
     def check_names(self, names: list[str]):
-        """UserError where the settings name blocks or parameters that the model does not have."""
         config = self.config
         if config.schedule != "stages" and config.blocks > self.blocks:
             raise UserError(f"forget.freeze.blocks is {config.blocks}, but the model has {self.blocks} blocks named "
-                             f"layers.N; lower it, or name what trains with --forget.freeze.schedule stages")
+                            f"layers.N; lower it, or name what trains with --forget.freeze.schedule stages")
         for pattern in (p for _, patterns in config.parse_stages() for p in patterns):
             if not any(matches(name, pattern) for name in names):
                 modules = {name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)}
                 raise UserError(f"forget.freeze.stages names {pattern!r}, which fits no parameter"
-                                 f"{nearest(pattern, modules)}")
+                                f"{nearest(pattern, modules)}")
 
     def describe(self, model) -> list[str]:
-        """Lines for the user: how much trains, and what may surprise."""
         parameters = dict(model.named_parameters())
         counts = [sum(parameters[name].numel() for name in names) for names in self.sets.values()]
         total = sum(p.numel() for p in parameters.values())
@@ -138,7 +127,6 @@ class Freeze(Method):
         return config.blocks + int((self.blocks - config.blocks) * thawed + 1e-9)
 
     def trains(self, name: str, stage: int) -> bool:
-        """Whether the parameter `name` trains in this stage."""
         if self.config.schedule == "stages":
             return any(matches(name, pattern) for pattern in self.config.parse_stages()[stage][1])
         block = block_number(name)
@@ -170,7 +158,7 @@ class Freeze(Method):
 
 
 def block_number(name: str) -> int:
-    """The block that a parameter is in: 3 for layers.3.mlp.up_proj.weight, -1 for one outside all blocks."""
+    """3 for layers.3.mlp.up_proj.weight, -1 for a parameter outside all blocks."""
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return int(found[1]) if found else -1
 

@@ -4,8 +4,6 @@
 
 The predictions of both are softmax(logits / temperature). Two tokens, where the base says (0.5, 0.5) and the model
 (0.8, 0.2) at temperature 1: KL = 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2) = 0.223 nats. At step 0 the KL is exactly 0.
-
-B sequences, T tokens, D model width.
 """
 
 import contextlib
@@ -36,8 +34,8 @@ class LwFConfig:
 
 
 class LwF(Method):
-    """Runs the teacher, the base as it was, over each micro-batch and mixes the KL into the loss. The teacher is what
-    the run hands in (the model with its adapters off, a sharded base), or else a frozen copy of the model."""
+    """Runs the teacher over each micro-batch and mixes the KL into the loss. The teacher is what the run hands in (the
+    model with its adapters off, or a sharded base), or else a frozen copy of the base."""
 
     name = "lwf"
 
@@ -45,8 +43,8 @@ class LwF(Method):
         learning.require_base("forget.lwf")
         if config.tokens == "replay" and not learning.general_sources:
             raise UserError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
-                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
-                             "LwF out with --forget.lwf.alpha 0")
+                            "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
+                            "LwF out with --forget.lwf.alpha 0")
         self.config, self.learning, self.base = config, learning, learning.base
         self.divergence, self.targets = 0.0, 0
 
@@ -94,15 +92,10 @@ class LwF(Method):
 
 
 def copy_as_teacher(model: nn.Module, precision: torch.dtype | None) -> nn.Module:
-    """A frozen copy of the base. precision: the dtype in which autocast computes matmuls, or None.
-
-    Autocast rounds these weights in every matmul anyway, so the copy keeps them rounded: the same values in half the
-    memory. deepcopy finds the rounded weights in its memo and takes them instead of copying, so that the model never
-    lies in memory a second time in full, which for a base that just fits would be one time too many.
-    """
-    rounded = {}
-    if precision is not None:
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not model.head:
-                rounded[id(module.weight)] = nn.Parameter(module.weight.detach().to(precision, copy=True))
-    return copy.deepcopy(model, rounded).requires_grad_(False)
+    """A frozen copy of the base. precision: the dtype in which autocast computes matmuls, or None."""
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    for module in teacher.modules() if precision else ():
+        # Autocast would round these weights in every matmul anyway: kept rounded they take half the memory.
+        if isinstance(module, nn.Linear) and module is not teacher.head:
+            module.weight.data = module.weight.to(precision)
+    return teacher

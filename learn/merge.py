@@ -34,10 +34,13 @@ ALPHAS = [i / 10 for i in range(11)]
 
 @dataclass
 class MergeConfig:
+    """How a result is merged with its base."""
+
     method: Literal["none", "linear", "ties", "slerp"] = "none"
-    """after the run, merge it with the base; the best coefficient on the held-out text is exported"""
+    """linear: straight between the two; ties: that, for the largest changes only; slerp: along an arc. In a recipe it
+    is done after the run, and the best coefficient on the held-out text is exported"""
     alphas: list[float] = setting(ALPHAS, at_least=0, at_most=1)
-    """coefficients to try: 0 is the base, 1 the run's own result"""
+    """coefficients to try: 0 is the base, 1 the result itself"""
     density: float = setting(0.2, above=0, at_most=1)
     """ties: share of each tensor's changes that is kept, the largest"""
 
@@ -119,7 +122,7 @@ class Pair:
         grown = is_vocabulary and base.shape[1:] == result.shape[1:] and len(base) < len(result)
         if base.shape != result.shape and not grown:
             raise UserError(f"{name} is {list(base.shape)} in {self.folders[0]} and {list(result.shape)} in "
-                             f"{self.folders[1]}; only a vocabulary may have grown, and only in the result")
+                            f"{self.folders[1]}; only a vocabulary may have grown, and only in the result")
         return merge_tensor(base, result, alpha, method, density)
 
 

@@ -1,9 +1,8 @@
 """A retention method keeps what the base knows while a domain is learned: its hooks, and what it may know of a run.
 
-To add one, write learn/NAME.py with a dataclass of settings and a class derived from Method, put the settings into
-forget.ForgetConfig, and make the object in forget.build. To remove one, delete those three.
-
-B sequences, T tokens, D model width.
+To add one, write learn/NAME.py with a dataclass of settings and a subclass of Method, add the settings to
+forget.ForgetConfig and make the object in forget.build. To remove one, delete those three. [B, T, D]: sequences,
+tokens, model width.
 """
 
 import contextlib
@@ -28,15 +27,15 @@ class Learning:
     forward: Callable
     """forward(model, batch) -> hidden states [B, T, D], computed in the run's precision on the model's device"""
     general_text: Iterable | None = None
-    """batches of general text, already corrupted by the objective and the same on every rank; each iteration begins
-    anew. None: the run has no general source"""
+    """batches of general text, corrupted by the objective, the same on every rank and in every iteration; None: the
+    run has no general source"""
     general_sources: frozenset[int] = frozenset()
     """the general sources that the plan draws from, as numbers in batch.source"""
     base: Callable | None = None
     """base(model) -> context manager that yields a module which computes as the base does, e.g. the model with its
     adapters switched off. None: a method that needs the base copies the model before the first step"""
     pretrained: bool = True
-    """there is a base; False: the model starts from random weights"""
+    """False: there is no base, the weights begin at random"""
     adapters: bool = False
     """only adapters train, and the base's own weights do not move"""
     precision: torch.dtype | None = None
@@ -47,49 +46,46 @@ class Learning:
     """of the base and of the general text: an estimate made from others is not used again"""
 
     def require_base(self, section: str):
-        """UserError where a method keeps what a base knows and there is no base. section: the method's settings."""
+        """UserError where the method with these settings has no base whose knowledge it could keep."""
         if not self.pretrained:
             raise UserError(f"{section} keeps what a base knows, and model.init scratch has none; leave it out, or "
-                             f"start from a model with --model.init pretrained")
+                            f"start from a model with --model.init pretrained")
 
 
 class Method:
-    """The hooks of a retention method, one for each named point of the loop; each does nothing unless it is overridden.
+    """The hooks of a retention method, one for each named point of the loop; each does nothing unless overridden.
 
-    `model` is always the model itself, never DDP's wrapper. `notes` are lines for the user to read before the run;
-    model_built may write them.
+    `model` is always the model itself, never DDP's wrapper. `notes` are lines for the user to read before the run.
     """
 
     name = ""
     notes: tuple | list = ()
 
     def model_built(self, model):
-        """Called before DDP and the optimizer are made: the place to freeze parameters and to copy weights."""
+        """Before DDP and the optimizer are made: the place to freeze parameters and to copy weights."""
 
     def loss_computed(self, model, batch, loss, metrics):
-        """Called for every micro-batch. loss: nats summed over its targets. metrics["hidden"]: [B, T, D], part of the
-        graph. Returns the loss that backward starts from."""
+        """After the forward pass of a micro-batch. loss: nats summed over its targets; metrics["hidden"]: [B, T, D],
+        part of the graph. Returns the loss that backward starts from."""
         return loss
 
     def before_step(self, step: int, model) -> dict:
-        """Called when the gradients are complete: averaged over all targets of the step on all ranks, not yet clipped.
+        """When the gradients are complete: averaged over all targets of the step on all ranks, not yet clipped.
         Returns {name: value} for the log."""
         return {}
 
     def after_step(self, step: int, model, optimizer):
-        """Called when the optimizer has moved the weights."""
+        """When the optimizer has moved the weights."""
 
     def evaluated(self, step: int, texts: dict) -> dict | None:
-        """Called after an evaluation {source: {"role", "bits_per_byte", ...}}. Returns a decision to be logged and
-        applied, or None."""
+        """After an evaluation {source: {"role", "bits_per_byte", ...}}. Returns a decision to apply, or None."""
 
     def exported(self, model):
-        """A context manager inside which the model holds the weights to be evaluated last and exported."""
+        """A context manager inside which the model holds the weights to evaluate last and to export."""
         return contextlib.nullcontext()
 
     def state(self) -> tuple[dict, dict]:
-        """({name: full CPU tensor}, {name: JSON value}) from which load_state resumes bit for bit. All ranks must call
-        it together."""
+        """({name: full CPU tensor}, {name: JSON value}) from which load_state resumes bit for bit; collective."""
         return {}, {}
 
     def load_state(self, tensors: dict, values: dict):
@@ -97,7 +93,6 @@ class Method:
 
 
 def trainable_parameters(model) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of what has requires_grad now."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

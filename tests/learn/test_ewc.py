@@ -165,17 +165,17 @@ def test_the_fisher_is_kept_with_the_run_and_only_for_what_it_was_made_of(tmp_pa
 
     first, again = build(), build(general_text=UnreadText())
     assert all(torch.equal(again.fisher[name], value) for name, value in first.fisher.items())
-    assert {k: v.shape for k, v in load_file(tmp_path / "fisher.safetensors").items()} == \
+    (stored,) = tmp_path.iterdir()
+    assert {k: v.shape for k, v in load_file(stored / "fisher.safetensors").items()} == \
         {k: v.shape for k, v in first.fisher.items()}
-    assert "4 sequences" in again.notes[0]
-    assert "1,000 wanted" in again.notes[0]
+    assert "4 of 1,000 sequences" in again.notes[0]
     again.load_state(*first.state())
     for other in ({"fingerprint": "base a, text c"}, {"settings": {"samples": 2}}, {"settings": {"fisher": "true"}}):
         with pytest.raises(AssertionError, match="stored"):
             build(general_text=UnreadText(), **other)
     with pytest.raises(ValueError, match="text c"):
         build("base a, text c").load_state(*first.state())
-    assert [file.name for file in tmp_path.iterdir()] == ["fisher.safetensors"]
+    assert [folder.name.rpartition("_")[0] for folder in tmp_path.iterdir()] == ["fisher"] * 2, "one for each text"
 
 
 def test_ewc_with_nothing_to_hold_down():

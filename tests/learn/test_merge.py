@@ -146,6 +146,7 @@ def test_models_that_do_not_fit(pair, tmp_path, hf_model):
     (["--alpha", "0.5", "--alphas", "0.1"], "nothing to try"),
     (["--domain", "nowhere.txt", "--general", "b"], "nowhere.txt"),
     (["--alpha", "1.5"], "alpha is 1.5"),
+    (["--alpha", "0.5", "--method", "none"], "merges nothing"),
     (["--alpha", "0.5", "--density", "0", "--method", "ties"], "density is 0"),
     (["--alpha", "0.5", "--density", "0.5"], "--method ties keeps, and it is linear"),
     (["--alphas", "0.5", "2", "--domain", "a", "--general", "b"], "alphas is 2"),
