@@ -4,9 +4,9 @@
                                                            beside datatrove's, datasets', datasketch's and others'
     python bench.py train --json out/bench_train.json      a training step beside transformers', on a busy machine too
     python bench.py lora --json out/bench_lora.json        LoRA beside PEFT, and in 4 bits (QLoRA)
-    python bench.py kernels --json out/bench_kernels.json  with a GPU: times beside torch.compile's, PyTorch's, Liger's;
+    python bench.py kernels --json out/bench_kernels.json  with a GPU: times beside torch.compile's and PyTorch's;
                                                            without: what the compiler says of each kernel, CPU times
-    python bench.py kernels --only rmsnorm                 one kernel, checked against float64 first
+    python bench.py kernels --only rmsnorm                 one of them
     python bench.py gpu --json out/bench_gpu.json          all that needs a GPU in 8 minutes: tests, steps, kernels
 """
 

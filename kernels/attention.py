@@ -17,14 +17,9 @@ B sequences, T queries, S keys, H heads, K key-value heads, d head size. With P 
 4 H d P operations forward (two matmuls), 10 H d P backward (five; flash.py does seven). Memory, ideally: q, k, v are
 read and o is written; backward also do, and dq, dk, dv.
 
-    NANOCPT_ATTENTION=          chosen as above
-    NANOCPT_ATTENTION=triton    flash.py for every call
-    NANOCPT_ATTENTION=sdpa      scaled_dot_product_attention, with a T x T mask where it is needed
-NANOCPT_KERNELS=triton or reference (backend.py) goes before it. flash.py is deterministic by itself;
-torch.use_deterministic_algorithms(True) makes PyTorch's kernels so.
+NANOCPT_KERNELS=triton sends every call to flash.py, NANOCPT_KERNELS=reference none (backend.py). flash.py is
+deterministic by itself; torch.use_deterministic_algorithms(True) makes PyTorch's kernels so.
 """
-
-import os
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +29,6 @@ from kernels import backend
 from kernels.backend import use_triton
 from kernels.flash import Flash
 
-choice = os.environ.get("NANOCPT_ATTENTION", "")
 HOPPER_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                 SDPBackend.MATH]
 LARGEST_HEAD = 256                # of flash.py
@@ -91,31 +85,14 @@ def sdpa(q, k, v, causal, window, doc_start):
     return _sdpa(q, k, v, causal, window, doc_start)
 
 
-def flash(q, k, v, causal, window, doc_start):
-    """Arguments as `attention`'s, checked already."""
-    runs = q.is_cuda or q.is_meta or backend.interpreting
-    if q.dtype == torch.float64 or q.shape[-1] > LARGEST_HEAD or not runs:
-        raise ValueError(f"NANOCPT_ATTENTION=triton for heads of {q.shape[-1]} in {q.dtype} on {q.device.type}: "
-                         f"flash.py takes {LARGEST_HEAD} at most, no float64, and needs CUDA; leave NANOCPT_ATTENTION "
-                         "empty")
-    return Flash.apply(q, k, v, causal, window, doc_start)
-
-
-BACKENDS = {"triton": flash, "sdpa": sdpa}
-
-
 # ---- public op
 
-def choose_backend(q, k, causal, window, doc_start) -> str:
-    """The name of the backend that runs: a forced one, else by what is static about the call."""
-    if choice and not backend.choice:
-        if choice not in BACKENDS:
-            raise ValueError(f"NANOCPT_ATTENTION is {choice!r}; it may be {', '.join(BACKENDS)} or empty")
-        return choice
+def runs_flash(q, k, causal, window, doc_start) -> bool:
+    """Whether flash.py takes the call, by what is static about it."""
     if not use_triton(q) or q.shape[-1] > LARGEST_HEAD:
-        return "sdpa"
+        return False
     plain = doc_start is None and window is None and (q.shape[1] in (1, k.shape[1]) or not causal)
-    return "sdpa" if plain and backend.choice != "triton" else "triton"
+    return not plain or backend.choice == "triton"
 
 
 def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start=None) -> torch.Tensor:
@@ -144,4 +121,5 @@ def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start
     if window is not None and causal and T == 1:
         # Decoding: the keys that the one query does not see are cut off.
         k, v, window = k[:, -window:], v[:, -window:], None
-    return BACKENDS[choose_backend(q, k, causal, window, doc_start)](q, k, v, causal, window, doc_start)
+    run = Flash.apply if runs_flash(q, k, causal, window, doc_start) else sdpa
+    return run(q, k, v, causal, window, doc_start)

@@ -226,32 +226,26 @@ def qk_norm_rope_backward(dyq: torch.Tensor, dyk: torch.Tensor, q: torch.Tensor,
 
 
 class Kernel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, cos, sin):
-        cos, sin = cos.contiguous(), sin.contiguous()
-        ctx.save_for_backward(cos, sin)
-        return rope_turn(contiguous_heads(q), contiguous_heads(k), None, None, cos, sin, 0.0, False)
+    """Without a norm the weights are None, and only the angles are kept."""
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dq, dk):
-        dq, dk = contiguous_heads(dq), contiguous_heads(dk)
-        return *rope_turn(dq, dk, None, None, *ctx.saved_tensors, 0.0, True), None, None
-
-
-class NormKernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):
         q, k, cos, sin = contiguous_heads(q), contiguous_heads(k), cos.contiguous(), sin.contiguous()
-        q_weight, k_weight, ctx.eps = q_weight.contiguous(), k_weight.contiguous(), eps
-        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.norm, ctx.eps = q_weight is not None, eps
+        if ctx.norm:
+            q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
+            ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        else:
+            ctx.save_for_backward(cos, sin)
         return rope_turn(q, k, q_weight, k_weight, cos, sin, eps, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
-        want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dq, dk = contiguous_heads(dq), contiguous_heads(dk)
+        if not ctx.norm:
+            return *rope_turn(dq, dk, None, None, *ctx.saved_tensors, 0.0, True), *[None] * 5
+        want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         dq, dk, dwq, dwk = qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, ctx.eps, want)
         return dq, dk, dwq if want else None, dwk if want else None, None, None, None
 
@@ -276,7 +270,9 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     and k do not fit.
     """
     check_shapes(q, k, cos, sin)
-    return (Kernel if use_triton(q) else Reference).apply(q, k, cos, sin)
+    if use_triton(q):
+        return Kernel.apply(q, k, None, None, cos, sin, 0.0)
+    return Reference.apply(q, k, cos, sin)
 
 
 def qk_norm_rope(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
@@ -287,6 +283,6 @@ def qk_norm_rope(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_wei
         raise ValueError(f"the weights are {tuple(q_weight.shape)} {q_weight.dtype} and {tuple(k_weight.shape)} "
                          f"{k_weight.dtype}; both must be [{q.shape[-1]}] of one dtype")
     if use_triton(q):
-        return NormKernel.apply(q, k, q_weight, k_weight, cos, sin, eps)
+        return Kernel.apply(q, k, q_weight, k_weight, cos, sin, eps)
     q, k = RMSNorm.apply(q, None, q_weight, eps), RMSNorm.apply(k, None, k_weight, eps)
     return Reference.apply(q, k, cos, sin)

@@ -25,13 +25,11 @@ from core.cli import Reading
 from measure.bench_rows import compare_in_turn, row
 from text import vocabulary
 from text.corpus import read_documents, read_records, utf8
-from text.minhash import BANDS, ROWS, SHINGLE, compute_band_keys, fold_words, hash_ngrams, keep_best, link_band
+from text.minhash import BANDS, ROWS, SHINGLE, fold_words
 from text.mixture import DataConfig
 from text.packing import pack_sources
 from text.records import read_input
 from text.repair import SENTENCE_END
-from text.rules import PRESETS, find_broken
-from text.scores import compute_quality
 from text.shards import Shards, pack
 
 
@@ -237,7 +235,7 @@ def datatrove_words():
 def bench_cleaning(documents, folder, rounds) -> list:
     """clean.py's web preset from a jsonl file to kept.jsonl, dropped.jsonl.gz and drops.json on one core, against
     datatrove from jsonl to jsonl with the filters of the same rules (Gopher, C4 as FineWeb uses it, FineWeb) and its
-    PIIFormatter, and against datasets.map, filter and to_json around the same clean_document.
+    PIIFormatter.
 
     datatrove stops at the first rule that a document breaks and writes nothing of it. Ours takes every score of every
     document, repairs Unicode, drops boilerplate, guesses the language and looks for more kinds of personal data. C4's
@@ -258,29 +256,13 @@ def bench_cleaning(documents, folder, rounds) -> list:
             filters.FineWebQualityFilter(language=language), PIIFormatter(),
             JsonlWriter(tempfile.mkdtemp(dir=folder), compression=None)], 1))["total"].total
 
-    def by_datasets():
-        import datasets
-        datasets.disable_progress_bars()
-
-        def step(record):
-            part = clean.clean_document({**record, "metadata": {}}, settings)[0]
-            scores = part["metadata"]["scores"]
-            scores["quality"] = compute_quality(scores)
-            return {"text": part["text"], "kept": not find_broken(scores, PRESETS["web"])}
-        cache = tempfile.mkdtemp(dir=folder)
-        raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
-        kept = raw.map(step).filter(lambda record: record["kept"])
-        kept.to_json(f"{cache}/kept.jsonl")
-        return len(kept)
-
     def ours():
         return clean.clean_corpus(read_input(str(source), Reading()), settings, folder / "cleaned",
                                   overwrite=True)["kept"]
 
     megabytes = sum(len(utf8(t)) for t in documents) / 1e6
-    peers = {"clean_vs_datatrove": ("datatrove", datatrove), "clean_vs_datasets": ("datasets", by_datasets)}
-    return compare_in_turn("MB/s", megabytes, ours, peers, min(3, rounds), documents=len(documents),
-                           megabytes=megabytes)
+    return compare_in_turn("MB/s", megabytes, ours, {"clean_vs_datatrove": ("datatrove", datatrove)}, min(3, rounds),
+                           documents=len(documents), megabytes=megabytes)
 
 
 def with_copies(documents) -> list:
@@ -296,8 +278,8 @@ def with_copies(documents) -> list:
 
 
 def bench_dedup(documents, folder, rounds) -> list:
-    """Near-duplicates on one core: from jsonl to jsonl against datatrove's four stages and datasketch, and in memory
-    against datasketch; all with the words of fold_words, sets of 5-word shingles, 14 bands of 8 hashes.
+    """Near-duplicates on one core, from jsonl to jsonl, against datatrove's four stages and datasketch; all with the
+    words of fold_words, sets of 5-word shingles, 14 bands of 8 hashes.
 
     Ours decides each proposed pair by its true Jaccard similarity, 0.8 or more, keeps the best and lists what it
     removed. The peers believe the bands; datatrove also joins chains of pairs, and writes only what is kept.
@@ -313,26 +295,10 @@ def bench_dedup(documents, folder, rounds) -> list:
         (folder / "kept.jsonl").write_text("".join(json.dumps(records[i]) + "\n" for i in kept), encoding="utf-8")
         return len(kept)
 
-    common = {"documents": len(documents), "megabytes": sum(len(utf8(t)) for t in documents) / 1e6}
-    by_file = {"dedup_vs_datatrove": ("datatrove", lambda: dedup_by_datatrove(source, folder)),
-               "dedup_vs_datasketch": ("datasketch", datasketch)}
-    in_memory = {"dedup_in_memory_vs_datasketch": ("datasketch", lambda: len(dedup_by_datasketch(documents)))}
-    return [*compare_in_turn("documents/s", len(documents), ours, by_file, min(3, rounds), **common),
-            *compare_in_turn("documents/s", len(documents), lambda: dedup_in_memory(documents), in_memory,
-                             min(3, rounds), **common)]
-
-
-def dedup_in_memory(documents) -> int:
-    """dedup.py's functions without its files; -> documents kept."""
-    texts = sorted(documents, key=len, reverse=True)                     # the best of a group is its longest
-    sets, keys = [], []
-    for i in range(0, len(texts), 64):
-        grams = hash_ngrams([fold_words(t) for t in texts[i:i + 64]], SHINGLE)
-        sets += map(np.unique, grams)
-        keys.append(compute_band_keys(grams))
-    members, groups = zip(*map(link_band, np.concatenate(keys).T))
-    kept, _, _ = keep_best(list(members), list(groups), len(texts), sets.__getitem__, 0.8)
-    return int((kept == np.arange(len(texts))).sum())
+    peers = {"dedup_vs_datatrove": ("datatrove", lambda: dedup_by_datatrove(source, folder)),
+             "dedup_vs_datasketch": ("datasketch", datasketch)}
+    return compare_in_turn("documents/s", len(documents), ours, peers, min(3, rounds), documents=len(documents),
+                           megabytes=sum(len(utf8(t)) for t in documents) / 1e6)
 
 
 def dedup_by_datasketch(texts) -> list[int]:
@@ -395,9 +361,11 @@ def datasets_pipeline(twin, source, folder, processes=None) -> float:
 
 
 def bench_reading(folder, rounds) -> list:
-    """Batches at T = 2048 from mapped shards in random order, with labels, positions and document starts. Peers:
-    nanoGPT's get_batch (tokens alone), rows of T + 1 tokens of a mapped dataset in torch's format (tokens alone), and
-    datatrove's DatatroveFileDataset, which is made for the order of the file (tokens and positions)."""
+    """Batches at T = 2048 from mapped shards in random order, with labels, positions and document starts.
+
+    Peers: nanoGPT's get_batch (tokens alone) and datatrove's DatatroveFileDataset, which is made for the order of the
+    file (tokens and positions).
+    """
     shards, T, B, steps = Shards(folder / "shards"), 2048, 64, 20
     plan = np.arange(steps * (rounds + 1) + 2, dtype=np.int64)[:, None] * B
     loader = data.Loader(pack_sources({"text": shards}, DataConfig(context=T)), plan, seed=0)
@@ -409,13 +377,6 @@ def bench_reading(folder, rounds) -> list:
             index = rng.integers(0, len(tokens) - T - 1, B)
             torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in index])
             torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + T].astype(np.int64)) for i in index])
-
-    @functools.cache
-    def dataset():
-        import datasets
-        cut = tokens[:windows * (T + 1)].reshape(windows, -1)
-        datasets.Dataset.from_dict({"input_ids": cut}).save_to_disk(folder / "rows")
-        return datasets.load_from_disk(folder / "rows").with_format("torch")
 
     @functools.cache
     def file():
@@ -434,10 +395,6 @@ def bench_reading(folder, rounds) -> list:
         for _ in range(steps):
             loader.batch(next(step))
 
-    def random_rows():
-        for _ in range(steps):
-            dataset()[rng.integers(0, windows, B)]
-
     return compare_in_turn("M tokens/s", steps * B * T / 1e6, ours, {
-        "read_mtokens_per_second": ("nanoGPT get_batch", get_batch), "read_vs_datasets": ("datasets", random_rows),
-        "read_vs_datatrove": ("datatrove", in_order)}, rounds)
+        "read_mtokens_per_second": ("nanoGPT get_batch", get_batch), "read_vs_datatrove": ("datatrove", in_order)},
+        rounds)

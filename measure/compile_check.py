@@ -1,6 +1,6 @@
-"""Checks a kernel against float64, and reads what Triton's compiler made of it, for cards that need not be here.
+"""Compares a kernel with float64, and reads what Triton's compiler made of it, for cards that need not be here.
 
-check     outputs and gradients against the float64 reference, on the GPU or in Triton's interpreter
+compare   outputs and gradients with the float64 reference, on the GPU or in Triton's interpreter
 compile   registers, spills, shared memory and occupancy, and `faults`: what a compiled kernel must not have
 
 The kernels that are compiled are the ones that ship: the op runs on meta tensors of the case's shapes, and each launch
@@ -15,7 +15,7 @@ import tempfile
 import torch
 
 from kernels import backend
-from measure.kernel_cases import KERNELS, cases, examples
+from measure.kernel_cases import CASES
 
 ARCHITECTURES = (80, 90, 100)
 # Scalar (non-vectorised) loads that a kernel is meant to have, where there are more than 8: offsets and log-sum-exps,
@@ -26,7 +26,7 @@ LIMITS = {80: (65536, 2048, 32, 164 * 1024, 163 * 1024), 90: (65536, 2048, 32, 2
           100: (65536, 2048, 32, 228 * 1024, 227 * 1024)}
 
 
-# ---- check
+# ---- compare
 
 def run(op, inputs, upstream=None):
     """Forward and backward of an op.
@@ -87,19 +87,6 @@ def compare(op, inputs, terms: int = 1, scale: float = 0.0, kernel: str = "trito
             found.append((i, (got.double() - true).abs().max().item(),
                           2 * (same.double() - true).abs().max().item() + rounding * largest))
     return found
-
-
-def check(kernel: str) -> bool:
-    """Print the errors of a kernel's examples; True where all are within their bounds."""
-    on_gpu, good = torch.cuda.is_available(), True
-    for case in examples(kernel):
-        for dtype in (torch.float32, torch.bfloat16 if on_gpu else torch.float16):
-            torch.manual_seed(0)
-            found = compare(case.op, case.inputs("cuda" if on_gpu else "cpu", dtype, 23), terms=1024)
-            worst = max(error / bound for _, error, bound in found)
-            good &= worst <= 1
-            print(f"{case.name:32} {str(dtype)[6:]:9} {worst:5.0%} of what rounding allows", flush=True)
-    return good
 
 
 # ---- compile
@@ -163,7 +150,7 @@ def figures(compiled, architecture: int) -> dict:
             "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)), "fp64": len(re.findall(r"\.f64", ptx))}
 
 
-def compile_all(kernels=tuple(KERNELS), architectures=ARCHITECTURES, tokens: int = 8192) -> list[dict]:
+def compile_all(kernels=tuple(CASES), architectures=ARCHITECTURES, tokens: int = 8192) -> list[dict]:
     """The figures of every Triton kernel that the cases of `kernels` launch, forward and backward, in bf16.
 
     Must not run in a process with TRITON_INTERPRET=1: the interpreter has nothing to compile.
@@ -173,7 +160,7 @@ def compile_all(kernels=tuple(KERNELS), architectures=ARCHITECTURES, tokens: int
         for architecture in architectures:
             compiler = Compiler(architecture)
             with backend.using("triton"), backend.sending_to(compiler):
-                for case in cases(name):
+                for case in CASES[name]:
                     compiler.case = case.name
                     run(case.op, case.inputs("meta", torch.bfloat16, tokens))
             rows += [{"module": name, **row} for row in compiler.rows]

@@ -1,4 +1,4 @@
-"""Times a kernel's cases on a GPU: beside the reference, torch.compile of it, PyTorch's own op and other peers."""
+"""Times a kernel's cases on a GPU: beside the reference, torch.compile of it and PyTorch's own op."""
 
 import torch
 
@@ -16,19 +16,19 @@ def device_limits() -> dict:
     return {"copy_gb_per_second": copy / 1e6, "bf16_tflops": matmul / 1e9}
 
 
-def providers(case, peers: dict) -> dict:
+def providers(case) -> dict:
     """{name: op} of what is timed beside each other."""
     made = {"reference": lambda: case.op, "compiled": lambda: torch.compile(case.op, dynamic=False),
             "compiled torch": lambda: torch.compile(case.torch, dynamic=False)}
     own = {"torch": case.torch} if case.torch else {}
-    return {"triton": case.op} | {name: made[name]() for name in case.beside} | own | peers
+    return {"triton": case.op, **{name: made[name]() for name in case.beside}, **own}
 
 
-def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> list[dict]:
+def time_case(case, tokens: int, limits: dict, rounds: int = 3) -> list[dict]:
     """Milliseconds of each provider's passes on the GPU, in turn: medians over `rounds` of do_bench's medians.
 
-    A row per pass. `share` is the time an ideal device needs by case.traffic and case.work at this device's own limits,
-    divided by ours. A provider that fails stands in `failed` with its message.
+    A row per pass. `share` is the time an ideal device needs by case.cost at this device's own limits, divided by
+    ours. A provider that fails stands in `failed` with its message.
     """
     from torch._functorch import config as functorch_config
     from triton.testing import do_bench
@@ -39,8 +39,7 @@ def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> 
     trained = any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     passes = ["step"] if case.one_shot else ["forward", "backward"] if trained else ["forward"]
     calls, memory, failed = {}, {}, {}
-    for name, op in providers(case, peers).items():
-        # Each has inputs of its own, because some peers write into theirs.
+    for name, op in providers(case).items():
         own = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
                for x in inputs]
         try:
@@ -56,7 +55,7 @@ def time_case(case, tokens: int, limits: dict, peers: dict, rounds: int = 3) -> 
                 with backend.using("triton" if name == "triton" else "reference"):
                     times[name].append(do_bench(made[which], warmup=10, rep=40, return_mode="median"))
         median = {name: sorted(t)[len(t) // 2] for name, t in times.items()}
-        bytes_, flops = case.traffic(tokens), case.work(tokens)
+        bytes_, flops = case.cost(tokens)[:2], case.cost(tokens)[2:]
         moved, done = (sum(bytes_), sum(flops)) if which == "step" else (bytes_[number], flops[number])
         floor = max(moved / limits["copy_gb_per_second"], done / limits["bf16_tflops"] / 1000) / 1e6
         rows.append({"case": case.name, "tokens": tokens, "pass": which, "ms": median, "floor_ms": floor,

@@ -8,10 +8,9 @@ import pytest
 from measure import bench_data
 from measure.bench_data import DataOptions
 
-DATA_ROWS = ["pack_vs_encoder", "pack_vs_datasets", "pack_vs_datatrove", "read_mtokens_per_second", "read_vs_datasets",
+DATA_ROWS = ["pack_vs_encoder", "pack_vs_datasets", "pack_vs_datatrove", "read_mtokens_per_second",
              "read_vs_datatrove", "encode_tokenizer_vs_tiktoken", "encode_tokenizer_vs_tokenizers",
-             "clean_vs_datatrove", "clean_vs_datasets", "dedup_vs_datatrove", "dedup_vs_datasketch",
-             "dedup_in_memory_vs_datasketch"]
+             "clean_vs_datatrove", "dedup_vs_datatrove", "dedup_vs_datasketch"]
 
 
 def some_blocks(n) -> list[str]:
@@ -34,12 +33,12 @@ def test_data_rows_carry_the_names_that_others_read_and_both_sides_do_the_same(t
     assert rows["read_mtokens_per_second"]["peer"] > 0
     counts = {name: tuple(r["counts"].values()) for name, r in rows.items() if r.get("counts")}
     assert counts["pack_vs_encoder"][0] - counts["pack_vs_encoder"][1] == 3 * 150          # an EOS for each document
-    same = {"pack_vs_datatrove", "encode_tokenizer_vs_tiktoken", "encode_tokenizer_vs_tokenizers", "clean_vs_datasets"}
+    same = {"pack_vs_datatrove", "encode_tokenizer_vs_tiktoken", "encode_tokenizer_vs_tokenizers"}
     for name in counts.keys() & same:
         assert counts[name][0] == counts[name][1], name
     assert counts.get("clean_vs_datatrove", (1, 1))[1] > 0
     kept = rows["dedup_vs_datasketch"]["documents"] * 3 // 4                # a quarter are copies, some below 0.8
-    for name in counts.keys() & {"dedup_vs_datatrove", "dedup_vs_datasketch", "dedup_in_memory_vs_datasketch"}:
+    for name in counts.keys() & {"dedup_vs_datatrove", "dedup_vs_datasketch"}:
         assert kept <= counts[name][0] == counts["dedup_vs_datasketch"][0] <= kept + 4, name
         assert kept - 1 <= counts[name][1] <= kept + 4, name
     assert os.sched_getaffinity(0) == cores

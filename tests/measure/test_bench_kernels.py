@@ -7,6 +7,7 @@ import torch
 
 from measure import bench_kernels, compile_check, timing
 from measure.bench_kernels import KernelOptions
+from measure.kernel_cases import CPU_CASES
 
 
 def test_the_benchmark_without_a_gpu_writes_the_promised_rows(monkeypatch):
@@ -24,7 +25,7 @@ def test_the_benchmark_without_a_gpu_writes_the_promised_rows(monkeypatch):
 def test_the_kernel_table(tmp_path, monkeypatch, capsys):
     cases = iter(range(100))
 
-    def timed(case, tokens, limits, peers):
+    def timed(case, tokens, limits):
         time.sleep(0.05 * (next(cases) > 1))
         return [{"case": case.name, "tokens": tokens, "pass": "forward", "ms": {"triton": 2.0, "torch": 4.0},
                  "floor_ms": 1.0, "share": 0.5, "failed": {}, "spread": {}, "peak_bytes": {}}]
@@ -39,9 +40,9 @@ def test_the_kernel_table(tmp_path, monkeypatch, capsys):
 
 
 def test_cpu_paths_compute_what_the_plain_way_computes():
-    for name, (ours, plain, inputs) in bench_kernels.cpu_cases().items():
+    for name, case in CPU_CASES.items():
+        inputs = case.inputs("cpu", torch.float32, 300)
         with torch.no_grad():
-            a, b = (f(*inputs) for f in (ours, plain))
-        for x, y in zip(*((r if isinstance(r, tuple) else (r,)) for r in (a, b))):
-            x, y = (x.transpose(1, 2), y) if name == "cpu_attention_documents" else (x, y)
+            ours, plain = (f(*inputs) for f in (case.op, case.torch))
+        for x, y in zip(*((made if isinstance(made, tuple) else (made,)) for made in (ours, plain))):
             assert torch.allclose(x, y, rtol=1e-4, atol=1e-4), name

@@ -12,7 +12,7 @@ import torch
 
 from kernels import backend
 from measure import compile_check
-from measure.kernel_cases import KERNELS, cases
+from measure.kernel_cases import CASES
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
@@ -46,7 +46,7 @@ def test_every_kernel_compiles_for_every_card_without_a_fault(compiled):
     bad = [f"{row['module']}.{row['kernel']} ({row['case']}, {row['arch']}): {fault}"
            for row in compiled for fault in compile_check.faults(row)]
     assert not bad, "\n".join(bad)
-    written = {(name, kernel) for name in KERNELS for kernel in kernels_of(name)}
+    written = {(name, kernel) for name in CASES for kernel in kernels_of(name)}
     for architecture in compile_check.ARCHITECTURES:
         assert {(r["module"], r["kernel"]) for r in compiled if r["arch"] == f"sm_{architecture}"} >= written
 
@@ -106,13 +106,3 @@ def test_compare_refuses_what_is_not_finite():
     with pytest.raises(AssertionError, match="not finite"):
         compile_check.compare(lambda x: x / (0.0 if backend.choice == "triton" else 1.0),
                               [torch.ones(3, requires_grad=True)])
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("name", KERNELS)
-def test_the_check_of_each_file(name, capsys):
-    """What `bench.py kernels --only NAME` prints first."""
-    assert compile_check.check(name), capsys.readouterr().out
-    assert cases(name)
-
-
