@@ -7,10 +7,10 @@ DIR holds models/stories260K and corpora/. All results are held-out bits per byt
 text, because tokens of two vocabularies stand for different amounts of it.
 
 1. stories260K (512 tokens, children's stories) is continued on the DC Code with recipes/cpt.toml, on the domain alone:
-   as it is, and with 500 new tokens learnt from the training documents, whose rows are the mean of their parts (the
+   as it is, and with 500 new tokens learned from the training documents, whose rows are the mean of their parts (the
    default) or random. General text is scored too. A step has 8,192 tokens in all runs, so longer tokens mean fewer
    steps for the same bytes: 26 instead of 45.
-2. `tokenizer.py compare`: BPE, Unigram and WordPiece of 2,000 ids learnt from the same text, and the same small model
+2. `tokenizer.py compare`: BPE, Unigram and WordPiece of 2,000 ids learned from the same text, and the same small model
    trained from scratch on each. WordPiece drops white space at no cost, so its result looks better than it is.
 
 Written: experiments/results/tokenizers.json with one row per method, and tokenizers.png beside it.
@@ -66,7 +66,7 @@ def run(*command) -> None:
 
 
 def prepare(data: Path, out: Path) -> tuple[dict, dict]:
-    """Write the extended tokenizer, learnt without the held-out documents, and shards for both vocabularies into `out`.
+    """Write the extended tokenizer, learned without held-out documents, and shards for both vocabularies into `out`.
 
     Returns ({vocabulary: the domain's manifest}, {new id: old ids}).
     """

@@ -29,7 +29,7 @@ class Report:
     tokenizer: str
     """The base: a folder or a file."""
     extended: str | None = None
-    """The extension; by default one is learnt from 9 in 10 domain documents."""
+    """The extension; by default one is learned from 9 in 10 domain documents."""
     domain: list[str]
     """Files of domain text."""
     general: list[str] = field(default_factory=list)
@@ -47,6 +47,7 @@ class Compare:
     """Train BPE, Unigram and WordPiece on the same text and compare them."""
 
     files: Positional[list[str]]
+    """Text: .txt, .jsonl or .parquet, also .gz and .zst, or hf://org/dataset."""
     vocab_size: int = 8000
     """Ids in all, special tokens included."""
     bits_per_byte: float = setting(0.0, at_least=0, below=math.inf)
@@ -56,8 +57,9 @@ class Compare:
     reading: Reading = field(default_factory=Reading)
 
 
-WORTH_IT = 0.15         # the least saving of tokens that pays for a new vocabulary: a judgement, references/data.md 6.4
-TIMES_SEEN = 100        # how often a new row should be seen before it counts as trained: a judgement
+# The least saving of tokens that pays for a new vocabulary, and how often a new row must be seen to count as trained:
+# judgements (references/data.md 6.4)
+WORTH_IT, TIMES_SEEN = 0.15, 100
 MOST_EPOCHS = 16        # train.py refuses to repeat a text more often
 
 

@@ -1,4 +1,4 @@
-"""A larger vocabulary for a base model: new tokens behind all old ones, learnt from text or named by the user.
+"""A larger vocabulary for a base model: new tokens behind all old ones, learned from text or named by the user.
 
 `extend` continues BPE where the base stopped: the text is cut by the base tokenizer, and the most frequent adjacent
 pair becomes one token, again and again. Each new merge ranks behind every old one, so that the old ones are done first
@@ -89,8 +89,8 @@ def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
 def may_become_token(base: BaseTokenizer, token: str) -> bool:
     if base.kind != "sentencepiece":
         return len(token) <= MAX_BYTES
-    fits = len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token)
-    return bool(fits) and not any(piece in token for piece in base.frozen)
+    return bool(len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token)
+                and not any(piece in token for piece in base.frozen))
 
 
 def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_become, new_tokens: int,
@@ -103,15 +103,18 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
     words: {ids: count}. may_become: (string) -> whether it may become a token.
     """
     known = set(filter(None, tokens))
-    lists = [list(word) for word in words]
-    weights = list(words.values())
-    # Per pair: how often it occurs, and in which words
+    lists, weights = [list(word) for word in words], list(words.values())
+    # Per pair: how often it occurs, and in which words it is or was
     counts, where = collections.Counter(), collections.defaultdict(set)
-    for w, ids in enumerate(lists):
-        for pair in itertools.pairwise(ids):
-            counts[pair] += weights[w]
+
+    def count_pairs(w: int, sign: int):
+        for pair in itertools.pairwise(lists[w]):
+            counts[pair] += sign * weights[w]
             where[pair].add(w)
-    # Counts only fall after a pair was pushed, so an entry is at worst too high: it is pushed again with its count.
+
+    for w in range(len(lists)):
+        count_pairs(w, 1)
+    # A pair's count only falls after it was pushed, so an entry is at worst too high: then it is pushed anew.
     heap = [(-n, pair) for pair, n in counts.items() if n >= min_count]
     heapq.heapify(heap)
     merges = []
@@ -131,18 +134,13 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
         joinable.append(True)
         known.add(union)
         merges.append(pair)
-        appeared = set()
-        for w in sorted(where.pop(pair)):
-            joined = _join(lists[w], pair, new)
-            for p in itertools.pairwise(lists[w]):
-                counts[p] -= weights[w]
-            for p in itertools.pairwise(joined):
-                counts[p] += weights[w]
-                where[p].add(w)
-                if new in p:
-                    appeared.add(p)
-            lists[w] = joined
-        for p in sorted(appeared):
+        touched, appeared = where.pop(pair), set()
+        for w in touched:
+            count_pairs(w, -1)
+            lists[w] = _join(lists[w], pair, new)
+            count_pairs(w, 1)
+            appeared.update(p for p in itertools.pairwise(lists[w]) if new in p)
+        for p in appeared:
             if counts[p] >= min_count:
                 heapq.heappush(heap, (-counts[p], p))
     return merges

@@ -55,7 +55,7 @@ def _row_maker(rows: torch.Tensor, init: str, spread: float, generator: torch.Ge
         return lambda part_mean: part_mean
     if init == "subtoken_norm":
         # A mean is shorter than the rows it is made of. But as a row of the head, a long one is too sure of what it has
-        # not learnt: stories260K with 200 new tokens reads legal text at 6.0 bits per byte, with "subtoken" at 4.0.
+        # not learned: stories260K with 200 new tokens reads legal text at 6.0 bits per byte, with "subtoken" at 4.0.
         norm = rows.norm(dim=1).median()
         return lambda part_mean: part_mean * norm / part_mean.norm().clamp(min=1e-12)
     if init == "mean":

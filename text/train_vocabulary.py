@@ -1,6 +1,6 @@
 """Training a tokenizer on text: byte-level BPE, Unigram or WordPiece. The same texts give the same files.
 
-Each kind needs a little help for that: two of the trainers number tokens, or break ties, in the order of a hash table.
+Two of the trainers need help for that: they number tokens, or break ties, in the order of a hash table.
 """
 
 import io
@@ -58,13 +58,10 @@ def train_command(options: Train) -> dict:
 def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokenizer:
     """Train a tokenizer, write tokenizer.json and tokenizer_config.json into `out_dir`, and load it from there.
 
-    kind: "bpe": bytes, split by Llama 3's pattern; any text survives encoding and decoding.
-        "unigram": as SentencePiece's, with ▁ for the space but no normalisation. Unseen characters become bytes, so
-        that only a ▁ of the text itself is lost.
-        "wordpiece": as BERT's, cased. Spacing and unseen characters are lost.
-    vocab_size: ids, with the special tokens and bytes; the result has fewer if the text does not give as many
-
-    The special tokens get the first ids, and documents begin with BOS.
+    kind: "bpe": bytes, split by Llama 3's pattern; any text survives encoding and decoding. "unigram": SentencePiece's
+        without normalisation; unseen characters become bytes, and only a ▁ of the text itself is lost. "wordpiece":
+        BERT's, cased; spacing and unseen characters are lost.
+    vocab_size: ids, with the special tokens (the first ones) and bytes; there may be fewer if the text is short
     """
     out = Path(out_dir)
     if (out / "config.json").exists():
@@ -75,12 +72,8 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokeniz
         raise UserError("there is no text to train a tokenizer on: the files are empty")
     texts = itertools.chain([first], texts)
     specials = UNKNOWN[kind] | SPECIALS
-    if kind == "bpe":
-        trained = _train_bpe(texts, vocab_size, specials)
-    elif kind == "unigram":
-        trained = _train_unigram(list(texts), vocab_size, specials)
-    else:
-        trained = _train_wordpiece(list(texts), vocab_size, specials)
+    train_kind = {"bpe": _train_bpe, "unigram": _train_unigram, "wordpiece": _train_wordpiece}[kind]
+    trained = train_kind(texts, vocab_size, specials)
     put_bos_first(trained, specials["bos"])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
               "clean_up_tokenization_spaces": False, **{f"{role}_token": token for role, token in specials.items()}}
@@ -97,10 +90,10 @@ def put_bos_first(backend: tokenizers.Tokenizer, bos: str) -> None:
 
 
 def cut_for_counting(text: str) -> list[str]:
-    """Cut `text`, without loss, into parts whose words can be counted in bounded memory and time.
+    """Cut `text`, without loss, into parts of at most 100,000 characters and words of at most 1,000.
 
-    A part has at most 100,000 characters, because `tokenizers` takes 170 bytes of memory for each of them. A word has
-    at most 1,000, because a merge takes time in the length of the word: one of a million letters would take hours.
+    `tokenizers` takes 170 bytes of memory per character of a part, and a merge takes time in the length of a word: one
+    of a million letters would take hours.
     """
     text = replace_surrogates(text)
     parts = []
@@ -129,9 +122,11 @@ def split_as_llama3(backend: tokenizers.Tokenizer) -> None:
     backend.decoder = decoders.ByteLevel()
 
 
-def _train_unigram(texts: list[str], vocab_size: int, specials: dict) -> tokenizers.Tokenizer:
+def _train_unigram(texts: Iterable[str], vocab_size: int, specials: dict) -> tokenizers.Tokenizer:
     """Train by SentencePiece. (The trainer of `tokenizers` gives another vocabulary each time.)"""
     _check_size(vocab_size, "bytes and special tokens", 256 + len(specials))
+    # All texts first: an error while one is read must not pass through SentencePiece.
+    texts = list(texts)
     lines = (line[i:i + 10_000] for text in texts for line in text.split("\n") for i in range(0, len(line), 10_000))
     model = io.BytesIO()
     try:
@@ -140,7 +135,8 @@ def _train_unigram(texts: list[str], vocab_size: int, specials: dict) -> tokeniz
             vocab_size=vocab_size - len(specials) + 1, bos_id=-1, eos_id=-1, pad_id=-1, byte_fallback=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             max_sentence_length=100_000, minloglevel=2,
-            required_chars="<0x123456789ABCDEF>")       # so that the text "<0x41>" never needs the piece of that name
+            # The letters of byte names, so that the text "<0x41>" never needs the piece of that name
+            required_chars="<0x123456789ABCDEF>")
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
         raise UserError(f"no unigram vocabulary of {vocab_size} from this text: {reason}") from None
@@ -157,7 +153,8 @@ def _train_unigram(texts: list[str], vocab_size: int, specials: dict) -> tokeniz
     return backend
 
 
-def _train_wordpiece(texts: list[str], vocab_size: int, specials: dict) -> tokenizers.Tokenizer:
+def _train_wordpiece(texts: Iterable[str], vocab_size: int, specials: dict) -> tokenizers.Tokenizer:
+    texts = list(texts)
     backend = tokenizers.Tokenizer(models.WordPiece(unk_token=specials["unk"]))
     backend.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

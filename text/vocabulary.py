@@ -7,13 +7,10 @@
 | tokenizer.model (text)  | tiktoken      | `tiktoken` with Llama 3's split pattern and its 256 special tokens       |
 | vocab.json + merges.txt | gpt2          | `tiktoken` if the ids follow the order of the merges, else `tokenizers`  |
 
-Ids are exactly those of the package. Whether the text "</s>" inside a document becomes the control token is also left
-to the package: `tokenizers` does it, the other two do not. Half a surrogate pair, which JSON can carry and no package
-accepts, is replaced by U+FFFD before any of them sees it.
-
-The ids of BOS, EOS, pad, unk and mask, and whether documents begin with BOS, come from the first of these that names
-them: tokenizer_config.json (null means "none"), special_tokens_map.json, config.json, generation_config.json, the
-tokenizer file itself.
+Ids are exactly those of the package, also where the text "</s>" stands in a document: `tokenizers` makes it the control
+token, the other two do not. Half a surrogate pair, which JSON can carry and no package accepts, becomes U+FFFD first.
+The roles (BOS, EOS, pad, unk, mask) are those of the first of tokenizer_config.json (null means "none"),
+special_tokens_map.json, config.json, generation_config.json and the tokenizer file that names them.
 """
 
 import base64
@@ -215,13 +212,12 @@ class SentencePieceTokenizer(Tokenizer):
 class TiktokenTokenizer(Tokenizer):
     """`pattern` is the regular expression that cuts a text into words, within which bytes are joined."""
 
-    def __init__(self, folder: Path, kind: str, pattern: str, ranks: dict, specials: dict, vocab: dict, control,
-                 defaults: dict):
+    def __init__(self, folder: Path, kind: str, pattern: str, ranks: dict, control: dict, vocab: dict, defaults: dict):
         self.pattern = pattern
         # Without any special token, tiktoken's search for special tokens costs more than the encoding.
-        specials = specials or {"\0no special token": max(vocab.values()) + 1}
+        specials = control or {"\0no special token": max(vocab.values()) + 1}
         self.backend = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-        self._describe(folder, kind, "tiktoken", vocab, control, defaults)
+        self._describe(folder, kind, "tiktoken", vocab, control.values(), defaults)
 
     def _library_adds_bos(self):
         return self.kind == "tiktoken"          # Llama 3 was trained with BOS, GPT-2 without
@@ -296,7 +292,8 @@ def load(path) -> Tokenizer:
         else:
             backend = sentencepiece.SentencePieceProcessor()
             backend.LoadFromSerializedProto(data)
-    except Exception as error:      # `tokenizers` raises no narrower class for a file it cannot read
+    # `tokenizers` raises no narrower class for a file it cannot read.
+    except Exception as error:
         what = "tokenizer.json" if path.suffix == ".json" else "SentencePiece model or tiktoken ranks"
         raise UserError(f"{path} cannot be read as {what} ({error}); download it again") from error
     if path.suffix == ".json":
@@ -325,7 +322,7 @@ def _load_llama3(data: bytes, path: Path) -> Tokenizer:
     pattern = LLAMA3_SPLIT.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")
     vocab = {spell_bytes(token): rank for token, rank in ranks.items()} | specials
     defaults = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
-    return TiktokenTokenizer(path.parent, "tiktoken", pattern, ranks, specials, vocab, specials.values(), defaults)
+    return TiktokenTokenizer(path.parent, "tiktoken", pattern, ranks, specials, vocab, defaults)
 
 
 def _load_gpt2(folder: Path) -> Tokenizer:
@@ -349,9 +346,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     ranks = tiktoken_ranks(vocab, merges, bpe)
     defaults = {"eos": "<|endoftext|>"}
     if ranks is not None:
-        controls |= added
-        vocab |= added
-        return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls, vocab, controls.values(), defaults)
+        return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls | added, vocab | added, defaults)
     if added:
         raise UserError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
                         f"tokenizer.json: save one with transformers' AutoTokenizer")

@@ -43,19 +43,18 @@ class BaseTokenizer:
     """
 
     def __init__(self, path):
-        path = Path(path)
-        converted = None
-        if path.is_dir() and (path / "tokenizer.json").is_file() and (path / "tokenizer.model").is_file():
-            converted, path = vocabulary.load(path), path / "tokenizer.model"
-        self.tokenizer = vocabulary.load(path)
-        if converted and converted.vocab_size != self.tokenizer.vocab_size:
-            raise UserError(f"{path.parent} has {converted.vocab_size} ids in tokenizer.json and "
-                            f"{self.tokenizer.vocab_size} in tokenizer.model, so that new ids would meet old ones; "
-                            f"remove the file that is not the model's")
         self.file = vocabulary.find_file(path)
         self.folder = self.file.parent
-        self.kind = self.tokenizer.kind
-        self.frozen = []
+        self.tokenizer = vocabulary.load(self.file)
+        if Path(path).is_dir() and self.file.name == "tokenizer.json" and (self.folder / "tokenizer.model").is_file():
+            # Only the original, whose conversion the other is, says how it joins tokens.
+            converted, self.file = self.tokenizer.vocab_size, self.folder / "tokenizer.model"
+            self.tokenizer = vocabulary.load(self.file)
+            if converted != self.tokenizer.vocab_size:
+                raise UserError(f"{path} has {converted} ids in tokenizer.json and {self.tokenizer.vocab_size} in "
+                                f"tokenizer.model, so that new ids would meet old ones; remove the file that is not "
+                                f"the model's")
+        self.kind, self.frozen = self.tokenizer.kind, []
         if self.kind == "sentencepiece":
             model = read_fields(self.file.read_bytes())
             types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
@@ -96,6 +95,7 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
     backend.model.ignore_merges = look_up
     assert not dead, f"{len(dead)} new tokens cannot be reached by merges, the first is {dead[0]!r}"
     backend.save(str(folder / "tokenizer.json"))
+    # transformers takes the tokenizer.json of a PreTrainedTokenizerFast as it is.
     write_settings(base, folder, "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast")
     new = vocabulary.load(folder)
     if base.kind == "sentencepiece":
@@ -125,11 +125,7 @@ def _rank_line(token: bytes, rank: int) -> bytes:
 
 
 def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path):
-    """Put the new pairs at the end of the merges, in vocab.json with merges.txt or in the tokenizer.json.
-
-    All added tokens get their ids in the vocabulary too: otherwise `tokenizers` would number them from its size on,
-    which has grown.
-    """
+    """Put the new pairs at the end of the merges, in vocab.json with merges.txt or in the tokenizer.json."""
     first = base.tokenizer.vocab_size
     if base.kind == "gpt2":
         vocab = {token: i for i, token in enumerate(tokens) if token is not None}
@@ -147,6 +143,7 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
         description = copy.deepcopy(base.description)
         model, added = description["model"], description["added_tokens"]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]] + pairs
+        # Added tokens get their ids here too: else `tokenizers` would number them from the vocabulary's new size on.
         vocab = model["vocab"] | {entry["content"]: entry["id"] for entry in added}
         vocab |= {token: i for i, token in enumerate(tokens[first:], first)}
         model["vocab"], model["merges"] = vocab, merges
@@ -165,10 +162,9 @@ def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tok
     In protobuf a repeated field may go on anywhere, and the later value of a single field counts. So the old bytes,
     with the normaliser, stay as they are. Tokens that stood behind the model become control pieces of it.
     """
-    model, first = base.tokenizer.backend, base.tokenizer.vocab_size
+    model, first, data = base.tokenizer.backend, base.tokenizer.vocab_size, base.file.read_bytes()
     scores = [model.get_score(i) for i in range(model.piece_size())]
     score = np.float32(min(scores))
-    data = base.file.read_bytes()
     names = [f"<unused_{i}>" if token is None else token for i, token in enumerate(tokens)]
     for i in range(model.piece_size(), len(tokens)):
         # Each score is 1 below the last, or one step of float32 if that is more: Llama 2 has pieces at -1e9, where
@@ -186,19 +182,17 @@ def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tok
     backend = tokenizers.Tokenizer(models.BPE(vocab, _all_splits([names[i] for i in normal]), unk_token=unk,
                                               fuse_unk=True, byte_fallback=True))
     rules = read_submessage(read_fields(base.file.read_bytes()), 3)     # normalizer_spec
-    remove_extra_spaces, prefix_space = rules.get(4, 1), rules.get(3, 1)
-    steps, ends = [], []
-    if remove_extra_spaces:
+    steps = []
+    if rules.get(4, 1):                                                 # remove_extra_whitespaces
         # A "▁" of the text itself is stripped at the end of the text only.
-        steps = [normalizers.Replace(tokenizers.Regex(r"\A +|[ ▁]+\z"), ""),
-                 normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
-    if prefix_space:
+        steps = [normalizers.Replace(tokenizers.Regex(pattern), by)
+                 for pattern, by in ((r"\A +|[ ▁]+\z", ""), (" {2,}", " "))]
+    if rules.get(3, 1):                                                 # add_dummy_prefix
         # Metaspace would leave the prefix out where the text begins with a space.
         steps.append(normalizers.Prepend("▁"))
-    if steps:
-        ends = [decoders.Strip(" ", 10**9 if steps[:-1] else 1, 0)]
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
+    strip = [decoders.Strip(" ", 10**9 if steps[:-1] else 1, 0)] if steps else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     _add_specials(backend, base.tokenizer)
     return backend
 
@@ -221,10 +215,7 @@ def _add_specials(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
 
 
 def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **roles) -> None:
-    """Write the base's settings, with the token of every role by name; `roles` (pad_token="<p>") are laid over them.
-
-    tokenizer_class: "PreTrainedTokenizerFast" makes transformers take tokenizer.json as it is.
-    """
+    """Write the base's settings, with the token of every role by name and `roles` (pad_token="<p>") laid over them."""
     for name in SETTINGS:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
