@@ -463,6 +463,45 @@ def test_gradient_clipping_reports_the_norm_before_and_bounds_the_one_after(lab,
     assert torch.stack([g.norm() for g in ours.values()]).norm().item() == pytest.approx(0.05, rel=1e-3)
 
 
+def test_z_loss_is_in_the_gradient_and_not_in_evaluations(lab, tmp_path):
+    """Truth: cross-entropy + z logsumexp^2 on the logits, by torch. A run of 8 steps resumes under its z-loss alone."""
+    words = ("--objective.z-loss", 0.5, "--optim.clip", 0)
+    run = build(settings(lab, tmp_path / "run", *words), one())
+    batches = train.micro_batches(run, 0)
+    done, ours = gradients(run)
+    run = build(settings(lab, tmp_path / "run", *words), one())
+    total, count = 0.0, sum(int((batch.labels != -100).sum()) for batch in batches)
+    for batch in batches:
+        logits = run.inner.head(run.inner(batch.tokens, batch.position_ids, batch.doc_start))[batch.labels != -100]
+        targets = batch.labels[batch.labels != -100].long()
+        each = torch.nn.functional.cross_entropy(logits, targets, reduction="none") + 0.5 * logits.logsumexp(-1) ** 2
+        total = total + each.sum() / count
+    total.backward()
+    assert done["loss"] == pytest.approx(total.item(), rel=1e-5)
+    for name, parameter in run.inner.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=2e-4, atol=2e-6, msg=name)
+    plain = build(settings(lab, tmp_path / "run"), one())
+    assert run.heldout.score(run.inner, one()) == plain.heldout.score(plain.inner, one())
+    assert "z_loss" not in resume.identity(plain, 0)["objective"]        # what an older checkpoint says
+    assert resume.identity(run, 0)["objective"]["z_loss"] == 0.5
+
+
+def test_a_step_waits_for_the_device_once(lab, tmp_path, monkeypatch):
+    """On a GPU each copy of a device's values to the CPU waits for it. What the device computes here is fp32."""
+    run = build(settings(lab, tmp_path / "run"), one())
+    batches, copies = train.micro_batches(run, 0), []
+    for name in ("cpu", "item", "tolist", "numpy", "__float__", "__bool__"):
+        real = getattr(torch.Tensor, name)
+
+        def copy(tensor, *args, name=name, real=real):
+            if tensor.dtype == torch.float32:
+                copies.append(name)
+            return real(tensor, *args)
+        monkeypatch.setattr(torch.Tensor, name, copy)
+    train.train_step(run, 0, batches)
+    assert copies == ["cpu", "tolist"]            # the second is of sums that are on the CPU already
+
+
 def test_activation_checkpointing_changes_nothing(lab, tmp_path, whole):
     out = tmp_path / "run"
     train.train(settings(lab, out, "--model.activation-checkpointing"), one())

@@ -1,5 +1,9 @@
 """Names of devices and types. Truth: torch's own objects."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -23,3 +27,20 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="torch sees no CUDA device"):
             pick_device("cuda")
+
+
+def test_peak_memory_is_this_process_s_and_not_its_starters():
+    """getrusage's maximum is inherited: a small process that a large one starts would report the large one's."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("VmHWM is Linux's")
+    script = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+              "import torch; from core.devices import peak_bytes\n"
+              "before = peak_bytes(torch.device('cpu'))\n"
+              "more = torch.ones(50_000_000); print(before, peak_bytes(torch.device('cpu')))")
+    large = bytearray(800_000_000)
+    large[::4096] = b"1" * len(large[::4096])
+    done = subprocess.run([sys.executable, "-c", script, Path(__file__).parents[2]], capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert before < 700_000_000
+    assert 200_000_000 <= after - before < 300_000_000
+    del large
