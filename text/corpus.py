@@ -9,6 +9,7 @@ core/cli.py's `Reading`, with the same defaults in every command.
 
 import gzip
 import io
+import itertools
 import json
 import os
 import re
@@ -126,41 +127,24 @@ def _open_text(path: str):
 
 
 def _text_documents(path: str, reading: Reading):
+    """The texts of a plain file, without line ends around them."""
     with _open_text(path) as file:
         if reading.separator:
-            yield from _split_at(file, reading.separator)
+            rest = ""
+            while part := file.read(SEPARATED_CHUNK):
+                # The separator may lie across two chunks, so the last text waits for the next chunk.
+                *complete, rest = (rest + part).split(reading.separator)
+                yield from (text.strip("\r\n") for text in complete)
+            if rest.strip("\r\n"):
+                yield rest.strip("\r\n")
         elif reading.documents == "file":
             yield file.read()
         elif reading.documents == "line":
-            for line in file:
-                yield line.rstrip("\r\n")
+            yield from (line.rstrip("\r\n") for line in file)
         else:
-            yield from _blocks(file)
-
-
-def _split_at(file, separator: str):
-    """The texts between the separators, without line ends around them; the last one only if it is not empty."""
-    rest = ""
-    while part := file.read(SEPARATED_CHUNK):
-        # The separator may lie across two chunks, so the last text waits for the next chunk.
-        *complete, rest = (rest + part).split(separator)
-        for text in complete:
-            yield text.strip("\r\n")
-    if rest.strip("\r\n"):
-        yield rest.strip("\r\n")
-
-
-def _blocks(file):
-    """The blocks of lines between blank lines."""
-    block = []
-    for line in file:
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield "".join(block).rstrip("\r\n")
-            block = []
-    if block:
-        yield "".join(block).rstrip("\r\n")
+            for is_blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
+                if not is_blank:
+                    yield "".join(lines).rstrip("\r\n")
 
 
 def utf8(text: str) -> bytes:

@@ -54,7 +54,7 @@ def preview_mix(recipe: str, words: list[str], picture: Path) -> dict:
     plan = make_plan(config, settings.train, sources, rows_per_epoch)
     drawn = dict(zip(sources, plan[-1].tolist()))
     epochs = {name: drawn[name] / rows for name, rows in rows_per_epoch.items()}
-    spans = realise(config, sources, plan, 10)
+    spans = measure_shares(config, sources, plan, 10)
     title = f"{config.schedule}, {len(plan) - 1:,} steps of {settings.train.batch_size} sequences"
     print(f"{title} of {T} tokens\n\n{'steps':>17} {'wanted':>8} {'domain':>8}   "
           + " ".join(f"{name[-12:]:>12}" for name in sources))
@@ -71,7 +71,7 @@ def preview_mix(recipe: str, words: list[str], picture: Path) -> dict:
     lines += [f"warning: train.py refuses this plan: {refusal}" for refusal in refusals]
     print("".join(line + "\n" for line in lines), end="")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    draw_shares(picture, title, sources, realise(config, sources, plan, 200))
+    draw_shares(picture, title, sources, measure_shares(config, sources, plan, 200))
     print(f"picture: {picture}")
     shares, empty = replay_strata(sources, config.strata)
     return {"steps": len(plan) - 1, "batch_size": settings.train.batch_size, "context": T, "rows": spans,
@@ -79,39 +79,38 @@ def preview_mix(recipe: str, words: list[str], picture: Path) -> dict:
             "notes": lines, "picture": str(picture)}
 
 
-def realise(config: DataConfig, sources: dict[str, SourceConfig], plan: np.ndarray, spans: int) -> list[dict]:
-    """Rows over up to `spans` equal spans of the run: steps, the domain share wanted and drawn, each source's share."""
+def measure_shares(config: DataConfig, sources: dict[str, SourceConfig], plan: np.ndarray, spans: int) -> list[dict]:
+    """Over up to `spans` equal spans of the run: the steps, the domain share wanted and drawn, each source's share."""
     steps = len(plan) - 1
     domain = np.array([s.role == "domain" for s in sources.values()])
     wanted = weights_at(config, sources, progress_of(steps), steps)[:, domain].sum(1)
-    edges = np.linspace(0, steps, min(steps, spans) + 1).round().astype(int)
+    edges = np.linspace(0, steps, min(steps, spans) + 1).round().astype(int).tolist()
     rows = []
     for first, last in itertools.pairwise(edges):
-        taken = plan[last] - plan[first]
-        shares = taken / taken.sum()
-        rows.append({"first_step": int(first), "last_step": int(last) - 1, "wanted": float(wanted[first:last].mean()),
-                     "domain": float(shares[domain].sum()),
-                     "sources": dict(zip(sources, map(float, shares)))})
+        shares = (plan[last] - plan[first]) / (plan[last] - plan[first]).sum()
+        rows.append({"first_step": first, "last_step": last - 1, "wanted": float(wanted[first:last].mean()),
+                     "domain": float(shares[domain].sum()), "sources": dict(zip(sources, shares.tolist()))})
     return rows
 
 
 def draw_shares(path, title: str, sources: dict[str, SourceConfig], rows: list[dict]):
-    """PNG: the share of each source over the run, domain sources warm and at the bottom, and the share wanted."""
+    """Draw the share of each source over the run as a PNG: domain sources at the bottom in warm colours, general text
+    above them in cold ones, and a line for the domain share that was wanted."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    names = sorted(sources, key=lambda name: sources[name].role)       # stable: domain, then general
+    sides = {role: [name for name in sources if sources[name].role == role] for role in ("domain", "general")}
+    names = sides["domain"] + sides["general"]
+    colours = [colormaps["YlOrRd" if role == "domain" else "GnBu"](0.75 - 0.5 * i / len(side))
+               for role, side in sides.items() for i in range(len(side))]
     figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=120)
-    axes, colours = figure.subplots(), []
-    for role, palette in (("domain", "YlOrRd"), ("general", "GnBu")):
-        count = sum(s.role == role for s in sources.values())
-        colours += [colormaps[palette](0.75 - 0.5 * i / max(1, count)) for i in range(count)]
-    steps = [row["first_step"] for row in rows] + [rows[-1]["last_step"] + 1]
-    shares = [[row["sources"][name] for row in rows] for name in names]
-    axes.stackplot(steps, [[*values, values[-1]] for values in shares], colors=colours, labels=names, step="post",
-                   linewidth=0)
-    wanted = [row["wanted"] for row in rows]
-    axes.step(steps, [*wanted, wanted[-1]], where="post", color="black", linestyle="--", linewidth=1,
+    axes = figure.subplots()
+    # A step plot ends where its last value begins, so the last row stands twice.
+    steps = [*(row["first_step"] for row in rows), rows[-1]["last_step"] + 1]
+    rows = [*rows, rows[-1]]
+    axes.stackplot(steps, [[row["sources"][name] for row in rows] for name in names], colors=colours, labels=names,
+                   step="post", linewidth=0)
+    axes.step(steps, [row["wanted"] for row in rows], where="post", color="black", linestyle="--", linewidth=1,
               label="domain, wanted")
     axes.set(xlim=(0, steps[-1]), ylim=(0, 1), xlabel="step", ylabel="share of the sequences drawn", title=title)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)

@@ -221,23 +221,24 @@ class Shards:
         return np.concatenate([np.zeros(0, np.int64), *shifted])
 
     def read(self, start: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 [n], begins int64 [k]): the n tokens from `start` on, and the positions among them at which a
-        document begins. The end of the source is followed by its beginning."""
-        tokens, begins, at = np.empty(n, np.int32), [], 0
+        """(tokens [n] in the file's dtype, begins int64 [k]): the n tokens from `start` on, and the positions among
+        them at which a document begins. The end of the source is followed by its beginning."""
+        tokens, begins, at = [], [], 0
         while at < n:
             start %= self.tokens
             shard = bisect.bisect_right(self.first_token, start) - 1
             local = start - self.first_token[shard]
             part = self.token_maps[shard][local:local + n - at]
-            tokens[at:at + len(part)] = part
+            tokens.append(part)
             # Within a shard a document begins where the one before it ends; the shard's first one begins at 0.
             ends = self.end_maps[shard]
             low, high = ends.searchsorted(np.array([local, local + len(part)], np.uint64), "left")
-            begins += [[at]] if local == 0 else []
-            begins.append(ends[low:high].astype(np.int64) - local + at)
+            if local == 0:
+                begins.append(np.array([at]))
+            begins.append(ends[low:high].astype(np.int64) + (at - local))
             at += len(part)
             start += len(part)
-        return tokens, np.concatenate(begins).astype(np.int64)
+        return (tokens[0], begins[0]) if len(begins) == 1 else (np.concatenate(tokens), np.concatenate(begins))
 
     def document(self, index: int) -> tuple[np.ndarray, int]:
         """(tokens, bytes of text) of one document, its BOS and EOS included."""

@@ -50,7 +50,7 @@ def test_read_against_a_loop(tmp_path, shard_tokens):
                 places = [(start + i) % total for i in range(n)]
                 assert tokens.tolist() == [values[p] for p in places]
                 assert found.tolist() == [i for i, p in enumerate(places) if p in begins]
-                assert (tokens.dtype, found.dtype) == (np.int32, np.int64)
+                assert (tokens.dtype, found.dtype) == (np.uint32, np.int64)
 
 
 def test_bos_equal_to_eos_and_specials_in_the_text(tmp_path):
