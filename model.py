@@ -292,7 +292,7 @@ class Model(nn.Module):
         for name, parameter in self.named_parameters():
             kind = name.split(".")[-2]
             if name.endswith(".bias") or kind.endswith("norm"):
-                parameter.fill_(float(kind.endswith("norm")))
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             assert kind.endswith("_proj") or kind in ("embed_tokens", "head"), f"no rule initialises {name}"
             into_residual = kind in ("o_proj", "down_proj")
