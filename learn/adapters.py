@@ -177,8 +177,7 @@ class Linear(Adapted):
         """layer(x) of each of `layers`, plain nn.Linear among them too; those that can be fused are one call."""
         fused = [layer for layer in layers if isinstance(layer, Linear) and layer.can_fuse()]
         done = dict(zip(fused, lora_linear(x, *zip(*(layer.fused_operands(x) for layer in fused))) if fused else ()))
-        return [layer.finish(x, done[layer] if layer in done else layer.apply_base(x)) if isinstance(layer, Linear)
-                else layer(x) for layer in layers]
+        return [layer.finish(x, done.get(layer)) if isinstance(layer, Linear) else layer(x) for layer in layers]
 
     def needs_own_matmuls(self) -> bool:
         """Whether the adapter cannot be part of a fused call: for its dropout, or because the base is int8."""
@@ -210,9 +209,10 @@ class Linear(Adapted):
         y = EightBitMatmul.apply(x, self.quantised.codes, self.quantised.scale)
         return y if self.bias_of_base() is None else y + self.bias_of_base().to(y.dtype)
 
-    def finish(self, x, y):
-        """y, from a fused call or `apply_base`, with what is still missing: the adapter's matmuls, DoRA's factor."""
-        adapter = self.adapter
+    def finish(self, x, y=None):
+        """The layer's output. y: what a fused call made of x, without which the base's and the adapter's matmuls are to
+        be done here; DoRA's factor always is."""
+        adapter, y = self.adapter, self.apply_base(x) if y is None else y
         if adapter is None:
             return y
         if self.needs_own_matmuls():
