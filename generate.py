@@ -52,10 +52,6 @@ class Settings:
     cache: bool = True
     """Keep keys and values; --no-cache puts the whole text through the model for every token."""
 
-    def __post_init__(self):
-        if 0 < self.temperature < 1e-6:
-            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or at least 1e-6")
-
 
 def penalised(logits, settings: Settings, seen_ids) -> torch.Tensor:
     """logits [V] -> scores [V]: a float64 copy with the ids already seen pushed down, whatever the sign of theirs."""
@@ -106,7 +102,8 @@ def sample_logits(logits, settings: Settings, seen_ids, generators) -> list[int]
     return torch.searchsorted(total, draws, right=True)[:, 0].tolist()       # right: never an id of probability 0
 
 
-@torch.no_grad()                                     # not inference_mode: training goes on with the same parameters
+# Not inference_mode, because training may go on with the same parameters.
+@torch.no_grad()
 def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=None) -> list[list[int]]:
     """The decode loop: B sequences of one length continued side by side -> the new ids of each.
 
@@ -121,13 +118,15 @@ def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        model.angles(capacity, device)               # the table of rotations once, not again for each longer sequence
+        # The table of rotations is made once, and not again for each longer sequence.
+        model.angles(capacity, device)
         while running and len(ids[0]) < capacity:
             past = cache.length if cache else 0
             tokens = torch.tensor([sequence[past:] for sequence in ids], device=device)          # [B, T]
             logits = model.head(model(tokens, cache=cache)[:, -1])                               # [B, V]
             for i, token in enumerate(sample_logits(logits, settings, ids, generators)):
-                ids[i].append(token)                 # an ended sequence goes on, unread, so that all have one length
+                # A sequence that has ended goes on, unread, so that all have one length.
+                ids[i].append(token)
                 if i in running:
                     new[i].append(token)
                     if token in eos_ids or (on_token and on_token(i, token)):
@@ -139,10 +138,7 @@ def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=
 
 
 def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None) -> list[int]:
-    """The ids that follow `prompt_ids`; on_token(id) sees each but an ending one, and ends the text with True.
-
-    ValueError where the prompt is empty or holds an id that the model does not have.
-    """
+    """The ids that follow `prompt_ids`; on_token(id) sees each but an ending one, and ends the text with True."""
     vocab_size = model.config.vocab_size
     if not len(prompt_ids):
         raise UserError("the prompt has no tokens; begin with the tokenizer's BOS")

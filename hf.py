@@ -83,7 +83,8 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
     old_kind = rope.pop("type", "default")                   # the key's name before `rope_type`
     rope["rope_type"] = rope.pop("rope_type", None) or old_kind
     no_rope, interval = [], values.get("no_rope_layer_interval", 4)
-    if family == "smollm3":                                  # without a list, every fourth layer is without rotation
+    if family == "smollm3":
+        # A config without the list means that every fourth layer has no rotation.
         uses_rope = values.get("no_rope_layers") or [(i + 1) % interval for i in range(known["num_hidden_layers"])]
         no_rope = [i for i, uses in enumerate(uses_rope) if not uses]
     config = {name: known.get(name) for name in SHARED}

@@ -80,7 +80,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def choose_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
-    """{path: rank} of the linear layers that get an adapter; ValueError where a pattern matches none."""
+    """{path: rank} of the linear layers that get an adapter; UserError where a pattern matches none."""
     paths = list(adapters.linear_layers(model))
     rank_entries = [entry.rpartition("=") for entry in config.ranks]
     for pattern in [*config.targets, *(pattern for pattern, _, _ in rank_entries)]:

@@ -32,13 +32,14 @@ class ModelConfig:
     max_position_embeddings: int = setting(2048, at_least=1)
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict = field(default_factory=dict)     # {"rope_type": "linear" | "dynamic" | "llama3" | "yarn", ...}
+    rope_scaling: dict = field(default_factory=dict)           # {"rope_type": a key of ROPE_TYPES, ...}
     tie_word_embeddings: bool = False
     qkv_bias: bool = False                       # Qwen2
     attention_bias: bool = False                 # Llama: q, k, v and o
     mlp_bias: bool = False
     qk_norm: bool = False                        # Qwen3: RMSNorm over each head's d
-    windows: list[int | None] | None = None      # per layer: tokens a query sees back, itself included; None: all
+    # Per layer: how many tokens a query sees, itself included; None: all.
+    windows: list[int | None] | None = None
     no_rope_layers: list[int] = field(default_factory=list)    # indices of layers without rotation (SmolLM3)
     initializer_range: float = 0.02
     family: str = "llama"                        # Hugging Face's model_type, see hf.py
@@ -75,14 +76,16 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, fl
     d, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
     exponent = torch.arange(0, d, 2, dtype=torch.float32) / d
-    if kind == "dynamic":          # the base grows once a sequence is longer than the model was trained for
+    if kind == "dynamic":
+        # The base grows once a sequence is longer than the model was trained for.
         trained = config.max_position_embeddings
         base *= (factor * max(length, trained) / trained - (factor - 1)) ** (d / (d - 2))
     frequency = 1.0 / base**exponent
     if kind == "linear":           # arXiv 2306.15595
         return frequency / factor, 1.0
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
-    if kind == "llama3":           # slow pairs are stretched, fast ones kept, a ramp between (2407.21783)
+    if kind == "llama3":
+        # Pairs that turn slowly are stretched, fast ones kept, with a ramp between (arXiv 2407.21783).
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = original * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -96,7 +99,8 @@ def yarn_frequencies(config: ModelConfig, frequency, factor: float, original: in
     """YaRN (arXiv 2309.00071): a ramp over the pairs from kept to divided by `factor`, and sharper attention."""
     d, scaling = config.head_dim, config.rope_scaling
 
-    def find_pair(turns):          # the pair that makes so many turns over the original length
+    # The pair that makes so many turns over the original length.
+    def find_pair(turns):
         return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
     def scale_for(weight):
@@ -239,9 +243,8 @@ class Model(nn.Module):
     def forward(self, tokens, position_ids=None, doc_start=None, causal: bool = True, cache: KVCache | None = None):
         """tokens [B, T] -> hidden [B, T, D] after the final norm.
 
-        position_ids [B, T]: None counts from 0, with a cache from its length. doc_start [B, T]: in packed sequences,
-        where the document of each token begins; attention then stays inside documents. causal=False: tokens see later
-        ones too.
+        position_ids [B, T]: None counts from 0, with a cache from its length. doc_start [B, T]: where the document of
+        each token begins; attention then stays inside documents. causal=False: tokens see later ones too.
         """
         T = tokens.shape[1]
         past = cache.length if cache is not None else 0
@@ -308,11 +311,8 @@ class Model(nn.Module):
 
 
 def matmul_flops_per_token(config: ModelConfig, context: int) -> float:
-    """Floating-point operations of a training step's matmuls, per token, forward and backward.
-
-    Three matmuls per weight (output, gradient of the input, gradient of the weight) and attention's two, of which a
-    causal mask needs half.
-    """
+    """Floating-point operations of a training step's matmuls, per token: three per weight (output, gradient of the
+    input, gradient of the weight), and attention's two, of which a causal mask needs half."""
     per_layer = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
     per_layer += 3 * config.hidden_size * config.intermediate_size
     weights = per_layer * config.num_hidden_layers + config.vocab_size * config.hidden_size

@@ -128,7 +128,8 @@ class Adapted(nn.Module):
         self.train(old.training)
         # Not register_parameter: it asks for the attribute first, which in Head is a property that needs the parameter.
         self._parameters["weight"] = old.weight
-        self.quantised = None                # FourBit or EightBit: the weight, in place of the parameter
+        # FourBit or EightBit, in place of the parameter
+        self.quantised = None
         self.adapters = nn.ModuleDict()
         self.active_name = None
 
@@ -246,7 +247,8 @@ class Head(Table):
 
     def __init__(self, old: nn.Linear, embedding: Embedding | None):
         super().__init__(old)
-        self.tied_to = [embedding] if embedding else []    # in a list, so that it is no submodule of the head
+        # In a list, so that the embedding is no submodule of the head.
+        self.tied_to = [embedding] if embedding else []
 
     @property
     def weight(self):

@@ -16,7 +16,8 @@ from torch import nn
 from core.errors import UserError
 from kernels import NF4, dequantise, quantise
 
-TINY = torch.finfo(torch.float32).tiny           # divisor in place of 0 where all weights of a block are 0
+# Divisor in place of 0, where all weights of a block are 0.
+TINY = torch.finfo(torch.float32).tiny
 
 
 class FourBit(nn.Module):
@@ -84,7 +85,7 @@ def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:
 
 
 def compress(weight: torch.Tensor, kind: str, double_quant: bool) -> FourBit | EightBit:
-    """weight [out, in] in fp32, bf16 or fp16 as `kind` (nf4, int4 or int8) on its device; ValueError on NaN."""
+    """weight [out, in] in fp32, bf16 or fp16 as `kind` (nf4, int4 or int8) on its device; UserError on NaN."""
     if kind == "int8":
         return EightBit(weight)
     return FourBit(quantise_int4(weight, double_quant) if kind == "int4" else quantise(weight, double_quant))
