@@ -27,8 +27,7 @@ from core.files import new_folder, refuse_existing
 from core.tensor_files import tensor_files
 from text.compare_vocabularies import Compare, Report, compare_command, report_command
 from text.corpus import read_documents
-from text.extend_vocabulary import Learning, add, extend
-from text.new_rows import NewRows, resize
+from text.extend_vocabulary import Learning, NewRows, add, extend, resize
 from text.train_vocabulary import Train, train, train_command
 from text.vocabulary import load
 from text.vocabulary_files import BaseTokenizer

@@ -33,8 +33,7 @@ from core import cli  # noqa: E402
 from core.errors import UserError  # noqa: E402
 from core.files import read_json, write_json  # noqa: E402
 from text.corpus import read_documents, utf8  # noqa: E402
-from text.extend_vocabulary import extend  # noqa: E402
-from text.new_rows import NewRows  # noqa: E402
+from text.extend_vocabulary import NewRows, extend  # noqa: E402
 from text.shards import is_held_out, pack  # noqa: E402
 
 LEGAL = ("corpora/legal_en_dc/dc_code_title16.txt", "corpora/legal_en_dc/dc_code_title28.txt")
