@@ -22,7 +22,6 @@ import hashlib
 import importlib
 import json
 import math
-import re
 import sys
 import time
 from dataclasses import dataclass, field
@@ -45,9 +44,17 @@ from learn import objectives
 from text import corpus, repair, vocabulary
 from text.drops import Drops, print_report
 from text.pii import scrub
-from text.records import OUTPUTS, list_files, metadata_of, read_input
+from text.records import OUTPUTS, list_files, metadata_of, read_input, to_line
 from text.rules import COMMON, NAMES, PRESETS, find_broken, find_percentiles, parse_rules, resolve_percentiles
-from text.scores import SCORES_VERSION, WEIGHTS, compile_keywords, compute_quality, estimate_log_odds, score_text
+from text.scores import (
+    SCORES_VERSION,
+    WEIGHTS,
+    compile_keywords,
+    compute_quality,
+    estimate_log_odds,
+    parse_weights,
+    score_text,
+)
 
 # About so many characters are sent to a worker at a time.
 BATCH_CHARS = 1 << 20
@@ -167,10 +174,8 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
     for name in ("drops.json", *(OUTPUTS if not last.exists() else ())):
         if (out / name).exists() and not overwrite:
             raise UserError(f"{out / name} exists already; choose another --out, or add --overwrite to replace it")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{out} is a file, or lies in one; --out names a folder") from None
+    if any(path.is_file() for path in (out, *out.parents)):
+        raise UserError(f"{out} is a file, or lies in one; --out names a folder")
     # The files take their names in the opposite order.
     with new_file(out / "drops.json") as report_file, new_file(out / OUTPUTS[1], "wb") as compressed, \
             new_file(out / OUTPUTS[0], "wb") as kept:
@@ -201,16 +206,8 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
 
 def _clean_batch(settings, records):
     """(a line of JSON for each part, characters that went in)."""
-    lines = [_to_line(part) for record in records for part in clean_document(record, settings)]
+    lines = [to_line(part) for record in records for part in clean_document(record, settings)]
     return lines, sum(len(record["text"] or "") for record in records)
-
-
-def _to_line(record) -> bytes:
-    try:
-        return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
-    except UnicodeEncodeError:
-        # Half a surrogate pair in the metadata stays escaped, as it came.
-        return (json.dumps(record, default=str) + "\n").encode()
 
 
 def _read_scored(path, weights):
@@ -230,7 +227,7 @@ def _add_perplexity(path, perplexity):
             value, scores = perplexity(record["text"]), record["metadata"]["scores"]
             if value is not None and math.isfinite(value):
                 scores |= {"perplexity": round(value, 4), "perplexity_score": round(max(0.0, 1 - value / 100), 4)}
-            file.write(_to_line(record))
+            file.write(to_line(record))
 
 
 def _gate_records(records, rules, kept, dropped) -> Drops:
@@ -241,7 +238,7 @@ def _gate_records(records, rules, kept, dropped) -> Drops:
         record["metadata"].pop("dropped", None)
         if broken:
             record["metadata"]["dropped"] = broken
-        (dropped if broken else kept).write(_to_line(record))
+        (dropped if broken else kept).write(to_line(record))
         drops.add(record, broken)
     return drops
 
@@ -291,20 +288,6 @@ class Clean:
     """Processes; the result is the same."""
     reading: Reading = field(default_factory=Reading)
     output: Output
-
-
-def parse_weights(text: str) -> dict:
-    """WEIGHTS with NAME=WEIGHT,... laid over them."""
-    weights = dict(WEIGHTS)
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
-        name = {"perplexity": "perplexity_score"}.get(name, name)
-        if name not in WEIGHTS or not re.fullmatch(r"-?\d+(\.\d*)?|\.\d+", value):
-            raise UserError(f"--weights {item}: write perplexity=0.3,format=0.2,content=0.3,relevance=0.2")
-        weights[name] = float(value)
-    if min(weights.values()) < 0 or not sum(weights.values()):
-        raise UserError(f"--weights {text}: none below 0, and not all of them 0")
-    return weights
 
 
 def clean_command(options: Clean) -> dict:

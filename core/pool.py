@@ -19,7 +19,8 @@ from concurrent.futures.process import BrokenProcessPool
 
 from core.errors import UserError
 
-_shared = None          # in a worker process: the first argument of every call
+# In a worker process: the first argument of every call.
+_shared = None
 
 
 class WorkerPool:
@@ -49,8 +50,8 @@ class WorkerPool:
     def map(self, function, batches):
         """Yield function(shared, batch) of each batch, in order.
 
-        ValueError where a worker process was killed or a batch cannot be pickled; whatever the function raises comes
-        through.
+        UserError where a worker process was killed or a batch is nested too deeply to be pickled; whatever the
+        function raises comes through.
         """
         if self.executor is None:
             for batch in batches:
@@ -67,7 +68,7 @@ class WorkerPool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(f"a worker process was killed, most likely for want of memory; use fewer than "
-                            f"{self.workers} --workers") from None
+                             f"{self.workers} --workers") from None
         except RecursionError:
             raise UserError("a record is nested too deeply to be sent to a worker process; use --workers 1") from None
 

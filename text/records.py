@@ -1,5 +1,6 @@
 """Records as clean.py takes them, {"text", "id", "metadata": {"source", ...}, ...}: of files, folders and the Hub."""
 
+import json
 import os
 from pathlib import Path
 
@@ -46,3 +47,11 @@ def metadata_of(record: dict) -> dict:
     if isinstance(metadata, dict):
         return metadata
     return {} if metadata is None else {"metadata": metadata}
+
+
+def to_line(record: dict) -> bytes:
+    """A line of a .jsonl file, in UTF-8; half a surrogate pair stays escaped, as it came."""
+    try:
+        return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(record, default=str) + "\n").encode()

@@ -100,6 +100,20 @@ def compute_quality(scores: dict, weights: dict = WEIGHTS) -> float:
     return round(sum(weights[name] * value for name, value in parts.items()) / total, 4) if total else 0.0
 
 
+def parse_weights(text: str) -> dict:
+    """WEIGHTS with NAME=WEIGHT,... laid over them; perplexity stands for perplexity_score."""
+    weights = dict(WEIGHTS)
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        name = {"perplexity": "perplexity_score"}.get(name, name)
+        if name not in WEIGHTS or not re.fullmatch(r"-?\d+(\.\d*)?|\.\d+", value):
+            raise UserError(f"--weights {item}: write perplexity=0.3,format=0.2,content=0.3,relevance=0.2")
+        weights[name] = float(value)
+    if min(weights.values()) < 0 or not sum(weights.values()):
+        raise UserError(f"--weights {text}: none below 0, and not all of them 0")
+    return weights
+
+
 def _score_shape(text, lines, n_words) -> dict:
     """Scores on the marks and the lines of a text; `lines` are those that are not empty."""
     lengths, n_lines = list(map(len, lines)), max(1, len(lines))

@@ -142,10 +142,10 @@ def test_variants_of_keys():
 @pytest.mark.parametrize("unit", ["a@b.c.", "a@", "a@a.a(", "1.1.1.1 ", "66.66.66.66 ", "host 1.1.1.1, ", "1.1.1.1:",
                                   "[1.1.1.1", "1.1.1.1 a ", "a:", "::", "@", "ip ", "ip\"' ", "(415) ", "call me at ",
                                   "reach ", "10:10:10 ", "xn--", "eyJa", "AIza", "-----BEGIN PRIVATE KEY", "1.1.1.1, "])
-def test_a_megabyte_of_anything_takes_seconds_at_most(unit):
+def test_a_quarter_of_a_megabyte_of_anything_takes_seconds_at_most(unit):
     start = time.process_time()
-    scrub(unit * (10**6 // len(unit)))
-    assert time.process_time() - start < 8
+    scrub(unit * (250_000 // len(unit)))
+    assert time.process_time() - start < 3
 
 
 def test_statutes_and_abstracts_have_no_addresses(data_dir):
