@@ -102,8 +102,8 @@ class Loader:
         self.shards = [packing.shards for packing in self.packings]
 
     def batch(self, step: int, first: int = 0, last: int | None = None) -> Batch:
-        """Sequences `first` to `last` (without it; default: all) of a step's global batch: the part of one rank, or of
-        one micro-batch."""
+        """The sequences from `first` to before `last` (default: all) of a step's global batch, such as those of one
+        rank or of one micro-batch."""
         before = self.plan[step]
         taken = self.plan[step + 1] - before
         B = int(taken.sum())

@@ -87,7 +87,7 @@ def test_golden_order_of_the_first_1000_batches_of_five_sources(tmp_path):
 def test_any_world_size_and_accumulation_sees_the_same_batch(tmp_path, world, packing):
     sources, counts = three_sources(tmp_path, batch_size=24)
     loader, share = loader_of(sources, counts, 32, seed=1, packing=packing), 24 // world
-    for step in (0, 1, 57, 199):
+    for step in (0, 57, 199):
         for micro in {1, 2, share}:
             slices = [arrays(loader.batch(step, lo, min(lo + micro, (rank + 1) * share))) for rank in range(world)
                       for lo in range(rank * share, (rank + 1) * share, micro)]

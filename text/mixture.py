@@ -33,7 +33,7 @@ HARD = 3.0                          # curriculum's end: the hardest documents co
 WARN_EPOCHS = 4                     # up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264)
 ALONE = ("two_stage", "domain_only")
 ALL = (0.0, 1.0, 1.0)               # open_documents where all are open and come alike
-ANY = float("inf")
+INFINITY = float("inf")
 
 
 @dataclass
@@ -42,7 +42,7 @@ class SourceConfig:
     """folder made by data.py pack"""
     role: Literal["domain", "general"] = "domain"
     """domain: text to be learned; general: replay, which keeps what the model knows"""
-    weight: float = setting(1.0, at_least=0, below=ANY)
+    weight: float = setting(1.0, at_least=0, below=INFINITY)
     """share among the sources of the same role (of the same stratum, where replay is stratified)"""
     stratum: Literal["", "reasoning", "knowledge", "language", "coding", "math", "instruction_following",
                      "safety"] = ""
@@ -65,13 +65,13 @@ class Bucket(SourceConfig):
 class Strata:
     """Weights of the capabilities within the replay; used where the general sources name their stratum."""
 
-    reasoning: float = setting(1.0, at_least=0, below=ANY)
-    knowledge: float = setting(1.0, at_least=0, below=ANY)
-    language: float = setting(1.0, at_least=0, below=ANY)
-    coding: float = setting(1.0, at_least=0, below=ANY)
-    math: float = setting(1.0, at_least=0, below=ANY)
-    instruction_following: float = setting(1.0, at_least=0, below=ANY)
-    safety: float = setting(1.0, at_least=0, below=ANY)
+    reasoning: float = setting(1.0, at_least=0, below=INFINITY)
+    knowledge: float = setting(1.0, at_least=0, below=INFINITY)
+    language: float = setting(1.0, at_least=0, below=INFINITY)
+    coding: float = setting(1.0, at_least=0, below=INFINITY)
+    math: float = setting(1.0, at_least=0, below=INFINITY)
+    instruction_following: float = setting(1.0, at_least=0, below=INFINITY)
+    safety: float = setting(1.0, at_least=0, below=INFINITY)
 
 
 @dataclass

@@ -91,6 +91,13 @@ def test_the_plan_of_what_is_due_first():
         assert deviation(jumps, batch_size) < 1
 
 
+def test_plans_as_their_docstrings_say():
+    assert np.diff(plan_counts(np.tile([0.7, 0.3], (5, 1)), 2), axis=0).tolist()[:2] == [[1, 1], [2, 0]]
+    weights = (np.array([0.55, 0.35, 0.1]) * 2**32).astype(np.int64)
+    weights[0] += 2**32 - weights.sum()
+    assert np.diff(_due_first(np.tile(weights, (10, 1)), 1), axis=0).argmax(1).tolist()[:3] == [0, 1, 0]
+
+
 def test_the_schedule_of_the_domain_share():
     def share(p):
         return domain_share("warmup_cooldown", 0.7, p)
@@ -195,7 +202,7 @@ def test_every_schedule_keeps_within_one_sequence_at_every_prefix(schedule, batc
     strata = {"math": SourceConfig(role="general", stratum="math", weight=0.3),
               "talk": SourceConfig(role="general", stratum="language"),
               "more": SourceConfig(role="general", stratum="language", weight=2.0)}
-    for steps in (1, 2, 50, 701):
+    for steps in (1, 2, 50, 201):
         for anneal in (None, 1.0, 0.0):
             for K in (2, 10):
                 config = DataConfig(schedule=schedule, anneal_share=anneal)

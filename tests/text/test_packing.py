@@ -105,6 +105,10 @@ def test_best_fit_against_an_item_at_a_time(seed):
     assert sorted(found) == sorted(map(sum, best_fit_by_hand(sizes, capacity)))
 
 
+def test_best_fit_as_its_docstring_says():
+    assert best_fit_decreasing(np.array([6, 3, 5, 4, 2]), 10).tolist() == [0, 1, 1, 0, 1]
+
+
 @pytest.mark.parametrize("packing", ["best_fit", "document"])
 @pytest.mark.parametrize("shard_tokens", [10**8, 30])
 def test_documents_stay_whole_and_each_token_is_a_target_once(tmp_path, packing, shard_tokens):
