@@ -4,19 +4,13 @@
     python forget.py merge --base DIR --model DIR --out DIR --alpha 0.5
     python forget.py replay --model DIR --documents 1000 --out replay.jsonl
 
-| method   | holds back forgetting by                | costs                   |
-|----------|-----------------------------------------|-------------------------|
-| freeze   | leaving parameters as they are          | nothing: it saves their |
-|          |                                         | gradients and moments   |
-| ewc      | pulling back to the base what general   | 2 copies of what trains |
-|          | text depends on                         | (L2-SP: 1)              |
-| lwf      | predicting what the base predicts       | the base's forward pass |
-|          |                                         | and a copy of it (with  |
-|          |                                         | adapters no copy)       |
-| adaptive | more replay when general text gets      | evaluations             |
-|          | worse                                   |                         |
-| ema      | averaging the weights over the run      | 1 copy of what trains   |
-| merge    | going back part of the way to the base  | a sweep of evaluations  |
+    method    holds back forgetting by                  costs
+    freeze    leaving parameters as they are            less than nothing
+    ewc       pulling back what general text depends on 2 copies of what trains
+    lwf       predicting what the base predicts         the base's forward pass
+    adaptive  more replay when general text gets worse  evaluations
+    ema       averaging the weights over the run        1 copy of what trains
+    merge     going back part of the way, after the run a sweep of evaluations
 
 A method is one file in learn/: its settings, its arithmetic and a class with
 the loop's hooks (learn/method.py). It acts on any module whose output layer is

@@ -8,6 +8,7 @@ import typing
 import pytest
 import torch
 
+from core import cli
 from core import config as settings
 from core.errors import UserError
 from learn.optim import OptimConfig
@@ -230,13 +231,13 @@ class Whole:
 
 def test_settings_from_the_command_line_and_back(tmp_path):
     with pytest.raises(ValueError, match=r"cosinus.*cosine_restarts.*linear.*inverse_sqrt.*constant.*wsd.*infinite"):
-        settings.parse(Whole, ["--optim.schedule", "cosinus"])
-    c = settings.parse(Whole, ["--optim.schedule", "infinite", "--optim.warmup-steps", "3",
-                               "--optim.cooldown-steps", "9"])
+        cli.parse(Whole, ["--optim.schedule", "cosinus"], recipe=True)
+    c = cli.parse(Whole, ["--optim.schedule", "infinite", "--optim.warmup-steps", "3", "--optim.cooldown-steps", "9"],
+                  recipe=True)
     assert c.optim == OptimConfig(schedule="infinite", warmup_steps=3, cooldown_steps=9)
     for config in (c, Whole()):
         (tmp_path / "config.toml").write_text(settings.to_toml(config))
-        assert settings.parse(Whole, [str(tmp_path / "config.toml")]) == config
+        assert cli.parse(Whole, [str(tmp_path / "config.toml")], recipe=True) == config
 
 
 @pytest.mark.parametrize(("wrong", "words"), [

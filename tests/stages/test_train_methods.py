@@ -263,6 +263,7 @@ def test_a_run_that_died_between_its_export_and_its_last_file_is_finished(base, 
         train.train(run_of(base, out, *words), one())
 
 
+@pytest.mark.slow
 def test_qlora_stays_within_two_percent_of_lora(data_dir, tmp_path):
     """stories260K on a title of law, the same batches; the last quarter's losses."""
     model, law = data_dir / "models/stories260K", data_dir / "corpora/legal_en_dc/dc_code_title16.txt"
