@@ -1,14 +1,11 @@
 """Shards -> batches, each a pure function of (seed, step) and the shards' manifests; and the commands around shards.
 
-    python data.py pack --tokenizer DIR_OR_FILE --out shards/legal legal.txt --documents blank
-    python data.py pack --buckets 10 --score quality --tokenizer DIR_OR_FILE --out shards/legal kept.jsonl
+    python data.py pack --tokenizer DIR_OR_FILE --out shards/legal legal.txt
     python data.py pack --part 3/8 --tokenizer DIR_OR_FILE --out shards/wiki wiki/*.jsonl.gz     on each of 8 machines
     python data.py manifest --merge shards/wiki                                                 then once
-    python data.py pack --tokenizer gpt2 --out shards/web openwebtext/train.bin                  token files of others
     python data.py verify shards/legal
-    python data.py info shards/legal
     python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
-    python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl --domain-ratio 0.7
+    python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl
 
 The ideas stand in text/: corpus.py reads documents, shards.py keeps their tokens on disk, packing.py cuts sources into
 sequences, mixture.py says how many sequences of each source a step has. Here stands their order.
@@ -286,7 +283,7 @@ class Mix:
     """
 
     recipe: Positional[str | None] = None
-    """A recipe of train.py; settings of its [data] and [train] may follow as --data.* and --train.*."""
+    """A recipe of train.py; settings of its [data] and [train], --data.* and --train.*, may stand at the end."""
     preview: bool = False
     """Print and draw how much of each source the recipe's schedule draws over the run."""
     domain: list[str] = field(default_factory=list)
@@ -328,22 +325,13 @@ def run_mix(options: Mix, settings: list[str]) -> dict:
     return done
 
 
-def take_settings(argv: list[str]) -> list[str]:
-    """The recipe's settings among the words of a command line, --data.KEY VALUE ... and --train.KEY VALUE ..., which
-    are taken out of it."""
-    taken, rest = [], []
-    target = rest
-    for word in argv:
-        if word.startswith("--"):
-            target = taken if word.startswith(("--data.", "--train.")) else rest
-        target.append(word)
-    argv[:] = rest
-    return taken
-
-
 def main() -> int:
-    argv = sys.argv[1:]
-    settings = take_settings(argv) if argv[:1] == ["mix"] else []
+    argv, settings = sys.argv[1:], []
+    if argv[:1] == ["mix"]:
+        # What follows the first --data.KEY or --train.KEY is for the recipe and not an option of the command.
+        keys = (i for i, word in enumerate(argv) if word.startswith(("--data.", "--train.")))
+        at = next(keys, len(argv))
+        argv, settings = argv[:at], argv[at:]
     return cli.run("data.py", __doc__, {
         "pack": (Pack, run_pack), "manifest": (Manifest, run_manifest), "verify": (Verify, run_verify),
         "info": (Folder, lambda options: print_info(options.dir)),

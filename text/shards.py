@@ -206,14 +206,7 @@ class Shards:
         # Where each shard begins in the virtual array, and the number of its first document; the totals stand last.
         self.first_token = np.cumsum([0] + [len(t) for t in self.token_maps]).tolist()
         self.first_document = np.cumsum([0] + [len(e) for e in self.end_maps]).tolist()
-
-    @property
-    def tokens(self) -> int:
-        return self.first_token[-1]
-
-    @property
-    def documents(self) -> int:
-        return self.first_document[-1]
+        self.tokens, self.documents = self.first_token[-1], self.first_document[-1]
 
     def document_ends(self) -> np.ndarray:
         """int64 [documents]: where in the virtual array each document ends."""
