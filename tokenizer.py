@@ -93,9 +93,10 @@ def extend_command(options: Extend) -> dict:
     source = check_change(options)
     texts = read_documents(options.files, options.reading)
     with tempfile.TemporaryDirectory() as scratch:
-        parts = extend(source, texts, wanted.new_tokens, scratch, wanted.min_count)
-        tokens = load(scratch).tokens
-        write_change(options, scratch, parts)
+        folder = Path(scratch, "tokenizer")
+        parts = extend(source, texts, wanted.new_tokens, folder, wanted.min_count)
+        tokens = load(folder).tokens
+        write_change(options, folder, parts)
     out, first = options.output.out, min(parts)
     fewer = f" of {wanted.new_tokens}: no other pair that may be joined occurs {wanted.min_count} times"
     print(f"{out}: {len(parts)} new tokens{fewer if len(parts) < wanted.new_tokens else ''}, "
@@ -107,9 +108,10 @@ def extend_command(options: Extend) -> dict:
 def add_command(options: Add) -> dict:
     source = check_change(options)
     with tempfile.TemporaryDirectory() as scratch:
-        ids = add(source, options.terms, scratch, options.special, options.pad)
+        folder = Path(scratch, "tokenizer")
+        ids = add(source, options.terms, folder, options.special, options.pad)
         old = BaseTokenizer(source).tokenizer
-        write_change(options, scratch, {i: old.encode(term) for term, i in ids.items()}, ids.get(options.pad))
+        write_change(options, folder, {i: old.encode(term) for term, i in ids.items()}, ids.get(options.pad))
     # A plain word, once added, has no form with a space before it, and is cut out of longer words: "lien" of "client".
     plain = [term for term in options.terms if term.replace(" ", "").isalpha()]
     if plain and not options.special:
@@ -133,8 +135,11 @@ def check_change(options: Change) -> Path:
     return base.folder
 
 
-def write_change(options: Change, folder: str, parts: dict[int, list[int]], zero_id: int | None = None) -> None:
-    """Write the tokenizer in `folder` to --out, alone or with the model's weights (see save_model)."""
+def write_change(options: Change, folder: Path, parts: dict[int, list[int]], zero_id: int | None = None) -> None:
+    """Write the tokenizer in `folder` to --out, alone or with the model's weights (see save_model).
+
+    A folder inside a temporary one is copied, because a temporary one is readable by its owner alone.
+    """
     if options.model is not None:
         save_model(options.model, folder, parts, options.output.out, options.rows, zero_id)
         return

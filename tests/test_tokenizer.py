@@ -147,6 +147,8 @@ def test_plain_words_are_warned_of(small_bases, tmp_path, command):
     line = f"add --tokenizer {path} --out {tmp_path}/out --json {file} lien res_judicata <a> x1 Pfändung"
     status, _, stderr = command(line)
     assert (status, json.loads(file.read_text())["plain_words"]) == (0, ["lien", "Pfändung"])
+    (tmp_path / "folder").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "folder").stat().st_mode        # others may read it
     assert stderr.startswith("warning: 'lien', 'Pfändung': plain words; as added tokens they are also cut out of")
 
 
