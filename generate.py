@@ -92,8 +92,7 @@ def sample_logits(logits, settings: Settings, seen_ids, generators) -> list[int]
     """
     scores = torch.stack([penalised(row, settings, seen) for row, seen in zip(logits, seen_ids)])
     if not scores.amax(-1).isfinite().all():
-        raise UserError("the model's logits are not finite; the checkpoint is damaged, or float16 overflowed: try "
-                         "--dtype float32")
+        raise UserError("the logits are not finite; the checkpoint is damaged, or float16 overflowed: --dtype float32")
     if settings.temperature == 0:
         return scores.argmax(-1).tolist()
     total = probabilities(scores, settings).cumsum(-1)
@@ -143,8 +142,7 @@ def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None) -
     if not len(prompt_ids):
         raise UserError("the prompt has no tokens; begin with the tokenizer's BOS")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
-        raise UserError(f"the prompt holds id {max(prompt_ids)}, but the model has {vocab_size} rows; is this its "
-                         f"tokenizer?")
+        raise UserError(f"the prompt holds id {max(prompt_ids)} of {vocab_size} rows; is this the model's tokenizer?")
     seen = (lambda i, token: on_token(token)) if on_token else None
     return decode(model, [prompt_ids], settings, [torch.Generator().manual_seed(settings.seed)], eos_ids, seen)[0]
 

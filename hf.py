@@ -179,8 +179,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell these weights from others without reading all of them: a hash over the names, sizes,
-        first and last megabyte of the tensor files."""
+        """16 hex digits that tell these weights from others: of the files' names, sizes, first and last megabytes."""
         digest = hashlib.sha256()
         for file in sorted(set(tensor_files(self.folder).values())):
             size = file.stat().st_size

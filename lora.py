@@ -3,9 +3,8 @@
     python lora.py merge --base DIR --adapter DIR --out DIR        base and adapter as one Hugging Face folder
 
 `attach` freezes a model and puts the layers of learn/adapters.py (the formulas stand there) in the place of its linear
-layers. LoRA+ (arXiv 2402.12354) gives B a learning rate of its own; QLoRA (2305.14314) keeps W in 4 bits. Embedding and
-head can be trained in full, or in the rows of some tokens, such as new ones; what is trained is then a copy, so that
-the base stays as it was under every adapter.
+layers. LoRA+ (arXiv 2402.12354) gives B a learning rate of its own; QLoRA (2305.14314) keeps W in 4 bits. Of embedding
+and head a copy is trained, in full or the rows of some tokens, so that the base stays as it was under every adapter.
 """
 
 import core.threads
@@ -40,8 +39,7 @@ class LoraConfig:
     alpha: float = setting(16.0, above=0, below=math.inf)
     """The adapter's part is multiplied by alpha / rank."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers that get an adapter, by name ("q_proj", "layers.0.mlp.up_proj") or pattern ("layers.1?.*").
-    Default: all of the blocks."""
+    """Linear layers that get one, by name ("q_proj", "layers.0.mlp.up_proj") or pattern ("layers.1?.*"); empty: all."""
     ranks: list[str] = field(default_factory=list)
     """Other ranks by name or pattern, "down_proj=16" "layers.0.*=4"; the last that matches a layer counts."""
     dropout: float = setting(0.0, at_least=0, below=1)
@@ -59,8 +57,7 @@ class LoraConfig:
     embedding_lr_ratio: float | None = setting(None, above=0)
     """Learning rate of embedding and head divided by optim.lr. Default: 0.1 with full, 1 with rows."""
     base: Literal["plain", "nf4", "int4", "int8"] = "plain"
-    """How the frozen weights of the blocks are kept: as loaded, in 4 bits (levels at normal quantiles, or evenly
-    spaced), or in 8 bits."""
+    """How the blocks' frozen weights are kept: as loaded, in 4 bits (normal quantiles, or even steps), or in 8."""
     double_quant: bool = True
     """With nf4 and int4: 4.13 bits per weight instead of 4.5."""
 
@@ -113,7 +110,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
     """Freeze `model` and give it the adapter `name`, drawn from `seed` and active.
 
     At first the model computes what it did, bit for bit unless its weights are quantised. On the meta device nothing is
-    drawn: call `initialise` once the base's weights are there. device: where quantised weights go, one layer at a time,
+    drawn: call `initialise` once the base's weights are there. Quantised weights go to `device`, one layer at a time,
     so that the plain ones never have to fit there.
     """
     if not config.rank:
@@ -126,8 +123,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
         tables = dict.fromkeys(["embed_tokens"] if adapters.is_tied(model) else ["embed_tokens", "head"], token_ids)
     if config.base != "plain":
         if on_meta:
-            raise UserError(f"lora.base {config.base}: every rank holds all quantised weights, they are not sharded; "
-                             f"use --parallel.strategy ddp")
+            raise UserError(f"lora.base {config.base}: quantised weights are not sharded; use --parallel.strategy ddp")
         for path in adapters.linear_layers(model):
             layer = adapters.replace_layer(model, path)
             if layer.quantised is None:
@@ -190,11 +186,10 @@ def trainable_share(model: nn.Module) -> str:
 
 @torch.no_grad()
 def merge(model: nn.Module):
-    """Put the active adapter into the base's weights, each rounded once from fp32 or wider, and take it off the model.
-    UserError on a quantised base."""
+    """Put the active adapter into the base's weights, rounded once from fp32 or wider, and take it off the model."""
     if any(layer.quantised is not None for _, layer in adapters.adapted_layers(model)):
-        raise UserError("merging into a quantised base would lose the adapter in its rounding; save the adapter and "
-                        "merge it into the full weights: python lora.py merge --base DIR --adapter DIR --out DIR")
+        raise UserError("a quantised base would round the adapter away; merge it into the full weights: "
+                        "python lora.py merge --base DIR --adapter DIR --out DIR")
     for _, layer in adapters.active_layers(model):
         layer.kept.copy_(layer.adapter.merge_into(layer.kept))
         del layer.adapters[layer.active_name]

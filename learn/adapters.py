@@ -78,8 +78,7 @@ class TableRows(nn.Module):
     """Trained rows [n, D] of an embedding or head in place of the base's: those of some tokens, or, without token_ids,
     all. Gradients, weight decay and the optimizer's moments exist for these n alone.
 
-    `slots` leads from a token to its trained row: with the token ids 7 and 9 of a vocabulary of 10 it is -1 but for
-    slots[7] = 0 and slots[9] = 1.
+    `slots` leads from a token to its trained row: for the token ids 7 and 9 it is -1 but slots[7] = 0 and slots[9] = 1.
     """
 
     def __init__(self, layer: "Table", token_ids: list[int] | None):
@@ -211,8 +210,7 @@ class Linear(Adapted):
         return y if self.bias_of_base() is None else y + self.bias_of_base().to(y.dtype)
 
     def finish(self, x, y=None):
-        """The layer's output. y: what a fused call made of x, without which the base's and the adapter's matmuls are to
-        be done here; DoRA's factor always is."""
+        """The layer's output. y: what a fused call made of x; without it the matmuls are done here."""
         adapter, y = self.adapter, self.apply_base(x) if y is None else y
         if adapter is None:
             return y

@@ -24,6 +24,7 @@ from learn import adapters
 PREFIX = "base_model.model."                 # of every key in PEFT's files
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HEAD_KEY, EMBEDDING_KEY = PREFIX + "lm_head.weight", PREFIX + "model.embed_tokens.weight"
+UNTIE = "untie the base first (tie_word_embeddings false and an lm_head.weight)"
 # Settings of PEFT that change what the tensors mean, and the values with which they do not.
 HARMLESS = {
     "fan_in_fan_out": (False, None), "lora_bias": (False, None), "use_qalora": (False, None), "bias": ("none", None),
@@ -51,8 +52,7 @@ def peft_names(model: nn.Module) -> dict[str, str]:
 
 
 def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
-    """{PEFT's key: tensor on the CPU} of the active adapter. weights: the model's parameters as full tensors, where its
-    own are shards (parallel.model_state)."""
+    """{PEFT's key: tensor on the CPU} of the active adapter; weights: full tensors, where the model's are shards."""
     weights = dict(model.named_parameters()) if weights is None else weights
     state = {key: weights[name].detach().cpu().clone() for name, key in peft_names(model).items()}
     if EMBEDDING_KEY in state and HEAD_KEY not in state:
@@ -68,8 +68,7 @@ def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
     keys = set(names.values())
     tied = EMBEDDING_KEY in keys and HEAD_KEY not in keys and {HEAD_KEY, EMBEDDING_KEY} <= tensors.keys()
     if tied and not torch.equal(tensors.pop(HEAD_KEY), tensors[EMBEDDING_KEY]):
-        raise UserError("the adapter has a head of its own, but the model's is tied to its embedding; untie the base "
-                         "first (tie_word_embeddings false and an lm_head.weight)")
+        raise UserError(f"the adapter has a head of its own, but the model's is tied to its embedding; {UNTIE}")
     if odd := sorted(tensors.keys() ^ keys):
         raise UserError(f"the adapter's tensors are not those the model expects: "
                          f"{'left over' if odd[0] in tensors else 'missing'} is {odd[0]}, and {len(odd) - 1} more")
@@ -122,8 +121,7 @@ def peft_config(model: nn.Module, base_name: str) -> dict:
 
 
 def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None = None):
-    """Write the active adapter as PEFT does, in place of an old `folder`. base_name: the base's folder or Hub id.
-    weights: as in `peft_state`."""
+    """Write the active adapter as PEFT does, in place of an old `folder`; weights: as in `peft_state`."""
     tensors, config = peft_state(model, weights), peft_config(model, base_name)
     with new_folder(folder, overwrite=True) as out:
         save_file(tensors, out / TENSORS, metadata={"format": "pt"})
@@ -140,8 +138,7 @@ def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
         raise UserError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
     for name, allowed in HARMLESS.items():
         if settings.get(name) not in allowed:
-            raise UserError(f"{folder / CONFIG} has {name} {settings[name]!r}, which is not supported; merge it with "
-                             f"PEFT's own merge_and_unload")
+            raise UserError(f"{folder / CONFIG} has {name} {settings[name]!r}; merge it with PEFT's merge_and_unload")
     try:
         return settings, load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
@@ -154,14 +151,12 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     settings, tensors = read_adapter(folder)
     tied = adapters.is_tied(model)
     if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
-        raise UserError(f"{folder} trains the embedding and leaves the head as it was (ensure_weight_tying is not "
-                         f"set), but the base's head is its embedding; untie the base first (tie_word_embeddings false "
-                         f"and an lm_head.weight)")
+        raise UserError(f"{folder} trains the embedding and leaves the head as it was (no ensure_weight_tying), but "
+                        f"the base's head is its embedding; {UNTIE}")
     alphas, indices = settings.get("alpha_pattern") or {}, settings.get("trainable_token_indices") or {}
     # A bare list means the embedding.
     indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
-    same = {"rslora": bool(settings.get("use_rslora")), "dora": bool(settings.get("use_dora")),
-            "dropout": settings.get("lora_dropout") or 0.0}
+    rslora, dora = bool(settings.get("use_rslora")), bool(settings.get("use_dora"))
     known, low_rank, tables = adapters.linear_layers(model), {}, {}
     for key in sorted(tensors):
         module, _, end = key.removeprefix(PREFIX).partition(".lora_A")
@@ -169,7 +164,8 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
         if end == ".weight" and path in known:
             alpha = next((value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)),
                          settings["lora_alpha"])
-            low_rank[path] = {"rank": len(tensors[key]), "alpha": float(alpha), **same}
+            low_rank[path] = {"rank": len(tensors[key]), "alpha": float(alpha), "rslora": rslora, "dora": dora,
+                              "dropout": settings.get("lora_dropout") or 0.0}
         elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
             tables["embed_tokens" if key == EMBEDDING_KEY else "head"] = None
         elif key.endswith(".token_adapter.trainable_tokens_delta"):
