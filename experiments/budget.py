@@ -10,7 +10,6 @@ replay equal to the mean share of the first run. experiments/results/budget.json
 has what every evaluation saw, and budget.png beside it draws it.
 """
 
-import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -74,18 +73,6 @@ def measure_pair(seed: int, c: Budget, out: Path, shards: dict) -> list[dict]:
     return [first, measure_run("fixed", fixed, seed, c, out / f"fixed_{seed}", shards)]
 
 
-def draw_table(rows: list[dict]) -> str:
-    lines = ["| replay | mean share | worst rise | evaluations over the budget | last rise | domain bits per byte |",
-             "|---|---:|---:|---:|---:|---:|"]
-    for method in ("adaptive", "fixed"):
-        of = [row for row in rows if row["method"] == method]
-        mean = {key: statistics.mean(row[key] for row in of) for key in of[0] if isinstance(of[0][key], float)}
-        lines.append(f"| {method} | {mean['replay_share']:.1%} | {max(row['worst_rise'] for row in of):.4f} "
-                     f"| {', '.join(str(row['evaluations_over']) for row in of)} of {of[0]['evaluations']} "
-                     f"| {mean['last_rise']:.4f} | {mean['domain_bits_per_byte']:.4f} |")
-    return "\n".join(lines)
-
-
 def draw_chart(rows: list[dict], epsilon: float) -> Figure:
     """What general text lost, and below it the share of replay, over the steps; a line per run."""
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
@@ -108,8 +95,7 @@ def run_study(c: Budget) -> None:
     with ThreadPoolExecutor(c.jobs) as pool:
         rows = list(chain(*pool.map(lambda seed: measure_pair(seed, c, out, shards), c.seeds)))
     save_study("budget", c, RESULTS, rows, draw_chart(rows, c.epsilon), began, epsilon=c.epsilon)
-    print(f"\n{draw_table(rows)}\n\nbudget {c.epsilon:g} bits per byte; {time.perf_counter() - began:.0f} s; "
-          f"{RESULTS}/budget.*")
+    print(f"budget {c.epsilon:g} bits per byte; {time.perf_counter() - began:.0f} s; {RESULTS}/budget.*")
 
 
 if __name__ == "__main__":
