@@ -1,36 +1,39 @@
 """NF4: weights in four bits (QLoRA; Dettmers et al., 2023, arXiv 2305.14314), byte for byte as bitsandbytes keeps them.
 
-The flattened weight is cut into blocks of 64. A block keeps a = max |w| and, of every number, the index of the level
+The flattened weight is cut into blocks of 64. A block keeps a = max |w| and, for every element, the index of the level
 nearest to w / a among 16 quantiles of the normal distribution between -1 and 1. Double quantisation keeps `a` itself
 in 8 bits: a - mean(a) in blocks of 256, as the nearest of 256 dynamic levels (Dettmers, 2015, arXiv 1511.04561) times
-the block's largest. That makes 4 + 8/64 + 32/(64 * 256) = 4.127 bits a number; without it 4.5.
+the block's largest. That makes 4 + 8/64 + 32/(64 * 256) = 4.127 bits per element; without it 4.5.
 
     a = nested[absmax[block]] * absmax2[block / 256] + offset         w = level[code] * a
 
-Dequantising N numbers to bf16 moves 0.516 N + 2 N bytes, of which the output is four fifths, and should cost that and
-no more, for a QLoRA step does it twice a weight. It is one kernel, the nested absmax included. A level is a load from
-64 bytes that stay in L1: 32 a cycle and multiprocessor, four times what the memory asks for; a tree of 15 selects a
-number would take longer than the memory does. The products are rounded one by one, without fused multiply-adds: the
-numbers are bitwise those of bitsandbytes. Quantising happens once in a weight's life; its kernel only has to stream.
+Dequantising N elements to bf16 moves 0.516 N + 2 N bytes, of which the output is four fifths, and should cost that and
+no more, because a QLoRA step does it twice per weight. It is one kernel, the nested absmax included. A level is a load
+from 64 bytes that stay in L1: 32 per cycle and multiprocessor, four times what the memory asks for; a tree of 15
+selects per element would take longer than the memory does. Multiplications and additions are rounded one by one,
+without fused multiply-adds: the values are bitwise those of bitsandbytes. Quantising happens once in a weight's life;
+its kernel only has to stream.
 
-What cannot be: a product of activations with packed weights. At training sizes the library's product takes ten times
-as long as dequantising into a scratch buffer first, and no fused kernel reaches it (kernels/lora.py does that).
+There is no matmul of activations with packed weights. At training sizes the library's matmul takes ten times as long as
+dequantising into a scratch buffer first, and no fused kernel reaches it (kernels/lora.py does that).
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from kernels.backend import jit, launch, op, tl, use_triton
 
-BLOCK, BLOCK2 = 64, 256          # numbers that share an absmax; absmaxes that share an absmax2
+BLOCK, BLOCK2 = 64, 256          # elements that share an absmax, absmaxes that share an absmax2
 LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
           -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
           0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
-SMALLEST = 2.0**-126             # fp32's least normal number; an absmax below counts as this: no 0 / 0
-CHUNK = 4096                     # blocks the CPU turns at once: a megabyte, which its caches hold
-ROWS = 64                        # blocks of a program; divides BLOCK2, so that it needs one absmax2
+# The smallest normal fp32 value; an absmax below counts as this, so that a block of zeros is not 0 / 0.
+SMALLEST = 2.0**-126
+# Blocks the CPU works on at once: a megabyte, which its caches hold.
+CHUNK = 4096
+# Blocks of a program; divides BLOCK2, so that a program needs one absmax2.
+ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +49,9 @@ class NF4:
     shape    of the weight             shape in the JSON
     dtype    the weight's before       dtype in the JSON ("bfloat16")
 
-    (divisions rounded up). The JSON is NAME.quant_state.bitsandbytes__nf4, its UTF-8 bytes as a uint8 tensor, with
-    quant_type "nf4", blocksize 64, dtype, shape and, with double quantisation, nested_blocksize 256, nested_dtype
-    "float32" and nested_offset. Other block sizes exist in the wild; these kernels know these two only.
+    (N elements, divisions rounded up). The JSON is NAME.quant_state.bitsandbytes__nf4, its UTF-8 bytes as a uint8
+    tensor, with quant_type "nf4", blocksize 64, dtype, shape and, with double quantisation, nested_blocksize 256,
+    nested_dtype "float32" and nested_offset. Other block sizes exist; these kernels know these two only.
     """
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -58,20 +61,13 @@ class NF4:
     offset: torch.Tensor | None
     shape: torch.Size
     dtype: torch.dtype
-    block: ClassVar[int] = BLOCK
-    block2: ClassVar[int] = BLOCK2
-
-    def to(self, device) -> "NF4":
-        moved = (x if x is None else x.to(device) for x in (self.packed, self.absmax, self.code, self.absmax2,
-                                                            self.code2, self.offset))
-        return NF4(*moved, self.shape, self.dtype)
 
 
 def dynamic_levels() -> torch.Tensor:
     """-> fp32 [256], sorted: a sign, then 0 to 6 zeros that are an exponent of ten, a one, and a linear fraction.
 
-    The smaller the number the more bits its exponent takes: 2^i fractions between 0.1 and 1, each in the middle of
-    its interval, for 10^(i - 6). To these come 0 and 1.
+    The smaller the value, the more bits its exponent takes: for 10^(i - 6) there are 2^i fractions between 0.1 and 1,
+    each in the middle of its interval, so 0.55e-6; 3.25e-6, 7.75e-6; and so on. 0 and 1 are added.
     """
     levels = [0.0, 1.0]
     for i in range(7):
@@ -82,7 +78,7 @@ def dynamic_levels() -> torch.Tensor:
 
 
 def middles(levels: torch.Tensor) -> torch.Tensor:
-    """Where the nearest level changes; a number in the very middle belongs to the lower one."""
+    """Where the nearest level changes; a value in the very middle belongs to the lower one."""
     return (levels[:-1] + levels[1:]) / 2
 
 
@@ -93,16 +89,18 @@ def reciprocal(absmax: torch.Tensor) -> torch.Tensor:
 # ---- reference
 
 def nearest_level(levels: torch.Tensor):
-    """-> function(x fp32 of [-1, 1]) -> how many of the 15 middles lie below each, uint8: a bisection's result.
+    """-> function(x fp32 in [-1, 1]) -> uint8, how many of the 15 middles lie below each, as a bisection would find.
 
-    [-1, 1] is cut into cells narrower than the distances of the middles, so that a cell has one of them at most. The
-    cell of x is monotone in x: middles of lower cells are below x, and only the next one has to be compared.
+    [-1, 1] is cut into 33 cells, narrower than the distances between middles, so that a cell has one of them at most.
+    Two rows of a table hold, for each cell, the count of middles in lower cells and the next middle. Example: x = 0.1
+    is in cell 17 (0.0625 to 0.125); `below` says 8, for the middles from -0.85 to 0.04; the next middle is 0.1203,
+    which is not below 0.1, so the code is 8, the level 0.0796.
     """
     def cell(x):
         return (x * 16).add_(16).int()
     bounds = middles(levels)
     edges = torch.arange(33, dtype=torch.int32, device=levels.device)
-    below = torch.searchsorted(cell(bounds), edges)                        # middles in lower cells
+    below = torch.searchsorted(cell(bounds), edges)
     following = torch.cat([bounds, bounds.new_full((1,), torch.inf)])[below]
     below = below.to(torch.uint8)
 
@@ -113,7 +111,7 @@ def nearest_level(levels: torch.Tensor):
 
 
 def reference_quantise(weight: torch.Tensor, code: torch.Tensor):
-    """weight flat -> packed uint8, absmax fp32."""
+    """weight [N] -> packed uint8 [ceil(N / 2)], absmax fp32 [ceil(N / 64)]."""
     N = weight.numel()
     packed = torch.empty(-(-N // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-N // BLOCK), dtype=torch.float32, device=weight.device)
@@ -126,7 +124,8 @@ def reference_quantise(weight: torch.Tensor, code: torch.Tensor):
         largest = absmax[first:first + CHUNK] = w.abs().amax(1)
         x = (w * reciprocal(largest)[:, None]).flatten()
         if not largest.isfinite().all():
-            x.nan_to_num_()                                                # quantise refuses it, by its absmax
+            # quantise refuses the weight by its absmax; until then the codes must be valid indices.
+            x.nan_to_num_()
         codes = nearest(x).view(-1, 2)
         part = packed[first * BLOCK // 2:(first + CHUNK) * BLOCK // 2]
         part.copy_(((codes[:, 0] << 4) | codes[:, 1])[:len(part)])
@@ -134,22 +133,22 @@ def reference_quantise(weight: torch.Tensor, code: torch.Tensor):
 
 
 def reference_dequantise(packed, absmax, code, absmax2, code2, offset, out):
-    """Into out, flat; in float64 where out is, else in fp32."""
-    wide, blocks = torch.promote_types(out.dtype, torch.float32), len(absmax)
-    code = code.to(wide)
+    """Into out [N]; computed in float64 where out is, else in fp32."""
+    compute, blocks = torch.promote_types(out.dtype, torch.float32), len(absmax)
+    code = code.to(compute)
     if absmax2 is not None:
-        absmax = code2.to(wide).index_select(0, absmax.int())
-        absmax = absmax.mul_(absmax2.to(wide).repeat_interleave(BLOCK2)[:blocks]).add_(offset)
-    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)      # of each byte
-    whole = torch.complex128 if wide == torch.float64 else torch.int64         # a pair as one number: one load
-    pairs = pairs.view(whole).flatten()
+        absmax = code2.to(compute).index_select(0, absmax.int())
+        absmax = absmax.mul_(absmax2.to(compute).repeat_interleave(BLOCK2)[:blocks]).add_(offset)
+    # The two levels of each of the 256 bytes, as one element of twice the size, so that a byte costs one load.
+    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)
+    pairs = pairs.view(torch.complex128 if compute == torch.float64 else torch.int64).flatten()
     for first in range(0, blocks, CHUNK):
         part = out[first * BLOCK:(first + CHUNK) * BLOCK]
         bytes_ = packed[first * BLOCK // 2:(first + CHUNK) * BLOCK // 2].int()
         if len(part) % BLOCK:
             bytes_ = torch.cat([bytes_, bytes_.new_zeros(BLOCK // 2 - len(bytes_) % (BLOCK // 2))])
-        w = pairs.index_select(0, bytes_).view(wide).view(-1, BLOCK)
-        w *= absmax[first:first + CHUNK, None].to(wide)
+        w = pairs.index_select(0, bytes_).view(compute).view(-1, BLOCK)
+        w *= absmax[first:first + CHUNK, None].to(compute)
         part.copy_(w.flatten()[:len(part)])
 
 
@@ -158,11 +157,13 @@ def reference_dequantise(packed, absmax, code, absmax2, code2, offset, out):
 @jit
 def quantise_kernel(W, BOUNDS, PACKED, ABSMAX, N, BYTES, SMALLEST: tl.constexpr, ROWS: tl.constexpr,
                     BLOCK: tl.constexpr):
+    """W [N], BOUNDS [15], PACKED [BYTES], ABSMAX [N / BLOCK]; a program takes ROWS blocks."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     w = tl.load(W + at, mask=at < N, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(w), 1)
-    absmax = tl.where(tl.sum((w != w).to(tl.int32), 1) > 0, float("nan"), absmax)      # max passes over NaN
+    # tl.max passes over NaN, which must not be kept.
+    absmax = tl.where(tl.sum((w != w).to(tl.int32), 1) > 0, float("nan"), absmax)
     tl.store(ABSMAX + row, absmax, mask=row * BLOCK < N)
     x = w * tl.div_rn(tl.full([ROWS], 1.0, tl.float32), tl.maximum(absmax, SMALLEST))[:, None]
     code = tl.zeros([ROWS, BLOCK], tl.int32)
@@ -176,6 +177,8 @@ def quantise_kernel(W, BOUNDS, PACKED, ABSMAX, N, BYTES, SMALLEST: tl.constexpr,
 @jit
 def dequantise_kernel(PACKED, ABSMAX, CODE, ABSMAX2, CODE2, OFFSET, OUT, N, BYTES, NESTED: tl.constexpr,
                       ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCK2: tl.constexpr):
+    """PACKED [BYTES], ABSMAX [N / BLOCK], CODE [16], OUT [N]; ABSMAX2 [N / BLOCK / BLOCK2], CODE2 [256], OFFSET [] if
+    NESTED; a program takes ROWS blocks."""
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = first + tl.arange(0, ROWS)
     at = row[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
@@ -192,7 +195,7 @@ def dequantise_kernel(PACKED, ABSMAX, CODE, ABSMAX2, CODE2, OFFSET, OUT, N, BYTE
 
 
 def fill(packed, absmax, code, absmax2, code2, offset, out):
-    """out, flat, of the tensors of a record."""
+    """Dequantise the tensors of a record into out [N]."""
     nested = absmax2 is not None
     if not use_triton(packed) or out.dtype == torch.float64:
         return reference_dequantise(packed, absmax, code, absmax2, code2, offset, out)
@@ -203,7 +206,7 @@ def fill(packed, absmax, code, absmax2, code2, offset, out):
 
 @op
 def nf4_quantise(weight: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight flat, contiguous -> packed, absmax fp32."""
+    """weight [N], contiguous -> packed, absmax fp32."""
     N = weight.numel()
     packed = torch.empty(-(-N // 2), dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-N // BLOCK), dtype=torch.float32, device=weight.device)
@@ -216,7 +219,7 @@ def nf4_quantise(weight: torch.Tensor, bounds: torch.Tensor) -> tuple[torch.Tens
 def nf4_dequantise(packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, absmax2: torch.Tensor | None,
                    code2: torch.Tensor | None, offset: torch.Tensor | None, N: int,
                    dtype: torch.dtype) -> torch.Tensor:
-    """-> the weight, flat."""
+    """-> the weight [N]."""
     out = torch.empty(N, dtype=dtype, device=packed.device)
     fill(packed, absmax, code, absmax2, code2, offset, out)
     return out
@@ -227,7 +230,7 @@ def nf4_dequantise(packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tenso
 def quantise(weight: torch.Tensor, double_quant: bool = True) -> NF4:
     """weight of any shape, fp32, bf16 or fp16 -> NF4 on its device. Blocks of zeros stay exactly zero.
 
-    ValueError on another dtype and on a weight with NaN or infinite numbers.
+    ValueError on another dtype and on a weight with NaN or infinite values.
     """
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"NF4 quantises fp32, bf16 and fp16 weights, not {weight.dtype}; convert it first")
@@ -235,7 +238,7 @@ def quantise(weight: torch.Tensor, double_quant: bool = True) -> NF4:
     code = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
     packed, absmax = nf4_quantise(flat, middles(code)) if use_triton(flat) else reference_quantise(flat, code)
     if not absmax.is_meta and not absmax.isfinite().all():
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite numbers; NF4 cannot keep it")
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; NF4 cannot keep it")
     if not double_quant:
         return NF4(packed, absmax, code, None, None, None, weight.shape, weight.dtype)
     code2 = dynamic_levels().to(weight.device)

@@ -5,10 +5,11 @@
     ds = r * (w dy - s r^2 mean(w dy s)) + the gradient that reaches s by the residual stream
     dw = sum over rows of dy s r
 
-Kept for the backward pass: s and r (one fp32 number a row). With n bytes a number and M rows of D, an ideal device
-moves 2 M D n forward (4 with the add) and 3 M D n backward (4 with the add); there is hardly any arithmetic.
+M rows (tokens, or heads of tokens) of D elements: x, residual, s, y [M, D], w [D], r [M]. Kept for the backward pass: s
+and r, in fp32. With n bytes per element an ideal device moves 2 M D n forward (4 with the add) and 3 M D n backward (4
+with the add); there is hardly any arithmetic.
 
-Forward, a program takes a tile of whole rows. Backward, a fixed number of programs stride over the tiles, so that each
+Forward, a program takes a tile of full rows. Backward, a fixed number of programs stride over the tiles, so that each
 keeps its share of dw in registers; the shares are summed in a second step, in a fixed order: two runs agree bitwise.
 """
 
@@ -16,50 +17,41 @@ import torch
 
 from kernels.backend import jit, launch, multiprocessors, op, power_of_two, tl, use_triton
 
-TILE = 4096          # numbers a program holds; narrow rows share one
+TILE = 4096          # elements a program holds; narrow rows share one
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """At least fp32; float64 stays float64, so that gradcheck can judge the references."""
+    """x in fp32 or wider: float64 stays float64, so that gradcheck can judge the references."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 # ---- reference
 
-def reference_backward(dy, s, weight, rstd, want_dw):
-    """-> ds in at least fp32, dw or None."""
-    dy, wide_weight = upcast(dy), upcast(weight)
+def reference_forward(x, residual, weight, eps):
+    """-> y, s, 1 / rms [..., 1] in fp32 or wider."""
+    s = x if residual is None else x + residual
+    upcast_s = upcast(s)
+    rstd = torch.linalg.vector_norm(upcast_s, dim=-1, keepdim=True)
+    rstd = rstd.square_().mul_(1 / s.shape[-1]).add_(eps).rsqrt_()
+    return (upcast_s * rstd).mul_(weight).to(s.dtype), s, rstd
+
+
+def reference_backward(dy, dstream, s, weight, rstd, want_dw):
+    """-> ds, dw (empty if not wanted)."""
+    dy, upcast_weight = upcast(dy), upcast(weight)
     xhat = upcast(s) * rstd
     product = dy * xhat
-    dw = product.flatten(0, -2).sum(0).to(weight.dtype) if want_dw else None
-    mean = (product @ wide_weight).unsqueeze(-1).mul_(1 / s.shape[-1])       # mean over the row of w dy xhat
-    return (dy * wide_weight).addcmul_(xhat, mean, value=-1).mul_(rstd), dw
-
-
-class Reference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps):
-        s = x if residual is None else x + residual
-        wide = upcast(s)
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rstd = rstd.square_().mul_(1 / s.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(s, weight, rstd)
-        y = (wide * rstd).mul_(weight).to(s.dtype)
-        return y if residual is None else (y, s)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dstream=None):
-        s, weight, rstd = ctx.saved_tensors
-        ds, dw = reference_backward(dy, s, weight, rstd, ctx.needs_input_grad[2])
-        ds = ds.to(s.dtype) if dstream is None else ds.add_(dstream).to(s.dtype)
-        return ds, ds if dstream is not None else None, dw, None
+    dw = product.flatten(0, -2).sum(0).to(weight.dtype) if want_dw else weight.new_empty(0)
+    mean = (product @ upcast_weight).unsqueeze(-1).mul_(1 / s.shape[-1])       # over the row, of w dy xhat
+    ds = (dy * upcast_weight).addcmul_(xhat, mean, value=-1).mul_(rstd)
+    return (ds if dstream is None else ds.add_(dstream)).to(s.dtype), dw
 
 
 # ---- Triton
 
 @jit
 def forward_kernel(X, R, W, S, Y, RSTD, M, D, eps, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """X, R (the residual), S, Y [M, D], W [D], RSTD [M]; a program takes ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < M)[:, None] & (col < D)
@@ -67,7 +59,8 @@ def forward_kernel(X, R, W, S, Y, RSTD, M, D, eps, ADD: tl.constexpr, ROWS: tl.c
     s = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         s += tl.load(R + at, mask=mask, other=0.0).to(tl.float32)
-        s = s.to(S.dtype.element_ty)              # the norm is of what the residual stream keeps
+        # Rounded first, because the norm is of what the residual stream keeps.
+        s = s.to(S.dtype.element_ty)
         tl.store(S + at, s, mask=mask)
         s = s.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(s * s, 1) / D + eps)
@@ -79,6 +72,7 @@ def forward_kernel(X, R, W, S, Y, RSTD, M, D, eps, ADD: tl.constexpr, ROWS: tl.c
 @jit
 def backward_kernel(DY, DSTREAM, S, W, RSTD, DS, DW, M, D, ADD: tl.constexpr, WANT_DW: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """DY, DSTREAM, S, DS [M, D], W [D], RSTD [M], DW [programs, D]: each program's share."""
     col = tl.arange(0, BLOCK)[None, :]
     w = tl.load(W + col, mask=col < D, other=0.0).to(tl.float32)
     dw = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -134,23 +128,27 @@ def rmsnorm_backward(dy: torch.Tensor, dstream: torch.Tensor | None, s: torch.Te
     return ds, dw.sum(0).to(weight.dtype) if want_dw else dw
 
 
-class Kernel(torch.autograd.Function):
+class RMSNorm(torch.autograd.Function):
+    """(x, residual or None, weight, eps) -> y, or (y, s) with a residual."""
+
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
-        x, weight = x.contiguous(), weight.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        y, s, rstd = rmsnorm_forward(x, residual, weight, eps)
-        ctx.save_for_backward(x if residual is None else s, weight, rstd)
-        return y if residual is None else (y, s)
+        ctx.triton, add = use_triton(x), residual is not None
+        if ctx.triton:
+            x, weight = x.contiguous(), weight.contiguous()
+            residual = residual.contiguous() if add else None
+        y, s, rstd = (rmsnorm_forward if ctx.triton else reference_forward)(x, residual, weight, eps)
+        ctx.save_for_backward(s if add else x, weight, rstd)
+        return (y, s) if add else y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dstream=None):
-        s, weight, rstd = ctx.saved_tensors
-        add = dstream is not None
-        ds, dw = rmsnorm_backward(dy.contiguous(), dstream.contiguous() if add else None, s, weight, rstd,
-                                  ctx.needs_input_grad[2])
-        return ds, ds if add else None, dw if ctx.needs_input_grad[2] else None, None
+        want_dw, add = ctx.needs_input_grad[2], dstream is not None
+        if ctx.triton:
+            dy, dstream = dy.contiguous(), dstream.contiguous() if add else None
+        ds, dw = (rmsnorm_backward if ctx.triton else reference_backward)(dy, dstream, *ctx.saved_tensors, want_dw)
+        return ds, ds if add else None, dw if want_dw else None, None
 
 
 # ---- public ops
@@ -164,10 +162,10 @@ def check_shapes(x, residual, weight):
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., D], weight [D] -> [..., D] in x's dtype."""
     check_shapes(x, x, weight)
-    return (Kernel if use_triton(x) else Reference).apply(x, None, weight, eps)
+    return RMSNorm.apply(x, None, weight, eps)
 
 
 def add_rmsnorm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float):
     """x, residual [..., D], weight [D] -> rmsnorm(x + residual), x + residual, both in the wider dtype of the two."""
     check_shapes(x, residual, weight)
-    return (Kernel if use_triton(x) else Reference).apply(x, residual, weight, eps)
+    return RMSNorm.apply(x, residual, weight, eps)

@@ -27,8 +27,7 @@ registers; the shares are summed in a second step, in a fixed order: two runs ag
 import torch
 
 from kernels.backend import jit, launch, multiprocessors, op, power_of_two, tl, use_triton
-from kernels.rmsnorm import Reference as RMSNorm
-from kernels.rmsnorm import upcast
+from kernels.rmsnorm import RMSNorm, upcast
 
 # Of a tile: 8 pairs per thread, so 16 bytes of bf16 of each half.
 PAIRS, WARPS = 2048, 8

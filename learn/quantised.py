@@ -15,6 +15,7 @@ from torch import nn
 
 from core.errors import UserError
 from kernels import NF4, dequantise, quantise
+from kernels.nf4 import BLOCK
 
 # Divisor in place of 0, where all weights of a block are 0.
 TINY = torch.finfo(torch.float32).tiny
@@ -77,7 +78,7 @@ def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:
     round(0.23 / 0.7 * 7) + 8 = 10, which is read back as (10 - 8) / 7 * 0.7 = 0.2.
     """
     record = quantise(weight, double_quant)          # for the absolute maxima of its blocks
-    flat = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % NF4.block)).view(-1, NF4.block)
+    flat = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     largest = flat.abs().amax(1, keepdim=True).clamp(min=TINY)
     codes = ((flat / largest * 7).round() + 8).to(torch.uint8).view(-1, 2)
     packed = ((codes[:, 0] << 4) | codes[:, 1])[:len(record.packed)].clone()

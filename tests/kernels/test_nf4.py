@@ -251,7 +251,6 @@ def test_a_chunk_of_the_reference_and_the_second_absmax2(kernel, monkeypatch):
         back = dequantise(record, torch.float32)
     assert record.absmax2.shape == (2,)
     assert ((back.double() - expected(record)).abs() < 1e-6).all()
-    assert torch.equal(dequantise(record.to("cpu"), torch.float32), back.cpu()) or kernel == "triton"
 
 
 @pytest.mark.parametrize("kernel", BACKENDS)
