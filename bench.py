@@ -17,8 +17,7 @@ from pathlib import Path
 
 from core import cli
 from measure.bench_data import DataOptions, bench_data
-from measure.bench_gpu import GpuOptions, bench_gpu
-from measure.bench_kernels import KernelOptions, bench_kernels
+from measure.bench_kernels import GpuOptions, KernelOptions, bench_gpu, bench_kernels
 from measure.bench_rows import describe_machine
 from measure.bench_steps import LoraOptions, TrainOptions, bench_lora, bench_train
 

@@ -16,13 +16,15 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:               # there are no wheels for macOS and Windows: the references are the product there
+except ImportError:
+    # There are no wheels for macOS and Windows: the references are the product there.
     triton, tl = None, SimpleNamespace(constexpr=object)
 
 interpreting = triton is not None and triton.knobs.runtime.interpret      # TRITON_INTERPRET=1
 CHOICES = ("", "reference", "triton")
 choice = os.environ.get("NANOCPT_KERNELS", "")
-receiver = None                   # takes kernels instead of a device: torch.compile's fake tensors, the static check
+# Takes launches instead of a device: for torch.compile's fake tensors, and for the static check.
+receiver = None
 
 
 def jit(kernel):
@@ -85,8 +87,8 @@ def op(function):
     Calling through torch's dispatcher costs several microseconds, as much as a small kernel; only the compiler needs
     it, which then sees one opaque node and learns its outputs' shapes by running `function` without its launches.
     function's annotations are its schema (torch.library.custom_op); it writes to no input and returns no view of one.
-    A file that is loaded once more under another name (`python -m`, a test's copy) stays plain: registering the name
-    again would pull the op from under those who hold it.
+    A file that is loaded once more under another name (a test's copy) stays plain: registering the name again would
+    free the op behind those who hold it.
     """
     if not function.__module__.startswith("kernels."):
         return function
@@ -104,7 +106,7 @@ def op(function):
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability as 80, 90, 100, ... of a CUDA device; of the card compiled for in the static check."""
+    """Compute capability of a CUDA device, as 80, 90, 100, ...; in the static check, of the card compiled for."""
     if device.type == "cuda":
         return _capability(device.index)
     return getattr(receiver, "architecture", 90)
@@ -122,7 +124,7 @@ def _multiprocessors(index) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of the device; in the interpreter few, so that small inputs already give every program several turns."""
+    """How many the device has; in the interpreter few, so that small inputs give every program several turns."""
     return _multiprocessors(device.index) if device.type == "cuda" else 132 if receiver else 2
 
 

@@ -1,15 +1,17 @@
-"""A product for each expert, of the rows that the router gave it (Mixtral: Jiang et al., 2024, arXiv 2401.04088).
+"""A matmul for each expert, of the tokens that the router gave it (Mixtral: Jiang et al., 2024, arXiv 2401.04088).
 
     rows of expert e: offsets[e - 1] <= n < offsets[e]
     y[n] = W[e] x[n]              dx[n] = W[e]^T dy[n]            dW[e] = sum over its rows of dy[n] x[n]^T
 
-N rows of D in, F out, E experts: 2 N D F operations forward and 4 N D F backward; an ideal device moves
-N D + E F D + N F numbers for each of the three products. What that costs is arithmetic, on tensor cores.
+    Example: offsets 2, 2, 5 give rows 0 and 1 to expert 0, none to expert 1, rows 2 to 4 to expert 2.
+
+N rows x [N, D], y [N, F], W [E, F, D], offsets [E]: 2 N D F operations forward and 4 N D F backward; an ideal device
+moves N D + E F D + N F elements for each of the three matmuls. What that costs is arithmetic, on tensor cores.
 
 The offsets stay on the device and nothing waits for them. Forward and dx: rows are cut into tiles that belong to one
-expert; there are at most N / tile + E of them, so that many are launched, each finds its expert from the offsets, and
-those beyond the end do nothing. Tiles of the same columns and of neighbouring rows run at the same time: they share W
-in the cache. dW: a program owns a tile of one expert's dW and walks through the expert's rows: no sum is split, two
+expert. There are at most N / tile + E of them, so that many are launched; each finds its expert from the offsets, and
+those beyond the end do nothing. Tiles of the same columns and of neighbouring rows run at the same time and share W in
+the cache. dW: a program owns a tile of one expert's dW and walks through the expert's rows, so no sum is split and two
 runs agree bitwise. Rows behind the last offset belong to no expert: their y and dx are zero and they reach no dW.
 """
 
@@ -60,16 +62,17 @@ def segments(offsets):
 def rows_kernel(A, B, OFFSETS, C, N, COLUMNS, K, E, stride_e, stride_n, stride_k,
                 TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
                 EXPERTS: tl.constexpr):
-    """C[n, :] = B[e] A[n, :] of rows n of expert e; B [E, COLUMNS, K] by its strides, A [N, K], C [N, COLUMNS]."""
+    """C[n, :] = B[e] A[n, :] for the rows n of expert e; A [N, K], B [E, COLUMNS, K] by its strides, C [N, COLUMNS]."""
     tiles_n = tl.cdiv(COLUMNS, TILE_N)
-    most = tl.num_programs(0) // tiles_n                      # tiles of rows, if every expert leaves one unfilled
+    most = tl.num_programs(0) // tiles_n                      # tiles of rows, if no expert fills its last
     group = tl.program_id(0) // (GROUP * tiles_n)
     height = tl.minimum(most - group * GROUP, GROUP)
     inside = tl.program_id(0) - group * GROUP * tiles_n
     tile_m = group * GROUP + inside % height
     tile_n = inside // height
 
-    expert = tl.arange(0, EXPERTS)                            # one behind the last stands for the rows of none
+    # The entry behind the last expert stands for the rows that belong to none.
+    expert = tl.arange(0, EXPERTS)
     stop = tl.load(OFFSETS + expert, mask=expert < E, other=N)
     start = tl.load(OFFSETS + expert - 1, mask=(expert > 0) & (expert <= E), other=0)
     start = tl.where(expert > E, N, start)
@@ -83,7 +86,7 @@ def rows_kernel(A, B, OFFSETS, C, N, COLUMNS, K, E, stride_e, stride_n, stride_k
         row = first + tl.arange(0, TILE_M)
         column = tile_n * TILE_N + tl.arange(0, TILE_N)
         k = tl.arange(0, TILE_K)
-        # rows outside repeat the last one, which costs no mask; they are not stored
+        # Rows outside repeat the last one, which costs no mask; they are not stored.
         a = A + tl.minimum(row, last - 1).to(tl.int64)[:, None] * K + k[None, :]
         b = B + e.to(tl.int64) * stride_e
         b += column.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
@@ -129,7 +132,7 @@ def weight_kernel(DY, X, OFFSETS, DW, OUT, IN, TILE_M: tl.constexpr, TILE_N: tl.
 
 
 def tiling(x) -> dict:
-    if x.dtype == torch.float32:                              # no tensor cores: correct, not fast
+    if x.dtype == torch.float32:                              # without tensor cores: correct, not fast
         return {"TILE_M": 64, "TILE_N": 64, "TILE_K": 32, "num_warps": 4, "num_stages": 2}
     return table({80: {"TILE_M": 128, "TILE_N": 128, "TILE_K": 32, "num_warps": 8, "num_stages": 4},
                   90: {"TILE_M": 128, "TILE_N": 256, "TILE_K": 64, "num_warps": 8, "num_stages": 3}}, x.device)

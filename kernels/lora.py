@@ -4,18 +4,18 @@
     dS_i = scale_i dy_i B_i          dx = sum_i dy_i W_i + dS [A_1; A_2; ...]
     d[A_1; A_2; ...] = dS^T x        dB_i = scale_i dy_i^T S_i
 
-for x [M, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i] and n bytes a number. Beside a plain linear layer's
-products (2 M in out_i operations each way, no weight gradient) the adapters cost 2 M r (in + out_i) forward, twice
-that backward, which is nothing for r << in, and memory traffic, which is not: S has to read x again, and S_i B_i^T
-has to be added into y_i, n M (in + 2 sum out_i) forward; at 8192 tokens a tenth of the products' time in a layer of
-Llama-3-8B. So q/k/v and gate/up read x once for all of their A's, the addition happens inside the product (addmm),
-and so does every factor. Kept for the backward pass are x, which the layer before kept anyway, and S.
+M tokens, x [M, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i], S [M, sum of r_i], n bytes per element. Beside a
+plain linear layer's matmuls (2 M in out_i operations each way, no weight gradient) the adapters cost 2 M r (in + out_i)
+forward, twice that backward, which is nothing for r << in, and memory traffic, which is not: S has to read x again, and
+S_i B_i^T has to be added into y_i, n M (in + 2 sum out_i) forward; at 8192 tokens a tenth of the matmuls' time in a
+layer of Llama-3-8B. So q/k/v and gate/up read x once for all of their A's, the addition happens inside the matmul
+(addmm), and so does every factor. Kept for the backward pass are x, which the layer before kept anyway, and S.
 
-There is no Triton here. The time is the products with W, where the library runs at the card's rate and a Triton
-product does not on Hopper; a kernel that adds S B^T in the epilogue of the base product would save 2 n M out bytes,
-6 % of it, and lose more than that to the library (LoRAFusion, arXiv 2510.00206, measures such kernels).
+There is no Triton here. The time is the matmuls with W, where the library runs at the card's rate and a Triton matmul
+does not on Hopper; a kernel that adds S B^T in the epilogue of the base matmul would save 2 n M out bytes, 6 % of it,
+and lose more than that to the library (LoRAFusion, arXiv 2510.00206, measures such kernels).
 
-4-bit weights (kernels/nf4.py) are turned into a scratch buffer just before their product, one at a time, each time.
+4-bit weights (kernels/nf4.py) are dequantised into a scratch buffer just before their matmul, one at a time, each time.
 """
 
 import threading
@@ -26,20 +26,22 @@ import torch.nn.functional as F
 
 from kernels.nf4 import NF4, dequantise
 
-scratch = {}                     # (device, dtype, stream or thread) -> the one buffer, as large as the largest weight
+# (device, dtype, stream or thread) -> the one buffer, as large as the largest weight.
+scratch = {}
 
 
-def product_weight(weight, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in `dtype`. A 4-bit weight's numbers hold until the next one's are asked for.
+def weight_for_matmul(weight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight in `dtype`. A 4-bit weight's values hold until the next one is asked for.
 
-    Whoever asks launches the product at once, on the same stream, so that the next weight is written after it was
+    Whoever asks launches the matmul at once, on the same stream, so that the next weight is written after this one was
     read; other streams (and on a CPU other threads) have buffers of their own.
     """
     if not isinstance(weight, NF4):
         return weight.to(dtype)
     device, size = weight.packed.device, weight.shape.numel()
     if torch.compiler.is_compiling() or device.type == "meta":
-        return dequantise(weight, dtype)                       # the compiler plans the memory itself
+        # The compiler plans the memory itself.
+        return dequantise(weight, dtype)
     place = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
     buffer = scratch.get((device, dtype, place))
     if buffer is None or buffer.numel() < size:
@@ -47,13 +49,13 @@ def product_weight(weight, dtype: torch.dtype) -> torch.Tensor:
     return dequantise(weight, dtype, out=buffer[:size].view(weight.shape))
 
 
-def scaled(factor: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """factor * left @ right; the product itself applies the factor, to its sums before they are rounded."""
+def scaled_matmul(factor: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """factor * left @ right; the matmul itself applies the factor, to its sums before they are rounded."""
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
 
 
 def weights_of(records, plain):
-    """The weights in order: the 4-bit records, and where there is None the next plain one."""
+    """The weights in order: the 4-bit records, and the next plain weight where a record is None."""
     plain = iter(plain)
     return [next(plain) if record is None else record for record in records]
 
@@ -70,7 +72,7 @@ class LoraLinear(torch.autograd.Function):
         outputs = []
         parts = low.split([len(each) for each in a], 1)
         for weight, bias, part, each, scale in zip(weights_of(records, plain), biases, parts, b, scales):
-            y = F.linear(rows, product_weight(weight, dtype), None if bias is None else bias.to(dtype))
+            y = F.linear(rows, weight_for_matmul(weight, dtype), None if bias is None else bias.to(dtype))
             y.addmm_(part, each.to(dtype).T, alpha=scale)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
         ctx.save_for_backward(rows, low, *a, *b, *plain)
@@ -91,17 +93,17 @@ class LoraLinear(torch.autograd.Function):
             dy = [y.reshape(-1, y.shape[-1]) for y in upstream]
             ranks = [len(each) for each in a]
             dbias = [y.sum(0).to(kind) if need else None for y, need, kind in zip(dy, need_bias, ctx.bias_dtypes)]
-            db = [scaled(scale, y.T, part).to(each.dtype) if need else None
+            db = [scaled_matmul(scale, y.T, part).to(each.dtype) if need else None
                   for scale, y, part, each, need in zip(scales, dy, low.split(ranks, 1), b, need_b)]
             da, dx = [None] * count, None
             if need_x or any(need_a):
-                dlow = torch.cat([scaled(scale, y, each.to(dtype)) for scale, y, each in zip(scales, dy, b)], 1)
+                dlow = torch.cat([scaled_matmul(scale, y, each.to(dtype)) for scale, y, each in zip(scales, dy, b)], 1)
             if any(need_a):
                 da = [each.to(like.dtype) for each, like in zip((dlow.T @ rows).split(ranks), a)]
             if need_x:
                 dx = dlow @ torch.cat(a).to(dtype)
                 for y, weight in zip(dy, weights_of(ctx.records, plain)):
-                    dx.addmm_(y, product_weight(weight, dtype))
+                    dx.addmm_(y, weight_for_matmul(weight, dtype))
                 dx = dx.view(ctx.shape).to(ctx.x_dtype)
         return None, None, None, dx, *dbias, *da, *db, *[None] * len(plain)
 
@@ -118,7 +120,7 @@ def lora_linear(x: torch.Tensor, weights, biases, a, b, scales) -> tuple[torch.T
     scales    of each layer alpha / r, or alpha / sqrt(r) (rsLoRA; Kalajdzievski, 2023, arXiv 2312.03732)
     ->        a tuple of y_i [..., out_i], of one element for one layer
 
-    All products are in autocast's dtype, without autocast in x's; gradients come in the dtype of what they belong to.
+    All matmuls are in autocast's dtype, without autocast in x's; gradients come in the dtype of what they belong to.
     ValueError where a weight requires a gradient, has another dtype than x outside of autocast, or the lists differ
     in length. There is no dropout on the adapter's input: it would be another x for each layer, to be kept for each.
     """

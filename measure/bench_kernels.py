@@ -1,12 +1,16 @@
 """Every kernel: on a GPU its times beside PyTorch's, without one what the compiler says of it, and CPU times.
 
 On a GPU a row per case, number of tokens and pass. Without one a row per kernel function and architecture, then the
-references, which are the product on a CPU, beside the plain way in PyTorch.
+references, which are the product on a CPU, beside the plain way in PyTorch. `bench_gpu` measures all that needs a GPU.
 """
 
+import importlib.util
 import json
-import math
+import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +19,8 @@ import torch
 
 from core import parallel
 from core.errors import UserError
-from measure import bench_steps, compile_check, timing
-from measure.bench_rows import missing_row, row, spread
+from measure import compile_check, timing
+from measure.bench_rows import ROOT, missing_row, row, spread
 from measure.kernel_cases import CASES, CPU_CASES
 
 
@@ -45,7 +49,7 @@ def bench_kernels(options: KernelOptions) -> list:
     rows = static_rows(options.only or tuple(CASES))
     if not options.only:
         parallel.keep_freed_memory()             # for both sides: else the page faults of each tensor are timed
-        rows += cpu_rows(options.rounds) + logits_rows(options.rounds)
+        rows += cpu_rows(options.rounds)
     return rows
 
 
@@ -84,17 +88,6 @@ def cpu_rows(rounds: int) -> list:
     return rows
 
 
-def logits_rows(steps: int) -> list:
-    """Training at 32,768 ids with the fused linear cross-entropy, and with the logits of all tokens at once."""
-    seconds, results, _ = bench_steps.in_turn("vocab_32k", ("ours", "materialised"), steps, "cpu")
-    assert math.isclose(*(r["losses"][0] for r in results.values()), rel_tol=1e-5), results
-    ours, theirs = (bench_steps.CASES["vocab_32k"].tokens / statistics.median(s) for s in seconds.values())
-    return [row("cpu_training_32k", "tokens/s", ours, theirs, "materialised logits",
-                spread=spread([b / a for a, b in zip(*seconds.values())])),
-            row("cpu_training_32k_peak_memory", "bytes", *(r["peak_bytes"] for r in results.values()),
-                "materialised logits")]
-
-
 # ---- on a GPU
 
 def time_kernels(options: KernelOptions) -> list:
@@ -118,3 +111,62 @@ def time_kernels(options: KernelOptions) -> list:
         if options.progress:
             Path(options.progress).write_text(json.dumps({"rows": rows}), encoding="utf-8")
     return rows
+
+
+# ---- everything that needs a GPU
+
+@dataclass
+class GpuOptions:
+    """Test the kernels, time training steps and all kernels on this GPU."""
+    minutes: float = 8
+    """For everything; the kernel table gets what is left."""
+    out: str = "out/gpu"
+    """Folder of what each stage has found, also if a later one fails."""
+
+
+def bench_gpu(options: GpuOptions) -> list:
+    """Tests, training steps and the kernel table, each in a process of its own, so that none takes another down."""
+    if not torch.cuda.is_available():
+        raise UserError("bench.py gpu needs a CUDA device; bench.py kernels says what can be known without one")
+    end, out, rows = time.monotonic() + 60 * options.minutes, Path(options.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    for case in ("8b", "1b"):
+        rows += stage(["train", "--cases", case, "--device", "cuda", "--steps", "8"], out / f"{case}.json", 90)
+    many = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
+    tests = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-v", "-m", "gpu or kernel", *many, "tests/kernels", "tests/test_generate.py"],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    rows.append(test_row(tests, 60 * options.minutes / 3))
+    left, table = end - time.monotonic() - 45, out / "kernels.json"
+    return rows + stage(["kernels", "--tokens", "8192", "--seconds", f"{left:.0f}", "--progress", str(table)], table,
+                        left + 40)
+
+
+def stage(words: list[str], out: Path, limit: float) -> list:
+    """The rows of another bench.py command; if it failed, those that it had written, and a row that says how."""
+    out.unlink(missing_ok=True)
+    try:
+        done = subprocess.run([sys.executable, str(ROOT / "bench.py"), *words, "--json", str(out)],
+                              timeout=limit).returncode
+    except subprocess.TimeoutExpired:
+        done = f"{limit:.0f} seconds were up"
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"] if out.exists() else []
+    if done == 0:
+        return rows
+    return [*rows, missing_row(" ".join(words), "", failed=f"exit status {done}" if isinstance(done, int) else done)]
+
+
+def test_row(process, limit: float) -> dict:
+    """How many tests had which outcome, also where the time was up, and the last lines where something failed."""
+    try:
+        out, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
+        out += f"\n{limit:.0f} seconds were up\n"
+    counts = {word.lower(): len(re.findall(rf"\b{word}\b", out)) for word in ("PASSED", "FAILED", "SKIPPED", "ERROR")}
+    made = row("gpu_tests", "passed", counts["passed"], counts=counts, exit_status=process.returncode)
+    if process.returncode:
+        print(out[-6000:])
+        made["failed"] = out[-6000:]
+    return made

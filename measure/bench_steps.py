@@ -25,7 +25,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 import hf
@@ -80,7 +79,7 @@ CASES = {
     "tiny": StepCase(512, 64, 2),
     "tiny_bf16": StepCase(512, 64, 2, sizes=sizes(64, 96, 2, 4, 2), bf16=True),
 }
-OURS, PEERS = ("ours", "materialised", "lora", "qlora"), ("transformers", "peft")
+OURS, PEERS = ("ours", "lora", "qlora"), ("transformers", "peft")
 RANK, ALPHA = 8, 16
 # libgomp's own default: a thread spins for about 3 ms before it gives up its core.
 OPENMP_AS_IT_COMES = {"GOMP_SPINCOUNT": "300000"}
@@ -129,7 +128,7 @@ def worker(name: str, side: str, device: str):
         model, result["peer"] = peer_of(model, kind)
         step = peer_step(model.to(device), optim)
     else:
-        step = our_step(model, AllLogits() if kind == "materialised" else objective, optim, rates, case, device)
+        step = our_step(model, objective, optim, rates, case, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
@@ -188,16 +187,6 @@ def our_step(model, objective, optim, rates, case, device):
               scale=LossScale(False))
     count = iter(range(1000))
     return lambda batch: train.train_step(run, next(count), [batch])["loss"]
-
-
-class AllLogits:
-    """The causal objective with the logits of all tokens at once."""
-
-    def loss(self, model, batch):
-        hidden = model(batch.tokens, batch.position_ids)
-        nats = F.cross_entropy(model.head(hidden).transpose(1, 2), batch.labels.long(), reduction="none")
-        counts = (batch.labels != IGNORE).sum(1)
-        return nats.sum(), counts.sum(), {"row_loss": nats.detach().sum(1), "row_tokens": counts, "hidden": hidden}
 
 
 def peer_step(model, optim):

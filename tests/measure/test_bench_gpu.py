@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from measure import bench_gpu
-from measure.bench_gpu import GpuOptions
+from measure import bench_kernels
+from measure.bench_kernels import GpuOptions
 
 
 def test_stages_keep_what_others_found(tmp_path, monkeypatch, capsys):
@@ -25,9 +25,9 @@ def test_stages_keep_what_others_found(tmp_path, monkeypatch, capsys):
 
     tests = types.SimpleNamespace(returncode=1, communicate=lambda timeout: ("a PASSED\nb FAILED\nc PASSED\n", None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench_gpu, "subprocess", types.SimpleNamespace(
+    monkeypatch.setattr(bench_kernels, "subprocess", types.SimpleNamespace(
         run=run, Popen=lambda *a, **k: tests, TimeoutExpired=subprocess.TimeoutExpired, PIPE=-1, STDOUT=-2))
-    rows = bench_gpu.bench_gpu(GpuOptions(out=str(tmp_path)))
+    rows = bench_kernels.bench_gpu(GpuOptions(out=str(tmp_path)))
     assert [(r["name"], r.get("failed", "")[:12]) for r in rows] == [
         ("train --cases 8b --device cuda --steps 8", "exit status "), ("half", ""),
         ("train --cases 1b --device cuda --steps 8", "90 seconds w"),
@@ -47,6 +47,6 @@ def test_tests_that_take_too_long_are_counted_as_far_as_they_came(capsys):
 
         def kill(self):
             pass
-    made = bench_gpu.test_row(Slow(), 5)
+    made = bench_kernels.test_row(Slow(), 5)
     assert made["counts"]["passed"] == 0
     assert "5 seconds were up" in made["failed"]
