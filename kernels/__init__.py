@@ -1,8 +1,7 @@
 """The operations worth a hand-written kernel, one file each: maths, reference, Triton, autograd, public op.
 
 The references are plain PyTorch that computes in at least fp32 and is tuned for the CPU, where it is the product; on
-CUDA the Triton kernels run (backend.py). `python bench.py kernels --only rmsnorm` checks and measures one of them.
-B sequences, T tokens, D model, H heads, K key-value heads, V vocabulary.
+CUDA the Triton kernels run (backend.py). `python bench.py kernels --only rmsnorm` compiles and times one of them.
 """
 
 from kernels.adamw import adamw_

@@ -330,22 +330,17 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def group_launches(items) -> dict:
-    """{(kind, gradient's dtype, alignment): [item]}: what one launch updates. Empty tensors are left out.
+def launch_updates_(items, scalars, table):
+    """A launch per kind, gradient's dtype and alignment; empty tensors have none.
 
     items: (param, grad, m, v, m_scale, v_scale, ecc, kind, decay) of each tensor.
     """
-    found = {}
+    launches = {}
     for item in items:
         if item[0].numel():
             aligned = all(x.data_ptr() % 16 == 0 for x in item if isinstance(x, torch.Tensor))
-            found.setdefault((item[7], item[1].dtype, 16 if aligned else 1), []).append(item)
-    return found
-
-
-def launch_updates_(items, scalars, table):
-    """items: as for group_launches."""
-    for (kind, dtype, align), chosen in group_launches(items).items():
+            launches.setdefault((item[7], item[1].dtype, 16 if aligned else 1), []).append(item)
+    for (kind, dtype, align), chosen in launches.items():
         rows = [(item[0].numel(), struct.unpack("i", struct.pack("f", item[8]))[0],
                  *(0 if x is None else x.data_ptr() for x in item[:7])) for item in chosen]
         addresses, owner = table.send((kind, dtype, align), chosen[0], rows)
@@ -367,7 +362,7 @@ def adamw_(params: list, grads: list, states: list, lr: float, betas: tuple, eps
     params, grads: tensors on one device (local shards, not DTensors), params contiguous; gradients fp32, bf16 or fp16.
     states: of init_state. weight_decays: one value, or one per tensor. step: counts from 1. table: kept by the caller,
     spares a copy to the device in each step. Whether the gradients are finite is for the caller to check.
-    ValueError where the lists, shapes, dtypes or devices do not fit.
+    ValueError where the lists, shapes or dtypes do not fit.
     """
     decays = list(weight_decays) if isinstance(weight_decays, (list, tuple)) else [weight_decays] * len(params)
     check_arguments(params, grads, states, decays, step)
@@ -400,6 +395,3 @@ def check_arguments(params, grads, states, decays, step):
         if grad.shape != param.shape or state.m.shape != param.shape:
             raise ValueError(f"parameter {i} is {tuple(param.shape)}, its gradient {tuple(grad.shape)}, its state "
                              f"{tuple(state.m.shape)}; they must agree")
-        if len({x.device for x in (params[0], param, grad, state.m)}) > 1:
-            raise ValueError(f"parameter {i} is on {param.device}, its gradient on {grad.device}, its state on "
-                             f"{state.m.device}, parameter 0 on {params[0].device}; adamw_ takes one device at a time")

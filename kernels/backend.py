@@ -137,3 +137,8 @@ def table(by_architecture: dict, device: torch.device):
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def contiguous_heads(x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, d] itself where the elements of each head lie side by side, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -60,11 +60,6 @@ def chunk_rows(count: int, row_bytes: int, device: torch.device) -> int:
     return max(1, min(count, -(-count // (chunks * unit)) * unit))
 
 
-def shapes_only(x: torch.Tensor) -> bool:
-    """Whether torch.compile asks what the outputs look like; its tensors have no values and perhaps no sizes."""
-    return backend.receiver is not None and x.device.type != "meta"
-
-
 def compute_dtype(x, weight) -> torch.dtype:
     """Of the matmul x W^T: autocast's where that is on, else the wider of the two."""
     kind = autocast_device(x)
@@ -108,7 +103,8 @@ def loss_by_chunks(x, weight, labels, buffers, want_dx: bool, want_dw: bool, chu
     token_loss = torch.zeros(labels.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     dx = torch.zeros_like(x) if want_dx else x.new_empty(0)
     dw = torch.empty(weight.shape if want_dw else 0, dtype=token_loss.dtype, device=x.device)
-    if shapes_only(x):
+    if backend.receiver is not None and x.device.type != "meta":
+        # torch.compile asks what the outputs look like; its tensors have no values and perhaps no sizes.
         return token_loss, dx, dw
     rows = labelled_rows(labels)
     count = len(labels) if rows is None else len(rows)

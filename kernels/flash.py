@@ -35,7 +35,7 @@ import math
 
 import torch
 
-from kernels.backend import jit, launch, op, power_of_two, table, tl
+from kernels.backend import contiguous_heads, jit, launch, op, power_of_two, table, tl
 
 # (queries, keys, warps, stages) of a program, by architecture and padded head size; "fp32" for inputs of 4 bytes.
 FORWARD = {
@@ -314,11 +314,6 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     size = tile_options(DQ, q)
     launch(dq_kernel, (H, -(-T // size["BLOCK_M"]), B), *given, dq, T, S, *strides, **constants, **size)
     return dq, dk, dv
-
-
-def contiguous_heads(x):
-    """x itself where the elements of each head lie side by side, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Flash(torch.autograd.Function):

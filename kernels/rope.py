@@ -26,7 +26,7 @@ registers; the shares are summed in a second step, in a fixed order: two runs ag
 
 import torch
 
-from kernels.backend import jit, launch, multiprocessors, op, power_of_two, tl, use_triton
+from kernels.backend import contiguous_heads, jit, launch, multiprocessors, op, power_of_two, tl, use_triton
 from kernels.rmsnorm import RMSNorm, upcast
 
 # Of a tile: 8 pairs per thread, so 16 bytes of bf16 of each half.
@@ -168,11 +168,6 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
         DW += tl.program_id(0) * D
         tl.store(DW + col, tl.sum(dw1, 0)[None, :], mask=col < HALF)
         tl.store(DW + HALF + col, tl.sum(dw2, 0)[None, :], mask=col < HALF)
-
-
-def contiguous_heads(x):
-    """x itself where the elements of each head lie side by side, else a copy."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def tiling(q, k) -> dict:

@@ -1,6 +1,5 @@
 """From raw text to batches: packing, reading, encoding, cleaning and dedup, each beside its peers on the same files."""
 
-import ast
 import contextlib
 import functools
 import itertools
@@ -8,11 +7,11 @@ import json
 import math
 import os
 import random
-import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -37,8 +36,8 @@ from text.shards import Shards, pack
 class DataOptions:
     """Time the way from raw text to batches."""
     text: list[str] = field(default_factory=list)
-    """Text or .jsonl files. Default: WikiText-2, law and stories of $NANOCPT_DATA, else what Python documents itself
-    with, which is on every machine."""
+    """Text or .jsonl files. Default: WikiText-2, law and stories of $NANOCPT_DATA, else Python's language reference,
+    which is on every machine."""
     tokenizer: list[str] = field(default_factory=list)
     """Tokenizers to pack and encode with. Default: GPT-2 files trained on the text."""
     mbytes: float = 20.0
@@ -88,12 +87,8 @@ def real_text() -> list[str]:
 
 
 def python_documentation(out: Path) -> str:
-    """Write the docstrings of Python's standard library to a file, about 1 MB of English; -> its path."""
-    docstrings, documented = [], (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        docstrings += [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented)]
-    out.write_text("\n\n".join(text for text in docstrings if text), encoding="utf-8")
+    """Write the language reference that Python's own help() prints, half a MB of English; -> the file's path."""
+    out.write_text("\n\n".join(topics.values()), encoding="utf-8")
     return str(out)
 
 

@@ -44,11 +44,6 @@ from model import Model, ModelConfig, matmul_flops_per_token
 from stages.build import Run, TrainSection
 
 
-def sizes(D, F, layers, heads, kv_heads, **more) -> dict:
-    return {"hidden_size": D, "intermediate_size": F, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "tie_word_embeddings": False, **more}
-
-
 @dataclass(frozen=True)
 class StepCase:
     """A model and its batches of random tokens; `packed` sequences hold documents of 32 to 640 tokens."""
@@ -56,7 +51,8 @@ class StepCase:
     context: int
     sequences: int
     packed: bool = False
-    sizes: dict = field(default_factory=lambda: sizes(256, 704, 4, 4, 2))
+    sizes: tuple = (256, 704, 4, 4, 2)
+    """Model width, MLP width, blocks, heads, key-value heads."""
     bf16: bool = False
     """Weights in bf16 and 8-bit moments, torch's fused AdamW in bf16 on the other side; else fp32."""
 
@@ -70,14 +66,13 @@ CASES = {
     "vocab_32k": StepCase(32768, 512, 8),
     "packed_2k": StepCase(8192, 2048, 2, packed=True),
     # 1.3M parameters, to see what waiting threads cost.
-    "small": StepCase(1024, 128, 4, sizes=sizes(128, 384, 5, 4, 2)),
-    # Llama-3-8B and Llama-3.2-1B, for a GPU.
-    "8b": StepCase(128256, 8192, 1, False, sizes(4096, 14336, 32, 32, 8, rope_theta=5e5), bf16=True),
-    "1b": StepCase(128256, 8192, 2, False, sizes(2048, 8192, 16, 32, 8, rope_theta=5e5, tie_word_embeddings=True),
-                   bf16=True),
+    "small": StepCase(1024, 128, 4, sizes=(128, 384, 5, 4, 2)),
+    # The sizes of Llama-3-8B and Llama-3.2-1B, for a GPU.
+    "8b": StepCase(128256, 8192, 1, sizes=(4096, 14336, 32, 32, 8), bf16=True),
+    "1b": StepCase(128256, 8192, 2, sizes=(2048, 8192, 16, 32, 8), bf16=True),
     # For the tests.
     "tiny": StepCase(512, 64, 2),
-    "tiny_bf16": StepCase(512, 64, 2, sizes=sizes(64, 96, 2, 4, 2), bf16=True),
+    "tiny_bf16": StepCase(512, 64, 2, sizes=(64, 96, 2, 4, 2), bf16=True),
 }
 OURS, PEERS = ("ours", "lora", "qlora"), ("transformers", "peft")
 RANK, ALPHA = 8, 16
@@ -147,14 +142,17 @@ def worker(name: str, side: str, device: str):
 @torch.no_grad()
 def random_model(case: StepCase, device) -> Model:
     """The same random weights in every process, made on the device: 8B normal values take minutes on a CPU."""
-    config = ModelConfig(vocab_size=case.vocab, max_position_embeddings=case.context, **case.sizes)
+    D, F, blocks, heads, kv_heads = case.sizes
+    config = ModelConfig(vocab_size=case.vocab, hidden_size=D, intermediate_size=F, num_hidden_layers=blocks,
+                         num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
+                         max_position_embeddings=case.context)
     torch.manual_seed(0)
     with torch.device(device):
         model = Model(config).to(torch.bfloat16 if case.bf16 else torch.float32)
         for p in model.parameters():
             p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02)
     # A card that cannot hold 8B parameters and their activations recomputes each block in the backward pass.
-    model.checkpoint_blocks = (device == "cuda" and case.sizes["num_hidden_layers"] == 32
+    model.checkpoint_blocks = (device == "cuda" and blocks == 32
                                and torch.cuda.get_device_properties(0).total_memory < 110e9)
     return model
 
@@ -342,7 +340,7 @@ def rate_rows(name, case, sides, seconds, results, **more) -> list:
     """Tokens per second of sides[0] against those of the peer sides[1], and of sides[2], the peer with our settings."""
     rate = [CASES[case].tokens / statistics.median(seconds[side]) for side in sides if side in seconds]
     more |= {"context": CASES[case].context, "rows": CASES[case].sequences, "packed": CASES[case].packed,
-             "model": {**CASES[case].sizes, "vocab_size": CASES[case].vocab}}
+             "model": CASES[case].sizes, "vocab_size": CASES[case].vocab}
     if len(rate) < 2:
         return [row(name, "tokens/s", rate[0], left_out=sides[1:], **more)]
     peer = results[sides[1]]["peer"]

@@ -9,10 +9,11 @@ import importlib
 
 import pytest
 import torch
+from float64_check import compare
 
 from kernels import backend, flash
 from kernels.attention import attention, runs_flash
-from measure.compile_check import compare, run
+from measure.compile_check import run
 
 pytestmark = pytest.mark.kernel
 module = importlib.import_module("kernels.attention")        # the package's own `attention` is the op

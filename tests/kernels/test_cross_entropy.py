@@ -9,12 +9,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_check import compare
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kernels import backend, cross_entropy
 from kernels.cross_entropy import chunk_rows, labelled_rows, linear_cross_entropy
-from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 

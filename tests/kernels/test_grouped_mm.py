@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from float64_check import compare, in_dtype
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -58,11 +59,11 @@ def close(found, truth, terms):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_a_row_at_a_time(ends, name, dtype):
     given = inputs(ends, dtype=dtype)
-    truth, upstream = compile_check.run(naive, compile_check.in_dtype(given, torch.float64))
+    truth, upstream = compile_check.run(naive, in_dtype(given, torch.float64))
     with backend.using(name):
         found, _ = compile_check.run(grouped_mm, given, [u.to(dtype) for u in upstream])
     rounded = [u.to(dtype).double() for u in upstream]
-    truth, _ = compile_check.run(naive, compile_check.in_dtype(given, torch.float64), rounded)
+    truth, _ = compile_check.run(naive, in_dtype(given, torch.float64), rounded)
     close(found, truth, 51)
 
 
@@ -79,13 +80,13 @@ def test_against_torch(name):
 @pytest.mark.parametrize(("ends", "width", "out"), [([130, 131, 300, 301, 301], 72, 260), ([5] * 40 + [90], 16, 16)])
 def test_several_tiles(ends, width, out, dtype):
     """Rows, columns and sums over more than a tile; more experts than a warp has lanes."""
-    for index, error, bound in compile_check.compare(grouped_mm, inputs(ends, width, out, dtype=dtype), terms=300):
+    for index, error, bound in compare(grouped_mm, inputs(ends, width, out, dtype=dtype), terms=300):
         assert error <= bound, f"result {index}"
 
 
 def test_gradcheck():
     for ends in ([2, 2, 5], [0, 4]):
-        x, weight, offsets = compile_check.in_dtype(inputs(ends, 3, 2), torch.float64)
+        x, weight, offsets = in_dtype(inputs(ends, 3, 2), torch.float64)
         assert gradcheck(lambda x, weight, o=offsets: grouped_mm(x, weight, o), (x, weight))
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_check import compare
 from test_cross_entropy import (
     BACKENDS,
     DEVICE,
@@ -22,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import backend
 from kernels.linear_kl import linear_kl
-from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from float64_check import compare
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import backend
-from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from float64_check import compare
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
 from kernels import backend
 from kernels.rope import qk_norm_rope, rope
-from measure.compile_check import compare
 
 pytestmark = pytest.mark.kernel
 pytest.importorskip("triton")
