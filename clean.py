@@ -1,7 +1,7 @@
 """Clean a corpus, document by document: repair, split, scrub and score each one, then keep what passes a gate.
 
-    python clean.py FILE... --preset legal --out out/clean/legal
-    python clean.py out/clean/legal --preset legal --rule words=20: --rule perplexity=p5:p95 --out out/clean/again
+    python clean.py FILE... --preset legal --out clean
+    python clean.py clean --preset legal --rule words=20: --rule chars=p5:p95 --out again
 
 FILE is .jsonl[.gz|.zst], .parquet, text, a folder of such files, or hf://org/dataset. The folder --out gets
 
@@ -151,6 +151,7 @@ def _hash_text(text):
 
 
 def _is_scored(text, metadata):
+    """Whether the scores are of this very text, of this version, and whole."""
     cleaned, scores = metadata["cleaned"], metadata.get("scores")
     return (isinstance(cleaned, dict) and cleaned.get("version") == SCORES_VERSION
             and str(cleaned.get("preset")) in PRESETS and isinstance(text, str)

@@ -1,4 +1,4 @@
-"""Deduplicate a corpus: exact copies, near-duplicates, and what overlaps with benchmarks, go.
+"""Remove from a corpus its exact copies, its near-duplicates, and what overlaps with benchmarks.
 
     python dedup.py clean/kept.jsonl more.parquet --out corpus --against bench/*.jsonl mmlu/test/*.csv
     python dedup.py manuals.jsonl --out corpus --paragraphs

@@ -68,7 +68,7 @@ class WorkerPool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(f"a worker process was killed, most likely for want of memory; use fewer than "
-                             f"{self.workers} --workers") from None
+                            f"{self.workers} --workers") from None
         except RecursionError:
             raise UserError("a record is nested too deeply to be sent to a worker process; use --workers 1") from None
 

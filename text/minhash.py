@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.hashing import fmix64
+from core.pool import batches_by_size
 from text.corpus import utf8
 
 BANDS, ROWS, SHINGLE = 14, 8, 5
@@ -76,14 +77,9 @@ def hash_ngrams(texts: list[str], n: int) -> list[np.ndarray]:
 def compute_signatures(sets: list[np.ndarray]) -> np.ndarray:
     """uint64 [U, BANDS * ROWS]: the least hash of each set under 112 hash functions; all ones for an empty one."""
     out = np.full((len(sets), BANDS * ROWS), ~np.uint64(0))
-    filled, at = [i for i, s in enumerate(sets) if len(s)], 0
-    while at < len(filled):
-        # As many sets at a time as fit the cache.
-        group, size = [], 0
-        while at < len(filled) and (not group or size + len(sets[filled[at]]) < 1 << 15):
-            group.append(filled[at])
-            size += len(sets[filled[at]])
-            at += 1
+    filled = [i for i, hashes in enumerate(sets) if len(hashes)]
+    # As many sets at a time as fit the cache.
+    for group in batches_by_size(filled, lambda i: len(sets[i]), 1 << 15):
         flat = np.concatenate([sets[i] for i in group])
         starts = np.cumsum([0] + [len(sets[i]) for i in group[:-1]])
         buffer = np.empty_like(flat)
