@@ -15,7 +15,7 @@ import numpy as np
 from core.errors import UserError
 from core.files import write_json
 from text.mixture import Bucket, SourceConfig
-from text.shards import SPLITS, describe_split, new_source, pack, read_json_of, read_manifest, refuse_outside
+from text.shards import SPLITS, describe_split, new_source, pack, read_index, read_manifest
 
 BLOCK = 1024                    # documents of one file that go to the same part
 
@@ -132,15 +132,7 @@ def read_buckets(folder) -> dict | None:
     path = Path(folder) / "buckets.json"
     if not path.is_file():
         return None
-    index = read_json_of(path, "nanocpt-buckets", 1)
-    try:
-        names = [str(part["name"]) for part in index["buckets"]]
-    except (KeyError, TypeError):
-        names = []
-    if not names:
-        raise UserError(f"{path} is damaged: it names no buckets; pack the folder again")
-    refuse_outside(path, names)
-    return index
+    return read_index(path, "nanocpt-buckets", 1, lambda index: [bucket["name"] for bucket in index["buckets"]])
 
 
 def packed_folders(folder) -> list[Path]:

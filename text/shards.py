@@ -256,34 +256,29 @@ def read_manifest(folder: Path) -> dict:
             raise UserError(f"{folder} holds score buckets; name one of them, such as {folder}/bucket_00")
         raise UserError(f"{folder} holds no manifest.json: it is no packed source, or packing did not finish; make it "
                         f"with data.py pack")
-    manifest = read_json_of(path, "nanocpt-shards", FORMAT_VERSION)
-    try:
-        names = [str(shard["name"]) for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-        fits = manifest["dtype"] in ("uint16", "uint32") and isinstance(manifest["tokenizer"], dict)
-    except (KeyError, TypeError):
-        fits = False
-    if not fits:
+    manifest = read_index(path, "nanocpt-shards", FORMAT_VERSION, lambda manifest: [
+        shard["name"] for split in SPLITS for shard in manifest["splits"][split]["shards"]])
+    if manifest.get("dtype") not in ("uint16", "uint32") or not isinstance(manifest.get("tokenizer"), dict):
         raise UserError(f"{path} is damaged or of another version; pack the folder again")
-    refuse_outside(path, names)
     return manifest
 
 
-def read_json_of(path: Path, kind: str, version: int) -> dict:
-    """The JSON object in a file that must be of this format and version."""
+def read_index(path: Path, kind: str, version: int, names_of) -> dict:
+    """The JSON object in a file of this format and version, which names the files names_of(object) of its folder.
+
+    UserError where it is not, and where a name leads out of the folder: the index may be a downloaded one.
+    """
     try:
-        value = read_json(path)
-    except UserError as error:
-        raise UserError(f"{path} is damaged or of another version: {error}") from None
-    if not isinstance(value, dict) or (value.get("format"), value.get("version")) != (kind, version):
-        raise UserError(f"{path} is damaged or of another version: it is no {kind} of version {version}")
-    return value
-
-
-def refuse_outside(path: Path, names: list[str]):
-    """UserError where a name in a downloaded index leads out of its folder; a folder within it is allowed."""
+        index = read_json(path)
+        names, found = names_of(index), (index["format"], index["version"])
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged or of another version; pack the folder again ({error})") from None
+    if found != (kind, version):
+        raise UserError(f"{path} is damaged or of another version, {found[0]} {found[1]}; pack the folder again")
     for name in names:
-        if any(part in ("", ".", "..") or Path(part).name != part for part in name.split("/")):
+        if any(part in ("", ".", "..") or Path(part).name != part for part in str(name).split("/")):
             raise UserError(f"{path} points outside its folder: {name!r}")
+    return index
 
 
 def _repair(folder, record) -> str:
