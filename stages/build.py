@@ -21,7 +21,9 @@ import hf
 import lora
 import tokenizer as tokenizers
 from core import checkpoint, parallel
+from core.cli import Dtype
 from core.config import setting
+from core.devices import pick_dtype
 from core.errors import UserError
 from core.hashing import short_digest
 from core.log import LogConfig, Logger
@@ -34,9 +36,6 @@ from text.packing import pack_sources
 from text.parts import open_buckets
 from text.shards import Shards, check_tokenizer, verify
 from text.vocabulary import token_before_document
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 # ---- settings
 
@@ -62,7 +61,8 @@ class ModelSection:
 class TrainSection(LengthConfig):
     micro_batch_size: int = setting(2, above=0)
     """sequences a device holds at once; the rest of its share is accumulated"""
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    precision: Dtype = "bf16"
+    """type in which matmuls are computed"""
     save_every: int = setting(1000, above=0)
     """steps between checkpoints"""
     keep: int = setting(3, above=0)
@@ -70,6 +70,10 @@ class TrainSection(LengthConfig):
     branch_from: str = ""
     """checkpoint of another run to go on from, out/RUN/checkpoints/step_N; what it has done must be what this run would
     have done up to there, as with a learning rate that was constant so far and now anneals"""
+
+    def __post_init__(self):
+        # One spelling in what a run writes, however the user spelt it: bfloat16 is bf16.
+        self.precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(pick_dtype(self.precision), "fp16")
 
 
 # ---- the run
@@ -128,7 +132,7 @@ class Run:
         """The context of a forward pass in the run's precision."""
         if self.c.train.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, PRECISIONS[self.c.train.precision])
+        return torch.autocast(self.world.device.type, pick_dtype(self.c.train.precision))
 
     def forward(self, model, batch):
         """Hidden states [B, T, D] of a corrupted batch under any model, computed as the run computes."""
@@ -260,7 +264,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     run.heldout = evaluation.HeldOut(
         documents, {name: sources[name].role for name in documents}, objective,
         token_before_document(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
-        PRECISIONS[c.train.precision])
+        pick_dtype(c.train.precision))
     return run
 
 
@@ -310,7 +314,7 @@ def make_sharded_model(c, config: ModelConfig, base: hf.Base | None, world) -> M
         if c.lora.rank:
             lora.attach(model, c.lora, c.seed)
     # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
-    gathered = None if c.lora.rank or c.train.precision == "fp32" else PRECISIONS[c.train.precision]
+    gathered = None if c.lora.rank or c.train.precision == "fp32" else pick_dtype(c.train.precision)
     parallel.shard(model, world, gathered)
     model.to_empty(device=world.device)
     model.tie()
@@ -377,5 +381,5 @@ def describe_learning(run: Run) -> Learning:
         general_text=GeneralText(run) if general else None,
         general_sources=frozenset(i for i, name in enumerate(loader.names) if name in general and loader.plan[-1][i]),
         base=base, pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
-        precision=None if c.train.precision == "fp32" else PRECISIONS[c.train.precision],
+        precision=None if c.train.precision == "fp32" else pick_dtype(c.train.precision),
         folder=run.folder, fingerprint=short_digest(json.dumps(made_of).encode()))

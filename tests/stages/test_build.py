@@ -11,6 +11,7 @@ from test_train import lines, make_lab, one, quick, settings
 
 import hf
 import train
+from core import cli
 from stages import build as stage
 
 __all__ = ["quick"]         # an autouse fixture, here too
@@ -19,6 +20,13 @@ __all__ = ["quick"]         # an autouse fixture, here too
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     return make_lab(tmp_path_factory.mktemp("lab"))
+
+
+def test_both_spellings_of_a_type_are_one_in_what_a_run_writes(tmp_path):
+    (tmp_path / "recipe.toml").write_text('[train]\nprecision = "float16"\n')
+    for words, precision in ((["--train.precision", "bfloat16"], "bf16"), (["--train.precision", "float32"], "fp32"),
+                             ([str(tmp_path / "recipe.toml")], "fp16")):
+        assert cli.parse(train.Config, words, recipe=True).train.precision == precision
 
 
 @pytest.mark.parametrize("words", [["--lora.rank", 2], ["--forget.merge.method", "linear"],
