@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # read when a kernel is defined: the tests run kernels in numpy
 
 import torch.nn.functional as F
+from runs import base, lab, quick, whole
 from synthetic import some_texts, texts
 from vocabularies import make_small_bases
 
@@ -24,6 +25,7 @@ import hf
 import tokenizer as tokenizers
 from model import Model, ModelConfig
 
+__all__ = ["base", "lab", "quick", "whole"]          # fixtures
 DATA = os.environ.get("NANOCPT_DATA")       # as it is at the start: a benchmark's test runs without it
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 72, "num_hidden_layers": 3,

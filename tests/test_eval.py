@@ -11,7 +11,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from test_train import make_lab, one, settings, texts
+from runs import make_lab, one, settings
+from synthetic import texts
 
 import data
 import eval as evaluation

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import SIZES, large_weights
 from retention import ONE, UnreadText, forward, methods, some_batch
-from test_train import ENV
+from runs import ENV
 
 from core import cli, config, parallel
 from core.errors import UserError

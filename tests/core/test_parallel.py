@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import ENV, digest, lines, make_lab, one, same_checkpoint, settings, trace
 from safetensors.torch import load_file
-from test_train import ENV, digest, lines, make_lab, one, quick, same_checkpoint, settings, trace
 
 import hf
 import train
@@ -27,7 +27,7 @@ from core import checkpoint, parallel
 from stages import finish
 from stages.build import build
 
-__all__ = ["quick"]         # an autouse fixture, here too
+pytestmark = pytest.mark.usefixtures("quick")
 STEPS, BATCH = 5, 8
 CASES = list(itertools.product(("ddp", "fsdp"), (True, False), (1, 2, 4)))        # strategy, tied head, micro-batch
 
@@ -169,9 +169,10 @@ def ranks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def truth(ranks):
+def truth(lab):
+    torch.set_num_threads(1)
     world = parallel.World(0, 1, torch.device("cpu"))
-    return {tied: steps_of(case(ranks / "lab", "ddp", tied, BATCH), world) for tied in (True, False)}
+    return {tied: steps_of(case(lab, "ddp", tied, BATCH), world) for tied in (True, False)}
 
 
 def close(mine, theirs, rel=1e-5):
@@ -180,6 +181,7 @@ def close(mine, theirs, rel=1e-5):
         assert mine[key] == pytest.approx(theirs[key], rel=rel), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", CASES, ids=str)
 def test_two_ranks_are_one(ranks, truth, key):
     one = truth[key[1]]
@@ -200,13 +202,14 @@ def test_two_ranks_are_one(ranks, truth, key):
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
-def test_accumulation_on_one_rank_changes_nothing(ranks, truth, micro):
-    mine = steps_of(case(ranks / "lab", "ddp", True, micro), parallel.World(0, 1, torch.device("cpu")))
+def test_accumulation_on_one_rank_changes_nothing(lab, truth, micro):
+    mine = steps_of(case(lab, "ddp", True, micro), parallel.World(0, 1, torch.device("cpu")))
     assert mine["rows"] == truth[True]["rows"]
     assert mine["loss"] == pytest.approx(truth[True]["loss"], rel=1e-5)
     assert mine["norm"] == pytest.approx(truth[True]["norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_checkpoints_move_between_one_and_two_ranks(ranks, strategy):
     world, lab = parallel.World(0, 1, torch.device("cpu")), ranks / "lab"
@@ -235,6 +238,7 @@ def test_checkpoints_move_between_one_and_two_ranks(ranks, strategy):
         same_checkpoint(reference, ranks / "bf16", 6)                        # the comparison can tell runs apart
 
 
+@pytest.mark.slow
 def test_the_exported_model_is_the_last_checkpoint_in_full_precision(ranks):
     """An evaluation comes just before, and leaves FSDP's outer weights gathered in bf16."""
     weights = checkpoint.load(checkpoint.path_of(ranks / "bf16/checkpoints", 6))[0]
@@ -282,6 +286,7 @@ def left(out) -> tuple[dict, dict, list]:
     return tensors, rest, [(d["step"], d["source"], d["replay_share"]) for d in state["decisions"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "strategy"), PAIRS)
 def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
     """Four steps on two ranks; two steps there and two on one; and the other way round. Muon makes its matrices
@@ -308,6 +313,7 @@ def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
         assert truth[1]["/trainable_parameters"] < truth[4]["/trainable_parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
     """The base in bf16, the adapters in fp32, sharded or not: where FSDP gathered adapters in bf16, the first loss
@@ -319,12 +325,14 @@ def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
     assert mine["loss"][1] != pytest.approx(mine["loss"][0], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_not_sharded(ranks):
     c = method(ranks, "qlora", "refused", "--parallel.strategy", "fsdp")
     with pytest.raises(ValueError, match=r"lora\.base nf4: .* use --parallel\.strategy ddp"):
         build(c, parallel.World(0, 2, torch.device("cpu")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_8_bit_states_are_sharded_and_go_on_elsewhere(ranks, strategy):
     """Three steps on two ranks, three on one: what one rank alone does, within what bf16 gradients allow."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import arguments, make_lab, trace
+from runs import arguments, make_lab, trace
 
 import data
 import kernels

@@ -7,19 +7,14 @@ import types
 from pathlib import Path
 
 import pytest
-from test_train import lines, make_lab, one, quick, settings
+from runs import lines, one, run_of
 
 import hf
 import train
 from core import cli
 from stages import build as stage
 
-__all__ = ["quick"]         # an autouse fixture, here too
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    return make_lab(tmp_path_factory.mktemp("lab"))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_both_spellings_of_a_type_are_one_in_what_a_run_writes(tmp_path):
@@ -31,19 +26,18 @@ def test_both_spellings_of_a_type_are_one_in_what_a_run_writes(tmp_path):
 
 @pytest.mark.parametrize("words", [["--lora.rank", 2], ["--forget.merge.method", "linear"],
                                    ["--forget.ewc.strength", 1, "--forget.ewc.samples", 4, "--forget.lwf.alpha", 0.5]])
-def test_the_base_is_opened_once_in_a_run(lab, tmp_path, monkeypatch, words):
-    train.train(settings(lab, tmp_path / "base", steps=1), one())
-    base, opened, real = tmp_path / "base/final", [], hf.open_base
+def test_the_base_is_opened_once_in_a_run(base, tmp_path, monkeypatch, words):
+    _, folder = base
+    opened, real = [], hf.open_base
 
     def count(path, revision=None):
         if not isinstance(path, hf.Base):
             opened.append(str(path))
         return real(path, revision)
     monkeypatch.setattr(hf, "open_base", count)
-    train.train(settings(lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", base, *words, steps=2),
-                one())
-    assert opened.count(str(base)) == 1
-    assert len(lines(tmp_path / "run", "train")) == 2
+    train.train(run_of(base, tmp_path / "run", *words), one())
+    assert opened.count(str(folder)) == 1
+    assert len(lines(tmp_path / "run", "train")) == 8
 
 
 def test_every_rank_opens_the_commit_that_rank_0_found(monkeypatch):
