@@ -290,7 +290,9 @@ def _shorten(docstring: str) -> str:
 def _tidy_help(screen: str, recipe: bool) -> str:
     """tyro's help without frames and without what says nothing: `{None}|STR` is `STR`, no default is no default."""
     text = "\n".join(_strip_frame(screen, keep_indent=True))
-    text = re.sub(r"\{None\}\|(\S+)", r"\1       ", text).replace("[STR [STR ...]]", "STR ...        ")
+    # Spaces keep the columns of what stands to the right.
+    text = re.sub(r"\{None\}\|(\S+)", r"\1       ", text)
+    text = re.sub(r"(?m)^(  -.*)\[(\w+) \[\2 \.\.\.\]\]", r"\1\2 ...        ", text)
     # In a command the option's own name says whether it is on by default: --overwrite, --no-pii.
     text = re.sub(rf" *\(default: (None||''{'' if recipe else '|True|False'})\)", "", text)
     text = re.sub(r" +\n", "\n", text)

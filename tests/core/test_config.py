@@ -10,7 +10,6 @@ import pytest
 
 from core import cli
 from core.config import to_toml
-from core.errors import nearest
 
 
 @dataclass
@@ -212,10 +211,3 @@ def test_to_toml_keeps_numbers(recipe, number):
 
 def test_to_toml_keeps_not_a_number(recipe):
     assert math.isnan(parse(Config, [recipe(to_toml(Config(lr=math.nan)))]).lr)
-
-
-# ---- the nearest word
-
-def test_nearest():
-    assert nearest("contxt", ["data", "context"]) == "; did you mean context?"
-    assert nearest("zzz", ["data", "context"]) == ""
