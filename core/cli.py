@@ -297,7 +297,9 @@ def _tidy_help(screen: str, recipe: bool) -> str:
     text = re.sub(rf" *\(default: (None||''{'' if recipe else '|True|False'})\)", "", text)
     text = re.sub(r" +\n", "\n", text)
     text = re.sub(r"\n{3,}", "\n\n", re.sub(r"\n+(?=  -)", "\n", text))
-    return text.strip() + "\n\n--json FILE writes the result as data.\n"
+    usage, body = text.strip().replace("{None,", "{").split("\n", 1)
+    usage = textwrap.fill(usage, 79, subsequent_indent=" " * 8, break_on_hyphens=False)
+    return f"{usage}\n{body}\n\n--json FILE writes the result as data.\n"
 
 
 def _strip_frame(screen: str, keep_indent: bool = False) -> list[str]:
