@@ -209,7 +209,7 @@ def test_perplexity_of_a_model_and_its_percentile_gate(tmp_path, monkeypatch, da
 
 
 @pytest.mark.parametrize(("name", "content", "say"), [
-    ("broken.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-30], "cannot be read"),
+    ("broken.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-30], "cannot be read"),
     ("no.jsonl.gz", b"this is no gzip", "cannot be read"), ("wrong.jsonl", b'{"body": "x"}\n', "no text under 'text'"),
     ("number.jsonl", b'{"text": 5}\n', "no text under"), ("list.jsonl", b'["text"]\n', "no text under"),
     ("cut.jsonl", b'{"text": "a\n', "line 1 is not JSON"), ("latin.txt", b"caf\xe9 " * 50, "cannot be read"),
