@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -13,6 +15,7 @@ def study(*words):
                           capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_rows_from_their_parts_beat_random_ones(data_dir, tmp_path):
     """After the same bytes of text the extended stories260K is better with subtoken rows, as it is before."""
     (tmp_path / "notes.txt").write_text("mine")
