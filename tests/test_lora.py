@@ -220,6 +220,12 @@ def test_the_merge_command_keeps_the_bases_dtype_and_refuses_a_quantised_one(ada
     assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
     assert "written in bfloat16" in said
     assert f"--max-lora-rank 8 --lora-modules NAME={folder}" in said
+    again = ["merge", "--base", base, "--adapter", folder, "--out", tmp_path / "out", "--dtype", "fp32"]
+    assert run_main(monkeypatch, *again) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert not run_main(monkeypatch, *again, "--overwrite")
+    assert "written in float32" in capsys.readouterr().out
+    assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {torch.float32}
     edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     assert run_main(monkeypatch, "merge", "--base", base, "--adapter", folder, "--out", tmp_path / "no") == 2
     error = capsys.readouterr().err
