@@ -34,28 +34,12 @@ class StopSignal:
         return world.sum([self.received is not None])[0] > 0
 
 
-class RunLock:
-    """The right to write to a run folder. The system releases it when the process ends, however it ends."""
-
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder / ".lock", "w")     # noqa: SIM115  (held for the life of the run)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.file.close()
-            raise UserError(f"another process is writing the run folder {folder}; wait for it or choose another "
-                            f"--out") from None
-
-    def release(self):
-        self.file.close()
-
-
 @contextlib.contextmanager
 def run_folder(path, world):
-    """The folder of a run, which rank 0 locks while the context lasts.
+    """The folder of a run, which rank 0 keeps to itself while the context lasts, however the process ends.
 
-    UserError where it holds a finished run. If the run fails before it wrote anything, the folder is removed again.
+    UserError where it holds a finished run, or where another process writes it. If the run fails before it wrote
+    anything, the folder is removed again.
     """
     folder = Path(path)
     # eval.json is the last file that a run writes.
@@ -64,15 +48,19 @@ def run_folder(path, world):
     if not world.main:
         yield folder
         return
-    lock = RunLock(folder)
-    try:
-        yield folder
-    except BaseException:
-        if [file.name for file in folder.iterdir()] == [".lock"]:
-            shutil.rmtree(folder)
-        raise
-    finally:
-        lock.release()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing the run folder {folder}; wait for it or choose another "
+                            f"--out") from None
+        try:
+            yield folder
+        except BaseException:
+            if [file.name for file in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)
+            raise
 
 
 def require_finite(what: str, value: float, step: int, sources) -> None:

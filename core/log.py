@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl always; a console line or progress bar on rank 0; TensorBoard and W&B when asked."""
 
+import importlib
 import json
 import math
 import os
@@ -39,7 +40,7 @@ class Logger:
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
         if config.tensorboard:
-            self.board = _open_tensorboard(folder)
+            self.board = _import_extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
         if config.wandb:
             self.tracker = _open_wandb(folder, config.wandb, settings)
 
@@ -119,20 +120,15 @@ def _end_last_line(path: Path):
             file.write(b"\n")
 
 
-def _open_tensorboard(folder):
+def _import_extra(module: str, package: str):
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return importlib.import_module(module)
     except ImportError:
-        raise UserError("log.tensorboard needs the tensorboard package: pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+        raise UserError(f"log.{package} needs the {package} package: pip install {package}") from None
 
 
 def _open_wandb(folder, project, settings):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("log.wandb needs the wandb package: pip install wandb") from None
     # Without a key wandb would ask for one and wait.
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    return wandb.init(project=project, name=Path(folder).name, dir=str(folder), config=settings, mode=mode,
-                      resume="allow")
+    return _import_extra("wandb", "wandb").init(project=project, name=Path(folder).name, dir=str(folder),
+                                                config=settings, mode=mode, resume="allow")

@@ -13,9 +13,9 @@ from core import guard
 
 ONE = types.SimpleNamespace(main=True)
 HOLD = """
-import sys, pathlib; sys.path.insert(0, sys.argv[2])
-from core import guard
-lock = guard.RunLock(pathlib.Path(sys.argv[1])); print("held", flush=True); sys.stdin.read()
+import sys; sys.path.insert(0, sys.argv[2])
+import types; from core import guard
+with guard.run_folder(sys.argv[1], types.SimpleNamespace(main=True)): print("held", flush=True); sys.stdin.read()
 """
 
 
@@ -24,15 +24,14 @@ def test_lock_is_one_processes_and_dies_with_it(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, folder, pathlib.Path(guard.__file__).parents[1]], text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"another process is writing the run folder {folder}"):
-        guard.RunLock(folder)
+    with pytest.raises(ValueError, match=f"another process is writing the run folder {folder}"), \
+            guard.run_folder(folder, ONE):
+        pass
     holder.kill()                                     # no clean-up of its own
     holder.communicate()
-    lock = guard.RunLock(folder)
-    with pytest.raises(ValueError, match="another process"):
-        guard.RunLock(folder)
-    lock.release()
-    guard.RunLock(folder).release()
+    for _ in range(2):
+        with guard.run_folder(folder, ONE):
+            (folder / "metrics.jsonl").touch()
 
 
 def test_a_run_folder_is_locked_and_goes_again_where_nothing_was_written(tmp_path):

@@ -147,11 +147,10 @@ def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, cap
     status, _, errors = command(monkeypatch, capsys, arguments(lab, whole[0]))
     assert (status, errors.count("\n")) == (2, 1)
     assert "holds a finished run" in errors
-    lock = guard.RunLock(tmp_path / "run")
-    status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
+    with guard.run_folder(tmp_path / "run", one()):
+        status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
     assert (status, errors.count("\n")) == (2, 1)
     assert "another process is writing the run folder" in errors
-    lock.release()
     assert [f.name for f in (tmp_path / "run").iterdir()] == [".lock"]
 
 
