@@ -19,11 +19,14 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
+import subprocess
 import sys
 import textwrap
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -32,6 +35,7 @@ from core.config import check_limits, merge, open_sections, read_toml
 from core.errors import UserError, nearest
 from core.files import write_json
 
+ROOT = Path(__file__).resolve().parent.parent
 # A list without an option's name: FILE...
 Positional = tyro.conf.Positional
 # A list whose option is repeated for each value, because files may follow it: --rule A --rule B FILE
@@ -181,6 +185,18 @@ def _take_json(argv: list[str]) -> str | None:
 
 def _print_error(text: str) -> None:
     print("error: " + " ".join(text.split()), file=sys.stderr)
+
+
+def run_command(program: str, *words, threads: int | None = None) -> None:
+    """Run a command of this checkout in a process of its own, with OMP_NUM_THREADS of `threads` if given.
+
+    A failure is a UserError with the last line that the command printed.
+    """
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run([sys.executable, ROOT / program, *map(str, words)], capture_output=True, text=True,
+                          errors="replace", env=environment)
+    if done.returncode:
+        raise UserError(f"{program} failed: {''.join((done.stderr or done.stdout).strip().splitlines()[-1:])}")
 
 
 # ---- the words of a command line

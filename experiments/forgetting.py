@@ -12,9 +12,7 @@ forgetting.png beside it shows domain gain against forgetting (both stay in
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -91,28 +89,19 @@ class Forgetting(Study):
     """The folder to make."""
 
 
-def run_command(program: str, *words, threads: int = 1) -> None:
-    """Runs a command of the project; a UserError has the last line that a failed one printed."""
-    done = subprocess.run([sys.executable, ROOT / program, *map(str, words)], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise UserError(f"{''.join(last)} (python {program} {' '.join(map(str, words))})")
-
-
 def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
     """(the new folder, {"domain", "general": packed folder}); with `sampled`, also "own", so many documents sampled
     from the base."""
     refuse_existing(c.out)
     out, sides = Path(c.out).resolve(), {"domain": c.domain, "general": c.general}
     if sampled:
-        run_command("forget.py", "replay", "--model", c.model, "--out", out / "own.jsonl", "--documents", sampled,
-                    "--max-new-tokens", 256, threads=2)
+        cli.run_command("forget.py", "replay", "--model", c.model, "--out", out / "own.jsonl", "--documents", sampled,
+                        "--max-new-tokens", 256, threads=2)
         sides["own"] = [out / "own.jsonl"]
     for side, files in sides.items():
         separator = ["--separator", c.separator] if side == "general" and c.separator else []
-        run_command("data.py", "pack", "--tokenizer", c.model, "--out", out / "shards" / side, *files, *separator,
-                    "--heldout", 0.05)
+        cli.run_command("data.py", "pack", "--tokenizer", c.model, "--out", out / "shards" / side, *files, *separator,
+                        "--heldout", 0.05, threads=1)
     return out, {side: out / "shards" / side for side in sides}
 
 
@@ -124,8 +113,8 @@ def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple
         # The real general text then has no share in the mix, and is scored all the same.
         sources += ["--data.sources.own.path", shards["own"], "--data.sources.own.role", "general",
                     "--data.sources.general.weight", 0]
-    run_command("train.py", ROOT / "recipes/forgetting.toml", "--model.path", c.model, *sources, "--seed", seed,
-                "--train.steps", c.steps, "--out", folder, *(word for word in words if word != "own"))
+    cli.run_command("train.py", ROOT / "recipes/forgetting.toml", "--model.path", c.model, *sources, "--seed", seed,
+                    "--train.steps", c.steps, "--out", folder, *(word for word in words if word != "own"), threads=1)
     found = read_json(folder / "eval.json")
     if lacking := {"domain", "general"} - found["after"].keys():
         raise UserError(f"of the --{min(lacking)} text no document was held out to be scored; give more of it")

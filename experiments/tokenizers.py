@@ -18,7 +18,6 @@ Written: experiments/results/tokenizers.json with one row per method, and tokeni
 
 import os
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -57,11 +56,10 @@ class Study:
     """One seed of two methods; the results stay in --out."""
 
 
-def run(*command) -> None:
-    """Show and run a command of the project; its failure ends the study."""
-    print("\n$ python " + " ".join(map(str, command)), flush=True)
-    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
-        raise UserError(f"this command of the study failed: python {' '.join(map(str, command))}")
+def run(program: str, *words) -> None:
+    """Show and run a command of the project."""
+    print(f"$ python {program} " + " ".join(map(str, words)), flush=True)
+    cli.run_command(program, *words)
 
 
 def prepare(data: Path, out: Path) -> tuple[dict, dict]:

@@ -18,7 +18,7 @@ from vocabularies import BASES, LATIN
 
 import hf
 import tokenizer
-from text import compare_vocabularies as C
+from core import cli
 from text import extend_vocabulary as X
 from text import vocabulary as T
 from text import vocabulary_files
@@ -185,7 +185,7 @@ def test_bits_per_byte_of_a_small_model(tmp_path, command, monkeypatch):
             assert manifest["heldout"]["documents"] == 0
             per_step = 16 * 256 * manifest["train"]["bytes"] / manifest["train"]["tokens"]
             assert abs(words["--train.steps"] * per_step - 1e6) <= per_step / 2
-    monkeypatch.setattr(C, "run_command", run)
+    monkeypatch.setattr(cli, "run_command", run)
     status, stdout, _ = command(f"compare --vocab-size 330 --bits-per-byte 1 --seeds 2 {tmp_path}/law.jsonl --json "
                                 f"{tmp_path}/compare.json")
     assert status == 0

@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import tempfile
 import time
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from core import cli
 from core.cli import Positional, Reading
 from core.config import setting
 from core.errors import UserError
+from core.files import read_json
 from text.corpus import read_documents, utf8
 from text.extend_vocabulary import Learning, count_fewest_tokens, extend
 from text.shards import pack
@@ -235,21 +236,13 @@ def measure_small_model(tokenizer, learn: list[str], held_out: list[str], megaby
         total = pack(iter(learn), load(tokenizer), Path(home, "shards"), heldout=0)["splits"]["train"]
         steps = max(1, round(megabytes * 1e6 * total["tokens"] / total["bytes"] / (16 * 256)))
         Path(home, "held_out.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in held_out if t.strip()))
-        run_command(
+        cli.run_command(
             "train.py", "--model.init", "scratch", "--model.tokenizer", tokenizer, "--model.hidden-size", 128,
             "--model.intermediate-size", 352, "--model.num-hidden-layers", 4, "--model.num-attention-heads", 4,
             "--model.num-key-value-heads", 4, "--data.sources.text.path", f"{home}/shards", "--data.context", 256,
             "--data.schedule", "domain_only", "--train.batch-size", 16, "--train.micro-batch-size", 16,
             "--train.steps", steps, "--train.precision", "fp32", "--optim.lr", 2e-3, "--optim.min-lr", 2e-4,
             "--optim.warmup-ratio", 0.05, "--seed", seed, "--out", f"{home}/run")
-        run_command("eval.py", "--model", f"{home}/run/final", "--text", f"held_out={home}/held_out.jsonl",
-                    "--json", f"{home}/eval.json")
-        return json.loads(Path(home, "eval.json").read_text(encoding="utf-8"))["texts"]["held_out"]["bits_per_byte"]
-
-
-def run_command(file: str, *arguments) -> None:
-    """Run a command of this checkout in a process of its own. UserError with the line it ended with if it fails."""
-    command = [sys.executable, Path(__file__).parents[1] / file, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        raise UserError(f"{file} failed: {(done.stderr.strip().splitlines() or ['no word why'])[-1]}")
+        cli.run_command("eval.py", "--model", f"{home}/run/final", "--text", f"held_out={home}/held_out.jsonl",
+                        "--json", f"{home}/eval.json")
+        return read_json(f"{home}/eval.json")["texts"]["held_out"]["bits_per_byte"]

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 from vocabularies import LATIN
 
+from core import cli
 from text import compare_vocabularies as C
 from text import extend_vocabulary as X
 from text import vocabulary as T
@@ -65,4 +66,4 @@ def test_a_small_model_is_trained_and_scored(small_bases):
     texts = [f"{n}. {LATIN}" for n in range(100)]
     assert 0.5 < C.measure_small_model(small_bases["small bytes"], texts[:90], texts[90:], 0.02, 0) < 8
     with pytest.raises(ValueError, match=r"train\.py failed: error: unknown key"):
-        C.run_command("train.py", "--no-such-key", 1)
+        cli.run_command("train.py", "--no-such-key", 1)
