@@ -193,7 +193,7 @@ def run_pack(options: Pack) -> dict:
         # A file that cannot be read should be known before hours of work.
         next(records([path]), None)
     start = time.perf_counter()
-    settings = {"heldout": options.heldout, "bos": True if options.bos else False if options.no_bos else None,
+    settings = {"heldout": options.heldout, "bos": options.bos or (False if options.no_bos else None),
                 "shard_tokens": options.shard_tokens, "workers": options.workers,
                 "overwrite": options.output.overwrite,
                 "inputs": [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
@@ -307,8 +307,7 @@ class Mix:
 
 def run_mix(options: Mix, settings: list[str]) -> dict:
     """Preview the recipe's mix under `settings`, words such as --train.steps 10; or write the mixed JSONL."""
-    files = bool(options.domain or options.general)
-    if options.preview and options.recipe and not files:
+    if options.preview and options.recipe and not (options.domain or options.general):
         return preview_mix(options.recipe, settings, Path(options.out or "out/mix.png"))
     if options.recipe or options.preview or settings or not (options.domain and options.general and options.out):
         raise UserError("mix wants either RECIPE --preview, or --domain, --general and --out")
