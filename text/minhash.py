@@ -5,7 +5,7 @@ hash function their least hashes are equal with probability s, the Jaccard simil
 such hashes (FineWeb's numbers), and two sets that agree in all 8 hashes of any band are a candidate pair; a pair of
 similarity s becomes one with probability 1 - (1 - s^8)^14. The verdict then compares the sets themselves.
 
-U texts, S hashes of the n-grams of one text, M members of the groups of one band.
+U texts, G n-grams of one text, M members of the groups of one band.
 """
 
 import functools
@@ -50,9 +50,9 @@ def _powers(base: int, blocks: int) -> np.ndarray:
 
 
 def hash_ngrams(texts: list[str], n: int) -> list[np.ndarray]:
-    """uint64 [S] for each of the folded texts: a hash of every n words, in order and with repeats.
+    """uint64 [G] for each of the folded texts: a hash of every n words, in order and with repeats.
 
-    A text of fewer words has one hash, of all its words, and an empty one has none.
+    "a b c d" with n = 3 has two, of "a b c" and "b c d". A text of fewer words has one, an empty one has none.
 
     The hash of the bytes b[s:e] is the polynomial of their BYTE_VALUES in BASE modulo 2^64 (Rabin-Karp): a difference
     of two prefix sums, divided by BASE^s so that it does not depend on the place. No word is looked at on its own.

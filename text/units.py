@@ -4,9 +4,9 @@ A unit is a document, or a paragraph where paragraphs are compared. STEM.json, w
 
     STEM.units      UNIT [U]: hashes of the words and of the record, length, state, where shingles and id end
     STEM.bands      uint64 [U, BANDS]: the band keys          STEM.ids     the ids as JSON, one after the other
-    STEM.shingles   uint64 [S]: hashes of the shingles        STEM.hits    what overlaps with benchmarks, as JSON lines
+    STEM.shingles   uint64 [G]: hashes of the shingles        STEM.hits    what overlaps with benchmarks, as JSON lines
 
-U units, S shingles.
+U units, G shingles, R units that differ from each other.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def read_identified(path: str, reading: Reading):
 # ---- the first pass
 
 def sign_batch(shared: tuple[Benchmarks | None, str, bool], batch: list) -> tuple:
-    """(benchmarks, column, paragraphs), [(id, record), ...] -> (UNIT [U], band keys [U, BANDS], shingles [S], ids as
+    """(benchmarks, column, paragraphs), [(id, record), ...] -> (UNIT [U], band keys [U, BANDS], shingles [G], ids as
     JSON, [(unit, overlaps), ...])."""
     benchmarks, column, paragraphs = shared
     exact, length, tie, state, folded, ids, hits = [], [], [], [], [], [], []
@@ -162,7 +162,8 @@ class Store:
 def find_exact(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """UNIT [U] -> (first int64 [U]: the best unit with the same words; best int64 [R]: those units, best first).
 
-    The best is the longest; of equal ones, that with the least hash of the text, then of the record.
+    The best is the longest; of equal ones, that with the least hash of the text, then of the record. Units "x", "a b"
+    and "X" give best [1, 0] and first [0, 1, 0], if the hash of "x" is less than that of "X".
     """
     first = np.arange(len(units))
     which = np.flatnonzero(units["state"] == CANDIDATE)
