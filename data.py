@@ -114,8 +114,8 @@ class Loader:
         for i in np.unique(source):
             packing, name = self.packings[i], self.names[i]
             rows = np.flatnonzero(source == i)
-            epoch, position = np.divmod(ordinal[rows], packing.rows)
-            place = permute(position, packing.rows, mix_keys(self.seed, name, "window", epoch))
+            epoch, position = np.divmod(ordinal[rows], packing.sequences)
+            place = permute(position, packing.sequences, mix_keys(self.seed, name, "window", epoch))
             offset = mix_keys(self.seed, name, "offset", epoch)
             for row, at, key in zip(rows.tolist(), place.tolist(), offset.tolist()):
                 for begin, length, was_target in packing.pieces(at, key):

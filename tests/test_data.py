@@ -1,7 +1,5 @@
-"""Truth: a naive writer and plain Python loops in this file, decode(encode(text)) of the tokenizers, struct, hashlib.
-Laws: a batch depends on (seed, step) and the manifests alone; every token is a target once an epoch; counts keep within
-one sequence of the wanted mix; a permutation is one; a folder appears whole or not at all. One golden hash pins the
-order against a change that every law would allow.
+"""Truth: plain Python loops in this file, decode(encode(text)) of the tokenizers, hashlib. Law: a batch depends on
+(seed, step) and the manifests alone. Two golden hashes pin the order against a change that the law would allow.
 """
 
 import hashlib

@@ -71,14 +71,14 @@ class Windows:
     def __init__(self, shards: Shards, context: int, drop_last: bool = False):
         self.shards, self.context = shards, context
         L = shards.tokens
-        self.rows = max(1, L // context if drop_last else -(-L // context))
-        self.padded = max(0, self.rows * context - L)
-        self.dropped = max(0, L - self.rows * context)
+        self.sequences = max(1, L // context if drop_last else -(-L // context))
+        self.padded = max(0, self.sequences * context - L)
+        self.dropped = max(0, L - self.sequences * context)
 
-    def pieces(self, row: int, key: int) -> list[tuple[int, int, bool]]:
-        """[(where in the source, tokens, whether its first token was a target in another piece)] of sequence `row`, in
-        the epoch that `key` stands for."""
-        begin = row * self.context
+    def pieces(self, number: int, key: int) -> list[tuple[int, int, bool]]:
+        """[(where in the source it begins, tokens, whether its first token is a target in another piece)] of one of the
+        source's sequences, in the epoch that `key` stands for."""
+        begin = number * self.context
         return [(key % self.shards.tokens + begin, min(self.context, self.shards.tokens - begin) + 1, False)]
 
 
@@ -100,18 +100,18 @@ class Documents:
         part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
         begin = np.repeat(ends - lengths, parts) + part * T
         length = np.minimum(np.repeat(lengths, parts) - part * T, T + 1)
-        row = best_fit_decreasing(length, T + 1) if best_fit else np.arange(len(length))
-        order = np.argsort(row, kind="stable")
-        # [pieces, 3], sequence after sequence; sequence r has the pieces from first[r] to first[r + 1]
+        sequence = best_fit_decreasing(length, T + 1) if best_fit else np.arange(len(length))
+        order = np.argsort(sequence, kind="stable")
+        # [pieces, 3], sequence after sequence; sequence n has the pieces from first[n] to before first[n + 1]
         self.table = np.stack([begin, length, part > 0], axis=1)[order]
-        self.first = np.cumsum([0, *np.bincount(row)])
-        self.rows = len(self.first) - 1
-        self.padded = self.rows * (T + 1) - int(length.sum())
+        self.first = np.cumsum([0, *np.bincount(sequence)])
+        self.sequences = len(self.first) - 1
+        self.padded = self.sequences * (T + 1) - int(length.sum())
         self.dropped = 0
 
-    def pieces(self, row: int, key: int) -> list:
+    def pieces(self, number: int, key: int) -> list:
         """As Windows.pieces; `key` changes nothing."""
-        return self.table[self.first[row]:self.first[row + 1]].tolist()
+        return self.table[self.first[number]:self.first[number + 1]].tolist()
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -173,7 +173,7 @@ class PackedSources:
     @property
     def rows_per_epoch(self) -> dict[str, int]:
         """{source: sequences that one pass over it takes}."""
-        return {name: packing.rows for name, packing in self.packings.items()}
+        return {name: packing.sequences for name, packing in self.packings.items()}
 
 
 def pack_sources(sources: dict[str, Shards], config: DataConfig) -> PackedSources:
