@@ -203,7 +203,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self.backend.encode(text)
 
     def _encode_batch(self, texts):
-        return [ids.view(np.uint32) for ids in self.backend.encode(texts, out_type="numpy", num_threads=_cores())]
+        return [ids.view(np.uint32) for ids in self.backend.encode(texts, out_type="numpy", num_threads=_count_cores())]
 
     def _decode(self, ids):
         return self.backend.decode([i for i in ids if i < self.backend.piece_size()])
@@ -227,8 +227,8 @@ class TiktokenTokenizer(Tokenizer):
 
     def _encode_batch(self, texts):
         # Several texts make one task: a task of its own costs more than encoding one line.
-        step = max(1, len(texts) // (16 * _cores()))
-        with ThreadPoolExecutor(_cores()) as pool:
+        step = max(1, len(texts) // (16 * _count_cores()))
+        with ThreadPoolExecutor(_count_cores()) as pool:
             tasks = (texts[k:k + step] for k in range(0, len(texts), step))
             arrays = pool.map(lambda some: [self._to_array(text) for text in some], tasks)
             return list(itertools.chain.from_iterable(arrays))
@@ -343,7 +343,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     controls = {token: i for token, i in vocab.items() if token not in made and token not in LETTER_BYTES}
     added = _read_added_tokens(folder, vocab)
     bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    ranks = tiktoken_ranks(vocab, merges, bpe)
+    ranks = make_tiktoken_ranks(vocab, merges, bpe)
     defaults = {"eos": "<|endoftext|>"}
     if ranks is not None:
         return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls | added, vocab | added, defaults)
@@ -360,7 +360,7 @@ def parse_merges(lines: list[str]) -> list[tuple[str, ...]]:
     return [tuple(line.split()) for line in lines[lines[0].startswith("#version"):] if line.strip()]
 
 
-def tiktoken_ranks(vocab: dict, merges: list, bpe: tokenizers.Tokenizer) -> dict[bytes, int] | None:
+def make_tiktoken_ranks(vocab: dict, merges: list, bpe: tokenizers.Tokenizer) -> dict[bytes, int] | None:
     """tiktoken's {bytes: id}, or None if it would not encode as `bpe` does (which has no split pattern yet).
 
     tiktoken joins the adjacent pair whose union has the lowest id; `bpe` joins the pair that stands first in `merges`.
@@ -436,5 +436,5 @@ def replace_surrogates(text: str) -> str:
     return text if text.isascii() else utf8(text).decode()
 
 
-def _cores() -> int:
+def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

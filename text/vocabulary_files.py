@@ -109,18 +109,18 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
 
 def _write_tiktoken(base: BaseTokenizer, tokens: list, folder: Path) -> tokenizers.Tokenizer:
     lines = base.file.read_bytes().splitlines()
-    lines += [_rank_line(unspell_bytes(token), i) for i, token in enumerate(tokens) if i >= base.tokenizer.vocab_size]
+    lines += [_format_rank(unspell_bytes(token), i) for i, token in enumerate(tokens) if i >= base.tokenizer.vocab_size]
     (folder / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
     special = set(base.tokenizer.special_ids)
     vocab = {token: i for i, token in enumerate(tokens) if token is not None}
-    pairs = _all_splits([token for token, i in vocab.items() if i not in special])
+    pairs = _list_splits([token for token, i in vocab.items() if i not in special])
     backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
     split_as_llama3(backend)
     _add_specials(backend, base.tokenizer)
     return backend
 
 
-def _rank_line(token: bytes, rank: int) -> bytes:
+def _format_rank(token: bytes, rank: int) -> bytes:
     return base64.b64encode(token) + b" %d" % rank
 
 
@@ -150,8 +150,8 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
         only_merges = all(entry["special"] for entry in added) and not description["normalizer"]
     bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    if only_merges and (ranks := vocabulary.tiktoken_ranks(vocab, merges, bpe)):
-        lines = [_rank_line(token, i) + b"\n" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
+    if only_merges and (ranks := vocabulary.make_tiktoken_ranks(vocab, merges, bpe)):
+        lines = [_format_rank(token, i) + b"\n" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
         (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
     return backend
 
@@ -179,7 +179,7 @@ def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tok
     normal.sort(key=lambda i: (-scores[i], -len(names[i])))
     unk = None if base.tokenizer.unk_id is None else tokens[base.tokenizer.unk_id]
     vocab = {name: i for i, name in enumerate(names)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, _all_splits([names[i] for i in normal]), unk_token=unk,
+    backend = tokenizers.Tokenizer(models.BPE(vocab, _list_splits([names[i] for i in normal]), unk_token=unk,
                                               fuse_unk=True, byte_fallback=True))
     rules = read_submessage(read_fields(base.file.read_bytes()), 3)     # normalizer_spec
     steps = []
@@ -197,7 +197,7 @@ def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tok
     return backend
 
 
-def _all_splits(tokens: list[str]) -> list[tuple[str, str]]:
+def _list_splits(tokens: list[str]) -> list[tuple[str, str]]:
     """Every pair of tokens that joins to one of `tokens`, in the order of `tokens`.
 
     As merges they mean "whatever two tokens make the union": ["a", "b", "ab", "abb", "bb"] gives
