@@ -152,8 +152,9 @@ def describe_split(records: list[dict]) -> dict:
 @contextlib.contextmanager
 def new_source(out: Path, overwrite: bool):
     """core.files.new_folder for a packed source: --overwrite replaces nothing but another packed source."""
-    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in ("manifest.json",
-                                                                                           "buckets.json")):
+    is_source = any((out / name).is_file() for name in ("manifest.json", "buckets.json"))
+    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not is_source and not is_free:
         raise UserError(f"{out} is no packed source, so --overwrite does not remove it; choose another --out")
     try:
         with new_folder(out, overwrite) as partial:

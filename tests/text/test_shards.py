@@ -228,7 +228,9 @@ def test_an_existing_folder_is_kept_without_overwrite(tmp_path):
     (other / "chapter1").write_text("years of work")
     with pytest.raises(ValueError, match="is no packed source, so --overwrite does not remove it"):
         pack(["new"], Bytes(), other, overwrite=True)
-    assert (other / "chapter1").exists()
+    with pytest.raises(ValueError, match="is no packed source"):
+        pack(["new"], Bytes(), other / "chapter1", overwrite=True)
+    assert (other / "chapter1").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "thesis"]
 
 
