@@ -48,6 +48,7 @@ class Config:
     out: str = "out/run"
     """run folder"""
     seed: int = setting(0, at_least=0)
+    """what all randomness of the run comes from"""
     device: str = "auto"
     """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N"""
     compile: bool = False

@@ -26,7 +26,7 @@ from core.config import setting
 from core.devices import pick_dtype
 from core.errors import UserError
 from core.hashing import short_digest
-from core.log import LogConfig, Logger
+from core.log import Logger
 from learn import objectives, optim
 from learn.method import Learning
 from model import Model, ModelConfig
@@ -48,11 +48,17 @@ class ModelSection:
     tokenizer: str = ""
     """tokenizer folder or file; default: the one in path"""
     hidden_size: int = 512
+    """D"""
     intermediate_size: int = 1376
+    """F, width of the MLP"""
     num_hidden_layers: int = 8
+    """blocks"""
     num_attention_heads: int = 8
+    """H"""
     num_key_value_heads: int = 8
+    """K; fewer than the attention heads: grouped-query attention"""
     tie_word_embeddings: bool = True
+    """the head is the embedding"""
     activation_checkpointing: bool = False
     """recompute each block in the backward pass: less memory, a third more work"""
 
@@ -188,12 +194,11 @@ def refuse_combinations(c, world):
 
 def open_log(run: Run) -> Logger:
     """The run's log, without what a run left in it that died before its first save."""
-    if run.folder is None:
-        return Logger(None, LogConfig(), run.steps, main=False)
-    if run.world.main and not checkpoint.steps(run.folder / "checkpoints"):
+    main = run.world.main and run.folder is not None
+    if main and not checkpoint.steps(run.folder / "checkpoints"):
         for stale in [run.folder / "metrics.jsonl", *run.folder.glob("eval_step_*.json")]:
             stale.unlink(missing_ok=True)
-    return Logger(run.folder, run.c.log, run.steps, run.world.main, settings=dataclasses.asdict(run.c))
+    return Logger(run.folder, run.c.log, run.steps, main, settings=dataclasses.asdict(run.c))
 
 
 # ---- base, tokenizer and data
