@@ -122,8 +122,8 @@ def train_tokenizer(texts, folder):
     return folder / "tokenizer"
 
 
-def hugging_face_twin(path, tokenizer, texts):
-    """The same tokenizer in the library that datasets.map is used with, or None; its ids are compared."""
+def load_twin(path, tokenizer, texts):
+    """The same tokenizer in `tokenizers`, the library that datasets.map is used with, or None; ids are compared."""
     from tokenizers import ByteLevelBPETokenizer
     if tokenizer.library.startswith("tokenizers"):
         twin = tokenizer.backend
@@ -143,11 +143,13 @@ def hugging_face_twin(path, tokenizer, texts):
 
 
 def bench_packing(path, source, texts, folder, rounds) -> list:
-    """Packing a jsonl file from disk to disk, all with the same tokenizer: on all cores against the encoder alone on
-    the texts in memory and against datasets.map with group_texts as in transformers' run_clm.py; on one core against
-    datatrove's DocumentTokenizer, which does not shuffle here, because pack does not."""
+    """Pack a jsonl file from disk to disk, everyone with the same tokenizer.
+
+    On all cores against the encoder alone, on the texts in memory, and against datasets.map with group_texts as in
+    transformers' run_clm.py. On one core against datatrove's DocumentTokenizer, without its shuffle: pack has none.
+    """
     tokenizer = tokenizers.load(path)
-    twin = hugging_face_twin(path, tokenizer, texts)
+    twin = load_twin(path, tokenizer, texts)
 
     def ours(workers=2):
         manifest = pack(read_documents([str(source)]), tokenizer, folder / "shards", heldout=0.0, workers=workers,
@@ -159,14 +161,14 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
         from datatrove.pipeline.tokens import DocumentTokenizer
         step = DocumentTokenizer(tempfile.mkdtemp(dir=folder), str(folder / "twin.json"), shuffle_documents=False,
                                  eos_token=tokenizer.id_to_token(tokenizer.eos_id))
-        return datatrove_run(folder, ([JsonlReader(str(source.parent)), step], 1))["tokens"].total
+        return run_datatrove(folder, ([JsonlReader(str(source.parent)), step], 1))["tokens"].total
 
     which = {"tokenizer": Path(path).name}
-    alone = {"pack_vs_encoder": (tokenizer.library, lambda: encode(tokenizer, texts))}
+    alone = {"pack_vs_encoder": (tokenizer.library, lambda: count_tokens(tokenizer, texts))}
     rows = compare_in_turn("tokens/s", None, ours, alone, rounds, **which)
     if twin:
         # datasets has two ways to use the cores; the better one counts.
-        seconds = [datasets_pipeline(twin, source, folder, processes) for processes in (None, os.cpu_count())]
+        seconds = [time_datasets(twin, source, folder, processes) for processes in (None, os.cpu_count())]
         rows.append(row("pack_vs_datasets", "tokens/s", rows[0]["ours"], rows[0]["counts"]["ours"] / min(seconds),
                         "datasets.map + group_texts", seconds_by_processes=seconds, spread=rows[0]["spread"], **which))
         twin.save(str(folder / "twin.json"))
@@ -176,8 +178,8 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
     return rows
 
 
-def encode(tokenizer, texts) -> int:
-    """Tokens by the library's own batch call, on all cores that this thread may use, and nothing else."""
+def count_tokens(tokenizer, texts) -> int:
+    """Number of tokens by the library's own batch call, on all cores that this thread may use, and nothing else."""
     cores = len(os.sched_getaffinity(0))
     if tokenizer.library.startswith("tokenizers"):
         return sum(map(len, tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)))
@@ -187,12 +189,14 @@ def encode(tokenizer, texts) -> int:
 
 
 def bench_encoding(path, texts, rounds) -> list:
-    """encode_batch on one core against the batch call of the library behind it and, if that is another, the same
-    tokenizer in `tokenizers`. Ours looks for surrogates and gives arrays, theirs lists or Encoding objects."""
+    """Encode on one core, against the library behind the tokenizer and, if that is another, against `tokenizers`.
+
+    Ours looks for surrogates and gives arrays, theirs gives lists or Encoding objects.
+    """
     tokenizer = tokenizers.load(path)
-    twin, library = hugging_face_twin(path, tokenizer, texts), tokenizer.library.split()[0]
+    twin, library = load_twin(path, tokenizer, texts), tokenizer.library.split()[0]
     name = f"encode_{Path(path).name}_vs_"
-    peers = {name + library: (library, lambda: encode(tokenizer, texts))}
+    peers = {name + library: (library, lambda: count_tokens(tokenizer, texts))}
     if twin:
         peers[name + "tokenizers"] = ("tokenizers", lambda: sum(map(len, twin.encode_batch_fast(
             texts, add_special_tokens=False))))
@@ -201,8 +205,8 @@ def bench_encoding(path, texts, rounds) -> list:
                            min(3, rounds))
 
 
-def datatrove_run(folder, *pipelines) -> dict:
-    """Each (steps, tasks) by datatrove's local executor with one worker; the last step's statistics."""
+def run_datatrove(folder, *pipelines) -> dict:
+    """Run each (steps, tasks) with datatrove's local executor and one worker; -> the last step's statistics."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.utils.logging import logger
     logger.disable("datatrove")
@@ -211,8 +215,8 @@ def datatrove_run(folder, *pipelines) -> dict:
     return stats.stats[-1].stats
 
 
-def datatrove_words():
-    """Words for datatrove split at white space, as dedup.py's are: spaCy's, its default for English, take longer."""
+def whitespace_words():
+    """A tokenizer that splits at white space, as dedup.py does; datatrove's default for English, spaCy, is slower."""
     from datatrove.utils.word_tokenizers import WordTokenizer
 
     class Words(WordTokenizer):
@@ -228,9 +232,10 @@ def datatrove_words():
 
 
 def bench_cleaning(documents, folder, rounds) -> list:
-    """clean.py's web preset from a jsonl file to kept.jsonl, dropped.jsonl.gz and drops.json on one core, against
-    datatrove from jsonl to jsonl with the filters of the same rules (Gopher, C4 as FineWeb uses it, FineWeb) and its
-    PIIFormatter.
+    """Clean on one core: clean.py's web preset from a jsonl file to kept.jsonl, dropped.jsonl.gz and drops.json.
+
+    Against datatrove from jsonl to jsonl with the filters of the same rules (Gopher, C4 as FineWeb uses it, FineWeb)
+    and its PIIFormatter.
 
     datatrove stops at the first rule that a document breaks and writes nothing of it. Ours takes every score of every
     document, repairs Unicode, drops boilerplate, guesses the language and looks for more kinds of personal data. C4's
@@ -243,8 +248,8 @@ def bench_cleaning(documents, folder, rounds) -> list:
         from datatrove.pipeline.formatters import PIIFormatter
         from datatrove.pipeline.readers import JsonlReader
         from datatrove.pipeline.writers import JsonlWriter
-        language = datatrove_words()
-        return datatrove_run(folder, ([
+        language = whitespace_words()
+        return run_datatrove(folder, ([
             JsonlReader(str(source.parent)), filters.GopherRepetitionFilter(language=language),
             filters.GopherQualityFilter(language=language), filters.C4QualityFilter(filter_no_terminal_punct=False,
                                                                                      language=language),
@@ -273,8 +278,9 @@ def with_copies(documents) -> list:
 
 
 def bench_dedup(documents, folder, rounds) -> list:
-    """Near-duplicates on one core, from jsonl to jsonl, against datatrove's four stages and datasketch; all with the
-    words of fold_words, sets of 5-word shingles, 14 bands of 8 hashes.
+    """Remove near-duplicates on one core, from jsonl to jsonl, against datatrove's four stages and datasketch.
+
+    All with the words of fold_words, sets of 5-word shingles and 14 bands of 8 hashes.
 
     Ours decides each proposed pair by its true Jaccard similarity, 0.8 or more, keeps the best and lists what it
     removed. The peers believe the bands; datatrove also joins chains of pairs, and writes only what is kept.
@@ -321,9 +327,9 @@ def dedup_by_datatrove(source, folder) -> int:
     words = TextNormConfig(remove_punctuation=False, norm_numbers=False, norm_unicode_diacritics=False)
     config = minhash.MinhashConfig(SHINGLE, BANDS, ROWS, norm_config=words)
     signed, pairs, removed, out = (tempfile.mkdtemp(dir=folder) for _ in range(4))
-    sign = minhash.MinhashDedupSignature(signed, config, language=datatrove_words())
+    sign = minhash.MinhashDedupSignature(signed, config, language=whitespace_words())
     sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())             # its own, but xxhash 4 takes bytes alone
-    return datatrove_run(
+    return run_datatrove(
         folder, ([JsonlReader(str(source.parent)), sign], 1),
         ([minhash.MinhashDedupBuckets(signed, pairs, config=config)], BANDS),
         ([minhash.MinhashDedupCluster(pairs, removed, config)], 1),
@@ -331,8 +337,8 @@ def dedup_by_datatrove(source, folder) -> int:
           JsonlWriter(out, compression=None)], 1))["total"].total
 
 
-def datasets_pipeline(twin, source, folder, processes=None) -> float:
-    """Seconds of what transformers' run_clm.py does: the fast tokenizer in a batched map, then group_texts."""
+def time_datasets(twin, source, folder, processes=None) -> float:
+    """Seconds of what transformers' run_clm.py does: a batched map of the fast tokenizer, then group_texts."""
     import datasets
     import transformers
     datasets.disable_progress_bars()

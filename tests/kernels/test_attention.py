@@ -10,6 +10,7 @@ import importlib
 import pytest
 import torch
 from float64_check import compare
+from quick import slow_except
 
 from kernels import backend, flash
 from kernels.attention import attention, runs_flash
@@ -92,7 +93,8 @@ def check(inputs, kernel="triton", terms=64):
 
 # ---- the kernels against the formula
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", slow_except(
+    ["causal", "both_ways", "window", "documents", "documents_window_both_ways"], MASKS, 1))
 def test_masks(name):
     check([*qkv(), *options(name)])
 
@@ -102,12 +104,13 @@ def test_half_precision(name):
     check([*qkv(dtype=DTYPES[1]), *options(name)])
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1)], ids=str)
+@pytest.mark.parametrize("heads", slow_except(
+    [(4, 2), (5, 1)], [(1, 1), (3, 3), (4, 2), (3, 1), (4, 1), (5, 1), (6, 1), (7, 1), (8, 1)], 1))
 def test_groups_of_heads(heads):
     check([*qkv(1, 19, None, *heads, d=8), True, None, documents([[10, 9]])])
 
 
-@pytest.mark.parametrize("d", [1, 16, 37, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("d", slow_except([1, 37, 80], [1, 16, 37, 64, 80, 96, 128, 256], 1))
 def test_head_sizes(d):
     check([*qkv(1, 19, H=1, d=d, dtype=DTYPES[1]), True, None, documents([[7, 12]])])
 
@@ -116,14 +119,16 @@ def test_rows_of_a_batch():
     check([*qkv(2), True, None, documents([[37], [17, 20]])])
 
 
-@pytest.mark.parametrize(("T", "window", "causal"), [(1, None, True), (1, None, False), (1, 6, False), (23, None, True),
-                                                     (18, 1, True), (18, 6, False), (18, 50, True), (3, 6, True)])
+@pytest.mark.parametrize(("T", "window", "causal"), slow_except(
+    [(1, None, True), (18, 6, False), (3, 6, True)],
+    [(1, None, True), (1, None, False), (1, 6, False), (23, None, True), (18, 1, True), (18, 6, False),
+     (18, 50, True), (3, 6, True)], 3))
 def test_cache(T, window, causal):
     """The last query is aligned with the last key; keys that a window has left behind get a gradient of zero."""
     check([*qkv(1, T, 37), causal, window, None])
 
 
-@pytest.mark.parametrize("name", ["causal", "documents"])
+@pytest.mark.parametrize("name", slow_except(["documents"], ["causal", "documents"], 1))
 def test_shipped_tiles(monkeypatch, name):
     monkeypatch.undo()
     starts = documents([[130, 3, 67]]) if name == "documents" else None
@@ -145,7 +150,8 @@ def test_nothing(shape):
 
 # ---- laws
 
-@pytest.mark.parametrize("name", ["causal", "window_both_ways", "documents", "documents_window_both_ways"])
+@pytest.mark.parametrize("name", slow_except(
+    ["documents_window_both_ways"], ["causal", "window_both_ways", "documents", "documents_window_both_ways"], 1))
 def test_a_key_outside_the_interval_does_nothing(name):
     """Not to the output of the queries that do not see it, bit by bit, and it gets no gradient from them."""
     q, k, v = qkv()

@@ -14,6 +14,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from quick import slow_except
 
 from kernels import backend, nf4
 from kernels.nf4 import BLOCK, BLOCK2, NF4, dequantise, quantise
@@ -98,7 +99,7 @@ def test_dynamic_levels_by_hand():
 # ---- against the formulas
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", slow_except([(3, 43), (130, 257), (0, 8)], SHAPES, 1))
 @pytest.mark.parametrize("kernel", BACKENDS)
 def test_quantise_takes_the_nearest_level(kernel, shape, double_quant):
     w = weight(*shape, dtype=torch.bfloat16 if kernel == "reference" else torch.float16)
@@ -131,7 +132,7 @@ def test_quantise_takes_the_nearest_level(kernel, shape, double_quant):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", slow_except([(3, 43), (130, 257), (0, 8)], SHAPES, 1))
 @pytest.mark.parametrize("kernel", BACKENDS)
 def test_dequantise(kernel, shape, double_quant):
     w = weight(*shape)

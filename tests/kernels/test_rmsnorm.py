@@ -3,12 +3,14 @@ torch.nn.functional.rms_norm and finite differences. In the interpreter without 
 
 import importlib.util
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from float64_check import compare
+from quick import slow_except
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -41,8 +43,9 @@ def cancelled(x, w):
     return 4 * w.abs().max().item() / rms.min().item() if x.numel() else 0.0
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), slow_except(
+    [*((shape, torch.float32) for shape in SHAPES), (SHAPES[0], torch.bfloat16), (SHAPES[6], torch.float16)],
+    product(SHAPES, DTYPES)))
 def test_outputs_and_gradients(shape, dtype):
     x, r, w = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1), normal(shape[-1], dtype=dtype, seed=2)
     terms = max(shape[-1], x.numel() // shape[-1])            # a row's sum forward, a column's sum for dw

@@ -5,11 +5,13 @@ Without a GPU the kernels run in Triton's interpreter, which truncates where a c
 
 import dataclasses
 import importlib.util
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from float64_check import compare
+from quick import slow_except
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +26,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 4, 2, 6), (1, 1, 1, 1, 2), (3, 7, 3, 1, 34), (2, 9, 8, 1, 16), (1, 11, 7, 7, 10), (2, 60, 4, 2, 64),
           (1, 64, 3, 2, 64), (1, 9, 5, 2, 80), (2, 3, 2, 4, 8), (1, 40, 14, 2, 128)]
 EMPTY = [(0, 3, 2, 1, 4), (2, 0, 2, 1, 4)]
+QUICK = [*((shape, torch.float32) for shape in (*SHAPES[:3], SHAPES[5], SHAPES[8], *EMPTY)),
+         (SHAPES[0], torch.bfloat16), (SHAPES[4], torch.float16)]
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -107,14 +111,12 @@ def test_references_gradients_against_finite_differences():
 
 # ---- kernels against the reference
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), slow_except(QUICK, product(SHAPES + EMPTY, DTYPES)))
 def test_rope(shape, dtype):
     good(*setting(shape, dtype, shared=shape[1] % 2 == 1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), slow_except(QUICK, product(SHAPES + EMPTY, DTYPES)))
 def test_qk_norm_rope(shape, dtype):
     good(*setting(shape, dtype, shared=shape[1] % 2 == 0, norm=True), terms=max(shape[0] * shape[1] * shape[2], 1))
 
