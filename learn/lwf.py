@@ -60,13 +60,13 @@ class LwF(Method):
     def loss_computed(self, model, batch, loss, metrics):
         hidden, everything = metrics["hidden"], range(len(batch.tokens))
         general = self.learning.general_sources
-        rows = [i for i in everything if self.config.tokens == "all" or int(batch.source[i]) in general]
-        idle = not rows
+        chosen = [i for i in everything if self.config.tokens == "all" or int(batch.source[i]) in general]
+        idle = not chosen
         if idle and not self.sharded:
             return loss
         # All ranks must gather a sharded teacher together, so a rank without such sequences runs one for nothing.
-        rows = rows or [0]
-        part = batch if len(rows) == len(everything) else take_sequences(batch, rows)
+        chosen = chosen or [0]
+        part = batch if len(chosen) == len(everything) else take_sequences(batch, chosen)
         labels = part.labels.to(hidden.device)
         with torch.no_grad(), self.base(model) as teacher:
             training = teacher.training
@@ -75,14 +75,14 @@ class LwF(Method):
             teacher.train(training)
         if idle:
             return loss
-        x = hidden if part is batch else hidden[rows]
+        x = hidden if part is batch else hidden[chosen]
         weight, alpha = model.head.weight, self.config.alpha
         divergence, _ = linear_kl(x, weight, base_hidden, base_weight, labels, self.config.temperature)
         self.divergence = self.divergence + divergence.detach()
         self.targets = self.targets + (labels != IGNORE).sum()
         if part is batch:
             return (1 - alpha) * loss + alpha * divergence
-        # (1 - alpha) of the cross-entropy of `rows` only: the other sequences keep all of theirs.
+        # (1 - alpha) of the cross-entropy of the chosen alone: the other sequences keep all of theirs.
         return loss + alpha * (divergence - linear_cross_entropy(x, weight, labels)[0])
 
     def before_step(self, step, model):

@@ -101,8 +101,8 @@ def upcast_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def take_sequences(batch, rows):
-    """The batch of the sequences `rows` (a slice or a list of numbers) of `batch`."""
-    parts = {f.name: getattr(batch, f.name)[rows] for f in dataclasses.fields(batch)
+def take_sequences(batch, which):
+    """The batch of some of its sequences; `which` is a slice or a list of their numbers."""
+    parts = {f.name: getattr(batch, f.name)[which] for f in dataclasses.fields(batch)
              if f.name == "source" or isinstance(getattr(batch, f.name), torch.Tensor)}
     return dataclasses.replace(batch, **parts)
