@@ -72,8 +72,8 @@ class State:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of those that this kind has."""
-        found = {name: getattr(self, name) for name in ("m", "v", "m_scale", "v_scale", "ecc")}
-        return {name: x for name, x in found.items() if x is not None}
+        names = ("m", "v", "m_scale", "v_scale", "ecc")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def init_state(param: torch.Tensor, kind: str) -> State:

@@ -105,27 +105,23 @@ def op(function):
     return call
 
 
+@functools.cache
+def _properties(index: int):
+    return torch.cuda.get_device_properties(index)
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability of a CUDA device, as 80, 90, 100, ...; in the static check, of the card compiled for."""
     if device.type == "cuda":
-        return _capability(device.index)
+        return 10 * _properties(device.index).major + _properties(device.index).minor
     return getattr(receiver, "architecture", 90)
-
-
-@functools.cache
-def _capability(index) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
-@functools.cache
-def _multiprocessors(index) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def multiprocessors(device: torch.device) -> int:
     """How many the device has; in the interpreter few, so that small inputs give every program several turns."""
-    return _multiprocessors(device.index) if device.type == "cuda" else 132 if receiver else 2
+    if device.type == "cuda":
+        return _properties(device.index).multi_processor_count
+    return 132 if receiver else 2
 
 
 def table(by_architecture: dict, device: torch.device):

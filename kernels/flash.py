@@ -268,10 +268,10 @@ def strides_of(**tensors) -> tuple[list, dict]:
 
 def constants_of(q, k, causal, window, docs) -> dict:
     """What a kernel is compiled for."""
-    d, S = q.shape[-1], k.shape[1]
+    d = q.shape[-1]
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return {"GROUP": q.shape[2] // max(1, k.shape[2]), "D": d, "SCALE": math.log2(math.e) / math.sqrt(d),
-            "CAUSAL": causal, "WINDOW": window if window is not None and window < S else 0, "DOCS": docs,
+            "CAUSAL": causal, "WINDOW": window or 0, "DOCS": docs,
             "PRECISION": "tf32" if tf32 else "ieee"}
 
 
