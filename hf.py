@@ -50,17 +50,17 @@ TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
-# ---- names: ours have no `model.` in front, and the head is `head`
+# ---- names of layers and parameters: ours have no `model.` in front, and the head is `head`
 
 def to_hf_name(name: str) -> str:
-    return "lm_head." + name.removeprefix("head.") if name.startswith("head.") else "model." + name
+    return "lm_" + name if name.partition(".")[0] == "head" else "model." + name
 
 
 def from_hf_name(name: str) -> str | None:
-    """Our name, or None for what is computed and not stored (old checkpoints keep rotary frequencies)."""
+    """Our name; None for the rotary frequencies that old checkpoints hold, which are computed here."""
     if name.endswith("rotary_emb.inv_freq"):
         return None
-    return "head." + name.removeprefix("lm_head.") if name.startswith("lm_head.") else name.removeprefix("model.")
+    return name.removeprefix("lm_") if name.partition(".")[0] == "lm_head" else name.removeprefix("model.")
 
 
 # ---- config.json

@@ -2,9 +2,9 @@
 
     python lora.py merge --base DIR --adapter DIR --out DIR        base and adapter as one Hugging Face folder
 
-`attach` freezes a model and puts the layers of learn/adapters.py (the formulas stand there) in the place of its linear
-layers. LoRA+ (arXiv 2402.12354) gives B a learning rate of its own; QLoRA (2305.14314) keeps W in 4 bits. Of embedding
-and head a copy is trained, in full or the rows of some tokens, so that the base stays as it was under every adapter.
+`attach` freezes a model and replaces its linear layers by those of learn/adapters.py, where the formulas are. LoRA+
+(arXiv 2402.12354) gives B a learning rate of its own; QLoRA (2305.14314) keeps W in 4 bits. Embedding and head are
+trained as a copy, in full or of some tokens' rows, so that the base stays as it was.
 """
 
 import core.threads
@@ -37,9 +37,9 @@ class LoraConfig:
     rank: int = setting(0, at_least=0)
     """Rank r of the adapters; 0: no adapter, all weights are trained. 8 is usual, 128 to 256 for much new text."""
     alpha: float = setting(16.0, above=0, below=math.inf)
-    """The adapter's part is multiplied by alpha / rank."""
+    """B A x is multiplied by alpha / rank."""
     targets: list[str] = field(default_factory=list)
-    """Linear layers that get one, by name ("q_proj", "layers.0.mlp.up_proj") or pattern ("layers.1?.*"); empty: all."""
+    """Linear layers to adapt, by name ("q_proj", "layers.0.mlp.up_proj") or pattern ("layers.1?.*"); empty: all."""
     ranks: list[str] = field(default_factory=list)
     """Other ranks by name or pattern, "down_proj=16" "layers.0.*=4"; the last that matches a layer counts."""
     dropout: float = setting(0.0, at_least=0, below=1)
@@ -47,7 +47,7 @@ class LoraConfig:
     rslora: bool = False
     """Multiply by alpha / sqrt(rank) instead of alpha / rank, which suits large ranks."""
     dora: bool = False
-    """Train the length of each row apart from its direction: a little better at small ranks, and slower."""
+    """Train length and direction of each weight row apart: a little better at small ranks, and slower."""
     b_lr_ratio: float = setting(1.0, above=0, below=math.inf)
     """LoRA+: learning rate of B divided by that of A. The paper has 16."""
     embeddings: Literal["frozen", "rows", "full"] = "frozen"
@@ -72,23 +72,22 @@ class LoraConfig:
 
 # ---- attaching
 
-def matches(pattern: str, path: str) -> bool:
-    return path == pattern or path.endswith("." + pattern) or fnmatchcase(path, pattern)
-
-
 def choose_ranks(model: nn.Module, config: LoraConfig) -> dict[str, int]:
     """{path: rank} of the linear layers that get an adapter; UserError where a pattern matches none."""
     paths = list(adapters.linear_layers(model))
-    rank_entries = [entry.rpartition("=") for entry in config.ranks]
-    for pattern in [*config.targets, *(pattern for pattern, _, _ in rank_entries)]:
-        if not any(matches(pattern, path) for path in paths):
+
+    def find(pattern):
+        found = {path for path in paths if f".{path}".endswith(f".{pattern}") or fnmatchcase(path, pattern)}
+        if not found:
             short = list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
             raise UserError(f"lora: no linear layer is called {pattern!r}{nearest(pattern, short)}; there are "
-                             f"{', '.join(short)}, e.g. {paths[0]} (embedding and head: lora.embeddings)")
-    ranks = {path: config.rank for path in paths
-             if not config.targets or any(matches(pattern, path) for pattern in config.targets)}
-    for pattern, _, rank in rank_entries:
-        ranks |= {path: int(rank) for path in ranks if matches(pattern, path)}
+                            f"{', '.join(short)}, e.g. {paths[0]} (embedding and head: lora.embeddings)")
+        return found
+
+    targets = set().union(*map(find, config.targets)) if config.targets else paths
+    ranks = {path: config.rank for path in paths if path in targets}
+    for pattern, _, rank in (entry.rpartition("=") for entry in config.ranks):
+        ranks |= {path: int(rank) for path in find(pattern) if path in ranks}
     return ranks
 
 
@@ -107,11 +106,11 @@ def parse_token_ids(text: str, vocab_size: int) -> list[int]:
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default", device=None):
-    """Freeze `model` and give it the adapter `name`, drawn from `seed` and active.
+    """Freeze `model` and give it the adapter `name`, drawn from `seed`, which becomes active.
 
     At first the model computes what it did, bit for bit unless its weights are quantised. On the meta device nothing is
-    drawn: call `initialise` once the base's weights are there. Quantised weights go to `device`, one layer at a time,
-    so that the plain ones never have to fit there.
+    drawn: call `initialise` once the base's weights are there. Weights are quantised on `device`, one layer at a time,
+    so that the plain ones need not fit there together.
     """
     if not config.rank:
         raise UserError("lora.rank is 0: no adapter; set it, e.g. to 8")
@@ -136,8 +135,8 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, layout=lambda full, parameter: full):
-    """Draw the active adapter. Each tensor depends on (seed, path of its layer, name of the adapter) alone, so that it
-    is the same under any sharding and beside any other adapted layers. layout(full, parameter): as in hf.fill."""
+    """Draw the active adapter. A tensor depends on the seed, the path of its layer and the adapter's name alone: it is
+    the same in any sharding, whichever other layers have adapters. layout(full, parameter): as in hf.fill."""
     for path, layer in adapters.active_layers(model):
         key = hashlib.blake2b(f"{seed}/{path}/{layer.active_name}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key, "little"))
@@ -146,16 +145,15 @@ def initialise(model: nn.Module, seed: int, layout=lambda full, parameter: full)
 
 @contextmanager
 def disabled(model: nn.Module):
-    """Inside, the model is its base: a teacher that costs no memory. For passes without gradients, because a recomputed
-    block would run again in the backward pass, outside."""
-    layers = [layer for _, layer in adapters.adapted_layers(model)]
-    active_names = [layer.active_name for layer in layers]
+    """In this context the model is its base: a teacher that costs no memory. For passes without gradients alone: the
+    backward pass comes after the context, and recomputed blocks would have the adapter again."""
+    active_names = {layer: layer.active_name for _, layer in adapters.adapted_layers(model)}
     try:
-        for layer in layers:
+        for layer in active_names:
             layer.active_name = None
         yield model
     finally:
-        for layer, name in zip(layers, active_names):
+        for layer, name in active_names.items():
             layer.active_name = name
 
 
@@ -170,7 +168,7 @@ def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
 
 
 def trainable_share(model: nn.Module) -> str:
-    """ "65,536 of 16,777,216 parameters trained (0.39 %), ..." of an adapted model; the base's are the 100 %."""
+    """ "65,536 of 16,777,216 parameters trained (0.39 %)" of an adapted model: the base's are the 100 %."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = sum(p.numel() for name, p in model.named_parameters() if ".adapters." not in name)
     quantised = [layer.quantised for _, layer in adapters.adapted_layers(model) if layer.quantised is not None]
@@ -182,7 +180,7 @@ def trainable_share(model: nn.Module) -> str:
     return text
 
 
-# ---- merging
+# ---- merging, and its command
 
 @torch.no_grad()
 def merge(model: nn.Module):
@@ -195,13 +193,11 @@ def merge(model: nn.Module):
         del layer.adapters[layer.active_name]
 
 
-# ---- the command line
-
 @torch.no_grad()
 def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **options) -> dict:
     """Write a base (a Base, folder or hf:// id) and an adapter (folder or hf:// id) as one Hugging Face folder, summed
-    in fp32 and rounded to `dtype`, the base's by default. options: hf.save's, such as card and tokenizer. The result
-    tells how far rounding moved the logits of 64 random tokens, and who serves the adapter alone."""
+    in fp32 and rounded to `dtype`, the base's by default. options: of hf.save, such as card and tokenizer. The result
+    says how far the rounding moved the logits of 64 random tokens, and which servers take the adapter by itself."""
     base = hf.open_base(base)
     if "quantization_config" in base.settings:
         raise UserError(f"{base.folder} is quantised; merge into the full-precision base it was made from")
@@ -215,8 +211,8 @@ def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **option
     for weight in model.parameters():
         weight.copy_(weight.to(dtype))
     difference = (model.head(model(tokens)) - logits).abs().max()
-    hf.save(model, out, base=base, state={name: weight.to(dtype) for name, weight in model.named_parameters()},
-            **options)
+    state = {name: weight.to(dtype) for name, weight in model.named_parameters()}
+    hf.save(model, out, base=base, state=state, **options)
     return {"out": str(out), "trained": trained, "dtype": str(dtype).removeprefix("torch."),
             "largest_logit_difference": difference.item(), "largest_logit": logits.abs().max().item(),
             "handoff": advise_serving(settings, adapter, base.name)}

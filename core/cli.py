@@ -97,21 +97,18 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
     try:
         if isinstance(commands, dict):
             name = _choose(program, description, commands, argv)
-            (cls, function), program, argv = commands[name], f"{program} {name}", argv[1:]
-            description = cls.__doc__
-        else:
-            cls, function = commands
+            commands, program, argv = commands[name], f"{program} {name}", argv[1:]
+            description = commands[0].__doc__
+        cls, function = commands
         json_file = _take_json(argv)
         result = function(parse(cls, argv, program, description, recipe))
         if json_file:
             write_json(json_file, result)
         return result if isinstance(result, int) else 0
-    except UserError as error:
-        _print_error(str(error))
-        return 2
-    except OSError as error:
-        # The disk is full, a file may not be read, a name is a folder: the user's to mend as well.
-        _print_error(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except (UserError, OSError) as error:
+        # The user can mend an OSError too: the disk is full, a file may not be read, a name is a folder.
+        file = getattr(error, "filename", None)
+        print("error:", *(f"{error.strerror}: {file}" if file else str(error)).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -174,17 +171,14 @@ def _choose(program: str, description: str, commands: dict, argv: list[str]) -> 
 def _take_json(argv: list[str]) -> str | None:
     """The value of --json, which every command has; it is taken out of `argv`."""
     for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name == "--json":
-            if not equals and i + 1 == len(argv):
+        if word.startswith("--json="):
+            return argv.pop(i).partition("=")[2]
+        if word == "--json":
+            if i + 1 == len(argv):
                 raise UserError("--json needs the name of a file")
-            taken = [argv.pop(i)] if equals else [argv.pop(i), argv.pop(i)]
-            return value if equals else taken[1]
+            del argv[i]
+            return argv.pop(i)
     return None
-
-
-def _print_error(text: str) -> None:
-    print("error: " + " ".join(text.split()), file=sys.stderr)
 
 
 def run_command(program: str, *words, threads: int | None = None) -> None:
@@ -212,7 +206,8 @@ def _find_options(value, recipe: bool, prefix: str = "") -> dict[str, tuple[str,
         hint, name = hints[item.name], prefix + item.name
         marks = getattr(hint, "__metadata__", ())
         plain = typing.get_args(hint)[0] if marks else hint
-        current = _default_of(item) if isinstance(value, type) else getattr(value, item.name)
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        current = default if isinstance(value, type) else getattr(value, item.name)
         if isinstance(current, dict):
             for key, entry in current.items():
                 out |= _find_options(entry, recipe, f"{name}.{key}.")
@@ -227,10 +222,6 @@ def _find_options(value, recipe: bool, prefix: str = "") -> dict[str, tuple[str,
         else:
             out[name] = "value", current
     return out
-
-
-def _default_of(item: dataclasses.Field):
-    return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
 def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
@@ -278,12 +269,8 @@ def _spell_flag(name: str) -> str:
 
 def _read_error(screen: str) -> str:
     """The sentence inside the box that tyro draws around a mistake: its first lines, without the frame."""
-    words = []
-    for line in _strip_frame(screen)[2:]:
-        if line.startswith(("Argument helptext", "For full helptext")):
-            break
-        words.append(line)
-    text = re.sub(r"^Error parsing (--\S+): ", r"\1: ", " ".join(word for word in words if word))
+    text = re.split(r"\n *(?:Argument|For full) helptext", "\n".join(_strip_frame(screen)[2:]))[0]
+    text = re.sub(r"^Error parsing (--\S+): ", r"\1: ", " ".join(text.split()))
     wrong_type = r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*"
     text = re.sub(wrong_type, r"'\2' is no \1", text)
     # A rule across the fields of a section (its __post_init__) names the setting itself.

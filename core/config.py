@@ -43,12 +43,10 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
     """
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            check_limits(value, f"{prefix}{item.name}.", option_of)
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                if dataclasses.is_dataclass(entry):
-                    check_limits(entry, f"{prefix}{item.name}.{key}.", option_of)
+        nested = {f".{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {"": value}
+        for key, entry in nested.items():
+            if dataclasses.is_dataclass(entry):
+                check_limits(entry, f"{prefix}{item.name}{key}.", option_of)
         limits = item.metadata.get("limits", {})
         for each in value if isinstance(value, (list, tuple)) else [value]:
             # A NaN keeps no rule, because every comparison with it is false.
@@ -59,9 +57,7 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
 
 def refuse_unused(section, name: str, switch: str) -> None:
     """UserError where settings of `section` are changed while its `switch` still has the value that turns it off."""
-    plain = {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
-             for f in dataclasses.fields(section)}
-    changed = [key for key, value in plain.items() if getattr(section, key) != value]
+    changed = [key for key, value in vars(type(section)()).items() if getattr(section, key) != value]
     if changed and switch not in changed:
         raise UserError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
                          f"nothing; set {name}.{switch}, or leave it out")
@@ -114,13 +110,6 @@ def _convert(value, hint, current, name):
     raise UserError(f"{name} is {value!r}, but must be of type {wanted}")
 
 
-def _items(value) -> list:
-    """(name, value) of a dataclass or of a table of named sections."""
-    if isinstance(value, dict):
-        return list(value.items())
-    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-
-
 def open_sections(config, keys) -> None:
     """Make the entries of tables that the dotted `keys` name: `data.sources.NEW.path` makes NEW."""
     for key in keys:
@@ -150,7 +139,7 @@ def _toml_value(value) -> str:
 def to_toml(config, prefix: str = "") -> str:
     """The dataclass as TOML text that `parse` reads back to an equal one (a None is left out: it is the default)."""
     lines, sections = [], []
-    for key, value in _items(config):
+    for key, value in (config if isinstance(config, dict) else vars(config)).items():
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
             name = prefix + _toml_key(key)
             sections.append(f"\n[{name}]\n{to_toml(value, name + '.')}")

@@ -160,7 +160,6 @@ def distribute_like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtyp
 
 def model_state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
     """{name: full CPU tensor} of the parameters with `part` in their name, a tied one once. A collective."""
-    model = getattr(model, "module", model)
     if hasattr(model, "reshard"):
         # An evaluation leaves FSDP's root module gathered, in the dtype of the matmuls.
         model.reshard()
@@ -169,7 +168,6 @@ def model_state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
 
 def optimizer_state(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
     """{"parameter name/state name": full CPU tensor}. A collective."""
-    model = getattr(model, "module", model)
     return {f"{name}/{key}": full_tensor(value) for name, p in model.named_parameters() if p in optimizer.state
             for key, value in optimizer.state[p].items()}
 
@@ -177,7 +175,7 @@ def optimizer_state(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def load_model_state(model: nn.Module, state: dict[str, torch.Tensor], part: str = ""):
     """Copy what `model_state` returned into the parameters, however they are sharded now."""
-    for name, p in getattr(model, "module", model).named_parameters():
+    for name, p in model.named_parameters():
         if part in name:
             p.copy_(distribute_like(state[name], p))
 
@@ -185,7 +183,7 @@ def load_model_state(model: nn.Module, state: dict[str, torch.Tensor], part: str
 @torch.no_grad()
 def load_optimizer_state(model: nn.Module, optimizer, state: dict[str, torch.Tensor]):
     """Give the optimizer what `optimizer_state` returned, however the parameters are sharded now."""
-    for name, p in getattr(model, "module", model).named_parameters():
+    for name, p in model.named_parameters():
         own = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
         if own:
             optimizer.state[p] = {key: distribute_like(value, p, value.dtype) if value.ndim else value.to(p.device)

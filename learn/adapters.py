@@ -20,10 +20,10 @@ from core.errors import UserError
 from kernels import lora_linear
 from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, compress
 
-# ---- what is trained
-# Each kind has `peft_suffixes`, {parameter: end of its key in PEFT's file}; initialise(layer, generator, layout), with
-# layout(full, parameter) -> what of the full tensor the parameter holds; and merge_into(weight) -> the base weight with
-# the adapter in it, in its dtype.
+# ---- what is trained. Each kind of adapter has three things:
+# peft_suffixes                          {parameter: end of its key in PEFT's file}
+# initialise(layer, generator, layout)   layout(full, parameter) gives the part of a full tensor that a shard holds
+# merge_into(weight)                     the base weight with the adapter in it, in the dtype of the weight
 
 def new_parameter(layer: "Adapted", *shape: int) -> nn.Parameter:
     dtype = torch.promote_types(layer.kept.dtype, torch.float32)
@@ -33,6 +33,8 @@ def new_parameter(layer: "Adapted", *shape: int) -> nn.Parameter:
 class LowRank(nn.Module):
     """s B A of a linear layer, and DoRA's magnitude m."""
 
+    peft_suffixes = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}  # noqa: RUF012
+
     def __init__(self, layer: "Linear", rank: int, alpha: float, rslora: bool, dora: bool, dropout: float):
         super().__init__()
         out, width = layer.kept.shape
@@ -41,13 +43,10 @@ class LowRank(nn.Module):
         self.A = new_parameter(layer, rank, width)
         self.B = new_parameter(layer, out, rank)
         self.magnitude = new_parameter(layer, out) if dora else None
-        self.peft_suffixes = {"A": ".lora_A.weight", "B": ".lora_B.weight"}
-        if dora:
-            self.peft_suffixes["magnitude"] = ".lora_magnitude_vector"
 
     def initialise(self, layer: "Linear", generator: torch.Generator, layout):
-        """A as nn.Linear draws its weight (Kaiming-uniform with a = sqrt(5)), B = 0, m = the norms of W's rows: the
-        layer computes what it did without an adapter."""
+        """Draw A as nn.Linear draws its weight (Kaiming-uniform with a = sqrt(5)). B is 0 and m the norms of W's rows,
+        so that the layer computes what it did without an adapter."""
         bound = 1 / math.sqrt(self.A.shape[1])
         drawn = torch.empty(self.A.shape, device="cpu").uniform_(-bound, bound, generator=generator)
         self.A.copy_(layout(drawn, self.A))
@@ -58,8 +57,8 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merged_norms(self, weight: torch.Tensor) -> torch.Tensor:
-        """|W + s B A| of each row, [out], without making a matrix of W's size:
-        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b for a row w of W and the row b of B."""
+        """The norm of each row of W + s B A, [out], without making a matrix of W's size. For a row w of W and the row b
+        of B it is |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b."""
         with torch.autocast(weight.device.type, enabled=False):
             a, b = self.A, self.B
             norms = torch.linalg.vector_norm(weight, dim=1, dtype=b.dtype)
@@ -75,21 +74,20 @@ class LowRank(nn.Module):
 
 
 class TableRows(nn.Module):
-    """Trained rows [n, D] of an embedding or head in place of the base's: those of some tokens, or, without token_ids,
-    all. Gradients, weight decay and the optimizer's moments exist for these n alone.
+    """Trained rows [n, D] that replace the base's rows of some tokens in an embedding or head; without `token_ids`,
+    those of all tokens. Gradients, weight decay and the optimizer's moments exist for these n rows alone.
 
-    `slots` leads from a token to its trained row: for the token ids 7 and 9 it is -1 but slots[7] = 0 and slots[9] = 1.
+    slots[token] is the place of the token's trained row, or -1: for the token ids 7 and 9, slots[7] = 0, slots[9] = 1.
     """
 
     def __init__(self, layer: "Table", token_ids: list[int] | None):
         super().__init__()
         self.token_ids, (vocab_size, width) = token_ids, layer.kept.shape
         self.rows = new_parameter(layer, vocab_size if token_ids is None else len(token_ids), width)
-        self.peft_suffixes = {"rows": ".weight"}
+        self.peft_suffixes = {"rows": ".weight" if token_ids is None else ".token_adapter.trainable_tokens_delta"}
         if token_ids is not None:
-            self.peft_suffixes = {"rows": ".token_adapter.trainable_tokens_delta"}
-            self.register_buffer("ids", torch.empty(len(token_ids), dtype=torch.int64, device=layer.device))
-            self.register_buffer("slots", torch.empty(vocab_size, dtype=torch.int64, device=layer.device))
+            for name, length in (("ids", len(token_ids)), ("slots", vocab_size)):
+                self.register_buffer(name, torch.empty(length, dtype=torch.int64, device=layer.device))
             self.fill_buffers()
 
     def fill_buffers(self):
@@ -99,7 +97,7 @@ class TableRows(nn.Module):
     def initialise(self, layer: "Table", generator: torch.Generator, layout):
         base = layer.gather_base()
         if self.token_ids is not None:
-            # A model built on the meta device goes through to_empty(), which leaves anything in buffers.
+            # to_empty(), through which a model built on the meta device goes, leaves the buffers with any content.
             self.fill_buffers()
             base = base[self.ids]
         self.rows.copy_(layout(base, self.rows))
@@ -109,7 +107,7 @@ class TableRows(nn.Module):
         return rows if self.token_ids is None else weight.index_copy(0, self.ids, rows)
 
     def look_up(self, weight: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [...] -> their rows [..., D], trained or the base's."""
+        """tokens [...] -> their rows [..., D], each trained or the base's."""
         if self.token_ids is None:
             return F.embedding(tokens, self.rows).to(weight.dtype)
         slot = self.slots[tokens]
@@ -125,16 +123,16 @@ class Adapted(nn.Module):
     def __init__(self, old: nn.Module):
         super().__init__()
         self.train(old.training)
-        # Not register_parameter: it asks for the attribute first, which in Head is a property that needs the parameter.
+        # register_parameter would read the attribute first, which in Head is a property that needs this parameter.
         self._parameters["weight"] = old.weight
-        # FourBit or EightBit, in place of the parameter
+        # A FourBit or EightBit that takes the place of the parameter.
         self.quantised = None
         self.adapters = nn.ModuleDict()
         self.active_name = None
 
     @property
     def kept(self) -> nn.Parameter | FourBit | EightBit:
-        """W as it is kept; all kinds have shape and dtype."""
+        """W as it is stored: the parameter, or its quantised form, which has `shape` and `dtype` too."""
         return self._parameters["weight"] if self.quantised is None else self.quantised
 
     @property
@@ -146,26 +144,26 @@ class Adapted(nn.Module):
         return self.kept.detach() if self.quantised is None else self.kept.dequantise()
 
     def gather_base(self) -> torch.Tensor:
-        """The full W, gathered from its shards where it is sharded: then every rank must call this."""
+        """The full W. A collective where it is sharded."""
         weight = self.base_weight()
         return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
     @property
     def adapter(self) -> nn.Module | None:
-        """The active adapter, where this layer has one of that name."""
+        """The active adapter, or None where this layer has none of that name."""
         return self.adapters[self.active_name] if self.active_name in self.adapters else None  # noqa: SIM401 (no dict)
 
 
 class Linear(Adapted):
-    """x [..., in] -> [..., out]. One call of kernels.lora_linear computes bases and adapters of several layers of one
-    input, but for dropout and int8 weights: those are the base's matmul and then the adapter's two."""
+    """x [..., in] -> [..., out]. One call of kernels.lora_linear computes all layers of one input with their adapters.
+    With dropout or int8 weights it cannot: then the base's matmul is followed by the adapter's two."""
 
     def __init__(self, old: nn.Linear):
         super().__init__(old)
         self.register_parameter("bias", old.bias)
 
     def compress(self, kind: str, double_quant: bool, device=None):
-        """Quantise the weight (kind: nf4, int4, int8), on `device` if that is another."""
+        """Quantise the weight as `kind` (nf4, int4 or int8), after moving it to `device` if one is given."""
         self.quantised = compress(self.weight.detach().to(device or self.device), kind, double_quant)
         self.weight = None
 
@@ -174,31 +172,29 @@ class Linear(Adapted):
 
     @staticmethod
     def apply_together(x: torch.Tensor, layers) -> list[torch.Tensor]:
-        """layer(x) of each of `layers`, plain nn.Linear among them too; those that can be fused are one call."""
-        fused = [layer for layer in layers if isinstance(layer, Linear) and layer.can_fuse()]
+        """layer(x) of each of `layers`, some of which may be plain nn.Linear. One call for all that can be fused."""
+        fused = [layer for layer in layers if isinstance(layer, Linear)
+                 and (isinstance(layer.quantised, FourBit) or layer.fused_adapter is not None)]
         done = dict(zip(fused, lora_linear(x, *zip(*(layer.fused_operands(x) for layer in fused))) if fused else ()))
         return [layer.finish(x, done.get(layer)) if isinstance(layer, Linear) else layer(x) for layer in layers]
 
-    def needs_own_matmuls(self) -> bool:
-        """Whether the adapter cannot be part of a fused call: for its dropout, or because the base is int8."""
-        if self.adapter is None:
-            return False
-        return isinstance(self.quantised, EightBit) or (self.training and self.adapter.dropout > 0)
-
-    def can_fuse(self) -> bool:
-        return isinstance(self.quantised, FourBit) or (self.adapter is not None and not self.needs_own_matmuls())
+    @property
+    def fused_adapter(self) -> LowRank | None:
+        """The active adapter where a fused call can compute it; not with dropout, nor on an int8 base."""
+        drops = self.training and getattr(self.adapter, "dropout", 0) > 0
+        return None if drops or isinstance(self.quantised, EightBit) else self.adapter
 
     def bias_of_base(self) -> torch.Tensor | None:
-        """The bias as the base's matmul adds it: none with DoRA, whose factor is not for the bias."""
+        """The bias that the base's matmul adds. With DoRA it comes later, because the factor does not apply to it."""
         return self.bias if self.adapter is None or self.adapter.magnitude is None else None
 
     def fused_operands(self, x) -> tuple:
-        """(weight, bias, A, B, scale) for kernels.lora_linear; without an adapter of its own to fuse, one of rank 0."""
-        weight = self.weight if self.quantised is None else self.quantised.record()
-        if self.adapter is None or self.needs_own_matmuls():
+        """(weight, bias, A, B, scale) for kernels.lora_linear; A and B of rank 0 where no adapter is fused."""
+        weight, adapter = self.weight if self.quantised is None else self.quantised.record(), self.fused_adapter
+        if adapter is None:
             out, width = self.kept.shape
             return weight, self.bias_of_base(), x.new_empty(0, width), x.new_empty(out, 0), 1.0
-        return weight, self.bias_of_base(), self.adapter.A, self.adapter.B, self.adapter.scale
+        return weight, self.bias_of_base(), adapter.A, adapter.B, adapter.scale
 
     def apply_base(self, x):
         """W x + bias of a plain or int8 weight."""
@@ -210,15 +206,15 @@ class Linear(Adapted):
         return y if self.bias_of_base() is None else y + self.bias_of_base().to(y.dtype)
 
     def finish(self, x, y=None):
-        """The layer's output. y: what a fused call made of x; without it the matmuls are done here."""
+        """The layer's output. y: the output of a fused call; None: the matmuls are done here."""
         adapter, y = self.adapter, self.apply_base(x) if y is None else y
         if adapter is None:
             return y
-        if self.needs_own_matmuls():
+        if self.fused_adapter is None:
             x = F.dropout(x, adapter.dropout, self.training)
             y = y + adapter.scale * F.linear(F.linear(x, adapter.A.to(x.dtype)), adapter.B.to(x.dtype))
         if adapter.magnitude is not None:
-            # The factor stays fp32: it is near 1, and bf16 would round its small changes away.
+            # The factor stays fp32, because it is near 1 and bf16 would round its small changes away.
             y = (y * (adapter.magnitude / adapter.merged_norms(self.base_weight()))).to(y.dtype)
             y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y
@@ -240,12 +236,12 @@ class Embedding(Table):
 
 
 class Head(Table):
-    """hidden [..., D] -> logits [..., V]. The training loss makes no logits and reads `head.weight`, which is therefore
-    base and active adapter as one; of a sharded base it is the parameter, for FSDP asks for it under this name."""
+    """hidden [..., D] -> logits [..., V]. The training loss makes no logits: it reads `head.weight`, which therefore
+    has the active adapter in it. Where the base is sharded it is the parameter, which FSDP looks for by this name."""
 
     def __init__(self, old: nn.Linear, embedding: Embedding | None):
         super().__init__(old)
-        # In a list, so that the embedding is no submodule of the head.
+        # In a list, because an attribute would make the embedding a submodule of the head.
         self.tied_to = [embedding] if embedding else []
 
     @property
@@ -261,17 +257,17 @@ class Head(Table):
 # ---- the layers of a model
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
-    """(path, layer) of every layer that was replaced."""
+    """(path, layer) of every layer of ours."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
 
 
 def active_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
-    """(path, layer) of every layer that the active adapter is on."""
+    """(path, layer) of every layer on which the active adapter is."""
     return [(path, layer) for path, layer in adapted_layers(model) if layer.adapter is not None]
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{path: module} of what can have a low-rank adapter: not the head, whose forward training does not call."""
+    """{path: module} of what can have a low-rank adapter: not the head, whose forward is not called in training."""
     return {path: module for path, module in model.named_modules()
             if isinstance(module, (nn.Linear, Linear)) and path != "head"}
 
@@ -281,7 +277,7 @@ def is_tied(model: nn.Module) -> bool:
 
 
 def replace_layer(model: nn.Module, path: str) -> Adapted:
-    """Put our layer in the place of PyTorch's at `path`, unless it is there already; -> our layer."""
+    """Our layer at `path`, put in the place of PyTorch's if it is not there yet."""
     old = model.get_submodule(path)
     if isinstance(old, Adapted):
         return old
@@ -317,12 +313,11 @@ def add_adapter(model: nn.Module, name: str, low_rank: dict[str, dict], tables: 
 
 
 def activate(model: nn.Module, name: str | None):
-    """Make the adapter `name` the one in force and the only one that is trained; None: the base alone."""
-    layers = adapted_layers(model)
-    known = sorted({name for _, layer in layers for name in layer.adapters})
+    """Make the adapter `name` the one that computes and is trained, and no other; None: the base alone."""
+    known = sorted({name for _, layer in adapted_layers(model) for name in layer.adapters})
     if name is not None and name not in known:
         raise UserError(f"the model has no adapter {name!r}; it has {', '.join(known) or 'none'}")
-    for _, layer in layers:
+    for _, layer in adapted_layers(model):
         layer.active_name = name
         for key, adapter in layer.adapters.items():
             adapter.requires_grad_(key == name)

@@ -5,7 +5,7 @@
 
 Read in 2026 in vLLM's lora/peft_helper.py and llama.cpp's convert_lora_to_gguf.py: vLLM takes LoRA and rsLoRA up to a
 rank that it is told, but no DoRA, no trained embeddings and no patterns; llama.cpp takes lora_A and lora_B alone, one
-alpha for all, and scales by alpha / r even where rsLoRA is meant. `advise_serving` says what of it concerns an adapter.
+alpha for all, and scales by alpha / r even where rsLoRA is meant. `advise_serving` says which of it an adapter meets.
 """
 
 import re
@@ -25,19 +25,14 @@ PREFIX = "base_model.model."                 # of every key in PEFT's files
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 HEAD_KEY, EMBEDDING_KEY = PREFIX + "lm_head.weight", PREFIX + "model.embed_tokens.weight"
 UNTIE = "untie the base first (tie_word_embeddings false and an lm_head.weight)"
-# Settings of PEFT that change what the tensors mean, and the values with which they do not.
+# PEFT's settings that can change what the tensors mean: {setting: the values with which it does not}.
 HARMLESS = {
     "fan_in_fan_out": (False, None), "lora_bias": (False, None), "use_qalora": (False, None), "bias": ("none", None),
     "layer_replication": (None, []), "alora_invocation_tokens": (None,), "use_bdlora": (None, False),
     "arrow_config": (None,), "kasa_config": (None,), "target_parameters": (None, []),
-    # Any other start of A and B changes the base's weights first, and the file does not hold those.
+    # PEFT's other initialisations of A and B change the base's weights too, and the file does not hold those.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-
-
-def peft_path(path: str) -> str:
-    """Our path of a layer -> Hugging Face's."""
-    return hf.to_hf_name(path + ".")[:-1]
 
 
 def last_part(path: str) -> str:
@@ -46,17 +41,17 @@ def last_part(path: str) -> str:
 
 def peft_names(model: nn.Module) -> dict[str, str]:
     """{parameter of the active adapter: its key in PEFT's file}"""
-    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + peft_path(path) + suffix
+    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + hf.to_hf_name(path) + suffix
             for path, layer in adapters.active_layers(model)
-            for leaf, suffix in layer.adapter.peft_suffixes.items()}
+            for leaf, suffix in layer.adapter.peft_suffixes.items() if getattr(layer.adapter, leaf) is not None}
 
 
 def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
-    """{PEFT's key: tensor on the CPU} of the active adapter; weights: full tensors, where the model's are shards."""
+    """{PEFT's key: tensor on the CPU} of the active adapter. weights: {our name: full tensor} of a sharded model."""
     weights = dict(model.named_parameters()) if weights is None else weights
     state = {key: weights[name].detach().cpu().clone() for name, key in peft_names(model).items()}
     if EMBEDDING_KEY in state and HEAD_KEY not in state:
-        # The head is tied to the embedding: PEFT writes both and wants both.
+        # The head is tied to the embedding. PEFT writes both tensors and expects both.
         state[HEAD_KEY] = state[EMBEDDING_KEY].clone()
     return state
 
@@ -81,7 +76,7 @@ def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
 
 
 def shorten_paths(values: dict[str, object]) -> dict[str, object]:
-    """{path: value} with the last part of the path in place of all paths that end so, where their values are equal.
+    """{path: value}, in which all paths with one last part become that part where their values are equal.
 
     {"layers.0.q_proj": 8, "layers.1.q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8} becomes
     {"q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8}: PEFT matches the ends of paths.
@@ -94,19 +89,19 @@ def shorten_paths(values: dict[str, object]) -> dict[str, object]:
 
 def peft_config(model: nn.Module, base_name: str) -> dict:
     """adapter_config.json of the active adapter."""
-    active = {peft_path(path): layer.adapter for path, layer in adapters.active_layers(model)}
+    active = {hf.to_hf_name(path): layer.adapter for path, layer in adapters.active_layers(model)}
     low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, adapters.LowRank)}
     rows = {last_part(path): adapter.token_ids for path, adapter in active.items() if path not in low_rank}
     full = [path for path, token_ids in rows.items() if token_ids is None]
     some = {path: token_ids for path, token_ids in rows.items() if token_ids is not None}
 
     def find_common(values: dict) -> tuple[float, dict]:
-        """The commonest value, which is the default, and the others as a pattern."""
+        """(the commonest value, which becomes the default, {path: value} of the others, PEFT's pattern)"""
         common = Counter(values.values()).most_common(1)[0][0]
         return common, {path: value for path, value in shorten_paths(values).items() if value != common}
     rank, rank_pattern = find_common({path: adapter.rank for path, adapter in low_rank.items()})
     alpha, alpha_pattern = find_common({path: adapter.alpha for path, adapter in low_rank.items()})
-    targets = shorten_paths({peft_path(path): peft_path(path) in low_rank for path in adapters.linear_layers(model)})
+    targets = shorten_paths({path: path in low_rank for path in map(hf.to_hf_name, adapters.linear_layers(model))})
     one = next(iter(low_rank.values()))
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "revision": None,
@@ -129,7 +124,7 @@ def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None 
 
 
 def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(settings, tensors) of an adapter's folder or hf:// id; UserError where it is none or more than LoRA."""
+    """(settings, tensors) of an adapter's folder or hf:// id; UserError where it is not LoRA alone."""
     folder = hf.open_base(folder).folder
     settings = read_object(folder / CONFIG)
     if settings.get("peft_type") != "LORA":
@@ -160,7 +155,7 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     known, low_rank, tables = adapters.linear_layers(model), {}, {}
     for key in sorted(tensors):
         module, _, end = key.removeprefix(PREFIX).partition(".lora_A")
-        path = hf.from_hf_name(module + ".")[:-1]
+        path = hf.from_hf_name(module)
         if end == ".weight" and path in known:
             alpha = next((value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)),
                          settings["lora_alpha"])
@@ -180,7 +175,7 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
 
 
 def advise_serving(settings: dict, folder, base: str = "BASE") -> list[str]:
-    """Two lines: whether vLLM and llama.cpp take an adapter with these settings, and with which command."""
+    """Two lines, for vLLM and llama.cpp: the command that serves an adapter with these settings, or why none does."""
     embeddings = [name for name in ("modules_to_save", "trainable_token_indices") if settings.get(name)]
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
     dora = ["use_dora"] if settings.get("use_dora") else []
