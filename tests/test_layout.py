@@ -167,10 +167,6 @@ TESTED_ELSEWHERE = {
     "kernels.flash": "kernels/test_attention.py",
     "learn.method": "test_forget.py",
     "measure.kernel_cases": "measure/test_compile_check.py",
-    "stages.describe": "test_train.py",
-    "stages.evaluate": "test_train.py",
-    "stages.finish": "test_train.py",
-    "stages.resume": "test_train.py",
 }
 FILES = [name for name in HOUSE if not name.startswith("experiments") and not (ROOT / name.replace(".", "/")).is_dir()]
 

@@ -1,8 +1,8 @@
 """train.py against laws and independent truths.
 
-Laws: the same settings give the same bits; a run that was stopped, killed or damaged and resumed equals one that never
-was, in every loss, weight and moment; a user's mistake is one line and leaves nothing behind. Truths: the gradient of
-the mean over all targets by transformers, document by document, without packing or accumulation.
+Laws: the same settings give the same bits; a user's mistake is one line and leaves nothing behind. Truths: the gradient
+of the mean over all targets by transformers, document by document, without packing or accumulation. What a stopped run
+does when it is resumed stands in tests/stages/test_resume.py.
 """
 
 import json
@@ -29,6 +29,8 @@ from text.shards import Shards, pack
 
 pytestmark = pytest.mark.usefixtures("quick")
 
+
+# ---- the whole way
 
 def test_from_text_to_report_and_again_from_the_run_folder(lab, tmp_path, monkeypatch, capsys):
     transformers = pytest.importorskip("transformers")
@@ -117,6 +119,8 @@ def test_packing_by_documents_learns_and_resumes_bit_for_bit(lab, tmp_path, monk
     with pytest.raises(ValueError, match="data.packing is " + packing):
         settings(lab, tmp_path / "x", *words, "--data.drop-last")
 
+
+# ---- one step
 
 def gradients(run, step: int = 0) -> tuple[dict, dict]:
     """(what train_step returns, gradients as the optimizer meets them)."""
@@ -242,6 +246,8 @@ def test_compiled_model_has_the_same_losses(lab, tmp_path):
         assert fused["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
+# ---- precision
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_and_resumes_bit_for_bit(lab, tmp_path, monkeypatch, precision):
     outs = tmp_path / "a", tmp_path / "b"
@@ -326,6 +332,8 @@ def test_loss_scale_grows_after_2000_good_steps():
     assert not scale.update(float("nan"))
     assert scale.state_dict() == {"scale": 2**16, "good_steps": 0}
 
+
+# ---- mistakes and accidents
 
 def test_not_a_number_stops_before_the_step(lab, tmp_path, monkeypatch, capsys):
     run = build(settings(lab, tmp_path / "r"), one())
@@ -413,6 +421,8 @@ def test_a_mistake_in_a_real_process(lab, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# ---- the other objective
+
 @pytest.mark.slow
 def test_masked_language_model_improves_on_held_out_text(lab, tmp_path):
     """Text that goes round in a circle can be guessed from either side."""
@@ -430,6 +440,8 @@ def test_masked_language_model_improves_on_held_out_text(lab, tmp_path):
     assert before["tokens"] == after["tokens"] > 50
     assert "bits_per_byte" not in after
 
+
+# ---- recipes
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_is_settings_that_there_are(recipe):

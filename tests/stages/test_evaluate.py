@@ -1,0 +1,43 @@
+"""stages/evaluate.py: a plan that a decision changed is what was drawn, and all of it is written down."""
+
+import json
+
+import pytest
+from runs import lines, one, run_of
+
+import train
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_a_plan_that_adaptive_replay_changed_is_what_was_drawn(base, tmp_path):
+    """Every evaluation here finds general text much worse, so that replay rises from 0.3 by 0.1 to 0.6."""
+    out = tmp_path / "run"
+    words = ("--forget.adaptive.policy", "degradation", "--forget.adaptive.start", 0.3, "--eval.every", 2,
+             "--data.schedule", "static", "--data.domain-share", 0.9, "--optim.lr", 0.1, "--train.batch-size", 10)
+    c = run_of(base, out, *words, "--train.steps", 12)
+    train.train(c, one())
+    plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
+    assert [(d["step"], d["replay_share"]) for d in plan[1:]] == [(2, 0.4), (4, 0.5), (6, 0.6), (8, 0.6), (10, 0.6)]
+    drawn = [line["sources"].get("story", {"tokens": 0})["tokens"] for line in lines(out, "train")]
+    steps = [0.1] * 3 + [0.4] * 2 + [0.5] * 2 + [0.6] * 5          # a decision holds from the step after the next batch
+    assert drawn[-1] == round(10 * sum(steps)) * 32
+    assert {round(line["domain_share"], 9) for line in lines(out, "train")} == {0.9, 0.6, 0.5, 0.4}
+    assert [json.loads(line)["replay_share"] for line in (out / "metrics.jsonl").read_text().splitlines()
+            if json.loads(line)["kind"] == "replay"] == [0.4, 0.5, 0.6, 0.6, 0.6]
+
+
+def test_an_evaluation_is_a_file_a_line_and_for_the_user(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    train.train(run_of(base, out, "--eval.every", 5, "--eval.sample-tokens", 4), one())
+    said = capsys.readouterr().out
+    for record in lines(out, "eval"):
+        found = json.loads((out / f"eval_step_{record['step']}.json").read_text())
+        assert found == {"step": record["step"], "texts": record["sources"], "protocol": record["protocol"]}
+        scores = ", ".join(f"{name} {texts['bits_per_byte']:.4f}" for name, texts in found["texts"].items())
+        assert f"eval at step {record['step']}: {scores} (bits per byte)" in said
+    assert [record["step"] for record in lines(out, "eval")] == [0, 5, 8]
+    assert [record["step"] for record in lines(out, "samples")] == [0, 8]          # before and after
+    first, last = (record["samples"] for record in lines(out, "samples"))
+    assert [sample["prompt"] for sample in first] == [sample["prompt"] for sample in last]
+    assert len(first) == 4                                                          # two documents of each source
