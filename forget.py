@@ -14,14 +14,17 @@
 
 A method is one file in learn/: its settings, its arithmetic and a class with
 the loop's hooks (learn/method.py). It acts on any module whose output layer is
-`head` and, to freeze by blocks, whose blocks are `layers`.
+`head` and, to freeze by blocks, whose blocks are `layers`. Who has no general
+text for the others can sample it from the base (replay, arXiv 2605.26097).
 """
 
 import core.threads
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,7 +46,6 @@ from learn.freeze import Freeze, FreezeConfig
 from learn.lwf import LwF, LwFConfig
 from learn.merge import ALPHAS, MergeConfig, draw_table, merge, try_coefficients
 from learn.method import Learning, Method
-from learn.self_replay import sample_documents
 from measure import verdict
 
 
@@ -57,22 +59,17 @@ class ForgetConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
 
 
+# The setting that turns each method on, in the order in which the loop calls their hooks.
+METHODS = {Freeze: "schedule", EWC: "strength", LwF: "alpha", AdaptiveReplay: "policy", EMA: "decay"}
+
+
 def build(config: ForgetConfig, learning: Learning) -> list[Method]:
-    """The methods that are on, in the order in which the loop calls their hooks."""
-    methods = []
-    if config.freeze.schedule != "none":
-        methods.append(Freeze(config.freeze, learning))
-    if config.ewc.strength:
-        methods.append(EWC(config.ewc, learning))
-    if config.lwf.alpha:
-        methods.append(LwF(config.lwf, learning))
-    if config.adaptive.policy != "none":
-        methods.append(AdaptiveReplay(config.adaptive, learning))
-    if config.ema.decay:
-        methods.append(EMA(config.ema))
+    """The methods that are on."""
     if config.merge.method != "none":
         learning.require_base("forget.merge")
-    return methods
+    sections = [(method, getattr(config, method.name), switch) for method, switch in METHODS.items()]
+    return [method(section, learning) for method, section, switch in sections
+            if getattr(section, switch) not in (0, "none")]
 
 
 # ---- commands
@@ -84,8 +81,7 @@ def merge_best(base, result, out, score, general, config: MergeConfig, dtype: to
     score(model, folder) -> {text: {"bits_per_byte", ...}}, where `folder` has the model's tokenizer. general: names of
     the texts whose rise is forgetting. Returns what merge.json holds: {"method", "alpha", "rows", "out"}.
     """
-    rows = try_coefficients(base, result, score, lambda before, after: verdict.compare(before, after, general), config,
-                            dtype, device)
+    rows = try_coefficients(base, result, score, partial(verdict.compare, general=general), config, dtype, device)
     if rows[0]["score"] is None:
         raise UserError("a merge is judged on held-out text of the domain and on general text, and one is lacking; "
                         "merge with --alpha instead")
@@ -93,7 +89,7 @@ def merge_best(base, result, out, score, general, config: MergeConfig, dtype: to
     best = max(rows, key=lambda row: row["score"])
     text = draw_table(rows, general, best)
     say(text)
-    merge(base, result, out, best["alpha"], config.method, config.density, f"\n{text}\n", overwrite)
+    merge(base, result, out, best["alpha"], config, f"\n{text}\n", overwrite)
     return {"method": config.method, "alpha": best["alpha"], "rows": rows, "out": str(out)}
 
 
@@ -139,7 +135,7 @@ def merge_command(c: Merge) -> dict:
         return evaluation.score_files(model, tok, texts, c.reading, c.context)[0]
 
     if c.alpha is not None:
-        merge(c.base, c.model, out, c.alpha, c.merging.method, c.merging.density, overwrite=overwrite)
+        merge(c.base, c.model, out, c.alpha, c.merging, overwrite=overwrite)
         found = {"method": c.merging.method, "alpha": c.alpha, "rows": [], "out": out}
     else:
         found = merge_best(c.base, c.model, out, score, c.general, c.merging, pick_dtype(c.computing.dtype),
@@ -162,11 +158,33 @@ class Replay:
     computing: cli.Device = field(default_factory=cli.Device)
 
 
+def sample_documents(model, tok, settings: Settings, ends: set[int], documents: int, batch: int = 64) -> Iterator[dict]:
+    """Yields records {"text", "id", "metadata"}; a document without text is left out. ends: the ids that end one.
+
+    The base is given nothing but the token that begins a document, so it writes what it still has of its training
+    text. `batch` documents are decoded side by side, each with a random generator of its own, so that a document is a
+    function of the seed and its number alone. Two documents of at most 3 new tokens, where 2 is the end token:
+
+        new ids [5, 6, 2]    the text of 5 6, {"ended": True, "tokens": 3}
+                [7, 8, 9]    the text of 7 8 9, {"ended": False, "tokens": 3}
+    """
+    for first in range(0, documents, batch):
+        numbers = range(first, min(first + batch, documents))
+        generators = [torch.Generator().manual_seed((settings.seed * 1_000_003 + i) % 2**63) for i in numbers]
+        for i, ids in zip(numbers, decode(model, [first_ids(tok, "")] * len(numbers), settings, generators, ends)):
+            ended = ids[-1] in ends
+            # An id beyond the tokenizer's vocabulary is a row that only pads the model's embedding: it has no text.
+            text = tok.decode([t for t in ids[:len(ids) - ended] if t < tok.vocab_size]).strip()
+            if text:
+                yield {"text": text, "id": f"self-{settings.seed}-{i}",
+                       "metadata": {"source": "self-generated", "ended": ended, "tokens": len(ids)}}
+
+
 def replay_command(c: Replay) -> dict:
     if not c.sampling.max_new_tokens or not c.sampling.temperature:
         raise UserError("--max-new-tokens and --temperature must be above 0: at temperature 0 every document would be "
                         "the same")
-    out, records, tokens = Path(c.out), 0, 0
+    out, lengths = Path(c.out), []
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file with --out, e.g. {out / 'replay.jsonl'}")
     folder = hf.open_base(c.model).folder
@@ -176,18 +194,17 @@ def replay_command(c: Replay) -> dict:
     settings = replace(c.sampling, max_new_tokens=longest)
     # BOS ends a document too, because it begins the next one.
     ends = {*end_ids(folder, tok), *([] if tok.bos_id is None else [tok.bos_id])}
-    sampled = sample_documents(lambda prompts, generators: decode(model, prompts, settings, generators, ends), tok,
-                               first_ids(tok, ""), ends, c.documents, settings.seed)
+    sampled = sample_documents(model, tok, settings, ends, c.documents)
     with new_file(out) as file:
         for record in tqdm(sampled, total=c.documents, unit="document", disable=None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            records += 1
-            tokens += record["metadata"]["tokens"]
-        if not records:
+            lengths.append(record["metadata"]["tokens"])
+        if not lengths:
             raise UserError(f"{c.model} ended each of {c.documents} documents before its first token; is it a base "
                             f"model?")
-    print(f"{out}: {records:,} documents, {tokens:,} tokens sampled from {c.model}; pack it as a general source")
-    return {"out": str(out), "documents": records, "tokens": tokens}
+    print(f"{out}: {len(lengths):,} documents, {sum(lengths):,} tokens sampled from {c.model}; pack it as a general "
+          f"source")
+    return {"out": str(out), "documents": len(lengths), "tokens": sum(lengths)}
 
 
 def main() -> int:

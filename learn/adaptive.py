@@ -9,7 +9,6 @@ against epsilon and three quarters of it. Epsilon 0.02, smoothing 0.5, two evalu
     level 0.01375, trend 0.005625, forecast 0.030625     above 0.02:  the share rises by 0.1
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -56,16 +55,16 @@ class AdaptiveReplay(Method):
     name = "adaptive"
 
     def __init__(self, config: AdaptiveConfig, learning: Learning):
+        super().__init__(config, learning)
         learning.require_base("forget.adaptive")
         if not learning.general_sources:
             raise UserError("forget.adaptive moves the share of general text, and the run draws none; add a source "
                             "with the role general (forget.py replay makes one from the base), or use "
                             "--forget.lwf.alpha 0.5 --forget.lwf.tokens all, which needs none")
-        self.config = config
-        self.memory = {"baseline": None, "share": config.start, "acted": False, "level": 0.0, "trend": 0.0}
+        self.values = {"baseline": None, "share": config.start, "acted": False, "level": 0.0, "trend": 0.0}
 
     def evaluated(self, step, texts):
-        config, memory = self.config, self.memory
+        config, memory = self.config, self.values
         now = {name: pick_metric(found, config.policy) for name, found in texts.items() if found["role"] == "general"}
         if not now:
             raise UserError("forget.adaptive decides by held-out general text, and no general source has any; pack "
@@ -90,7 +89,7 @@ class AdaptiveReplay(Method):
 
     def forecast(self, loss: float) -> float:
         """The loss expected in AHEAD evaluations; takes the newest one into the level and the trend."""
-        new, memory = self.config.smoothing, self.memory
+        new, memory = self.config.smoothing, self.values
         before, trend = memory["level"], memory["trend"]
         memory["level"] = new * loss + (1 - new) * (before + trend)
         memory["trend"] = new * (memory["level"] - before) + (1 - new) * trend
@@ -98,7 +97,7 @@ class AdaptiveReplay(Method):
 
     def move_share(self, judged: float, high: float, low: float) -> dict:
         """Raises the share where the judged loss is above `high`, lowers it below `low`; {"replay_share", "reason"}."""
-        config, memory = self.config, self.memory
+        config, memory = self.config, self.values
         change = RAISE if judged > high else -LOWER if judged < low else 0.0
         where = {RAISE: f"above {high:g}", -LOWER: f"below {low:g}", 0.0: f"between {low:g} and {high:g}"}[change]
         share = round(min(config.most, max(config.least, memory["share"] + change)), 9)
@@ -110,12 +109,6 @@ class AdaptiveReplay(Method):
         memory["acted"] |= change != 0
         memory["share"] = share
         return {"replay_share": share if memory["acted"] else None, "reason": reason}
-
-    def state(self):
-        return {}, copy.deepcopy(self.memory)
-
-    def load_state(self, tensors, values):
-        self.memory = copy.deepcopy(values)
 
 
 def pick_metric(found: dict, policy: str) -> tuple[str, float]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from core.config import setting
-from core.parallel import distribute_like, full_tensor
 from learn.method import Method, trainable_parameters, upcast_dtype
 
 
@@ -27,17 +26,15 @@ class EMA(Method):
 
     name = "ema"
 
-    def __init__(self, config: EMAConfig):
-        self.decay = config.decay
-
     def model_built(self, model):
         self.mean = {name: p.detach().to(upcast_dtype(p), copy=True) for name, p in trainable_parameters(model).items()}
+        self.tensors = self.mean
 
     @torch.no_grad()
     def after_step(self, step, model, optimizer):
         for name, p in model.named_parameters():
             if name in self.mean:
-                self.mean[name].lerp_(p.detach().to(self.mean[name].dtype), 1 - self.decay)
+                self.mean[name].lerp_(p.detach().to(self.mean[name].dtype), 1 - self.config.decay)
 
     @contextlib.contextmanager
     def exported(self, model):
@@ -52,10 +49,3 @@ class EMA(Method):
             finally:
                 for name, p in parameters.items():
                     p.copy_(weights[name])
-
-    def state(self):
-        return {name: full_tensor(value) for name, value in self.mean.items()}, {}
-
-    def load_state(self, tensors, values):
-        for name, mean in self.mean.items():
-            mean.copy_(distribute_like(tensors[name], mean))

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -51,6 +50,7 @@ class EWC(Method):
     name = "ewc"
 
     def __init__(self, config: EWCConfig, learning: Learning):
+        super().__init__(config, learning)
         learning.require_base("forget.ewc")
         if learning.adapters:
             raise UserError("forget.ewc ties the base's weights down, and with adapters these do not move, so it "
@@ -59,8 +59,9 @@ class EWC(Method):
         if config.fisher != "l2sp" and learning.general_text is None:
             raise UserError("forget.ewc estimates its Fisher on general text, and there is none; add a source with the "
                             "role general (forget.py replay makes one from the base), or use --forget.ewc.fisher l2sp")
-        self.config, self.learning, self.fisher = config, learning, None
-        self.fingerprint = json.dumps([learning.fingerprint, config.fisher, config.samples, learning.seed])
+        self.fisher = None
+        # Base and F do not change during a run, so a checkpoint only says what they were made from.
+        self.values["fingerprint"] = json.dumps([learning.fingerprint, config.fisher, config.samples, learning.seed])
 
     def model_built(self, model):
         parameters = trainable_parameters(model)
@@ -73,19 +74,19 @@ class EWC(Method):
             text = (f"{found['sequences']:,} of {self.config.samples:,} sequences, {found['tokens']:,} tokens of "
                     f"general text")
             copies += self.fisher.values()
-        gigabytes = sum(x.numel() * x.element_size() for x in copies) / 1e9
+        gigabytes = sum(x.nbytes for x in copies) / 1e9
         self.notes = [f"ewc: {self.config.fisher} from {text}; its copies take {gigabytes:.2f} GB over all ranks"]
 
     def load_or_estimate(self, model, parameters: dict) -> dict:
         """Sets self.fisher, and returns {"sequences", "tokens"} of the text that it was estimated on."""
         world, folder = self.learning.world, self.learning.folder
         if folder:
-            digest = short_digest(json.dumps([self.fingerprint, *sorted(parameters)]).encode())
+            digest = short_digest(json.dumps([self.values["fingerprint"], *sorted(parameters)]).encode())
             folder = folder / f"fisher_{digest}"
             if world.broadcast(folder.exists()):
-                with safe_open(folder / "fisher.safetensors", framework="pt") as stored:
-                    self.fisher = {name: distribute_like(stored.get_tensor(name), p, upcast_dtype(p))
-                                   for name, p in parameters.items()}
+                stored = load_file(folder / "fisher.safetensors")
+                self.fisher = {name: distribute_like(stored[name], p, upcast_dtype(p))
+                               for name, p in parameters.items()}
                 return read_json(folder / "text.json")
         self.fisher, found = estimate_fisher(model, self.learning, self.config.samples, self.config.fisher == "true")
         if folder:
@@ -110,14 +111,10 @@ class EWC(Method):
                     p.grad.add_(pull, alpha=2 * self.config.strength)
         return {"ewc_penalty": self.config.strength * full_tensor(total).item()}
 
-    def state(self):
-        # Base and F do not change during a run, so a checkpoint only says what they were made from.
-        return {}, {"fingerprint": self.fingerprint}
-
     def load_state(self, tensors, values):
-        if values["fingerprint"] != self.fingerprint:
-            raise UserError(f"forget.ewc was made of {values['fingerprint']} and is made of {self.fingerprint}; use "
-                            f"the same base, general text and settings to resume")
+        if values != self.values:
+            raise UserError(f"forget.ewc was made of {values['fingerprint']} and is made of "
+                            f"{self.values['fingerprint']}; use the same base, general text and settings to resume")
 
 
 def estimate_fisher(model, learning: Learning, samples: int, true: bool = False) -> tuple[dict, dict]:
@@ -130,10 +127,9 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
     1905.12558). Ranks that each hold the model (DDP) share the sequences out and add up. Ranks that share one model
     (FSDP) all take every sequence: a gradient is averaged over the ranks, and equal ones average to themselves.
     """
-    world = learning.world
+    world, sequences, tokens = learning.world, 0, 0
     total = {name: torch.zeros_like(p, dtype=upcast_dtype(p)) for name, p in trainable_parameters(model).items()}
     share_out = world.size > 1 and not any(isinstance(p, DTensor) for p in total.values())
-    sequences = tokens = 0
     model.zero_grad(set_to_none=True)
     with tqdm(total=samples, unit="sequence", desc="Fisher", disable=None if world.main else True) as bar:
         one_by_one = (take_sequences(batch, [i]) for batch in learning.general_text for i in range(len(batch.tokens)))

@@ -4,7 +4,6 @@ A model of 4 blocks, schedule progressive, blocks = 1, thaw_ratio = 0.5, 8 steps
 train, at most 4. The blocks that train are 1 1 2 3 4 4 4 4; 2 are layers.2 and layers.3.
 """
 
-import bisect
 import fnmatch
 import re
 from dataclasses import dataclass, field
@@ -69,13 +68,20 @@ class Freeze(Method):
         if learning.adapters:
             raise UserError("forget.freeze chooses which of the base's weights train, and with adapters none does; "
                             "put adapters on fewer modules instead")
-        self.config, self.steps, self.world = config, learning.steps, learning.world
-        self.starts = [start for start, _ in config.parse_stages()]
+        super().__init__(config, learning)
+        self.steps, self.stages = learning.steps, config.parse_stages()
 
     def model_built(self, model):
         names = list(trainable_parameters(model))
         self.blocks = 1 + max((block_number(name) for name, _ in model.named_parameters()), default=-1)
-        self.check_names(names)
+        if self.config.schedule != "stages" and self.config.blocks > self.blocks:
+            raise UserError(f"forget.freeze.blocks is {self.config.blocks}, but the model has {self.blocks} blocks "
+                            f"named layers.N; lower it, or name what trains with --forget.freeze.schedule stages")
+        for pattern in (pattern for _, patterns in self.stages for pattern in patterns):
+            if not any(matches(name, pattern) for name in names):
+                modules = {name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)}
+                raise UserError(f"forget.freeze.stages names {pattern!r}, which fits no parameter"
+                                f"{nearest(pattern, modules)}")
         stages = range(self.stage_at(0), self.stage_at(self.steps - 1) + 1)
         self.sets = {stage: {name for name in names if self.trains(name, stage)} for stage in stages}
         if empty := [stage for stage, members in self.sets.items() if not members]:
@@ -84,19 +90,9 @@ class Freeze(Method):
         self.ever = set().union(*self.sets.values())
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.ever)
-        self.replicated = self.world.size > 1 and not any(isinstance(p, DTensor) for p in model.parameters())
+        sharded = any(isinstance(p, DTensor) for p in model.parameters())
+        self.replicated = self.learning.world.size > 1 and not sharded
         self.notes = self.describe(model)
-
-    def check_names(self, names: list[str]):
-        config = self.config
-        if config.schedule != "stages" and config.blocks > self.blocks:
-            raise UserError(f"forget.freeze.blocks is {config.blocks}, but the model has {self.blocks} blocks named "
-                            f"layers.N; lower it, or name what trains with --forget.freeze.schedule stages")
-        for pattern in (p for _, patterns in config.parse_stages() for p in patterns):
-            if not any(matches(name, pattern) for name in names):
-                modules = {name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)}
-                raise UserError(f"forget.freeze.stages names {pattern!r}, which fits no parameter"
-                                f"{nearest(pattern, modules)}")
 
     def describe(self, model) -> list[str]:
         parameters = dict(model.named_parameters())
@@ -104,8 +100,8 @@ class Freeze(Method):
         total = sum(p.numel() for p in parameters.values())
         notes = [f"freeze ({self.config.schedule}): {counts[0]:,} of {total:,} parameters train at first, "
                  f"{counts[-1]:,} at the end, in {len(counts)} stages"]
-        head, embedding = getattr(model, "head", None), getattr(model, "embed_tokens", None)
-        if head is not None and embedding is not None and head.weight is embedding.weight:
+        # PyTorch names a shared parameter once, by its first place.
+        if "embed_tokens.weight" in parameters and "head.weight" not in parameters:
             frozen = "" if "embed_tokens.weight" in self.ever else \
                 ", which are frozen, so it does not train: --forget.freeze.embeddings True lets both"
             notes.append(f"freeze: the head is tied to the embeddings{frozen}")
@@ -115,31 +111,29 @@ class Freeze(Method):
         return notes
 
     def stage_at(self, step: int) -> int:
-        """The stage of a step: an index into freeze.stages, or with the other schedules the number of blocks that
-        train."""
+        """Of a step: an index into freeze.stages, or with the other schedules the number of blocks that train."""
         config, progress = self.config, step / self.steps
         if config.schedule == "stages":
-            return bisect.bisect_right(self.starts, progress) - 1
+            return sum(start <= progress for start, _ in self.stages) - 1
         if config.schedule == "top":
             return config.blocks
         thawed = min(1.0, progress / config.thaw_ratio)
-        # 1e-9 so that a share such as 0.3 / 0.1, which is 2.9999..., counts as 3
+        # Without the 1e-9 a product that is 2.9999... by rounding would count as 2.
         return config.blocks + int((self.blocks - config.blocks) * thawed + 1e-9)
 
     def trains(self, name: str, stage: int) -> bool:
         if self.config.schedule == "stages":
-            return any(matches(name, pattern) for pattern in self.config.parse_stages()[stage][1])
-        block = block_number(name)
-        if block >= 0:
+            return any(matches(name, pattern) for pattern in self.stages[stage][1])
+        if (block := block_number(name)) >= 0:
             return block >= self.blocks - stage
         return self.config.embeddings or not matches(name, "embed_tokens")
 
     def apply(self, step: int, model, optimizer=None):
         """Makes the model train what step `step` is to train; frozen parameters lose gradient and optimizer state."""
         now = self.sets[self.stage_at(min(step, self.steps - 1))]
-        for name, p in model.named_parameters():
-            if name not in self.ever:
-                continue
+        parameters = dict(model.named_parameters())
+        for name in self.ever:
+            p = parameters[name]
             if name not in now:
                 p.grad = None
                 if optimizer is not None:
@@ -150,8 +144,8 @@ class Freeze(Method):
     def before_step(self, step, model):
         # At the first step, also the first after a resume, parameters of all stages have gradients.
         self.apply(step, model)
-        return {"trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()
-                                            if p.grad is not None)}
+        trained = [p for p in trainable_parameters(model).values() if p.grad is not None]
+        return {"trainable_parameters": sum(p.numel() for p in trained)}
 
     def after_step(self, step, model, optimizer):
         self.apply(step + 1, model, optimizer)

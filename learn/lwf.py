@@ -40,13 +40,13 @@ class LwF(Method):
     name = "lwf"
 
     def __init__(self, config: LwFConfig, learning: Learning):
+        super().__init__(config, learning)
         learning.require_base("forget.lwf")
         if config.tokens == "replay" and not learning.general_sources:
             raise UserError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
                             "LwF out with --forget.lwf.alpha 0")
-        self.config, self.learning, self.base = config, learning, learning.base
-        self.divergence, self.targets = 0.0, 0
+        self.base, self.divergence, self.targets = learning.base, 0.0, 0
 
     def model_built(self, model):
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
@@ -54,26 +54,24 @@ class LwF(Method):
             assert not self.sharded, "FSDP cannot copy a model: the run must hand in a base"
             teacher = copy_as_teacher(model, self.learning.precision)
             self.base = lambda _: contextlib.nullcontext(teacher)
-            gigabytes = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e9
+            gigabytes = sum(p.nbytes for p in teacher.parameters()) / 1e9
             self.notes = [f"lwf: a frozen copy of the base stays in memory, {gigabytes:.2f} GB"]
 
     def loss_computed(self, model, batch, loss, metrics):
-        hidden, everything = metrics["hidden"], range(len(batch.tokens))
+        hidden, sequences = metrics["hidden"], range(len(batch.tokens))
         general = self.learning.general_sources
-        chosen = [i for i in everything if self.config.tokens == "all" or int(batch.source[i]) in general]
-        idle = not chosen
-        if idle and not self.sharded:
+        chosen = [i for i in sequences if self.config.tokens == "all" or int(batch.source[i]) in general]
+        if not chosen and not self.sharded:
             return loss
         # All ranks must gather a sharded teacher together, so a rank without such sequences runs one for nothing.
-        chosen = chosen or [0]
-        part = batch if len(chosen) == len(everything) else take_sequences(batch, chosen)
+        part = batch if len(chosen) == len(sequences) else take_sequences(batch, chosen or [0])
         labels = part.labels.to(hidden.device)
         with torch.no_grad(), self.base(model) as teacher:
             training = teacher.training
             base_hidden = self.learning.forward(teacher.eval(), part)
             base_weight = teacher.head.weight.detach()
             teacher.train(training)
-        if idle:
+        if not chosen:
             return loss
         x = hidden if part is batch else hidden[chosen]
         weight, alpha = model.head.weight, self.config.alpha

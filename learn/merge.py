@@ -7,8 +7,8 @@ some of what was gained.
 
     base (0, 4), result (2, 5), alpha 0.5:   linear (1, 4.5);   ties with density 0.5 (1, 4), without the change of 1
 
-`merge_tensor` is the arithmetic, `merge` applies it to folders, one tensor at a time, and `try_coefficients` to a model
-in memory. forget.py finds the best coefficient so; train.py does at the end of a run with --forget.merge.method.
+`merge_tensor` is the arithmetic, `merge` applies it to folders, and `try_coefficients` to a model in memory, from which
+forget.py merge and, with --forget.merge.method, the end of a run find the best coefficient.
 """
 
 import math
@@ -69,27 +69,23 @@ def merge_tensor(base: torch.Tensor, result: torch.Tensor, alpha: float, method:
         return torch.where(change.view(base.shape) >= smallest, merge_tensor(base, result, alpha), base)
     if alpha in (0, 1):
         return result if alpha else base
-    a, b = base.to(upcast_dtype(base)), result.to(upcast_dtype(result))
-    if method == "slerp":
-        from_base, from_result = slerp_weights(a, b, alpha)
-        if from_base is not None:
-            return (a * from_base + b * from_result).to(dtype)
-    return torch.lerp(a, b, alpha).to(dtype)
+    between = slerp if method == "slerp" else torch.lerp
+    return between(base.to(upcast_dtype(base)), result.to(upcast_dtype(result)), alpha).to(dtype)
 
 
-def slerp_weights(a: torch.Tensor, b: torch.Tensor, alpha: float) -> tuple[float, float] | tuple[None, None]:
-    """(p, q) such that p a + q b lies alpha of the way along the arc from a to b. (None, None) where there is no arc:
-    one of them is zero, or they point the same or the opposite way."""
+def slerp(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
+    """The tensor alpha of the way along the arc from a to b; along the straight line where there is no arc: one of them
+    is zero, or they point the same or the opposite way."""
     length_a, length_b = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (a, b))
-    if min(length_a, length_b) == 0:
-        return None, None
-    u, v = a / length_a, b / length_b
-    difference, total = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (u - v, u + v))
-    # Training leaves the two nearly parallel. There the arccos of their cosine would be rounding noise; this is exact.
-    angle = 2 * math.atan2(difference, total)
-    if math.sin(angle) <= 1e-9:
-        return None, None
-    return math.sin((1 - alpha) * angle) / math.sin(angle), math.sin(alpha * angle) / math.sin(angle)
+    if length_a and length_b:
+        u, v = a / length_a, b / length_b
+        difference, total = (torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (u - v, u + v))
+        # Training leaves the two nearly parallel. The arccos of their cosine would be rounding noise; this is exact.
+        angle = 2 * math.atan2(difference, total)
+        if math.sin(angle) > 1e-9:
+            return (a * (math.sin((1 - alpha) * angle) / math.sin(angle))
+                    + b * (math.sin(alpha * angle) / math.sin(angle)))
+    return torch.lerp(a, b, alpha)
 
 
 class Pair:
@@ -111,7 +107,7 @@ class Pair:
         if "lm_head.weight" in in_result and "lm_head.weight" not in self.names:
             raise UserError(f"{result} has a head of its own and {base} has none; untie the base's to merge them")
 
-    def merge_one(self, name: str, alpha: float, method: str, density: float) -> torch.Tensor:
+    def merge_one(self, name: str, alpha: float, config: MergeConfig) -> torch.Tensor:
         """The tensor `name` between the two folders."""
         tensors = []
         for files in self.files:
@@ -123,11 +119,10 @@ class Pair:
         if base.shape != result.shape and not grown:
             raise UserError(f"{name} is {list(base.shape)} in {self.folders[0]} and {list(result.shape)} in "
                             f"{self.folders[1]}; only a vocabulary may have grown, and only in the result")
-        return merge_tensor(base, result, alpha, method, density)
+        return merge_tensor(base, result, alpha, config.method, config.density)
 
 
-def merge(base, result, out, alpha: float, method: str = "linear", density: float = 0.2, card: str = "",
-          overwrite: bool = False):
+def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", overwrite: bool = False):
     """Writes the merged model as a Hugging Face folder, whole or not at all; everything but the weights is the
     result's. Memory holds the tensors of one file of the result at a time. card: text for the folder's README."""
     pair = Pair(base, result)
@@ -136,7 +131,7 @@ def merge(base, result, out, alpha: float, method: str = "linear", density: floa
         weight_map, size, dtype = {}, 0, None
         for file in dict.fromkeys(in_result.values()):
             name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-            tensors = {n: pair.merge_one(n, alpha, method, density) for n in pair.names if in_result[n] == file}
+            tensors = {n: pair.merge_one(n, alpha, config) for n in pair.names if in_result[n] == file}
             save_file(tensors, partial / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             size += sum(t.nbytes for t in tensors.values())
@@ -147,15 +142,15 @@ def merge(base, result, out, alpha: float, method: str = "linear", density: floa
         if len(set(weight_map.values())) > 1:
             write_json(partial / "model.safetensors.index.json",
                        {"metadata": {"total_size": size}, "weight_map": weight_map})
-        config, name = read_json(partial / "config.json"), str(dtype).removeprefix("torch.")
-        write_json(partial / "config.json", {**config, "torch_dtype": name, "dtype": name})
+        name = str(dtype).removeprefix("torch.")
+        write_json(partial / "config.json", read_json(partial / "config.json") | {"torch_dtype": name, "dtype": name})
         with open(partial / "README.md", "a", encoding="utf-8") as readme:
-            readme.write(f"\n## Merged with its base\n\n{method}, coefficient {alpha:g} (0 is the base, 1 the model "
-                         f"that was trained).\n{card}\n")
+            readme.write(f"\n## Merged with its base\n\n{config.method}, coefficient {alpha:g} (0 is the base, 1 the "
+                         f"model that was trained).\n{card}\n")
 
 
-def try_coefficients(base, result, score: Callable, compare: Callable, config: MergeConfig,
-                     dtype: torch.dtype = torch.float32, device="cpu") -> list[dict]:
+def try_coefficients(base, result, score: Callable, compare: Callable, config: MergeConfig, dtype: torch.dtype,
+                     device) -> list[dict]:
     """[{"alpha", "texts", **compare(before, texts)}] of the merged models, by rising alpha; no folder is written.
 
     score(model, folder) -> {text: {"bits_per_byte", ...}}, where `folder` has the model's tokenizer.
@@ -167,9 +162,8 @@ def try_coefficients(base, result, score: Callable, compare: Callable, config: M
         with torch.no_grad():
             for name in pair.names:
                 # A tied head may be stored all the same; the model has no parameter for it.
-                if hf.from_hf_name(name) in parameters:
-                    merged = pair.merge_one(name, alpha, config.method, config.density)
-                    parameters[hf.from_hf_name(name)].copy_(merged)
+                if (ours := hf.from_hf_name(name)) in parameters:
+                    parameters[ours].copy_(pair.merge_one(name, alpha, config))
         texts = score(model, result)
         rows.append({"alpha": alpha, "texts": texts, **compare(before, texts)})
     return rows

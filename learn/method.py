@@ -1,8 +1,7 @@
 """A retention method keeps what the base knows while a domain is learned: its hooks, and what it may know of a run.
 
-To add one, write learn/NAME.py with a dataclass of settings and a subclass of Method, add the settings to
-forget.ForgetConfig and make the object in forget.build. To remove one, delete those three. [B, T, D]: sequences,
-tokens, model width.
+To add one, write learn/NAME.py with a dataclass of settings and a subclass of Method, and add them to ForgetConfig and
+METHODS in forget.py. To remove one, delete those three. [B, T, D]: sequences, tokens, model width.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from core.errors import UserError
-from core.parallel import World
+from core.parallel import World, distribute_like, full_tensor
 
 
 @dataclass
@@ -55,11 +54,16 @@ class Learning:
 class Method:
     """The hooks of a retention method, one for each named point of the loop; each does nothing unless overridden.
 
-    `model` is always the model itself, never DDP's wrapper. `notes` are lines for the user to read before the run.
+    `model` is always the model itself, never DDP's wrapper. `notes` are lines for the user to read before the run. What
+    a resumed run needs to go on bit for bit stands in `tensors`, sharded or not, and in `values`, which JSON can hold.
     """
 
-    name = ""
+    name: str
+    """of the method's section in forget.*"""
     notes: tuple | list = ()
+
+    def __init__(self, config, learning: Learning):
+        self.config, self.learning, self.tensors, self.values = config, learning, {}, {}
 
     def model_built(self, model):
         """Before DDP and the optimizer are made: the place to freeze parameters and to copy weights."""
@@ -85,11 +89,14 @@ class Method:
         return contextlib.nullcontext()
 
     def state(self) -> tuple[dict, dict]:
-        """({name: full CPU tensor}, {name: JSON value}) from which load_state resumes bit for bit; collective."""
-        return {}, {}
+        """({name: full CPU tensor}, values) for a checkpoint. A collective."""
+        return {name: full_tensor(tensor) for name, tensor in self.tensors.items()}, self.values
 
     def load_state(self, tensors: dict, values: dict):
         """Restores what `state` returned; called after model_built."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(distribute_like(tensors[name], tensor))
+        self.values = values
 
 
 def trainable_parameters(model) -> dict[str, torch.nn.Parameter]:

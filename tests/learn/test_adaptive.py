@@ -122,7 +122,7 @@ def test_decisions_can_be_made_again_from_the_log_and_go_on_from_a_checkpoint():
         resumed.load_state(tensors, json.loads(json.dumps(numbers)))
         twice = [resumed.evaluated(step, shown) for step, shown in enumerate(log[20:], 20)]
         assert once[20:] == twice
-        assert alone.memory == resumed.memory == first.memory
+        assert alone.values == resumed.values == first.values
         assert len({d["replay_share"] for d in once[1:]}) > 3
         json.dumps(once)
 

@@ -120,14 +120,14 @@ def test_merging_a_grown_vocabulary(pair, tmp_path):
     for module in (grown.embed_tokens, grown.head):
         module.weight = nn.Parameter(torch.cat([module.weight.detach(), torch.full((2, 32), 7.0)]))
     hf.save(grown, tmp_path / "grown", tokenizer=pair[1])
-    merge.merge(pair[0], tmp_path / "grown", tmp_path / "out", 0.0)
+    merge.merge(pair[0], tmp_path / "grown", tmp_path / "out", 0.0, merge.MergeConfig("linear"))
     merged, base = tensors_of(tmp_path / "out"), tensors_of(pair[0])
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert torch.equal(merged[name][:-2], base[name])
         assert (merged[name][-2:] == 7).all()
     assert hf.load(tmp_path / "out").config.vocab_size == grown.config.vocab_size
     with pytest.raises(ValueError, match="only in the result"):
-        merge.merge(tmp_path / "grown", pair[0], tmp_path / "back", 0.5)
+        merge.merge(tmp_path / "grown", pair[0], tmp_path / "back", 0.5, merge.MergeConfig("linear"))
     assert not (tmp_path / "back").exists()
     assert not list(tmp_path.glob("*.tmp*"))
 
@@ -135,7 +135,7 @@ def test_merging_a_grown_vocabulary(pair, tmp_path):
 def test_models_that_do_not_fit(pair, tmp_path, hf_model):
     _, other = hf_model("qwen2")
     with pytest.raises(ValueError, match="one architecture"):
-        merge.merge(pair[0], other, tmp_path / "out", 0.5)
+        merge.merge(pair[0], other, tmp_path / "out", 0.5, merge.MergeConfig("linear"))
 
 
 @pytest.mark.parametrize(("words", "says"), [

@@ -10,7 +10,7 @@ from learn.method import Method, take_sequences, upcast_dtype
 
 def test_a_method_that_overrides_nothing_changes_nothing():
     states = []
-    for methods in ([], [Method()]):
+    for methods in ([], [Method(None, learning())]):
         model = toy(blocks=2, dtype=torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         for method in methods:

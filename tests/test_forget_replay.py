@@ -6,8 +6,8 @@ import torch
 from synthetic import texts
 
 import tokenizer
-from generate import Settings, decode, first_ids
-from learn.self_replay import sample_documents
+from forget import sample_documents
+from generate import Settings, first_ids
 
 
 def test_the_base_writes_its_own_replay(pair, tmp_path, forget_py, capsys):
@@ -47,15 +47,9 @@ class Scripted(torch.nn.Module):
         return 1e4 * torch.nn.functional.one_hot(hidden[:, 0], 20).float()
 
 
-def sample(model, tok, ends, documents, settings, seed, batch=64) -> list[dict]:
-    """The records that forget.py replay would write with these settings."""
-    return list(sample_documents(lambda prompts, generators: decode(model, prompts, settings, generators, ends), tok,
-                                 first_ids(tok, ""), ends, documents, seed, batch))
-
-
 def test_a_text_ends_where_the_model_ends_it(pair):
     tok, model = tokenizer.load(pair[0]), Scripted([[5, 6, 2], [2], [7, 8, 9]])
-    records = sample(model, tok, {2}, 3, Settings(max_new_tokens=3, temperature=1.0), seed=4)
+    records = list(sample_documents(model, tok, Settings(max_new_tokens=3, temperature=1.0, seed=4), {2}, 3))
     assert [(r["id"], r["text"], r["metadata"]["ended"], r["metadata"]["tokens"]) for r in records] == [
         ("self-4-0", tok.decode([5, 6]).strip(), True, 3), ("self-4-2", tok.decode([7, 8, 9]).strip(), False, 3)]
 
@@ -67,7 +61,7 @@ def test_text_drawn_from_the_base_follows_its_distribution(tiny_model, pair):
     settings = Settings(max_new_tokens=1, temperature=1.0)
     counts = torch.zeros(model.config.vocab_size)
     tok.decode = lambda ids: f"{ids[0]}." if ids else "."
-    for record in sample(model, tok, set(), 4000, settings, seed=0, batch=500):
+    for record in sample_documents(model, tok, settings, set(), 4000, batch=500):
         counts[int(record["text"][:-1])] += 1
     with torch.no_grad():
         wanted = 4000 * model.head(model(torch.tensor([start]))[:, -1])[0].double().softmax(0)
