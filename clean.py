@@ -9,9 +9,8 @@ FILE is .jsonl[.gz|.zst], .parquet, text, a folder of such files, or hf://org/da
     dropped.jsonl.gz   the same for what the gate stopped, with metadata.dropped: the rules it broke
     drops.json         written last: reasons, samples of both sides to look at, statistics by source and domain
 
-Scores come first and the gate after, so another gate costs no second scoring: the second command reads both files, and
-a scored record keeps its text and scores and only meets the new limits.
-Personal data are scrubbed by pattern (text/pii.py). That is no de-identification: names stay.
+The second command tries other limits on the same documents: it reads both files of the first, and does not score again.
+Personal data are scrubbed by pattern (text/pii.py), which is no de-identification: names stay.
 """
 
 import core.threads
@@ -19,7 +18,7 @@ import core.threads
 import dataclasses
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import sys
@@ -38,25 +37,15 @@ from core.cli import Output, Positional, Reading, Repeated
 from core.config import check_limits, setting
 from core.devices import pick_device
 from core.errors import UserError, nearest
-from core.files import new_file
+from core.files import new_file, refuse_existing
 from core.pool import WorkerPool, batches_by_size
 from learn import objectives
-from text import corpus, repair, vocabulary
-from text.drops import Drops, print_report
+from text import corpus, gate, repair, vocabulary
+from text.corpus import list_files, read_input, to_line
 from text.pii import scrub
-from text.records import OUTPUTS, list_files, metadata_of, read_input, to_line
-from text.rules import COMMON, NAMES, PRESETS, find_broken, find_percentiles, parse_rules, resolve_percentiles
-from text.scores import (
-    SCORES_VERSION,
-    WEIGHTS,
-    compile_keywords,
-    compute_quality,
-    estimate_log_odds,
-    parse_weights,
-    score_text,
-)
+from text.scores import SCORES_VERSION, compile_keywords, estimate_log_odds, score_text
 
-# About so many characters are sent to a worker at a time.
+# About so many characters are sent to a worker process at a time.
 BATCH_CHARS = 1 << 20
 
 
@@ -64,10 +53,10 @@ BATCH_CHARS = 1 << 20
 
 @dataclass
 class TextOptions:
-    """What happens to one document before the gate."""
+    """What happens to each document before the gate."""
 
     preset: Literal["web", "legal", "medical", "code", "books"]
-    """The rules of the gate, and the forms of a domain."""
+    """The rules of the gate, and the normalisation that a domain needs, such as of legal citations."""
     domain: str = ""
     """metadata.domain of records that have none; empty: the preset."""
     max_chars: int = setting(100_000, at_least=1)
@@ -84,16 +73,16 @@ class TextOptions:
 
 @dataclass
 class Settings(TextOptions):
-    """The same and what was measured on the domain; every worker gets it."""
+    """These options, and what was read of the domain; every worker gets them."""
 
     keywords: tuple = ()
     log_odds: np.ndarray | None = None
 
     def __post_init__(self):
         check_limits(self)
-        if self.preset not in PRESETS:
-            raise UserError(f"unknown preset {self.preset}{nearest(self.preset, PRESETS)}; there are "
-                            f"{', '.join(PRESETS)}")
+        if self.preset not in gate.PRESETS:
+            raise UserError(f"unknown preset {self.preset}{nearest(self.preset, gate.PRESETS)}; there are "
+                            f"{', '.join(gate.PRESETS)}")
         if self.repair and self.preset != "code":
             require("ftfy", "clean", "or add --no-repair")
         if self.lingua:
@@ -103,10 +92,8 @@ class Settings(TextOptions):
 
 def require(module: str, extra: str, otherwise: str):
     """UserError where a library of an extra is not installed; it says how to install it and how to do without."""
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{module} is not installed; pip install -e '.[{extra}]', {otherwise}") from None
+    if not importlib.util.find_spec(module):
+        raise UserError(f"{module} is not installed; pip install -e '.[{extra}]', {otherwise}")
 
 
 def clean_document(record: dict, settings: Settings) -> list[dict]:
@@ -115,12 +102,12 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
     A record that carries the scores of this very text is returned as it is. Scores of an older version, or of a text
     that was edited since (dedup.py --paragraphs does so), are replaced. All other keys of the record stay.
     """
-    metadata = metadata_of(record)
+    metadata = record["metadata"]
     foreign = metadata["scores"] if isinstance(metadata.get("scores"), dict) else {}
     if metadata.get("cleaned"):
         if _is_scored(record["text"], metadata):
             return [record]
-        foreign = {name: value for name, value in foreign.items() if name not in NAMES}
+        foreign = {name: value for name, value in foreign.items() if name not in gate.NAMES}
     text, lost = corpus.utf8(record["text"] or "").decode(), 0.0
     if settings.preset == "code":
         text = repair.normalise(text, code=True)
@@ -151,58 +138,57 @@ def _hash_text(text):
 
 
 def _is_scored(text, metadata):
-    """Whether the scores are of this very text, of this version, and whole."""
+    """Whether the record's scores are of this very text, of this version, and all of them numbers."""
     cleaned, scores = metadata["cleaned"], metadata.get("scores")
     return (isinstance(cleaned, dict) and cleaned.get("version") == SCORES_VERSION
-            and str(cleaned.get("preset")) in PRESETS and isinstance(text, str)
+            and str(cleaned.get("preset")) in gate.PRESETS and isinstance(text, str)
             and metadata.get("content_hash") == _hash_text(text) and isinstance(scores, dict)
-            and all(isinstance(scores[name], (int, float)) for name in NAMES & scores.keys()))
+            and all(isinstance(scores[name], (int, float)) for name in gate.NAMES & scores.keys()))
 
 
 # ---- the whole corpus
 
-def clean_corpus(records, settings: Settings, out, rules: dict | None = None, weights: dict = WEIGHTS,
-                 workers: int = 1, perplexity=None, overwrite: bool = False, progress=None) -> dict:
-    """Clean `records` into the folder `out`; returns the report that drops.json holds.
+def clean_corpus(records, settings: Settings, out, rules: dict | None = None, weights: dict = gate.WEIGHTS,
+                 workers: int = 1, perplexity=None, overwrite: bool = False) -> dict:
+    """Clean `records` into the folder `out`; returns what drops.json holds, and the rate.
 
     rules: {score: (low, high)}, by default the preset's. perplexity: text -> a float or None, called in this process.
-    progress: called with the characters of each batch. The result depends neither on `workers` nor on a run that was
-    killed before; every file appears whole, drops.json last.
+    The result depends neither on `workers` nor on a run that was killed before; every file appears whole, drops.json
+    last.
     """
-    out = Path(out)
+    out, start, done = Path(out), time.perf_counter(), 0
     scored, last = out / ".scored.partial", out / ".drops.json.partial"
-    # Where a run was killed in the end, its outputs may stand there without their drops.json: they are ours to replace.
-    for name in ("drops.json", *(OUTPUTS if not last.exists() else ())):
-        if (out / name).exists() and not overwrite:
-            raise UserError(f"{out / name} exists already; choose another --out, or add --overwrite to replace it")
+    # A run that was killed at its very end leaves this partial, and perhaps outputs without their drops.json: they are
+    # replaced.
+    for name in ("drops.json", *(() if last.exists() else corpus.CLEANED)):
+        refuse_existing(out / name, overwrite)
     if any(path.is_file() for path in (out, *out.parents)):
         raise UserError(f"{out} is a file, or lies in one; --out names a folder")
     # The files take their names in the opposite order.
-    with new_file(out / "drops.json") as report_file, new_file(out / OUTPUTS[1], "wb") as compressed, \
-            new_file(out / OUTPUTS[0], "wb") as kept:
+    with new_file(out / "drops.json") as report_file, new_file(out / corpus.CLEANED[1], "wb") as compressed, \
+            new_file(out / corpus.CLEANED[0], "wb") as kept:
         try:
-            with open(scored, "wb") as file, WorkerPool(workers, settings) as pool:
+            with open(scored, "wb") as file, WorkerPool(workers, settings) as pool, \
+                    tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
                 batches = batches_by_size(records, lambda record: len(record["text"] or "") + 100, BATCH_CHARS)
                 for lines, chars in pool.map(_clean_batch, batches):
                     file.writelines(lines)
-                    if progress:
-                        progress(chars)
+                    done += chars
+                    bar.update(chars)
             if perplexity:
                 _add_perplexity(scored, perplexity)
-            rules = PRESETS[settings.preset] if rules is None else rules
-            rules = resolve_percentiles(rules, _read_scored(scored, weights))
+            rules = gate.PRESETS[settings.preset] if rules is None else rules
+            rules = gate.resolve_percentiles(rules, _read_scored(scored, weights))
             with gzip.GzipFile("", "wb", 1, compressed, mtime=0) as dropped:
-                drops = _gate_records(_read_scored(scored, weights), rules, kept, dropped)
+                report = gate.gate_records(_read_scored(scored, weights), rules, kept, dropped)
         finally:
             scored.unlink(missing_ok=True)
-        if not drops.totals:
-            raise UserError("nothing to clean: the input holds no document")
-        report = {"preset": settings.preset, "weights": weights, **drops.report()}
+        report = {"preset": settings.preset, "weights": weights, **report}
         json.dump(report, report_file, indent=1, ensure_ascii=False)
         report_file.write("\n")
         # The report on the old files may not stand beside new ones.
         (out / "drops.json").unlink(missing_ok=True)
-    return report
+    return report | {"megabytes_per_second": done / 1e6 / (time.perf_counter() - start), "workers": workers}
 
 
 def _clean_batch(settings, records):
@@ -217,31 +203,18 @@ def _read_scored(path, weights):
         for line in file:
             record = json.loads(line)
             scores = record["metadata"]["scores"]
-            scores["quality"] = compute_quality(scores, weights)
+            scores["quality"] = gate.compute_quality(scores, weights)
             yield record
 
 
 def _add_perplexity(path, perplexity):
     """Add the perplexity of each text, and its score: 1 - perplexity / 100, and 0 above 100."""
     with new_file(path, "wb") as file:
-        for record in _read_scored(path, WEIGHTS):
+        for record in _read_scored(path, gate.WEIGHTS):
             value, scores = perplexity(record["text"]), record["metadata"]["scores"]
             if value is not None and math.isfinite(value):
                 scores |= {"perplexity": round(value, 4), "perplexity_score": round(max(0.0, 1 - value / 100), 4)}
             file.write(to_line(record))
-
-
-def _gate_records(records, rules, kept, dropped) -> Drops:
-    """Write each scored record to one of the two files, by the rules that it breaks."""
-    drops = Drops(rules)
-    for record in records:
-        broken = find_broken(record["metadata"]["scores"], rules)
-        record["metadata"].pop("dropped", None)
-        if broken:
-            record["metadata"]["dropped"] = broken
-        (dropped if broken else kept).write(to_line(record))
-        drops.add(record, broken)
-    return drops
 
 
 def load_perplexity(folder: str, context: int = 512):
@@ -297,15 +270,15 @@ def clean_command(options: Clean) -> dict:
     if text.max_chars < options.min_chars:
         raise UserError(f"--min-chars {options.min_chars}, --max-chars {text.max_chars}: the longest document is no "
                         f"shorter than the shortest")
-    rules, weights = parse_rules(text.preset, options.rule), parse_weights(options.weights)
-    files = list_files(options.files)
-    if rules.get("chars") == COMMON["chars"]:
+    rules, weights = gate.parse_rules(text.preset, options.rule), gate.parse_weights(options.weights)
+    if rules.get("chars") == gate.COMMON["chars"]:
         rules["chars"] = (options.min_chars, None)
     if options.language:
         rules["language"] = tuple(options.language.lower().split(","))
     if options.perplexity:
         rules.setdefault("perplexity", (None, "p95"))
-    # The first record of every file, before any work.
+    files = list_files(options.files)
+    # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
         next(read_input(path, reading), None)
 
@@ -322,23 +295,15 @@ def clean_command(options: Clean) -> dict:
                                    for paths in (domain, list_files([options.general]))))
     settings = Settings(**vars(text), keywords=keywords, log_odds=odds)
     perplexity = load_perplexity(options.perplexity) if options.perplexity else None
-    out, start, done = options.output.out, time.perf_counter(), 0
-    with tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
-        def progress(chars):
-            nonlocal done
-            done += chars
-            bar.update(chars)
-        report = clean_corpus(read_all(files), settings, out, rules, weights, options.workers, perplexity,
-                              options.output.overwrite, progress)
-    rate = done / 1e6 / (time.perf_counter() - start)
-    report |= {"megabytes_per_second": rate, "workers": options.workers}
-    print_report(report, out)
+    report = clean_corpus(read_all(files), settings, options.output.out, rules, weights, options.workers, perplexity,
+                          options.output.overwrite)
+    gate.print_report(report, options.output.out)
     return report
 
 
 # ---- beyond one machine
 
-def datatrove_step(preset: str, rules: dict | None = None, weights: dict = WEIGHTS, **settings):
+def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.WEIGHTS, **settings):
     """A preset as a step of a datatrove pipeline (Local, Slurm and Ray executors), for any number of tasks: the records
     that `clean_corpus` keeps, with their scores. settings: fields of Settings.
 
@@ -347,8 +312,8 @@ def datatrove_step(preset: str, rules: dict | None = None, weights: dict = WEIGH
     """
     require("datatrove", "datatrove", "which brings the executors")
     from datatrove.pipeline.base import PipelineStep
-    options, rules = Settings(preset, **settings), PRESETS[preset] if rules is None else rules
-    for name in find_percentiles(rules):
+    options, rules = Settings(preset, **settings), gate.PRESETS[preset] if rules is None else rules
+    for name in gate.find_percentiles(rules):
         raise UserError(f"the limits of {name} are {rules[name]}, but a task sees no percentile of the whole corpus; "
                         f"give the numbers that drops.json of a sample shows")
 
@@ -363,8 +328,8 @@ def datatrove_step(preset: str, rules: dict | None = None, weights: dict = WEIGH
                                            options)
                 for part in parts:
                     scores = part["metadata"]["scores"]
-                    scores["quality"] = compute_quality(scores, weights)
-                    broken = find_broken(scores, rules)
+                    scores["quality"] = gate.compute_quality(scores, weights)
+                    broken = gate.find_broken(scores, rules)
                     self.stat_update(*([f"dropped_{name}" for name in broken] or ["forwarded"]))
                     if not broken:
                         yield dataclasses.replace(document, **part)

@@ -23,11 +23,10 @@ import tokenizer as tokenizers
 from core.cli import Reading
 from measure.bench_rows import compare_in_turn, row
 from text import vocabulary
-from text.corpus import read_documents, read_records, utf8
+from text.corpus import read_documents, read_input, read_records, utf8
 from text.minhash import BANDS, ROWS, SHINGLE, fold_words
 from text.mixture import DataConfig
 from text.packing import pack_sources
-from text.records import read_input
 from text.repair import SENTENCE_END
 from text.shards import Shards, pack
 

@@ -22,8 +22,8 @@ import tokenizer as tokenizers
 from clean import Settings, clean_corpus, clean_document
 from core.cli import Reading
 from learn import objectives
-from text.records import read_input
-from text.rules import PRESETS
+from text.corpus import read_input
+from text.gate import PRESETS
 
 ROOT = Path(__file__).parent.parent
 

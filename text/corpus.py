@@ -22,6 +22,8 @@ from core.errors import UserError
 # Suffixes that hold no plain text; read as text they would give nonsense without an error.
 NOT_TEXT = (".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".pdf", ".docx", ".zip")
 SEPARATED_CHUNK = 1 << 20           # characters read at a time where a separator stands between documents
+# What clean.py leaves in a folder beside its drops.json: every document that it has scored.
+CLEANED = ("kept.jsonl", "dropped.jsonl.gz")
 
 
 def read_documents(files: list[str], reading: Reading | None = None):
@@ -153,3 +155,46 @@ def utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+# ---- records as clean.py takes and leaves them
+
+def list_files(paths: list[str]) -> list[str]:
+    """The files that `paths` name. A folder stands for the files in it by name, clean.py's for its two outputs."""
+    files = []
+    for path in paths:
+        if not os.path.isdir(path):
+            files.append(path)
+            continue
+        inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix.lower() not in NOT_TEXT
+                        and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        if not inside:
+            raise UserError(f"{path} holds no file to read; .jsonl[.gz|.zst], .parquet or text is wanted")
+        files += [str(Path(path, name)) for name in CLEANED] if Path(path, "drops.json").is_file() else inside
+    return files
+
+
+def read_input(path: str, reading: Reading):
+    """Yield the record of each document of a file or an hf://org/dataset: {"text", "id", "metadata": {"source", ...}}.
+
+    The text may be null, which stands for an empty one. A record without an id gets SOURCE/NUMBER; the source of a
+    record that names none is the name of its file.
+    """
+    source, column = path if path.startswith("hf://") else Path(path).name, reading.column
+    for number, (_, record) in enumerate(read_records([path], reading, allow_null=True), 1):
+        metadata = record.get("metadata")
+        if not isinstance(metadata, dict):
+            metadata = {} if metadata is None else {"metadata": metadata}
+        metadata = {"source": record.get("source") or source, **metadata}
+        if record.get("domain"):
+            metadata.setdefault("domain", record["domain"])
+        yield {"text": record[column], **{key: value for key, value in record.items() if key not in ("text", column)},
+               "id": f"{source}/{number}" if record.get("id") is None else record["id"], "metadata": metadata}
+
+
+def to_line(record: dict) -> bytes:
+    """A line of a .jsonl file, in UTF-8; half a surrogate pair stays escaped, as it came."""
+    try:
+        return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(record, default=str) + "\n").encode()

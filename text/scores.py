@@ -18,8 +18,6 @@ from text.repair import SENTENCE_END, SPACELESS_SIGN
 
 # Raise it when a score changes its meaning: records that were scored before are then scored anew.
 SCORES_VERSION = 2
-
-WEIGHTS = {"perplexity_score": 0.3, "format": 0.2, "content": 0.3, "relevance": 0.2}
 GOPHER_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 # The language whose words a text has most of is a light guess at its language.
 STOP_WORDS = {
@@ -91,27 +89,6 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
         scores["log_odds"] = float(log_odds[features].mean()) if len(features) else 0.0
         scores.setdefault("relevance", 1 / (1 + math.exp(-max(-50.0, min(50.0, scores["log_odds"])))))
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in scores.items()}
-
-
-def compute_quality(scores: dict, weights: dict = WEIGHTS) -> float:
-    """The weighted mean of those of `weights` that were computed, 0 to 1."""
-    parts = {name: scores[name] for name in weights if name in scores}
-    total = sum(weights[name] for name in parts)
-    return round(sum(weights[name] * value for name, value in parts.items()) / total, 4) if total else 0.0
-
-
-def parse_weights(text: str) -> dict:
-    """WEIGHTS with NAME=WEIGHT,... laid over them; perplexity stands for perplexity_score."""
-    weights = dict(WEIGHTS)
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
-        name = {"perplexity": "perplexity_score"}.get(name, name)
-        if name not in WEIGHTS or not re.fullmatch(r"-?\d+(\.\d*)?|\.\d+", value):
-            raise UserError(f"--weights {item}: write perplexity=0.3,format=0.2,content=0.3,relevance=0.2")
-        weights[name] = float(value)
-    if min(weights.values()) < 0 or not sum(weights.values()):
-        raise UserError(f"--weights {text}: none below 0, and not all of them 0")
-    return weights
 
 
 def _score_shape(text, lines, n_words) -> dict:

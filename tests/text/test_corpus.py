@@ -7,7 +7,7 @@ import random
 import pytest
 
 from core.cli import Reading
-from text.corpus import read_documents
+from text.corpus import list_files, read_documents, read_input
 
 
 def test_text_files(tmp_path):
@@ -113,3 +113,36 @@ def test_a_hub_that_cannot_be_reached_is_named_and_not_taken_for_a_full_disk(tmp
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(ValueError, match="hf://org/name cannot be read from the Hub: no route"):
         list(read_documents(["hf://org/name"]))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "gz", "zst", "parquet", "txt", "folder"])
+def test_every_kind_of_input_reads_the_same(tmp_path, kind):
+    texts, path = ["1. One law.\n(2) Another é", "The note."], tmp_path / f"in.{kind}"
+    lines = "".join(json.dumps({"body": t, "n": i}) + "\n" for i, t in enumerate(texts))
+    if kind == "txt":
+        path.write_text("\n\n".join(texts))
+    elif kind == "folder":
+        path.mkdir()
+        for i, text in enumerate(texts):
+            (path / f"{i}.md").write_text(text)
+        (path / ".hidden.md").write_text("x")
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.table({"body": texts, "n": [0, 1]}), path)
+    elif kind == "gz":
+        path = tmp_path / "in.jsonl.gz"
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "zst":
+        path = tmp_path / "in.jsonl.zst"
+        pyarrow = pytest.importorskip("pyarrow")
+        with pyarrow.output_stream(str(path), compression="zstd") as file:
+            file.write(lines.encode())
+    else:
+        path.write_text(lines)
+    reading = Reading(documents="blank" if kind == "txt" else "file", column="body")
+    rows = [row for file in list_files([str(path)]) for row in read_input(file, reading)]
+    assert [row["text"] for row in rows] == texts
+    assert len({row["id"] for row in rows}) == 2
+    if kind not in ("txt", "folder"):
+        assert [row["n"] for row in rows] == [0, 1]
+        assert "body" not in rows[0]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from clean import Settings, clean_document
 from text import repair
+from text.gate import PRESETS, find_broken
 from text.pii import scrub
 from text.repair import split_text
-from text.rules import PRESETS, find_broken
 from text.scores import score_text
 
 

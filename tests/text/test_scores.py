@@ -8,7 +8,7 @@ import pytest
 from documents import CODE, NOTE, STATUTE, scores_of
 
 from text import scores
-from text.scores import WEIGHTS, compute_quality, estimate_log_odds, hash_features, score_ngrams
+from text.scores import estimate_log_odds, hash_features, score_ngrams
 
 
 def naive_repetition(text: str) -> dict:
@@ -68,15 +68,6 @@ def test_code_ratio_tells_text_from_code():
     assert scores_of(STATUTE)["code_ratio"] == 0
     assert scores_of(NOTE)["code_ratio"] == 0
     assert 0.2 < scores_of(f"{NOTE}\n```\n{CODE}```", "medical")["code_ratio"] < 0.8
-
-
-def test_quality_is_the_weighted_mean_of_what_was_computed():
-    parts = {"format": 0.8, "content": 0.5}
-    assert compute_quality(parts) == pytest.approx((0.2 * 0.8 + 0.3 * 0.5) / 0.5, abs=1e-4)
-    parts |= {"perplexity_score": 0.4, "relevance": 1.0}
-    assert compute_quality(parts) == pytest.approx(0.3 * 0.4 + 0.2 * 0.8 + 0.3 * 0.5 + 0.2 * 1.0, abs=1e-4)
-    assert compute_quality(parts, {**WEIGHTS, "perplexity_score": 0, "content": 0}) == pytest.approx(0.9, abs=1e-4)
-    assert compute_quality({}) == 0
 
 
 def test_relevance_by_keywords_and_by_log_odds():

@@ -1,4 +1,6 @@
-"""Truth: the rules as the papers print them, each with a text that breaks it; real corpora (NANOCPT_DATA)."""
+"""Truth: the rules as the papers print them, each with a text that breaks it; real corpora (NANOCPT_DATA).
+Law: every document that goes in is accounted for.
+"""
 
 import json
 import sysconfig
@@ -6,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from documents import CODE, NOTE, STATUTE, read, records, scores_of
+from documents import CODE, NOTE, STATUTE, read, records, scores_of, some_documents
 
 from clean import Settings, clean_corpus
 from core.cli import Reading
-from text.records import read_input
-from text.rules import PRESETS, find_broken
-from text.scores import compute_quality
+from text.corpus import read_input
+from text.gate import PRESETS, SAMPLES, WEIGHTS, compute_quality, find_broken
 
 BASE = " ".join([NOTE, STATUTE.replace("\n", " ")])
 
@@ -59,6 +60,15 @@ def test_every_rule_of_the_web_and_code_presets_has_a_negative_case():
     assert {name for preset, name in BAD} >= set(PRESETS["web"]) | set(PRESETS["code"]) | {"code_ratio"}
 
 
+def test_quality_is_the_weighted_mean_of_what_was_computed():
+    parts = {"format": 0.8, "content": 0.5}
+    assert compute_quality(parts) == pytest.approx((0.2 * 0.8 + 0.3 * 0.5) / 0.5, abs=1e-4)
+    parts |= {"perplexity_score": 0.4, "relevance": 1.0}
+    assert compute_quality(parts) == pytest.approx(0.3 * 0.4 + 0.2 * 0.8 + 0.3 * 0.5 + 0.2 * 1.0, abs=1e-4)
+    assert compute_quality(parts, {**WEIGHTS, "perplexity_score": 0, "content": 0}) == pytest.approx(0.9, abs=1e-4)
+    assert compute_quality({}) == 0
+
+
 def test_web_rules_destroy_domain_text_and_the_domain_presets_do_not():
     drug_list = "\n".join(f"{name} {dose} mg" for dose in (5, 10, 20) for name in
                           ("metformin", "lisinopril", "atorvastatin", "amlodipine", "omeprazole", "ramipril"))
@@ -101,3 +111,37 @@ def test_domain_presets_keep_95_percent_of_the_standard_library(tmp_path):
     texts = [f.read_text(encoding="utf-8") for f in files]
     texts = [t for t in texts if len(t) >= 100]
     assert kept_share(tmp_path, texts, "code") >= 0.95 > 0.1 > kept_share(tmp_path, texts, "web")
+
+
+# ---- the report
+
+def test_the_report_adds_up(tmp_path):
+    rows = [{**r, "metadata": {"source": f"s{i % 3}", "domain": "law" if i % 2 else ""}} for i, r in enumerate(
+        records([*some_documents(), "\n\n".join([STATUTE] * 10)]))]
+    report = clean_corpus(rows, Settings("legal", max_chars=2000), tmp_path)
+    kept, dropped, on_disk = read(tmp_path)
+    assert on_disk == {key: value for key, value in json.loads(json.dumps(report)).items() if key in on_disk}
+    assert report["documents"] == len(rows)
+    assert report["parts"] == len(kept) + len(dropped) > len(rows)
+    assert (report["kept"], report["dropped"]) == (len(kept), len(dropped))
+    for table in report["statistics"].values():
+        for key, total in (("parts", report["parts"]), ("kept", len(kept)), ("documents", len(rows)),
+                           ("bytes_kept", sum(len(r["text"].encode()) for r in kept))):
+            assert sum(row[key] for row in table.values()) == total, key
+    assert set(report["statistics"]["source"]) == {"s0", "s1", "s2"}
+    assert set(report["statistics"]["domain"]) == {"law", "legal"}
+    for name, row in report["reasons"].items():
+        assert row["dropped"] == sum(name in r["metadata"]["dropped"] for r in dropped)
+        assert row["only_reason"] == sum(r["metadata"]["dropped"] == [name] for r in dropped)
+        assert len(report["samples"].get(name, [])) == min(SAMPLES, row["dropped"])
+    assert len(report["samples"]["kept"]) == SAMPLES
+    assert report["pii"]["email"] == sum(r["text"].count("<EMAIL>") for r in kept + dropped) > 0
+    assert all("dropped" not in r["metadata"] for r in kept)
+
+
+def test_half_a_surrogate_pair_in_id_source_or_domain_stops_no_report(tmp_path):
+    row = {"text": STATUTE, "id": "\ud800", "metadata": {"source": "a\udfff", "domain": "\ud800"}}
+    clean_corpus([row], Settings("legal"), tmp_path)
+    kept, _, report = read(tmp_path)
+    assert kept[0]["id"] == "\ud800"
+    assert list(report["statistics"]["source"]) == ["a\ufffd"]
