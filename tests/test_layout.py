@@ -165,7 +165,6 @@ def test_the_readme_is_a_front_page():
 TESTED_ELSEWHERE = {
     "core.tensor_files": "test_hf.py",
     "kernels.flash": "kernels/test_attention.py",
-    "learn.method": "test_forget.py",
     "measure.kernel_cases": "measure/test_compile_check.py",
 }
 FILES = [name for name in HOUSE if not name.startswith("experiments") and not (ROOT / name.replace(".", "/")).is_dir()]
