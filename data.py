@@ -7,16 +7,16 @@
     python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
     python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl
 
-The ideas stand in text/: corpus.py reads documents, shards.py keeps their tokens on disk, packing.py cuts sources into
-sequences, mixture.py says how many sequences of each source a step has. Here stands their order.
-B sequences per step, T tokens of context, S sources.
+In text/, corpus.py reads documents, shards.py keeps their tokens on disk, packing.py cuts sources into sequences, and
+mixture.py says how many sequences of each source a step has. Here stands their order. B sequences per step, T tokens of
+context, S sources.
 """
 
 import functools
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,21 +34,21 @@ from kernels.cross_entropy import IGNORE
 from text import parts
 from text.corpus import read_records
 from text.foreign import holds_tokens, read_token_documents
-from text.mix_preview import preview_mix
-from text.mixed_jsonl import mix_files
-from text.mixture import SourceConfig
-from text.packing import PackedSources, Sequences
+from text.mix_outputs import mix_files, preview_mix
+from text.mixture import DataConfig, SourceConfig
+from text.packing import Documents, Sequences, Windows
 from text.shards import SPLITS, pack, read_manifest, verify
 
-ORDER_VERSION = 1                   # raise it when the same seed gives another order
+# Raise it when the same seed gives another order.
+ORDER_VERSION = 1
 
 
 class RowRandom:
-    """Random values for the sequences of a batch, the same on every rank layout: a function of (seed, step, place in
-    the step, stream, position) alone."""
+    """Random values for the sequences of a batch, the same on every rank layout: a function of the stream, the position
+    and `keys`, uint64 [B], which stand for (seed, step, place in the step)."""
 
     def __init__(self, keys: np.ndarray):
-        self.keys = keys             # uint64 [B]
+        self.keys = keys
 
     def uniform(self, stream: int, n: int) -> torch.Tensor:
         """float32 [B, n] in [0, 1). Another `stream` gives other values, independent of the first."""
@@ -71,36 +71,36 @@ class Batch:
     @classmethod
     def of(cls, sequences: Sequences, source: np.ndarray | None = None, rng: RowRandom | None = None,
            reset_positions: bool = True) -> "Batch":
-        """The batch of filled sequences; positions count from each document's begin, or along the whole sequence.
+        """The batch of filled sequences; positions count from each document's beginning, or along the whole sequence.
         Text to be scored is from one source and needs no random values until an objective masks it."""
         doc_start = sequences.close()
-        source = np.zeros(len(doc_start), np.int64) if source is None else source
-        positions = np.broadcast_to(np.arange(doc_start.shape[1], dtype=np.int32), doc_start.shape)
-        positions = positions - doc_start if reset_positions else positions.copy()
+        B, length = doc_start.shape
+        source = np.zeros(B, np.int64) if source is None else source
+        positions = np.arange(length, dtype=np.int32) - (doc_start if reset_positions else np.zeros_like(doc_start))
         return cls(*map(torch.from_numpy, (sequences.tokens, sequences.labels, positions, doc_start)), source, rng)
 
     def to(self, device) -> "Batch":
         """The batch with its tensors on `device`; `source` and `rng` stay on the CPU."""
-        moved = {name: getattr(self, name).to(device, non_blocking=True)
-                 for name in ("tokens", "labels", "position_ids", "doc_start")}
-        return Batch(**moved, source=self.source, rng=self.rng)
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()
+                                if isinstance(value, torch.Tensor)})
 
 
 class Loader:
     """batch(step): the step's sequences, a pure function of (seed, step), the plan and the shards' manifests.
 
-    packed: the sources in sequences (text/packing.py). plan: int64 [steps + 1, S], how many sequences of each source
-    come before each step (text/mixture.py). A source's sequences come in another order in every epoch.
+    packings: the sources in sequences (text/packing.py), in the order of the plan's columns. plan: int64 [steps + 1,
+    S], how many sequences of each source come before each step (text/mixture.py). A source's sequences come in another
+    order in every epoch.
     """
 
-    def __init__(self, packed: PackedSources, plan: np.ndarray, seed: int):
-        self.packed, self.plan, self.seed = packed, plan, seed
-        self.names, self.packings = list(packed.packings), list(packed.packings.values())
+    def __init__(self, packings: dict[str, Windows | Documents], plan: np.ndarray, config: DataConfig, seed: int):
+        self.plan, self.config, self.seed = plan, config, seed
+        self.names, self.packings = list(packings), list(packings.values())
         self.shards = [packing.shards for packing in self.packings]
 
     def batch(self, step: int, first: int = 0, last: int | None = None) -> Batch:
-        """The sequences from `first` to before `last` (default: all) of a step's global batch, such as those of one
-        rank or of one micro-batch."""
+        """The sequences from `first` to before `last` (default: all) of a step's global batch: those of a rank or of a
+        micro-batch."""
         before = self.plan[step]
         taken = self.plan[step + 1] - before
         B = int(taken.sum())
@@ -110,7 +110,7 @@ class Loader:
         order = permute(np.arange(B), B, mix_keys(self.seed, "slots", step))[first:last]
         source, ordinal = source[order], ordinal[order]
 
-        sequences = Sequences(len(order), self.packed.context + 1)
+        sequences = Sequences(len(order), self.config.context + 1)
         for i in np.unique(source):
             packing, name = self.packings[i], self.names[i]
             rows = np.flatnonzero(source == i)
@@ -124,11 +124,12 @@ class Loader:
                     if was_target:
                         sequences.labels[row, sequences.end[row] - length] = IGNORE
         keys = mix_keys(self.seed, "rows", step, np.arange(first, first + len(order)))
-        return Batch.of(sequences, source, RowRandom(keys), self.packed.reset_positions)
+        return Batch.of(sequences, source, RowRandom(keys), self.config.reset_positions)
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been read before `step`."""
-        return {name: float(n / rows) for n, (name, rows) in zip(self.plan[step], self.packed.rows_per_epoch.items())}
+        return {name: float(n / packing.sequences)
+                for name, packing, n in zip(self.names, self.packings, self.plan[step])}
 
 
 # ---- pack, info, verify, manifest

@@ -45,12 +45,13 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     value = np.array(index, np.uint64)
-    key = np.broadcast_to(key, value.shape)
+    # uint64 [4, k]: the key of each round.
+    keys = fmix64(np.broadcast_to(key, value.shape) + np.arange(4, dtype=np.uint64)[:, None])
     outside = np.ones(value.shape, bool)
     while outside.any():
-        left, right, k = value[outside] >> half, value[outside] & mask, key[outside]
-        for turn in range(4):
-            left, right = right, left ^ (fmix64(right ^ fmix64(k + np.uint64(turn))) & mask)
+        left, right = value[outside] >> half, value[outside] & mask
+        for round_key in keys[:, outside]:
+            left, right = right, left ^ (fmix64(right ^ round_key) & mask)
         value[outside] = (left << half) | right
         outside = value >= n
     return value.astype(np.int64)

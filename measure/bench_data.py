@@ -368,7 +368,8 @@ def bench_reading(folder, rounds) -> list:
     """
     shards, T, B, steps = Shards(folder / "shards"), 2048, 64, 20
     plan = np.arange(steps * (rounds + 1) + 2, dtype=np.int64)[:, None] * B
-    loader = data.Loader(pack_sources({"text": shards}, DataConfig(context=T)), plan, seed=0)
+    config = DataConfig(context=T)
+    loader = data.Loader(pack_sources({"text": shards}, config), plan, config, seed=0)
     tokens = shards.token_maps[0]
     rng, step, windows = np.random.default_rng(0), itertools.count(), max(1, len(tokens) // (T + 1))
 

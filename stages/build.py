@@ -256,9 +256,9 @@ def open_sources(c, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict
 def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     """The run with its sources, its plan, its objective and what it scores, and still without a model."""
     sources, shards, heldout = open_sources(c, tokenizer, config.vocab_size, world)
-    packed = pack_sources(shards, c.data)
-    plan = mixture.make_plan(c.data, c.train, sources, packed.rows_per_epoch)
-    loader = data.Loader(packed, plan, seed=c.seed)
+    packings = pack_sources(shards, c.data)
+    plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
+    loader = data.Loader(packings, plan, c.data, seed=c.seed)
     refusals, _ = mixture.judge_epochs(loader.epochs(len(plan) - 1), sources)
     if refusals:
         raise UserError(refusals[0])
@@ -361,7 +361,8 @@ class GeneralText:
         weights = mixture.source_weights({name: self.run.sources[name] for name in names}, 0.0, strata=c.data.strata)
         # Batches of 8 sequences.
         plan = mixture.plan_counts(np.tile(weights, (-(-c.forget.ewc.samples // 8), 1)), 8)
-        loader = data.Loader(pack_sources({name: shards[name] for name in names}, c.data), plan, seed=c.seed)
+        packings = pack_sources({name: shards[name] for name in names}, c.data)
+        loader = data.Loader(packings, plan, c.data, seed=c.seed)
         for batch in map(loader.batch, range(len(plan) - 1)):
             yield self.run.objective.corrupt(batch, batch.rng)
 

@@ -45,8 +45,8 @@ def describe(run: Run):
     say(f"run: {run.steps:,} steps of {c.train.batch_size} x {c.data.context} = "
         f"{c.train.batch_size * c.data.context:,} tokens, seed {c.seed}, {c.train.precision}, "
         f"{run.world.size} x {run.world.device.type}")
-    lost = [f"{name} {packing.padded or packing.dropped:,} {'dropped' if packing.dropped else 'padded'}"
-            for name, packing in zip(run.loader.names, run.loader.packings) if packing.padded or packing.dropped]
+    lost = [f"{name} {abs(packing.padded):,} {'padded' if packing.padded > 0 else 'dropped'}"
+            for name, packing in zip(run.loader.names, run.loader.packings) if packing.padded]
     say(f"packing: {c.data.packing}; positions an epoch without a token: {', '.join(lost) or 'none'}")
 
 

@@ -100,7 +100,8 @@ def counts_of(*per_step) -> np.ndarray:
 
 
 def loader_of(sources: dict, plan: np.ndarray, context: int, seed: int, **options) -> data.Loader:
-    return data.Loader(pack_sources(sources, DataConfig(context=context, **options)), plan, seed=seed)
+    config = DataConfig(context=context, **options)
+    return data.Loader(pack_sources(sources, config), plan, config, seed=seed)
 
 
 def scored(n: int, seed: int = 0) -> list[dict]:

@@ -17,7 +17,7 @@ from synthetic import Bytes, counts_of, loader_of, run, scored, some_texts, sour
 import data
 import tokenizer as tokenizers
 from core.hashing import mix_keys
-from text.mixture import DataConfig, SourceConfig, domain_share, plan_counts, progress_of, source_weights
+from text.mixture import DataConfig, SourceConfig, plan_counts, progress_of, share_at, source_weights
 from text.packing import pack_sources
 from text.shards import SPLITS, Shards, pack
 
@@ -37,7 +37,7 @@ def three_sources(tmp_path, batch_size: int = 12) -> tuple[dict, np.ndarray]:
 
 
 def weights_over(steps: int, configs: dict) -> np.ndarray:
-    return np.array([source_weights(configs, domain_share("warmup_cooldown", 0.7, p)) for p in progress_of(steps)])
+    return np.array([source_weights(configs, share_at(DataConfig(), p, steps)) for p in progress_of(steps)])
 
 
 def arrays(batch) -> list[np.ndarray]:
@@ -261,7 +261,7 @@ def test_command_line_of_buckets_and_mixes(tmp_path, tiny_bpe, monkeypatch, caps
         shown, rows = json.loads(report.read_text()), {}
         for name, folder in (("law/0", out / "bucket_00"), ("wiki", tmp_path / "w")):
             config = DataConfig(context=16, packing=packing)
-            rows[name] = pack_sources({"s": Shards(folder)}, config).rows_per_epoch["s"]
+            rows[name] = pack_sources({"s": Shards(folder)}, config)["s"].sequences
             assert shown["epochs"][name] == shown["sequences"][name] / rows[name]
     assert rows["wiki"] > windows
     assert run(monkeypatch, *preview, "--train.steps", 5000) == 0

@@ -13,11 +13,12 @@ curriculum         the target                                 the easier part; t
 two_stage,         1: the domain alone; general text is       all
 domain_only        only evaluated
 
-A final anneal can be laid over any of them. `plan_counts` turns the weights into whole sequences, the plan; `python
-data.py mix RECIPE --preview` shows it. S sources; a score bucket counts as a source.
+A final anneal can follow any of them. `plan_counts` turns the weights into whole sequences, the plan; `python data.py
+mix RECIPE --preview` shows it. S sources; a score bucket counts as a source.
 """
 
 import bisect
+import functools
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -28,11 +29,15 @@ from core.errors import UserError
 
 RAMP = 0.2                          # gradual: share of the run over which the domain comes in
 OPEN_FIRST = 0.3                    # share of a source's documents that is open at the start
-STAGES = ((0.3, 1.0), (0.1, 0.6), (0.0, 0.3))       # staged: (from this progress on, part of the target)
-HARD = 3.0                          # curriculum's end: the hardest documents come 3 times as often as the easiest
-WARN_EPOCHS = 4                     # up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264)
+# staged: (from this progress on, part of the target and of the documents)
+STAGES = ((0.3, 1.0), (0.1, 0.6), (0.0, 0.3))
+# curriculum's end: the hardest documents come 3 times as often as the easiest.
+HARD = 3.0
+# Up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264).
+WARN_EPOCHS = 4
 ALONE = ("two_stage", "domain_only")
-ALL = (0.0, 1.0, 1.0)               # open_documents where all are open and come alike
+# What `open_documents` gives where all are open and come equally often.
+ALL = (0.0, 1.0, 1.0)
 INFINITY = float("inf")
 
 
@@ -53,11 +58,12 @@ class SourceConfig:
 
 @dataclass
 class Bucket(SourceConfig):
-    """One score bucket of a source: a source itself, with a share of that one's weight. Made by parts.open_buckets."""
+    """One score bucket of the source named `of`: the documents between two quantiles of that one's order, as a source
+    of its own with a share of the weight. Made by parts.open_buckets."""
 
-    of: str = ""                    # the name of its source
-    low: float = 0.0                # it has the documents from this quantile of the source's order
-    high: float = 1.0               # to this one
+    of: str = ""
+    low: float = 0.0
+    high: float = 1.0
     tokens: int = 0
 
 
@@ -123,43 +129,40 @@ class LengthConfig:
 
 # ---- schedules
 
-def domain_share(schedule: str, target: float, progress: float, ramp: float = RAMP) -> float:
-    """The share of domain sequences wanted at `progress` (0 to 1); gradual rises over the share `ramp` of the run."""
-    if schedule in ALONE:
-        return 1.0
-    if schedule == "staged":
-        return target * next(part for start, part in STAGES if progress >= start)
-    # (progress, share): straight lines between the points
-    lines = {"gradual": ((0.0, 0.0), (ramp, target)),
-             "warmup_cooldown": ((0.0, min(0.3, target)), (0.1, target), (0.9, target), (1.0, min(0.5, target)))}
-    return float(np.interp(progress, *zip(*lines.get(schedule, ((0.0, target),)))))
-
-
-def open_documents(schedule: str, progress: float, ramp: float = RAMP) -> tuple[float, float, float]:
-    """(low, high, emphasis) at `progress`: from which to which quantile of its order a source's documents are open, and
-    how many times as often the last of them come as the first."""
-    if schedule == "staged":
-        return 0.0, next(part for start, part in STAGES if progress >= start), 1.0
-    if schedule in ("gradual", "quality_first"):
-        done = min(1.0, progress / ramp) if schedule == "gradual" else progress
-        return 0.0, OPEN_FIRST + (1 - OPEN_FIRST) * done, 1.0
-    if schedule != "curriculum":
-        return ALL
-    if progress < 0.3:
-        return 0.0, 0.3 + progress, 1.0
-    return (0.2, 0.6 + 0.2 * (progress - 0.3) / 0.4, 1.0) if progress < 0.7 else (0.0, 1.0, HARD)
-
-
 def share_at(config: DataConfig, progress: float, steps: int) -> float:
-    """The share of domain sequences wanted at `progress` of a run of `steps` steps, the anneal included."""
-    share = domain_share(config.schedule, config.domain_share, progress, _ramp(config, steps))
+    """The share of domain sequences wanted at `progress` (0 to 1) of a run of `steps` steps, the anneal included."""
+    target = config.domain_share
+    # (progress, share): straight lines between the points.
+    lines = {"gradual": ((0.0, 0.0), (_ramp(config, steps), target)),
+             "warmup_cooldown": ((0.0, min(0.3, target)), (0.1, target), (0.9, target), (1.0, min(0.5, target))),
+             "staged": ((0.0, target * _stage(progress)),), **dict.fromkeys(ALONE, ((0.0, 1.0),))}
+    share = float(np.interp(progress, *zip(*lines.get(config.schedule, ((0.0, target),)))))
     if config.anneal_share is None:
         return share
     done = max(0.0, 1 - (1 - progress) / config.anneal_ratio)
     return share * (1 - done) + config.anneal_share * done
 
 
-def _ramp(config, steps) -> float:
+def open_documents(config: DataConfig, progress: float, steps: int) -> tuple[float, float, float]:
+    """(low, high, emphasis) at `progress`: from which to which quantile of its order a source's documents are open, and
+    how many times as often the last of them come as the first."""
+    if config.schedule == "staged":
+        return 0.0, _stage(progress), 1.0
+    if config.schedule in ("gradual", "quality_first"):
+        done = min(1.0, progress / _ramp(config, steps)) if config.schedule == "gradual" else progress
+        return 0.0, OPEN_FIRST + (1 - OPEN_FIRST) * done, 1.0
+    if config.schedule != "curriculum":
+        return ALL
+    if progress < 0.3:
+        return 0.0, 0.3 + progress, 1.0
+    return (0.2, 0.6 + 0.2 * (progress - 0.3) / 0.4, 1.0) if progress < 0.7 else (0.0, 1.0, HARD)
+
+
+def _stage(progress: float) -> float:
+    return next(part for start, part in STAGES if progress >= start)
+
+
+def _ramp(config: DataConfig, steps: int) -> float:
     return RAMP if config.gradual_steps is None else config.gradual_steps / max(1, steps - 1)
 
 
@@ -172,11 +175,11 @@ def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple
     `opened`, as from open_documents, moves a domain source's weight among its buckets. `strata` (default: all alike)
     holds among the general sources if they name theirs.
     """
-    weights = {name: s.weight if not isinstance(s, Bucket) else _open_tokens(s, opened if s.role == "domain" else ALL)
+    weights = {name: _open_tokens(s, opened if s.role == "domain" else ALL) if isinstance(s, Bucket) else s.weight
                for name, s in sources.items()}
-    for bucket in {s.of: s for s in sources.values() if isinstance(s, Bucket)}.values():
-        members = [name for name, s in sources.items() if isinstance(s, Bucket) and s.of == bucket.of]
-        _scale(weights, members, bucket.weight)
+    buckets = {name: s for name, s in sources.items() if isinstance(s, Bucket)}
+    for of, weight in {s.of: s.weight for s in buckets.values()}.items():
+        _scale(weights, [name for name, s in buckets.items() if s.of == of], weight)
     for stratum, part in replay_strata(sources, strata or Strata())[0].items():
         _scale(weights, [name for name, s in sources.items() if s.role == "general" and s.stratum == stratum], part)
     domain, general = ([name for name, s in sources.items() if s.role == role] for role in ("domain", "general"))
@@ -195,8 +198,7 @@ def _open_tokens(bucket: Bucket, opened: tuple) -> float:
     begin, end = max(low, bucket.low), min(high, bucket.high)
     # The emphasis rises along a straight line from 1 to `emphasis`, so its mean over the bucket is that of its middle.
     middle = ((begin + end) / 2 - low) / (high - low)
-    density = 1 + (emphasis - 1) * middle
-    return bucket.tokens * density * max(0.0, end - begin) / (bucket.high - bucket.low)
+    return bucket.tokens * (1 + (emphasis - 1) * middle) * max(0.0, end - begin) / (bucket.high - bucket.low)
 
 
 def _scale(weights: dict[str, float], names: list[str], total: float):
@@ -231,8 +233,7 @@ def replay_strata(sources: dict[str, SourceConfig], strata: Strata) -> tuple[dic
 
 def describe_mix(config: DataConfig, sources: dict[str, SourceConfig]) -> list[str]:
     """What a user should know of the mix before the run, in lines."""
-    lines = []
-    shares, empty = replay_strata(sources, config.strata)
+    lines, (shares, empty) = [], replay_strata(sources, config.strata)
     if shares:
         lines.append("replay strata: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
                      + (f"; no source for {', '.join(empty)}: the others share it" if empty else ""))
@@ -245,20 +246,15 @@ def describe_mix(config: DataConfig, sources: dict[str, SourceConfig]) -> list[s
 
 def weights_at(config: DataConfig, sources: dict[str, SourceConfig], progress: np.ndarray, steps: int,
                share: float | None = None) -> np.ndarray:
-    """float64 [n, S]: the sources' weights at each progress [n] of a run of `steps` steps; `sources` with their buckets
-    in their places. `share` is that of domain sequences throughout, instead of the schedule's."""
+    """float64 [n, S]: the sources' weights at each progress [n] of a run of `steps` steps. `share`, where it is given,
+    is the share of domain sequences throughout, instead of the schedule's."""
     if config.schedule in ALONE and not any(s.role == "domain" and s.weight for s in sources.values()):
         raise UserError(f"data.schedule {config.schedule} trains on the domain alone, but no source with a weight has "
                         f"the role domain")
-    ramp = _ramp(config, steps)
-    known, rows = {}, []                # most steps want what the one before wanted
-    for p in progress.tolist():
-        wanted = share_at(config, p, steps) if share is None else share
-        opened = open_documents(config.schedule, p, ramp)
-        if (wanted, opened) not in known:
-            known[wanted, opened] = source_weights(sources, wanted, opened, config.strata)
-        rows.append(known[wanted, opened])
-    return np.stack(rows)
+    # Most steps want what the one before wanted.
+    weights = functools.cache(lambda share, opened: source_weights(sources, share, opened, config.strata))
+    return np.stack([weights(share_at(config, p, steps) if share is None else share, open_documents(config, p, steps))
+                     for p in progress.tolist()])
 
 
 def progress_of(steps: int) -> np.ndarray:
@@ -274,15 +270,12 @@ def make_plan(config: DataConfig, length: LengthConfig, sources: dict[str, Sourc
 
     rows_per_epoch {source: sequences of one pass} is needed only where the length is given in epochs.
     """
-    steps = length.steps
-    if steps is None and length.tokens:
-        steps = -(-length.tokens // (config.context * length.batch_size))
-    if steps is None:
-        steps = _steps_of_epochs(config, length, sources, rows_per_epoch)
+    of_tokens = length.tokens and -(-length.tokens // (config.context * length.batch_size))
+    steps = length.steps or of_tokens or _count_steps_of_epochs(config, length, sources, rows_per_epoch)
     return plan_counts(weights_at(config, sources, progress_of(steps), steps), length.batch_size)
 
 
-def _steps_of_epochs(config, length, sources, rows_per_epoch) -> int:
+def _count_steps_of_epochs(config, length, sources, rows_per_epoch) -> int:
     """The steps in which the domain sources (the general ones where there are none) are read length.epochs times."""
     B = length.batch_size
     role = "domain" if any(s.role == "domain" for s in sources.values()) else "general"
@@ -324,17 +317,15 @@ def plan_counts(weights: np.ndarray, batch_size: int) -> np.ndarray:
 
     Largest remainder does it for most plans: a step takes what is owed, rounded down, and the sources owed most get the
     rest. Weights 0.7 and 0.3, two sequences per step: 1.4 and 0.6 are owed, 1 and 1 taken; then 1.8 and 0.2 are owed, 2
-    and 0 taken. Where weights move or many are alike it can stray by a whole sequence; then the sequence that is due
-    first is taken first (`_due_first`).
+    and 0 taken. Where weights change or many are equal it can be off by a whole sequence; then `_due_first` plans.
     """
     unit = 1 << 32
-    steps = len(weights)
     whole = np.floor(weights * unit).astype(np.int64)
-    whole[np.arange(steps), whole.argmax(1)] += unit - whole.sum(1)
+    whole[np.arange(len(weights)), whole.argmax(1)] += unit - whole.sum(1)
     rows, worst = [np.zeros(weights.shape[1], np.int64)], 0
-    owed = np.zeros(weights.shape[1], np.int64)
-    for step in range(steps):
-        owed = owed + batch_size * whole[step]
+    owed = rows[0]
+    for wanted in whole:
+        owed = owed + batch_size * wanted
         take = np.maximum(owed, 0) >> 32
         missing = int(batch_size - take.sum())
         most_owed_first = np.argsort(take * unit - owed, kind="stable")
@@ -353,8 +344,8 @@ def _due_first(weights: np.ndarray, batch_size: int) -> np.ndarray:
     """plan_counts of int64 weights [steps, S] in 2^-32, by the earliest due date.
 
     A source's n-th sequence may be taken from the step in which more than n - 1 are wanted of it, and is due by the one
-    in which n are. The wanted mix itself is such a plan in fractions, so there is one in whole sequences, and taking
-    what is due first finds it (Tijdeman 1980, The chairman assignment problem).
+    in which n are. The wanted mix is such a plan in fractions, so there is one in whole sequences, and to take what is
+    due first finds it (Tijdeman 1980, The chairman assignment problem).
 
     Weights 0.55, 0.35 and 0.1 of A, B and C, one sequence per step. Their first ones are due by steps 2, 3 and 10, so
     step 1 takes A. A's second may come from step 2 on and is due by step 4, so step 2 takes B, and step 3 takes A.
@@ -377,8 +368,8 @@ def _due_first(weights: np.ndarray, batch_size: int) -> np.ndarray:
 
 def judge_epochs(epochs: dict[str, float], sources: dict[str, SourceConfig],
                  option: str = "--data.sources.{0}.max-epochs {1}") -> tuple[list[str], list[str]]:
-    """(refusals, warnings) for {source: times that a plan reads it}: above its max_epochs, with the option that allows
-    it; above 4."""
+    """(refusals, warnings) for {source: times that a plan reads it}. Above its max_epochs a source is refused, and the
+    line names the option that allows it; above 4 there is a warning."""
     refusals, warnings = [], []
     for name, times in epochs.items():
         source = sources[name]
@@ -396,4 +387,4 @@ def judge_epochs(epochs: dict[str, float], sources: dict[str, SourceConfig],
 def part_of(sources: dict[str, SourceConfig], name: str, n: int) -> int:
     """`n`, or for a score bucket its part of the n that its whole source is meant to have."""
     source = sources[name]
-    return n if not isinstance(source, Bucket) else -(-n // round(1 / (source.high - source.low)))
+    return -(-n // round(1 / (source.high - source.low))) if isinstance(source, Bucket) else n

@@ -1,18 +1,15 @@
 """Sources -> sequences of T + 1 tokens: which tokens share a sequence. Which sequence comes when is data.py's part.
 
-    window      a source is a circle of L tokens, its documents one after the other, and is cut every T tokens
-    best_fit    whole documents, put together so that they leave the least room; longer documents in pieces
-    document    each document in sequences of its own
+    window      the source as a circle of L tokens, its documents one after the other, cut every T tokens (`Windows`)
+    best_fit    whole documents, put together so that they leave the least room; longer ones in pieces (`Documents`)
+    document    each document in sequences of its own (`Documents`)
     in order    for evaluation: a segment stands beside the one before it while there is room (`pack_in_order`)
 
-Whatever the way, a sequence is made of pieces, and `Sequences.append` lays one down. A sequence has one token more than
-the context, because inputs and targets are not yet apart: the objective shifts once.
-
-Shapes: B sequences, T tokens of context, L tokens of a source.
+A sequence is made of pieces, and `Sequences.append` writes one. It has one token more than the context, because inputs
+and targets are not yet apart: the objective shifts once. B sequences, T tokens of context, L tokens of a source.
 """
 
 import bisect
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,8 +22,8 @@ from text.shards import Shards
 class Sequences:
     """B sequences that are being filled: tokens, labels and doc_start, int32 [B, length].
 
-    A position that no piece fills is padding: token 0, label -100, and in a document of its own, so that no text can
-    attend to it. doc_start says for each position where in its sequence its document begins, complete after `close`.
+    doc_start says, once `close` has completed it, where in its sequence each position's document begins. A position
+    that no piece fills is padding: token 0, label -100, and a document of its own, so that no text attends to it.
     """
 
     def __init__(self, B: int, length: int):
@@ -36,8 +33,8 @@ class Sequences:
         self.end = np.zeros(B, np.int64)         # where the next piece of each sequence goes
 
     def append(self, row: int, tokens: np.ndarray, labels: np.ndarray, begins: np.ndarray | None = None):
-        """Lay a piece, tokens and labels [n], behind what sequence `row` has. A document begins with the piece and at
-        each of `begins` [k], positions in the piece."""
+        """Write a piece, tokens and labels [n], behind what sequence `row` has. A document begins with the piece and at
+        each of the positions `begins` [k] in it."""
         at = int(self.end[row])
         end = at + len(tokens)
         self.tokens[row, at:end] = tokens
@@ -49,8 +46,8 @@ class Sequences:
 
     def cut(self, B: int) -> "Sequences":
         """Keep the first B sequences."""
-        self.tokens, self.labels, self.doc_start, self.end = (
-            each[:B] for each in (self.tokens, self.labels, self.doc_start, self.end))
+        for name, array in vars(self).items():
+            setattr(self, name, array[:B])
         return self
 
     def close(self):
@@ -72,12 +69,12 @@ class Windows:
         self.shards, self.context = shards, context
         L = shards.tokens
         self.sequences = max(1, L // context if drop_last else -(-L // context))
-        self.padded = max(0, self.sequences * context - L)
-        self.dropped = max(0, L - self.sequences * context)
+        # Positions of an epoch without a token; below 0, the tokens that are left out.
+        self.padded = self.sequences * context - L
 
     def pieces(self, number: int, key: int) -> list[tuple[int, int, bool]]:
-        """[(where in the source it begins, tokens, whether its first token is a target in another piece)] of one of the
-        source's sequences, in the epoch that `key` stands for."""
+        """[(where in the source it begins, its tokens, whether its first token is a target in another piece)] of each
+        piece of sequence `number` in the epoch that `key` stands for."""
         begin = number * self.context
         return [(key % self.shards.tokens + begin, min(self.context, self.shards.tokens - begin) + 1, False)]
 
@@ -91,9 +88,8 @@ class Documents:
     best_fit: documents and pieces share sequences; otherwise each has its own. About 40 bytes of memory per document.
     """
 
-    def __init__(self, shards: Shards, context: int, best_fit: bool):
+    def __init__(self, shards: Shards, T: int, best_fit: bool):
         self.shards = shards
-        T = context
         ends = shards.document_ends()
         lengths = np.diff(ends, prepend=0)
         parts = np.maximum(1, -(-(lengths - 1) // T))
@@ -107,7 +103,6 @@ class Documents:
         self.first = np.cumsum([0, *np.bincount(sequence)])
         self.sequences = len(self.first) - 1
         self.padded = self.sequences * (T + 1) - int(length.sum())
-        self.dropped = 0
 
     def pieces(self, number: int, key: int) -> list:
         """As Windows.pieces; `key` changes nothing."""
@@ -162,29 +157,14 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bins
 
 
-@dataclass(frozen=True)
-class PackedSources:
-    """Sources cut into sequences, in the order of the plan's columns; made by `pack_sources`."""
-
-    packings: dict[str, Windows | Documents]
-    context: int
-    reset_positions: bool
-
-    @property
-    def rows_per_epoch(self) -> dict[str, int]:
-        """{source: sequences that one pass over it takes}."""
-        return {name: packing.sequences for name, packing in self.packings.items()}
-
-
-def pack_sources(sources: dict[str, Shards], config: DataConfig) -> PackedSources:
-    """Cut each source into sequences as config.packing says. No plan is needed yet: a plan needs the rows per epoch."""
+def pack_sources(sources: dict[str, Shards], config: DataConfig) -> dict[str, Windows | Documents]:
+    """Cut each source into sequences as config.packing says. This comes before the plan, which must know how many
+    `sequences` one pass over a source has."""
     for name, shards in sources.items():
         if not shards.tokens:
             raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
-    packings = {name: Windows(shards, config.context, config.drop_last) if config.packing == "window"
-                else Documents(shards, config.context, config.packing == "best_fit")
-                for name, shards in sources.items()}
-    return PackedSources(packings, config.context, config.reset_positions)
+    return {name: Windows(shards, config.context, config.drop_last) if config.packing == "window"
+            else Documents(shards, config.context, config.packing == "best_fit") for name, shards in sources.items()}
 
 
 # ---- for evaluation: segments in their order
@@ -192,8 +172,7 @@ def pack_sources(sources: dict[str, Shards], config: DataConfig) -> PackedSource
 def pack_in_order(segments, context: int, B: int):
     """Yield Sequences [B, T + 1] (the last may have fewer) of segments (tokens [n], labels [n]) of n <= T.
 
-    A segment stands beside the one before it, or begins the next sequence where it does not fit. The last position of
-    each sequence stays padding.
+    A segment that does not fit beside the one before it begins a sequence. The last position of each stays padding.
     """
     sequences, row = Sequences(B, context + 1), 0
     for tokens, labels in segments:

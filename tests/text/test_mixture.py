@@ -18,7 +18,6 @@ from text.mixture import (
     Strata,
     _due_first,
     describe_mix,
-    domain_share,
     judge_epochs,
     make_plan,
     open_documents,
@@ -63,7 +62,8 @@ def test_counts_keep_within_one_sequence_of_the_mix(batch_size):
     configs = {"a": SourceConfig(weight=1.0), "b": SourceConfig(weight=3.0), "c": SourceConfig(weight=0.0),
                "d": SourceConfig(role="general", weight=2.0), "e": SourceConfig(role="general", weight=0.01)}
     for schedule in ("static", "warmup_cooldown"):
-        weights = over_run(lambda p, s=schedule: source_weights(configs, domain_share(s, 0.7, p)), 700)
+        weights = over_run(lambda p, s=schedule: source_weights(
+            configs, share_at(DataConfig(schedule=s), p, 700)), 700)
         assert deviation(weights, batch_size) < 1
     for sources in (1, 2, 3, 6):
         jumps = np.random.default_rng(sources).dirichlet(np.full(sources, 0.5), 700)
@@ -99,11 +99,11 @@ def test_plans_as_their_docstrings_say():
 
 
 def test_the_schedule_of_the_domain_share():
-    def share(p):
-        return domain_share("warmup_cooldown", 0.7, p)
+    def share(p, schedule="warmup_cooldown", target=0.7):
+        return share_at(DataConfig(schedule=schedule, domain_share=target), p, 1001)
     assert [round(share(p), 12) for p in (0, 0.05, 0.1, 0.5, 0.9, 0.95, 1)] == [0.3, 0.5, 0.7, 0.7, 0.7, 0.6, 0.5]
-    assert {domain_share("static", 0.7, p) for p in (0, 0.05, 0.5, 1)} == {0.7}
-    assert [domain_share("warmup_cooldown", 0.2, p) for p in (0, 0.5, 1)] == [0.2] * 3     # never above the target
+    assert {share(p, "static") for p in (0, 0.05, 0.5, 1)} == {0.7}
+    assert [share(p, target=0.2) for p in (0, 0.5, 1)] == [0.2] * 3                         # never above the target
     counts = plan_counts(over_run(lambda p: [share(p), 1 - share(p)], 1001), 10)
     assert abs(counts[100, 0] - 10 * sum(0.3 + 0.4 * s / 100 for s in range(100))) < 1
     assert abs(counts[900, 0] - counts[100, 0] - 0.7 * 8000) < 2
@@ -136,7 +136,6 @@ def test_weights_of_sources():
     ("warmup_cooldown", {0: 0.3, 0.1: 0.8, 0.9: 0.8, 1: 0.5})])
 def test_domain_shares_by_hand(schedule, wanted):
     config = DataConfig(schedule=schedule, domain_share=0.8)
-    assert {p: round(domain_share(schedule, 0.8, p), 12) for p in wanted} == wanted
     assert {p: round(share_at(config, p, 1000), 12) for p in wanted} == wanted
     assert {p: round(weights_at(config, bucketed(), np.array([p]), 1000)[0, :-1].sum(), 12) for p in wanted} == wanted
 
@@ -159,7 +158,8 @@ def test_gradual_over_a_number_of_steps():
     ("curriculum", {0: (0, 0.3, 1), 0.15: (0, 0.45, 1), 0.3: (0.2, 0.6, 1), 0.5: (0.2, 0.7, 1), 0.7: (0, 1, 3),
                     1: (0, 1, 3)})])
 def test_open_documents_by_hand(schedule, wanted):
-    assert {p: tuple(round(x, 12) for x in open_documents(schedule, p)) for p in wanted} == wanted
+    config = DataConfig(schedule=schedule)
+    assert {p: tuple(round(x, 12) for x in open_documents(config, p, 1000)) for p in wanted} == wanted
 
 
 def test_buckets_share_their_sources_weight_by_what_is_open_of_them():

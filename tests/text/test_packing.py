@@ -61,7 +61,7 @@ def test_drop_last_leaves_the_short_window_out(tmp_path, context, total, windows
     loader = loader_of({"s": shards}, counts_of([windows]), context, seed=0, drop_last=True)
     targets = loader.batch(0).labels[:, 1:]
     targets = targets[targets != -100].tolist()
-    assert loader.packed.rows_per_epoch == {"s": windows}
+    assert loader.packings[0].sequences == windows
     assert len(set(targets)) == len(targets) == min(total, windows * context)
 
 
@@ -116,9 +116,10 @@ def test_documents_stay_whole_and_each_token_is_a_target_once(tmp_path, packing,
     lengths = [1, 2, T, T + 1, T + 2, 2 * T + 1, 2 * T + 2, 40, *(rng.randint(2, 20) for _ in range(60))]
     total, begins = sum(lengths), [1, *(1 + end for end in itertools.accumulate(lengths))]
     shards = source(tmp_path / "s", lengths, shard_tokens, ids=list(range(1, total + 1)))       # 0 is padding
-    packed = pack_sources({"s": shards}, DataConfig(context=T, packing=packing))
-    rows = packed.rows_per_epoch["s"]
-    loader = Loader(packed, counts_of([rows], [rows]), seed=4)
+    config = DataConfig(context=T, packing=packing)
+    packings = pack_sources({"s": shards}, config)
+    rows = packings["s"].sequences
+    loader = Loader(packings, counts_of([rows], [rows]), config, seed=4)
     for epoch in range(2):
         batch, targets, padded = loader.batch(epoch), [], 0
         for tokens, labels, positions, doc_start in zip(*(getattr(batch, f).tolist() for f in FIELDS)):
@@ -138,7 +139,7 @@ def test_documents_stay_whole_and_each_token_is_a_target_once(tmp_path, packing,
                 assert labels[at:at + len(piece)] == ([-100] if piece[0] != document else [piece[0]]) + piece[1:]
                 targets += piece[1:]
         assert sorted(targets) == sorted(set(range(1, total + 1)) - set(begins))
-        assert padded == packed.packings["s"].padded
+        assert padded == packings["s"].padded
     assert packing == "document" or rows <= -(-(total + 20) // (T + 1)) + 2
 
 
