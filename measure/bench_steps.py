@@ -179,9 +179,10 @@ def make_batches(case: StepCase, count, seed=0) -> list:
 def our_step(model, objective, optim, rates, case, device):
     """-> function(batch) -> loss, by train.train_step on a run that has a model and a plan and nothing else."""
     c = train.Config(device=device, optim=optim, train=TrainSection(precision="bf16" if case.bf16 else "fp32"))
-    loader = SimpleNamespace(names=["random"], plan=np.zeros((1000, 1), np.int64))
-    run = Run(c, parallel.World(0, 1, torch.device(device)), None, None, model.config, {}, loader, loader.plan,
-              objective, None, None, inner=model, model=model.train(), optimizer=make_optimizer(model, optim, rates),
+    plan = np.zeros((1000, 1), np.int64)
+    run = Run(c, parallel.World(0, 1, torch.device(device)), folder=None, base=None, tokenizer=None,
+              config=model.config, sources={}, loader=SimpleNamespace(names=["random"], plan=plan), planned=plan,
+              objective=objective, inner=model, model=model.train(), optimizer=make_optimizer(model, optim, rates),
               scale=LossScale(False))
     count = iter(range(1000))
     return lambda batch: train.train_step(run, next(count), [batch])["loss"]

@@ -5,8 +5,11 @@ import json
 import os
 
 import pytest
+import torch
 
 from core.errors import UserError
+from learn.objectives import Causal
+from learn.optim import OptimConfig
 from measure import bench_steps
 from measure.bench_steps import CASES, LoraOptions, TrainOptions, environment_of, in_turn, make_batches
 
@@ -17,6 +20,20 @@ def test_packed_cases_hold_documents_and_the_others_do_not():
     assert 32 <= lengths.min() <= lengths.max() <= 640
     assert not plain.doc_start.any()
     assert (packed.position_ids[packed.doc_start == packed.position_ids + packed.doc_start] == 0).all()
+
+
+def test_our_side_is_a_step_of_train_py():
+    """The loss by PyTorch on all logits, and a second step on the same batch that is better."""
+    case, objective = CASES["tiny"], Causal(mask_documents=False)
+    model = bench_steps.random_model(case, "cpu")
+    batch, = [objective.corrupt(b, None) for b in make_batches(case, 1)]
+    logits = model.head(model(batch.tokens, batch.position_ids))
+    truth = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().long()).item()
+    optim = OptimConfig(lr=1e-3, min_lr=0.0, schedule="constant", warmup_steps=0)
+    step = bench_steps.our_step(model, objective, optim, None, case, "cpu")
+    first, second = step(batch), step(batch)
+    assert first == pytest.approx(truth, rel=1e-5)
+    assert second < first
 
 
 @pytest.mark.slow
