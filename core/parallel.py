@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 train.py recipes/llama2_7b_cpt.toml --parallel.strategy fsdp
 
-CPU ranks exchange values over gloo, GPU ranks over NCCL. A single process initialises and pays for none of this.
+CPU ranks exchange values over gloo, GPU ranks over NCCL. A single process joins no group of ranks.
 """
 
 import contextlib

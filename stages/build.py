@@ -377,6 +377,7 @@ def describe_learning(run: Run) -> Learning:
         # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
+    # What an estimate from general text, such as EWC's, depends on.
     tokens = [record["sha256"] for name, shards in zip(loader.names, loader.shards) if name in general
               for record in shards.manifest["splits"]["train"]["shards"]]
     made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
