@@ -13,11 +13,9 @@ In Python, `tokenizer.load(path)` gives an object with encode, decode and vocab_
 
 import core.threads
 
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import hf
 from core import cli
@@ -25,10 +23,9 @@ from core.cli import Output, Positional, Reading
 from core.errors import UserError
 from core.files import new_folder, refuse_existing
 from core.tensor_files import tensor_files
-from text.compare_vocabularies import Compare, Report, compare_command, report_command
 from text.corpus import read_documents
-from text.extend_vocabulary import Learning, NewRows, add, extend, resize
-from text.train_vocabulary import Train, train, train_command
+from text.extend_vocabulary import Learning, NewRows, Report, add, extend, report_command, resize
+from text.train_vocabulary import Compare, Train, compare_command, train, train_command
 from text.vocabulary import load
 from text.vocabulary_files import BaseTokenizer
 
@@ -89,73 +86,62 @@ def encode_command(options: Encode) -> dict:
 
 
 def extend_command(options: Extend) -> dict:
-    wanted = options.learning
-    source = check_change(options)
+    wanted, out = options.learning, options.output.out
     texts = read_documents(options.files, options.reading)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "tokenizer")
-        parts = extend(source, texts, wanted.new_tokens, folder, wanted.min_count)
-        tokens = load(folder).tokens
-        write_change(options, folder, parts)
-    out, first = options.output.out, min(parts)
+    new = write_change(options, lambda source, folder: extend(
+        source, texts, wanted.new_tokens, folder, wanted.min_count))
+    first, last = min(new), max(new)
     fewer = f" of {wanted.new_tokens}: no other pair that may be joined occurs {wanted.min_count} times"
-    print(f"{out}: {len(parts)} new tokens{fewer if len(parts) < wanted.new_tokens else ''}, "
-          f"ids {first} to {len(tokens) - 1}")
-    return {"out": out, "new_tokens": len(parts), "first_id": first, "vocab_size": len(tokens),
-            "tokens": tokens[first:]}
+    print(f"{out}: {len(new)} new tokens{fewer if len(new) < wanted.new_tokens else ''}, ids {first} to {last}")
+    return {"out": out, "new_tokens": len(new), "first_id": first, "vocab_size": last + 1, "tokens": [*new.values()]}
 
 
 def add_command(options: Add) -> dict:
-    source = check_change(options)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, "tokenizer")
-        ids = add(source, options.terms, folder, options.special, options.pad)
-        old = BaseTokenizer(source).tokenizer
-        write_change(options, folder, {i: old.encode(term) for term, i in ids.items()}, ids.get(options.pad))
+    new = write_change(options, lambda source, folder: add(
+        source, options.terms, folder, options.special, options.pad))
     # A plain word, once added, has no form with a space before it, and is cut out of longer words: "lien" of "client".
     plain = [term for term in options.terms if term.replace(" ", "").isalpha()]
     if plain and not options.special:
         print(f"warning: {', '.join(map(repr, plain))}: plain words; as added tokens they are also cut out of longer "
               f"words. `tokenizer.py extend` on text that holds them serves better", file=sys.stderr)
-    for term, i in ids.items():
+    for i, term in new.items():
         print(i, term)
-    return {"out": options.output.out, "ids": ids, "plain_words": plain}
+    return {"out": options.output.out, "ids": {term: i for i, term in new.items()}, "plain_words": plain}
 
 
-def check_change(options: Change) -> Path:
-    """The folder or file of the base's tokenizer. What can be wrong is said before the text is read."""
+def write_change(options: Change, change) -> dict[int, str]:
+    """Write the tokenizer that `change` makes to --out, alone or with the model's weights; return {new id: token}.
+
+    change(source, folder) changes the tokenizer at `source` as `extend` and `add` do, into `folder`, and returns {new
+    id: the old ids it stands for}. What is wrong with the options or the base is said before it reads any text.
+    """
+    out, overwrite = options.output.out, options.output.overwrite
     if (options.model is None) == (options.tokenizer is None):
         raise UserError("give one of --model and --tokenizer: a model folder, or a tokenizer alone")
-    refuse_existing(options.output.out, options.output.overwrite)
-    if options.tokenizer is not None:
-        return Path(options.tokenizer)
-    base = hf.open_base(options.model)
-    hf.parse_config(base.settings, base.folder)
-    tensor_files(base.folder)
-    return base.folder
+    if options.model is None:
+        with new_folder(out, overwrite) as folder:
+            parts = change(options.tokenizer, folder)
+    else:
+        refuse_existing(out, overwrite)
+        base = hf.open_base(options.model)
+        hf.parse_config(base.settings, base.folder)
+        tensor_files(base.folder)
+        with tempfile.TemporaryDirectory() as folder:
+            parts = change(base.folder, folder)
+            save_model(base, folder, parts, out, options.rows)
+    tokens = load(out).tokens
+    return {i: tokens[i] for i in parts}
 
 
-def write_change(options: Change, folder: Path, parts: dict[int, list[int]], zero_id: int | None = None) -> None:
-    """Write the tokenizer in `folder` to --out, alone or with the model's weights (see save_model).
-
-    A folder inside a temporary one is copied, because a temporary one is readable by its owner alone.
-    """
-    if options.model is not None:
-        save_model(options.model, folder, parts, options.output.out, options.rows, zero_id)
-        return
-    with new_folder(options.output.out, options.output.overwrite) as partial:
-        shutil.copytree(folder, partial, dirs_exist_ok=True)
-
-
-def save_model(base, tokenizer_folder, parts: dict[int, list[int]], out, rows: NewRows, zero_id: int | None = None):
+def save_model(base, tokenizer_folder, parts: dict[int, list[int]], out, rows: NewRows) -> None:
     """Write the base's weights, with rows for the tokenizer in `tokenizer_folder`, as the complete model folder `out`.
 
-    parts: {new id: the old ids it stands for}. zero_id: a new id whose row is zero.
+    parts: {new id: the old ids it stands for}. The row of a new padding token is zero.
     """
     base = hf.open_base(base)
     model, new = hf.load(base, base.dtype), load(tokenizer_folder)
     before = model.config.vocab_size
-    resize(model, BaseTokenizer(base.folder).tokenizer, new.vocab_size, parts, rows, zero_id)
+    resize(model, BaseTokenizer(base.folder).tokenizer, new.vocab_size, parts, rows, new.pad_id)
     card = f"No training yet: {len(parts)} tokens were added to the vocabulary of {before}, rows by `{rows.init}`."
     hf.save(model, out, base=base, tokenizer=tokenizer_folder, card=card, pad_id=new.pad_id)
 

@@ -1,4 +1,4 @@
-"""A larger vocabulary for a base model: new tokens behind all old ones, learned from text or named, and their rows.
+"""A larger vocabulary for a base model: new tokens behind all old ones, learned or named, their rows, and their worth.
 
 `extend` continues BPE where the base stopped: the text is cut by the base tokenizer, and the most frequent adjacent
 pair becomes one token, again and again. Each new merge ranks behind every old one, so that the old ones are done first
@@ -19,17 +19,20 @@ import heapq
 import itertools
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import regex
 import torch
 
+from core.cli import Reading
 from core.config import setting
 from core.errors import UserError
-from core.files import read_json
-from text.train_vocabulary import cut_for_counting
+from core.files import read_json, write_text
+from text.corpus import read_documents
+from text.train_vocabulary import count_text, cut_for_counting, hold_out
 from text.vocabulary import TiktokenTokenizer, Tokenizer, load, replace_surrogates
 from text.vocabulary_files import BaseTokenizer, write_extended, write_settings
 
@@ -39,6 +42,9 @@ MAX_BYTES, MAX_CHARACTERS = 32, 16
 SP_PIECE = regex.compile(r"▁?(?:\p{Latin}+|\p{Cyrillic}+|\p{Greek}+|[\p{L}\p{M}--\p{Latin}--\p{Cyrillic}--\p{Greek}]+"
                          r"|[^\p{L}\p{M}\p{N}▁\s]+)", regex.V1)
 SP_UNIT = regex.compile(f"{SP_PIECE.pattern}|▁+|.", regex.V1 | regex.DOTALL)
+# The least saving of tokens that pays for a new vocabulary, and how often a new row must be seen to count as trained:
+# judgements (references/data.md 6.4)
+WORTH_IT, TIMES_SEEN = 0.15, 100
 
 
 @dataclass
@@ -61,15 +67,34 @@ class NewRows:
     """The seed of --init random and covariance."""
 
 
+@dataclass(kw_only=True)
+class Report:
+    """Say how much shorter an extension makes text, and whether it is worth it."""
+
+    tokenizer: str
+    """The base: a folder or a file."""
+    extended: str | None = None
+    """The extension; by default one is learned from 9 in 10 domain documents."""
+    domain: list[str]
+    """Files of domain text."""
+    general: list[str] = field(default_factory=list)
+    """Files of general text."""
+    code: list[str] = field(default_factory=list)
+    """Files of code."""
+    corpus_tokens: int | None = setting(None, at_least=1)
+    """Tokens to train on, if more than those of the --domain files."""
+    learning: Learning = field(default_factory=Learning)
+    reading: Reading = field(default_factory=Reading)
+
+
 def count_words(base: BaseTokenizer, texts) -> collections.Counter:
     """How often each word occurs: {ids of the word: count}. A word is what the tokenizer's own pattern cuts."""
     counts, tokenizer = collections.Counter(), base.tokenizer
     texts = itertools.chain.from_iterable(map(cut_for_counting, texts))
     if isinstance(tokenizer, TiktokenTokenizer):
         # A word on its own has the ids that it has in a text, so each distinct word is encoded once.
-        pattern, strings = regex.compile(tokenizer.pattern), collections.Counter()
-        for text in texts:
-            strings.update(pattern.findall(text))
+        find_words = regex.compile(tokenizer.pattern).findall
+        strings = collections.Counter(itertools.chain.from_iterable(map(find_words, texts)))
         for n, ids in zip(strings.values(), tokenizer.encode_batch(list(strings))):
             counts[tuple(ids.tolist())] += n
         return counts
@@ -90,12 +115,9 @@ def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
     words = count_words(base, texts)
     if base.kind != "sentencepiece":
         return sum(words.values())
-    total = 0
-    for word, n in words.items():
-        # A digit stands for what cannot be joined: SP_UNIT never puts it together with anything.
-        string = "".join(base.tokenizer.tokens[i] if base.joinable[i] else "0" for i in word)
-        total += n * len(SP_UNIT.findall(string))
-    return total
+    # A digit stands for what cannot be joined: SP_UNIT never puts it together with anything.
+    spelt = [token if joinable else "0" for token, joinable in zip(base.tokenizer.tokens, base.joinable)]
+    return sum(n * len(SP_UNIT.findall("".join(spelt[i] for i in word))) for word, n in words.items())
 
 
 def may_become_token(base: BaseTokenizer, token: str) -> bool:
@@ -136,10 +158,8 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
             if counts[pair] >= min_count:
                 heapq.heappush(heap, (-counts[pair], pair))
             continue
-        if not (joinable[pair[0]] and joinable[pair[1]]):
-            continue
         union = tokens[pair[0]] + tokens[pair[1]]
-        if union in known or not may_become(union):
+        if not (joinable[pair[0]] and joinable[pair[1]]) or union in known or not may_become(union):
             continue
         new = len(tokens)
         tokens.append(union)
@@ -188,20 +208,20 @@ def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[in
     return parts
 
 
-def add(path, terms: list[str], folder, special: bool = False, pad: str | None = None) -> dict[str, int]:
-    """Give each of `terms`, and the padding token `pad`, one id behind all others; return {term: id}.
+def add(path, terms: list[str], folder, special: bool = False, pad: str | None = None) -> dict[int, list[int]]:
+    """Give each of `terms`, and the padding token `pad`, one id behind all others.
+
+    Returns {new id: the old ids of its text}, in order. special: the terms are control tokens, as `pad` always is.
 
     Only tokenizer.json is written into `folder`: it alone can say how an added token is found, which is as it is spelt,
     anywhere in the text, before anything else, and so even inside words. A SentencePiece base sees the text behind a
     term as a new beginning and puts its prefix space there, as transformers does.
-
-    special: the terms are control tokens, as `pad` always is.
     """
     base = BaseTokenizer(path)
     known = base.tokenizer.token_to_id
     if pad is not None and base.tokenizer.pad_id is not None:
         raise UserError(f"the tokenizer has the pad token {base.tokenizer.tokens[base.tokenizer.pad_id]!r} already")
-    wanted = [*terms, *([pad] if pad is not None else [])]
+    wanted = terms if pad is None else [*terms, pad]
     if not wanted:
         raise UserError("there is no term to add; name some, or --pad TOKEN")
     for n, term in enumerate(wanted):
@@ -224,16 +244,14 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
     description["added_tokens"] += [
         {"id": i, "content": term, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": special or term == pad} for term, i in ids.items()]
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
-    write_settings(base, folder, "PreTrainedTokenizerFast", **({"pad_token": pad} if pad is not None else {}))
+    write_text(Path(folder, "tokenizer.json"), json.dumps(description, ensure_ascii=False))
+    write_settings(base, Path(folder), "PreTrainedTokenizerFast", **({} if pad is None else {"pad_token": pad}))
     new = load(folder)
     for term, i in ids.items():
         for text in (term, f"a{term}b", f"the {term} is"):
             if new.encode(text).count(i) != 1:
                 raise UserError(f"{term!r} is not one token in {text!r}: another token takes a part of it first")
-    return ids
+    return {i: base.tokenizer.encode(term) for term, i in ids.items()}
 
 
 # ---- rows of the embedding and the head for new ids; V vocabulary, D model width
@@ -271,17 +289,95 @@ def _choose_row_rule(rows: torch.Tensor, init: str, spread: float, generator: to
     rows: the old rows [V, D]. spread: the standard deviation of random rows, the config's initializer_range.
     """
     mean, width = rows.mean(0), rows.shape[1]
-    simple = {"subtoken": lambda part_mean: part_mean, "mean": lambda _: mean, "zero": lambda _: torch.zeros_like(mean),
-              "random": lambda _: torch.randn(width, generator=generator) * spread}
-    if init in simple:
-        return simple[init]
     if init == "subtoken_norm":
         # A mean is shorter than the rows it is made of. But as a row of the head, a long one is too sure of what it has
         # not learned: stories260K with 200 new tokens reads legal text at 6.0 bits per byte, with "subtoken" at 4.0.
         norm = rows.norm(dim=1).median()
         return lambda part_mean: part_mean * norm / part_mean.norm().clamp(min=1e-12)
-    # "covariance", Hewitt 2021, "Initializing new word embeddings"
-    centred = rows - mean
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows) * 1e-5)
-    root = vectors * values.clamp(min=0).sqrt()                         # root @ root.T is the covariance
-    return lambda _: mean + root @ torch.randn(width, generator=generator)
+    if init == "covariance":
+        # Hewitt 2021, "Initializing new word embeddings"
+        centred = rows - mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(rows) * 1e-5)
+        root = vectors * values.clamp(min=0).sqrt()                     # root @ root.T is the covariance
+        return lambda _: mean + root @ torch.randn(width, generator=generator)
+    return {"subtoken": lambda part_mean: part_mean, "mean": lambda _: mean, "zero": lambda _: torch.zeros_like(mean),
+            "random": lambda _: torch.randn(width, generator=generator) * spread}[init]
+
+
+# ---- whether an extension is worth it
+
+def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> dict:
+    """Lengths of `texts` under both tokenizers, and how often each new id occurs ("counts", int64 [new ids])."""
+    first = base.tokenizer.vocab_size
+    ids = new.encode_batch(texts)
+    before, after = sum(map(len, base.tokenizer.encode_batch(texts))), sum(map(len, ids))
+    if not before:
+        raise UserError("a text to report on is empty")
+    size, words = count_text(texts)
+    counts = np.bincount(np.concatenate(ids), minlength=new.vocab_size)[first:]
+    return {"documents": len(texts), "bytes": size, "words": words, "tokens_before": before, "tokens_after": after,
+            "tokens_per_byte_before": before / size, "tokens_per_word_before": before / max(1, words),
+            "tokens_per_byte_after": after / size, "tokens_per_word_after": after / max(1, words),
+            "change": after / before - 1,
+            "largest_possible_change": min(1.0, count_fewest_tokens(base, texts) / before) - 1,
+            "documents_touched": sum(bool((i >= first).any()) for i in ids) / len(texts),
+            "new_tokens_used": float((counts > 0).mean()) if len(counts) else 0.0, "counts": counts}
+
+
+def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], corpus_tokens: int) -> dict:
+    """Lengths before and after for each of `texts` (one is "domain"), and whether to extend, with the reason.
+
+    corpus_tokens: tokens (of the base) that there are to train on. In the result, break_even_tokens are the domain
+    tokens (of the base) in which the median new token occurs TIMES_SEEN times; largest_possible_change holds if every
+    word that the tokenizer's own pattern cuts (in SentencePiece: every run of letters of one script, or of punctuation)
+    were one token.
+    """
+    rows = {name: measure_lengths(base, new, documents) for name, documents in texts.items()}
+    domain, counts = rows["domain"], {name: row.pop("counts") for name, row in rows.items()}["domain"]
+    rate = float(np.median(counts)) / domain["tokens_before"] if len(counts) else 0.0
+    break_even = round(TIMES_SEEN / rate) if rate else None
+    shorter, bound, cost = -domain["change"], -domain["largest_possible_change"], (1 + domain["change"]) ** 2
+    advice, why = "keep", f"domain text gets {shorter:.1%} shorter"
+    if shorter < WORTH_IT:
+        why += f", and below {WORTH_IT:.0%} a new vocabulary is not worth its cost"
+        if bound < WORTH_IT:
+            why += f"; no extension could reach it: with every word one token it would be {bound:.1%}"
+    elif break_even is None:
+        why = "most new tokens do not occur in the domain text: there is nothing to train their rows on"
+    elif corpus_tokens < break_even:
+        why += (f", but half of the new rows would be seen less than {TIMES_SEEN} times in {corpus_tokens:,} tokens; "
+                f"that takes {break_even:,}")
+    else:
+        advice = "extend"
+        why += (f" (attention's cost {1 - cost:.0%} lower), and {corpus_tokens:,} tokens are enough to train the new "
+                f"rows ({break_even:,})")
+    return {"new_tokens": new.vocab_size - base.tokenizer.vocab_size, "recommendation": advice, "reason": why,
+            "break_even_tokens": break_even, "corpus_tokens": corpus_tokens, "attention_cost": cost, "texts": rows}
+
+
+def report_command(options: Report) -> dict:
+    base, wanted = BaseTokenizer(options.tokenizer), options.learning
+    files = {"domain": options.domain, "general": options.general, "code": options.code}
+    texts = {name: list(read_documents(some, options.reading)) for name, some in files.items() if some}
+    corpus_tokens = options.corpus_tokens or sum(map(len, base.tokenizer.encode_batch(texts["domain"])))
+    if options.extended:
+        new = load(options.extended)
+        if new.tokens[:base.tokenizer.vocab_size] != base.tokenizer.tokens:
+            raise UserError(f"{options.extended} is no extension of {options.tokenizer}: their old ids differ")
+    else:
+        learn, texts["domain"] = hold_out(texts["domain"])
+        with tempfile.TemporaryDirectory() as folder:
+            extend(options.tokenizer, learn, wanted.new_tokens, folder, wanted.min_count)
+            new = load(folder)
+    result = report(base, new, texts, corpus_tokens)
+    print(f"{'text':8} {'bytes':>12} {'tokens':>11} {'extended':>11} {'change':>7} {'possible':>8} {'per byte':>15} "
+          f"{'per word':>13} {'touched':>8}")
+    for name, row in result["texts"].items():
+        print("{:8} {bytes:12,} {tokens_before:11,} {tokens_after:11,} {change:7.1%} {largest_possible_change:8.1%} "
+              "{tokens_per_byte_before:.4f} > {tokens_per_byte_after:.4f} {tokens_per_word_before:.2f} > "
+              "{tokens_per_word_after:.2f} {documents_touched:8.1%}".format(name, **row))
+    used, even = result["texts"]["domain"]["new_tokens_used"], result["break_even_tokens"]
+    print(f"{result['new_tokens']} new tokens, {used:.0%} of them in this domain text; break-even at "
+          f"{'no size' if even is None else f'{even:,} tokens'}")
+    print(f"{result['recommendation']}: {result['reason']}")
+    return result

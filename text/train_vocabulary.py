@@ -1,25 +1,34 @@
-"""Training a tokenizer on text: byte-level BPE, Unigram or WordPiece. The same texts give the same files.
+"""Training a tokenizer on text: byte-level BPE, Unigram or WordPiece, and a comparison of the three on the same text.
 
-Two of the trainers need help for that: they number tokens, or break ties, in the order of a hash table.
+The same texts give the same files. Two of the trainers need help for that: they number tokens, or break ties, in the
+order of a hash table.
 """
 
 import io
 import itertools
 import json
+import math
 import re
+import sys
+import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+import numpy as np
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from core import cli
 from core.cli import Output, Positional, Reading
+from core.config import setting
 from core.errors import UserError
-from core.files import write_text
-from text.corpus import read_documents
+from core.files import read_json, write_text
+from text.corpus import read_documents, utf8
+from text.shards import pack
 from text.vocabulary import LLAMA3_SPLIT, Tokenizer, load, replace_surrogates
 
 LONG_RUNS = re.compile(r"\S{1000}|\s{1000}")
@@ -28,6 +37,7 @@ Kind = Literal["bpe", "unigram", "wordpiece"]
 UNKNOWN = {"bpe": {}, "unigram": {"unk": "<unk>"}, "wordpiece": {"unk": "[UNK]"}}
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>", "mask": "<|mask|>"}
 ASCII = [chr(c) for c in range(33, 127)]
+MOST_EPOCHS = 16        # train.py refuses to repeat a text more often
 
 
 @dataclass(kw_only=True)
@@ -42,6 +52,21 @@ class Train:
     """Byte-level BPE, SentencePiece's Unigram, or BERT's WordPiece."""
     reading: Reading = field(default_factory=Reading)
     output: Output
+
+
+@dataclass(kw_only=True)
+class Compare:
+    """Train BPE, Unigram and WordPiece on the same text and compare them."""
+
+    files: Positional[list[str]]
+    """Text: .txt, .jsonl or .parquet, also .gz and .zst, or hf://org/dataset."""
+    vocab_size: int = 8000
+    """Ids in all, special tokens included."""
+    bits_per_byte: float = setting(0.0, at_least=0, below=math.inf)
+    """Also train a small model for each kind and seed on this many megabytes; each takes minutes."""
+    seeds: int = setting(2, at_least=1)
+    """Seeds of --bits-per-byte."""
+    reading: Reading = field(default_factory=Reading)
 
 
 def train_command(options: Train) -> dict:
@@ -72,8 +97,8 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokeniz
         raise UserError("there is no text to train a tokenizer on: the files are empty")
     texts = itertools.chain([first], texts)
     specials = UNKNOWN[kind] | SPECIALS
-    train_kind = {"bpe": _train_bpe, "unigram": _train_unigram, "wordpiece": _train_wordpiece}[kind]
-    trained = train_kind(texts, vocab_size, specials)
+    by_kind = {"bpe": _train_bpe, "unigram": _train_unigram, "wordpiece": _train_wordpiece}
+    trained = by_kind[kind](texts, vocab_size, specials)
     put_bos_first(trained, specials["bos"])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
               "clean_up_tokenization_spaces": False, **{f"{role}_token": token for role, token in specials.items()}}
@@ -175,3 +200,97 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, specials: dict) -> t
 def _check_size(vocab_size: int, what: str, needed: int) -> None:
     if vocab_size <= needed:
         raise UserError(f"vocabulary of {vocab_size} is too small: {what} alone need {needed}; ask for more")
+
+
+# ---- the three kinds on the same text
+
+def compare_command(options: Compare) -> list[dict]:
+    learn, held_out = hold_out(list(read_documents(options.files, options.reading)))
+    rows = compare_kinds(learn, held_out, options.vocab_size, options.bits_per_byte, options.seeds)
+    with_bits = "bits_per_byte" in rows[0]
+    print(f"{'kind':10} {'ids':>6} {'tokens/byte':>11} {'tokens/word':>11} {'exact':>7} {'covered':>7} {'unknown':>7} "
+          f"{'train s':>8} {'MB/s':>6}" + "   bits/byte (seeds)" * with_bits)
+    for row in rows:
+        bits = row.get("bits_per_byte")
+        print("{kind:10} {ids:6} {tokens_per_byte:11.4f} {tokens_per_word:11.3f} {exact:7.1%} {covered:7.1%} "
+              "{unknown:7.2%} {train_seconds:8.1f} {encode_mb_per_second:6.1f}".format(**row)
+              + (f"   {np.mean(bits):.4f} ({min(bits):.4f} to {max(bits):.4f})" if bits else ""))
+    if with_bits and rows[-1]["exact"] < 1:
+        print("bits per byte: white space and unknown characters, which wordpiece drops, cost it nothing")
+    return rows
+
+
+def hold_out(texts: list[str]) -> tuple[list[str], list[str]]:
+    """(texts to learn from, every tenth text)."""
+    if len(texts) < 10:
+        raise UserError(f"{len(texts)} documents are too few: every tenth is held out")
+    return [text for n, text in enumerate(texts) if n % 10 != 9], texts[9::10]
+
+
+def count_text(texts: list[str]) -> tuple[int, int]:
+    """(bytes, words between white space) of all texts."""
+    return sum(len(utf8(text)) for text in texts), sum(len(text.split()) for text in texts)
+
+
+def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megabytes: float = 0,
+                  seeds: int = 1) -> list[dict]:
+    """Train each kind of tokenizer on `learn` and measure it on `held_out`; one dict per kind.
+
+    It holds ids; tokens_per_byte; tokens_per_word; exact and covered, the share of bytes in documents that decoding
+    gives back, with their white space and without; unknown, a share of tokens; train_seconds; encode_mb_per_second;
+    and, if `megabytes` are asked for, bits_per_byte of a small model for each seed (measure_small_model).
+    """
+    size, words = count_text(held_out)
+    if not words:
+        raise UserError("every tenth document is held out, and there is not a word in those")
+    there, _ = count_text(learn)
+    if megabytes * 1e6 > MOST_EPOCHS * there:
+        raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
+                        f"ask for less --bits-per-byte, or give more text")
+    rows = []
+    with tempfile.TemporaryDirectory() as home:
+        for kind in get_args(Kind):
+            start = time.perf_counter()
+            tokenizer = train(iter(learn), kind, vocab_size, Path(home, kind))
+            trained = time.perf_counter()
+            ids = tokenizer.encode_batch(held_out)
+            encoded = time.perf_counter()
+            n = sum(map(len, ids))
+            exact = covered = 0
+            for text, i in zip(map(replace_surrogates, held_out), ids):
+                decoded = tokenizer.decode(i)
+                exact += len(text.encode()) * (decoded == text)
+                covered += len(text.encode()) * ("".join(decoded.split()) == "".join(text.split()))
+            unknown = sum(int((i == tokenizer.unk_id).sum()) for i in ids) if tokenizer.unk_id is not None else 0
+            rows.append({"kind": kind, "ids": tokenizer.vocab_size, "tokens_per_byte": n / size,
+                         "tokens_per_word": n / words, "exact": exact / size, "covered": covered / size,
+                         "unknown": unknown / n, "train_seconds": trained - start,
+                         "encode_mb_per_second": size / 1e6 / (encoded - trained)})
+        # A model takes minutes: none is trained before every tokenizer has succeeded.
+        for row in rows if megabytes else []:
+            row["bits_per_byte"] = bits = []
+            for seed in range(seeds):
+                bits.append(measure_small_model(Path(home, row["kind"]), learn, held_out, megabytes, seed))
+                print(f"{row['kind']}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
+    return rows
+
+
+def measure_small_model(tokenizer, learn: list[str], held_out: list[str], megabytes: float, seed: int) -> float:
+    """Bits per byte on `held_out` of a model of 4 layers and width 128, which train.py trains from scratch.
+
+    It reads `megabytes` of `learn`: the same bytes, not the same tokens, whatever the tokenizer.
+    """
+    with tempfile.TemporaryDirectory() as home:
+        total = pack(iter(learn), load(tokenizer), Path(home, "shards"), heldout=0)["splits"]["train"]
+        steps = max(1, round(megabytes * 1e6 * total["tokens"] / total["bytes"] / (16 * 256)))
+        Path(home, "held_out.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in held_out if t.strip()))
+        cli.run_command(
+            "train.py", "--model.init", "scratch", "--model.tokenizer", tokenizer, "--model.hidden-size", 128,
+            "--model.intermediate-size", 352, "--model.num-hidden-layers", 4, "--model.num-attention-heads", 4,
+            "--model.num-key-value-heads", 4, "--data.sources.text.path", f"{home}/shards", "--data.context", 256,
+            "--data.schedule", "domain_only", "--train.batch-size", 16, "--train.micro-batch-size", 16,
+            "--train.steps", steps, "--train.precision", "fp32", "--optim.lr", 2e-3, "--optim.min-lr", 2e-4,
+            "--optim.warmup-ratio", 0.05, "--seed", seed, "--out", f"{home}/run")
+        cli.run_command("eval.py", "--model", f"{home}/run/final", "--text", f"held_out={home}/held_out.jsonl",
+                        "--json", f"{home}/eval.json")
+        return read_json(f"{home}/eval.json")["texts"]["held_out"]["bits_per_byte"]

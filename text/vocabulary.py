@@ -31,7 +31,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from core.errors import UserError
-from core.files import read_json
+from core.files import read_object
 from text.corpus import utf8
 
 ROLES = ("bos", "eos", "pad", "unk", "mask")
@@ -50,11 +50,10 @@ GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++
 # The tokenizer classes of transformers (with or without "Fast") that split text by GPT-2's pattern
 GPT2_CLASSES = ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer")
 
-# Byte-level vocabularies write each byte as one printable letter: as itself where Latin-1 has a printable character
-# there, else as the next unused character from U+0100 on. The space, 0x20, becomes "Ġ" (U+0120).
-_PRINTABLE = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-BYTE_LETTERS = {b: chr(b) for b in _PRINTABLE} | {
-    b: chr(0x100 + n) for n, b in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+# Byte-level vocabularies write each byte as one letter: printable characters of Latin-1 stand for themselves, and the
+# characters from U+0100 on for the other bytes, in order. The space, 0x20, becomes "Ġ" (U+0120).
+_LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTE_LETTERS = dict(zip(sorted(range(256), key=lambda b: chr(b) not in _LETTERS), _LETTERS))
 LETTER_BYTES = {letter: b for b, letter in BYTE_LETTERS.items()}
 
 # Unicode's White_Space, which is what \s means in the patterns above (Python's \s has four control characters more)
@@ -74,8 +73,7 @@ class Tokenizer:
     """A tokenizer, whatever file it was read from.
 
     kind: "tokenizers", "sentencepiece", "tiktoken" or "gpt2"
-    library: name and version of the package that encodes
-    backend: that package's own object
+    library, backend: name and version of the package that encodes, and that package's own object
     vocab_size: largest id + 1, added and special tokens included
     bos_id, eos_id, pad_id, unk_id, mask_id: int, or None if the tokenizer has no such token
     add_bos: whether the model was trained with BOS before each document
@@ -83,13 +81,10 @@ class Tokenizer:
     tokens: the string of each id as the package spells it (bytes in GPT-2's letters), or None for an unused id
     """
 
-    def _describe(self, folder: Path, kind: str, library: str, vocab: dict[str, int], control, defaults: dict):
-        """Fill in the attributes above.
-
-        control: ids of control tokens. defaults: {role: token} for the roles that no file in `folder` names.
-        """
-        self.kind = kind
-        self.library = f"{library} {version(library)}"
+    def __init__(self, backend, folder: Path, kind: str, vocab: dict[str, int], control, defaults: dict):
+        """control: ids of control tokens. defaults: {role: token} for the roles that no file in `folder` names."""
+        library = type(backend).__module__.partition(".")[0]
+        self.backend, self.kind, self.library = backend, kind, f"{library} {version(library)}"
         self._vocab = vocab
         self.vocab_size = max(vocab.values()) + 1
         self.tokens: list[str | None] = [None] * self.vocab_size
@@ -102,7 +97,9 @@ class Tokenizer:
         if add_bos is None and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
             add_bos = True
         if add_bos is None:
-            add_bos = self._library_adds_bos()
+            # Llama's models of both kinds were trained with BOS, GPT-2 without; a tokenizer.json says it itself.
+            says = kind == "tokenizers" and backend.encode("a").ids[:1] == [self.bos_id]
+            add_bos = says or kind in ("sentencepiece", "tiktoken")
         self.add_bos = self.bos_id is not None and bool(add_bos)
         self.special_ids = sorted({*roles, *control} - {None})
 
@@ -127,9 +124,6 @@ class Tokenizer:
                 raise UserError(f"{file} says {key}_id {i}, but the tokenizer beside it ends at id "
                                 f"{self.vocab_size - 1}; the two files belong to different models")
         return default
-
-    def _library_adds_bos(self) -> bool:
-        return True
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`; BOS and EOS only if asked for. UserError if one is asked for that the tokenizer lacks."""
@@ -167,16 +161,12 @@ class Tokenizer:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, kind: str, control, defaults: dict):
-        self.backend = backend
+    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, kind="tokenizers", control=(), defaults=None):
         backend.no_truncation()
         backend.no_padding()
         control = [*control, *(i for i, token in backend.get_added_tokens_decoder().items() if token.special)]
-        defaults = {"unk": getattr(backend.model, "unk_token", None), **defaults}
-        self._describe(folder, kind, "tokenizers", backend.get_vocab(with_added_tokens=True), control, defaults)
-
-    def _library_adds_bos(self):
-        return self.backend.encode("a").ids[:1] == [self.bos_id]
+        defaults = {"unk": getattr(backend.model, "unk_token", None)} | (defaults or {})
+        super().__init__(backend, folder, kind, backend.get_vocab(with_added_tokens=True), control, defaults)
 
     def _encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -190,14 +180,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 class SentencePieceTokenizer(Tokenizer):
     def __init__(self, backend: sentencepiece.SentencePieceProcessor, folder: Path):
-        self.backend = backend
         pieces = range(backend.piece_size())
         vocab = {backend.id_to_piece(i): i for i in pieces}
         added = _read_added_tokens(folder, vocab)
         control = [i for i in pieces if backend.is_control(i) or backend.is_unknown(i)]
         ids = {"bos": backend.bos_id(), "eos": backend.eos_id(), "pad": backend.pad_id(), "unk": backend.unk_id()}
         defaults = {role: backend.id_to_piece(i) for role, i in ids.items() if i >= 0}
-        self._describe(folder, "sentencepiece", "sentencepiece", vocab | added, [*control, *added.values()], defaults)
+        super().__init__(backend, folder, "sentencepiece", vocab | added, [*control, *added.values()], defaults)
 
     def _encode(self, text):
         return self.backend.encode(text)
@@ -216,11 +205,8 @@ class TiktokenTokenizer(Tokenizer):
         self.pattern = pattern
         # Without any special token, tiktoken's search for special tokens costs more than the encoding.
         specials = control or {"\0no special token": max(vocab.values()) + 1}
-        self.backend = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-        self._describe(folder, kind, "tiktoken", vocab, control.values(), defaults)
-
-    def _library_adds_bos(self):
-        return self.kind == "tiktoken"          # Llama 3 was trained with BOS, GPT-2 without
+        backend = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+        super().__init__(backend, folder, kind, vocab, control.values(), defaults)
 
     def _encode(self, text):
         return self._to_array(text).tolist()
@@ -286,19 +272,17 @@ def load(path) -> Tokenizer:
         raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         return _load_llama3(data, path)
+    if path.suffix == ".json":
+        kind, read, what = HuggingFaceTokenizer, tokenizers.Tokenizer.from_buffer, "tokenizer.json"
+    else:
+        kind, read = SentencePieceTokenizer, sentencepiece.SentencePieceProcessor.from_proto
+        what = "SentencePiece model or tiktoken ranks"
     try:
-        if path.suffix == ".json":
-            backend = tokenizers.Tokenizer.from_buffer(data)
-        else:
-            backend = sentencepiece.SentencePieceProcessor()
-            backend.LoadFromSerializedProto(data)
+        backend = read(data)
     # `tokenizers` raises no narrower class for a file it cannot read.
     except Exception as error:
-        what = "tokenizer.json" if path.suffix == ".json" else "SentencePiece model or tiktoken ranks"
         raise UserError(f"{path} cannot be read as {what} ({error}); download it again") from error
-    if path.suffix == ".json":
-        return HuggingFaceTokenizer(backend, path.parent, "tokenizers", (), {})
-    return SentencePieceTokenizer(backend, path.parent)
+    return kind(backend, path.parent)
 
 
 def _load_llama3(data: bytes, path: Path) -> Tokenizer:
@@ -342,17 +326,21 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     made = {"".join(merge) for merge in merges}
     controls = {token: i for token, i in vocab.items() if token not in made and token not in LETTER_BYTES}
     added = _read_added_tokens(folder, vocab)
-    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    ranks = make_tiktoken_ranks(vocab, merges, bpe)
+    ranks = make_tiktoken_ranks(vocab, merges)
     defaults = {"eos": "<|endoftext|>"}
     if ranks is not None:
         return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls | added, vocab | added, defaults)
     if added:
         raise UserError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
                         f"tokenizer.json: save one with transformers' AutoTokenizer")
+    return HuggingFaceTokenizer(make_gpt2_bpe(vocab, merges), folder, "gpt2", controls.values(), defaults)
+
+
+def make_gpt2_bpe(vocab: dict[str, int], merges: list) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    return HuggingFaceTokenizer(bpe, folder, "gpt2", controls.values(), defaults)
+    return bpe
 
 
 def parse_merges(lines: list[str]) -> list[tuple[str, ...]]:
@@ -360,14 +348,15 @@ def parse_merges(lines: list[str]) -> list[tuple[str, ...]]:
     return [tuple(line.split()) for line in lines[lines[0].startswith("#version"):] if line.strip()]
 
 
-def make_tiktoken_ranks(vocab: dict, merges: list, bpe: tokenizers.Tokenizer) -> dict[bytes, int] | None:
-    """tiktoken's {bytes: id}, or None if it would not encode as `bpe` does (which has no split pattern yet).
+def make_tiktoken_ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int] | None:
+    """tiktoken's {bytes: id}, or None if it would not encode as the BPE of `tokenizers` does.
 
-    tiktoken joins the adjacent pair whose union has the lowest id; `bpe` joins the pair that stands first in `merges`.
+    tiktoken joins the adjacent pair whose union has the lowest id; BPE joins the pair that stands first in `merges`.
     These are the same if ids rise with the merges, and each union can come from one pair only, that of its merge. The
-    latter holds exactly if `bpe` encodes the text of each union as that one token. It fails for the merges
-    [b c, a b, ab c]: `bpe` makes "abc" into a + bc and never reaches the third merge, but tiktoken would join a + bc.
+    latter holds exactly if BPE encodes the text of each union as that one token. It fails for the merges
+    [b c, a b, ab c]: BPE makes "abc" into a + bc and never reaches the third merge, but tiktoken would join a + bc.
     """
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
     made = ["".join(pair) for pair in merges]
     ids = [vocab[token] for token in made]
     rising = ids == sorted(set(ids))
@@ -393,9 +382,9 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
     They are never found in text. Any other added token would have to be, by rules that only a tokenizer.json states.
     """
     config = read_settings(folder / "tokenizer_config.json")
-    entries = {entry["content"]: (int(i), entry) for i, entry in config.get("added_tokens_decoder", {}).items()}
-    added = {token: i for token, (i, _) in entries.items()} | read_settings(folder / "added_tokens.json")
-    control = {token for token, (_, entry) in entries.items() if entry.get("special")}
+    entries = config.get("added_tokens_decoder", {})
+    added = {entry["content"]: int(i) for i, entry in entries.items()} | read_settings(folder / "added_tokens.json")
+    control = {entry["content"] for entry in entries.values() if entry.get("special")}
     for values in (config, read_settings(folder / "special_tokens_map.json")):
         listed = [values.get(f"{role}_token") for role in ROLES] + (values.get("additional_special_tokens") or [])
         control |= {value["content"] if isinstance(value, dict) else value for value in listed}
@@ -413,10 +402,7 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
 
 def read_settings(path: Path) -> dict:
     """The JSON object in a settings file, {} if the file is missing."""
-    value = read_json(path) if path.is_file() else {}
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__} where a table of names belongs; download it again")
-    return value
+    return read_object(path) if path.is_file() else {}
 
 
 def token_before_document(tokenizer: Tokenizer) -> int:

@@ -11,7 +11,6 @@ tokenizer.tiktoken and the SentencePiece base's tokenizer.json are written only 
 """
 
 import base64
-import copy
 import json
 import shutil
 import struct
@@ -19,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 
 from core.errors import UserError
 from core.files import read_json
 from text import vocabulary
 from text.train_vocabulary import put_bos_first, split_as_llama3
-from text.vocabulary import PROBES, ROLES, Tokenizer, read_settings, unspell_bytes
+from text.vocabulary import PROBES, ROLES, read_settings, unspell_bytes
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
@@ -66,12 +65,12 @@ class BaseTokenizer:
             return
         special = set(self.tokenizer.special_ids)
         if self.kind == "tokenizers":
-            self.description = read_json(self.file)
-            byte_level = '"ByteLevel"' in json.dumps(self.description["pre_tokenizer"])
-            if self.description["model"]["type"] != "BPE" or not byte_level:
+            description = read_json(self.file)
+            byte_level = '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
+            if description["model"]["type"] != "BPE" or not byte_level:
                 raise UserError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
                                 f"(put its tokenizer.model beside it)")
-            special |= {entry["id"] for entry in self.description["added_tokens"]}
+            special |= {entry["id"] for entry in description["added_tokens"]}
         self.joinable = [token is not None and i not in special for i, token in enumerate(self.tokenizer.tokens)]
 
 
@@ -80,17 +79,18 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
 
     tokens: by id, the old ones first. merges: the pair of ids that each new token joins.
     """
-    first = base.tokenizer.vocab_size
+    old, first = base.tokenizer, base.tokenizer.vocab_size
     folder.mkdir(parents=True, exist_ok=True)
-    if base.kind == "sentencepiece":
-        backend = _write_sentencepiece(base, tokens, folder)
-    elif base.kind == "tiktoken":
-        backend = _write_tiktoken(base, tokens, folder)
-    else:
-        backend = _write_merges(base, tokens, [(tokens[a], tokens[b]) for a, b in merges], folder)
+    write_kind = {"sentencepiece": _write_sentencepiece, "tiktoken": _write_tiktoken}.get(base.kind, _write_merges)
+    backend = write_kind(base, tokens, [(tokens[a], tokens[b]) for a, b in merges], folder)
+    if base.kind != "tokenizers":
+        backend.add_special_tokens([tokens[i] for i in old.special_ids])
+        if old.add_bos:
+            put_bos_first(backend, tokens[old.bos_id])
     # Each new token must come out of its own text by merges alone. tiktoken looks whole words up first, but a
     # tokenizer.json need not: a token that only this look-up finds would be alive in one file and dead in the other.
-    look_up, backend.model.ignore_merges = backend.model.ignore_merges, False
+    look_up = backend.model.ignore_merges
+    backend.model.ignore_merges = False
     dead = [t for i, t in enumerate(tokens[first:], first) if [x.id for x in backend.model.tokenize(t)] != [i]]
     backend.model.ignore_merges = look_up
     assert not dead, f"{len(dead)} new tokens cannot be reached by merges, the first is {dead[0]!r}"
@@ -104,24 +104,24 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
         texts = [text for text in PROBES if not any(token in text for token in special)]
         if any(new.encode(text) != model.encode(text) for text in texts):
             (folder / "tokenizer.json").unlink()
-    assert new.tokens[:first] == base.tokenizer.tokens, "an old id moved"
+    assert new.tokens[:first] == old.tokens, "an old id moved"
 
 
-def _write_tiktoken(base: BaseTokenizer, tokens: list, folder: Path) -> tokenizers.Tokenizer:
-    lines = base.file.read_bytes().splitlines()
-    lines += [_format_rank(unspell_bytes(token), i) for i, token in enumerate(tokens) if i >= base.tokenizer.vocab_size]
-    (folder / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
+def _write_tiktoken(base: BaseTokenizer, tokens: list, _, folder: Path) -> tokenizers.Tokenizer:
+    first = base.tokenizer.vocab_size
+    new_lines = _format_ranks((unspell_bytes(token), i) for i, token in enumerate(tokens[first:], first))
+    (folder / "tokenizer.model").write_bytes(b"\n".join([*base.file.read_bytes().splitlines(), new_lines]))
     special = set(base.tokenizer.special_ids)
     vocab = {token: i for i, token in enumerate(tokens) if token is not None}
     pairs = _list_splits([token for token, i in vocab.items() if i not in special])
     backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
     split_as_llama3(backend)
-    _add_specials(backend, base.tokenizer)
     return backend
 
 
-def _format_rank(token: bytes, rank: int) -> bytes:
-    return base64.b64encode(token) + b" %d" % rank
+def _format_ranks(ranks) -> bytes:
+    """tiktoken's file: a line "base64 rank" for each (token, rank)."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
 
 
 def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path):
@@ -134,13 +134,10 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
         merges = vocabulary.parse_merges(lines)
-        backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        _add_specials(backend, base.tokenizer)
+        backend = vocabulary.make_gpt2_bpe(vocab, merges)
         only_merges = True
     else:
-        description = copy.deepcopy(base.description)
+        description = read_json(base.file)
         model, added = description["model"], description["added_tokens"]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]] + pairs
         # Added tokens get their ids here too: else `tokenizers` would number them from the vocabulary's new size on.
@@ -149,14 +146,13 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
         model["vocab"], model["merges"] = vocab, merges
         backend = tokenizers.Tokenizer.from_str(json.dumps(description))
         only_merges = all(entry["special"] for entry in added) and not description["normalizer"]
-    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    if only_merges and (ranks := vocabulary.make_tiktoken_ranks(vocab, merges, bpe)):
-        lines = [_format_rank(token, i) + b"\n" for token, i in sorted(ranks.items(), key=lambda item: item[1])]
-        (folder / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+    if only_merges and (ranks := vocabulary.make_tiktoken_ranks(vocab, merges)):
+        in_order = sorted(ranks.items(), key=lambda item: item[1])
+        (folder / "tokenizer.tiktoken").write_bytes(_format_ranks(in_order))
     return backend
 
 
-def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tokenizers.Tokenizer:
+def _write_sentencepiece(base: BaseTokenizer, tokens: list, _, folder: Path) -> tokenizers.Tokenizer:
     """Append pieces to the model file itself, and return the same as a tokenizer of `tokenizers`.
 
     In protobuf a repeated field may go on anywhere, and the later value of a single field counts. So the old bytes,
@@ -171,8 +167,9 @@ def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tok
         # neighbouring values are 64 apart.
         score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
         scores.append(float(score))
-        data += write_piece(names[i], score, NORMAL if i >= first else CONTROL)
-    data += write_bytes_field(2, b"\x20" + write_varint(len(tokens)))   # trainer_spec.vocab_size is field 4: 4 << 3
+        kind = NORMAL if i >= first else CONTROL
+        data += write_field(1, write_field(1, names[i].encode()) + write_field(2, float(score)) + write_field(3, kind))
+    data += write_field(2, write_field(4, len(tokens)))         # trainer_spec.vocab_size
     (folder / "tokenizer.model").write_bytes(data)
     # Pieces of equal score are joined from the left, so that the token on the left grows: the longer union comes first.
     normal = [i for i in range(len(tokens)) if i >= first or base.joinable[i]]
@@ -193,7 +190,6 @@ def _write_sentencepiece(base: BaseTokenizer, tokens: list, folder: Path) -> tok
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 10**9 if steps[:-1] else 1, 0)] if steps else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    _add_specials(backend, base.tokenizer)
     return backend
 
 
@@ -206,12 +202,6 @@ def _list_splits(tokens: list[str]) -> list[tuple[str, str]]:
     known = set(tokens)
     return [(token[:k], token[k:]) for token in tokens for k in range(1, len(token))
             if token[:k] in known and token[k:] in known]
-
-
-def _add_specials(backend: tokenizers.Tokenizer, tokenizer: Tokenizer) -> None:
-    backend.add_special_tokens([tokenizer.tokens[i] for i in tokenizer.special_ids])
-    if tokenizer.add_bos:
-        put_bos_first(backend, tokenizer.tokens[tokenizer.bos_id])
 
 
 def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **roles) -> None:
@@ -272,11 +262,10 @@ def write_varint(value: int) -> bytes:
     return out + bytes([value])
 
 
-def write_bytes_field(number: int, data: bytes) -> bytes:
-    return write_varint(number << 3 | 2) + write_varint(len(data)) + data
-
-
-def write_piece(token: str, score: float, kind: int) -> bytes:
-    """A piece as a field of a SentencePiece model: see the example above."""
-    score_and_type = b"\x15" + struct.pack("<f", score) + b"\x18" + write_varint(kind)
-    return write_bytes_field(1, write_bytes_field(1, token.encode()) + score_and_type)
+def write_field(number: int, value: int | float | bytes) -> bytes:
+    """A field: an int as varint, a float as float32, bytes (a string, a message) behind their length."""
+    if isinstance(value, int):
+        return write_varint(number << 3) + write_varint(value)
+    if isinstance(value, float):
+        return write_varint(number << 3 | 5) + struct.pack("<f", value)
+    return write_varint(number << 3 | 2) + write_varint(len(value)) + value

@@ -1,5 +1,6 @@
 """Truth: a naive continued BPE that counts everything anew for each merge; the libraries' own ids, each loaded here by
 its own call (`tokenizers`, `sentencepiece`, `tiktoken`, `transformers`).
+The report's counts are made by hand.
 Laws: old ids keep their values; boundaries after are a subset of boundaries before.
 """
 
@@ -233,9 +234,12 @@ TERMS = ["<legal_case>", "res_judicata", "force_majeure"]
 def test_add(kind, small_bases, request, tmp_path):
     path = small_bases[kind] if kind in SMALL else request.getfixturevalue("data_dir") / BASES[kind]
     old, has_pad = T.load(path), kind == "small bytes"
-    ids = X.add(path, TERMS, tmp_path / "out", pad=None if has_pad else "<|the pad|>")
+    pads = [] if has_pad else ["<|the pad|>"]
+    parts = X.add(path, TERMS, tmp_path / "out", pad=None if has_pad else "<|the pad|>")
     new = T.load(tmp_path / "out")
-    assert ids == {term: old.vocab_size + n for n, term in enumerate([*TERMS, *([] if has_pad else ["<|the pad|>"])])}
+    assert parts == {old.vocab_size + n: old.encode(term) for n, term in enumerate([*TERMS, *pads])}
+    ids = {new.tokens[i]: i for i in parts}
+    assert list(ids) == [*TERMS, *pads]
     assert new.tokens[:old.vocab_size] == old.tokens
     texts = [t for t in [*T.PROBES, *fuzz(50)] if not any(old.tokens[i] in t for i in old.special_ids)]
     assert [i.tolist() for i in new.encode_batch(texts)] == [i.tolist() for i in old.encode_batch(texts)]
@@ -312,3 +316,42 @@ def test_covariance_rows_have_the_covariance(tiny_model, small_bases):
     drawn = model.embed_tokens.weight.detach()[old.vocab_size:].double()
     expected = torch.cov(rows.double().T, correction=0) * 1e-5
     assert (torch.cov(drawn.T) - expected).norm() < 0.2 * expected.norm()          # sqrt(32 / 4000) = 0.09
+
+
+# ---- whether an extension is worth it
+
+def test_report_counts_by_hand(small_bases, tmp_path):
+    base = BaseTokenizer(small_bases["small bytes"])
+    X.extend(small_bases["small bytes"], [LATIN] * 20, 30, tmp_path / "new")
+    new, texts = T.load(tmp_path / "new"), [LATIN, "Ж 漢"]
+    row = X.measure_lengths(base, new, texts)
+    before, after = [[len(t.encode(x)) for x in texts] for t in (base.tokenizer, new)]
+    size = sum(len(x.encode()) for x in texts)
+    assert (row["tokens_before"], row["tokens_after"]) == (sum(before), sum(after))
+    assert row["tokens_per_byte_after"] == sum(after) / size
+    assert row["tokens_per_word_before"] == sum(before) / sum(len(x.split()) for x in texts)
+    assert row["documents_touched"] == 0.5
+    pattern = tokenizers.pre_tokenizers.Split(tokenizers.Regex(T.LLAMA3_SPLIT), "isolated")
+    words = sum(len(pattern.pre_tokenize_str(x)) for x in texts)
+    assert row["largest_possible_change"] == pytest.approx(words / sum(before) - 1)
+    first = base.tokenizer.vocab_size
+    counts = collections.Counter(i for x in texts for i in new.encode(x) if i >= first)
+    assert row["new_tokens_used"] == len(counts) / 30
+    result = X.report(base, new, {"domain": texts}, 10**9)
+    median = np.median([counts[i] for i in range(first, new.vocab_size)])
+    assert result["break_even_tokens"] == (round(X.TIMES_SEEN * sum(before) / median) if median else None)
+
+
+@pytest.mark.parametrize(("change", "bound", "count", "have", "advice", "why"), [
+    (-0.20, -0.5, 10, 10_000, "extend", "20.0% shorter (attention's cost 36% lower), and 10,000 tokens are enough"),
+    (-0.20, -0.5, 10, 9_999, "keep", "half of the new rows would be seen less than 100 times in 9,999 tokens"),
+    (-0.20, -0.5, 0, 10**9, "keep", "there is nothing to train their rows on"),
+    (-0.10, -0.5, 10, 10**9, "keep", "10.0% shorter, and below 15% a new vocabulary is not worth its cost"),
+    (-0.03, -0.05, 10, 10**9, "keep", "no extension could reach it: with every word one token it would be 5.0%")])
+def test_advice(small_bases, monkeypatch, change, bound, count, have, advice, why):
+    base = BaseTokenizer(small_bases["small bytes"])
+    row = {"change": change, "largest_possible_change": bound, "tokens_before": 1000, "counts": np.array([count] * 3)}
+    monkeypatch.setattr(X, "measure_lengths", lambda *_: row)
+    result = X.report(base, base.tokenizer, {"domain": []}, have)
+    assert result["recommendation"] == advice
+    assert why in result["reason"]

@@ -8,7 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_vocabulary import HOSTILE, byte_letters, write
+from vocabularies import LATIN
 
+from core import cli
+from text import train_vocabulary as V
 from text.train_vocabulary import SPECIALS, cut_for_counting, train
 from text.vocabulary import ROLES, replace_surrogates
 
@@ -100,3 +103,22 @@ def test_cut_for_counting():
         assert "".join(cut) == replace_surrogates(text)
         assert max(map(len, cut)) <= 100_000
         assert max(len(run) for part in cut for run in re.findall(r"\S+|\s+", part)) <= 1000
+
+
+# ---- the three kinds on the same text
+
+def test_no_model_is_trained_before_every_tokenizer(monkeypatch):
+    """300 ids are enough for BPE; Unigram, which comes second, needs more for its bytes and these letters."""
+    texts = ["".join(map(chr, range(0x4E00, 0x4E80)))] * 20
+    monkeypatch.setattr(V, "measure_small_model", lambda *args: pytest.fail("minutes went into a model first"))
+    with pytest.raises(ValueError, match="no unigram vocabulary of 300"):
+        V.compare_kinds(texts[2:], texts[:2], 300, megabytes=0.001)
+
+
+@pytest.mark.slow
+def test_a_small_model_is_trained_and_scored(small_bases):
+    """By the commands themselves, for three steps: fewer bits than the 8 of a byte, and not none."""
+    texts = [f"{n}. {LATIN}" for n in range(100)]
+    assert 0.5 < V.measure_small_model(small_bases["small bytes"], texts[:90], texts[90:], 0.02, 0) < 8
+    with pytest.raises(ValueError, match=r"train\.py failed: error: unknown key"):
+        cli.run_command("train.py", "--no-such-key", 1)

@@ -33,7 +33,7 @@ def test_sentencepiece_file_goes_on_where_it_was(data_dir, tmp_path):
 
 
 def test_a_piece_in_protobufs_wire_format():
-    written = files.write_piece("ab", -1.5, files.NORMAL)
+    written = files.write_field(1, files.write_field(1, b"ab") + files.write_field(2, -1.5) + files.write_field(3, 1))
     assert written == bytes.fromhex("0a0b 0a026162 150000c0bf 1801")
     assert files.read_fields(written) == [(1, written[2:])]
     assert files.read_fields(written[2:]) == [(1, b"ab"), (2, bytes.fromhex("0000c0bf")), (3, 1)]
