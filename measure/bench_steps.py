@@ -221,18 +221,11 @@ def adapt(model, quantised: bool) -> dict:
 
 
 def held_bytes(model) -> dict:
-    """Bytes of the base's weights and of its 4-bit matrices, as held and by arithmetic.
-
-    By arithmetic an element takes 4 bits, every 64 of them 8 bits more, every 64 * 256 of them 32 bits, and a matrix
-    1,092 bytes for its tables of 16 and 256 levels and an offset.
-    """
+    """Bytes of the base's weights, and of those that are kept in 4 bits, with their number of elements."""
     four = [layer.quantised for _, layer in adapted_layers(model) if layer.quantised is not None]
-    sizes = [record.shape.numel() for record in four]
     return {"base_bytes": sum(x.nbytes for name, x in model.state_dict().items() if ".adapters." not in name),
-            "quantised_numbers": sum(sizes),
-            "quantised_bytes": sum(x.nbytes for record in four for x in record.buffers()),
-            "arithmetic_bytes": sum(math.ceil(n / 2) + math.ceil(n / 64) + 4 * math.ceil(n / (64 * 256)) + 1092
-                                    for n in sizes)}
+            "quantised_numbers": sum(record.shape.numel() for record in four),
+            "quantised_bytes": sum(x.nbytes for record in four for x in record.buffers())}
 
 
 def peer_of(model, side: str):
