@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import torch
 
+from core.errors import UserError
+
 try:
     import triton
     import triton.language as tl
@@ -21,7 +23,6 @@ except ImportError:
     triton, tl = None, SimpleNamespace(constexpr=object)
 
 interpreting = triton is not None and triton.knobs.runtime.interpret      # TRITON_INTERPRET=1
-CHOICES = ("", "reference", "triton")
 choice = os.environ.get("NANOCPT_KERNELS", "")
 # Takes launches instead of a device: for torch.compile's fake tensors, and for the static check.
 receiver = None
@@ -46,14 +47,14 @@ def use_triton(x: torch.Tensor) -> bool:
     """Whether an op on x runs its Triton kernel. float64 never does: the kernels compute in fp32."""
     if choice == "reference" or x.dtype == torch.float64:
         return False
-    if choice not in CHOICES:
-        raise ValueError(f"NANOCPT_KERNELS is {choice!r}; it may be reference, triton or empty")
+    if choice not in ("", "reference", "triton"):
+        raise UserError(f"NANOCPT_KERNELS is {choice!r}; it may be reference, triton or empty")
     if choice == "" or x.device.type == "cuda":
         return x.device.type == "cuda" and triton is not None
     if triton is None:
-        raise ValueError("NANOCPT_KERNELS=triton, but Triton is not installed; it comes for Linux only")
+        raise UserError("NANOCPT_KERNELS=triton, but Triton is not installed; it comes for Linux only")
     if x.device.type == "cpu" and not interpreting and receiver is None:
-        raise ValueError("NANOCPT_KERNELS=triton on a CPU needs TRITON_INTERPRET=1 (Triton's interpreter, slow)")
+        raise UserError("NANOCPT_KERNELS=triton on a CPU needs TRITON_INTERPRET=1 (Triton's interpreter, slow)")
     return True
 
 
