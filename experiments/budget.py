@@ -31,8 +31,6 @@ RATES = ["--data.schedule", "static", "--eval.every", 10, "--eval.tokens", 20_00
 
 @dataclass(kw_only=True)
 class Budget(Study):
-    """Does adaptive replay hold a budget that fixed replay of the same cost breaks?"""
-
     steps: int = setting(200, above=0)
     epsilon: float = setting(0.1, above=0)
     """The budget: bits per byte that general text may lose."""
@@ -42,22 +40,18 @@ class Budget(Study):
 
 def measure_run(method: str, words: list, seed: int, c: Budget, folder: Path, shards: dict) -> dict:
     """One run: what general text lost at each evaluation, and what it cost."""
-    found, trained = train([*RATES, *words], seed, c, folder, shards)
-    files = {int(file.stem.rsplit("_", 1)[1]): file for file in folder.glob("eval_step_*.json")}
-    steps = sorted(files)
-    general = [read_json(files[step])["texts"]["general"]["bits_per_byte"] for step in steps]
-    rises = [value - general[0] for value in general]
+    row, _, trained = train([*RATES, *words], seed, c, folder, shards)
+    steps = sorted(int(file.stem.rsplit("_", 1)[1]) for file in folder.glob("eval_step_*.json"))
+    texts = [read_json(folder / f"eval_step_{step}.json")["texts"] for step in steps]
+    rises = [text["general"]["bits_per_byte"] - texts[0]["general"]["bits_per_byte"] for text in texts]
     # The log has the mean share up to a step; what was spent in each interval is the difference of two sums.
     shares, sequences, spent = {line["step"]: line["replay_share"] for line in trained}, 0.0, []
     for begin, end in pairwise(steps):
         sequences, before = shares[end] * end, sequences
         spent.append((sequences - before) / (end - begin))
-    row = {"method": method, "seed": seed, "replay_share": trained[-1]["replay_share"],
-           "worst_rise": max(rises), "last_rise": rises[-1],
-           "evaluations_over": sum(rise > c.epsilon for rise in rises), "evaluations": len(rises) - 1,
-           "domain_bits_per_byte": found["after"]["domain"]["bits_per_byte"],
-           "general_bits_per_byte": found["after"]["general"]["bits_per_byte"],
-           "steps": steps, "rises": rises, "replay_shares": spent, "words": " ".join(map(str, words))}
+    row |= {"method": method, "worst_rise": max(rises), "last_rise": rises[-1],
+            "evaluations_over": sum(rise > c.epsilon for rise in rises), "evaluations": len(rises) - 1,
+            "steps": steps, "rises": rises, "replay_shares": spent, "words": " ".join(map(str, words))}
     print(f"{method:9} seed {seed}: replay {row['replay_share']:.1%}, general bits per byte at worst "
           f"{row['worst_rise']:+.4f}, over the budget in {row['evaluations_over']} of {row['evaluations']}, at the end "
           f"{row['last_rise']:+.4f}; domain {row['domain_bits_per_byte']:.4f}", flush=True)
@@ -94,8 +88,8 @@ def run_study(c: Budget) -> None:
     out, shards = prepare(c)
     with ThreadPoolExecutor(c.jobs) as pool:
         rows = list(chain(*pool.map(lambda seed: measure_pair(seed, c, out, shards), c.seeds)))
+    print(f"the budget was {c.epsilon:g} bits per byte")
     save_study("budget", c, RESULTS, rows, draw_chart(rows, c.epsilon), began, epsilon=c.epsilon)
-    print(f"budget {c.epsilon:g} bits per byte; {time.perf_counter() - began:.0f} s; {RESULTS}/budget.*")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@
         --domain law_title16.txt law_title28.txt --general tinystories.txt \\
         --separator '<|endoftext|>' --out out/forgetting
 
-Every run is a command of the project: train.py with recipes/forgetting.toml and
-the words of METHODS below, on one thread. experiments/results/forgetting.json
-has a row per method with the mean over the seeds and the values of each seed;
-forgetting.png beside it shows domain gain against forgetting (both stay in
---out where only some --methods are run). Time and memory are metrics.jsonl's.
+Every run is train.py with recipes/forgetting.toml and the words of METHODS, on
+one thread. experiments/results/forgetting.json has a row per method with the
+mean over the seeds and the values of each; forgetting.png beside it shows domain
+gain against forgetting (both stay in --out where only some --methods are run).
+Time and memory are metrics.jsonl's.
 """
 
 import json
@@ -79,8 +79,6 @@ class Study:
 
 @dataclass(kw_only=True)
 class Forgetting(Study):
-    """What each retention method buys: one domain shift, the same tokens for all."""
-
     methods: list[Literal[*METHODS]] = setting(list(METHODS))
     """The methods to compare."""
     documents: int = setting(600, above=0)
@@ -105,8 +103,8 @@ def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
     return out, {side: out / "shards" / side for side in sides}
 
 
-def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple[dict, list[dict]]:
-    """(eval.json, the lines of metrics.jsonl about training) of one run with these words of train.py."""
+def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple[dict, dict, list[dict]]:
+    """One run with these words of train.py: (what every study keeps of it, eval.json, metrics.jsonl's training)."""
     sources = ["--data.sources.domain.path", shards["domain"], "--data.sources.general.path", shards["general"],
                "--data.sources.general.role", "general"]
     if "own" in words:
@@ -119,19 +117,20 @@ def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple
     if lacking := {"domain", "general"} - found["after"].keys():
         raise UserError(f"of the --{min(lacking)} text no document was held out to be scored; give more of it")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return found, [line for line in lines if line["kind"] == "train"]
+    trained = [line for line in lines if line["kind"] == "train"]
+    return {"seed": seed, **{f"{side}_bits_per_byte": found["after"][side]["bits_per_byte"]
+                             for side in ("domain", "general")},
+            "replay_share": trained[-1]["replay_share"]}, found, trained
 
 
 def measure_method(method: str, seed: int, c: Study, out: Path, shards: dict) -> dict:
     """One run of a method, as the values that the study compares."""
     began = time.perf_counter()
-    found, trained = train(METHODS[method][1], seed, c, out / "runs" / f"{method}_{seed}", shards)
+    row, found, trained = train(METHODS[method][1], seed, c, out / "runs" / f"{method}_{seed}", shards)
     comparison = verdict.compare(found["before"], found["after"], general=["general"], domain=["domain"])
-    row = {"seed": seed, "domain_bits_per_byte": found["after"]["domain"]["bits_per_byte"],
-           "general_bits_per_byte": found["after"]["general"]["bits_per_byte"],
-           "domain_gain": comparison["domain_gain"], "forgetting": comparison["forgetting"],
-           "seconds": time.perf_counter() - began, "step_ms": statistics.median(line["step_ms"] for line in trained),
-           "peak_gb": max(line["peak_gb"] for line in trained), "replay_share": trained[-1]["replay_share"]}
+    row |= {"domain_gain": comparison["domain_gain"], "forgetting": comparison["forgetting"],
+            "seconds": time.perf_counter() - began, "step_ms": statistics.median(line["step_ms"] for line in trained),
+            "peak_gb": max(line["peak_gb"] for line in trained)}
     print(f"{method:14} seed {seed}: domain {row['domain_bits_per_byte']:.4f} ({-row['domain_gain']:+.1%}), general "
           f"{row['general_bits_per_byte']:.4f} ({row['forgetting']:+.1%}) bits per byte, {row['seconds']:.0f} s",
           flush=True)
@@ -174,15 +173,17 @@ def draw_table(rows: list[dict]) -> str:
 
 def draw_chart(rows: list[dict]) -> Figure:
     """Each seed a dot, each method's mean a labelled one, the Pareto front a line; in percent."""
+    def place(row):
+        return 100 * row["domain_gain"], 100 * row["forgetting"]
+
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
     axes = figure.subplots()
     for i, row in enumerate(rows):
-        at, colour = (100 * row["domain_gain"], 100 * row["forgetting"]), f"C{i % 10}"
-        axes.scatter([100 * r["domain_gain"] for r in row["runs"]], [100 * r["forgetting"] for r in row["runs"]],
-                     s=12, color=colour, alpha=0.4)
-        axes.scatter(*at, s=40, color=colour, marker="o" if row["pareto"] else "x")
-        axes.annotate(METHODS[row["method"]][0], at, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    front = sorted((100 * r["domain_gain"], 100 * r["forgetting"]) for r in rows if r["pareto"])
+        colour = f"C{i % 10}"
+        axes.scatter(*zip(*map(place, row["runs"])), s=12, color=colour, alpha=0.4)
+        axes.scatter(*place(row), s=40, color=colour, marker="o" if row["pareto"] else "x")
+        axes.annotate(METHODS[row["method"]][0], place(row), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    front = sorted(place(row) for row in rows if row["pareto"])
     axes.plot(*zip(*front), color="grey", linewidth=0.8, zorder=0)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(xlabel="domain gain: bits per byte, % below the base",
@@ -195,10 +196,11 @@ def save_study(name: str, c: Study, folder: Path, rows: list[dict], figure: Figu
     """NAME.json and NAME.png in the folder. more: further options, which the command had too."""
     options = {"steps": c.steps, **more, "seeds": " ".join(map(str, c.seeds))}
     words = " ".join(f"--{option} {value}" for option, value in options.items())
+    command = f"python experiments/{name}.py --model stories260K --domain ... --general ... {words}"
+    seconds = time.perf_counter() - began
     figure.savefig(folder / f"{name}.png")
-    write_json(folder / f"{name}.json", {
-        "command": f"python experiments/{name}.py --model stories260K --domain ... --general ... {words}",
-        "seeds": c.seeds, **more, "seconds": time.perf_counter() - began, "rows": rows})
+    write_json(folder / f"{name}.json", {"command": command, "seeds": c.seeds, **more, "seconds": seconds, "rows": rows})
+    print(f"{seconds:.0f} s; {folder}/{name}.*")
 
 
 def run_study(c: Forgetting) -> None:
@@ -209,10 +211,8 @@ def run_study(c: Forgetting) -> None:
         measured = list(pool.map(lambda pair: measure_method(*pair, c, out, shards), asked))
     rows = summarise({method: [row for (name, _), row in zip(asked, measured) if name == method]
                       for method in c.methods})
-    results = RESULTS if c.methods == list(METHODS) else out
-    save_study("forgetting", c, results, rows, draw_chart(rows), began)
-    print(f"\n{draw_table(rows)}\n\n* nothing beats it in both; {time.perf_counter() - began:.0f} s; "
-          f"{results}/forgetting.*")
+    print(f"\n{draw_table(rows)}\n\n* nothing beats it in both")
+    save_study("forgetting", c, RESULTS if c.methods == list(METHODS) else out, rows, draw_chart(rows), began)
 
 
 if __name__ == "__main__":

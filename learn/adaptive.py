@@ -19,8 +19,6 @@ from learn.method import Learning, Method
 
 # A decision's change of the replay share; degradation's two bounds; budget's lower bound as a share of epsilon.
 RAISE, LOWER, WORST, MILD, SPARE, AHEAD = 0.1, 0.05, 0.05, 0.025, 0.75, 3
-# A source is judged by the first of these that its evaluation has; -1: more is better.
-METRICS = {"bits_per_byte": 1, "perplexity": 1, "accuracy": -1}
 
 
 @dataclass
@@ -65,22 +63,25 @@ class AdaptiveReplay(Method):
 
     def evaluated(self, step, texts):
         config, memory = self.config, self.values
-        now = {name: pick_metric(found, config.policy) for name, found in texts.items() if found["role"] == "general"}
-        if not now:
+        general = {name: found for name, found in texts.items() if found["role"] == "general"}
+        if not general:
             raise UserError("forget.adaptive decides by held-out general text, and no general source has any; pack "
                             "one with --heldout above 0")
+        # A masked language model is scored without bits per byte.
+        metric = "bits_per_byte" if all("bits_per_byte" in found for found in general.values()) else "perplexity"
+        if config.policy == "budget" and metric != "bits_per_byte":
+            raise UserError("forget.adaptive.policy budget needs bits_per_byte of each general source, and a masked "
+                            "language model has none; use --forget.adaptive.policy degradation")
+        now = {name: found[metric] for name, found in general.items()}
         if memory["baseline"] is None:
-            memory["baseline"] = {name: value for name, (_, value) in now.items()}
+            memory["baseline"] = now
             return None
-        lost = {}
-        for name, (metric, value) in now.items():
-            before = memory["baseline"][name]
-            lost[name] = METRICS[metric] * (value - before)
-            if config.policy == "degradation" and before:
-                lost[name] /= before
+        lost = {name: value - memory["baseline"][name] for name, value in now.items()}
+        if config.policy == "degradation":
+            lost = {name: rise / (memory["baseline"][name] or 1.0) for name, rise in lost.items()}
         source = max(lost, key=lost.get)
-        decision = {"step": step, "policy": config.policy, "source": source, "metric": now[source][0],
-                    "lost": lost[source], "before": memory["share"]}
+        decision = {"step": step, "policy": config.policy, "source": source, "metric": metric, "lost": lost[source],
+                    "before": memory["share"]}
         judged, high, low = lost[source], WORST, MILD
         if config.policy == "budget":
             judged, high, low = self.forecast(judged), config.epsilon, SPARE * config.epsilon
@@ -109,15 +110,6 @@ class AdaptiveReplay(Method):
         memory["acted"] |= change != 0
         memory["share"] = share
         return {"replay_share": share if memory["acted"] else None, "reason": reason}
-
-
-def pick_metric(found: dict, policy: str) -> tuple[str, float]:
-    """(metric, value) by which a source is judged."""
-    metric = next((m for m in METRICS if found.get(m) is not None), None)
-    if metric is None or (policy == "budget" and metric != "bits_per_byte"):
-        raise UserError(f"forget.adaptive.policy {policy} needs bits_per_byte of each general source, and an "
-                        f"evaluation has {', '.join(found)}; use --forget.adaptive.policy degradation")
-    return metric, found[metric]
 
 
 def share_in_force(decisions: list[dict], batch: int | None = None) -> float | None:

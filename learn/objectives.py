@@ -30,18 +30,14 @@ class ObjectiveConfig:
 
 
 class Objective:
-    """The loss, which all objectives share; each has a `corrupt` of its own."""
+    """The loss, which all objectives share. Each has its own corrupt(batch [B, T + 1], rng) -> the batch as inputs and
+    targets [B, T], where rng holds the batch's random values (data.RowRandom)."""
 
     causal: bool
     """whether attention sees only the tokens before"""
 
     def __init__(self, mask_documents: bool, z_loss: float = 0.0):
-        self.mask_documents = mask_documents
-        self.z_loss = z_loss
-
-    def corrupt(self, batch, rng):
-        """The batch [B, T + 1] as inputs and targets [B, T]. rng: its random values (data.RowRandom)."""
-        raise NotImplementedError
+        self.mask_documents, self.z_loss = mask_documents, z_loss
 
     def hidden_states(self, model, batch) -> torch.Tensor:
         """[B, T, D] of a corrupted batch, seen as the objective sees it: both ways or not, across documents or not."""

@@ -6,14 +6,12 @@ gradient comes, holds tensors only and is sharded like the parameter, so that a 
 
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from core.config import setting
-from core.errors import UserError
 from kernels.adamw import State, Table, adamw_, init_state
 from learn.schedules import ScheduleConfig
 
@@ -35,39 +33,31 @@ class OptimConfig(ScheduleConfig):
     """largest global gradient norm; 0: no clipping"""
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimConfig,
-                   lr_scales: dict[str, float] | None = None) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr_scales: dict | None = None) -> torch.optim.Optimizer:
     """The optimizer of everything that has requires_grad now.
 
-    A parameter that is frozen later and has no gradient is passed over: it does not decay and keeps every bit. To free
-    the state of one: p.grad = None, optimizer.state.pop(p, None).
-
-    Weight decay is on tensors of two or more dimensions only. Each group carries "lr_scale", its multiple of the
-    schedule's rate: that of the first pattern in `lr_scales` ({"*.lora_B.*": 16.0}, * standing for anything) that the
-    name matches, else config.embedding_lr_scale for matrices outside model.shard_plan()'s blocks (embeddings and
-    head), else 1. Without a shard_plan all of the model is block.
+    A parameter that is frozen later and has no gradient is passed over: it does not decay and keeps every bit. Weight
+    decay is on tensors of two or more dimensions only. Each group carries "lr_scale", its multiple of the schedule's
+    rate: that in `lr_scales` {parameter name: multiple}, else config.embedding_lr_scale for matrices outside
+    model.shard_plan()'s blocks (embeddings and head), else 1. Without a shard_plan all of the model is block.
     """
-    lr_scales = lr_scales or {}
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in lr_scales:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"a learning rate is set for {pattern!r}, but no parameter has such a name; names are "
-                            f"like {names[0]} and {names[-1]}")
+    lr_scales, groups = lr_scales or {}, {}
+    unknown = lr_scales.keys() - dict(model.named_parameters()).keys()
+    assert not unknown, f"a learning rate is set for {unknown}, and no parameter has such a name"
     blocks = model.shard_plan() if hasattr(model, "shard_plan") else [model]
-    in_blocks, members = {p for block in blocks for p in block.parameters()}, {}
+    in_blocks = {p for block in blocks for p in block.parameters()}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            default = config.embedding_lr_scale if p.ndim >= 2 and p not in in_blocks else 1.0
-            scale = next((x for pattern, x in lr_scales.items() if fnmatchcase(name, pattern)), default)
-            muon = config.name == "muon" and p.ndim == 2 and p in in_blocks
-            members.setdefault((muon, p.ndim >= 2, scale), []).append(p)
-    groups = [{"params": params, "lr": config.lr * scale, "lr_scale": scale, "muon": muon,
-               "weight_decay": config.weight_decay if decays else 0.0}
-              for (muon, decays, scale), params in members.items()]
+            decays, outside = p.ndim >= 2, p not in in_blocks
+            scale = lr_scales.get(name, config.embedding_lr_scale if decays and outside else 1.0)
+            muon = config.name == "muon" and p.ndim == 2 and not outside
+            group = {"params": [], "lr": config.lr * scale, "lr_scale": scale, "muon": muon,
+                     "weight_decay": config.weight_decay if decays else 0.0}
+            groups.setdefault((muon, decays, scale), group)["params"].append(p)
     settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    return {"muon": Muon, "adamw_8bit": AdamW8bit}[config.name](groups, **settings)
+        return torch.optim.AdamW(list(groups.values()), **settings, fused=True)
+    return {"muon": Muon, "adamw_8bit": AdamW8bit}[config.name](list(groups.values()), **settings)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -116,11 +106,11 @@ class AdamW8bit(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """As torch's, but the codes keep their dtype; torch would cast them to that of the parameters."""
         super().load_state_dict(state_dict)
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(numbers, [p for group in self.param_groups for p in group["params"]]):
-            if i in state_dict["state"]:
-                self.state[p] = {name: x.clone() if name == "step" else x.to(p.device, copy=True)
-                                 for name, x in state_dict["state"][i].items()}
+        # torch numbers the parameters through all groups.
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, state in state_dict["state"].items():
+            self.state[params[i]] = {name: x.clone() if name == "step" else x.to(params[i].device, copy=True)
+                                     for name, x in state.items()}
 
 
 class Muon(torch.optim.Optimizer):

@@ -44,8 +44,8 @@ def test_what_a_budget_run_spent_and_lost(tmp_path, monkeypatch):
     # a mean of 0.6 up to step 10, of 0.5 up to 20 (so 0.4 within) and of 0.4 up to 30 (0.2 within)
     trained = [{"step": 1, "replay_share": 0.5}] + [{"step": s, "replay_share": r} for s, r in
                                                     ((10, 0.6), (20, 0.5), (30, 0.4))]
-    found = {"after": {"domain": {"bits_per_byte": 2.0}, "general": {"bits_per_byte": 1.101}}}
-    monkeypatch.setattr(budget, "train", lambda *a: (found, trained))
+    kept = {"seed": 0, "domain_bits_per_byte": 2.0, "general_bits_per_byte": 1.101, "replay_share": 0.4}
+    monkeypatch.setattr(budget, "train", lambda *a: (kept, {}, trained))
     got = budget.measure_run("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path, {})
     assert got["replay_shares"] == pytest.approx([0.6, 0.4, 0.2])
     assert got["rises"] == pytest.approx([0, 0.12, 0.05, 0.101])

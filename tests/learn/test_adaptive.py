@@ -49,16 +49,13 @@ def test_the_budget_rule_by_hand():
     assert [d["ahead"] for d in seen] == [pytest.approx(0.0125, abs=1e-9), pytest.approx(0.030625, abs=1e-9)]
 
 
-def test_each_metric_has_its_direction_and_the_worst_decides():
-    # accuracy that rises is no loss, and one that falls by a tenth is
-    assert shares(controller_of("degradation"),
-                  [general(accuracy=a) for a in (0.5, 0.6, 0.45)]) == [0.25, 0.35]
-    texts = [{"a": {"role": "general", "perplexity": p}, "b": {"role": "general", "accuracy": q}}
-             for p, q in ((10.0, 0.8), (9.0, 0.72), (10.7, 0.79))]
+def test_the_worst_source_decides_and_a_masked_model_is_judged_by_its_perplexity():
+    texts = [{name: {"role": "general", "perplexity": p, "accuracy": 0.5} for name, p in (("a", p), ("b", q))}
+             for p, q in ((10.0, 10.0), (9.0, 11.0), (10.7, 10.1))]
     controller = controller_of("degradation")
     decisions = [controller.evaluated(step, t) for step, t in enumerate(texts)][1:]
     assert [(d["source"], d["metric"], pytest.approx(0.1 if d["step"] == 1 else 0.07)) for d in decisions] == \
-        [("b", "accuracy", decisions[0]["lost"]), ("a", "perplexity", decisions[1]["lost"])]
+        [("b", "perplexity", decisions[0]["lost"]), ("a", "perplexity", decisions[1]["lost"])]
     assert [d["replay_share"] for d in decisions] == [0.4, 0.5]
 
 
@@ -66,7 +63,7 @@ def test_what_cannot_be_controlled():
     with pytest.raises(ValueError, match="heldout"):
         controller_of("degradation").evaluated(0, {"law": {"role": "domain"}})
     with pytest.raises(ValueError, match="policy degradation"):
-        controller_of("budget").evaluated(0, general(accuracy=0.5))
+        controller_of("budget").evaluated(0, general(perplexity=9.0, accuracy=0.5))
 
 
 def plant(pressure, heal, control=None, share=0.3, noise=0.0, evaluations=60):

@@ -263,17 +263,10 @@ def test_recommended_rates():
         for parameters in (size, real):
             assert recommended(parameters) == (lr, pytest.approx(lr / 10, rel=1e-12))
             assert recommended(parameters, "lora") == (pytest.approx(10 * lr), pytest.approx(lr))
-            assert recommended(parameters, "scratch") == (3e-4, 3e-5)
     rates = [recommended(10**(k / 4))[0] for k in range(16, 50)]
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == 3e-4                                          # never above the rate from scratch
     assert (OptimConfig().lr, OptimConfig().min_lr) == recommended(7e9)
-
-
-@pytest.mark.parametrize("wrong", [(7e9, "dora"), (0, "full"), (float("nan"), "full")])
-def test_no_rate_is_known(wrong):
-    with pytest.raises(ValueError, match="full, lora, scratch"):
-        recommended(*wrong)
 
 
 def test_the_hint_is_one_line_with_both_rates():
