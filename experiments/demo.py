@@ -2,9 +2,9 @@
 
     python experiments/demo.py --out out/demo         some minutes on two cores
 
-It makes two corpora, trains a tokenizer, pretrains a small base on the general side, exports it as a Hugging Face
-folder, and continues from that folder three times at the same budget: on the domain alone, with replay, and with a
-little replay. Each stage is a command of the project that a user would type, printed before it runs.
+It makes two corpora, trains a tokenizer, pretrains a small base on the general side, and continues from it three times
+at the same budget: on the domain alone, with replay, and with a little replay. Each stage is a command of the project
+that a user would type, printed before it runs.
 
 General is the prose of docstrings and of the topics of `help()`; domain is Python code without docstrings and comments,
 of the standard library first. Files are read, never imported; one installation always gives the same bytes.
@@ -24,7 +24,7 @@ import sysconfig
 import time
 import tokenize
 import warnings
-from collections import defaultdict, deque
+from collections import defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -65,19 +65,20 @@ def python_files(root: Path) -> list[Path]:
     # os.walk follows no link to a folder, so there are no loops.
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in SKIP_FOLDERS]
-        for path in (Path(folder, name) for name in names if name.endswith(".py")):
-            relative = path.relative_to(root)
-            if not path.stem.startswith("test_") and not path.stem.endswith("_test"):
-                packages[relative.parts[0]].append((hashlib.sha256(relative.as_posix().encode()).hexdigest(), path))
-    return [path for _, _, path in sorted((k, *item) for items in packages.values()
-                                          for k, item in enumerate(sorted(items)))]
+        for name in names:
+            if name.endswith(".py") and not name.startswith("test_") and not name.endswith("_test.py"):
+                relative = Path(folder, name).relative_to(root)
+                digest = hashlib.sha256(relative.as_posix().encode()).hexdigest()
+                packages[relative.parts[0]].append((digest, root / relative))
+    turns = sorted((k, *item) for items in packages.values() for k, item in enumerate(sorted(items)))
+    return [path for _, _, path in turns]
 
 
 def blocks(tree: ast.Module):
     """Yield (owner, statements) of each block, outer before inner; far quicker than `ast.walk`."""
-    queue = deque([tree])
-    while queue:
-        node = queue.popleft()
+    queue = [tree]
+    # The queue grows while it is read.
+    for node in queue:
         for field in ("body", "orelse", "finalbody", "handlers", "cases"):
             inner = getattr(node, field, None)
             # The body of a lambda is one expression.
@@ -216,9 +217,9 @@ def make_corpora(out: Path, general_bytes: int = 5_000_000, domain_bytes: int = 
     "documents", "bytes", "unreadable" (files)}, "domain": {...}}.
     """
     if roots is None:
-        packages = [Path(path) for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-        roots = list(dict.fromkeys(path.resolve() for path in [Path(sysconfig.get_path("stdlib")), *packages]
-                                   if path.is_dir()))
+        packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+        folders = [Path(path).resolve() for path in (sysconfig.get_path("stdlib"), *packages)]
+        roots = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
     stats = {}
     for side, extract, bounds, budget in (("general", english, GENERAL_CHARS, general_bytes),
                                           ("domain", python_code, DOMAIN_CHARS, domain_bytes)):
@@ -247,8 +248,6 @@ BASE_STEPS, STEPS = 450, 180
 
 @dataclass
 class Demo:
-    """Make two corpora out of this Python installation, and the main job on them."""
-
     out: str = "out/demo"
     """folder to write; what it held is removed"""
 

@@ -22,8 +22,8 @@ from typing import Literal
 
 from matplotlib.figure import Figure
 
-# The checkout, from whatever folder this file is run.
 ROOT = Path(__file__).resolve().parent.parent
+# The checkout, from whatever folder this file is run.
 sys.path.insert(0, str(ROOT))
 
 from core import cli  # noqa: E402
@@ -118,9 +118,10 @@ def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple
         raise UserError(f"of the --{min(lacking)} text no document was held out to be scored; give more of it")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     trained = [line for line in lines if line["kind"] == "train"]
-    return {"seed": seed, **{f"{side}_bits_per_byte": found["after"][side]["bits_per_byte"]
-                             for side in ("domain", "general")},
-            "replay_share": trained[-1]["replay_share"]}, found, trained
+    row = {"seed": seed, "domain_bits_per_byte": found["after"]["domain"]["bits_per_byte"],
+           "general_bits_per_byte": found["after"]["general"]["bits_per_byte"],
+           "replay_share": trained[-1]["replay_share"]}
+    return row, found, trained
 
 
 def measure_method(method: str, seed: int, c: Study, out: Path, shards: dict) -> dict:
@@ -197,10 +198,10 @@ def save_study(name: str, c: Study, folder: Path, rows: list[dict], figure: Figu
     options = {"steps": c.steps, **more, "seeds": " ".join(map(str, c.seeds))}
     words = " ".join(f"--{option} {value}" for option, value in options.items())
     command = f"python experiments/{name}.py --model stories260K --domain ... --general ... {words}"
-    seconds = time.perf_counter() - began
+    found = {"command": command, "seeds": c.seeds, **more, "seconds": time.perf_counter() - began, "rows": rows}
+    write_json(folder / f"{name}.json", found)
     figure.savefig(folder / f"{name}.png")
-    write_json(folder / f"{name}.json", {"command": command, "seeds": c.seeds, **more, "seconds": seconds, "rows": rows})
-    print(f"{seconds:.0f} s; {folder}/{name}.*")
+    print(f"{found['seconds']:.0f} s; {folder}/{name}.*")
 
 
 def run_study(c: Forgetting) -> None:
