@@ -3,18 +3,17 @@
     python dedup.py clean/kept.jsonl more.parquet --out corpus --against bench/*.jsonl mmlu/test/*.csv
     python dedup.py manuals.jsonl --out corpus --paragraphs
 
-Leaves in --out: kept.jsonl (whole records), removed.jsonl (id, duplicate_of, similarity, reason: exact | near |
-paragraph | contaminated) and, last, dedup.json (counts and settings).
+The folder --out gets kept.jsonl (records with all their keys), removed.jsonl (id, duplicate_of, similarity, reason:
+exact | near | paragraph | contaminated) and, last, dedup.json (counts and settings).
 
-1. A document that shares 13 words in a row with an item of a benchmark goes (text/contamination.py); its row in
-   removed.jsonl lists the items.
+1. A document that shares 13 words in a row with an item of a benchmark goes; its row in removed.jsonl lists the items.
 2. Words are NFC, casefolded, split at white space; documents of equal words are exact copies.
 3. Near-duplicates: MinHash proposes pairs, the Jaccard similarity of their 5-word shingles decides (text/minhash.py).
-4. The best of its like is kept: documents are walked from best to worst (the longest first; ties by the hash of the
-   text, then of the record), and one goes if it is at least --threshold similar to a kept one. What is kept depends
-   neither on the order of files and records nor on the workers; kept.jsonl follows the files, sorted by name.
+4. Documents are walked from best to worst (the longest first; ties by the hash of the text, then of the record), and
+   one goes if it is at least --threshold similar to a kept one. What is kept depends neither on the order of files and
+   records nor on the workers; kept.jsonl follows the files, sorted by name.
 
-A killed run is completed by the same command: every file and every band in --out/.dedup is there whole or made again.
+A killed run is completed by the same command: every file and every band in --out/.dedup is complete or is made again.
 Memory: about 230 bytes per document (10 million documents: 2.3 GB). On disk: 8 bytes per word, 180 per document.
 """
 
@@ -36,15 +35,14 @@ from core import cli
 from core.cli import Output, Positional, Reading
 from core.config import setting
 from core.errors import UserError
-from core.files import new_file, write_json
+from core.files import new_file, refuse_existing, write_json
 from core.pool import WorkerPool
-from text.contamination import NGRAM, Benchmarks
 from text.corpus import read_records, utf8
 from text.minhash import BANDS, ROWS, SHINGLE, keep_best, link_band
-from text.units import Store, find_exact, read_identified, sign_file, split_paragraphs
+from text.units import NGRAM, Benchmarks, Store, find_exact, read_identified, sign_file, split_paragraphs
 
-# Raise it when the same input gives another result.
-VERSION = 1
+# Raise it when the same input gives another result, and LAYOUT when the files in --out/.dedup change.
+VERSION, LAYOUT = 1, 2
 OUTPUTS = ("dedup.json", "kept.jsonl", "removed.jsonl")
 REASONS = ("exact", "near", "paragraph", "contaminated")
 _to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
@@ -58,24 +56,25 @@ def dedup(files, out, *, against=(), paragraphs: bool = False, threshold: float 
     """
     files, against, out = sorted(set(map(str, files))), sorted(set(map(str, against))), Path(out)
     reading = reading or Reading()
-    # The first record of every file, before any work.
+    # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
         next(read_records([path], reading), None)
     benchmarks = Benchmarks(against) if against else None
     work = _open_folder(out, overwrite, files + against)
-    # What a stopped run made of other inputs or settings has other names, and is not found.
-    settings = {"version": VERSION, **vars(reading), "paragraphs": paragraphs, "against": list(map(_stamp, against))}
+    # Other inputs or settings give other names, so what a stopped run made of them is not found.
+    settings = {"version": VERSION, "layout": LAYOUT, **vars(reading), "paragraphs": paragraphs,
+                "against": list(map(_stamp, against))}
     stems = [work / _name(settings, _stamp(path)) for path in files]
     with WorkerPool(workers, (benchmarks, reading.column, paragraphs)) as pool, \
             tqdm(unit=" documents", disable=None, desc="read") as bar:
         if not sum(sign_file(path, stem, reading, pool, bar) for path, stem in zip(files, stems)):
             raise UserError(f"no document in {', '.join(files)}")
     store = Store(stems)
-    verdict = find_duplicates(store, work / _name([stem.name for stem in stems]), threshold)
-    report = {"version": VERSION, "threshold": threshold, "bands": BANDS, "rows": ROWS, "shingle_words": SHINGLE,
-              "paragraphs": paragraphs, "files": files, "pairs_compared": verdict.compared}
-    report |= write_results(files, out, store, reading, paragraphs, verdict, benchmarks)
+    verdict, compared = find_duplicates(store, work / _name([stem.name for stem in stems]), threshold)
+    counts = write_results(files, out, store, reading, paragraphs, verdict, benchmarks)
     store.close()
+    report = {"version": VERSION, "threshold": threshold, "bands": BANDS, "rows": ROWS, "shingle_words": SHINGLE,
+              "paragraphs": paragraphs, "files": files, "pairs_compared": compared, **counts}
     write_json(out / "dedup.json", report)
     shutil.rmtree(work)
     return report
@@ -102,30 +101,23 @@ def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
             (out / name).unlink(missing_ok=True)
     # Where .dedup is left, kept.jsonl and removed.jsonl are of the run that was stopped.
     for name in OUTPUTS[:1] if work.is_dir() else OUTPUTS:
-        if (out / name).exists():
-            raise UserError(f"{out / name} exists already; choose another --out, or add --overwrite to replace it")
+        refuse_existing(out / name)
     work.mkdir(parents=True, exist_ok=True)
     return work
 
 
 # ---- which units go
 
-@dataclass
-class Verdict:
-    """What becomes of the U units."""
-
-    stays: np.ndarray
-    """int64 [U]: the unit that stays in its place, which may be itself."""
-    similarity: np.ndarray
-    """float64 [U]: to that unit."""
-    near: np.ndarray
-    """bool [U]: whether it goes as a near-duplicate, or as the copy of one."""
-    compared: int
-    """Pairs that were compared."""
+# What becomes of a unit: the unit that stays in its place, which may be itself, the similarity to that one, and whether
+# it goes as a near-duplicate or as the copy of one.
+VERDICT = np.dtype([("stays", "<i8"), ("similarity", "<f8"), ("is_near", "?")])
 
 
-def find_duplicates(store: Store, stem: Path, threshold: float) -> Verdict:
-    """Exact copies, then the candidates of each band, kept on disk at STEM.band_NN, then the verdict on them."""
+def find_duplicates(store: Store, stem: Path, threshold: float) -> tuple[np.ndarray, int]:
+    """(VERDICT [U], pairs compared): exact copies first, then the candidates of each band, then the verdict on them.
+
+    The candidates are kept on disk at STEM.band_NN.
+    """
     first, best = find_exact(store.units)
     # The empty text has no shingles.
     ranked = best[store.units["length"][best] > 0]
@@ -141,17 +133,18 @@ def find_duplicates(store: Store, stem: Path, threshold: float) -> Verdict:
         groups.append(group)
     kept, similarity, compared = keep_best(members, groups, len(ranked),
                                            lambda rank: store.read_shingles(int(ranked[rank])), threshold)
-    stays, of_unit = np.arange(len(first)), np.ones(len(first))
-    stays[ranked] = ranked[kept]
-    of_unit[ranked] = similarity
-    near = stays != np.arange(len(first))
+    verdict = np.ones(len(first), VERDICT)
+    verdict["stays"] = np.arange(len(first))
+    verdict["stays"][ranked] = ranked[kept]
+    verdict["similarity"][ranked] = similarity
+    verdict["is_near"] = verdict["stays"] != np.arange(len(first))
     # A copy goes where the best of its copies goes.
-    return Verdict(stays[first], of_unit[first], near[first], compared)
+    return verdict[first], compared
 
 
 # ---- writing
 
-def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: bool, verdict: Verdict,
+def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: bool, verdict: np.ndarray,
                   benchmarks: Benchmarks | None) -> dict:
     """Read the files again and write kept.jsonl and removed.jsonl; returns the counts of dedup.json."""
     column, counts = reading.column, dict.fromkeys(("documents", "kept", *REASONS), 0)
@@ -165,24 +158,22 @@ def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: 
             counts[reason] += 1
 
         for number, path in enumerate(files):
-            hits, base, end = store.read_hits(number), unit, store.base[number + 1]
+            end = store.base[number + 1]
             for ident, record in read_identified(path, reading):
                 parts = split_paragraphs(record[column]) if paragraphs else [record[column]]
                 following = unit + (len(parts) + 1) // 2
                 if following > end:
                     break
                 counts["documents"] += 1
-                if unit - base in hits:
-                    overlaps = hits[unit - base]
-                    found.update(name for name, _, _ in overlaps)
-                    remove(ident, overlaps[0][0], overlaps[0][2], "contaminated",
-                           overlaps=[dict(zip(("item", "ngrams", "share"), overlap)) for overlap in overlaps])
+                if overlaps := store.hits.get(unit):
+                    found.update(overlap["item"] for overlap in overlaps)
+                    remove(ident, overlaps[0]["item"], overlaps[0]["share"], "contaminated", overlaps=overlaps)
                     parts = []
                 for i, u in enumerate(range(unit, following) if parts else ()):
-                    stays = int(verdict.stays[u])
+                    stays, similarity, is_near = verdict[u].item()
                     if stays != u:
-                        reason = "paragraph" if paragraphs else "near" if verdict.near[u] else "exact"
-                        remove(store.read_id(u), store.read_id(stays), round(float(verdict.similarity[u]), 6), reason)
+                        reason = "paragraph" if paragraphs else "near" if is_near else "exact"
+                        remove(store.read_id(u), store.read_id(stays), round(similarity, 6), reason)
                         parts[2 * i] = None
                 text = join_paragraphs(parts)
                 if text is not None:
@@ -204,12 +195,9 @@ def join_paragraphs(parts: list) -> str | None:
 
     A paragraph that goes takes the break behind it along, the last one the break before it.
     """
-    text, gap = None, ""
-    for i in range(0, len(parts), 2):
-        if parts[i] is not None:
-            text = parts[i] if text is None else text + gap + parts[i]
-            gap = parts[i + 1] if i + 1 < len(parts) else ""
-    return text
+    left = [piece for i in range(0, len(parts), 2) if parts[i] is not None for piece in parts[i:i + 2]]
+    # An even number of pieces ends with a break.
+    return "".join(left if len(left) % 2 else left[:-1]) if left else None
 
 
 # ---- command line

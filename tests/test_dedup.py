@@ -240,8 +240,7 @@ def test_an_input_that_changed_after_the_kill_is_read_again(tmp_path):
     (tmp_path / "2.jsonl").write_text('{"text": "a"}\n{')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         dedup([*files, tmp_path / "2.jsonl"], tmp_path / "out")
-    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / ".dedup").glob("*.units")}
-    assert len(made) == 3
+    assert len(list((tmp_path / "out" / ".dedup").glob("*.units"))) == 2, "the wrong file leaves nothing"
     write_jsonl(tmp_path / "2.jsonl", records_of(texts[:5]))
     write_jsonl(files[1], records_of(texts)[:1])
     dedup([*files, tmp_path / "2.jsonl"], tmp_path / "out")

@@ -1,35 +1,42 @@
-"""What the first pass of dedup.py leaves on disk of each input file, and the second pass reads: the units of a corpus.
+"""The units of a corpus: what the first pass of dedup.py leaves on disk of each input file, and the second pass reads.
 
-A unit is a document, or a paragraph where paragraphs are compared. STEM.json, written last, makes a file of them valid:
+A unit is a document, or a paragraph where paragraphs are compared. STEM.json, written last, makes a file of them valid;
+it holds the number of documents, the sizes of the other files, and which units overlap with benchmarks.
 
-    STEM.units      UNIT [U]: hashes of the words and of the record, length, state, where shingles and id end
-    STEM.bands      uint64 [U, BANDS]: the band keys          STEM.ids     the ids as JSON, one after the other
-    STEM.shingles   uint64 [G]: hashes of the shingles        STEM.hits    what overlaps with benchmarks, as JSON lines
+    STEM.units      UNIT [U]: hashes of the words and of the record, length, state, sizes of shingles and id
+    STEM.bands      uint64 [U, BANDS]: the band keys
+    STEM.shingles   uint64 [G]: hashes of the shingles
+    STEM.ids        the ids as JSON, one after the other
 
-U units, G shingles, R units that differ from each other.
+U units, G shingles, R units with different words.
 """
 
 import contextlib
+import csv
 import itertools
 import json
 import os
 import re
+import zlib
+from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 
 from core.cli import Reading
-from core.files import read_json, sync, write_json
+from core.errors import UserError
+from core.files import new_file, read_json, write_json
 from core.pool import WorkerPool, batches_by_size
-from text.contamination import Benchmarks
-from text.corpus import read_records, utf8
+from text.corpus import json_records, read_documents, read_records, utf8
 from text.minhash import BANDS, SHINGLE, compute_band_keys, fold_words, hash_ngrams
 
-UNIT = np.dtype([("exact", "<u8", 2), ("length", "<i8"), ("tie", "<u8", 2), ("shingle_end", "<u8"), ("id_end", "<u8"),
+# Words in a row that a document shares with a benchmark: GPT-3's rule (Brown et al. 2020, appendix C).
+NGRAM = 13
+UNIT = np.dtype([("exact", "<u8", 2), ("length", "<i8"), ("tie", "<u8", 2), ("shingles", "<u8"), ("ids", "<u8"),
                  ("state", "u1")])
 CANDIDATE, CONTAMINATED, SHORT = range(3)
-NAMES = ("units", "bands", "shingles", "ids", "hits")
+FILES = ("units", "bands", "shingles", "ids")
 _to_canonical_json = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
@@ -44,11 +51,95 @@ def read_identified(path: str, reading: Reading):
         yield f"{path}:{number}" if record.get("id") is None else record["id"], record
 
 
+# ---- which documents hold text of a benchmark
+
+class Benchmarks:
+    """The 13-grams of benchmark files, sorted, each with the item in which it stands. A field under 13 words has none.
+
+    files: {path: {"items": how many, "too_short": those without a 13-gram}}.
+    """
+
+    def __init__(self, paths: list[str]):
+        self.names, self.sizes, self.files = [], [], {}
+        grams = []
+        for path in paths:
+            first = len(self.names)
+            for number, item in enumerate(read_items(path), 1):
+                fields = [words for words in map(plain_words, find_strings(item)) if words.count(" ") >= NGRAM - 1]
+                grams.append(np.unique(np.concatenate([np.zeros(0, np.uint64), *hash_ngrams(fields, NGRAM)])))
+                self.sizes.append(len(grams[-1]))
+                self.names.append(f"{path}:{number}")
+            if len(self.names) == first:
+                raise UserError(f"benchmark file {path} holds no item")
+            self.files[path] = {"items": len(self.sizes) - first, "too_short": self.sizes[first:].count(0)}
+        owners, grams = np.repeat(np.arange(len(grams), dtype=np.uint32), self.sizes), np.concatenate(grams)
+        order = grams.argsort(kind="stable")
+        self.grams, self.owners = grams[order], owners[order]
+
+    def find_overlaps(self, text: str) -> list[dict]:
+        """The ten items that share most 13-grams with a text: the "item", "ngrams" and their "share" of the item's."""
+        text = plain_words(text)
+        if text.count(" ") < NGRAM - 1 or not len(self.grams):
+            return []
+        own = np.unique(hash_ngrams([text], NGRAM)[0])
+        start = self.grams.searchsorted(own)
+        found = self.grams.take(start, mode="clip") == own
+        spans = zip(start[found].tolist(), self.grams.searchsorted(own[found], "right").tolist())
+        shared = Counter(itertools.chain.from_iterable(self.owners[low:high].tolist() for low, high in spans))
+        best = sorted(shared.items(), key=lambda pair: (-pair[1], pair[0]))[:10]
+        return [{"item": self.names[i], "ngrams": n, "share": round(n / self.sizes[i], 4)} for i, n in best]
+
+
+def plain_words(text: str) -> str:
+    """Folded words without punctuation, which benchmarks and their copies write in many ways."""
+    return " ".join(re.findall(r"\w+", fold_words(text)))
+
+
+def read_items(path: str):
+    """Yield every item of a benchmark file: records of .jsonl[.gz|.zst] or .parquet, the entries of a .json file, the
+    rows of .csv or .tsv (the header too), the documents of a text file."""
+    suffix = Path(path).suffix if os.path.isfile(path) else ""
+    try:
+        if suffix and re.search(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", path):
+            yield from (item for _, item in json_records(path))
+        elif suffix == ".parquet":
+            import pyarrow.parquet as parquet
+            for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+        elif suffix == ".json":
+            items = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            yield from items.values() if isinstance(items, dict) else items
+        elif suffix in (".csv", ".tsv"):
+            csv.field_size_limit(2**31 - 1)
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                yield from csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
+        else:
+            yield from read_documents([path])
+    except UserError:
+        raise
+    except (ValueError, EOFError, OSError, zlib.error, RecursionError, TypeError, csv.Error) as error:
+        # Errors of the readers, pyarrow's too; none of them names the file.
+        raise UserError(f"file {path} cannot be read: {error}; convert it or fetch it again") from None
+
+
+def find_strings(value):
+    """Yield every string in a value made of dicts and lists."""
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, (dict, list)):
+            stack += reversed(value.values() if isinstance(value, dict) else value)
+
+
 # ---- the first pass
 
 def sign_batch(shared: tuple[Benchmarks | None, str, bool], batch: list) -> tuple:
-    """(benchmarks, column, paragraphs), [(id, record), ...] -> (UNIT [U], band keys [U, BANDS], shingles [G], ids as
-    JSON, [(unit, overlaps), ...])."""
+    """The units of a batch [(id, record), ...], where `shared` is (benchmarks, column, whether to cut paragraphs).
+
+    Returns (the content of the FILES, [(unit, its overlaps), ...], how many documents).
+    """
     benchmarks, column, paragraphs = shared
     exact, length, tie, state, folded, ids, hits = [], [], [], [], [], [], []
     for ident, record in batch:
@@ -71,88 +162,72 @@ def sign_batch(shared: tuple[Benchmarks | None, str, bool], batch: list) -> tupl
     units["exact"] = np.frombuffer(b"".join(exact), "<u8").reshape(-1, 2)
     units["tie"] = np.frombuffer(b"".join(tie), "<u8").reshape(-1, 2)
     units["length"], units["state"] = length, state
-    units["shingle_end"], units["id_end"] = np.cumsum([len(s) for s in sets]), np.cumsum([len(i) for i in ids])
-    return units, compute_band_keys(sets), np.concatenate(sets), b"".join(ids), hits
+    units["shingles"], units["ids"] = list(map(len, sets)), list(map(len, ids))
+    return (units, compute_band_keys(sets), np.concatenate(sets), b"".join(ids)), hits, len(batch)
 
 
 def sign_file(path: str, stem: Path, reading: Reading, pool: WorkerPool, bar) -> int:
     """Write the units of a file, unless a run that was stopped has done so; returns the number of its documents."""
-    done = read_signed(stem)
-    if done is not None:
-        bar.update(done)
-        return done
-    documents, n_units, n_shingles, id_bytes = 0, 0, 0, 0
-
-    def read_batches():
-        nonlocal documents
-        # About 128 KB, so that the hashes of a batch fit the cache.
-        records = read_identified(path, reading)
-        for batch in batches_by_size(records, lambda pair: len(pair[1][reading.column]) + 256, 1 << 17):
-            documents += len(batch)
-            bar.update(len(batch))
-            yield batch
-
+    if os.path.exists(f"{stem}.json"):
+        signed = read_json(f"{stem}.json")
+        if all(os.path.getsize(f"{stem}.{name}") == size for name, size in signed["bytes"].items()):
+            bar.update(signed["documents"])
+            return signed["documents"]
+    documents, n_units, hits = 0, 0, []
+    # Batches of about 128 KB, so that the hashes of a batch fit the cache.
+    batches = batches_by_size(read_identified(path, reading), lambda pair: len(pair[1][reading.column]) + 256, 1 << 17)
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(f"{stem}.{name}", "wb")) for name in NAMES]
-        for units, bands, shingles, ids, hits in pool.map(sign_batch, read_batches()):
-            units["shingle_end"] += n_shingles
-            units["id_end"] += id_bytes
-            lines = b"".join(utf8(json.dumps([n_units + unit, overlaps]) + "\n") for unit, overlaps in hits)
-            for file, part in zip(files, (units.tobytes(), bands.tobytes(), shingles.tobytes(), ids, lines)):
+        files = [stack.enter_context(new_file(f"{stem}.{name}", "wb")) for name in FILES]
+        for parts, overlaps, count in pool.map(sign_batch, batches):
+            for file, part in zip(files, parts):
                 file.write(part)
-            n_units += len(units)
-            n_shingles += len(shingles)
-            id_bytes += len(ids)
-    for name in NAMES:
-        sync(f"{stem}.{name}")
-    sizes = {name: os.path.getsize(f"{stem}.{name}") for name in NAMES}
-    write_json(f"{stem}.json", {"documents": documents, "bytes": sizes})
+            hits += [(n_units + unit, items) for unit, items in overlaps]
+            n_units += len(parts[0])
+            documents += count
+            bar.update(count)
+    sizes = {name: os.path.getsize(f"{stem}.{name}") for name in FILES}
+    write_json(f"{stem}.json", {"documents": documents, "bytes": sizes, "hits": hits})
     return documents
-
-
-def read_signed(stem: Path) -> int | None:
-    """The documents of a file whose units are all there, or None."""
-    if not os.path.exists(f"{stem}.json"):
-        return None
-    record = read_json(f"{stem}.json")
-    whole = all(os.path.getsize(f"{stem}.{name}") == size for name, size in record["bytes"].items())
-    return record["documents"] if whole else None
 
 
 # ---- the second pass
 
 class Store:
-    """The units of all files as one: `units` [U] in memory, the rest on disk; `base` [files + 1]: first of each."""
+    """The units of all files in one order.
+
+    units: UNIT [U], in memory; shingles, ids and band keys stay on disk. base: int64 [files + 1], the first unit of
+    each file. hits: {unit: the overlaps with benchmarks of the document that begins with it}.
+    """
 
     def __init__(self, stems: list[Path]):
         parts = [np.fromfile(f"{stem}.units", UNIT) for stem in stems]
+        for part in parts:
+            # From here on, where the shingles and the id of a unit end in their files.
+            part["shingles"], part["ids"] = np.cumsum(part["shingles"]), np.cumsum(part["ids"])
         self.stems, self.base = stems, np.cumsum([0] + [len(part) for part in parts])
         self.units = np.concatenate(parts)
-        self.files = {name: [open(f"{stem}.{name}", "rb") for stem in stems]           # noqa: SIM115
-                      for name in ("shingles", "ids")}
+        self.hits = {int(base) + unit: overlaps for stem, base in zip(stems, self.base)
+                     for unit, overlaps in read_json(f"{stem}.json")["hits"]}
+        self.files = {name: [open(f"{stem}.{name}", "rb") for stem in stems] for name in ("shingles", "ids")}  # noqa: SIM115
 
-    def _read(self, name, field, unit, itemsize):
+    def _read(self, name, unit, itemsize):
         file = int(self.base.searchsorted(unit, "right")) - 1
-        start = int(self.units[field][unit - 1]) if unit > self.base[file] else 0
-        size = (int(self.units[field][unit]) - start) * itemsize
+        start = int(self.units[name][unit - 1]) if unit > self.base[file] else 0
+        size = (int(self.units[name][unit]) - start) * itemsize
         return os.pread(self.files[name][file].fileno(), size, start * itemsize)
 
     def read_shingles(self, unit: int) -> np.ndarray:
         """uint64, sorted, without repeats."""
-        return np.unique(np.frombuffer(self._read("shingles", "shingle_end", unit, 8), "<u8"))
+        return np.unique(np.frombuffer(self._read("shingles", unit, 8), "<u8"))
 
     def read_id(self, unit: int):
         """The id as the record had it; FILE:NUMBER where it had none."""
-        return json.loads(self._read("ids", "id_end", unit, 1))
+        return json.loads(self._read("ids", unit, 1))
 
     def read_band(self, band: int) -> np.ndarray:
-        """uint64 [U]: the keys of one band, of memory maps that are closed again."""
+        """uint64 [U]: the keys of one band. Its memory maps are closed again, so the pages do not count as memory."""
         return np.concatenate([np.memmap(f"{stem}.bands", "<u8", "r", shape=(n, BANDS))[:, band]
                                for stem, n in zip(self.stems, np.diff(self.base).tolist()) if n])
-
-    def read_hits(self, number: int) -> dict[int, list]:
-        """{unit of the file: its overlaps with benchmarks} of one file."""
-        return dict(map(json.loads, Path(f"{self.stems[number]}.hits").read_text(encoding="utf-8").splitlines()))
 
     def close(self):
         for file in itertools.chain(*self.files.values()):

@@ -1,13 +1,21 @@
-"""Truth: what minhash gives of each text alone. Law: files are read as one, whatever the batches."""
+"""Truth: what minhash gives of each text alone; for benchmarks, cases made by hand in every kind of file, and a set of
+13-tuples of words over real ones (NANOCPT_DATA). Law: files are read as one, whatever the batches.
+"""
+
+import gzip
+import json
+import re
 
 import numpy as np
-from similar_texts import random_texts, records_of, write_jsonl
+import pytest
+from similar_texts import random_texts, read_jsonl, records_of, write_jsonl
 from tqdm import tqdm
 
 from core.cli import Reading
 from core.pool import WorkerPool
+from dedup import dedup
 from text.minhash import compute_band_keys, fold_words, hash_ngrams
-from text.units import CANDIDATE, SHORT, Store, find_exact, read_signed, sign_file, split_paragraphs
+from text.units import CANDIDATE, SHORT, Store, find_exact, sign_file, split_paragraphs
 
 
 def test_units_of_several_files_come_back_as_one(tmp_path):
@@ -16,7 +24,8 @@ def test_units_of_several_files_come_back_as_one(tmp_path):
     with WorkerPool(1, (None, "text", False)) as pool, tqdm(disable=True) as bar:
         for k, stem in enumerate(stems):
             path = write_jsonl(tmp_path / f"{k}.jsonl", records_of(texts)[k::2])
-            assert sign_file(path, stem, Reading(), pool, bar) == len(texts[k::2]) == read_signed(stem)
+            assert sign_file(path, stem, Reading(), pool, bar) == len(texts[k::2])
+            assert sign_file("not read again", stem, Reading(), pool, bar) == len(texts[k::2])
     store, texts = Store(stems), texts[::2] + texts[1::2]
     hashes = hash_ngrams([fold_words(text) for text in texts], 5)
     for unit in (0, 1, 350, 351, 352, len(texts) - 1):
@@ -32,7 +41,8 @@ def test_units_of_several_files_come_back_as_one(tmp_path):
     assert lengths == sorted(lengths, reverse=True)
     store.close()
     (tmp_path / "a.bands").write_bytes(b"cut short")
-    assert read_signed(tmp_path / "a") is None
+    with WorkerPool(1) as pool, pytest.raises(ValueError, match="read again does not exist"):
+        sign_file("read again", tmp_path / "a", Reading(), pool, None)
 
 
 def test_paragraphs_are_units_and_short_ones_are_no_candidates(tmp_path):
@@ -49,3 +59,66 @@ def test_paragraphs_and_their_breaks_join_to_the_text():
     for text in ("a\n\nb\n \n\t\nc", "\n\na\n", "", "a\nb"):
         assert "".join(split_paragraphs(text)) == text
     assert split_paragraphs("a\n\nb\n \nc\nd") == ["a", "\n\n", "b", "\n \n", "c\nd"]
+
+
+# ---- overlaps with benchmarks
+
+def write_benchmarks(folder) -> dict:
+    """One long item in every kind of file; {file: its text}."""
+    texts = {f"b{i}": " ".join(f"{'abcdefg'[i]}{j}" for j in range(20)) for i in range(6)}
+    write_jsonl(folder / "b0.jsonl", [{"question": "short"}, {"choices": {"text": ["x", texts["b0"]]}, "n": 3}])
+    (folder / "b1.csv").write_text(f'question,A\n"{texts["b1"]}, ""quoted""",B\n')
+    with gzip.open(folder / "b2.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"prompt": texts["b2"]}) + "\n")
+    (folder / "b3.txt").write_text(f"first block\n\n{texts['b3']}\n")
+    (folder / "b4.json").write_text(json.dumps({"17": {"context": [texts["b4"]]}}))
+    import pyarrow
+    import pyarrow.parquet as parquet
+    parquet.write_table(pyarrow.table({"n": [1], "q": [texts["b5"]]}), folder / "b5.parquet")
+    return {next(folder.glob(f"{name}.*")): text for name, text in texts.items()}
+
+
+def test_decontamination_by_file_type_and_edge(tmp_path):
+    benchmarks = write_benchmarks(tmp_path)
+    texts = []
+    for text in benchmarks.values():
+        listed = text.split()
+        texts += ["before " + " ".join(listed[3:16]).upper().replace(" ", ",\n") + ". after",      # 13 words in a row
+                  "before " + " ".join(listed[3:15]) + " other " + " ".join(listed[16:]) + " after"]       # 12
+    path = write_jsonl(tmp_path / "in.jsonl", records_of(texts))
+    report = dedup([path], tmp_path / "out", against=benchmarks)
+    rows = read_jsonl(tmp_path / "out" / "removed.jsonl")
+    assert [r["id"] for r in rows] == [f"d{i}" for i in range(0, 12, 2)]
+    assert [r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")] == [f"d{i}" for i in range(1, 12, 2)]
+    item = {"b0": 2, "b1": 2, "b2": 1, "b3": 2, "b4": 1, "b5": 1}
+    for row, file in zip(rows, benchmarks):
+        assert row["reason"] == "contaminated"
+        assert row["duplicate_of"] == f"{file}:{item[file.name[:2]]}"
+        grams = 9 if file.name == "b1.csv" else 8                        # "quoted" is a word of that field
+        assert row["overlaps"] == [{"item": row["duplicate_of"], "ngrams": 1, "share": round(1 / grams, 4)}]
+        assert report["against"][str(file)]["found"] == 1
+    assert report["against"][str(tmp_path / "b0.jsonl")] == {"items": 2, "too_short": 1, "found": 1}
+
+
+def test_decontamination_against_real_benchmarks(data_dir, tmp_path):
+    """Items planted in stories are found; the truth is a set of 13-tuples. The clean copy of one stays."""
+    files = [data_dir / "bench" / "gsm8k" / "test.jsonl", data_dir / "bench" / "humaneval" / "HumanEval.jsonl.gz",
+             data_dir / "bench" / "mmlu" / "test" / "jurisprudence_test.csv"]
+    questions = [json.loads(line)["question"] for line in files[0].read_text(encoding="utf-8").splitlines()]
+    stories = (data_dir / "corpora" / "tinystories" / "tinystories_sample_2MiB.txt").read_text(encoding="utf-8")
+    stories = [s.strip() for s in stories.split("<|endoftext|>") if len(s.split()) > 80][:300]
+    texts = [f"{story}\n{questions[i]}" if i % 10 == 0 else story for i, story in enumerate(stories)]
+    path = write_jsonl(tmp_path / "in.jsonl", records_of([*texts, stories[0]]))
+
+    def tuples(text):
+        listed = re.findall(r"\w+", text.lower())
+        return {tuple(listed[i:i + 13]) for i in range(len(listed) - 12)}
+    grams = set().union(*map(tuples, questions))
+    wanted = {f"d{i}" for i, text in enumerate(texts) if tuples(text) & grams}
+    assert len(wanted) >= 29
+    dedup([path], tmp_path / "out", against=files, workers=2)
+    rows = [r for r in read_jsonl(tmp_path / "out" / "removed.jsonl") if r["reason"] == "contaminated"]
+    assert {r["id"] for r in rows} == wanted
+    numbers = {int(r["duplicate_of"].rpartition(":")[2]) for r in rows if str(files[0]) in r["duplicate_of"]}
+    assert len(numbers - {10 * i + 1 for i in range(30)}) <= 1           # item = line of the file
+    assert f"d{len(texts)}" in {r["id"] for r in read_jsonl(tmp_path / "out" / "kept.jsonl")}
