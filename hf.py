@@ -4,8 +4,9 @@
     hf.save(model, "out/final", base="path/to/folder")             a folder that transformers and vLLM read
 
 Tensors are copied one at a time into a model built on the meta device, so that the peak is the weights and one tensor.
+No file is unpickled: a .bin is read through torch.load's weights_only, which refuses everything but tensors.
 Configs are written in both dialects (`rope_theta`, `rope_scaling`, `torch_dtype` of transformers 4; `rope_parameters`,
-`dtype` of 5): a config with the new keys alone makes transformers 4 fall back to a base of 10000 without a word.
+`dtype` of 5): of a config with the new keys alone, transformers 4 takes a rope_theta of 10000 without a warning.
 """
 
 import core.threads
@@ -13,18 +14,20 @@ import core.threads
 import hashlib
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import torch
-from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from core.devices import DTYPES
 from core.errors import UserError
 from core.files import new_folder, read_object, write_json, write_text
-from core.tensor_files import open_tensors, tensor_files
 from model import Model, ModelConfig
 
 # What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
@@ -80,7 +83,8 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{folder}/config.json gives rope parameters by layer type; that is not supported")
     theta = rope.pop("rope_theta", None) or known["rope_theta"]
-    old_kind = rope.pop("type", "default")                   # the key's name before `rope_type`
+    # Old configs call the key `type`.
+    old_kind = rope.pop("type", "default")
     rope["rope_type"] = rope.pop("rope_type", None) or old_kind
     no_rope, interval = [], values.get("no_rope_layer_interval", 4)
     if family == "smollm3":
@@ -89,8 +93,9 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
         no_rope = [i for i, uses in enumerate(uses_rope) if not uses]
     config = {name: known.get(name) for name in SHARED}
     if family == "qwen2":
-        config["attention_bias"] = False                     # its q, k and v always have one, its o never
-    # An explicit null means as many key-value heads as heads, unlike a silent config.
+        # Its q, k and v always have a bias (qkv_bias), its o never.
+        config["attention_bias"] = False
+    # A null means as many key-value heads as heads; a config without the key means the family's default.
     config["num_key_value_heads"] = values.get("num_key_value_heads", known.get("num_key_value_heads"))
     return ModelConfig(**config, rope_theta=theta, rope_scaling={} if rope["rope_type"] == "default" else rope,
                        qkv_bias=family == "qwen2", qk_norm=family == "qwen3", no_rope_layers=no_rope, family=family,
@@ -98,10 +103,11 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
 
 
 def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> list[int | None] | None:
-    """Each layer's sliding window in tokens, from the three ways the families have of saying it; None: no layer's."""
+    """Each layer's sliding window in tokens, which the families give in three ways; None: no layer has one."""
     layers = range(known["num_hidden_layers"])
     if family == "mistral":
-        window = values.get("sliding_window", known["sliding_window"])       # an explicit null means none
+        # Without the key the family's default holds; a null means no window.
+        window = values.get("sliding_window", known["sliding_window"])
         return [window for _ in layers] if window else None
     if family == "llama" or not values.get("use_sliding_window"):
         return None
@@ -116,7 +122,7 @@ def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> 
 
 
 def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
-    """config.json for `config`, laid over the base's own so that keys we do not know survive."""
+    """config.json of a model with this `config`. The keys of the base's own that we do not know are kept."""
     name = str(dtype).removeprefix("torch.")
     windows, layers = config.windows, range(config.num_hidden_layers)
     made = {
@@ -144,12 +150,11 @@ def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder that is opened once and then handed around, so that every reader sees the same files.
+    """A model folder that is opened once and handed on, so that every reader sees the same files.
 
     name      as the user wrote it: a folder, or hf://org/name[@revision]
     folder    the local folder
     revision  the commit on the Hub (40 hex digits); None for a plain folder
-    What costs time to find out is found out once, on first use.
     """
     name: str
     folder: Path
@@ -170,7 +175,7 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What config.json says the weights are stored in; fp32 where it says nothing."""
+        """The type of the stored weights by config.json; fp32 where it names none."""
         return DTYPES.get(self.settings.get("dtype") or self.settings.get("torch_dtype"), torch.float32)
 
     @cached_property
@@ -179,7 +184,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell these weights from others: of the files' names, sizes, first and last megabytes."""
+        """16 hex digits that tell these weights from others: a digest of each file's name, size, first and last MB."""
         digest = hashlib.sha256()
         for file in sorted(set(tensor_files(self.folder).values())):
             size = file.stat().st_size
@@ -191,7 +196,7 @@ class Base:
 
     @cached_property
     def facts(self) -> dict:
-        """What a user should know before training it: {"license": text, "chat_template": whether it has one}."""
+        """What a user should know before training the base: {"license": text, "chat_template": whether it has one}."""
         template, settings = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
         has_template = template.exists() or (settings.exists() and bool(read_object(settings).get("chat_template")))
         card = self.folder / "README.md"
@@ -204,8 +209,8 @@ class Base:
 def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
     """Open the model folder `path`; `hf://org/name@revision` is downloaded to, or found in, the Hub's cache.
 
-    revision: a commit that takes the place of the one in `path`; give every rank the one that rank 0 found. A Base is
-    returned as it is. UserError where there is no such folder, or the Hub neither answers nor is cached.
+    revision: a commit to open instead of the one in `path`; give every rank the one that rank 0 found. A Base is
+    returned as it is. UserError where there is no such folder, or the Hub does not answer and its cache lacks it.
     """
     if isinstance(path, Base):
         return path
@@ -214,23 +219,61 @@ def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
         if not Path(path).is_dir():
             raise UserError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
         return Base(path, Path(path), None)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     name, _, named = path.removeprefix("hf://").partition("@")
-    wanted, revision = ["*.json", "*.jinja", "README.md", *VOCABULARIES, *LICENCES], revision or named or None
+    wanted = ["*.json", "*.jinja", "README.md", *VOCABULARIES, *LICENCES]
+
+    def download(revision, weights):
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*wanted, weights]))
+
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, "*.safetensors"]))
+        folder = download(revision or named or None, "*.safetensors")
         if not any(folder.glob("*.safetensors")):
-            # A branch may move between two questions to the Hub: the second is about the commit of the first answer.
-            folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=[*wanted, "*.bin"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            # A branch may move between two requests to the Hub: the second names the commit that the first one found.
+            folder = download(folder.name, "*.bin")
+    except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
     return Base(path, folder, folder.name)
 
 
 # ---- loading
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """{tensor name: file} of model.safetensors, of pytorch_model.bin, or of the shards that the index of one names.
+
+    UserError where there is none of them, or the index names what is not there.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index, single = folder / f"{stem}.index.json", folder / stem
+        if index.exists():
+            files = read_object(index).get("weight_map")
+            if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+                raise UserError(f"{index} has no weight_map from tensor names to file names")
+            for name in set(files.values()):
+                if Path(name).name != name or name in (".", ".."):
+                    raise UserError(f"{index} points outside its folder: {name!r}")
+                if not (folder / name).is_file():
+                    raise UserError(f"{index} names {name}, which is missing; the download is incomplete")
+            return {tensor: folder / name for tensor, name in files.items()}
+        if single.exists():
+            with open_tensors(single) as file:
+                return dict.fromkeys(file.keys(), single)
+    raise UserError(f"{folder} holds no model.safetensors, no index of one and no pytorch_model.bin")
+
+
+def open_tensors(path: Path):
+    """A context with keys() and get_tensor(name); UserError where the file is damaged or holds more than tensors."""
+    try:
+        if path.suffix != ".bin":
+            return safe_open(path, framework="pt")
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return nullcontext(SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__))
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise UserError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        # weights_only met code and raised pickle.UnpicklingError, or a broken pickle raised what it likes.
+        raise UserError(f"{path} is refused, it holds more than tensors: {str(error).splitlines()[0]}") from None
+
 
 def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
     """The model of a Base, a Hugging Face folder or an hf:// id, in `dtype` on `device`; UserErrors as in `fill`."""
@@ -244,16 +287,16 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
 def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device="cpu", layout=None):
     """Give every parameter of the base its tensor in `folder`; UserError where one is missing, left over or of another
     shape. Without `layout` the parameters, on the meta device until now, are replaced by new ones in `dtype` on
-    `device`. With it they stay, already on their devices, and layout(full, parameter) -> the share to copy in."""
-    files = tensor_files(folder)
+    `device`. With it they stay, already on their devices, and take layout(full, parameter), the rank's part."""
+    files = {from_hf_name(hf_name): (hf_name, file) for hf_name, file in tensor_files(folder).items()}
+    files.pop(None, None)
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
-    if left_over := [name for name in files if from_hf_name(name) not in (None, *wanted)]:
+    tied_head = {"head.weight"} if model.config.tie_word_embeddings else set()
+    if left_over := [hf_name for name, (hf_name, _) in files.items() if name not in wanted]:
         raise UserError(f"{folder} holds tensors this model has no place for: {list_some(left_over)}")
-    filled = set()
-    for hf_name, file in files.items():
-        name = from_hf_name(hf_name)
-        if name is None:
-            continue
+    if missing := [to_hf_name(name) for name in wanted if name not in files.keys() | tied_head]:
+        raise UserError(f"{folder} lacks tensors the model needs: {list_some(missing)}")
+    for name, (hf_name, file) in files.items():
         tensor = read_tensor(file, hf_name, wanted[name].shape)
         if layout:
             with torch.no_grad():
@@ -263,20 +306,14 @@ def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device=
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
         del tensor
-        filled.add(name)
-    if model.config.tie_word_embeddings:
-        stored_twice = not layout and {"head.weight", "embed_tokens.weight"} <= filled
-        if stored_twice and not torch.equal(model.embed_tokens.weight, model.head.weight):
-            raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
-                            f"embedding; set tie_word_embeddings to false there")
-        filled.add("head.weight")
-        model.tie()
-    if missing := [to_hf_name(name) for name in wanted if name not in filled]:
-        raise UserError(f"{folder} lacks tensors the model needs: {list_some(missing)}")
+    if tied_head & files.keys() and not layout and not torch.equal(model.embed_tokens.weight, model.head.weight):
+        raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
+                        f"embedding; set tie_word_embeddings to false there")
+    model.tie()
 
 
 def read_tensor(file: Path, name: str, shape: torch.Size) -> torch.Tensor:
-    """One tensor of a file, which is opened anew for each: only so are the pages of the last one let go."""
+    """One tensor of a file. The file is opened for each tensor, because closing it frees the pages of the last one."""
     with open_tensors(file) as opened:
         if name not in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             raise UserError(f"{file} does not hold {name}, though the index says so")
@@ -298,25 +335,30 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
 
     base       a Base, folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, and
                the keys of its config that we do not know are kept
-    state      {our name: full tensor}, where the model's own parameters are sharded
+    state      {our name: full tensor} of a model whose parameters are sharded
     card       Markdown for the model card, e.g. the table of before and after
     tokenizer  a folder or file whose tokenizer takes the place of the base's
-    scratch    only the sizes came from the base, and the card says so
+    scratch    the weights did not come from the base, only the sizes, and the card says so
     pad_id     the id of a padding token that the base does not have yet
     """
     path, config = Path(path), model.config
     base = open_base(base) if base else None
-    tensors = state if state is not None else model.state_dict()
     # A tied head is not stored: it is the embedding.
-    tensors = {to_hf_name(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+    tensors = {to_hf_name(name): tensor.detach().cpu().contiguous()
+               for name, tensor in (state or model.state_dict()).items()
                if not (config.tie_word_embeddings and name == "head.weight")}
     dtype = next(iter(tensors.values())).dtype
     pad = {} if pad_id is None else {"pad_token_id": pad_id}
     with new_folder(path, overwrite=True) as out:
-        save_torch_state_dict(tensors, out, max_shard_size=shard_bytes)
-        new_config = make_config(config, dtype, base.settings if base else {}) | pad
-        write_json(out / "config.json", new_config)
-        write_json(out / "generation_config.json", make_generation_config(base, new_config) | pad)
+        huggingface_hub.save_torch_state_dict(tensors, out, max_shard_size=shard_bytes)
+        known = make_config(config, dtype, base.settings if base else {}) | pad
+        write_json(out / "config.json", known)
+        # Only the token ids: servers take sampling values found here as their defaults, and a base model has none.
+        if base and (base.folder / "generation_config.json").exists():
+            known |= read_object(base.folder / "generation_config.json") | pad
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: known[name] for name in names if known.get(name) is not None}
+        write_json(out / "generation_config.json", {"_from_model_config": True, **ids})
         if base:
             copy_files(base.folder, LICENCES, out)
         if tokenizer or base:
@@ -330,7 +372,7 @@ def copy_files(folder: Path, patterns, out: Path):
 
 
 def copy_tokenizer(source: Path, out: Path):
-    """Copy a folder's tokenizer; or one file, under the name that readers look for, with the settings beside it."""
+    """Copy the tokenizer of a folder, or a tokenizer file (under the usual name) with the settings beside it."""
     if source.is_dir():
         copy_files(source, VOCABULARIES + TOKENIZER_SETTINGS, out)
         return
@@ -339,14 +381,6 @@ def copy_tokenizer(source: Path, out: Path):
         copy_files(source.parent, ("vocab.json", "merges.txt"), out)
     else:
         shutil.copyfile(source, out / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
-
-
-def make_generation_config(base: Base | None, config: dict) -> dict:
-    """Only the token ids: servers take sampling values found here as their defaults, and a base model has none."""
-    file = base.folder / "generation_config.json" if base else None
-    known = {**config, **(read_object(file) if file and file.exists() else {})}
-    ids = {key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if known.get(key) is not None}
-    return {"_from_model_config": True, **ids}
 
 
 def make_card(base: Base | None, name: str, card: str) -> str:

@@ -22,7 +22,6 @@ from core import cli
 from core.cli import Output, Positional, Reading
 from core.errors import UserError
 from core.files import new_folder, refuse_existing
-from core.tensor_files import tensor_files
 from text.corpus import read_documents
 from text.extend_vocabulary import Learning, NewRows, Report, add, extend, report_command, resize
 from text.train_vocabulary import Compare, Train, compare_command, train, train_command
@@ -125,7 +124,7 @@ def write_change(options: Change, change) -> dict[int, str]:
         refuse_existing(out, overwrite)
         base = hf.open_base(options.model)
         hf.parse_config(base.settings, base.folder)
-        tensor_files(base.folder)
+        hf.tensor_files(base.folder)
         with tempfile.TemporaryDirectory() as folder:
             parts = change(base.folder, folder)
             save_model(base, folder, parts, out, options.rows)

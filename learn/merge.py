@@ -26,7 +26,6 @@ import hf
 from core.config import setting
 from core.errors import UserError
 from core.files import new_folder, read_json, write_json
-from core.tensor_files import open_tensors, tensor_files
 from learn.method import upcast_dtype
 
 ALPHAS = [i / 10 for i in range(11)]
@@ -96,7 +95,7 @@ class Pair:
 
     def __init__(self, base, result):
         self.folders = [hf.open_base(base).folder, hf.open_base(result).folder]
-        self.files = [tensor_files(folder) for folder in self.folders]
+        self.files = [hf.tensor_files(folder) for folder in self.folders]
         in_base, in_result = self.files
         for names, other, folder in ((in_result, in_base, base), (in_base, in_result, result)):
             lacking = [n for n in names if n not in other and hf.from_hf_name(n) and n != "lm_head.weight"]
@@ -111,7 +110,7 @@ class Pair:
         """The tensor `name` between the two folders."""
         tensors = []
         for files in self.files:
-            with open_tensors(files[name]) as opened:
+            with hf.open_tensors(files[name]) as opened:
                 tensors.append(opened.get_tensor(name))
         base, result = tensors
         is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))

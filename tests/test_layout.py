@@ -163,7 +163,6 @@ def test_the_readme_is_a_front_page():
 
 # What is tested by the file of what it belongs to.
 TESTED_ELSEWHERE = {
-    "core.tensor_files": "test_hf.py",
     "kernels.flash": "kernels/test_attention.py",
     "measure.kernel_cases": "measure/test_compile_check.py",
 }
