@@ -2,9 +2,9 @@
 
     python generate.py --model DIR --prompt "Once upon a time" --max-new-tokens 100 --temperature 0 --json out.json
 
-The file gets {"prompt_ids", "new_ids", "text"}: text is prompt and continuation, as printed; new_ids keeps the ids of
-end token and stop string. The order is transformers': repetition penalty (arXiv 1909.05858), temperature, top-k
-(1805.04833), top-p (1904.09751), min-p (2407.01082).
+The file gets {"prompt_ids", "new_ids", "text"}: text is prompt and continuation, as printed; new_ids has the ids of end
+token and stop string too. Logits are changed in the order of transformers: repetition penalty (arXiv 1909.05858),
+temperature, top-k (1805.04833), top-p (1904.09751), min-p (2407.01082).
 
 Shapes: B sequences, T tokens, D model width, V vocabulary.
 """
@@ -36,11 +36,11 @@ class Settings:
     """How the next tokens are chosen."""
 
     max_new_tokens: int = setting(100, at_least=0)
-    """Fewer where an end token or a stop string comes."""
+    """The most new tokens; an end token or a stop string ends the text earlier."""
     temperature: float = setting(1.0, at_least=0, below=math.inf)
     """0 takes the likeliest token (greedy); 1 is the model's own distribution."""
     top_k: int = setting(0, at_least=0)
-    """Sample from the k likeliest tokens and those that tie with the last; 0: from all."""
+    """Sample from the k likeliest tokens, and those as likely as the last of them; 0: from all."""
     top_p: float = setting(1.0, above=0, at_most=1)
     """Sample from the fewest likeliest tokens that together reach this probability; 1: from all."""
     min_p: float = setting(0.0, at_least=0, at_most=1)
@@ -54,7 +54,7 @@ class Settings:
 
 
 def penalised(logits, settings: Settings, seen_ids) -> torch.Tensor:
-    """logits [V] -> scores [V]: a float64 copy with the ids already seen pushed down, whatever the sign of theirs."""
+    """logits [V] -> scores [V]: a float64 copy, lower for the ids already seen, be their logit above 0 or not."""
     scores = logits.detach().to(torch.float64, copy=True)
     if settings.repetition_penalty != 1 and len(seen_ids):
         seen = torch.tensor(sorted(set(seen_ids)), device=scores.device)
@@ -64,7 +64,7 @@ def penalised(logits, settings: Settings, seen_ids) -> torch.Tensor:
 
 
 def probabilities(scores, settings: Settings) -> torch.Tensor:
-    """scores [..., V] -> what is sampled from, [..., V] with sum 1 and 0 where a filter removed the token.
+    """scores [..., V] -> the probabilities to sample from, [..., V] with sum 1 and 0 where a filter removed the token.
 
     Needs temperature > 0. With the probabilities 0.5, 0.3, 0.15, 0.05: top_k 3 keeps the first three, top_p 0.7 the
     fewest that reach 0.7 together (two), min_p 0.2 those of at least 0.2 * 0.5 (three).
@@ -76,7 +76,8 @@ def probabilities(scores, settings: Settings) -> torch.Tensor:
     if settings.top_p < 1:
         ascending, order = scores.sort(stable=True)
         tail = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
-        tail[..., -1] = False                        # rounding must not remove the likeliest
+        # The likeliest token stays, whatever rounding makes of the sum.
+        tail[..., -1] = False
         scores = scores.masked_fill(torch.empty_like(tail).scatter_(-1, order, tail), -math.inf)
     probs = scores.softmax(-1)
     if settings.min_p:
@@ -87,8 +88,8 @@ def probabilities(scores, settings: Settings) -> torch.Tensor:
 def sample_logits(logits, settings: Settings, seen_ids, generators) -> list[int]:
     """logits [B, V] -> the next id of each sequence.
 
-    seen_ids: of each sequence the ids it has, for the repetition penalty. generators: of each sequence its random
-    generator, on the CPU, from which one number is drawn, so that all devices agree; None takes torch's own.
+    seen_ids: for each sequence the ids it has, for the repetition penalty. generators: for each sequence a random
+    generator on the CPU, so that all devices draw the same; one value is drawn from each. None: torch's own.
     """
     scores = torch.stack([penalised(row, settings, seen) for row, seen in zip(logits, seen_ids)])
     if not scores.amax(-1).isfinite().all():
@@ -98,16 +99,17 @@ def sample_logits(logits, settings: Settings, seen_ids, generators) -> list[int]
     total = probabilities(scores, settings).cumsum(-1)
     draws = torch.stack([torch.rand((), dtype=torch.float64, generator=generator) for generator in generators])
     draws = draws.to(total.device).unsqueeze(1) * total[:, -1:]
-    return torch.searchsorted(total, draws, right=True)[:, 0].tolist()       # right: never an id of probability 0
+    # right=True never chooses an id of probability 0.
+    return torch.searchsorted(total, draws, right=True)[:, 0].tolist()
 
 
 # Not inference_mode, because training may go on with the same parameters.
 @torch.no_grad()
 def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=None) -> list[list[int]]:
-    """The decode loop: B sequences of one length continued side by side -> the new ids of each.
+    """The decode loop: B sequences of one length, continued side by side -> the new ids of each.
 
     prompts: B lists of ids. generators: as in `sample_logits`. A sequence ends with an id of `eos_ids`, which is
-    included, or where on_token(sequence, id), called with each other new id, returns True; the loop ends with the last
+    included, or where on_token(sequence, id), called with each other new id, returns True. The loop ends with the last
     sequence. The model is in eval mode meanwhile. With FSDP every rank must call this with the same arguments.
     """
     device, ids = next(model.parameters()).device, [list(prompt) for prompt in prompts]
@@ -117,14 +119,14 @@ def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # The table of rotations is made once, and not again for each longer sequence.
+        # The table of rotations is made once, not again whenever the sequences have grown.
         model.angles(capacity, device)
         while running and len(ids[0]) < capacity:
             past = cache.length if cache else 0
             tokens = torch.tensor([sequence[past:] for sequence in ids], device=device)          # [B, T]
             logits = model.head(model(tokens, cache=cache)[:, -1])                               # [B, V]
             for i, token in enumerate(sample_logits(logits, settings, ids, generators)):
-                # A sequence that has ended goes on, unread, so that all have one length.
+                # A sequence that has ended gets ids too, which nobody reads, so that all keep one length.
                 ids[i].append(token)
                 if i in running:
                     new[i].append(token)
@@ -137,7 +139,7 @@ def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=
 
 
 def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None) -> list[int]:
-    """The ids that follow `prompt_ids`; on_token(id) sees each but an ending one, and ends the text with True."""
+    """The ids that follow `prompt_ids`. on_token(id) gets each but an end token and ends the text by returning True."""
     vocab_size = model.config.vocab_size
     if not len(prompt_ids):
         raise UserError("the prompt has no tokens; begin with the tokenizer's BOS")
@@ -148,7 +150,7 @@ def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None) -
 
 
 def first_ids(tok, prompt: str) -> list[int]:
-    """Ids of `prompt`, after BOS where the model was trained so; an empty one is BOS, or EOS where there is no BOS."""
+    """Ids of `prompt`, after BOS where the model was trained so; without any, BOS, or EOS where there is no BOS."""
     return tok.encode(prompt, bos=tok.add_bos) or [token_before_document(tok)]
 
 
@@ -161,14 +163,12 @@ def complete(model, tok, prompt: str, settings: Settings, eos_ids=(), stop=(), w
 
 
 def end_ids(folder: Path, tok) -> tuple[int, ...]:
-    """eos_token_id, one or several: generation_config.json's, else config.json's, else the tokenizer's."""
+    """The end tokens: eos_token_id of generation_config.json, else of config.json, else the tokenizer's."""
     ids = tok.eos_id
     for name in ("config.json", "generation_config.json"):
         if (folder / name).exists() and (found := read_json(folder / name).get("eos_token_id")) is not None:
             ids = found
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
 
 
 @dataclass(kw_only=True)
@@ -187,20 +187,15 @@ class Generate:
     device: Device = field(default_factory=Device)
 
 
-def read_prompt(options: Generate) -> str:
-    if options.prompt and options.prompt_file:
+def run(options: Generate) -> dict:
+    settings, file = options.settings, options.prompt_file
+    if options.prompt and file:
         raise UserError("give --prompt or --prompt-file, not both")
     try:
-        if options.prompt_file:
-            return Path(options.prompt_file).read_bytes().decode()
-        # A command line that is not UTF-8 arrives with surrogates, which no tokenizer takes.
-        return options.prompt.encode().decode()
+        # encode() refuses the surrogates that stand for bytes of a command line which is not UTF-8.
+        prompt = (Path(file).read_bytes() if file else options.prompt.encode()).decode()
     except UnicodeError:
-        raise UserError(f"the prompt {options.prompt_file or ''} is not UTF-8; convert it, e.g. with iconv") from None
-
-
-def run(options: Generate) -> dict:
-    prompt, settings = read_prompt(options), options.settings
+        raise UserError(f"the prompt {file or ''} is not UTF-8; convert it, e.g. with iconv") from None
     device = pick_device(options.device.device)
     base = hf.open_base(options.model)
     tok = tokenizer.load(base.folder)
@@ -209,7 +204,8 @@ def run(options: Generate) -> dict:
     if length > model.config.max_position_embeddings:
         print(f"warning: prompt and new tokens make up to {length}, but the model was trained for "
               f"{model.config.max_position_embeddings}; the text may fall apart beyond", file=sys.stderr)
-    sys.stdout.reconfigure(errors="replace")         # a terminal that is not UTF-8
+    # For a terminal that is not UTF-8.
+    sys.stdout.reconfigure(errors="replace")
     ends = end_ids(base.folder, tok)
     result = complete(model, tok, prompt, settings, ends, options.stop, lambda piece: print(piece, end="", flush=True))
     print()

@@ -1,6 +1,6 @@
 """The decoder of the LLaMA family: Llama 1 to 3.2, Mistral, Qwen2, Qwen3, SmolLM, TinyLlama, Falcon3.
 
-Pre-norm blocks of grouped-query attention with rotary positions (arXiv 2104.09864) and a SwiGLU MLP (2002.05202),
+Pre-norm blocks of grouped-query attention with rotary positions (arXiv 2104.09864) and a SwiGLU MLP (2002.05202), with
 RMSNorm (1910.07467), as in the LLaMA papers (2302.13971, 2307.09288). Parameter names and the half-split rotation are
 Hugging Face's, so that loading a checkpoint is renaming. The model knows no optimiser, no file and no process group.
 Left out: mixtures of experts, dropout (nobody continues a pretraining with it), soft-capped logits.
@@ -45,19 +45,19 @@ class ModelConfig:
     family: str = "llama"                        # Hugging Face's model_type, see hf.py
 
     def __post_init__(self):
-        # Not left to the command line's check: a config.json is read without it.
+        # The command line checks limits, but does not read a config.json.
         check_limits(self)
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise UserError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                                 f"{self.num_attention_heads}; change one of them or give head_dim")
+                                f"{self.num_attention_heads}; change one of them or give head_dim")
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
             raise UserError(f"head_dim is {self.head_dim}, but rotary positions turn pairs: it must be even")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads {self.num_key_value_heads}")
+                            f"num_key_value_heads {self.num_key_value_heads}")
         if self.windows is not None and len(self.windows) != self.num_hidden_layers:
             raise UserError(f"windows names {len(self.windows)} layers of {self.num_hidden_layers}")
         if (kind := self.rope_scaling.get("rope_type", "default")) not in ROPE_TYPES:
@@ -72,7 +72,10 @@ ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yar
 
 
 def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, float]:
-    """(angle per position of each of the d/2 pairs in fp32, factor on cosine and sine), for a sequence of `length`."""
+    """(fp32 [d/2]: by how much the angle of each pair grows per position, factor on cosine and sine).
+
+    length: of the sequence, which `dynamic` scaling depends on.
+    """
     d, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
     exponent = torch.arange(0, d, 2, dtype=torch.float32) / d
@@ -85,7 +88,7 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, fl
         return frequency / factor, 1.0
     original = scaling.get("original_max_position_embeddings") or config.max_position_embeddings
     if kind == "llama3":
-        # Pairs that turn slowly are stretched, fast ones kept, with a ramp between (arXiv 2407.21783).
+        # Frequencies of slow pairs are divided by `factor`, fast ones kept, with a ramp between (arXiv 2407.21783).
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = original * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -96,10 +99,10 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, fl
 
 
 def yarn_frequencies(config: ModelConfig, frequency, factor: float, original: int) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv 2309.00071): a ramp over the pairs from kept to divided by `factor`, and sharper attention."""
+    """YaRN (arXiv 2309.00071): a ramp over the pairs from frequencies kept to divided by `factor`; sharper attention."""
     d, scaling = config.head_dim, config.rope_scaling
 
-    # The pair that makes so many turns over the original length.
+    # The index of the pair that makes `turns` full turns over the original length.
     def find_pair(turns):
         return d * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
@@ -128,13 +131,9 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         return kernels.rmsnorm(x, self.weight, self.eps)
 
-    def add(self, x, residual):
-        """(the norm of x + residual, x + residual) in one pass over memory."""
-        return kernels.add_rmsnorm(x, residual, self.weight, self.eps)
-
 
 def project(x, *layers):
-    """layer(x) of each. Layers that carry adapters (learn/adapters.py) bring a function that reads x once for all."""
+    """layer(x) of each. A layer with adapters (learn/adapters.py) brings a function that computes them all together."""
     apply_together = next((layer.apply_together for layer in layers if hasattr(layer, "apply_together")), None)
     return apply_together(x, layers) if apply_together else [layer(x) for layer in layers]
 
@@ -146,10 +145,9 @@ class Attention(nn.Module):
         super().__init__()
         D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
         bias = config.qkv_bias or config.attention_bias
-        self.layer, self.head_dim = layer, d
+        self.layer, self.head_dim, self.qk_norm = layer, d, config.qk_norm
         self.window = config.windows[layer] if config.windows else None
         self.use_rope = layer not in config.no_rope_layers
-        self.qk_norm = config.qk_norm
         self.q_proj = nn.Linear(D, H * d, bias=bias)
         self.k_proj = nn.Linear(D, K * d, bias=bias)
         self.v_proj = nn.Linear(D, K * d, bias=bias)
@@ -196,7 +194,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, causal, doc_start, cache):
         """x [B, T, D] -> [B, T, D]; cos and sin [B or 1, T, d/2]; the rest as in Model.forward."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, causal, doc_start, cache)
-        normed, x = self.post_attention_layernorm.add(attended, x)
+        norm = self.post_attention_layernorm
+        normed, x = kernels.add_rmsnorm(attended, x, norm.weight, norm.eps)
         return x + self.mlp(normed)
 
 
@@ -207,7 +206,7 @@ class KVCache:
         self.capacity, self.length, self.layers = capacity, 0, {}
 
     def append(self, layer, k, v):
-        """Store k and v [B, T, K, d] of new tokens; -> all of the layer's, [B, length + T, K, d]."""
+        """Store k and v [B, T, K, d] of new tokens; -> those of all tokens of the layer, [B, length + T, K, d]."""
         end = self.length + k.shape[1]
         if end > self.capacity:
             raise UserError(f"the cache holds {self.capacity} tokens, but {end} are needed")
@@ -231,8 +230,10 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.checkpoint_blocks = False           # whether blocks are recomputed in the backward pass
-        self._angles = (0, None, None)           # (length, cos, sin) of the longest sequence so far
+        # Whether blocks are recomputed in the backward pass.
+        self.checkpoint_blocks = False
+        # (length, cos, sin) of the longest sequence so far.
+        self._angles = (0, None, None)
         self.tie()
 
     def tie(self):
@@ -243,8 +244,8 @@ class Model(nn.Module):
     def forward(self, tokens, position_ids=None, doc_start=None, causal: bool = True, cache: KVCache | None = None):
         """tokens [B, T] -> hidden [B, T, D] after the final norm.
 
-        position_ids [B, T]: None counts from 0, with a cache from its length. doc_start [B, T]: where the document of
-        each token begins; attention then stays inside documents. causal=False: tokens see later ones too.
+        position_ids [B, T]: None counts from 0, with a cache from its length. doc_start [B, T]: the place at which each
+        token's document begins; attention then stays inside documents. causal=False: tokens see later ones too.
         """
         T = tokens.shape[1]
         past = cache.length if cache is not None else 0
@@ -263,22 +264,22 @@ class Model(nn.Module):
         return self.norm(x)
 
     def table_length(self, position_ids, sequence_length: int) -> int:
-        """How many positions the table of angles must cover: normally position_ids < sequence_length, and a caller who
-        passes larger ones stays within the trained length. Only their maximum is exact, but asking for it waits for a
-        GPU and breaks a compiled graph."""
+        """How many positions the table of angles must cover. Only the maximum of position_ids says it exactly, but to
+        read it would wait for a GPU and break a compiled graph. There it is enough that positions are below
+        sequence_length or, from a caller who passes larger ones, within the trained length."""
         is_free = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
         if is_free or self.config.rope_scaling.get("rope_type") == "dynamic":
             return int(position_ids.max()) + 1
         return max(sequence_length, self.config.max_position_embeddings)
 
     def angles(self, length: int, device):
-        """Cosine and sine [length, d/2] in fp32, kept until a longer sequence comes (with `dynamic` scaling: one of
-        another length)."""
+        """Cosine and sine [length, d/2] in fp32; kept until a longer sequence comes, or with `dynamic` scaling one of
+        another length."""
         dynamic = self.config.rope_scaling.get("rope_type") == "dynamic"
         wanted = max(length, self.config.max_position_embeddings) if dynamic else length
         have, cos, sin = self._angles
         if (have != wanted if dynamic else have < wanted) or cos.device != device:
-            # A tensor made in inference mode could not serve a later backward pass.
+            # A tensor made in inference mode could not be used in a later backward pass.
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
                 frequency, amplitude = rope_frequencies(self.config, wanted)
                 angle = torch.outer(torch.arange(wanted, dtype=torch.float32), frequency)
@@ -288,8 +289,8 @@ class Model(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Fresh weights: normal with standard deviation initializer_range, that of the matrices which write into the
-        residual stream divided by sqrt(2 * layers) as in GPT-2; norms 1, biases 0."""
+        """Fresh weights, as in GPT-2: normal with standard deviation initializer_range, divided by sqrt(2 * layers) in
+        the matrices that write into the residual stream; norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
@@ -311,10 +312,9 @@ class Model(nn.Module):
 
 
 def matmul_flops_per_token(config: ModelConfig, context: int) -> float:
-    """Floating-point operations of a training step's matmuls, per token: three per weight (output, gradient of the
-    input, gradient of the weight), and attention's two, of which a causal mask needs half."""
-    per_layer = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    per_layer += 3 * config.hidden_size * config.intermediate_size
-    weights = per_layer * config.num_hidden_layers + config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * context / 2
-    return 6.0 * (weights + attention)
+    """Floating-point operations of a training step's matmuls, per token: three matmuls per weight (output, gradient of
+    the input, gradient of the weight), and attention's two, of which a causal mask needs half."""
+    D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    weights = D * d * 2 * (H + K) + 3 * D * config.intermediate_size
+    attention = 2 * H * d * context / 2
+    return 6.0 * (config.num_hidden_layers * (weights + attention) + config.vocab_size * D)
