@@ -27,7 +27,7 @@ from torch import nn
 
 from core.devices import DTYPES
 from core.errors import UserError
-from core.files import new_folder, read_object, write_json, write_text
+from core.files import new_folder, read_json, write_json, write_text
 from model import Model, ModelConfig
 
 # What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
@@ -171,7 +171,7 @@ class Base:
     @cached_property
     def settings(self) -> dict:
         """config.json as it stands."""
-        return read_object(self.folder / "config.json")
+        return read_json(self.folder / "config.json", dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -198,7 +198,7 @@ class Base:
     def facts(self) -> dict:
         """What a user should know before training the base: {"license": text, "chat_template": whether it has one}."""
         template, settings = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
-        has_template = template.exists() or (settings.exists() and bool(read_object(settings).get("chat_template")))
+        has_template = template.exists() or (settings.exists() and bool(read_json(settings, dict).get("chat_template")))
         card = self.folder / "README.md"
         lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60] if card.exists() else []
         stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
@@ -246,7 +246,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index, single = folder / f"{stem}.index.json", folder / stem
         if index.exists():
-            files = read_object(index).get("weight_map")
+            files = read_json(index, dict).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
                 raise UserError(f"{index} has no weight_map from tensor names to file names")
             for name in set(files.values()):
@@ -355,7 +355,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
         write_json(out / "config.json", known)
         # Only the token ids: servers take sampling values found here as their defaults, and a base model has none.
         if base and (base.folder / "generation_config.json").exists():
-            known |= read_object(base.folder / "generation_config.json") | pad
+            known |= read_json(base.folder / "generation_config.json", dict) | pad
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: known[name] for name in names if known.get(name) is not None}
         write_json(out / "generation_config.json", {"_from_model_config": True, **ids})

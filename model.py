@@ -99,7 +99,7 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, fl
 
 
 def yarn_frequencies(config: ModelConfig, frequency, factor: float, original: int) -> tuple[torch.Tensor, float]:
-    """YaRN (arXiv 2309.00071): a ramp over the pairs from frequencies kept to divided by `factor`; sharper attention."""
+    """YaRN (arXiv 2309.00071): a ramp over the frequencies from kept to divided by `factor`, and sharper attention."""
     d, scaling = config.head_dim, config.rope_scaling
 
     # The index of the pair that makes `turns` full turns over the original length.

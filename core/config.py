@@ -1,7 +1,7 @@
 """Settings: dataclasses with the limits of their fields, read from a RECIPE.toml and written as one.
 
-Each file declares the dataclass of its own settings and `train.py` composes them. The defaults are overlaid by a
-recipe, and both by the command line (core/cli.py). An unknown key is an error that names the nearest known one.
+Each file declares the dataclass of its own settings and `train.py` composes them. A recipe replaces defaults, and the
+command line (core/cli.py) replaces both. An unknown key is an error that names the nearest known one.
 """
 
 import copy
@@ -27,19 +27,13 @@ def setting(default, *, above=None, at_least=None, below=None, at_most=None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# rule: (what keeps it, how a message says it)
-RULES = {
-    "above": (operator.gt, "above"),
-    "at_least": (operator.ge, "at least"),
-    "below": (operator.lt, "below"),
-    "at_most": (operator.le, "at most"),
-}
+RULES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
 def check_limits(config, prefix: str = "", option_of=str) -> None:
     """UserError for the first setting outside the limits of its field, with its dotted name: the one place that checks.
 
-    A None is a setting that is not given. `option_of` turns a name into what the user typed.
+    None is a setting that was not given. `option_of` turns a name into the word that the user typed.
     """
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -49,14 +43,14 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
                 check_limits(entry, f"{prefix}{item.name}{key}.", option_of)
         limits = item.metadata.get("limits", {})
         for each in value if isinstance(value, (list, tuple)) else [value]:
-            # A NaN keeps no rule, because every comparison with it is false.
-            if each is not None and not all(RULES[rule][0](each, limit) for rule, limit in limits.items()):
-                wanted = " and ".join(f"{RULES[rule][1]} {limit:g}" for rule, limit in limits.items())
+            # A NaN breaks every rule, because each comparison with it is false.
+            if each is not None and not all(RULES[rule](each, limit) for rule, limit in limits.items()):
+                wanted = " and ".join(f"{rule.replace('_', ' ')} {limit:g}" for rule, limit in limits.items())
                 raise UserError(f"{option_of(prefix + item.name)} is {each}, but must be {wanted}")
 
 
 def refuse_unused(section, name: str, switch: str) -> None:
-    """UserError where settings of `section` are changed while its `switch` still has the value that turns it off."""
+    """UserError where settings of `section` were changed while its `switch` has the default, which turns it off."""
     changed = [key for key, value in vars(type(section)()).items() if getattr(section, key) != value]
     if changed and switch not in changed:
         raise UserError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
@@ -73,7 +67,7 @@ def read_toml(path: str) -> dict:
 
 
 def merge(default, values: dict, prefix: str = ""):
-    """A copy of the dataclass `default` with the nested `values` laid over it; unknown keys and wrong types raise."""
+    """A copy of the dataclass `default` with the nested `values` in it; UserError for unknown keys and wrong types."""
     result = copy.deepcopy(default)
     hints = typing.get_type_hints(type(result))
     for key, value in values.items():
@@ -130,7 +124,7 @@ def _toml_key(key: str) -> str:
 
 
 def _toml_value(value) -> str:
-    """JSON is TOML but for infinity, not-a-number and the one control character that JSON leaves bare."""
+    """`value` as JSON, which TOML reads, but infinity, NaN and the one control character that JSON does not escape."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all: written beside their place, synced to disk, then renamed.
+"""Files and folders that appear complete or not at all: written under another name, synced to disk, then renamed.
 
-A killed process leaves at most a `.NAME.partial` (or `.NAME.old`) beside the place it wrote to; the next write to the
-same place removes it. Renaming is atomic within one file system, which is why the partial stands beside its target.
+A killed process leaves at most a `.NAME.partial` (or `.NAME.old`) beside the file or folder it wrote; the next write of
+the same name removes it. It is beside its target because renaming is atomic within one file system alone.
 """
 
 import contextlib
@@ -13,31 +13,26 @@ from pathlib import Path
 from core.errors import UserError
 
 
-def read_json(path):
-    """The JSON value in a file; a UserError names the file where it is missing or is no JSON."""
+def read_json(path, kind: type = object):
+    """The JSON value in a file; UserError where the file is missing or no JSON, or the value no dict as `kind` asks."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def read_object(path) -> dict:
-    """As `read_json`, for a file that must hold an object of named values."""
-    value = read_json(path)
-    if not isinstance(value, dict):
+    if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object of named values")
     return value
 
 
 def write_json(path, value) -> None:
-    """`value` as JSON with one level of indentation; the folder is made where it is missing."""
+    """Write `value` as JSON, indented by one space; the folder is made where it is missing."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path, text: str) -> None:
-    """`text` as UTF-8; the folder is made where it is missing."""
+    """Write `text` as UTF-8; the folder is made where it is missing."""
     with new_file(path) as handle:
         handle.write(text)
 
@@ -96,7 +91,7 @@ def new_folder(path, overwrite: bool = False):
 
 
 def refuse_existing(path, overwrite: bool = False) -> None:
-    """UserError if `path` exists and is not an empty folder, unless `overwrite`: ask this before a long job."""
+    """UserError if `path` exists and is no empty folder, unless `overwrite`. Commands ask this before a long job."""
     path = Path(path)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already; choose another folder, or pass --overwrite to replace it")

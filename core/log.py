@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl always; a console line or progress bar on rank 0; TensorBoard and W&B when asked."""
+"""What a run reports: metrics.jsonl, a console line or progress bar on rank 0, and on request TensorBoard and W&B."""
 
 import importlib
 import json
@@ -25,8 +25,8 @@ class LogConfig:
 
 
 class Logger:
-    """Writes metrics.jsonl, one JSON object per line, and shows the run to the user. Only on the rank that is `main`;
-    on the others its methods do nothing."""
+    """Writes metrics.jsonl, one JSON object per line, and shows the run to the user. On ranks that are not `main` its
+    methods do nothing."""
 
     def __init__(self, folder: Path | None, config: LogConfig, total_steps: int, main: bool = True,
                  settings: dict | None = None):
@@ -35,14 +35,20 @@ class Logger:
         if not main:
             return
         path = Path(folder) / "metrics.jsonl"
-        _end_last_line(path)
+        # A killed run may leave half a line, which must not swallow the next record.
+        is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self.file = open(path, "a", encoding="utf-8")      # noqa: SIM115  (open for the life of the run)
+        self.file.write("\n" if is_cut else "")
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
         if config.tensorboard:
             self.board = _import_extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
         if config.wandb:
-            self.tracker = _open_wandb(folder, config.wandb, settings)
+            # Without a key wandb would ask for one and wait.
+            mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+            self.tracker = _import_extra("wandb", "wandb").init(
+                project=config.wandb, name=Path(folder).name, dir=str(folder), config=settings, mode=mode,
+                resume="allow")
 
     def say(self, text: str):
         """A plain line, above the progress bar where there is one."""
@@ -50,7 +56,7 @@ class Logger:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
     def record(self, kind: str, step: int, **values):
-        """A line of metrics.jsonl, flushed; the trackers get the numbers of training and evaluation lines."""
+        """Write and flush a line of metrics.jsonl; of "train" and "eval" lines the trackers get the values."""
         if not self.main:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -70,7 +76,7 @@ class Logger:
             self.bar.update(step)
 
     def show_step(self, step: int, values: dict | None = None):
-        """Move the progress bar on by a step; with the step's `values`, show its line."""
+        """Move the progress bar on by one step; where its `values` are given, show them as a line."""
         if not self.main:
             return
         if self.bar:
@@ -104,8 +110,8 @@ def format_line(step: int, total: int, values: dict) -> str:
 
 
 def _flatten_numbers(values: dict, prefix: str):
-    """(name/name, number) of nested values: {"loss": 1.0, "sources": {"a": {"loss": 2.0}}} gives train/loss and
-    train/sources/a/loss."""
+    """Yield (prefixed name, number) of nested values: with the prefix train/, {"loss": 1.0, "sources": {"a": {"loss":
+    2.0}}} gives train/loss and train/sources/a/loss."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flatten_numbers(value, f"{prefix}{key}/")
@@ -113,22 +119,8 @@ def _flatten_numbers(values: dict, prefix: str):
             yield prefix + key, value
 
 
-def _end_last_line(path: Path):
-    """A killed run may leave half a line; it must not swallow the next record."""
-    if path.exists() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with open(path, "ab") as file:
-            file.write(b"\n")
-
-
 def _import_extra(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"log.{package} needs the {package} package: pip install {package}") from None
-
-
-def _open_wandb(folder, project, settings):
-    # Without a key wandb would ask for one and wait.
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-    return _import_extra("wandb", "wandb").init(project=project, name=Path(folder).name, dir=str(folder),
-                                                config=settings, mode=mode, resume="allow")

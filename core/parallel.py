@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from core.devices import pick_device
 
@@ -84,13 +85,12 @@ def start(device: str = "auto") -> World:
 def keep_freed_memory():
     """Let glibc keep freed memory instead of returning it to the system. On a CPU each operation allocates a large
     tensor, and faulting its pages in anew would cost more than the arithmetic."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            # M_MMAP_MAX: large blocks get no separate mapping, which would be unmapped when they are freed.
-            libc.mallopt(-4, 0)
-            # M_TRIM_THRESHOLD: the top of the heap is kept.
-            libc.mallopt(-1, 2**31 - 1)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        # M_MMAP_MAX: large blocks get no separate mapping, which would be unmapped when they are freed.
+        libc.mallopt(-4, 0)
+        # M_TRIM_THRESHOLD: the top of the heap is kept.
+        libc.mallopt(-1, 2**31 - 1)
 
 
 def stop():
@@ -102,10 +102,10 @@ def stop():
 # ---- strategies
 
 def shard(model: nn.Module, world: World, dtype: torch.dtype | None = None) -> nn.Module:
-    """FSDP2 over each block of model.shard_plan() and over the rest. Call it before the weights are loaded.
+    """FSDP2 over each block of model.shard_plan() and over the rest. To be called before the weights are loaded.
 
-    dtype: what weights are gathered in for the matmuls; the weights themselves, their gradients and the reduction stay
-    fp32. None: fp32 too.
+    dtype: the type in which weights are gathered for the matmuls, fp32 by default. The weights themselves, their
+    gradients and the reduction stay fp32.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -117,25 +117,19 @@ def shard(model: nn.Module, world: World, dtype: torch.dtype | None = None) -> n
 def replicate(model: nn.Module, world: World) -> nn.Module:
     """DDP around the model, which is then its `.module`."""
     ids = [world.device.index] if world.device.type == "cuda" else None
-    # A quantised base is in buffers, and they never change: broadcasting them at each step would cost as much as DDP.
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
-                                               broadcast_buffers=False)
+    # A quantised base is in buffers that never change: to broadcast them at each step would cost as much as DDP itself.
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-@contextlib.contextmanager
 def accumulate(model: nn.Module, last: bool):
-    """Backward passes in this context exchange gradients between ranks only for the step's last micro-batch."""
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-        return
-    if hasattr(model, "set_requires_gradient_sync"):
+    """The context of a micro-batch's backward pass: gradients go between ranks only for the `last` one of a step."""
+    if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-    yield
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
-    """Scale the gradients so that their global norm is at most `limit` (0: leave them). Returns the norm before, a
+    """Scale the gradients so that their global norm is at most `limit`; 0 leaves them. Returns the norm they had, a
     scalar that stays on the device. A collective for sharded parameters."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
@@ -151,7 +145,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def distribute_like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """`full`, which every rank holds, on the device of `pattern` and sharded as it is; dtype: its own, or this one."""
+    """`full`, which every rank has, with the device and sharding of `pattern`, and its dtype unless one is given."""
     full = full.to(pattern.device, dtype or pattern.dtype)
     if isinstance(pattern, DTensor):
         return distribute_tensor(full, pattern.device_mesh, pattern.placements, src_data_rank=None)
@@ -160,7 +154,7 @@ def distribute_like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtyp
 
 def model_state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
     """{name: full CPU tensor} of the parameters with `part` in their name, a tied one once. A collective."""
-    if hasattr(model, "reshard"):
+    if isinstance(model, FSDPModule):
         # An evaluation leaves FSDP's root module gathered, in the dtype of the matmuls.
         model.reshard()
     return {name: full_tensor(p) for name, p in model.named_parameters() if part in name}

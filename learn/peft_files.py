@@ -18,7 +18,7 @@ from torch import nn
 
 import hf
 from core.errors import UserError
-from core.files import new_folder, read_object, write_json
+from core.files import new_folder, read_json, write_json
 from learn import adapters
 
 PREFIX = "base_model.model."                 # of every key in PEFT's files
@@ -126,7 +126,7 @@ def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None 
 def read_adapter(folder) -> tuple[dict, dict[str, torch.Tensor]]:
     """(settings, tensors) of an adapter's folder or hf:// id; UserError where it is not LoRA alone."""
     folder = hf.open_base(folder).folder
-    settings = read_object(folder / CONFIG)
+    settings = read_json(folder / CONFIG, dict)
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
     if missing := [name for name in ("r", "lora_alpha") if type(settings.get(name)) not in (int, float)]:
