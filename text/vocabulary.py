@@ -31,7 +31,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from core.errors import UserError
-from core.files import read_object
+from core.files import read_json
 from text.corpus import utf8
 
 ROLES = ("bos", "eos", "pad", "unk", "mask")
@@ -402,7 +402,7 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
 
 def read_settings(path: Path) -> dict:
     """The JSON object in a settings file, {} if the file is missing."""
-    return read_object(path) if path.is_file() else {}
+    return read_json(path, dict) if path.is_file() else {}
 
 
 def token_before_document(tokenizer: Tokenizer) -> int:
