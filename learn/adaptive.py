@@ -1,8 +1,7 @@
-"""Adaptive replay: each evaluation decides what share of the mix is general text from then on.
+"""Adaptive replay: each evaluation decides by the general source that lost most what share is general from then on.
 
-degradation: judges the worst relative loss of a general source, against 5 % and 2.5 %.
-budget: smooths the loss in bits per byte together with its trend (Holt's double exponential smoothing, which does not
-lag behind a steady rise), looks AHEAD evaluations into the future, because replay takes time to help, and judges that
+The policy budget smooths that loss together with its trend (Holt's double exponential smoothing, which does not lag
+behind a steady rise), looks AHEAD evaluations into the future, because replay takes time to help, and judges that
 against epsilon and three quarters of it. Epsilon 0.02, smoothing 0.5, two evaluations that lost 0.01 and 0.02:
 
     level 0.005,   trend 0.0025,   forecast 0.0125       below 0.015: the share falls by 0.05

@@ -11,6 +11,7 @@ F = (4 + 0.25) / 4 = 1.0625. Moved by 0.1 with strength 0.4, the penalty is 0.4 
 gradient 2 * 0.4 * 1.0625 * 0.1 = 0.085.
 """
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class EWCConfig:
 
 
 class EWC(Method):
-    """Holds the base's values of what trains (`anchor`) and their F (`fisher`, None for l2sp). F is estimated once and
+    """Holds the base's values of what trains (`anchor`) and their F (`fisher`, empty for l2sp). F is estimated once and
     kept in the run folder, under a name that says from what, for a resumed run to read again."""
 
     name = "ewc"
@@ -59,7 +60,7 @@ class EWC(Method):
         if config.fisher != "l2sp" and learning.general_text is None:
             raise UserError("forget.ewc estimates its Fisher on general text, and there is none; add a source with the "
                             "role general (forget.py replay makes one from the base), or use --forget.ewc.fisher l2sp")
-        self.fisher = None
+        self.fisher = {}
         # Base and F do not change during a run, so a checkpoint only says what they were made from.
         self.values["fingerprint"] = json.dumps([learning.fingerprint, config.fisher, config.samples, learning.seed])
 
@@ -68,13 +69,12 @@ class EWC(Method):
         if not parameters:
             raise UserError("forget.ewc ties down weights that train, and none does; leave it out, or freeze less")
         self.anchor = {name: p.detach().clone() for name, p in parameters.items()}
-        text, copies = "no text", list(self.anchor.values())
+        text = "no text"
         if self.config.fisher != "l2sp":
             found = self.load_or_estimate(model, parameters)
             text = (f"{found['sequences']:,} of {self.config.samples:,} sequences, {found['tokens']:,} tokens of "
                     f"general text")
-            copies += self.fisher.values()
-        gigabytes = sum(x.nbytes for x in copies) / 1e9
+        gigabytes = sum(x.nbytes for x in [*self.anchor.values(), *self.fisher.values()]) / 1e9
         self.notes = [f"ewc: {self.config.fisher} from {text}; its copies take {gigabytes:.2f} GB over all ranks"]
 
     def load_or_estimate(self, model, parameters: dict) -> dict:
@@ -127,41 +127,33 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
     1905.12558). Ranks that each hold the model (DDP) share the sequences out and add up. Ranks that share one model
     (FSDP) all take every sequence: a gradient is averaged over the ranks, and equal ones average to themselves.
     """
-    world, sequences, tokens = learning.world, 0, 0
+    world, tokens, number = learning.world, 0, -1
     total = {name: torch.zeros_like(p, dtype=upcast_dtype(p)) for name, p in trainable_parameters(model).items()}
     share_out = world.size > 1 and not any(isinstance(p, DTensor) for p in total.values())
+    one_by_one = (take_sequences(batch, [i]) for batch in learning.general_text for i in range(len(batch.tokens)))
+    chosen = itertools.islice((sequence for sequence in one_by_one if (sequence.labels != IGNORE).any()), samples)
     model.zero_grad(set_to_none=True)
-    with tqdm(total=samples, unit="sequence", desc="Fisher", disable=None if world.main else True) as bar:
-        one_by_one = (take_sequences(batch, [i]) for batch in learning.general_text for i in range(len(batch.tokens)))
-        for sequence in one_by_one:
-            if sequences == samples:
-                break
-            targets = int((sequence.labels != IGNORE).sum())
-            if not targets:
-                continue
-            number = sequences
-            sequences += 1
-            tokens += targets
-            bar.update()
-            if share_out and number % world.size != world.rank:
-                continue
-            hidden = learning.forward(model, sequence)
-            labels = sequence.labels.to(hidden.device)
-            if true:
-                generator = torch.Generator().manual_seed((learning.seed * 1_000_003 + number) % 2**63)
-                labels = draw_labels(hidden, model.head.weight, labels, generator)
-            linear_cross_entropy(hidden, model.head.weight, labels)[0].backward()
-            for name, p in trainable_parameters(model).items():
-                if p.grad is not None:
-                    total[name] += p.grad.to(total[name].dtype).square()
-            model.zero_grad(set_to_none=True)
-    if not sequences:
+    for number, sequence in enumerate(tqdm(chosen, "Fisher", samples, disable=None if world.main else True)):
+        tokens += int((sequence.labels != IGNORE).sum())
+        if share_out and number % world.size != world.rank:
+            continue
+        hidden = learning.forward(model, sequence)
+        labels = sequence.labels.to(hidden.device)
+        if true:
+            generator = torch.Generator().manual_seed((learning.seed * 1_000_003 + number) % 2**63)
+            labels = draw_labels(hidden, model.head.weight, labels, generator)
+        linear_cross_entropy(hidden, model.head.weight, labels)[0].backward()
+        for name, p in trainable_parameters(model).items():
+            if p.grad is not None:
+                total[name] += p.grad.to(total[name].dtype).square()
+        model.zero_grad(set_to_none=True)
+    if not tokens:
         raise UserError("the Fisher of forget.ewc has no general text to be estimated on; add a source with the role "
                         "general, or use --forget.ewc.fisher l2sp")
     if share_out:
         for value in total.values():
             torch.distributed.all_reduce(value)
-    return {name: value / tokens for name, value in total.items()}, {"sequences": sequences, "tokens": tokens}
+    return {name: value / tokens for name, value in total.items()}, {"sequences": number + 1, "tokens": tokens}
 
 
 @torch.no_grad()

@@ -43,15 +43,11 @@ class FreezeConfig:
 
     def parse_stages(self) -> list[tuple[float, list[str]]]:
         """The stages as [(progress, patterns)]: "0.5 norm head" is (0.5, ["norm", "head"])."""
-        stages = []
-        for stage in self.stages:
-            start, *patterns = stage.split()
-            try:
-                stages.append((float(start), patterns))
-            except ValueError:
-                raise UserError(f"forget.freeze.stages has {stage!r}, which does not begin with the share of the run "
-                                f"it starts at, e.g. 0.5") from None
-        return stages
+        try:
+            return [(float(start), patterns) for start, *patterns in map(str.split, self.stages)]
+        except ValueError:
+            raise UserError(f"forget.freeze.stages are {self.stages}, but each must begin with the share of the run it "
+                            f"starts at, e.g. 0.5") from None
 
 
 class Freeze(Method):
@@ -84,9 +80,9 @@ class Freeze(Method):
                                 f"{nearest(pattern, modules)}")
         stages = range(self.stage_at(0), self.stage_at(self.steps - 1) + 1)
         self.sets = {stage: {name for name in names if self.trains(name, stage)} for stage in stages}
-        if empty := [stage for stage, members in self.sets.items() if not members]:
-            raise UserError(f"forget.freeze leaves nothing to train (stage {empty[0]}); name at least one part, or "
-                            f"leave out freezing")
+        if not all(self.sets.values()):
+            raise UserError("forget.freeze leaves nothing to train at some time; name at least one part in each stage, "
+                            "or leave out freezing")
         self.ever = set().union(*self.sets.values())
         for name, p in model.named_parameters():
             p.requires_grad_(name in self.ever)
@@ -102,9 +98,9 @@ class Freeze(Method):
                  f"{counts[-1]:,} at the end, in {len(counts)} stages"]
         # PyTorch names a shared parameter once, by its first place.
         if "embed_tokens.weight" in parameters and "head.weight" not in parameters:
-            frozen = "" if "embed_tokens.weight" in self.ever else \
-                ", which are frozen, so it does not train: --forget.freeze.embeddings True lets both"
-            notes.append(f"freeze: the head is tied to the embeddings{frozen}")
+            notes.append("freeze: the head is tied to the embeddings")
+            if "embed_tokens.weight" not in self.ever:
+                notes[-1] += ", which are frozen, so it does not train: --forget.freeze.embeddings True lets both"
         if self.replicated:
             notes.append("freeze: under DDP frozen weights save their optimizer state, but their gradients are still "
                          "computed; --parallel.strategy fsdp saves both")

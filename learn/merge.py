@@ -88,10 +88,8 @@ def slerp(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 class Pair:
-    """The folders of a base and of its result, and the tensors between them, read one at a time.
-
-    names: the tensors that can be merged, as Hugging Face calls them.
-    """
+    """The folders of a base and of its result, and the tensors between them, read one at a time. names: the tensors
+    that can be merged, as Hugging Face calls them."""
 
     def __init__(self, base, result):
         self.folders = [hf.open_base(base).folder, hf.open_base(result).folder]
@@ -108,11 +106,8 @@ class Pair:
 
     def merge_one(self, name: str, alpha: float, config: MergeConfig) -> torch.Tensor:
         """The tensor `name` between the two folders."""
-        tensors = []
-        for files in self.files:
-            with hf.open_tensors(files[name]) as opened:
-                tensors.append(opened.get_tensor(name))
-        base, result = tensors
+        with hf.open_tensors(self.files[0][name]) as old, hf.open_tensors(self.files[1][name]) as new:
+            base, result = old.get_tensor(name), new.get_tensor(name)
         is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
         grown = is_vocabulary and base.shape[1:] == result.shape[1:] and len(base) < len(result)
         if base.shape != result.shape and not grown:
@@ -127,22 +122,21 @@ def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", 
     pair = Pair(base, result)
     in_result = pair.files[1]
     with new_folder(out, overwrite) as partial:
-        weight_map, size, dtype = {}, 0, None
+        weight_map, size = {}, 0
         for file in dict.fromkeys(in_result.values()):
             name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
             tensors = {n: pair.merge_one(n, alpha, config) for n in pair.names if in_result[n] == file}
             save_file(tensors, partial / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             size += sum(t.nbytes for t in tensors.values())
-            dtype = next(iter(tensors.values())).dtype
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         for file in pair.folders[1].iterdir():
             if file.is_file() and not re.search(r"\.(safetensors|bin)(\.index\.json)?$", file.name):
                 shutil.copyfile(file, partial / file.name)
         if len(set(weight_map.values())) > 1:
             write_json(partial / "model.safetensors.index.json",
                        {"metadata": {"total_size": size}, "weight_map": weight_map})
-        name = str(dtype).removeprefix("torch.")
-        write_json(partial / "config.json", read_json(partial / "config.json") | {"torch_dtype": name, "dtype": name})
+        write_json(partial / "config.json", read_json(partial / "config.json") | {"torch_dtype": dtype, "dtype": dtype})
         with open(partial / "README.md", "a", encoding="utf-8") as readme:
             readme.write(f"\n## Merged with its base\n\n{config.method}, coefficient {alpha:g} (0 is the base, 1 the "
                          f"model that was trained).\n{card}\n")
@@ -151,9 +145,7 @@ def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", 
 def try_coefficients(base, result, score: Callable, compare: Callable, config: MergeConfig, dtype: torch.dtype,
                      device) -> list[dict]:
     """[{"alpha", "texts", **compare(before, texts)}] of the merged models, by rising alpha; no folder is written.
-
-    score(model, folder) -> {text: {"bits_per_byte", ...}}, where `folder` has the model's tokenizer.
-    """
+    score: as in forget.merge_best."""
     before = score(hf.load(base, dtype, device), base)
     pair, model, rows = Pair(base, result), hf.load(result, dtype, device), []
     parameters = dict(model.named_parameters())

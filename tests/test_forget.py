@@ -48,6 +48,7 @@ def test_a_command_line_turns_methods_on(tmp_path):
     (lambda: FreezeConfig("stages", stages=["0 head", "0.5 norm", "0.5 head"]), "must begin at 0, rise"),
     (lambda: FreezeConfig("stages", stages=["0 head", "1 norm"]), "below 1"),
     (lambda: FreezeConfig("stages", stages=["head 0"]), "'head 0'"),
+    (lambda: FreezeConfig("stages", stages=["0 head", ""]), "''.*must begin with the share"),
     (lambda: FreezeConfig(blocks=-1), "blocks is -1"),
     (lambda: FreezeConfig(thaw_ratio=0), "thaw_ratio is 0"),
     (lambda: EWCConfig(-1), "strength is -1"),
