@@ -21,7 +21,8 @@ from core.errors import UserError
 
 # Suffixes that hold no plain text; read as text they would give nonsense without an error.
 NOT_TEXT = (".json", ".csv", ".tsv", ".html", ".htm", ".xml", ".pdf", ".docx", ".zip")
-SEPARATED_CHUNK = 1 << 20           # characters read at a time where a separator stands between documents
+# Characters read at a time where a separator stands between documents.
+SEPARATED_CHUNK = 1 << 20
 # What clean.py leaves in a folder beside its drops.json: every document that it has scored.
 CLEANED = ("kept.jsonl", "dropped.jsonl.gz")
 
@@ -70,9 +71,10 @@ def _records_of(path: str, reading: Reading, only):
         elif stem.endswith((".jsonl", ".ndjson")):
             yield from json_records(path)
         else:
-            for text in _text_documents(path, reading):
-                yield path, {reading.column: text}
-    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+            yield from ((path, {reading.column: text}) for text in _text_documents(path, reading))
+    except UserError:
+        raise
+    except (ValueError, EOFError, OSError, zlib.error) as error:
         # These errors do not name the file, and the user may have given a hundred.
         what = "read" if stem.endswith(".parquet") else "read as UTF-8 text"
         raise UserError(f"input file {path} cannot be {what}: {error}; convert it or fetch it again") from None
@@ -105,18 +107,13 @@ def json_records(path: str):
 
 
 def _parquet_records(path: str, column: str, only):
-    import pyarrow
-    import pyarrow.parquet as parquet
-    try:
-        file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from None
+    from pyarrow import parquet
+    file = parquet.ParquetFile(path)
     if column not in file.schema_arrow.names:
         raise UserError(f"{path} has no column {column!r} (it has: {', '.join(file.schema_arrow.names)}); "
                         f"name the column with --column")
     for batch in file.iter_batches(batch_size=1024, columns=only):
-        for record in batch.to_pylist():
-            yield path, record
+        yield from ((path, record) for record in batch.to_pylist())
 
 
 def _open_text(path: str):

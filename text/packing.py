@@ -9,8 +9,6 @@ A sequence is made of pieces, and `Sequences.append` writes one. It has one toke
 and targets are not yet apart: the objective shifts once. B sequences, T tokens of context, L tokens of a source.
 """
 
-import bisect
-
 import numpy as np
 
 from core.errors import UserError
@@ -121,38 +119,30 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     order = np.argsort(-sizes, kind="stable")
     bins = np.empty(len(sizes), np.int64)
     opened = 0
-    rooms = []                   # the rooms that bins have left, each once, rising
-    bins_with = {}               # room -> arrays of the bins that have it
-
-    def put_back(room, those):
-        if not room or not len(those):
-            return
-        if room not in bins_with:
-            bisect.insort(rooms, room)
-        bins_with.setdefault(room, []).append(those)
-
+    # The bins by the room that they have left, and how many these are.
+    bins_with = [[] for _ in range(capacity + 1)]
+    count = np.zeros(capacity + 1, np.int64)
     for items in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
         size = int(sizes[items[0]])
         while len(items):
-            place = bisect.bisect_left(rooms, size)
-            if place < len(rooms):
-                room = rooms.pop(place)
-                those = np.concatenate(bins_with.pop(room))
-            else:
+            room = size + int((count[size:] > 0).argmax())
+            if not count[room]:
                 # No bin has room: open as many as the rest of these items needs.
                 room = capacity
                 needed = -(-len(items) // (capacity // size))
-                those = np.arange(opened, opened + needed)
+                bins_with[room] = [np.arange(opened, opened + needed)]
                 opened += needed
+            those = np.concatenate(bins_with[room])
             # A bin that takes one of the items is then the fullest with room, so it takes as many as it can hold.
             each = room // size
             filled, rest = divmod(min(len(items), len(those) * each), each)
             taken = filled * each + rest
             bins[items[:taken]] = np.repeat(those[:filled + 1], each)[:taken]
-            put_back(room - each * size, those[:filled])
-            if rest:
-                put_back(room - rest * size, those[filled:filled + 1])
-            put_back(room, those[filled + bool(rest):])
+            bins_with[room], count[room] = [], 0
+            for left, moved in ((room - each * size, those[:filled]), (room, those[filled + bool(rest):]),
+                                (room - rest * size, those[filled:filled + bool(rest)])):
+                bins_with[left].append(moved)
+                count[left] += len(moved)
             items = items[taken:]
     return bins
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from core.files import write_json
 from text.mixture import Bucket, SourceConfig
 from text.shards import SPLITS, describe_split, new_source, pack, read_index, read_manifest
 
-BLOCK = 1024                    # documents of one file that go to the same part
+# Documents of one file that go to the same part.
+BLOCK = 1024
 
 
 # ---- parts of one source, packed by many machines
@@ -49,8 +51,7 @@ def deal_documents(files: list, documents, k: int, n: int):
 def merge_parts(out) -> dict:
     """Write the manifest of a folder whose parts are all packed; returns it. The shards stay where they are."""
     out = Path(out)
-    found = sorted(path.name for path in out.glob("part_*") if re.fullmatch(r"part_\d{4}_of_\d{4}", path.name)
-                   and (path / "manifest.json").is_file())
+    found = sorted(path.parent.name for path in out.glob(f"part_{'[0-9]' * 4}_of_{'[0-9]' * 4}/manifest.json"))
     if not found:
         raise UserError(f"{out} holds no packed parts; make them with data.py pack --part 1/N, 2/N, ...")
     n = int(found[0].rpartition("_")[2])
@@ -68,10 +69,10 @@ def merge_parts(out) -> dict:
                                 f"pack it again like the others")
     splits = {split: describe_split([{**shard, "name": f"{name}/{shard['name']}"} for name, manifest in parts.items()
                                      for shard in manifest["splits"][split]["shards"]]) for split in SPLITS}
+    if not splits["train"]["tokens"]:
+        raise UserError(f"nothing to train on: the parts of {out} hold no training documents")
     empty = sum(manifest["empty_documents_dropped"] for manifest in parts.values())
     merged = {**first, "empty_documents_dropped": empty, "splits": splits}
-    if not merged["splits"]["train"]["tokens"]:
-        raise UserError(f"nothing to train on: the parts of {out} hold no training documents")
     write_json(out / "manifest.json", merged)
     return merged
 
@@ -80,8 +81,8 @@ def merge_parts(out) -> dict:
 
 def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: str = "low", column: str = "text",
                  overwrite: bool = False, **options) -> dict:
-    """Pack the documents into `buckets` folders of as many documents each, by their metadata.scores[score]; returns
-    what buckets.json says. Bucket 0 is the one that a curriculum reads first: the `first` ("low" or "high") scores.
+    """Pack the documents into `buckets` folders of equally many documents, by their metadata.scores[score]; returns
+    what buckets.json says. A curriculum reads bucket 0 first: that of the `first` ("low" or "high") scores.
 
     `records()` yields (where, record) and is called twice: for the scores, then for the texts. Equal scores keep the
     order of the input. `options` are pack's. The folder appears whole or not at all.
@@ -95,22 +96,22 @@ def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: st
         # The bucket of each document, in the order of the input.
         bucket_of = np.empty(len(scores), np.int64)
         bucket_of[order] = np.arange(len(scores)) * buckets // len(scores)
-        # The texts of each bucket go to a file of their own first, so that no bucket has to fit in memory.
+        parts = []
         with contextlib.ExitStack() as stack:
-            spools = [stack.enter_context(open(partial / f"{k}.spool", "w", encoding="utf-8")) for k in range(buckets)]
+            # The texts of each bucket go to a file of their own first, so that no bucket has to fit in memory.
+            spools = [stack.enter_context(tempfile.TemporaryFile("w+", dir=partial)) for _ in range(buckets)]
             for k, (_, record) in zip(bucket_of, records(), strict=True):
                 spools[k].write(json.dumps(record[column]) + "\n")
-        parts = []
-        for k in range(buckets):
-            name, inside = f"bucket_{k:02d}", scores[bucket_of == k]
-            with open(partial / f"{k}.spool", encoding="utf-8") as file:
+            for k, spool in enumerate(spools):
+                name, inside = f"bucket_{k:02d}", scores[bucket_of == k]
+                spool.seek(0)
                 try:
-                    manifest = pack(map(json.loads, file), tokenizer, partial / name, **options)
+                    manifest = pack(map(json.loads, spool), tokenizer, partial / name, **options)
                 except UserError as error:
                     raise UserError(f"bucket {k} of {buckets}: {error}".replace(str(partial), str(out))) from None
-            (partial / f"{k}.spool").unlink()
-            parts.append({"name": name, "low": float(inside.min()), "high": float(inside.max()),
-                          **{key: manifest["splits"]["train"][key] for key in ("documents", "tokens")}})
+                spool.close()
+                parts.append({"name": name, "low": float(inside.min()), "high": float(inside.max()),
+                              **{key: manifest["splits"]["train"][key] for key in ("documents", "tokens")}})
         index = {"format": "nanocpt-buckets", "version": 1, "score": score, "first": first, "buckets": parts}
         write_json(partial / "buckets.json", index)
     return index

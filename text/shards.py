@@ -29,22 +29,27 @@ MAGIC = {2: (20240520, 1), 4: (20240801, 7)}
 OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1
 SPLITS = ("train", "heldout")
 TOKENIZER_KEYS = ("fingerprint", "library", "vocab_size", "bos_id", "eos_id")
+# The files of a shard: (suffix, bytes before the array, its type or None for that of the tokens, what the manifest
+# says of its length and of its hash)
+FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
+         ("bytes", 0, "<u4", "documents", "bytes_sha256"))
 
 
 # ---- writing
 
 class ShardWriter:
-    """Appends documents to shards of about `shard_tokens` tokens. Plain writes, so that a full disk is an error and not
-    a signal, which it would be in a memory map."""
+    """Appends documents to shards of about `shard_tokens` tokens. It writes plainly, because a full disk would be a
+    signal in a memory map and not an error."""
 
     def __init__(self, folder: Path, split: str, tokenizer: dict, itemsize: int, shard_tokens: int):
         self.folder, self.split, self.tokenizer, self.shard_tokens = folder, split, tokenizer, shard_tokens
         self.dtype = np.dtype(f"<u{itemsize}")
-        self.records = []                   # what the manifest says of each finished shard
+        # What the manifest says of each finished shard.
+        self.records = []
         self.file = None
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, nbytes: np.ndarray):
-        """Documents one after the other: token ids [n]; tokens and text bytes of each document [documents]."""
+        """Append documents: their token ids [n] one after the other, tokens [documents] and text bytes [documents]."""
         while len(lengths):
             if self.file is None:
                 name = f"{self.split}_{len(self.records):06d}"
@@ -53,10 +58,8 @@ class ShardWriter:
                 self.file.write(bytes(HEADER_BYTES))
                 self.hash, self.ends, self.nbytes = hashlib.sha256(), [], []
             shard, ends = self.record, np.cumsum(lengths)
-            fits = int(np.searchsorted(ends, self.shard_tokens - shard["tokens"], "right"))
-            if not shard["tokens"]:
-                # A document larger than a shard is not cut: it gets a shard of its own.
-                fits = max(fits, 1)
+            # A document larger than a shard is not cut: it gets a shard of its own.
+            fits = max(int(np.searchsorted(ends, self.shard_tokens - shard["tokens"], "right")), not shard["tokens"])
             if fits:
                 payload = ids[:ends[fits - 1]].astype(self.dtype)
                 self.hash.update(payload)
@@ -107,23 +110,20 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
     Every document gets an EOS at its end, and a BOS at its start where the tokenizer says that the model was trained so
     (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text. A text
     may be given as its ids instead (uint32 [n], without BOS and EOS). `inputs` is what the manifest says of the files.
-    Without `allow_empty`, as a part of a source may be, no training document is an error.
+    No training document is an error, unless `allow_empty`: a part of a source may have none.
 
     The result depends neither on `workers` (threads: every tokenizer releases the GIL) nor on `batch_bytes`.
     """
     out, bos = Path(out), tokenizer.add_bos if bos is None else bos
-    assert 0 <= heldout < 1, f"heldout is {heldout}, but must be a share from 0 to below 1"
-    assert 1 <= shard_tokens < 2**31, f"{shard_tokens} tokens per shard do not fit the header"
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no EOS token, and every document must end with one; name it as eos_token "
                         "in tokenizer_config.json beside the tokenizer")
     if bos and tokenizer.bos_id is None:
         raise UserError("--bos was asked for, but the tokenizer has no BOS token")
+    itemsize, empty = 2 if tokenizer.vocab_size <= 65536 else 4, 0
+    described = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
     with new_source(out, overwrite) as partial:
-        itemsize = 2 if tokenizer.vocab_size <= 65536 else 4
-        described = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
         writers = {split: ShardWriter(partial, split, described, itemsize, shard_tokens) for split in SPLITS}
-        empty = 0
         with WorkerPool(workers, (tokenizer, bos, heldout), threads=True) as pool:
             for encoded, without_text in pool.map(_encode_batch, batches_by_size(texts, len, batch_bytes)):
                 empty += without_text
@@ -134,12 +134,10 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
         splits = {name: describe_split(writer.records) for name, writer in writers.items()}
         if not splits["train"]["tokens"] and not allow_empty:
             raise UserError(f"nothing to train on: {empty} empty documents, {splits['heldout']['documents']} held out")
-        manifest = {
-            "format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
-            "tokenizer": described,
-            "bos": bos, "eos": True, "heldout": heldout, "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout",
-            "inputs": inputs or [], "empty_documents_dropped": empty, "splits": splits,
-        }
+        manifest = {"format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
+                    "tokenizer": described, "bos": bos, "eos": True, "heldout": heldout,
+                    "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout", "inputs": inputs or [],
+                    "empty_documents_dropped": empty, "splits": splits}
         write_json(partial / "manifest.json", manifest)
     return manifest
 
@@ -153,8 +151,7 @@ def describe_split(records: list[dict]) -> dict:
 def new_source(out: Path, overwrite: bool):
     """core.files.new_folder for a packed source: --overwrite replaces nothing but another packed source."""
     is_source = any((out / name).is_file() for name in ("manifest.json", "buckets.json"))
-    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not is_source and not is_free:
+    if out.exists() and not is_source and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is no packed source, so --overwrite does not remove it; choose another --out")
     try:
         with new_folder(out, overwrite) as partial:
@@ -166,8 +163,7 @@ def new_source(out: Path, overwrite: bool):
 def _encode_batch(shared, texts: list):
     """In a worker thread: ({split: (ids [n], tokens of each document, text bytes of each)}, empty documents)."""
     tokenizer, bos, heldout = shared
-    start = [np.array([tokenizer.bos_id], np.uint32)] if bos else []
-    end = np.array([tokenizer.eos_id], np.uint32)
+    start, end = np.array([tokenizer.bos_id] * bos, np.uint32), np.array([tokenizer.eos_id], np.uint32)
     empty = 0
     documents = {split: ([], [], []) for split in SPLITS}
     encoded = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
@@ -178,7 +174,7 @@ def _encode_batch(shared, texts: list):
             empty += 1
             continue
         pieces, lengths, nbytes = documents["heldout" if is_held_out(raw, heldout) else "train"]
-        pieces += [*start, ids, end]
+        pieces += [start, ids, end]
         lengths.append(len(ids) + len(start) + 1)
         nbytes.append(len(raw))
     return {split: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
@@ -221,11 +217,10 @@ class Shards:
         while at < n:
             start %= self.tokens
             shard = bisect.bisect_right(self.first_token, start) - 1
-            local = start - self.first_token[shard]
+            local, ends = start - self.first_token[shard], self.end_maps[shard]
             part = self.token_maps[shard][local:local + n - at]
             tokens.append(part)
             # Within a shard a document begins where the one before it ends; the shard's first one begins at 0.
-            ends = self.end_maps[shard]
             low, high = ends.searchsorted(np.array([local, local + len(part)], np.uint64), "left")
             if local == 0:
                 begins.append(np.array([at]))
@@ -237,8 +232,7 @@ class Shards:
     def document(self, index: int) -> tuple[np.ndarray, int]:
         """(tokens, bytes of text) of one document, its BOS and EOS included."""
         shard = bisect.bisect_right(self.first_document, index) - 1
-        local = index - self.first_document[shard]
-        ends = self.end_maps[shard]
+        local, ends = index - self.first_document[shard], self.end_maps[shard]
         begin = int(ends[local - 1]) if local else 0
         return self.token_maps[shard][begin:int(ends[local])], int(self.byte_maps[shard][local])
 
@@ -250,18 +244,22 @@ class Shards:
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of a packed folder; UserError where there is none, or where it is not one that this code wrote."""
-    folder = Path(folder)
-    path = folder / "manifest.json"
+    path = Path(folder, "manifest.json")
     if not path.is_file():
-        if (folder / "buckets.json").is_file():
+        if path.with_name("buckets.json").is_file():
             raise UserError(f"{folder} holds score buckets; name one of them, such as {folder}/bucket_00")
         raise UserError(f"{folder} holds no manifest.json: it is no packed source, or packing did not finish; make it "
                         f"with data.py pack")
     manifest = read_index(path, "nanocpt-shards", FORMAT_VERSION, lambda manifest: [
-        shard["name"] for split in SPLITS for shard in manifest["splits"][split]["shards"]])
+        shard["name"] for shard in list_shards(manifest)])
     if manifest.get("dtype") not in ("uint16", "uint32") or not isinstance(manifest.get("tokenizer"), dict):
         raise UserError(f"{path} is damaged or of another version; pack the folder again")
     return manifest
+
+
+def list_shards(manifest: dict) -> list[dict]:
+    """What a manifest says of each shard, those of the held-out split last."""
+    return [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
 
 
 def read_index(path: Path, kind: str, version: int, names_of) -> dict:
@@ -272,40 +270,39 @@ def read_index(path: Path, kind: str, version: int, names_of) -> dict:
     try:
         index = read_json(path)
         names, found = names_of(index), (index["format"], index["version"])
+        if found != (kind, version):
+            raise UserError(f"it is {found[0]} {found[1]}")
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version; pack the folder again ({error})") from None
-    if found != (kind, version):
-        raise UserError(f"{path} is damaged or of another version, {found[0]} {found[1]}; pack the folder again")
     for name in names:
         if any(part in ("", ".", "..") or Path(part).name != part for part in str(name).split("/")):
             raise UserError(f"{path} points outside its folder: {name!r}")
     return index
 
 
-def _repair(folder, record) -> str:
-    if "/" not in record["name"]:
-        return f"pack {folder} again"
-    return f"pack that part again if it is damaged, then data.py manifest --merge {folder}"
+def _describe_fault(folder: Path, record: dict, suffix: str, fault: str) -> UserError:
+    remedy = f"pack {folder} again"
+    if "/" in record["name"]:
+        remedy = f"pack that part again if it is damaged, then data.py manifest --merge {folder}"
+    return UserError(f"shard file {folder}/{record['name']}.{suffix} {fault}; {remedy}")
 
 
 def open_shard(folder: Path, manifest: dict, record: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Memory maps of (tokens, document ends, document bytes), after sizes and header are found to fit the manifest."""
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     arrays = []
-    for suffix, kind, count, skip in (("bin", dtype, record["tokens"], HEADER_BYTES),
-                                      ("idx", "<u8", record["documents"], 0), ("bytes", "<u4", record["documents"], 0)):
-        path = folder / f"{record['name']}.{suffix}"
-        wanted = skip + count * np.dtype(kind).itemsize
+    for suffix, skip, kind, count, _ in FILES:
+        path, kind = folder / f"{record['name']}.{suffix}", np.dtype(kind or dtype)
+        wanted = skip + record[count] * kind.itemsize
         if not path.exists():
-            raise UserError(f"shard file {path} is missing; {_repair(folder, record)}")
+            raise _describe_fault(folder, record, suffix, "is missing")
         if path.stat().st_size != wanted:
-            raise UserError(f"shard file {path} has {path.stat().st_size} bytes instead of {wanted}: it was cut short "
-                            f"or changed; {_repair(folder, record)}")
-        arrays.append(np.asarray(np.memmap(path, dtype=kind, mode="r", offset=skip, shape=(count,))))
+            fault = f"has {path.stat().st_size} bytes instead of {wanted}: it was cut short or changed"
+            raise _describe_fault(folder, record, suffix, fault)
+        arrays.append(np.asarray(np.memmap(path, kind, "r", skip, (record[count],))))
     header = np.fromfile(folder / f"{record['name']}.bin", "<i4", 256)
     if header.tolist() != shard_header(record, manifest["tokenizer"], dtype.itemsize).tolist():
-        raise UserError(f"shard file {folder}/{record['name']}.bin has a header that does not fit the manifest; "
-                        f"{_repair(folder, record)}")
+        raise _describe_fault(folder, record, "bin", "has a header that does not fit the manifest")
     return tuple(arrays)
 
 
@@ -314,20 +311,17 @@ def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
 
     Within a budget it reads a random choice of the shards, at least one.
     """
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    records = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-    read = 0
+    folder, manifest, read = Path(folder), read_manifest(folder), 0
+    records = list_shards(manifest)
     for position in np.random.default_rng(seed).permutation(len(records)):
         record = records[position]
         if read and read + record["tokens"] * np.dtype(manifest["dtype"]).itemsize > budget_bytes:
             continue
-        tokens, ends, nbytes = open_shard(folder, manifest, record)
-        for suffix, array, wanted in (("bin", tokens, record["sha256"]), ("idx", ends, record["idx_sha256"]),
-                                      ("bytes", nbytes, record["bytes_sha256"])):
-            if hashlib.sha256(np.ascontiguousarray(array)).hexdigest() != wanted:
-                raise UserError(f"shard file {folder}/{record['name']}.{suffix} does not have the content it was "
-                                f"written with (its hash differs); {_repair(folder, record)}")
+        tokens, ends, _ = arrays = open_shard(folder, manifest, record)
+        for (suffix, *_, key), array in zip(FILES, arrays):
+            if hashlib.sha256(array).hexdigest() != record[key]:
+                fault = "does not have the content it was written with (its hash differs)"
+                raise _describe_fault(folder, record, suffix, fault)
             read += array.nbytes
         if len(ends) and (int(ends[-1]) != len(tokens) or (np.diff(ends.astype(np.int64)) <= 0).any()):
             raise UserError(f"shard {folder}/{record['name']} has document ends that do not rise to its length")
@@ -337,7 +331,7 @@ def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
 def check_tokenizer(name: str, shards: Shards, tokenizer, vocab_size: int):
     """UserError for shards that the model cannot read: another tokenizer's, or with ids past its vocabulary."""
     theirs = shards.manifest["tokenizer"]
-    largest = max(shard["max_id"] for split in SPLITS for shard in shards.manifest["splits"][split]["shards"])
+    largest = max(shard["max_id"] for shard in list_shards(shards.manifest))
     if largest >= vocab_size:
         raise UserError(f"source {name} ({shards.folder}) holds token id {largest}, but the model's vocabulary has "
                         f"{vocab_size} entries; pack it with the model's tokenizer or resize the model")
