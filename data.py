@@ -36,7 +36,7 @@ from text.corpus import read_records
 from text.foreign import holds_tokens, read_token_documents
 from text.mix_outputs import mix_files, preview_mix
 from text.mixture import DataConfig, SourceConfig
-from text.packing import Documents, Sequences, Windows
+from text.packing import Packing, Sequences
 from text.shards import SPLITS, pack, read_manifest, verify
 
 # Raise it when the same seed gives another order.
@@ -93,7 +93,7 @@ class Loader:
     order in every epoch.
     """
 
-    def __init__(self, packings: dict[str, Windows | Documents], plan: np.ndarray, config: DataConfig, seed: int):
+    def __init__(self, packings: dict[str, Packing], plan: np.ndarray, config: DataConfig, seed: int):
         self.plan, self.config, self.seed = plan, config, seed
         self.names, self.packings = list(packings), list(packings.values())
         self.shards = [packing.shards for packing in self.packings]
@@ -267,12 +267,6 @@ def run_verify(options: Verify) -> dict:
     return {"dir": options.dir, "bytes": read}
 
 
-def run_manifest(options: Manifest) -> dict:
-    """Join packed parts; returns the manifest."""
-    parts.merge_parts(options.merge)
-    return print_info(options.merge)
-
-
 # ---- mix
 
 @dataclass(kw_only=True)
@@ -333,7 +327,8 @@ def main() -> int:
         at = next(keys, len(argv))
         argv, settings = argv[:at], argv[at:]
     return cli.run("data.py", __doc__, {
-        "pack": (Pack, run_pack), "manifest": (Manifest, run_manifest), "verify": (Verify, run_verify),
+        "pack": (Pack, run_pack), "verify": (Verify, run_verify),
+        "manifest": (Manifest, lambda options: print_info(parts.merge_parts(options.merge))),
         "info": (Folder, lambda options: print_info(options.dir)),
         "mix": (Mix, functools.partial(run_mix, settings=settings))}, argv=argv)
 

@@ -19,7 +19,7 @@ mix RECIPE --preview` shows it. S sources; a score bucket counts as a source.
 
 import bisect
 import functools
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Literal
 
 import numpy as np
@@ -39,6 +39,7 @@ ALONE = ("two_stage", "domain_only")
 # What `open_documents` gives where all are open and come equally often.
 ALL = (0.0, 1.0, 1.0)
 INFINITY = float("inf")
+STRATA = ("reasoning", "knowledge", "language", "coding", "math", "instruction_following", "safety")
 
 
 @dataclass
@@ -49,8 +50,7 @@ class SourceConfig:
     """domain: text to be learned; general: replay, which keeps what the model knows"""
     weight: float = setting(1.0, at_least=0, below=INFINITY)
     """share among the sources of the same role (of the same stratum, where replay is stratified)"""
-    stratum: Literal["", "reasoning", "knowledge", "language", "coding", "math", "instruction_following",
-                     "safety"] = ""
+    stratum: Literal["", *STRATA] = ""
     """capability that a general source keeps; where all general sources name theirs, data.strata weighs them"""
     max_epochs: float = setting(16.0, above=0)
     """a plan that reads the source more often is refused; above 4 there is a warning"""
@@ -67,17 +67,9 @@ class Bucket(SourceConfig):
     tokens: int = 0
 
 
-@dataclass
-class Strata:
-    """Weights of the capabilities within the replay; used where the general sources name their stratum."""
-
-    reasoning: float = setting(1.0, at_least=0, below=INFINITY)
-    knowledge: float = setting(1.0, at_least=0, below=INFINITY)
-    language: float = setting(1.0, at_least=0, below=INFINITY)
-    coding: float = setting(1.0, at_least=0, below=INFINITY)
-    math: float = setting(1.0, at_least=0, below=INFINITY)
-    instruction_following: float = setting(1.0, at_least=0, below=INFINITY)
-    safety: float = setting(1.0, at_least=0, below=INFINITY)
+Strata = make_dataclass(
+    "Strata", [(name, float, setting(1.0, at_least=0, below=INFINITY)) for name in STRATA], namespace={
+        "__doc__": "Weights of the capabilities within the replay; used where the general sources name their stratum."})
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Sources -> sequences of T + 1 tokens: which tokens share a sequence. Which sequence comes when is data.py's part.
 
-    window      the source as a circle of L tokens, its documents one after the other, cut every T tokens (`Windows`)
-    best_fit    whole documents, put together so that they leave the least room; longer ones in pieces (`Documents`)
-    document    each document in sequences of its own (`Documents`)
+    window      the source as a circle of L tokens, its documents one after the other, cut every T tokens
+    best_fit    whole documents, put together so that they leave the least room; longer ones in pieces
+    document    each document in sequences of its own
     in order    for evaluation: a segment stands beside the one before it while there is room (`pack_in_order`)
 
 A sequence is made of pieces, and `Sequences.append` writes one. It has one token more than the context, because inputs
@@ -57,54 +57,41 @@ class Sequences:
 
 # ---- for training: a source's sequences, the same number of them in every epoch
 
-class Windows:
-    """A source cut anew in every epoch, at another offset, into ceil(L / T) windows of T + 1 tokens at a stride of T.
-
-    Each token is a target exactly once per epoch. Only the last window is short; with `drop_last` it is left out.
-    """
-
-    def __init__(self, shards: Shards, context: int, drop_last: bool = False):
-        self.shards, self.context = shards, context
-        L = shards.tokens
-        self.sequences = max(1, L // context if drop_last else -(-L // context))
-        # Positions of an epoch without a token; below 0, the tokens that are left out.
-        self.padded = self.sequences * context - L
-
-    def pieces(self, number: int, key: int) -> list[tuple[int, int, bool]]:
-        """[(where in the source it begins, its tokens, whether its first token is a target in another piece)] of each
-        piece of sequence `number` in the epoch that `key` stands for."""
-        begin = number * self.context
-        return [(key % self.shards.tokens + begin, min(self.context, self.shards.tokens - begin) + 1, False)]
-
-
-class Documents:
-    """Sequences that begin with a document, or with a piece of one; the same sequences in every epoch.
+class Packing:
+    """A source cut into sequences, the same number of them in every epoch, as config.packing says.
 
     A document of more than T + 1 tokens is cut into pieces of T + 1 at a stride of T, so that each token but a
     document's first is a target exactly once per epoch. With T = 8, one of 20 tokens becomes 0..8, 8..16 and 16..19.
 
-    best_fit: documents and pieces share sequences; otherwise each has its own. About 40 bytes of memory per document.
+    window: the source is one document of L + 1 tokens, which ends with its first token again and begins at another
+    place in every epoch. Only its last piece is short; with drop_last it is left out. Otherwise the sequences are the
+    same in every epoch. About 40 bytes of memory per document.
     """
 
-    def __init__(self, shards: Shards, T: int, best_fit: bool):
-        self.shards = shards
-        ends = shards.document_ends()
+    def __init__(self, shards: Shards, config: DataConfig):
+        self.shards, self.is_circle = shards, config.packing == "window"
+        T, L = config.context, shards.tokens
+        ends = np.array([L + 1]) if self.is_circle else shards.document_ends()
         lengths = np.diff(ends, prepend=0)
-        parts = np.maximum(1, -(-(lengths - 1) // T))
+        parts = np.maximum(1, (lengths - 1) // T if config.drop_last else -(-(lengths - 1) // T))
         part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
         begin = np.repeat(ends - lengths, parts) + part * T
         length = np.minimum(np.repeat(lengths, parts) - part * T, T + 1)
-        sequence = best_fit_decreasing(length, T + 1) if best_fit else np.arange(len(length))
+        sequence = best_fit_decreasing(length, T + 1) if config.packing == "best_fit" else np.arange(len(length))
         order = np.argsort(sequence, kind="stable")
         # [pieces, 3], sequence after sequence; sequence n has the pieces from first[n] to before first[n + 1]
-        self.table = np.stack([begin, length, part > 0], axis=1)[order]
+        self.table = np.stack([begin, length, (part > 0) & (not self.is_circle)], axis=1)[order]
         self.first = np.cumsum([0, *np.bincount(sequence)])
         self.sequences = len(self.first) - 1
-        self.padded = self.sequences * (T + 1) - int(length.sum())
+        # Positions of an epoch without a token; below 0, the tokens that drop_last leaves out.
+        self.padded = self.sequences * T - L if self.is_circle else self.sequences * (T + 1) - int(length.sum())
 
-    def pieces(self, number: int, key: int) -> list:
-        """As Windows.pieces; `key` changes nothing."""
-        return self.table[self.first[number]:self.first[number + 1]].tolist()
+    def pieces(self, number: int, key: int) -> list[tuple[int, int, int]]:
+        """[(where in the source it begins, its tokens, whether its first token is a target in another piece)] of each
+        piece of sequence `number` in the epoch that `key` stands for."""
+        offset = key % self.shards.tokens if self.is_circle else 0
+        return [(offset + begin, length, was_target)
+                for begin, length, was_target in self.table[self.first[number]:self.first[number + 1]].tolist()]
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -147,14 +134,13 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bins
 
 
-def pack_sources(sources: dict[str, Shards], config: DataConfig) -> dict[str, Windows | Documents]:
+def pack_sources(sources: dict[str, Shards], config: DataConfig) -> dict[str, Packing]:
     """Cut each source into sequences as config.packing says. This comes before the plan, which must know how many
     `sequences` one pass over a source has."""
     for name, shards in sources.items():
         if not shards.tokens:
             raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
-    return {name: Windows(shards, config.context, config.drop_last) if config.packing == "window"
-            else Documents(shards, config.context, config.packing == "best_fit") for name, shards in sources.items()}
+    return {name: Packing(shards, config) for name, shards in sources.items()}
 
 
 # ---- for evaluation: segments in their order

@@ -48,8 +48,8 @@ def deal_documents(files: list, documents, k: int, n: int):
     return (document for i, document in enumerate(documents(files)) if i // BLOCK % n == k - 1)
 
 
-def merge_parts(out) -> dict:
-    """Write the manifest of a folder whose parts are all packed; returns it. The shards stay where they are."""
+def merge_parts(out) -> Path:
+    """Write the manifest of a folder whose parts are all packed; returns the folder. The shards stay where they are."""
     out = Path(out)
     found = sorted(path.parent.name for path in out.glob(f"part_{'[0-9]' * 4}_of_{'[0-9]' * 4}/manifest.json"))
     if not found:
@@ -72,9 +72,8 @@ def merge_parts(out) -> dict:
     if not splits["train"]["tokens"]:
         raise UserError(f"nothing to train on: the parts of {out} hold no training documents")
     empty = sum(manifest["empty_documents_dropped"] for manifest in parts.values())
-    merged = {**first, "empty_documents_dropped": empty, "splits": splits}
-    write_json(out / "manifest.json", merged)
-    return merged
+    write_json(out / "manifest.json", {**first, "empty_documents_dropped": empty, "splits": splits})
+    return out
 
 
 # ---- score buckets
