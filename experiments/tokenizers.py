@@ -16,12 +16,13 @@ text, because tokens of two vocabularies stand for different amounts of it.
 Written: experiments/results/tokenizers.json with one row per method, and tokenizers.png beside it.
 """
 
-import os
 import shutil
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 # The checkout, wherever this file is run from; and not this folder, where `import tokenizers` would find this file
@@ -46,8 +47,6 @@ COMPARE = ("--vocab-size", 2000, "--bits-per-byte", 0.4, "--seeds", 2)
 
 @dataclass(kw_only=True)
 class Study:
-    """Which tokenizer serves continued pretraining, and which kind a model from scratch."""
-
     data: str
     """A folder with models/stories260K and corpora/."""
     out: str = "out/tokenizers"
@@ -65,51 +64,48 @@ def run(program: str, *words) -> None:
 def prepare(data: Path, out: Path) -> tuple[dict, dict]:
     """Write the extended tokenizer, learned without held-out documents, and shards for both vocabularies into `out`.
 
-    Returns ({vocabulary: the domain's manifest}, {new id: old ids}).
+    Returns ({vocabulary: how its domain shards split}, {new id: old ids}).
     """
-    texts = {"domain": list(read_documents([str(data / file) for file in LEGAL])), "general": [
-        text for text in read_documents([str(data / STORIES)], cli.Reading(separator="<|endoftext|>")) if text]}
+    general = read_documents([str(data / STORIES)], cli.Reading(separator="<|endoftext|>"))
+    domain = read_documents([str(data / file) for file in LEGAL])
+    texts = {"domain": list(domain), "general": list(filter(None, general))}
     learn = [text for text in texts["domain"] if not is_held_out(utf8(text), HELDOUT)]
-    parts = extend(data / BASE, learn, NEW_TOKENS, out / "tokenizer")
-    manifests = {}
+    parts, splits = extend(data / BASE, learn, NEW_TOKENS, out / "tokenizer"), {}
     for vocabulary, folder in (("base", data / BASE), ("extended", out / "tokenizer")):
-        for side, documents in texts.items():
-            packed = pack(documents, tokenizer.load(folder), out / f"shards/{vocabulary}/{side}", heldout=HELDOUT)
-            manifests.setdefault(vocabulary, packed)
-    return manifests, parts
+        packed = {side: pack(documents, tokenizer.load(folder), out / f"shards/{vocabulary}/{side}", heldout=HELDOUT)
+                  for side, documents in texts.items()}
+        splits[vocabulary] = packed["domain"]["splits"]
+    return splits, parts
 
 
-def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, manifests: dict, parts: dict) -> dict:
+def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, splits: dict, parts: dict) -> dict:
     """Train one run of part 1 and return its results."""
     vocabulary, model = "base", data / BASE
     if method != "unextended":
         vocabulary, model = "extended", out / f"models/{method}_{seed}"
         tokenizer.save_model(data / BASE, out / "tokenizer", parts, model, NewRows(method, seed))
-    train = manifests[vocabulary]["splits"]["train"]
-    per_byte = train["tokens"] / train["bytes"]
+    per_byte = splits[vocabulary]["train"]["tokens"] / splits[vocabulary]["train"]["bytes"]
     steps = max(1, round(size["megabytes"] * 1e6 * per_byte / STEP_TOKENS))
     folder, shards = out / f"runs/{method}_{seed}", out / f"shards/{vocabulary}"
-    run("train.py", "recipes/cpt.toml", "--model.path", model, "--data.schedule", "domain_only",
+    run("train.py", ROOT / "recipes/cpt.toml", "--model.path", model, "--data.schedule", "domain_only",
         "--forget.lwf.alpha", 0, "--data.sources.domain.path", shards / "domain", "--data.sources.general.path",
         shards / "general", "--train.steps", steps, "--eval.every", -(-steps // size["evaluations"]), "--eval.tokens",
         size["eval_tokens"], "--eval.sample-tokens", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4, "--seed", seed,
         "--out", folder)
-    scored = [read_json(file) for file in folder.glob("eval_step_*.json")]
     found = read_json(folder / "eval.json")
     # The curve has points (megabytes read, bits per byte of the domain).
-    return {"steps": steps, "tokens_per_byte": per_byte,
-            "curve": sorted((at["step"] * STEP_TOKENS / per_byte / 1e6, at["texts"]["domain"]["bits_per_byte"])
-                            for at in scored),
+    curve = sorted((at["step"] * STEP_TOKENS / per_byte / 1e6, at["texts"]["domain"]["bits_per_byte"])
+                   for at in map(read_json, folder.glob("eval_step_*.json")))
+    return {"steps": steps, "tokens_per_byte": per_byte, "curve": curve,
             **{f"{side}_{when}": found[when][side]["bits_per_byte"] for side in ("domain", "general")
                for when in ("before", "after")}}
 
 
 def average_runs(method: str, runs: list[dict]) -> dict:
     """A row of the results: means over the seeds, and the bits per byte of each."""
-    after = [r["domain_after"] for r in runs]
-    mean = {key: sum(r[key] for r in runs) / len(runs) for key in runs[0] if key not in ("curve", "domain_after")}
-    return {"study": "extension", "method": method, "bits_per_byte": sum(after) / len(after), "by_seed": after, **mean,
-            "curves": [r["curve"] for r in runs]}
+    mean = {key: sum(r[key] for r in runs) / len(runs) for key in runs[0] if key != "curve"}
+    return {"study": "extension", "method": method, "bits_per_byte": mean.pop("domain_after"),
+            "by_seed": [r["domain_after"] for r in runs], **mean, "curves": [r["curve"] for r in runs]}
 
 
 def compare_kinds(data: Path, out: Path) -> list[dict]:
@@ -120,12 +116,10 @@ def compare_kinds(data: Path, out: Path) -> list[dict]:
             for r in read_json(out / "compare.json")]
 
 
-def draw(rows: list[dict], file: Path) -> None:
+def draw_chart(rows: list[dict]) -> Figure:
     """Left: bits per byte over the bytes read. Right: the kinds. Bands and bars span the seeds."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained", dpi=130)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     left.set(xlabel="megabytes of legal text read", ylabel="held-out bits per byte", title="stories260K, continued")
     right.set(xlabel="tokens per byte", ylabel="held-out bits per byte", title="small model from scratch")
     for row in rows:
@@ -140,8 +134,7 @@ def draw(rows: list[dict], file: Path) -> None:
             right.errorbar(row["tokens_per_byte"], mean, [[mean - low], [high - mean]], fmt="o", capsize=4,
                            label=row["method"] + (" (drops white space)" if row["exact"] < 1 else ""))
             right.legend()
-    figure.savefig(file, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def study(options: Study) -> None:
@@ -152,19 +145,16 @@ def study(options: Study) -> None:
     # What an earlier study left
     for name in ("shards", "tokenizer", "models", "runs"):
         shutil.rmtree(out / name, ignore_errors=True)
-    os.chdir(ROOT)
-    size = QUICK if options.quick else FULL
-    manifests, parts = prepare(data, out)
-    rows = [average_runs(method, [continue_base(data, out, method, seed, size, manifests, parts)
+    size, results = (QUICK, out) if options.quick else (FULL, ROOT / "experiments/results")
+    splits, parts = prepare(data, out)
+    rows = [average_runs(method, [continue_base(data, out, method, seed, size, splits, parts)
                                   for seed in size["seeds"]]) for method in size["methods"]]
-    if not options.quick:
-        rows += compare_kinds(data, out)
-    results = out if options.quick else ROOT / "experiments/results"
+    rows += [] if options.quick else compare_kinds(data, out)
     seconds = round(time.perf_counter() - began)
     write_json(results / "tokenizers.json", {
         "command": "python experiments/tokenizers.py --data DIR" + " --quick" * options.quick,
         "seeds": list(size["seeds"]), "megabytes": size["megabytes"], "seconds": seconds, "rows": rows})
-    draw(rows, results / "tokenizers.png")
+    draw_chart(rows).savefig(results / "tokenizers.png")
     print(f"\n{'study':10} {'method':11} {'tokens/byte':>11} {'bits per byte':>13}  (seeds)")
     for r in rows:
         print(f"{r['study']:10} {r['method']:11} {r['tokens_per_byte']:11.3f} {r['bits_per_byte']:13.4f}  "

@@ -33,7 +33,7 @@ from text.vocabulary import LLAMA3_SPLIT, Tokenizer, load, replace_surrogates
 
 LONG_RUNS = re.compile(r"\S{1000}|\s{1000}")
 Kind = Literal["bpe", "unigram", "wordpiece"]
-# {role: token}. Byte-level BPE knows every text and has no token for the unknown.
+# {role: token}. Byte-level BPE can encode any text and has no token for unknown characters.
 UNKNOWN = {"bpe": {}, "unigram": {"unk": "<unk>"}, "wordpiece": {"unk": "[UNK]"}}
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>", "mask": "<|mask|>"}
 ASCII = [chr(c) for c in range(33, 127)]
@@ -160,7 +160,7 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, specials: dict) -> tok
             vocab_size=vocab_size - len(specials) + 1, bos_id=-1, eos_id=-1, pad_id=-1, byte_fallback=True,
             normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,
             max_sentence_length=100_000, minloglevel=2,
-            # The letters of byte names, so that the text "<0x41>" never needs the piece of that name
+            # The letters of byte names become pieces, so that the text "<0x41>" is never encoded as the byte's piece.
             required_chars="<0x123456789ABCDEF>")
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2]
@@ -232,8 +232,7 @@ def count_text(texts: list[str]) -> tuple[int, int]:
     return sum(len(utf8(text)) for text in texts), sum(len(text.split()) for text in texts)
 
 
-def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megabytes: float = 0,
-                  seeds: int = 1) -> list[dict]:
+def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megabytes=0.0, seeds=1) -> list[dict]:
     """Train each kind of tokenizer on `learn` and measure it on `held_out`; one dict per kind.
 
     It holds ids; tokens_per_byte; tokens_per_word; exact and covered, the share of bytes in documents that decoding
@@ -243,9 +242,9 @@ def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megaby
     size, words = count_text(held_out)
     if not words:
         raise UserError("every tenth document is held out, and there is not a word in those")
-    there, _ = count_text(learn)
-    if megabytes * 1e6 > MOST_EPOCHS * there:
-        raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {there / 1e6:.3g}; "
+    available = count_text(learn)[0] / 1e6
+    if megabytes > MOST_EPOCHS * available:
+        raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {available:.3g}; "
                         f"ask for less --bits-per-byte, or give more text")
     rows = []
     with tempfile.TemporaryDirectory() as home:
@@ -261,7 +260,7 @@ def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megaby
                 decoded = tokenizer.decode(i)
                 exact += len(text.encode()) * (decoded == text)
                 covered += len(text.encode()) * ("".join(decoded.split()) == "".join(text.split()))
-            unknown = sum(int((i == tokenizer.unk_id).sum()) for i in ids) if tokenizer.unk_id is not None else 0
+            unknown = sum(int((i == tokenizer.unk_id).sum()) for i in ids)
             rows.append({"kind": kind, "ids": tokenizer.vocab_size, "tokens_per_byte": n / size,
                          "tokens_per_word": n / words, "exact": exact / size, "covered": covered / size,
                          "unknown": unknown / n, "train_seconds": trained - start,

@@ -93,14 +93,12 @@ class Tokenizer:
         roles = [self._find_role(role, folder, vocab.get(defaults.get(role))) for role in ROLES]
         self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id = roles
         config = read_settings(folder / "tokenizer_config.json")
-        add_bos = config.get("add_bos_token")
-        if add_bos is None and config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast"):
-            add_bos = True
-        if add_bos is None:
-            # Llama's models of both kinds were trained with BOS, GPT-2 without; a tokenizer.json says it itself.
-            says = kind == "tokenizers" and backend.encode("a").ids[:1] == [self.bos_id]
-            add_bos = says or kind in ("sentencepiece", "tiktoken")
-        self.add_bos = self.bos_id is not None and bool(add_bos)
+        # Llama's models were trained with BOS and GPT-2 without it; a tokenizer.json may put it before each text.
+        add_bos = (kind in ("sentencepiece", "tiktoken")
+                   or config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+                   or (kind == "tokenizers" and backend.encode("a").ids[:1] == [self.bos_id]))
+        named = config.get("add_bos_token")
+        self.add_bos = self.bos_id is not None and bool(add_bos if named is None else named)
         self.special_ids = sorted({*roles, *control} - {None})
 
     def _find_role(self, role: str, folder: Path, default: int | None) -> int | None:
@@ -138,8 +136,10 @@ class Tokenizer:
         return self._encode_batch([replace_surrogates(text) for text in texts]) if texts else []
 
     def decode(self, ids) -> str:
-        """The text of `ids` (list, array or tensor). Half characters become U+FFFD. Control tokens appear by name;
-        SentencePiece leaves them out."""
+        """The text of `ids` (list, array or tensor), with U+FFFD for an incomplete character.
+
+        Control tokens appear by name; SentencePiece leaves them out.
+        """
         ids = [int(i) for i in ids]
         for i in ids:
             self.id_to_token(i)
@@ -221,14 +221,9 @@ class TiktokenTokenizer(Tokenizer):
 
     def _to_array(self, text):
         # Unlike encode_ordinary, this call builds no Python list, and raises ValueError instead of a Rust panic.
-        try:
-            return self.backend.encode_to_numpy(text, disallowed_special=())
-        except ValueError:
-            # A million white-space characters in a row overflow the stack of the regular expression.
-            parts = self.cut_long_spaces(text)
-            if len(parts) == 1:
-                raise
-            return np.concatenate([self._to_array(part) for part in parts])
+        encode = functools.partial(self.backend.encode_to_numpy, disallowed_special=())
+        # A million white-space characters in a row would overflow the stack of the regular expression.
+        return encode(text) if len(text) < 500_000 else np.concatenate([*map(encode, self.cut_long_spaces(text))])
 
     def cut_long_spaces(self, text: str) -> list[str]:
         """Cut `text` before the last character of long runs of white space, where the pattern ends a word anyway.
@@ -245,7 +240,7 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def find_file(path) -> Path:
-    """The tokenizer file that `path` means: a file, or a folder's first of those in the table above."""
+    """`path` itself if it is a file, else the first tokenizer file of that folder, in the order of the table above."""
     path = Path(path)
     if path.is_file():
         return path
@@ -259,10 +254,9 @@ def find_file(path) -> Path:
 
 
 def load(path) -> Tokenizer:
-    """Read the tokenizer in `path`: a file, or a folder (of a model, or of tokenizer files alone).
+    """Read the tokenizer in `path`, a file or a folder (of a model, or of tokenizer files alone).
 
-    The roles (BOS, EOS, ...) are looked up in the same folder. UserError for a path without a tokenizer, for damaged
-    files and for files that contradict each other.
+    UserError for a path without a tokenizer, for damaged files and for files that contradict each other.
     """
     path = find_file(path)
     if path.name in ("vocab.json", "merges.txt"):
@@ -304,7 +298,7 @@ def _load_llama3(data: bytes, path: Path) -> Tokenizer:
     specials = {token: base + i for i, token in enumerate(LLAMA3_SPECIALS)}
     # At the end of a text `\s++$` matches what `\s+(?!\S)` matches, without its use of the stack.
     pattern = LLAMA3_SPLIT.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")
-    vocab = {spell_bytes(token): rank for token, rank in ranks.items()} | specials
+    vocab = {token.decode("latin-1").translate(BYTE_LETTERS): rank for token, rank in ranks.items()} | specials
     defaults = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
     return TiktokenTokenizer(path.parent, "tiktoken", pattern, ranks, specials, vocab, defaults)
 
@@ -352,9 +346,9 @@ def make_tiktoken_ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int]
     """tiktoken's {bytes: id}, or None if it would not encode as the BPE of `tokenizers` does.
 
     tiktoken joins the adjacent pair whose union has the lowest id; BPE joins the pair that stands first in `merges`.
-    These are the same if ids rise with the merges, and each union can come from one pair only, that of its merge. The
-    latter holds exactly if BPE encodes the text of each union as that one token. It fails for the merges
-    [b c, a b, ab c]: BPE makes "abc" into a + bc and never reaches the third merge, but tiktoken would join a + bc.
+    Both agree if the ids rise with the merges and every union is only ever made by its own merge, which is so exactly
+    if BPE encodes the text of each union as that one token. A counterexample are the merges [b c, a b, ab c]: BPE turns
+    "abc" into a + bc and never reaches the third merge, while tiktoken would join a + bc.
     """
     bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
     made = ["".join(pair) for pair in merges]
@@ -366,11 +360,6 @@ def make_tiktoken_ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int]
     return {unspell_bytes(token): vocab[token] for token in [*LETTER_BYTES, *made]}
 
 
-def spell_bytes(token: bytes) -> str:
-    """`token` in GPT-2's letters, one per byte."""
-    return token.decode("latin-1").translate(BYTE_LETTERS)
-
-
 def unspell_bytes(token: str) -> bytes:
     """The bytes that a token in GPT-2's letters stands for."""
     return bytes(LETTER_BYTES[letter] for letter in token)
@@ -379,7 +368,7 @@ def unspell_bytes(token: str) -> bytes:
 def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
     """{token: id} of the control tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary.
 
-    They are never found in text. Any other added token would have to be, by rules that only a tokenizer.json states.
+    They are never found in text. Ordinary added tokens would have to be, by rules that only a tokenizer.json states.
     """
     config = read_settings(folder / "tokenizer_config.json")
     entries = config.get("added_tokens_decoder", {})

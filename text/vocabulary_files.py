@@ -35,8 +35,7 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 class BaseTokenizer:
     """A tokenizer that can be continued.
 
-    tokenizer: what `vocabulary.load` returns for it; file, folder: where it stands
-    kind: "tiktoken", "gpt2", "tokenizers" or "sentencepiece", a row of the table above
+    tokenizer, kind: what `vocabulary.load` returns for it, and its kind; file, folder: where it stands
     joinable: per id, whether it may be a part of a new token
     frozen: strings that no new token may contain (SentencePiece's user-defined pieces)
     """
@@ -46,38 +45,37 @@ class BaseTokenizer:
         self.folder = self.file.parent
         self.tokenizer = vocabulary.load(self.file)
         if Path(path).is_dir() and self.file.name == "tokenizer.json" and (self.folder / "tokenizer.model").is_file():
-            # Only the original, whose conversion the other is, says how it joins tokens.
+            # tokenizer.json is a conversion of tokenizer.model, and only the original says how it joins tokens.
             converted, self.file = self.tokenizer.vocab_size, self.folder / "tokenizer.model"
             self.tokenizer = vocabulary.load(self.file)
             if converted != self.tokenizer.vocab_size:
                 raise UserError(f"{path} has {converted} ids in tokenizer.json and {self.tokenizer.vocab_size} in "
                                 f"tokenizer.model, so that new ids would meet old ones; remove the file that is not "
                                 f"the model's")
-        self.kind, self.frozen = self.tokenizer.kind, []
+        self.kind, tokens, fixed = self.tokenizer.kind, self.tokenizer.tokens, set(self.tokenizer.special_ids)
+        self.frozen = []
         if self.kind == "sentencepiece":
             model = read_fields(self.file.read_bytes())
-            types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
             if read_submessage(model, 2).get(3, 1) != 2:                # trainer_spec.model_type: 2 is BPE
                 raise UserError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
                                 f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
-            self.frozen = [self.tokenizer.tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
-            self.joinable = [i < len(types) and types[i] == NORMAL for i in range(self.tokenizer.vocab_size)]
-            return
-        special = set(self.tokenizer.special_ids)
-        if self.kind == "tokenizers":
+            types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
+            self.frozen = [tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
+            fixed = set(range(len(tokens))) - {i for i, kind in enumerate(types) if kind == NORMAL}
+        elif self.kind == "tokenizers":
             description = read_json(self.file)
             byte_level = '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
             if description["model"]["type"] != "BPE" or not byte_level:
                 raise UserError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
                                 f"(put its tokenizer.model beside it)")
-            special |= {entry["id"] for entry in description["added_tokens"]}
-        self.joinable = [token is not None and i not in special for i, token in enumerate(self.tokenizer.tokens)]
+            fixed |= {entry["id"] for entry in description["added_tokens"]}
+        self.joinable = [token is not None and i not in fixed for i, token in enumerate(tokens)]
 
 
 def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, int]], folder: Path) -> None:
-    """Write the tokenizer with all of `tokens` into `folder`, in every form that its kind has.
+    """Write the tokenizer with `tokens` (by id, the old ones first) into `folder`, in every form that its kind has.
 
-    tokens: by id, the old ones first. merges: the pair of ids that each new token joins.
+    merges: the pair of ids that each new token joins.
     """
     old, first = base.tokenizer, base.tokenizer.vocab_size
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +97,8 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
     write_settings(base, folder, "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast")
     new = vocabulary.load(folder)
     if base.kind == "sentencepiece":
-        # The model may have a normaliser that the conversion does not know. Packages differ on control tokens in text.
+        # The model may have a normaliser that the conversion does not know. (The packages differ anyway where a text
+        # holds the name of a control token.)
         model, special = vocabulary.load(folder / "tokenizer.model"), [new.tokens[i] for i in new.special_ids]
         texts = [text for text in PROBES if not any(token in text for token in special)]
         if any(new.encode(text) != model.encode(text) for text in texts):
@@ -140,7 +139,7 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
         description = read_json(base.file)
         model, added = description["model"], description["added_tokens"]
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]] + pairs
-        # Added tokens get their ids here too: else `tokenizers` would number them from the vocabulary's new size on.
+        # The vocabulary must hold the added tokens too, else `tokenizers` would give them ids behind the new tokens.
         vocab = model["vocab"] | {entry["content"]: entry["id"] for entry in added}
         vocab |= {token: i for i, token in enumerate(tokens[first:], first)}
         model["vocab"], model["merges"] = vocab, merges
@@ -153,10 +152,10 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
 
 
 def _write_sentencepiece(base: BaseTokenizer, tokens: list, _, folder: Path) -> tokenizers.Tokenizer:
-    """Append pieces to the model file itself, and return the same as a tokenizer of `tokenizers`.
+    """Append the new pieces to the bytes of the model file, and return the same tokenizer in the form of `tokenizers`.
 
-    In protobuf a repeated field may go on anywhere, and the later value of a single field counts. So the old bytes,
-    with the normaliser, stay as they are. Tokens that stood behind the model become control pieces of it.
+    Appending is enough: in protobuf a repeated field (the pieces) may go on anywhere, and of a single field (the size)
+    the last value counts. Tokens that stood behind the model, in added_tokens.json, become control pieces of it.
     """
     model, first, data = base.tokenizer.backend, base.tokenizer.vocab_size, base.file.read_bytes()
     scores = [model.get_score(i) for i in range(model.piece_size())]
@@ -171,21 +170,21 @@ def _write_sentencepiece(base: BaseTokenizer, tokens: list, _, folder: Path) -> 
         data += write_field(1, write_field(1, names[i].encode()) + write_field(2, float(score)) + write_field(3, kind))
     data += write_field(2, write_field(4, len(tokens)))         # trainer_spec.vocab_size
     (folder / "tokenizer.model").write_bytes(data)
-    # Pieces of equal score are joined from the left, so that the token on the left grows: the longer union comes first.
+    # SentencePiece joins pairs of equal score from the left, so that the left token grows: longer unions come first.
     normal = [i for i in range(len(tokens)) if i >= first or base.joinable[i]]
     normal.sort(key=lambda i: (-scores[i], -len(names[i])))
     unk = None if base.tokenizer.unk_id is None else tokens[base.tokenizer.unk_id]
     vocab = {name: i for i, name in enumerate(names)}
     backend = tokenizers.Tokenizer(models.BPE(vocab, _list_splits([names[i] for i in normal]), unk_token=unk,
                                               fuse_unk=True, byte_fallback=True))
-    rules = read_submessage(read_fields(base.file.read_bytes()), 3)     # normalizer_spec
+    normalizer = read_submessage(read_fields(base.file.read_bytes()), 3)
     steps = []
-    if rules.get(4, 1):                                                 # remove_extra_whitespaces
+    if normalizer.get(4, 1):            # remove_extra_whitespaces
         # A "▁" of the text itself is stripped at the end of the text only.
         steps = [normalizers.Replace(tokenizers.Regex(pattern), by)
                  for pattern, by in ((r"\A +|[ ▁]+\z", ""), (" {2,}", " "))]
-    if rules.get(3, 1):                                                 # add_dummy_prefix
-        # Metaspace would leave the prefix out where the text begins with a space.
+    if normalizer.get(3, 1):            # add_dummy_prefix
+        # The pre-tokenizer Metaspace adds no prefix where the text begins with a space; SentencePiece does.
         steps.append(normalizers.Prepend("▁"))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 10**9 if steps[:-1] else 1, 0)] if steps else []

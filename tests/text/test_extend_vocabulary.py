@@ -154,7 +154,7 @@ class TestExtension:
             lib = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
             rank = {lib.id_to_piece(i): -lib.get_score(i) for i in range(lib.piece_size()) if not lib.is_control(i)}
         elif (out / "tokenizer.model").exists():
-            rank = {T.spell_bytes(base64.b64decode(line.split()[0])): int(line.split()[1])
+            rank = {base64.b64decode(line.split()[0]).decode("latin-1").translate(T.BYTE_LETTERS): int(line.split()[1])
                     for line in (out / "tokenizer.model").read_bytes().splitlines()}
         else:
             saved = json.loads((out / "tokenizer.json").read_text())["model"]
