@@ -162,7 +162,7 @@ def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
     table_ratio = config.embedding_lr_ratio or (0.1 if config.embeddings == "full" else 1.0)
     scales = {}
     for path, layer in adapters.active_layers(model):
-        leaf, ratio = ("rows", table_ratio) if isinstance(layer, adapters.Table) else ("B", config.b_lr_ratio)
+        leaf, ratio = ("B", config.b_lr_ratio) if isinstance(layer, adapters.Linear) else ("rows", table_ratio)
         scales[f"{path}.adapters.{layer.active_name}.{leaf}"] = ratio
     return scales
 
@@ -189,7 +189,7 @@ def merge(model: nn.Module):
         raise UserError("a quantised base would round the adapter away; merge it into the full weights: "
                         "python lora.py merge --base DIR --adapter DIR --out DIR")
     for _, layer in adapters.active_layers(model):
-        layer.kept.copy_(layer.adapter.merge_into(layer.kept))
+        layer.kept.copy_(layer.merged_weight())
         del layer.adapters[layer.active_name]
 
 

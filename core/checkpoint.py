@@ -2,8 +2,8 @@
 
     checkpoints/step_00000100/{model.safetensors, optimizer.safetensors, state.json, manifest.json}
 
-A checkpoint is written beside its place, synced, and renamed; the rename is the commit. Disks still lose bytes, so the
-hashes are checked before a run resumes from a checkpoint, and the newest one that passes is used.
+A checkpoint is written under another name, synced, and renamed: the rename is the commit. Because disks still lose
+bytes, hashes are checked before a run resumes, and the newest checkpoint that passes is used.
 """
 
 import re
@@ -23,14 +23,14 @@ def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dic
          keep: int) -> Path:
     """Write the state after `step` steps under `folder`, then remove all but the newest `keep` checkpoints.
 
-    model, optimizer: {name: full CPU tensor}. state: what else resumes the run, as JSON. A checkpoint of the same step
-    is replaced, and stays until the new one is complete.
+    model, optimizer: {name: full CPU tensor}. state: what else the run needs to resume, as JSON values. A checkpoint of
+    the same step stays until the new one is complete.
     """
     path = path_of(folder, step)
     try:
         with new_folder(path, overwrite=True) as partial:
-            save_file(model, partial / "model.safetensors", metadata={"format": "pt"})
-            save_file(optimizer, partial / "optimizer.safetensors", metadata={"format": "pt"})
+            for part, tensors in (("model", model), ("optimizer", optimizer)):
+                save_file(tensors, partial / f"{part}.safetensors", metadata={"format": "pt"})
             write_json(partial / "state.json", {"step": step, **state})
             files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in partial.iterdir()}
             write_json(partial / "manifest.json", {"files": files})
@@ -43,18 +43,18 @@ def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dic
 
 
 def steps(folder) -> list[int]:
-    """The steps of the checkpoints under `folder`, in the order of their numbers."""
+    """The steps of the checkpoints under `folder`, ascending."""
     found = (re.fullmatch(r"step_(\d+)", path.name) for path in Path(folder).glob("step_*"))
     return sorted(int(match[1]) for match in found if match)
 
 
 def path_of(folder, step: int) -> Path:
-    """Where the checkpoint of `step` stands."""
+    """The folder of the checkpoint of `step`."""
     return Path(folder) / f"step_{step:08d}"
 
 
 def verify(path: Path) -> None:
-    """UserError that says what is wrong with a checkpoint, if anything is."""
+    """UserError with what is missing or damaged in a checkpoint, if anything is."""
     try:
         files = read_json(path / "manifest.json")["files"]
     except (OSError, UserError, KeyError):
@@ -68,7 +68,7 @@ def verify(path: Path) -> None:
 
 
 def newest(folder, say=print) -> Path | None:
-    """The newest checkpoint that verifies, or None. `say` is told of each damaged one on the way to it."""
+    """The newest checkpoint that verifies, or None; `say` gets a warning for each newer one, which is damaged."""
     for step in reversed(steps(folder)):
         try:
             verify(path_of(folder, step))
@@ -81,5 +81,5 @@ def newest(folder, say=print) -> Path | None:
 
 def load(path: Path) -> tuple[dict, dict, dict]:
     """(model tensors, optimizer tensors, state) of a checkpoint that has been verified."""
-    state = read_json(path / "state.json")
-    return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state
+    model, optimizer = (load_file(path / f"{part}.safetensors") for part in ("model", "optimizer"))
+    return model, optimizer, read_json(path / "state.json")

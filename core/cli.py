@@ -11,8 +11,8 @@
     def main() -> int:
         return cli.run("data.py", __doc__, {"pack": (Pack, pack), "verify": (Verify, verify)})
 
-The function takes the options and returns what `--json FILE` writes, or its exit status. Options that mean the same
-in several commands are dataclasses of this file, so that they have the same names and defaults everywhere.
+The function takes the options and returns the value that `--json FILE` writes, or its exit status. Options that several
+commands share are dataclasses of this file, so that they have the same names and defaults everywhere.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ from core.errors import UserError, nearest
 from core.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-# A list without an option's name: FILE...
+# Words without an option's name: FILE...
 Positional = tyro.conf.Positional
 # A list whose option is repeated for each value, because files may follow it: --rule A --rule B FILE
 Repeated = tyro.conf.UseAppendAction
-# How tyro spells the options: `--train.compile True` in a recipe's keys; `--overwrite` and `--no-pii` in a command's.
+# How tyro spells a flag: `--train.compile True` where options are a recipe's keys; else `--overwrite` and `--no-pii`.
 RECIPE_MARKS = (tyro.conf.FlagConversionOff,)
 COMMAND_MARKS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
 Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
@@ -89,9 +89,9 @@ class Output:
 def run(program: str, description: str, commands, recipe: bool = False, argv: list[str] | None = None) -> int:
     """Parse the command line, call the command's function and return the exit status.
 
-    `commands` is one (options class, function) or {"name": (options class, function)}. The status is what the function
-    returns where that is an integer, else 0. A mistake of the user's prints one line and gives 2, Ctrl-C gives 130;
-    any other exception passes through, because it is a bug of ours.
+    `commands` is one (options class, function) or {"name": (options class, function)}. An integer that the function
+    returns is the status, else it is 0. A mistake of the user's prints one line and gives 2, Ctrl-C gives 130. Any other
+    exception passes through, because it is a bug of ours.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -118,9 +118,9 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
 def parse(cls, argv: list[str], program: str = "", description: str = "", recipe: bool = False, default=None):
     """The options `cls` filled from the words `argv`; a UserError of one line where they are wrong.
 
-    With `recipe` the first word may be a RECIPE.toml whose values stand between the defaults and the other words, and
-    sections are prefixes of their keys (`--train.steps 10`). Without it, nested options have no prefix. `default` is an
-    instance of `cls` to begin with, for a recipe that was read elsewhere.
+    With `recipe` the first word may be a RECIPE.toml, whose values replace the defaults and are replaced by the words
+    after it; options are prefixed by their sections (`--train.steps 10`). Without it, nested options have no prefix.
+    `default`: an instance of `cls` with other defaults, as from a recipe that was read elsewhere.
     """
     argv = list(argv)
     if recipe:
@@ -132,13 +132,13 @@ def parse(cls, argv: list[str], program: str = "", description: str = "", recipe
     asks_for_help = bool({"-h", "--help"} & set(argv))
     if not asks_for_help:
         argv = _spell(argv, known, recipe)
-    marks = RECIPE_MARKS if recipe else COMMAND_MARKS
-    # tyro draws boxes with the characters that the encoding of its output has.
+    # In UTF-8, because tyro draws its boxes with the characters of its output's encoding.
     screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     try:
         with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
             options = tyro.cli(cls, args=["--help"] if asks_for_help else argv, prog=program or None,
-                               description="DESCRIPTION", config=marks, **({"default": default} if recipe else {}))
+                               description="DESCRIPTION", config=RECIPE_MARKS if recipe else COMMAND_MARKS,
+                               **({"default": default} if recipe else {}))
     except SystemExit as stop:
         screen.seek(0)
         if not stop.code:
@@ -153,7 +153,7 @@ def parse(cls, argv: list[str], program: str = "", description: str = "", recipe
 
 
 def _choose(program: str, description: str, commands: dict, argv: list[str]) -> str:
-    """The command that the first word names; prints the list of them where help is asked for."""
+    """The name of the command, which is the first word; prints the list of commands where help is asked for."""
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, commands))
         print(f"usage: {program} {'|'.join(commands)} ...\n\n{_shorten(description)}\n\ncommands:")
@@ -169,7 +169,7 @@ def _choose(program: str, description: str, commands: dict, argv: list[str]) -> 
 
 
 def _take_json(argv: list[str]) -> str | None:
-    """The value of --json, which every command has; it is taken out of `argv`."""
+    """Take --json FILE, which every command has, out of `argv`; -> FILE."""
     for i, word in enumerate(argv):
         if word.startswith("--json="):
             return argv.pop(i).partition("=")[2]
@@ -196,7 +196,7 @@ def run_command(program: str, *words, threads: int | None = None) -> None:
 # ---- the words of a command line
 
 def _find_options(value, recipe: bool, prefix: str = "") -> dict[str, tuple[str, object]]:
-    """{name: (kind, default)} of a dataclass, or of an instance of one with its tables of named sections.
+    """{name: (kind, default)} of the options of a dataclass, or of an instance with its tables of named sections.
 
     The kind is flag, value, list (--text A B), repeated (--rule A --rule B) or positional (FILE...).
     """
@@ -225,10 +225,10 @@ def _find_options(value, recipe: bool, prefix: str = "") -> dict[str, tuple[str,
 
 
 def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
-    """The words in tyro's spelling.
+    """The words as tyro expects them; UserError with the nearest name for an unknown option.
 
-    An unknown option is refused with the nearest name. A recipe's `--flag` becomes `--flag True`. A list that is given
-    in several places is gathered at the first: `--text a --out x --text b` becomes `--text a b --out x`.
+    A recipe's `--flag` becomes `--flag True`. The values of a list that is given in several places are gathered at the
+    first: `--text a --out x --text b` becomes `--text a b --out x`.
     """
     kinds = {name: kind for name, (kind, _) in known.items() if kind != "positional"}
     groups, lists = [[]], {}
@@ -268,32 +268,32 @@ def _spell_flag(name: str) -> str:
 
 
 def _read_error(screen: str) -> str:
-    """The sentence inside the box that tyro draws around a mistake: its first lines, without the frame."""
+    """The sentence that tyro says of a mistake: the first lines in its box, up to the hint at the help."""
     text = re.split(r"\n *(?:Argument|For full) helptext", "\n".join(_strip_frame(screen)[2:]))[0]
     text = re.sub(r"^Error parsing (--\S+): ", r"\1: ", " ".join(text.split()))
     wrong_type = r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*"
     text = re.sub(wrong_type, r"'\2' is no \1", text)
-    # A rule across the fields of a section (its __post_init__) names the setting itself.
+    # A rule across the fields of a section (its __post_init__) names the setting itself, so tyro need not.
     return re.sub(r"^Error parsing [\w.]+: ", "", text)
 
 
 def _shorten(docstring: str) -> str:
-    """The first paragraph of a docstring and the command lines below it, at 80 columns."""
+    """The first paragraph of a docstring and the command lines below it, in 80 columns."""
     first, *others = inspect.cleandoc(docstring or "").split("\n\n")
     lines = textwrap.wrap(first, 79)
     if others and others[0].startswith("    "):
         lines.append("")
         for example in others[0].replace("\\\n", " ").splitlines():
-            # What stands far behind the command explains it, and is left to the file.
+            # After three spaces comes an explanation of the command, for readers of the file.
             command = re.split(r"\s{3,}", example.strip())[0]
             lines += textwrap.wrap(command, 79, initial_indent="    ", subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 
 def _tidy_help(screen: str, recipe: bool) -> str:
-    """tyro's help without frames and without what says nothing: `{None}|STR` is `STR`, no default is no default."""
+    """tyro's help without frames and without what tells nothing: `STR` for `{None}|STR`, no `(default: None)`."""
     text = "\n".join(_strip_frame(screen, keep_indent=True))
-    # Spaces keep the columns of what stands to the right.
+    # The spaces keep the text to the right in its column.
     text = re.sub(r"\{None\}\|(\S+)", r"\1       ", text)
     text = re.sub(r"(?m)^(  -.*)\[(\w+) \[\2 \.\.\.\]\]", r"\1\2 ...        ", text)
     # In a command the option's own name says whether it is on by default: --overwrite, --no-pii.

@@ -1,5 +1,6 @@
 """Devices and floating-point types by the names people use for them."""
 
+import re
 import resource
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device of a name such as cpu, cuda or cuda:1; auto is cuda where there is one, else the CPU."""
+    """The torch device of a name such as cpu, cuda or cuda:1; auto is cuda where torch sees one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -35,14 +36,11 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the GPU, or of this process.
-
-    getrusage's maximum is inherited from the process that started this one, so Linux's own VmHWM is read instead.
-    """
+    """The peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])
+    # On Linux getrusage starts from the peak of the parent process; VmHWM, in KiB, does not.
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])

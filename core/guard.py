@@ -11,7 +11,7 @@ from core.errors import UserError
 
 
 class StopSignal:
-    """Within this context SIGTERM and the first Ctrl-C are noted in `received`, so that the loop can save and leave
+    """A context in which SIGTERM and the first Ctrl-C are only noted in `received`, so that the loop can save and leave
     after its step. A second Ctrl-C stops at once."""
 
     received: str | None = None
@@ -29,14 +29,13 @@ class StopSignal:
             signal.signal(number, handler)
 
     def on_any_rank(self, world) -> bool:
-        """Whether any rank was asked to stop. All ranks must call it together, so that they leave after the same
-        step."""
+        """Whether any rank was asked to stop. A collective, so that all ranks leave after the same step."""
         return world.sum([self.received is not None])[0] > 0
 
 
 @contextlib.contextmanager
 def run_folder(path, world):
-    """The folder of a run, which rank 0 keeps to itself while the context lasts, however the process ends.
+    """The folder of a run, locked for this process by rank 0 until the context or the process ends.
 
     UserError where it holds a finished run, or where another process writes it. If the run fails before it wrote
     anything, the folder is removed again.
@@ -64,7 +63,7 @@ def run_folder(path, world):
 
 
 def require_finite(what: str, value: float, step: int, sources) -> None:
-    """UserError where `value` of the step (from 0) is NaN or infinite: the update would spoil the weights."""
+    """UserError where `value` of `step` (counted from 0) is NaN or infinite: the update would spoil the weights."""
     if not math.isfinite(value):
         raise UserError(f"the {what} of step {step + 1} is {value} (sources in the step: {', '.join(sources)}); the "
                         f"update was not made: lower --optim.lr, or look at those documents")

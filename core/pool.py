@@ -4,9 +4,8 @@
         for result in pool.map(score_batch, batches_by_size(records, size, 1 << 20)):
             ...                                    # score_batch(settings, batch), in the order of the batches
 
-At most 2 x workers results wait at a time, so a slow consumer stops the reading of the input and memory stays
-bounded. The function is called with `shared` first: what every call needs (settings, an index) goes to each worker
-process once, when it starts, and not with every batch.
+At most 2 x workers results wait at a time, so that a slow consumer stops the reading of the input and memory stays
+bounded. `shared`, the first argument of every call (settings, an index), is sent to each process once, when it starts.
 """
 
 import multiprocessing
@@ -19,26 +18,24 @@ from concurrent.futures.process import BrokenProcessPool
 
 from core.errors import UserError
 
-# In a worker process: the first argument of every call.
+# `shared` in a worker process.
 _shared = None
 
 
 class WorkerPool:
-    """`workers` processes, or threads where the work releases the GIL (Rust tokenizers, zlib, numpy).
+    """`workers` processes, or `threads` for work that releases the GIL (Rust tokenizers, zlib, numpy).
 
-    With one process none is started: the calls are made here, one batch at a time. Functions and batches for processes
-    are pickled, so a function must stand at the top of its module.
+    Instead of a single process none is started, and the calls are made here. Functions and batches for processes are
+    pickled, so a function must stand at the top of its module.
     """
 
     def __init__(self, workers: int, shared=None, threads: bool = False):
         assert workers >= 1, f"a pool needs at least one worker, not {workers}"
-        self.workers, self.shared = workers, shared
-        self.executor = None
+        self.workers, self.shared, self.threads, self.executor = workers, shared, threads, None
         if threads:
             self.executor = ThreadPoolExecutor(workers)
         elif workers > 1:
             self.executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(shared,))
-        self.threads = threads
 
     def __enter__(self):
         return self
@@ -48,14 +45,10 @@ class WorkerPool:
             self.executor.shutdown(cancel_futures=True)
 
     def map(self, function, batches):
-        """Yield function(shared, batch) of each batch, in order.
-
-        UserError where a worker process was killed or a batch is nested too deeply to be pickled; whatever the
-        function raises comes through.
-        """
+        """Yield function(shared, batch) of each batch, in order. Whatever the function raises comes through; UserError
+        where a worker process was killed, or a batch is nested too deeply to be pickled."""
         if self.executor is None:
-            for batch in batches:
-                yield function(self.shared, batch)
+            yield from (function(self.shared, batch) for batch in batches)
             return
         waiting = deque()
         try:
@@ -74,10 +67,8 @@ class WorkerPool:
 
 
 def _start_worker(shared):
-    """Run in each new worker process: it dies at once on Ctrl-C, without a traceback, and when its parent dies.
-
-    A parent that is killed cannot tell its workers, and they would wait for ever for a next batch.
-    """
+    """Called in each new worker process. It then dies at once, without a traceback, on Ctrl-C, and dies with its parent:
+    a parent that is killed cannot tell its workers, and they would wait for the next batch for ever."""
     global _shared
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -90,7 +81,7 @@ def _call_in_worker(function, batch):
 
 
 def batches_by_size(items, size, limit: int):
-    """Yield lists of consecutive items, each closed by the item with which the sum of size(item) reaches `limit`.
+    """Yield lists of consecutive items. A list ends with the item at which the sum of size(item) reaches `limit`.
 
     Sizes 3, 4, 5, 1 with limit 6 give [3, 4], [5, 1].
     """

@@ -4,7 +4,7 @@
     h = m (W x + s B A x) / |W + s B A|    DoRA (2402.09353): the norm, one per output, has no gradient
 
 A layer of ours holds the parameters of the one it replaces, under the same names, so that loading, sharding and saving
-a base do not know of adapters. What is trained is in `adapters.NAME`, of which at most one is active, in fp32 or wider.
+a base need not know of adapters. A layer may have several, `adapters.NAME`, in fp32 or wider; at most one is active.
 
 Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embedding or head) [V, D], n trained rows.
 """
@@ -80,7 +80,7 @@ class TableRows(nn.Module):
     slots[token] is the place of the token's trained row, or -1: for the token ids 7 and 9, slots[7] = 0, slots[9] = 1.
     """
 
-    def __init__(self, layer: "Table", token_ids: list[int] | None):
+    def __init__(self, layer: "Embedding | Head", token_ids: list[int] | None):
         super().__init__()
         self.token_ids, (vocab_size, width) = token_ids, layer.kept.shape
         self.rows = new_parameter(layer, vocab_size if token_ids is None else len(token_ids), width)
@@ -94,7 +94,7 @@ class TableRows(nn.Module):
         self.ids.copy_(torch.tensor(self.token_ids))
         self.slots.fill_(-1)[self.ids] = torch.arange(len(self.token_ids), device=self.ids.device)
 
-    def initialise(self, layer: "Table", generator: torch.Generator, layout):
+    def initialise(self, layer: "Embedding | Head", generator: torch.Generator, layout):
         base = layer.gather_base()
         if self.token_ids is not None:
             # to_empty(), through which a model built on the meta device goes, leaves the buffers with any content.
@@ -152,6 +152,10 @@ class Adapted(nn.Module):
     def adapter(self) -> nn.Module | None:
         """The active adapter, or None where this layer has none of that name."""
         return self.adapters[self.active_name] if self.active_name in self.adapters else None  # noqa: SIM401 (no dict)
+
+    def merged_weight(self) -> torch.Tensor:
+        """W with the active adapter in it; gradients reach the adapter."""
+        return self.kept if self.adapter is None else self.adapter.merge_into(self.kept)
 
 
 class Linear(Adapted):
@@ -220,22 +224,14 @@ class Linear(Adapted):
         return y
 
 
-class Table(Adapted):
-    """An embedding or head [V, D]."""
-
-    def merged_weight(self) -> torch.Tensor:
-        """[V, D] with the active adapter in it; gradients reach the adapter."""
-        return self.kept if self.adapter is None else self.adapter.merge_into(self.kept)
-
-
-class Embedding(Table):
+class Embedding(Adapted):
     """tokens [...] -> their rows [..., D]."""
 
     def forward(self, tokens):
         return F.embedding(tokens, self.weight) if self.adapter is None else self.adapter.look_up(self.weight, tokens)
 
 
-class Head(Table):
+class Head(Adapted):
     """hidden [..., D] -> logits [..., V]. The training loss makes no logits: it reads `head.weight`, which therefore
     has the active adapter in it. Where the base is sharded it is the parameter, which FSDP looks for by this name."""
 

@@ -2,9 +2,9 @@
 
     nf4    4 bits: 16 levels at quantiles of the normal distribution, kernels/nf4.py
     int4   4 bits: 15 evenly spaced levels in the same record, so that the same kernels read it
-    int8   8 bits: each output's weights as integers times one scale, LLM.int8() (arXiv 2208.07339) without its outliers
+    int8   8 bits: integers times one scale per output: LLM.int8() (arXiv 2208.07339) without its fp16 part for outliers
 
-Only a weight that is never trained can be kept so. Shapes: x [..., in], weight [out, in].
+A weight in this form cannot be trained. Shapes: x [..., in], weight [out, in].
 """
 
 from dataclasses import replace
@@ -17,12 +17,12 @@ from core.errors import UserError
 from kernels import NF4, dequantise, quantise
 from kernels.nf4 import BLOCK
 
-# Divisor in place of 0, where all weights of a block are 0.
+# The divisor where all weights of a block are 0.
 TINY = torch.finfo(torch.float32).tiny
 
 
 class FourBit(nn.Module):
-    """The tensors of kernels/nf4.py's record as buffers, so that a model moves them between devices."""
+    """The tensors of an NF4 record (kernels/nf4.py) as buffers, so that they move between devices with the model."""
 
     def __init__(self, record: NF4):
         super().__init__()
@@ -57,8 +57,8 @@ class EightBit(nn.Module):
 
 
 class EightBitMatmul(torch.autograd.Function):
-    """x W^T with a gradient for x alone. bf16 and fp16 hold every int8 code exactly; the scale of an output is applied
-    after the sum, so that no dequantised weight is ever made."""
+    """x W^T with a gradient for x alone. bf16 and fp16 hold every int8 code exactly, and the scale of an output is
+    applied after the sum, so that no dequantised weight is needed."""
 
     @staticmethod
     def forward(ctx, x, codes, scale):
@@ -77,7 +77,8 @@ def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:
     In a block whose largest absolute weight is 0.7, the weight 0.7 has code 15, 0 has code 8, and 0.23 has code
     round(0.23 / 0.7 * 7) + 8 = 10, which is read back as (10 - 8) / 7 * 0.7 = 0.2.
     """
-    record = quantise(weight, double_quant)          # for the absolute maxima of its blocks
+    # For the largest absolute weight of each block.
+    record = quantise(weight, double_quant)
     flat = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     largest = flat.abs().amax(1, keepdim=True).clamp(min=TINY)
     codes = ((flat / largest * 7).round() + 8).to(torch.uint8).view(-1, 2)
@@ -86,7 +87,7 @@ def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:
 
 
 def compress(weight: torch.Tensor, kind: str, double_quant: bool) -> FourBit | EightBit:
-    """weight [out, in] in fp32, bf16 or fp16 as `kind` (nf4, int4 or int8) on its device; UserError on NaN."""
+    """weight [out, in] in fp32, bf16 or fp16, as `kind` (nf4, int4 or int8) on its device; UserError on NaN."""
     if kind == "int8":
         return EightBit(weight)
     return FourBit(quantise_int4(weight, double_quant) if kind == "int4" else quantise(weight, double_quant))
