@@ -90,8 +90,8 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
     """Parse the command line, call the command's function and return the exit status.
 
     `commands` is one (options class, function) or {"name": (options class, function)}. An integer that the function
-    returns is the status, else it is 0. A mistake of the user's prints one line and gives 2, Ctrl-C gives 130. Any other
-    exception passes through, because it is a bug of ours.
+    returns is the status, else it is 0. A mistake of the user's prints one line and gives 2, Ctrl-C gives 130. Other
+    exceptions pass through, because they are bugs of ours.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

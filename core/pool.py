@@ -67,8 +67,8 @@ class WorkerPool:
 
 
 def _start_worker(shared):
-    """Called in each new worker process. It then dies at once, without a traceback, on Ctrl-C, and dies with its parent:
-    a parent that is killed cannot tell its workers, and they would wait for the next batch for ever."""
+    """Make a new worker process die on Ctrl-C, at once and without a traceback, and with its parent: a parent that is
+    killed cannot tell its workers, and they would wait for the next batch for ever."""
     global _shared
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_DFL)
