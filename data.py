@@ -61,23 +61,14 @@ class RowRandom:
 class Batch:
     """B sequences of T + 1 tokens; the objective shifts once, after which they are T inputs and T targets."""
 
-    tokens: torch.Tensor            # int32 [B, T + 1]
-    labels: torch.Tensor            # int32 [B, T + 1]: the tokens, -100 where nothing is to be learned
-    position_ids: torch.Tensor      # int32 [B, T + 1]
-    doc_start: torch.Tensor         # int32 [B, T + 1]: where in its sequence each position's document begins
-    source: np.ndarray              # int64 [B]: which source each sequence is from
-    rng: RowRandom | None
-
-    @classmethod
-    def of(cls, sequences: Sequences, source: np.ndarray | None = None, rng: RowRandom | None = None,
-           reset_positions: bool = True) -> "Batch":
-        """The batch of filled sequences; positions count from each document's beginning, or along the whole sequence.
-        Text to be scored is from one source and needs no random values until an objective masks it."""
-        doc_start = sequences.close()
-        B, length = doc_start.shape
-        source = np.zeros(B, np.int64) if source is None else source
-        positions = np.arange(length, dtype=np.int32) - (doc_start if reset_positions else np.zeros_like(doc_start))
-        return cls(*map(torch.from_numpy, (sequences.tokens, sequences.labels, positions, doc_start)), source, rng)
+    # int32 [B, T + 1], as Sequences.finish gives them; labels are the tokens, or -100 where nothing is to be learned.
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    doc_start: torch.Tensor
+    # int64 [B]: which source each sequence is from. Text to be scored has none, and is given an rng only to be masked.
+    source: np.ndarray | None = None
+    rng: RowRandom | None = None
 
     def to(self, device) -> "Batch":
         """The batch with its tensors on `device`; `source` and `rng` stay on the CPU."""
@@ -124,7 +115,7 @@ class Loader:
                     if was_target:
                         sequences.labels[row, sequences.end[row] - length] = IGNORE
         keys = mix_keys(self.seed, "rows", step, np.arange(first, first + len(order)))
-        return Batch.of(sequences, source, RowRandom(keys), self.config.reset_positions)
+        return Batch(**sequences.finish(self.config.reset_positions), source=source, rng=RowRandom(keys))
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been read before `step`."""

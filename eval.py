@@ -60,7 +60,7 @@ def cut_windows(objective, documents: list, prefix: int, context: int):
 def make_batches(objective, documents: list, prefix: int, context: int, B: int) -> list[data.Batch]:
     """Batches [B, T] (the last may have fewer sequences) that are ready for `objective.loss`."""
     windows = cut_windows(objective, documents, prefix, context)
-    batches = [data.Batch.of(sequences) for sequences in pack_in_order(windows, context, B)]
+    batches = [data.Batch(**sequences.finish()) for sequences in pack_in_order(windows, context, B)]
     for i, batch in enumerate(batches):
         if objective.causal:
             # The targets are apart already, so the last of the T + 1 positions, which is padding, goes.
@@ -68,7 +68,7 @@ def make_batches(objective, documents: list, prefix: int, context: int, B: int) 
                 setattr(batch, name, getattr(batch, name)[:, :-1])
         else:
             # The masks are a function of the batch's place, so that every evaluation masks the same positions.
-            keys = mix_keys("eval", i, np.arange(len(batch.source)))
+            keys = mix_keys("eval", i, np.arange(len(batch.tokens)))
             batches[i] = objective.corrupt(batch, data.RowRandom(keys))
     return batches
 

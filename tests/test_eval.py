@@ -124,8 +124,9 @@ def test_masked_loss_and_accuracy(tiny_model):
     assert evaluation.score(model, objective, documents, 0, 32) == result          # the same masks every time
     nats, hits, n = 0.0, 0, 0
     segments = evaluation.cut_windows(objective, [d for d, _ in documents], 0, 32)
-    for i, batch in enumerate(map(data.Batch.of, pack_in_order(segments, 32, 4))):
-        rng = data.RowRandom(mix_keys("eval", i, np.arange(len(batch.source))))
+    for i, sequences in enumerate(pack_in_order(segments, 32, 4)):
+        batch = data.Batch(**sequences.finish())
+        rng = data.RowRandom(mix_keys("eval", i, np.arange(len(batch.tokens))))
         batch = objective.corrupt(batch, rng)
         with torch.no_grad():
             logits = model.head(model(batch.tokens, batch.position_ids, batch.doc_start, False)).double()

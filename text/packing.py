@@ -10,6 +10,7 @@ and targets are not yet apart: the objective shifts once. B sequences, T tokens 
 """
 
 import numpy as np
+import torch
 
 from core.errors import UserError
 from kernels.cross_entropy import IGNORE
@@ -20,7 +21,7 @@ from text.shards import Shards
 class Sequences:
     """B sequences that are being filled: tokens, labels and doc_start, int32 [B, length].
 
-    doc_start says, once `close` has completed it, where in its sequence each position's document begins. A position
+    doc_start says, once `finish` has completed it, where in its sequence each position's document begins. A position
     that no piece fills is padding: token 0, label -100, and a document of its own, so that no text attends to it.
     """
 
@@ -28,7 +29,8 @@ class Sequences:
         self.tokens = np.zeros((B, length), np.int32)
         self.labels = np.full((B, length), IGNORE, np.int32)
         self.doc_start = np.zeros((B, length), np.int32)
-        self.end = np.zeros(B, np.int64)         # where the next piece of each sequence goes
+        # Where the next piece of each sequence goes.
+        self.end = np.zeros(B, np.int64)
 
     def append(self, row: int, tokens: np.ndarray, labels: np.ndarray, begins: np.ndarray | None = None):
         """Write a piece, tokens and labels [n], behind what sequence `row` has. A document begins with the piece and at
@@ -42,17 +44,16 @@ class Sequences:
             self.doc_start[row, at + begins] = at + begins
         self.end[row] = end
 
-    def cut(self, B: int) -> "Sequences":
-        """Keep the first B sequences."""
-        for name, array in vars(self).items():
-            setattr(self, name, array[:B])
-        return self
-
-    def close(self):
-        """Complete doc_start, and return it."""
-        padded = np.flatnonzero(self.end < self.doc_start.shape[1])
+    def finish(self, reset_positions: bool = True) -> dict[str, torch.Tensor]:
+        """{name: int32} of the sequences that have a piece, and of position_ids, which count from the beginning of each
+        document or along the whole sequence."""
+        B, length = np.count_nonzero(self.end), self.tokens.shape[1]
+        padded = np.flatnonzero(self.end < length)
         self.doc_start[padded, self.end[padded]] = self.end[padded]
-        return np.maximum.accumulate(self.doc_start, axis=1, out=self.doc_start)
+        np.maximum.accumulate(self.doc_start, axis=1, out=self.doc_start)
+        positions = np.arange(length, dtype=np.int32) - (self.doc_start if reset_positions else 0 * self.doc_start)
+        arrays = {"tokens": self.tokens, "labels": self.labels, "position_ids": positions, "doc_start": self.doc_start}
+        return {name: torch.from_numpy(array[:B]) for name, array in arrays.items()}
 
 
 # ---- for training: a source's sequences, the same number of them in every epoch
@@ -146,7 +147,7 @@ def pack_sources(sources: dict[str, Shards], config: DataConfig) -> dict[str, Pa
 # ---- for evaluation: segments in their order
 
 def pack_in_order(segments, context: int, B: int):
-    """Yield Sequences [B, T + 1] (the last may have fewer) of segments (tokens [n], labels [n]) of n <= T.
+    """Yield Sequences [B, T + 1] (the last may be filled in part) of segments (tokens [n], labels [n]) of n <= T.
 
     A segment that does not fit beside the one before it begins a sequence. The last position of each stays padding.
     """
@@ -159,4 +160,4 @@ def pack_in_order(segments, context: int, B: int):
                 sequences, row = Sequences(B, context + 1), 0
         sequences.append(row, tokens, labels)
     if sequences.end[0]:
-        yield sequences.cut(row + 1)
+        yield sequences

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic import counts_of, loader_of, source
 
-from data import Loader
+import data
 from text.mixture import DataConfig
 from text.packing import best_fit_decreasing, pack_in_order, pack_sources
 from text.shards import Shards
@@ -119,7 +119,7 @@ def test_documents_stay_whole_and_each_token_is_a_target_once(tmp_path, packing,
     config = DataConfig(context=T, packing=packing)
     packings = pack_sources({"s": shards}, config)
     rows = packings["s"].sequences
-    loader = Loader(packings, counts_of([rows], [rows]), config, seed=4)
+    loader = data.Loader(packings, counts_of([rows], [rows]), config, seed=4)
     for epoch in range(2):
         batch, targets, padded = loader.batch(epoch), [], 0
         for tokens, labels, positions, doc_start in zip(*(getattr(batch, f).tolist() for f in FIELDS)):
@@ -158,9 +158,9 @@ def test_a_long_documents_pieces_share_a_token_that_is_a_target_once(tmp_path):
 def test_segments_in_their_order():
     """Lengths 3, 2, 5, 1, 4 in sequences of T = 5, two at a time: [3 2], [5], [1 4]."""
     segments = [(np.arange(n) + 10 * i, np.arange(n) + 100 * i) for i, n in enumerate((3, 2, 5, 1, 4))]
-    batches = list(pack_in_order(segments, 5, 2))
+    batches = [data.Batch(**sequences.finish()) for sequences in pack_in_order(segments, 5, 2)]
     assert [b.tokens.tolist() for b in batches] == [[[0, 1, 2, 10, 11, 0], [20, 21, 22, 23, 24, 0]],
                                                     [[30, 40, 41, 42, 43, 0]]]
     assert batches[1].labels.tolist() == [[300, 400, 401, 402, 403, -100]]
-    assert [b.close().tolist() for b in batches] == [[[0, 0, 0, 3, 3, 5], [0, 0, 0, 0, 0, 5]], [[0, 1, 1, 1, 1, 5]]]
+    assert [b.doc_start.tolist() for b in batches] == [[[0, 0, 0, 3, 3, 5], [0, 0, 0, 0, 0, 5]], [[0, 1, 1, 1, 1, 5]]]
     assert list(pack_in_order([], 5, 2)) == []
