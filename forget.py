@@ -14,8 +14,8 @@
 
 A method is one file in learn/: its settings, its arithmetic and a class with
 the loop's hooks (learn/method.py). It acts on any module whose output layer is
-`head` and, to freeze by blocks, whose blocks are `layers`. Who has no general
-text for the others can sample it from the base (replay, arXiv 2605.26097).
+`head` and, to freeze by blocks, whose blocks are `layers`. Where there is no
+general text, `replay` samples it from the base (arXiv 2605.26097).
 """
 
 import core.threads
@@ -100,9 +100,9 @@ class Merge:
     base: str
     """What the training began from: a Hugging Face folder or hf://org/name."""
     model: str
-    """What came of it."""
+    """The model that was trained from it."""
     alpha: float | None = setting(None, at_least=0, at_most=1)
-    """How far to go: 0 is the base, 1 the model."""
+    """The coefficient, how far to go from the base: 0 is the base, 1 the model."""
     domain: list[str] = field(default_factory=list)
     """Held-out text of the domain, instead of --alpha: tries --alphas and keeps the best."""
     general: list[str] = field(default_factory=list)

@@ -41,7 +41,7 @@ from core.files import read_json, write_json, write_text  # noqa: E402
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)
 SKIP_FOLDERS = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}
 GENERATED = re.compile(r"(?i)generated (by|from|with|using|at)\b|\b(auto|machine)[- ]?\w*generated|do not edit")
-# The file's fault, not ours.
+# What reading and parsing a damaged file may raise.
 UNREADABLE = (OSError, SyntaxError, ValueError, RecursionError, tokenize.TokenError)
 
 # English function words that are not Python keywords: a third of prose, next to none of code and tables.
@@ -53,7 +53,7 @@ QUOTED = re.compile(r'"""(.*?)"""', re.S)
 SECTION = re.compile(r"\s*((Args?|Arguments|Options|(Other |Keyword )?Param(eter)?s?|Attributes|Fields|Methods|Shapes?"
                      r"|Returns?|Yields?|Raises|Warns|Examples?|Usage|See Also|References?) *:?\n|[:@|]"
                      r"|\.\. (\[|\w+::))")
-# `name : type`, `- name: what it is`
+# A row of a list of parameters: `name : type` or `- name: what it is`.
 TABLE_ROW = re.compile(r"^\s*([-*] +)?[\w*`'\".,\[\]]+(, [\w*`]+)*( +:| +--?| *\(.+\) ?:)\s", re.M)
 
 
@@ -117,25 +117,24 @@ def english(path: Path, source: str, seen: set[str]):
     else:
         docs = [body[0].value.value for _, body in blocks(ast.parse(source)) if is_string(body[0])]
     for doc in docs:
-        pieces, size = [], 0
+        text = ""
         for block in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
             paragraph = inspect.cleandoc(HEADING.sub("", block))
             key = " ".join(re.findall(r"\w+", paragraph.lower()))
             if key in seen or SECTION.match(block) or not is_prose(paragraph):
                 continue
             seen.add(key)
-            if size + len(paragraph) > GENERAL_CHARS[1]:
-                yield "\n\n".join(pieces)
-                pieces, size = [], 0
-            pieces.append(paragraph)
-            size += len(paragraph) + 2
-        yield "\n\n".join(pieces)
+            if len(text) + 2 + len(paragraph) > GENERAL_CHARS[1]:
+                yield text
+                text = ""
+            text += f"\n\n{paragraph}" if text else paragraph
+        yield text
 
 
 def strip_code(source: str) -> str:
     """`source` without docstrings and comments, in its own layout; `pass` where a block held nothing else."""
     lines = source.split("\n")
-    # A cut: line, column, end line, end column, whether it opens a block, what takes its place.
+    # A cut is (line, column, end line, end column, whether it opens a block, the text that takes its place).
     cuts = []
     for owner, body in blocks(ast.parse(source)):
         empty = all(map(is_string, body)) and not isinstance(owner, ast.Module)
@@ -173,7 +172,7 @@ def is_code(text: str) -> bool:
 
 
 def python_code(path: Path, source: str, seen: set[str]):
-    """Yield a file's code whole, or where it is too long its top-level statements in runs of allowed length."""
+    """Yield a file's code, in one piece or, where that is too long, in runs of top-level statements within bounds."""
     if GENERATED.search(source[:2000]):
         return
     text = strip_code(source)
@@ -288,9 +287,10 @@ def demo(options: Demo) -> dict:
 
 def run(*command) -> None:
     """A project command, shown and run; its failure ends the demo with the line it printed."""
-    print("\n$ python " + " ".join(map(str, command)), flush=True)
-    if subprocess.run([sys.executable, *map(str, command)], cwd=ROOT).returncode:
-        raise UserError(f"this command of the demo failed: python {' '.join(map(str, command))}")
+    words = list(map(str, command))
+    print(f"\n$ python {' '.join(words)}", flush=True)
+    if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
+        raise UserError(f"this command of the demo failed: python {' '.join(words)}")
 
 
 def show(runs: dict) -> None:

@@ -88,8 +88,7 @@ class Forgetting(Study):
 
 
 def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
-    """(the new folder, {"domain", "general": packed folder}); with `sampled`, also "own", so many documents sampled
-    from the base."""
+    """(the new folder, {"domain", "general": packed folder}), with `sampled` documents of the base's own as "own"."""
     refuse_existing(c.out)
     out, sides = Path(c.out).resolve(), {"domain": c.domain, "general": c.general}
     if sampled:

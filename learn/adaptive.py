@@ -16,8 +16,10 @@ from core.config import setting
 from core.errors import UserError
 from learn.method import Learning, Method
 
-# A decision's change of the replay share; degradation's two bounds; budget's lower bound as a share of epsilon.
-RAISE, LOWER, WORST, MILD, SPARE, AHEAD = 0.1, 0.05, 0.05, 0.025, 0.75, 3
+# What a decision adds to the replay share, or takes from it.
+RAISE, LOWER = 0.1, 0.05
+# degradation raises the share above WORST and lowers it below MILD; budget lowers it below SPARE * epsilon.
+WORST, MILD, SPARE, AHEAD = 0.05, 0.025, 0.75, 3
 
 
 @dataclass
@@ -98,8 +100,11 @@ class AdaptiveReplay(Method):
     def move_share(self, judged: float, high: float, low: float) -> dict:
         """Raises the share where the judged loss is above `high`, lowers it below `low`; {"replay_share", "reason"}."""
         config, memory = self.config, self.values
-        change = RAISE if judged > high else -LOWER if judged < low else 0.0
-        where = {RAISE: f"above {high:g}", -LOWER: f"below {low:g}", 0.0: f"between {low:g} and {high:g}"}[change]
+        change, where = 0.0, f"between {low:g} and {high:g}"
+        if judged > high:
+            change, where = RAISE, f"above {high:g}"
+        elif judged < low:
+            change, where = -LOWER, f"below {low:g}"
         share = round(min(config.most, max(config.least, memory["share"] + change)), 9)
         reason = f"{judged:.4f} is {where}"
         if change and share == memory["share"]:

@@ -52,7 +52,11 @@ class LwF(Method):
         self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
         if self.base is None:
             assert not self.sharded, "FSDP cannot copy a model: the run must hand in a base"
-            teacher = copy_as_teacher(model, self.learning.precision)
+            teacher = copy.deepcopy(model).requires_grad_(False)
+            for module in teacher.modules() if self.learning.precision else ():
+                # Autocast would round these weights in every matmul anyway: kept rounded they take half the memory.
+                if isinstance(module, nn.Linear) and module is not teacher.head:
+                    module.weight.data = module.weight.to(self.learning.precision)
             self.base = lambda _: contextlib.nullcontext(teacher)
             gigabytes = sum(p.nbytes for p in teacher.parameters()) / 1e9
             self.notes = [f"lwf: a frozen copy of the base stays in memory, {gigabytes:.2f} GB"]
@@ -80,20 +84,10 @@ class LwF(Method):
         self.targets = self.targets + (labels != IGNORE).sum()
         if part is batch:
             return (1 - alpha) * loss + alpha * divergence
-        # (1 - alpha) of the cross-entropy of the chosen alone: the other sequences keep all of theirs.
+        # The chosen sequences keep (1 - alpha) of their cross-entropy, the others all of theirs.
         return loss + alpha * (divergence - linear_cross_entropy(x, weight, labels)[0])
 
     def before_step(self, step, model):
         divergence, targets = self.learning.world.sum([self.divergence, self.targets])
         self.divergence, self.targets = 0.0, 0
         return {"lwf_kl": divergence / max(1.0, targets)}
-
-
-def copy_as_teacher(model: nn.Module, precision: torch.dtype | None) -> nn.Module:
-    """A frozen copy of the base. precision: the dtype in which autocast computes matmuls, or None."""
-    teacher = copy.deepcopy(model).requires_grad_(False)
-    for module in teacher.modules() if precision else ():
-        # Autocast would round these weights in every matmul anyway: kept rounded they take half the memory.
-        if isinstance(module, nn.Linear) and module is not teacher.head:
-            module.weight.data = module.weight.to(precision)
-    return teacher

@@ -90,10 +90,9 @@ class Masked(Objective):
                  z_loss: float = 0.0):
         super().__init__(mask_documents, z_loss)
         self.mask_id, self.mask_ratio = mask_id, mask_ratio
-        self.special = torch.tensor(sorted({*special_ids, mask_id}), dtype=torch.int32)
-        is_ordinary = torch.ones(vocab_size, dtype=torch.bool)
-        is_ordinary[self.special.long()] = False
-        self.ordinary = is_ordinary.nonzero().flatten().to(torch.int32)
+        special = {*special_ids, mask_id}
+        self.special = torch.tensor(sorted(special), dtype=torch.int32)
+        self.ordinary = torch.tensor([i for i in range(vocab_size) if i not in special], dtype=torch.int32)
 
     def corrupt(self, batch, rng):
         T = batch.tokens.shape[1] - 1

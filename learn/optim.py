@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from core.config import setting
+from core.parallel import distribute_like
 from kernels.adamw import State, Table, adamw_, init_state
 from learn.schedules import ScheduleConfig
 
@@ -150,17 +151,15 @@ class Muon(torch.optim.Optimizer):
         if isinstance(p, DTensor):
             step = DTensor.from_local(step, p.device_mesh, p.placements, run_check=False, shape=p.shape,
                                       stride=p.stride()).full_tensor()
-        step = orthogonalise(step)
-        if isinstance(p, DTensor):
-            # Every rank has the full matrix, so src_data_rank=None: nothing is sent.
-            step = distribute_tensor(step, p.device_mesh, p.placements, src_data_rank=None).to_local()
+        # Every rank has the full matrix, so taking this rank's rows of it sends nothing.
+        step = local(distribute_like(orthogonalise(step), p, step.dtype))
         local(p).mul_(1 - lr * decay).add_(step, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """Near U V^T of the matrix U S V^T [rows, columns]: five steps of the Newton-Schulz iteration with Jordan's
-    quintic, which take singular values of 0.002 to 1 times the Frobenius norm to between 0.68 and 1.21. In bf16, as
-    published (float64 stays float64)."""
+    """Approximately U V^T for the matrix U S V^T [rows, columns]: five steps of the Newton-Schulz iteration with
+    Jordan's quintic, which take singular values of 0.002 to 1 times the Frobenius norm to between 0.68 and 1.21. In
+    bf16, as published (float64 stays float64)."""
     x = matrix if matrix.dtype == torch.float64 else matrix.bfloat16()
     x = x / x.norm().clamp(min=1e-7)
     # A tall matrix is transposed, because then its Gram matrix is the smaller of the two.
@@ -189,7 +188,7 @@ class LossScale:
             torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1.0 / self.scale)
 
     def update(self, norm: float) -> bool:
-        """Takes note of a step's gradient norm; False where the step must be left out."""
+        """Adjusts the scale to a step's gradient norm; False where it is not finite and the update must be skipped."""
         finite = math.isfinite(norm)
         if self.enabled:
             self.good_steps = self.good_steps + 1 if finite else 0

@@ -33,9 +33,8 @@ class ScheduleConfig:
     min_lr: float = setting(1e-6, at_least=0)
     """the floor, where a schedule that falls ends"""
     schedule: Literal["cosine", "cosine_restarts", "linear", "inverse_sqrt", "constant", "wsd", "infinite"] = "cosine"
-    """what follows the warm-up. cosine, linear: fall over the whole run. cosine_restarts: falls anew in every cycle.
-    inverse_sqrt: lr sqrt(warm-up / step). wsd: lr, then the decay. infinite: cools down to constant_lr in
-    cooldown_steps and stays there for a run of any length, until the decay"""
+    """what follows the warm-up. cosine, linear: fall over the whole run. cosine_restarts: in every cycle. inverse_sqrt:
+    lr sqrt(warm-up / step). wsd: lr, then the decay. infinite: down to constant_lr for any length, then the decay"""
     warmup_ratio: float = setting(0.01, at_least=0, at_most=1)
     """share of the run over which the rate rises. 0: no re-warming, the first step has all of lr (then set lr to the
     rate at which the base's training ended)"""
