@@ -13,8 +13,8 @@ import json
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cached_property
-from itertools import zip_longest
+from functools import cached_property, partial
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 import jinja2
@@ -28,9 +28,6 @@ from measure import charts, verdict
 from measure.charts import DOMAIN, GENERAL, decimal, short
 from measure.verdict import ADVICE, UNITS, finite, mean
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
-
-
 # ---- reading a run folder
 
 @dataclass
@@ -41,7 +38,7 @@ class Run:
     start: dict = field(default_factory=dict)
     train: list = field(default_factory=list)      # lines of kind "train"
     evals: list = field(default_factory=list)      # lines of kind "eval"
-    samples: list = field(default_factory=list)    # lines of kind "samples"
+    samples: list = field(default_factory=list)    # the first and the last line of kind "samples"
     events: list = field(default_factory=list)     # kinds "event" and "resume", in the order of the file
     before: dict = field(default_factory=dict)     # {source: scores} at step 0; empty: no baseline
     after: dict = field(default_factory=dict)      # {source: scores} of the last evaluation
@@ -76,21 +73,20 @@ class Run:
     @cached_property
     def colours(self) -> dict:
         """{source: colour's name}: warm for the domain, cool for everything else."""
-        warm = self.names_of("domain")
-        cool = [name for name in self.sources if name not in warm]
-        return {name: palette[i % len(palette)]
-                for names, palette in ((warm, DOMAIN), (cool, GENERAL)) for i, name in enumerate(names)}
+        warm, cool = cycle(DOMAIN), cycle(GENERAL)
+        return {name: next(warm if role == "domain" else cool) for name, role in self.sources.items()}
 
-    def values(self, role: str, side: dict, column: str) -> list:
-        """One column of an evaluation over the sources of a role; None where a source has no such value."""
-        return [finite(side.get(name, {}).get(column)) for name in self.names_of(role)]
+    def mean_over(self, role: str, scores: dict, column: str) -> float | None:
+        """Mean of one column of an evaluation {source: scores} over the sources of a role that have it."""
+        return mean(finite(scores.get(name, {}).get(column)) for name in self.names_of(role))
 
     @cached_property
     def comparison(self) -> dict:
         """measure/verdict.py's comparison of the last evaluation with the one at step 0."""
         return verdict.compare(self.before, self.after, self.names_of("general"), self.names_of("domain"), self.metric)
 
-    # Fractions; None where they cannot be known.
+    # The metric in words, and three fractions; None where they cannot be known.
+    unit = property(lambda run: UNITS[run.metric])
     domain_gain = property(lambda run: run.comparison["domain_gain"])
     forgetting = property(lambda run: run.comparison["forgetting"])
     overall = property(lambda run: run.comparison["score"])
@@ -149,7 +145,8 @@ def read_metrics(run: Run, path: Path) -> None:
                 kinds = {kind: {step: row for step, row in rows.items() if step <= resumed_at}
                          for kind, rows in kinds.items()}
     run.start.setdefault("sources", {})
-    run.train, run.evals, run.samples = ([rows[step] for step in sorted(rows)] for rows in kinds.values())
+    run.train, run.evals, samples = ([rows[step] for step in sorted(rows)] for rows in kinds.values())
+    run.samples = samples[:1] + samples[1:][-1:]
     if unreadable == [number]:
         run.notes.append("The last line of metrics.jsonl is cut (a run stopped while writing it) and was ignored.")
     elif unreadable:
@@ -217,108 +214,49 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
 
 
-def join_fields(fields: dict, between: str) -> str:
-    """{"context": 512, ...} -> 'context: 512 · ...'."""
-    texts = {key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-             for key, value in fields.items()}
-    return " · ".join(f"{key.replace('_', ' ')}{between}{text}" for key, text in texts.items())
-
-
 def utc(seconds) -> str:
     """Seconds since 1970 as a date and a time; a dash where they are unknown."""
     seconds = finite(seconds)
     return "–" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def why_unknown(run: Run) -> str:
-    """Why forgetting is unknown."""
-    if not run.before:
-        return "unknown: no baseline"
-    return "unknown: no general text was evaluated" if run.after else "unknown: not evaluated yet"
-
-
-def headline(run: Run) -> list:
-    """The one sentence about a run as (text, css class) pieces; the texts joined are the plain sentence."""
-    total = finite(run.start.get("total_steps"))
-    of_total = "" if total is None else f" of {total:,.0f}"
-    so_far = "" if run.finished else f"So far, at step {run.step:,}{of_total}, "
-    if not run.before:
-        text = f"{so_far}gain and forgetting are unknown: no baseline, because nothing was evaluated at step 0."
-        return [(text[0].upper() + text[1:], "")]
-    if not run.after:
-        return [("No verdict yet: only the baseline at step 0 has been evaluated.", "")]
-    gain, lost, unit = run.domain_gain, run.forgetting, UNITS[run.metric]
-    pieces = [(f"{so_far}the domain " if so_far else "The domain ", "")]
-    if gain is None:
-        pieces += [("was not evaluated", "")]
-    else:
-        pieces += [("gained " if gain >= 0 else "got worse by ", ""), (percent(abs(gain)), verdict.grade_gain(gain))]
-    if lost is None:
-        return [*pieces, (f", in {unit}; forgetting is {why_unknown(run)}.", "")]
-    verb = "lost" if lost > 0 else "gained"
-    return [*pieces, (f" and general text {verb} ", ""), (percent(abs(lost)), verdict.grade_forgetting(lost)),
-            (f", in {unit}.", "")]
-
-
-def plain(pieces: list) -> str:
-    return "".join(text for text, _ in pieces)
-
-
 # ---- the page
 
-def render(runs: list) -> str:
-    """The whole page for one or several runs, as HTML text that loads nothing from anywhere."""
-    points = 400 if len(runs) == 1 else max(60, 900 // len(runs))
+def render(runs: list):
+    """The filled template: str() of it is the page for one or several runs, which loads nothing from anywhere, and
+    `headline(run)` the sentence about a run as markup."""
     # Autoescape: whatever stands in a run's files reaches the page as text, never as markup.
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"finite": finite, "percent": percent, "decimal": decimal, "short": short, "utc": utc,
-                            "fields": join_fields, "plain": plain}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        views=[view_of(run, i, points) for i, run in enumerate(runs)], advice=ADVICE,
-        across=charts.draw_comparison(runs, 300) if len(runs) > 1 else [])
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                     trim_blocks=True, lstrip_blocks=True)
+    filters = (finite, percent, decimal, short, utc, verdict.grade_gain, verdict.grade_forgetting)
+    environment.filters |= {function.__name__: function for function in filters}
+    environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
+    return environment.get_template("report.html.j2").make_module({
+        "views": [view_of(run, i) for i, run in enumerate(runs)], "advice": ADVICE,
+        "across": charts.draw_comparison(runs) if len(runs) > 1 else []})
 
 
-def view_of(run: Run, index: int, points: int) -> dict:
-    """What the template shows of one run and does not find in the run itself; None where a value is unknown."""
-    def means(column):
-        return {role: [mean(run.values(role, side, column)) for side in (run.before, run.after)]
-                for role in ("domain", "general")}
-
+def view_of(run: Run, index: int) -> dict:
+    """What the template shows of one run and does not find in the run itself."""
     rows = source_rows(run)
-    speed = charts.series(run.train, lambda row: row.get("tokens_per_second"))[1]
-    tokens = charts.series(run.train, lambda row: row.get("tokens"))[1]
-    return {
-        "run": run, "number": index + 1, "colour": charts.colour_of_run(index), "headline": headline(run),
-        "unit": UNITS[run.metric], "means": means(run.metric), "accuracy": means("accuracy"),
-        "why_unknown": why_unknown(run), "grade": verdict.grade_forgetting(run.forgetting),
-        "gain_grade": verdict.grade_gain(run.domain_gain),
-        "rows": rows, "has": {key: any(row[key] not in (None, []) for row in rows) for key in rows[0]} if rows else {},
-        "tokens": tokens[-1] if len(tokens) else None, "speed": np.median(speed) if len(speed) else None,
-        "evaluated": max((row["step"] for row in run.evals), default=run.step),
-        "charts": charts.draw_run(run, points, f"run{index}"), "samples": sample_pairs(run),
-        "sampled": [row["step"] for row in first_and_last(run.samples)],
-    }
+    tokens, speeds = charts.logged(run, "tokens")[1], charts.logged(run, "tokens_per_second")[1]
+    return {"run": run, "colour": charts.colour_of_run(index), "rows": rows,
+            "columns": {key for row in rows for key, value in row.items() if value not in (None, [])},
+            "tokens": tokens[-1] if len(tokens) else None, "speed": np.median(speeds) if len(speeds) else None,
+            "charts": charts.draw_run(run, f"run{index}"), "samples": sample_pairs(run)}
 
 
 def source_rows(run: Run) -> list:
     """The table of sources, a dict for each; None, or an empty list, where the files do not say."""
     trained = {}
     for row in run.train:
-        trained.update(row["sources"])
-    changes = run.comparison["change"]
-    widest = max(map(abs, changes.values()), default=0)
+        trained |= row["sources"]
     rows = []
     for name, role in run.sources.items():
         sides = [side.get(name, {}) for side in (run.before, run.after)]
-        change = changes.get(name)
-        # The bar starts in the middle of its field and goes left where the score fell.
-        width = abs(change or 0) / widest * 50 if widest else 0
-        gain = None if change is None else -change
         rows.append({
-            "name": name, "role": role, "colour": run.colours[name],
-            "grade": verdict.grade_gain(gain) if role == "domain" else verdict.grade_forgetting(change),
-            "before": finite(sides[0].get(run.metric)), "after": finite(sides[1].get(run.metric)), "change": change,
-            "left": 50 - width if (change or 0) < 0 else 50, "width": width,
+            "name": name, "role": role, "change": run.comparison["change"].get(name),
+            **{side: finite(scores.get(run.metric)) for side, scores in zip(("before", "after"), sides)},
             **{column: [side[column] for side in sides if finite(side.get(column)) is not None]
                for column in ("perplexity", "accuracy")},
             **{column: finite(trained.get(name, {}).get(column)) for column in ("tokens", "epochs")},
@@ -326,14 +264,10 @@ def source_rows(run: Run) -> list:
     return rows
 
 
-def first_and_last(rows: list) -> list:
-    return rows[:1] + rows[1:][-1:]
-
-
 def sample_pairs(run: Run) -> list:
     """[(prompt, [first continuation, last continuation])]; one text each when only one step was sampled."""
     sides = []
-    for row in first_and_last(run.samples):
+    for row in run.samples:
         side = {}
         for sample in row["samples"] if isinstance(row.get("samples"), list) else []:
             prompt, text = (str(dict_or_empty(sample).get(key, "")) for key in ("prompt", "text"))
@@ -365,10 +299,10 @@ def write_report(options: Report) -> dict:
         raise UserError(f"--out '{out}' is a folder: name a file, such as {out / 'report.html'}")
     runs = [read_run(folder) for folder in options.runs]
     page = render(runs)
-    write_text(out, page)
+    write_text(out, str(page))
     for run in runs:
-        print(f"{run.name}: {plain(headline(run))}")
-    print(f"wrote {out} ({len(page) / 1e6:.2f} MB)")
+        print(f"{run.name}: {page.headline(run).striptags()}")
+    print(f"wrote {out} ({len(str(page)) / 1e6:.2f} MB)")
     return {"out": str(out), "runs": [{"run": run.name, **run.comparison} for run in runs]}
 
 

@@ -1,7 +1,10 @@
 """measure/charts.py against plain numpy and hand-made curves; tests/test_report.py has its pictures on the page."""
 
+import re
+
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from measure import charts
 
@@ -13,13 +16,28 @@ def test_smoothing_is_the_plain_mean_of_its_window():
     np.testing.assert_allclose(charts.smooth(y), want, rtol=1e-10)
 
 
-def test_thinning_keeps_ends_and_spikes():
-    y = np.random.default_rng(0).normal(size=100_000)
-    y[77_777], y[12_345] = 50, -50
-    x, thin = charts.thin(np.arange(100_000), y, 400)
-    assert len(x) <= 402
-    assert (thin.max(), thin.min(), x[0], x[-1]) == (50, -50, 0, 99_999)
-    assert (np.diff(x) > 0).all()
+def test_a_long_noisy_curve_is_drawn_with_few_points_and_all_its_spikes():
+    y = np.random.default_rng(0).normal(size=20_000)
+    y[7_777], y[12_345] = 50, -50
+    axes = Figure().add_subplot()
+    charts.draw_curve(axes, np.arange(20_000), y, "g0", smoothed=True)
+    raw, mean = (line.get_xydata() for line in axes.lines)
+    assert len(raw) <= 800
+    assert (raw[:, 1].min(), raw[:, 1].max()) == (-50, 50)
+    assert raw[raw[:, 1].argmax(), 0] == pytest.approx(7_777, abs=100)
+    assert (raw[0, 0], raw[-1, 0]) == (0, pytest.approx(20_000, abs=200))
+    assert (mean[:, 1] == charts.smooth(y)).all()
+    # A curve of moderate length is drawn as it is.
+    charts.draw_curve(axes, np.arange(300), y[:300], "g0", smoothed=True)
+    assert (axes.lines[2].get_ydata()[::2] == y[:300]).all()
+
+
+def test_a_smooth_curve_of_many_points_is_drawn_with_few():
+    def draw(axes):
+        charts.draw_curve(axes, np.arange(20_000), np.cos(np.arange(20_000) / 2_000), "g0")
+        return "", "", []
+    svg = charts.draw_charts([(charts.HALF, draw)], "salt")[0]["svg"]
+    assert 20 < max(re.findall(r' d="([^"]*)"', svg), key=len).count("L") < 400
 
 
 @pytest.mark.parametrize(("value", "text"), [(4194304, "4.19M"), (12_345, "12.3k"), (9999, "9,999"), (0.25, "0.25"),
