@@ -86,8 +86,8 @@ class Loader:
 
     def __init__(self, packings: dict[str, Packing], plan: np.ndarray, config: DataConfig, seed: int):
         self.plan, self.config, self.seed = plan, config, seed
-        self.names, self.packings = list(packings), list(packings.values())
-        self.shards = [packing.shards for packing in self.packings]
+        self.names, self.packings = list(packings), packings
+        self.shards = {name: packing.shards for name, packing in packings.items()}
 
     def batch(self, step: int, first: int = 0, last: int | None = None) -> Batch:
         """The sequences from `first` to before `last` (default: all) of a step's global batch: those of a rank or of a
@@ -103,7 +103,8 @@ class Loader:
 
         sequences = Sequences(len(order), self.config.context + 1)
         for i in np.unique(source):
-            packing, name = self.packings[i], self.names[i]
+            name = self.names[i]
+            packing = self.packings[name]
             rows = np.flatnonzero(source == i)
             epoch, position = np.divmod(ordinal[rows], packing.sequences)
             place = permute(position, packing.sequences, mix_keys(self.seed, name, "window", epoch))
@@ -120,7 +121,7 @@ class Loader:
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been read before `step`."""
         return {name: float(n / packing.sequences)
-                for name, packing, n in zip(self.names, self.packings, self.plan[step])}
+                for (name, packing), n in zip(self.packings.items(), self.plan[step])}
 
 
 # ---- pack, info, verify, manifest

@@ -26,6 +26,7 @@ import torch
 
 from core import cli, guard, parallel
 from core.config import refuse_unused, setting
+from core.devices import peak_bytes
 from core.hashing import mix_keys
 from core.log import LogConfig
 from core.parallel import ParallelConfig
@@ -36,9 +37,8 @@ from learn.objectives import IGNORE, LossBySource, ObjectiveConfig
 from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import ModelSection, Run, TrainSection, build
-from stages.describe import begin, describe, log_step, rehearse
-from stages.evaluate import EvalSection, evaluate
-from stages.finish import finish
+from stages.describe import begin, describe, log_step, show_sequences
+from stages.evaluate import EvalSection, evaluate, finish, score_heldout
 from stages.resume import resume, save
 from text.mixture import DataConfig
 
@@ -167,10 +167,23 @@ def train(c: Config, world) -> int:
 
 
 def dry_run(c: Config, world) -> int:
-    """One step, one evaluation and one save in a folder that is thrown away; prints what the whole run would take."""
-    with tempfile.TemporaryDirectory() as folder:
-        with build(dataclasses.replace(c, log=LogConfig()), world, Path(folder)) as run:
-            rehearse(run, micro_batches, train_step)
+    """One evaluation, one step and one save in a folder that is thrown away; says what the whole run would take."""
+    with tempfile.TemporaryDirectory() as folder, \
+            build(dataclasses.replace(c, log=LogConfig()), world, Path(folder)) as run:
+        describe(run)
+        batches, seconds = micro_batches(run, 0), []
+        for function, *more in ((score_heldout,), (train_step, batches), (save,)):
+            start = time.perf_counter()
+            function(run, 0, *more)
+            seconds.append(time.perf_counter() - start)
+        evaluation, step, saving = seconds
+        hours = (step * run.steps + evaluation * (2 + run.steps // c.eval.every)) / 3600
+        size = sum(file.stat().st_size for file in Path(folder, "checkpoints").rglob("*") if file.is_file())
+        run.log.say(f"dry run: step {step:.2f} s, evaluation {evaluation:.1f} s, save {saving:.1f} s; "
+                    f"peak memory {peak_bytes(world.device) / 1e9:.2f} GB, a checkpoint {size / 1e6:,.0f} MB")
+        run.log.say(f"dry run: the whole run takes about {hours:.2f} hours; nothing was kept")
+        if run.tokenizer:
+            show_sequences(run, batches[0])
     return 0
 
 

@@ -1,1 +1,1 @@
-"""The stages of a run in their order: build, resume, describe, finish."""
+"""The stages of a run in their order: build, describe, resume, evaluate."""

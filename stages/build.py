@@ -85,33 +85,24 @@ class TrainSection(LengthConfig):
 # ---- the run
 
 @dataclass
-class Run:
+class Run(contextlib.AbstractContextManager):
     """Everything that a step, an evaluation or a save needs; made by `build`."""
 
-    c: object
-    """the Config of train.py"""
+    c: object                               # the Config of train.py
     world: parallel.World
-    folder: Path | None
-    """the run's own folder; None: the run leaves nothing and says nothing"""
-    base: hf.Base | None
-    """what model.path names; None: no path"""
+    folder: Path | None                     # None: the run leaves nothing and says nothing
+    base: hf.Base | None                    # what model.path names; None: no path
     tokenizer: object
     config: ModelConfig
-    sources: dict
-    """{name: SourceConfig}; a score bucket counts as a source"""
+    sources: dict                           # {name: SourceConfig}; a score bucket counts as a source
     loader: data.Loader
-    planned: np.ndarray
-    """loader.plan as it was before the run; adaptive replay replaces the loader's"""
+    planned: np.ndarray                     # loader.plan as it was before adaptive replay
     objective: objectives.Objective
     heldout: evaluation.HeldOut = None
-    inner: Model = None
-    """the model itself"""
-    model: torch.nn.Module = None
-    """what the loop calls: the model itself, or DDP around it"""
-    methods: list = field(default_factory=list)
-    """the retention methods that are on (forget.py)"""
-    decisions: list = field(default_factory=list)
-    """what adaptive replay decided at the evaluations so far"""
+    inner: Model = None                     # the model itself
+    model: torch.nn.Module = None           # what the loop calls: inner, or DDP around it
+    methods: list = field(default_factory=list)         # the retention methods that are on
+    decisions: list = field(default_factory=list)       # what adaptive replay decided so far
     optimizer: torch.optim.Optimizer = None
     scale: optim.LossScale = None
     log: Logger = None
@@ -119,6 +110,10 @@ class Run:
     @property
     def steps(self) -> int:
         return len(self.loader.plan) - 1
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.c.train.batch_size * self.c.data.context
 
     @property
     def trained(self) -> str:
@@ -145,9 +140,6 @@ class Run:
         with self.autocast():
             return self.objective.hidden_states(model, batch.to(self.world.device))
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *error):
         self.log.close()
 
@@ -165,7 +157,6 @@ def build(c, world, folder: Path | None = None) -> Run:
     tokenizer = open_tokenizer(c, base)
     config = base.config if base else fresh_config(c, tokenizer)
     run = plan_data(c, world, folder, base, tokenizer, config)
-    refuse_plan(run)
     run.inner = build_model(c, config, base, world)
     run.methods = forget.build(c.forget, describe_learning(run))
     for method in run.methods:
@@ -232,84 +223,71 @@ def fresh_config(c, tokenizer) -> ModelConfig:
     return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
 
 
-def open_sources(c, tokenizer, vocab_size: int, world) -> tuple[dict, dict, dict]:
-    """({name: SourceConfig}, {name: train shards}, {name: held-out shards}); a score bucket counts as a source.
+def plan_data(c, world, folder, base, tokenizer, config) -> Run:
+    """The run with its sources, its plan, its objective and what it scores, and still without a model.
 
-    Shards are verified on rank 0. UserError where the model cannot read a source.
+    Shards are verified on rank 0. UserError where the model cannot read a source, where the plan reads one too often,
+    and for settings that the sources or the run's length make senseless.
     """
     if not c.data.sources:
         raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
     for name, source in c.data.sources.items():
-        if not source.path:
-            raise UserError(f"data.sources.{name}.path is not set; name a folder made by data.py pack")
-        if not Path(source.path).is_dir():
-            raise UserError(f"data.sources.{name}.path {source.path} does not exist; make it with data.py pack")
-    sources, train, heldout = open_buckets(c.data.sources), {}, {}
+        if not source.path or not Path(source.path).is_dir():
+            wrong = f"{source.path} does not exist" if source.path else "is not set"
+            raise UserError(f"data.sources.{name}.path {wrong}; name a folder made by data.py pack")
+    sources, shards, documents = open_buckets(c.data.sources), {}, {}
     for name, source in sources.items():
-        train[name], heldout[name] = Shards(source.path), Shards(source.path, "heldout")
-        check_tokenizer(name, train[name], tokenizer, vocab_size)
+        shards[name] = Shards(source.path)
+        check_tokenizer(name, shards[name], tokenizer, config.vocab_size)
         if world.main:
             verify(source.path, budget_bytes=4e9, seed=c.seed)
-    return sources, train, heldout
+        tokens = mixture.part_of(sources, name, c.eval.tokens)
+        if found := evaluation.heldout_documents(Shards(source.path, "heldout"), tokens):
+            documents[name] = found
 
-
-def plan_data(c, world, folder, base, tokenizer, config) -> Run:
-    """The run with its sources, its plan, its objective and what it scores, and still without a model."""
-    sources, shards, heldout = open_sources(c, tokenizer, config.vocab_size, world)
     packings = pack_sources(shards, c.data)
     plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
     loader = data.Loader(packings, plan, c.data, seed=c.seed)
-    refusals, _ = mixture.judge_epochs(loader.epochs(len(plan) - 1), sources)
-    if refusals:
-        raise UserError(refusals[0])
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective)
-    documents = {name: found for name, shards in heldout.items()
-                 if (found := evaluation.heldout_documents(shards, mixture.part_of(sources, name, c.eval.tokens)))}
+    roles = {name: sources[name].role for name in documents}
     run.heldout = evaluation.HeldOut(
-        documents, {name: sources[name].role for name in documents}, objective,
-        token_before_document(tokenizer) if tokenizer else 0, c.data.context, c.train.micro_batch_size, run.autocast,
-        pick_dtype(c.train.precision))
-    return run
+        documents, roles, objective, token_before_document(tokenizer) if tokenizer else 0, c.data.context,
+        c.train.micro_batch_size, run.autocast, pick_dtype(c.train.precision))
 
-
-def refuse_plan(run: Run):
-    """UserError for settings that the run's sources or its length make senseless."""
-    c = run.c
-    both = len(set(run.heldout.roles.values())) == 2
-    if c.forget.merge.method != "none" and not (run.objective.causal and both):
+    for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:
+        raise UserError(refusal)
+    if c.forget.merge.method != "none" and not (objective.causal and len(set(roles.values())) == 2):
         raise UserError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
                         "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
                         "run: python forget.py merge --alpha 0.5")
     if c.forget.adaptive.policy != "none" and c.eval.every >= run.steps:
         raise UserError(f"forget.adaptive decides at evaluations, and with eval.every {c.eval.every} there is none "
                         f"within {run.steps} steps; set --eval.every {max(1, run.steps // 10)}")
+    return run
 
 
 # ---- model
 
 def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     """The model on its device, with its weights and its adapters, and with FSDP sharded."""
-    make = make_sharded_model if world.size > 1 and c.parallel.strategy == "fsdp" else make_model
-    model = make(c, config, base, world)
+    if world.size > 1 and c.parallel.strategy == "fsdp":
+        model = make_sharded_model(c, config, base, world)
+    else:
+        # A base that is to be quantised goes to the device tensor by tensor: its plain weights need not fit there.
+        quantise = c.lora.rank > 0 and c.lora.base != "plain"
+        if c.model.init == "scratch":
+            model = make_fresh_model(c, config)
+        else:
+            model = hf.load(base, weight_dtype(c), "cpu" if quantise else world.device)
+        if c.lora.rank:
+            lora.attach(model, c.lora, c.seed, device=world.device)
+        model.to(world.device)
     model.checkpoint_blocks = c.model.activation_checkpointing
     model.train()
     if c.compile:
         model.compile()
     return model
-
-
-def make_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
-    """Weights -> adapters -> device."""
-    if c.model.init == "scratch":
-        model = make_fresh_model(c, config)
-    else:
-        # A base that is to be quantised goes to the device tensor by tensor: its plain weights need not fit there.
-        quantise = c.lora.rank > 0 and c.lora.base != "plain"
-        model = hf.load(base, weight_dtype(c), "cpu" if quantise else world.device)
-    if c.lora.rank:
-        lora.attach(model, c.lora, c.seed, device=world.device)
-    return model.to(world.device)
 
 
 def make_sharded_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
@@ -348,23 +326,21 @@ def weight_dtype(c) -> torch.dtype:
 
 # ---- methods
 
+@dataclass
 class GeneralText:
     """Corrupted batches of the general sources alone, enough for EWC's samples, the same on every rank and at each
     iteration."""
 
-    def __init__(self, run: Run):
-        self.run = run
+    run: Run
 
     def __iter__(self):
-        c, names = self.run.c, self.run.names_of("general")
-        shards = dict(zip(self.run.loader.names, self.run.loader.shards))
-        weights = mixture.source_weights({name: self.run.sources[name] for name in names}, 0.0, strata=c.data.strata)
+        c, run, names = self.run.c, self.run, self.run.names_of("general")
+        weights = mixture.source_weights({name: run.sources[name] for name in names}, 0.0, strata=c.data.strata)
         # Batches of 8 sequences.
         plan = mixture.plan_counts(np.tile(weights, (-(-c.forget.ewc.samples // 8), 1)), 8)
-        packings = pack_sources({name: shards[name] for name in names}, c.data)
-        loader = data.Loader(packings, plan, c.data, seed=c.seed)
+        loader = data.Loader({name: run.loader.packings[name] for name in names}, plan, c.data, seed=c.seed)
         for batch in map(loader.batch, range(len(plan) - 1)):
-            yield self.run.objective.corrupt(batch, batch.rng)
+            yield run.objective.corrupt(batch, batch.rng)
 
 
 def describe_learning(run: Run) -> Learning:
@@ -378,8 +354,7 @@ def describe_learning(run: Run) -> Learning:
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
     # What an estimate from general text, such as EWC's, depends on.
-    tokens = [record["sha256"] for name, shards in zip(loader.names, loader.shards) if name in general
-              for record in shards.manifest["splits"]["train"]["shards"]]
+    tokens = [record["sha256"] for name in loader.names if name in general for record in loader.shards[name].records]
     made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
     if c.data.drop_last:
         made_of.append("drop_last")

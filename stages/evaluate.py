@@ -1,12 +1,24 @@
-"""Once in a while: score the held-out text, let the methods answer, and draw samples before and after."""
+"""What a run is worth: score the held-out text once in a while and let the methods answer; in the end also export the
+model, merge it with its base, and write eval.json and the report."""
 
+import contextlib
 import json
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import eval as evaluation
+import forget
+import hf
+import lora
+from core import parallel
+from core.cli import run_command
 from core.config import setting
-from core.files import write_json, write_text
+from core.errors import UserError
+from core.files import read_json, write_json, write_text
 from learn import adaptive
+from learn.peft_files import save_adapter
+from measure import verdict
 from stages.build import Run
 from text import mixture
 
@@ -94,3 +106,76 @@ def write_plan(run: Run):
     plan = {"step": 0, "steps": run.steps, "schedule": run.c.data.schedule, "domain_share": run.c.data.domain_share,
             "sequences": dict(zip(run.loader.names, run.planned[-1].tolist()))}
     write_text(run.folder / "plan.jsonl", "".join(json.dumps(line) + "\n" for line in [plan, *run.decisions]))
+
+
+# ---- the end of a run
+
+def finish(run: Run):
+    """Evaluate what the run leaves, export it, merge it with the base where that is set, and report. eval.json says
+    that the run is finished."""
+    c, out, say = run.c, run.folder, run.log.say
+    with contextlib.ExitStack() as stack:
+        for method in run.methods:
+            stack.enter_context(method.exported(run.inner))                                 # exported
+        after = score_heldout(run, run.steps)
+        draw_samples(run, run.steps)
+        # Only rank 0 is sure to see the folder.
+        first = read_json(out / "eval_step_0.json") if run.world.main else {"texts": {}, "protocol": {}}
+        before, protocol = first["texts"], first["protocol"]
+        if c.forget.merge.method == "none":
+            table = evaluation.format_table(before, after)
+            export(run, out / "final", f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
+        else:
+            after = merge_with_base(run)
+    if not run.world.main:
+        return
+    comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.causal else {}
+    write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
+    say(evaluation.format_table(before, after))
+    if comparison:
+        say(verdict.describe(comparison))
+    run.log.close()
+    try:
+        run_command("report.py", out)
+        report = f"report: {out}/report.html"
+    except UserError as error:
+        report = f"no report: {error}"
+    print(f"model: {out}/final   {report}", flush=True)
+
+
+def export(run: Run, folder: Path, card: str):
+    """Write the trained model as a Hugging Face folder; with adapters, these as a PEFT folder beside it.
+
+    card: Markdown for the model card. A collective, because ranks may hold shares of the weights.
+    """
+    c, weights = run.c, parallel.model_state(run.inner)
+    if not run.world.main:
+        return
+    own_tokenizer = c.model.tokenizer or None
+    if c.lora.rank:
+        # Adapters are added to the base as it is on disk, not as it was rounded or quantised for this run.
+        adapter = folder.with_name("adapter")
+        save_adapter(run.inner, adapter, run.base.name, weights)
+        lora.merge_folders(run.base, adapter, folder, card=card, tokenizer=own_tokenizer)
+    else:
+        hf.save(run.inner, folder, base=run.base, state=weights, tokenizer=own_tokenizer,
+                scratch=c.model.init == "scratch", card=card)
+
+
+def merge_with_base(run: Run) -> dict:
+    """Write the run's own result to trained/ and the best mean of it and the base to final/; returns the scores of
+    final/ on rank 0, which alone does the work."""
+    c, out = run.c, run.folder
+    export(run, out / "trained", "The result of a run before it was merged with its base.")
+    if not run.world.main:
+        return {}
+
+    def score(model, folder):
+        return run.heldout.score(model.eval(), parallel.World(0, 1, run.world.device))
+
+    # A run that died before its eval.json may have left one.
+    shutil.rmtree(out / "final", ignore_errors=True)
+    found = forget.merge_best(run.base, out / "trained", out / "final", score, run.names_of("general"), c.forget.merge,
+                              device=run.world.device, say=run.log.say)
+    write_json(out / "merge.json", found)
+    return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])

@@ -21,9 +21,9 @@ def identity(run: Run, step: int) -> dict:
     Of the plan and the learning rates only the past counts. A schedule whose past does not depend on the run's length
     (static mix; infinite, constant or wsd rates) can therefore be prolonged, or annealed from any of its checkpoints.
     """
-    c, loader = run.c, run.loader
+    c = run.c
     tokens = {name: [record["sha256"] for split in SPLITS for record in shards.manifest["splits"][split]["shards"]]
-              for name, shards in zip(loader.names, loader.shards)}
+              for name, shards in run.loader.shards.items()}
     rates = [schedules.learning_rate(s, run.steps, c.optim) for s in range(step)]
     optimizer = {key: value for key, value in dataclasses.asdict(c.optim).items()
                  if key not in schedules.SCHEDULE_FIELDS}

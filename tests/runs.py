@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from text.shards import pack
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "CUDA_VISIBLE_DEVICES": ""}
-NO_REPORT = types.SimpleNamespace(run=lambda *a, **k: types.SimpleNamespace(returncode=0, stderr=""))
 
 
 def make_lab(folder: Path) -> Path:
@@ -94,7 +92,7 @@ def quick(monkeypatch):
     """One thread, so that sums have one order here and in the processes started here; and no report for each run."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr("stages.finish.subprocess", NO_REPORT)
+    monkeypatch.setattr("stages.evaluate.run_command", lambda *words: None)
     yield
     torch.set_num_threads(before)
 
@@ -104,7 +102,7 @@ def whole(lab, tmp_path_factory):
     """A run of 8 steps that nothing interrupted, and the hash of the tokens of each step."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.finish.subprocess", NO_REPORT)
+        patch.setattr("stages.evaluate.run_command", lambda *words: None)
         seen = spy(patch)
         torch.set_num_threads(1)
         assert train.train(settings(lab, out), one()) == 0
@@ -116,7 +114,7 @@ def base(lab, tmp_path_factory):
     """(lab, a base in Hugging Face's format that knows the general source), read only."""
     folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.finish.subprocess", NO_REPORT)
+        patch.setattr("stages.evaluate.run_command", lambda *words: None)
         torch.set_num_threads(1)
         train.train(settings(lab, folder, "--data.domain-share", 0, "--data.schedule", "static", steps=20), one())
     return lab, folder / "final"

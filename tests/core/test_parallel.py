@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,13 @@ from safetensors.torch import load_file
 import hf
 import train
 from core import checkpoint, parallel
-from stages import finish
+from stages import evaluate
 from stages.build import build
 
 pytestmark = pytest.mark.usefixtures("quick")
 STEPS, BATCH = 5, 8
 CASES = list(itertools.product(("ddp", "fsdp"), (True, False), (1, 2, 4)))        # strategy, tied head, micro-batch
 
-NO_REPORT = types.SimpleNamespace(returncode=0, stderr="")
 METHODS = {
     "lora": ["--lora.rank", 4, "--lora.ranks", "q_proj=1",             # one row: the second of two ranks holds none
              "--train.micro-batch-size", 1],
@@ -105,7 +103,7 @@ def half_way(folder, name, out) -> list:
 def as_rank(folder: Path):
     """What each of the two ranks does."""
     torch.set_num_threads(1)
-    finish.subprocess = types.SimpleNamespace(run=lambda *a, **k: NO_REPORT)
+    evaluate.run_command = lambda *words: None
     lab, world = folder / "lab", parallel.start("cpu")
     results = {str(k): steps_of(case(lab, *k), world) for k in CASES}
     results |= {strategy: steps_of(half(folder, strategy), world) for strategy in ("ddp", "fsdp")}
@@ -153,7 +151,7 @@ def ranks(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.finish.subprocess", types.SimpleNamespace(run=lambda *a, **k: NO_REPORT))
+        patch.setattr("stages.evaluate.run_command", lambda *words: None)
         for strategy in ("ddp", "fsdp"):
             stop_after(settings(lab, folder / f"{strategy}_one_two", steps=6), one(), 3)
         for tied in (True, False):

@@ -1,4 +1,4 @@
-"""stages/describe.py: what is said before a run, and the dry run."""
+"""stages/describe.py, and train.py's dry run: what is said before a run."""
 
 import re
 import shutil
@@ -9,7 +9,6 @@ from synthetic import texts
 
 import tokenizer
 import train
-from stages import describe
 from stages.build import build
 from text.shards import pack
 
@@ -44,12 +43,12 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
     monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path))
     calls = dict.fromkeys(("score_heldout", "save"), 0)
     for name in calls:
-        real = getattr(describe, name)
+        real = getattr(train, name)
 
         def counted(*args, name=name, real=real):
             calls[name] += 1
             return real(*args)
-        monkeypatch.setattr(describe, name, counted)
+        monkeypatch.setattr(train, name, counted)
     status, said, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=1000))
     assert (status, errors) == (0, "")
     assert calls == {"score_heldout": 1, "save": 1}

@@ -61,7 +61,7 @@ def test_drop_last_leaves_the_short_window_out(tmp_path, context, total, windows
     loader = loader_of({"s": shards}, counts_of([windows]), context, seed=0, drop_last=True)
     targets = loader.batch(0).labels[:, 1:]
     targets = targets[targets != -100].tolist()
-    assert loader.packings[0].sequences == windows
+    assert loader.packings["s"].sequences == windows
     assert len(set(targets)) == len(targets) == min(total, windows * context)
 
 
