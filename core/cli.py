@@ -269,7 +269,7 @@ def _spell_flag(name: str) -> str:
 
 def _read_error(screen: str) -> str:
     """The sentence that tyro says of a mistake: the first lines in its box, up to the hint at the help."""
-    text = re.split(r"\n *(?:Argument|For full) helptext", "\n".join(_strip_frame(screen)[2:]))[0]
+    text = re.split(r"\n *(?:Argument|For full) helptext", _strip_frame(screen).split("\n", 2)[2])[0]
     text = re.sub(r"^Error parsing (--\S+): ", r"\1: ", " ".join(text.split()))
     wrong_type = r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*"
     text = re.sub(wrong_type, r"'\2' is no \1", text)
@@ -292,7 +292,7 @@ def _shorten(docstring: str) -> str:
 
 def _tidy_help(screen: str, recipe: bool) -> str:
     """tyro's help without frames and without what tells nothing: `STR` for `{None}|STR`, no `(default: None)`."""
-    text = "\n".join(_strip_frame(screen, keep_indent=True))
+    text = _strip_frame(screen)
     # The spaces keep the text to the right in its column.
     text = re.sub(r"\{None\}\|(\S+)", r"\1       ", text)
     text = re.sub(r"(?m)^(  -.*)\[(\w+) \[\2 \.\.\.\]\]", r"\1\2 ...        ", text)
@@ -305,16 +305,8 @@ def _tidy_help(screen: str, recipe: bool) -> str:
     return f"{usage}\n{body}\n\n--json FILE writes the result as data.\n"
 
 
-def _strip_frame(screen: str, keep_indent: bool = False) -> list[str]:
-    """The lines of tyro's boxes without their borders."""
-    lines = []
-    for line in screen.splitlines():
-        title = re.match(r"╭─ (.+?) ─+╮$", line)
-        if title:
-            lines += ["", title[1] + ":"]
-            continue
-        bare = re.sub(r"^│ ?| *│$", "  ", line).rstrip()
-        if set(bare) <= set("─╰╯ "):
-            bare = ""
-        lines.append(bare if keep_indent else bare.strip())
-    return lines
+def _strip_frame(screen: str) -> str:
+    """tyro's boxes without their borders, each after an empty line and its title."""
+    text = re.sub(r"(?m)^╭─ (.+?) ─+╮$", r"\n\1:", screen)
+    text = re.sub(r"(?m)^│ ?| *│$", "  ", text)
+    return re.sub(r"(?m)^[─╰╯ ]+$| +$", "", text)
