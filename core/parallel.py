@@ -44,11 +44,10 @@ class World:
 
     def sum(self, values) -> list[float]:
         """Each of the values summed over all ranks, in float64. A collective: all ranks call it together."""
+        values = [float(value) for value in values]
         if self.size == 1:
-            return [float(value) for value in values]
-        # MPS has no float64.
-        device = "cpu" if self.device.type == "mps" else self.device
-        total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 

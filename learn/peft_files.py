@@ -176,12 +176,11 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
 
 def advise_serving(settings: dict, folder, base: str = "BASE") -> list[str]:
     """Two lines, for vLLM and llama.cpp: the command that serves an adapter with these settings, or why none does."""
-    embeddings = [name for name in ("modules_to_save", "trainable_token_indices") if settings.get(name)]
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
-    dora = ["use_dora"] if settings.get("use_dora") else []
+    unserved = [name for name in ("modules_to_save", "trainable_token_indices", "use_dora", "alpha_pattern")
+                if settings.get(name)]
     rank = next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= settings["r"]), None)
-    vllm = embeddings + patterns + dora + ([] if rank else ["r"])
-    llama = embeddings + dora + [name for name in ("alpha_pattern", "use_rslora") if settings.get(name)]
+    vllm = unserved + (["rank_pattern"] if settings.get("rank_pattern") else []) + ([] if rank else ["r"])
+    llama = unserved + (["use_rslora"] if settings.get("use_rslora") else [])
     merging = f"; merge first: python lora.py merge --base {base} --adapter {folder} --out DIR"
     return [f"vLLM: does not serve {', '.join(vllm)}{merging}" if vllm else
             f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}",
