@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,18 +29,25 @@ def describe_machine() -> dict:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
+def make_row(name, unit, ours, peer=None, peer_name=None, **more) -> dict:
+    """A row; `ratio` is ours / peer. `ours` is None where there are no figures, and `more` says why."""
+    return {"name": name, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name,
+            "ratio": ours / peer if ours and peer else None, **more}
+
+
 def row(name, unit, ours, peer=None, peer_name=None, **more) -> dict:
-    """Print and return a row; `ratio` is ours / peer."""
-    out = {"name": name, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name,
-           "ratio": ours / peer if peer else None, **more}
+    """Print and return a row."""
+    out = make_row(name, unit, ours, peer, peer_name, **more)
     values = f"{ours:12,.4g}" + (f"  {peer_name} {peer:12,.4g}  ratio {out['ratio']:.2f}" if peer else "")
     print(f"{name:34} {values}  {unit}" + (f"  (spread {more['spread']:.0%})" if "spread" in more else ""), flush=True)
     return out
 
 
-def missing_row(name, unit, **why) -> dict:
-    """A row without figures; `why` says what happened."""
-    return {"name": name, "unit": unit, "ours": None, "peer": None, "peer_name": None, "ratio": None, **why}
+def rate_row(name, unit, amount, seconds: list, peer_seconds: list, peer_name, **more) -> dict:
+    """A row of two rates, `amount` per median second; `spread` is that of the ratios, round by round."""
+    rates = (amount / statistics.median(taken) for taken in (seconds, peer_seconds))
+    ratios = [theirs / mine for mine, theirs in zip(seconds, peer_seconds)]
+    return row(name, unit, *rates, peer_name, spread=spread(ratios), **more)
 
 
 def spread(values) -> float:
@@ -48,33 +56,48 @@ def spread(values) -> float:
     return (quartiles[2] - quartiles[0]) / statistics.median(values)
 
 
-def compare_in_turn(unit: str, amount, ours, peers: dict, rounds: int, **more) -> list:
-    """A row for each peer of {row name: (package, or who it is in two words, call)}.
+def time_call(call, *args) -> float:
+    """Seconds of a call, with what it has started on a GPU."""
+    start = time.perf_counter()
+    call(*args)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
-    All calls take turns, every other round in reverse order; the first round warms up and is not counted. Rates are
-    `amount` per second, or, where it is None, what `ours` returns per second. `counts` keeps what the calls return
-    (tokens, documents kept), `left_out` says what a peer lacks, `spread` is that of the ratios, round by round.
+
+def take_turns(calls: dict, rounds: int) -> dict:
+    """{name: what each of the rounds returned}. Every other round goes in reverse order, so that what else the machine
+    does hits all calls alike."""
+    results = {name: [] for name in calls}
+    for number in range(rounds):
+        for name in [*calls][::-1 if number % 2 else 1]:
+            results[name].append(calls[name]())
+    return results
+
+
+def compare_in_turn(unit: str, amount, ours, peers: dict, rounds: int, **more) -> list:
+    """A row for each peer of {row name: (package, or who it is in two words, call)}; all calls take turns.
+
+    Rates are `amount` per second, or, where it is None, what `ours` returns per second. `counts` keeps what the calls
+    return (tokens, documents kept), `left_out` says what a peer lacks.
     """
-    calls = {"": ours, **{name: call for name, (_, call) in peers.items()}}
-    seconds, counts, missing = {name: [] for name in calls}, {}, {}
-    for number in range(rounds + 1):
-        for name in [*calls][::1 if number % 2 else -1]:
-            start = time.perf_counter()
-            try:
-                counts[name] = calls[name]() if name not in missing else None
-            except ImportError as error:
-                if not name:
-                    raise
-                missing[name] = str(error).splitlines()[0]
-            seconds[name].append(time.perf_counter() - start)
-    rate = {name: (amount or counts[""]) / statistics.median(seconds[name][1:]) for name in calls.keys() - missing}
-    rows = []
+    calls, counts, missing = {**{name: call for name, (_, call) in peers.items()}, "": ours}, {}, {}
+    # A first round warms up, is not counted, and finds the peers that are not installed.
+    for name, call in calls.items():
+        try:
+            counts[name] = call()
+        except ImportError as error:
+            if not name:
+                raise
+            missing[name] = str(error).splitlines()[0]
+    seconds = take_turns({name: partial(time_call, calls[name]) for name in reversed(counts)}, rounds)
+    amount, rows = amount or counts[""], []
     for name, (who, _) in peers.items():
         if name in missing:
-            rows.append(row(name, unit, rate[""], left_out=missing[name], **more))
+            rows.append(row(name, unit, amount / statistics.median(seconds[""]), left_out=missing[name], **more))
             print(f"  no peer: {missing[name]}")
-            continue
-        ratios = [theirs / mine for mine, theirs in zip(seconds[""][1:], seconds[name][1:])]
-        rows.append(row(name, unit, rate[""], rate[name], who if " " in who else f"{who} {version(who)}",
-                        counts={"ours": counts[""], "peer": counts[name]}, spread=spread(ratios), **more))
+        else:
+            rows.append(rate_row(name, unit, amount, seconds[""], seconds[name],
+                                 who if " " in who else f"{who} {version(who)}",
+                                 counts={"ours": counts[""], "peer": counts[name]}, **more))
     return rows

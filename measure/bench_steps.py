@@ -18,8 +18,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 
@@ -38,8 +38,8 @@ from learn import peft_files
 from learn.adapters import adapted_layers
 from learn.objectives import Causal
 from learn.optim import LossScale, OptimConfig, make_optimizer
-from measure import timing
-from measure.bench_rows import ROOT, row, spread
+from measure.bench_kernels import device_limits
+from measure.bench_rows import ROOT, rate_row, row, take_turns, time_call
 from model import Model, ModelConfig, matmul_flops_per_token
 from stages.build import Run, TrainSection
 
@@ -114,11 +114,11 @@ def worker(name: str, side: str, device: str):
     batches = [objective.corrupt(batch, None).to(device) for batch in make_batches(case, 8)]
     for batch in batches:
         batch.labels[:, -1] = IGNORE
-    optim, rates = OptimConfig(name="adamw_8bit" if case.bf16 else "adamw", lr=1e-4, min_lr=0.0, schedule="constant",
-                               warmup_steps=0), None
-    if kind in ("lora", "qlora", "peft"):
-        rates, optim.lr = adapt(model, kind == "qlora"), 1e-3
-        result["held"] = held_bytes(model)
+    adapted = kind in ("lora", "qlora", "peft")
+    optim = OptimConfig(name="adamw_8bit" if case.bf16 else "adamw", lr=1e-3 if adapted else 1e-4, min_lr=0.0,
+                        schedule="constant", warmup_steps=0)
+    rates = adapt(model, kind == "qlora") if adapted else None
+    result["held"] = held_bytes(model)
     if kind in PEERS:
         model, result["peer"] = peer_of(model, kind)
         step = peer_step(model.to(device), optim)
@@ -131,11 +131,11 @@ def worker(name: str, side: str, device: str):
         if line.strip() == "matmuls":
             print(time_matmuls(model.config, case.context, case.sequences, device), flush=True)
             continue
-        start = time.perf_counter()
-        result["losses"].append(step(batches[len(result["losses"]) % len(batches)]))
-        if len(result["losses"]) <= 3:              # before anything but steps has asked for memory
+        batch = batches[len(result["losses"]) % len(batches)]
+        print(time_call(lambda batch=batch: result["losses"].append(step(batch))), flush=True)
+        # Only steps have asked for memory so far.
+        if len(result["losses"]) <= 3:
             result["peak_bytes"] = peak_bytes(torch.device(device))
-        print(time.perf_counter() - start, flush=True)
     print(json.dumps(result))
 
 
@@ -157,10 +157,10 @@ def random_model(case: StepCase, device) -> Model:
     return model
 
 
-def make_batches(case: StepCase, count, seed=0) -> list:
+def make_batches(case: StepCase, count: int) -> list:
     """Batches of random tokens [B, T + 1]."""
     B, T = case.sequences, case.context
-    rng, batches = np.random.default_rng(seed), []
+    rng, batches = np.random.default_rng(0), []
     for _ in range(count):
         tokens = torch.from_numpy(rng.integers(0, case.vocab, (B, T + 1)).astype(np.int32))
         doc_start = np.zeros((B, T + 1), np.int32)
@@ -263,42 +263,35 @@ def time_matmuls(config, T, B, device) -> float:
             torch.mm(x, w.T, out=y)
             torch.mm(dy, w, out=dx)
             torch.mm(dy.T, x, out=dw)
-        total += count * B * T / rows * time_call(three)
+        total += count * B * T / rows * median_seconds(three)
     shape = (B * config.num_attention_heads, T, config.head_dim)
     a, b = torch.randn(shape, device=device), torch.randn(shape, device=device).transpose(1, 2).contiguous()
     square, out = a @ b, torch.empty_like(a)
-    to_square = time_call(lambda: torch.bmm(a, b, out=square))
-    from_square = time_call(lambda: torch.bmm(square, a, out=out))
+    to_square = median_seconds(lambda: torch.bmm(a, b, out=square))
+    from_square = median_seconds(lambda: torch.bmm(square, a, out=out))
     return total + config.num_hidden_layers * (3 * to_square + 4 * from_square) / 2
 
 
-def time_call(call, repeats: int = 3) -> float:
-    """Median seconds of a call after one that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def median_seconds(call) -> float:
+    """Of three calls, after one that warms up."""
+    return statistics.median([time_call(call) for _ in range(4)][1:])
 
 
 # ---- sides beside each other
 
 def environment_of(side: str) -> dict:
-    """The variables of a side's process: OpenMP as it comes for peers and for ours_spinning, else our setting of it."""
+    """The variables of a side's process: for peers and for ours_spinning OpenMP as it comes, else our setting of it."""
     kind, _, option = side.partition("_")
     as_it_comes = option == "spinning" or (kind in PEERS and not option)
     return {**os.environ, **(OPENMP_AS_IT_COMES if as_it_comes else {})}
 
 
 def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = ""):
-    """Let the sides of a case take their steps in turn, so that what else the machine does hits them alike.
+    """Let the sides of a case take their steps in turn.
 
-    -> {side: seconds of each step}, {side: what its worker reported}, [(seconds of the matmuls, of a step)] of the side
-    that `matmuls` names. A side after the first that fails before its second step (it does not fit on the card) is
-    left out.
+    Returns {side: seconds of each step}, {side: what its worker reported}, and [(seconds of the matmuls, of a step)] of
+    the side that `matmuls` names. A side after the first that fails before its second step (it does not fit on the
+    card) is left out.
     """
     workers = {side: subprocess.Popen(
         [sys.executable, "-m", "measure.bench_steps", case, side, device], cwd=ROOT, env=environment_of(side),
@@ -312,18 +305,14 @@ def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = "")
         answer = workers[side].stdout.readline()
         return float(answer) if answer else None
 
-    seconds, results, shares = {}, {}, []
-    for side in sides:                                       # the first step warms up
-        if ask(side, "step") is not None:
-            seconds[side] = []
-        elif side == sides[0]:
-            raise RuntimeError(f"the {side} side of {case} failed; its error stands above")
-    for number in range(steps):
-        for side in [*seconds][::1 if number % 2 else -1]:
-            seconds[side].append(ask(side, "step"))
-    for side in seconds:
-        if side == matmuls:
-            shares = [(ask(side, "matmuls"), ask(side, "step")) for _ in range(3)]
+    # The first step warms up.
+    fit = [side for side in sides if ask(side, "step") is not None]
+    if sides[0] not in fit:
+        raise RuntimeError(f"the {sides[0]} side of {case} failed; its error stands above")
+    seconds = take_turns({side: partial(ask, side, "step") for side in fit}, steps)
+    shares = [(ask(matmuls, "matmuls"), ask(matmuls, "step")) for _ in range(3 if matmuls else 0)]
+    results = {}
+    for side in fit:
         workers[side].stdin.close()
         results[side] = json.loads(workers[side].stdout.read())
         workers[side].wait()
@@ -332,16 +321,15 @@ def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = "")
 
 def rate_rows(name, case, sides, seconds, results, **more) -> list:
     """Tokens per second of sides[0] against those of the peer sides[1], and of sides[2], the peer with our settings."""
-    rate = [CASES[case].tokens / statistics.median(seconds[side]) for side in sides if side in seconds]
-    more |= {"context": CASES[case].context, "rows": CASES[case].sequences, "packed": CASES[case].packed,
-             "model": CASES[case].sizes, "vocab_size": CASES[case].vocab}
-    if len(rate) < 2:
-        return [row(name, "tokens/s", rate[0], left_out=sides[1:], **more)]
-    peer = results[sides[1]]["peer"]
-    ratios = [theirs / mine for mine, theirs in zip(seconds[sides[0]], seconds[sides[1]])]
-    rows = [row(name, "tokens/s", *rate[:2], peer, spread=spread(ratios),
-                first_loss=[results[side]["losses"][0] for side in sides], **more)]
-    return rows + [row(f"{name}_their_allocator_too", "tokens/s", rate[0], theirs, peer) for theirs in rate[2:]]
+    own, ours, tokens = CASES[case], seconds[sides[0]], CASES[case].tokens
+    more |= {"context": own.context, "rows": own.sequences, "packed": own.packed, "model": own.sizes,
+             "vocab_size": own.vocab}
+    peers = [side for side in sides[1:] if side in seconds]
+    if not peers:
+        return [row(name, "tokens/s", tokens / statistics.median(ours), left_out=sides[1:], **more)]
+    more["first_loss"] = [results[side]["losses"][0] for side in (sides[0], *peers)]
+    return [rate_row(name + suffix, "tokens/s", tokens, ours, seconds[side], results[side]["peer"], **more)
+            for side, suffix in zip(peers, ("", "_their_allocator_too"))]
 
 
 def bench_train(options: TrainOptions) -> list:
@@ -358,11 +346,9 @@ def bench_train(options: TrainOptions) -> list:
 
 
 def train_rows(case: str, options: TrainOptions) -> list:
-    if case == "8b":
-        sides = ("ours",)
-    else:
-        sides = ("ours", "transformers") + (() if CASES[case].bf16 else ("transformers_allocator",))
-    largest = case == "vocab_32k"
+    sides, largest = ("ours", "transformers", "transformers_allocator"), case == "vocab_32k"
+    if CASES[case].bf16:
+        sides = sides[:1 if case == "8b" else 2]
     seconds, results, matmuls = in_turn(case, sides, options.steps, options.device, "ours" if largest else "")
     rows = rate_rows(case, case, sides, seconds, results)
     if largest or CASES[case].bf16:
@@ -374,8 +360,7 @@ def train_rows(case: str, options: TrainOptions) -> list:
                         statistics.median(alone / step for alone, step in matmuls)))
     if options.device == "cuda":
         done = results["ours"]["matmul_flops_per_token"] * rows[0]["ours"] / 1e12
-        rows.append(row(f"matmul_rate_{case}", "TFLOP/s", done, timing.device_limits()["bf16_tflops"],
-                        "8192 x 8192 matmul"))
+        rows.append(row(f"matmul_rate_{case}", "TFLOP/s", done, device_limits()["bf16_tflops"], "8192 x 8192 matmul"))
     return rows
 
 
@@ -393,9 +378,8 @@ def busy_rows(steps: int) -> list:
             for process in busy:
                 process.kill()
                 process.wait()
-        rate = [CASES["small"].tokens / statistics.median(seconds[side]) for side in sides]
-        rows.append(row(name, "tokens/s", *rate, "OpenMP as it comes", busy_loops=loops, cores=os.cpu_count(),
-                        spread=spread([b / a for a, b in zip(*seconds.values())])))
+        rows.append(rate_row(name, "tokens/s", CASES["small"].tokens, *(seconds[side] for side in sides),
+                             "OpenMP as it comes", busy_loops=loops, cores=os.cpu_count()))
     return rows
 
 
@@ -407,7 +391,7 @@ def bench_lora(options: LoraOptions) -> list:
     """
     case, sides = "vocab_32k", ("lora", "peft", "peft_allocator")
     seconds, results, _ = in_turn(case, (*sides, "qlora"), options.steps, "cpu")
-    losses = {side: results[side]["losses"] for side in results}
+    losses = {side: result["losses"] for side, result in results.items()}
     for step, limit in ((0, 1e-5), (-1, 1e-4)):
         if not math.isclose(losses["lora"][step], losses["peft"][step], rel_tol=limit):
             raise RuntimeError(f"the two sides do not train the same: the losses of step {step} are "
@@ -418,9 +402,8 @@ def bench_lora(options: LoraOptions) -> list:
     rows += [row("lora_peak_memory", "bytes", peak["lora"], peak["peft"], peer),
              row("lora_peak_memory_their_allocator_too", "bytes", peak["lora"], peak["peft_allocator"], peer)]
     four, plain = results["qlora"]["held"], results["lora"]["held"]
-    rate = [CASES[case].tokens / statistics.median(seconds[side]) for side in ("qlora", "lora")]
     return rows + [
-        row("qlora", "tokens/s", *rate, own, spread=spread([b / a for a, b in zip(seconds["qlora"], seconds["lora"])])),
+        rate_row("qlora", "tokens/s", CASES[case].tokens, seconds["qlora"], seconds["lora"], own),
         row("qlora_memory", "bytes of base weights", four["base_bytes"], plain["base_bytes"], own, **four),
         row("qlora_matrix_memory", "bytes of its 4-bit matrices", four["quantised_bytes"],
             4 * four["quantised_numbers"], own, bits=8 * four["quantised_bytes"] / four["quantised_numbers"]),

@@ -44,6 +44,11 @@ class Case:
     """Gradients are kept for one backward pass, so that only forward and backward together can be timed."""
 
 
+def random(device, dtype, *shape, scale=1.0, train=True) -> torch.Tensor:
+    """Normally distributed values that want a gradient, unless `train` is off."""
+    return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_(train)
+
+
 # ---- attention
 
 def attention_case(name, H, K, d, window=None, length=None) -> Case:
@@ -54,8 +59,7 @@ def attention_case(name, H, K, d, window=None, length=None) -> Case:
         return w * (w + 1) // 2 + (n - w) * w
 
     def inputs(device, dtype, tokens):
-        q, k, v = (torch.randn(1, tokens, heads, d, device=device, dtype=dtype, requires_grad=True)
-                   for heads in (H, K, K))
+        q, k, v = (random(device, dtype, 1, tokens, heads, d) for heads in (H, K, K))
         at = torch.arange(tokens, dtype=torch.int32, device=device)[None]
         return q, k, v, True, window, None if length is None else at - at % length
 
@@ -76,9 +80,8 @@ def attention_case(name, H, K, d, window=None, length=None) -> Case:
 
 def cross_entropy_case(D, V, frozen=False) -> Case:
     def inputs(device, dtype, tokens):
-        x = torch.randn(tokens, D, device=device, dtype=dtype, requires_grad=True)
-        weight = (torch.randn(V, D, device=device, dtype=dtype) * D**-0.5).requires_grad_(not frozen)
-        return x, weight, torch.randint(0, V, (tokens,), device=device)
+        weight = random(device, dtype, V, D, scale=D**-0.5, train=not frozen)
+        return random(device, dtype, tokens, D), weight, torch.randint(0, V, (tokens,), device=device)
 
     def cost(tokens):
         return 4 * tokens * D + 2 * V * D * (1 if frozen else 2), 0, 2 * tokens * V * D * (2 if frozen else 3), 0
@@ -91,14 +94,14 @@ def cross_entropy_case(D, V, frozen=False) -> Case:
 
 def linear_kl_case(D, teacher_D, V) -> Case:
     def inputs(device, dtype, tokens):
-        x, teacher_x = (torch.randn(tokens, d, device=device, dtype=dtype) for d in (D, teacher_D))
-        weight, teacher_weight = (torch.randn(V, d, device=device, dtype=dtype) * d**-0.5 for d in (D, teacher_D))
-        labels = torch.zeros(tokens, dtype=torch.int64, device=device)
-        return x.requires_grad_(), weight.requires_grad_(), teacher_x, teacher_weight, labels
+        student, teacher = ((random(device, dtype, tokens, width, train=train),
+                             random(device, dtype, V, width, scale=width**-0.5, train=train))
+                            for width, train in ((D, True), (teacher_D, False)))
+        return *student, *teacher, torch.zeros(tokens, dtype=torch.int64, device=device)
 
     def cost(tokens):
-        return (tokens * (4 * D + 2 * teacher_D) + 2 * V * (2 * D + teacher_D), 0,
-                2 * tokens * V * (3 * D + teacher_D), 0)
+        moved = tokens * (4 * D + 2 * teacher_D) + 2 * V * (2 * D + teacher_D)
+        return moved, 0, 2 * tokens * V * (3 * D + teacher_D), 0
 
     def own(x, weight, teacher_x, teacher_weight, labels):
         log_q, log_p = (F.log_softmax((a @ b.T).float(), -1) for a, b in ((x, weight), (teacher_x, teacher_weight)))
@@ -112,8 +115,7 @@ def linear_kl_case(D, teacher_D, V) -> Case:
 def rmsnorm_case(width, heads=1, add=False) -> Case:
     def inputs(device, dtype, tokens):
         shape = (tokens, heads, width) if heads > 1 else (tokens, width)
-        x = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(1 + add)]
-        return *x, torch.randn(width, device=device, dtype=dtype, requires_grad=True), 1e-5
+        return *(random(device, dtype, *shape) for _ in range(1 + add)), random(device, dtype, width), 1e-5
 
     def cost(tokens):
         one_pass = tokens * heads * width * 2
@@ -131,9 +133,9 @@ def rmsnorm_case(width, heads=1, add=False) -> Case:
 def rope_case(H, K, d, norm=False) -> Case:
     def inputs(device, dtype, tokens):
         angle = torch.rand(1, tokens, d // 2, device=device) * 6.28
-        x = [torch.randn(1, tokens, heads, d, device=device, dtype=dtype, requires_grad=True) for heads in (H, K)]
-        weights = [torch.randn(d, device=device, dtype=dtype, requires_grad=True) for _ in range(2 * norm)]
-        return *x, *weights, angle.cos(), angle.sin(), *[1e-6] * norm
+        q, k = (random(device, dtype, 1, tokens, heads, d) for heads in (H, K))
+        weights = [random(device, dtype, d) for _ in range(2 * norm)]
+        return q, k, *weights, angle.cos(), angle.sin(), *[1e-6] * norm
 
     def cost(tokens):
         one_pass, angles = tokens * (H + K) * d * 2, tokens * d * 4
@@ -147,47 +149,42 @@ def rope_case(H, K, d, norm=False) -> Case:
 
 
 def swiglu_case(width) -> Case:
-    def inputs(device, dtype, tokens):
-        return [torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2)]
-    return Case(f"swiglu {width}", swiglu, inputs, lambda tokens: (6 * tokens * width, 10 * tokens * width, 0, 0),
+    return Case(f"swiglu {width}", swiglu,
+                lambda device, dtype, tokens: [random(device, dtype, tokens, width) for _ in range(2)],
+                lambda tokens: (6 * tokens * width, 10 * tokens * width, 0, 0),
                 lambda gate, up: F.silu(gate) * up, beside=("reference", "compiled"))
 
 
 def lora_case(name, width, *outs, rank=16) -> Case:
-    def thirds(tensors):
-        """The weights, the A's, the B's."""
-        count = len(outs)
-        return (tensors[i * count:(i + 1) * count] for i in range(3))
-
+    """The arguments are x and, for each of `outs`, a weight, an A and a B, one after the other."""
     def ours(x, *tensors):
-        weights, a, b = thirds(tensors)
-        return lora_linear(x, weights, [None] * len(outs), a, b, [2.0] * len(outs))
+        count = len(outs)
+        return lora_linear(x, tensors[::3], [None] * count, tensors[1::3], tensors[2::3], [2.0] * count)
 
     def own(x, *tensors):
-        return tuple(F.linear(x, w) + 2.0 * F.linear(F.linear(x, p), q) for w, p, q in zip(*thirds(tensors)))
+        return tuple(F.linear(x, w) + 2.0 * F.linear(F.linear(x, a), b)
+                     for w, a, b in zip(tensors[::3], tensors[1::3], tensors[2::3]))
 
     def inputs(device, dtype, tokens):
-        def random(*shape, scale=1.0, train=True):
-            return torch.randn(shape, device=device, dtype=dtype).mul_(scale).requires_grad_(train)
-        return (random(tokens, width), *(random(out, width, scale=width**-0.5, train=False) for out in outs),
-                *(random(rank, width, scale=width**-0.5) for _ in outs),
-                *(random(out, rank, scale=rank**-0.5) for out in outs))
+        adapted = [(random(device, dtype, out, width, scale=width**-0.5, train=False),
+                    random(device, dtype, rank, width, scale=width**-0.5),
+                    random(device, dtype, out, rank, scale=rank**-0.5)) for out in outs]
+        return random(device, dtype, tokens, width), *(tensor for triple in adapted for tensor in triple)
 
     def cost(tokens):
         weights, adapters = width * sum(outs), rank * (width * len(outs) + sum(outs))
         moved = tokens * (width + sum(outs) + rank * len(outs)) + weights + adapters
-        return (2 * moved, 2 * (moved + tokens * width + adapters), 2 * tokens * (weights + adapters),
-                2 * tokens * (weights + 2 * adapters))
+        return (2 * moved, 2 * (moved + tokens * width + adapters),
+                2 * tokens * (weights + adapters), 2 * tokens * (weights + 2 * adapters))
     return Case(f"lora {name}", ours, inputs, cost, own, beside=("compiled torch",))
 
 
 def grouped_mm_case(E, width, out, per_token=2) -> Case:
     """Equal shares for all experts."""
     def inputs(device, dtype, tokens):
-        x = torch.randn(per_token * tokens, width, device=device, dtype=dtype)
-        weight = torch.randn(E, out, width, device=device, dtype=dtype).mul_(width**-0.5)
+        x = random(device, dtype, per_token * tokens, width)
         offsets = torch.arange(1, E + 1, dtype=torch.int32, device=device) * len(x) // E
-        return x.requires_grad_(), weight.requires_grad_(), offsets.to(torch.int32)
+        return x, random(device, dtype, E, out, width, scale=width**-0.5), offsets.to(torch.int32)
 
     def cost(tokens):
         moved, matmul = 2 * (per_token * tokens * (width + out) + E * width * out), 2 * per_token * tokens * width * out
