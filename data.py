@@ -168,12 +168,12 @@ def run_pack(options: Pack) -> dict:
         raise UserError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
     if options.buckets and any(map(holds_tokens, options.files)):
         raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
-    part = parts.read_part(options.part) if options.part else None
-    out = parts.part_folder(options.output.out, *part) if part else options.output.out
+    part = parts.read_part(options.part or "1/1")
+    out = parts.part_folder(options.output.out, *part) if options.part else options.output.out
     tokenizer, column = tokenizers.load(options.tokenizer), options.reading.column
     bar = tqdm(unit=" documents", disable=None, desc="pack")
 
-    def records(files=options.files):
+    def records(files: list[str] = options.files):
         """(where, record) of each document; the text of a document of a token file is its ids."""
         for path in files:
             found = ((path, {column: ids}) for ids in read_token_documents(path, tokenizer, options.dtype)) \
@@ -196,8 +196,8 @@ def run_pack(options: Pack) -> dict:
         parts.pack_buckets(records, tokenizer, out, options.buckets, options.score, first=first, column=column,
                            **settings)
     else:
-        found = parts.deal_documents(options.files, records, *part) if part else records()
-        pack((record[column] for _, record in found), tokenizer, out, allow_empty=bool(part), **settings)
+        texts = (record[column] for _, record in parts.deal_documents(options.files, records, *part))
+        pack(texts, tokenizer, out, allow_empty=bool(options.part), **settings)
     bar.close()
     seconds = time.perf_counter() - start
     result = print_info(out)

@@ -7,13 +7,11 @@ A record is datatrove's: {"text", "id", "metadata"}; whatever else it says is ke
 core/cli.py's `Reading`, with the same defaults in every command.
 """
 
-import gzip
 import io
 import itertools
 import json
 import os
 import re
-import zlib
 from pathlib import Path
 
 from core.cli import Reading
@@ -28,7 +26,7 @@ CLEANED = ("kept.jsonl", "dropped.jsonl.gz")
 
 
 def read_documents(files: list[str], reading: Reading | None = None):
-    """Yield the text of each document of the files, as read_records."""
+    """Yield the text of each document of the files; what `read_records` says holds."""
     reading = reading or Reading()
     for _, record in read_records(files, reading, only=[reading.column]):
         yield record[reading.column]
@@ -74,10 +72,10 @@ def _records_of(path: str, reading: Reading, only):
             yield from ((path, {reading.column: text}) for text in _text_documents(path, reading))
     except UserError:
         raise
-    except (ValueError, EOFError, OSError, zlib.error) as error:
+    except (ValueError, OSError) as error:
         # These errors do not name the file, and the user may have given a hundred.
-        what = "read" if stem.endswith(".parquet") else "read as UTF-8 text"
-        raise UserError(f"input file {path} cannot be {what}: {error}; convert it or fetch it again") from None
+        what = "is not a readable parquet file" if stem.endswith(".parquet") else "cannot be read as UTF-8 text"
+        raise UserError(f"input file {path} {what}: {error}; convert it or fetch it again") from None
 
 
 def _hub_records(path: str, reading: Reading):
@@ -118,11 +116,9 @@ def _parquet_records(path: str, column: str, only):
 
 def _open_text(path: str):
     """A file of UTF-8 text, decompressed; a byte order mark is skipped, and only a line feed ends a line."""
-    if path.endswith(".zst"):
-        import pyarrow
-        return io.TextIOWrapper(pyarrow.input_stream(path, compression="zstd"), encoding="utf-8-sig", newline="\n")
-    opener = gzip.open if path.endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="\n")
+    import pyarrow
+    file = pyarrow.input_stream(path) if path.endswith((".gz", ".zst")) else open(path, "rb")       # noqa: SIM115
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
 
 
 def _text_documents(path: str, reading: Reading):
@@ -147,7 +143,7 @@ def _text_documents(path: str, reading: Reading):
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 bytes; half a surrogate pair, which JSON can carry, becomes U+FFFD as in tokenizer.py."""
+    """UTF-8 bytes; half a surrogate pair, which JSON can hold, becomes U+FFFD, as for the tokenizers."""
     try:
         return text.encode()
     except UnicodeEncodeError:

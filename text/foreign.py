@@ -17,8 +17,10 @@ from core.errors import UserError
 from text.shards import HEADER_BYTES, MAGIC, OUR_MAGIC
 
 MEGATRON = b"MMIDIDX\0\0"
-MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}      # its DType codes that can hold ids
-CHUNK = 1 << 24                                                                   # tokens looked through at a time
+# Megatron's DType codes that can hold ids.
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+# Tokens that are searched at a time.
+CHUNK = 1 << 24
 
 
 def holds_tokens(path: str) -> bool:
@@ -33,8 +35,7 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
     A file that is damaged, or that is not in this tokenizer's ids, is a UserError.
     """
     tokens, ends = _open_tokens(Path(path), dtype, "uint16" if tokenizer.vocab_size <= 65536 else "uint32")
-    marks = np.array([i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None])
-    last = tokenizer.vocab_size - 1
+    marks, last = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None], tokenizer.vocab_size - 1
     documents = _cut_at_marks(tokens, marks) if ends is None else (
         tokens[end - n:end] for n, end in zip(np.diff(ends, prepend=0), ends))
     for ids in documents:
@@ -53,7 +54,7 @@ def _open_tokens(file: Path, dtype: str | None, usual: str):
         raise UserError(f"input file {file} does not exist or is no file")
     header, ends = np.fromfile(file, "<i4", 256), None
     sizes = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}
-    size = sizes.get(int(header[0])) if len(header) == 256 else None
+    size = sizes.get(header[0]) if len(header) == 256 else None
     if size and header[3] == OUR_MAGIC:
         raise UserError(f"{file} is a packed shard already; name its folder as a source")
     index = file.with_name(file.name + ".index") if file.suffix == ".ds" else file.with_suffix(".idx")
@@ -101,7 +102,7 @@ def _open_megatron(file: Path, index: Path):
     return _map(file, np.dtype(MEGATRON_DTYPES[code])), ends
 
 
-def _cut_at_marks(tokens: np.ndarray, marks: np.ndarray):
+def _cut_at_marks(tokens: np.ndarray, marks: list[int]):
     """Yield pieces of `tokens`, each but the first beginning with one of `marks`, with one chunk of them in memory.
 
     E a b E c d E with the mark E gives (E a b) and (E c d): a piece of one mark alone is no document.

@@ -40,8 +40,8 @@ def read_part(text: str) -> tuple[int, int]:
 def deal_documents(files: list, documents, k: int, n: int):
     """The documents of part k of n (from 1); documents(files) yields those of some files.
 
-    Every n-th file goes to the same part. Fewer files than parts are dealt by blocks of 1,024 documents: of one file
-    for 2 parts, part 1 gets the documents 0 to 1023 and 2048 to 3071.
+    Every n-th file goes to the same part. Where there are fewer files than parts, blocks of 1,024 documents take turns:
+    of 2 parts, part 1 gets the documents 0 to 1023 and 2048 to 3071.
     """
     if len(files) >= n:
         return documents(files[k - 1::n])
