@@ -59,7 +59,7 @@ def measure_run(method: str, words: list, seed: int, c: Budget, folder: Path, sh
 
 
 def measure_pair(seed: int, c: Budget, out: Path, shards: dict) -> list[dict]:
-    """With the budget, replay starting at its highest share; then with the fixed share that it came to in the mean."""
+    """Two runs: with the budget policy, which starts at the highest share of replay, and with its mean share, fixed."""
     words = ["--data.domain-share", 0.4, "--forget.adaptive.policy", "budget", "--forget.adaptive.start", 0.6,
              "--forget.adaptive.epsilon", c.epsilon]
     first = measure_run("adaptive", words, seed, c, out / f"adaptive_{seed}", shards)

@@ -37,7 +37,7 @@ from core import cli  # noqa: E402
 from core.errors import UserError  # noqa: E402
 from core.files import read_json, write_json, write_text  # noqa: E402
 
-# Characters of one record, from and to.
+# The fewest and the most characters of one record.
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)
 SKIP_FOLDERS = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}
 GENERATED = re.compile(r"(?i)generated (by|from|with|using|at)\b|\b(auto|machine)[- ]?\w*generated|do not edit")
@@ -223,7 +223,7 @@ def make_corpora(out: Path, general_bytes: int = 5_000_000, domain_bytes: int = 
     for side, extract, bounds, budget in (("general", english, GENERAL_CHARS, general_bytes),
                                           ("domain", python_code, DOMAIN_CHARS, domain_bytes)):
         with warnings.catch_warnings():
-            # What the parser says about old code's string escapes.
+            # The parser warns of invalid escapes in the strings of old code.
             warnings.simplefilter("ignore")
             records, unreadable = collect(roots, extract, bounds, budget)
         size = sum(len(record["text"].encode()) for record in records.values())
@@ -254,7 +254,7 @@ class Demo:
 def demo(options: Demo) -> dict:
     """Everything from the corpora to the report; returns what summary.json holds: {"seconds", "runs": {name:
     {"general_bpb", "domain_bpb"}}}, the base among the runs."""
-    # Short paths in the commands that are shown.
+    # Relative paths keep the commands that are shown short.
     out = Path(os.path.relpath(Path(options.out).resolve(), ROOT))
     os.chdir(ROOT)
     began = time.perf_counter()

@@ -103,7 +103,7 @@ def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
 
 
 def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple[dict, dict, list[dict]]:
-    """One run with these words of train.py: (what every study keeps of it, eval.json, metrics.jsonl's training)."""
+    """One run of train.py: (the values that both studies keep, eval.json, the training lines of metrics.jsonl)."""
     sources = ["--data.sources.domain.path", shards["domain"], "--data.sources.general.path", shards["general"],
                "--data.sources.general.role", "general"]
     if "own" in words:
@@ -138,8 +138,8 @@ def measure_method(method: str, seed: int, c: Study, out: Path, shards: dict) ->
 
 
 def summarise(runs: dict[str, list[dict]]) -> list[dict]:
-    """A row per method: means over the seeds, their spread, and both sides against domain-only training. "pareto": no
-    other method is better in domain gain and forgetting both."""
+    """A row per method: means over the seeds, their standard deviations, and both sides relative to domain-only
+    training. "pareto": no other method is at least as good in both domain gain and forgetting, and better in one."""
     rows = []
     for method, seeds in runs.items():
         mean = {key: statistics.mean(s[key] for s in seeds) for key in seeds[0] if key != "seed"}

@@ -45,8 +45,8 @@ class EWCConfig:
 
 
 class EWC(Method):
-    """Holds the base's values of what trains (`anchor`) and their F (`fisher`, empty for l2sp). F is estimated once and
-    kept in the run folder, under a name that says from what, for a resumed run to read again."""
+    """Holds the base's values of the trainable parameters (`anchor`) and their F (`fisher`, empty for l2sp). F is
+    estimated once and kept in the run folder, under a digest of what it was made from, for a resumed run to read."""
 
     name = "ewc"
 

@@ -53,9 +53,9 @@ class FreezeConfig:
 class Freeze(Method):
     """Which parameters train is a function of the step. A frozen one keeps every bit and holds no optimizer state.
 
-    What trains at some time keeps requires_grad until the first step, because the optimizer and DDP only know what has
-    it when they are made. Under DDP it keeps it throughout: DDP waits for every gradient it knew at the start, so the
-    gradients of frozen parameters are computed and then dropped.
+    A parameter that trains at any time keeps requires_grad until the first step, because the optimizer and DDP take
+    only those that have it when they are made. Under DDP it keeps it throughout: DDP waits for every gradient it knew
+    at the start, so the gradients of frozen parameters are computed and then dropped.
     """
 
     name = "freeze"
@@ -125,7 +125,7 @@ class Freeze(Method):
         return self.config.embeddings or not matches(name, "embed_tokens")
 
     def apply(self, step: int, model, optimizer=None):
-        """Makes the model train what step `step` is to train; frozen parameters lose gradient and optimizer state."""
+        """Sets what the step `step` trains; frozen parameters lose their gradient and their optimizer state."""
         now = self.sets[self.stage_at(min(step, self.steps - 1))]
         parameters = dict(model.named_parameters())
         for name in self.ever:

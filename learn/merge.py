@@ -52,9 +52,9 @@ def merge_tensor(base: torch.Tensor, result: torch.Tensor, alpha: float, method:
                  density: float = 0.2) -> torch.Tensor:
     """The tensor between base (alpha 0) and result (alpha 1), in the wider of their dtypes.
 
-    Rows that only the result has, a grown vocabulary's, are the result's. At both ends the bits are those of the
-    tensor there (for ties at alpha 1 only with density 1). TIES votes on signs and averages several results; with one
-    result only the choice of the largest changes is left of it.
+    Rows that only the result has, those of a grown vocabulary, are the result's. At alpha 0 and 1 it is the base and
+    the result bit for bit (ties at alpha 1 only with density 1). TIES votes on signs and averages several results; with
+    one result, only its choice of the largest changes is left.
     """
     dtype = torch.promote_types(base.dtype, result.dtype)
     if len(result) > len(base):

@@ -129,7 +129,7 @@ class LossBySource:
         self.sources, self.losses, self.targets = [], [], []
 
     def add(self, batch, metrics: dict):
-        """Note a micro-batch. What is on the device stays there, so that nothing waits for it yet."""
+        """Add a micro-batch. Its losses stay on the device, so that nothing waits for them yet."""
         self.sources.append(torch.from_numpy(batch.source))
         self.losses.append(metrics["sequence_loss"])
         self.targets.append(metrics["sequence_targets"])

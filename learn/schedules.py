@@ -142,7 +142,7 @@ SCHEDULES = {
     "wsd": lambda step, total, warmup, c: c.lr,
     "infinite": infinite,
 }
-# Share of the last decay's way down that is done when a share of its steps is.
+# Share of the last decay's steps that is done -> share of its fall that is done.
 DECAYS = {"linear": lambda done: done, "cosine": lambda done: 0.5 - 0.5 * math.cos(math.pi * done), "1-sqrt": math.sqrt}
 
 
