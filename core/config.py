@@ -107,16 +107,15 @@ def _convert(value, hint, current, name):
 def open_sections(config, keys) -> None:
     """Make the entries of tables that the dotted `keys` name: `data.sources.NEW.path` makes NEW."""
     for key in keys:
-        *path, entry, _ = ["", *key.replace("-", "_").split(".")]
         section, hint = config, None
-        for name in path[1:]:
-            if not hasattr(section, name):
+        for name in key.replace("-", "_").split("."):
+            if isinstance(section, dict):
+                section.setdefault(name, typing.get_args(hint)[1]())
                 break
-            hint = typing.get_type_hints(type(section))[name]
+            hint = typing.get_type_hints(type(section)).get(name)
+            if hint is None:
+                break
             section = getattr(section, name)
-        else:
-            if isinstance(section, dict) and entry not in section:
-                section[entry] = typing.get_args(hint)[1]()
 
 
 def _toml_key(key: str) -> str:

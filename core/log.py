@@ -99,13 +99,12 @@ def format_line(step: int, total: int, values: dict) -> str:
     """step 120/2000 | loss 2.134 | ppl 8.4 | legal 2.01 stories 2.3 | replay 30% | lr 2.9e-05 | ... | eta 0:42:10"""
     sources = " ".join(f"{name} {source['loss']:.3f}" for name, source in values["sources"].items())
     seconds_left = int((total - step) * values["step_ms"] / 1000)
+    mfu = [f"mfu {100 * values['mfu']:.0f}%"] if values.get("mfu") else []
     parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}", f"ppl {math.exp(min(values['loss'], 99)):.1f}",
              sources, f"replay {100 * values['replay_share']:.0f}%", f"lr {values['lr']:.2e}",
-             f"gnorm {values['grad_norm']:.2f}", f"{values['tokens_per_second'] / 1000:.1f}k tok/s"]
-    if values.get("mfu"):
-        parts.append(f"mfu {100 * values['mfu']:.0f}%")
-    parts.append(f"mem {values['peak_gb']:.1f}G")
-    parts.append(f"eta {seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}")
+             f"gnorm {values['grad_norm']:.2f}", f"{values['tokens_per_second'] / 1000:.1f}k tok/s", *mfu,
+             f"mem {values['peak_gb']:.1f}G",
+             f"eta {seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}"]
     return " | ".join(parts)
 
 
