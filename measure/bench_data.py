@@ -54,41 +54,41 @@ def bench_data(options: DataOptions) -> list:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        files = options.text or real_text() or [python_documentation(folder / "python.txt")]
-        texts = [part.strip() for block in read_documents(list(map(str, files)))
+        texts = [part.strip() for block in read_documents(options.text or find_text(folder))
                  for part in block.split("<|endoftext|>") if part.strip()]
-        size = sum(len(utf8(t)) for t in texts)
-        joined = max(1, round(2000 * len(texts) / size))
+        size = megabytes(texts)
+        joined = max(1, round(0.002 * len(texts) / size))
         documents = ["\n\n".join(texts[i:i + joined]) for i in range(0, len(texts), joined)]
-        documents = documents[::math.ceil(4 * size / 1e6 / options.mbytes)]
-        texts *= max(1, int(options.mbytes * 1e6 / size))
+        documents = documents[::math.ceil(4 * size / options.mbytes)]
+        texts *= max(1, int(options.mbytes / size))
 
         source = write_jsonl(folder / "in/corpus.jsonl", texts)
         paths = options.tokenizer or [train_tokenizer(texts, folder)]
         for path in paths:
             rows += bench_packing(path, source, texts, folder, options.rounds)
         rows += bench_reading(folder, options.rounds)
+        few = min(3, options.rounds)
         with one_core():
             real = Path(os.environ.get("NANOCPT_DATA", folder)).glob("tokenizers/*")
             for path in options.tokenizer or [*paths, *sorted(real)]:
-                rows += bench_encoding(path, texts[::4], options.rounds)
-            rows += bench_cleaning(documents, folder, options.rounds)
-            rows += bench_dedup(with_copies(documents), folder, options.rounds)
+                rows += bench_encoding(path, texts[::4], few)
+            rows += bench_cleaning(documents, folder, few)
+            rows += bench_dedup(with_copies(documents), folder, few)
     return rows
 
 
-def real_text() -> list[str]:
-    """The corpora of $NANOCPT_DATA that are there."""
+def find_text(folder: Path) -> list[str]:
+    """The corpora of $NANOCPT_DATA that are there, or the half MB of English that Python's own help() prints."""
     corpora = Path(os.environ.get("NANOCPT_DATA", "")) / "corpora"
     names = ("wikitext2/wiki.test.raw", "legal_en_dc/dc_code_title16.txt", "legal_en_dc/dc_code_title28.txt",
              "tinystories/tinystories_sample_2MiB.txt")
-    return [str(corpora / name) for name in names if (corpora / name).exists()]
-
-
-def python_documentation(out: Path) -> str:
-    """Write the language reference that Python's own help() prints, half a MB of English; -> the file's path."""
+    out = folder / "python.txt"
     out.write_text("\n\n".join(topics.values()), encoding="utf-8")
-    return str(out)
+    return [str(corpora / name) for name in names if (corpora / name).exists()] or [str(out)]
+
+
+def megabytes(texts) -> float:
+    return sum(len(utf8(text)) for text in texts) / 1e6
 
 
 def write_jsonl(path, texts) -> Path:
@@ -111,7 +111,7 @@ def one_core():
         os.environ["TOKENIZERS_PARALLELISM"] = setting
 
 
-def train_tokenizer(texts, folder):
+def train_tokenizer(texts, folder) -> Path:
     """A byte-level BPE of 8,192 ids trained on the text, as GPT-2's two files."""
     from tokenizers import ByteLevelBPETokenizer
     trained = ByteLevelBPETokenizer()
@@ -122,7 +122,10 @@ def train_tokenizer(texts, folder):
 
 
 def load_twin(path, tokenizer, texts):
-    """The same tokenizer in `tokenizers`, the library that datasets.map is used with, or None; ids are compared."""
+    """The same tokenizer in `tokenizers`, the library that datasets.map is used with, or None.
+
+    Ids of 200 texts are compared.
+    """
     from tokenizers import ByteLevelBPETokenizer
     if tokenizer.library.startswith("tokenizers"):
         twin = tokenizer.backend
@@ -156,14 +159,13 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
         return manifest["splits"]["train"]["tokens"]
 
     def datatrove():
-        from datatrove.pipeline.readers import JsonlReader
         from datatrove.pipeline.tokens import DocumentTokenizer
         step = DocumentTokenizer(tempfile.mkdtemp(dir=folder), str(folder / "twin.json"), shuffle_documents=False,
                                  eos_token=tokenizer.id_to_token(tokenizer.eos_id))
-        return run_datatrove(folder, ([JsonlReader(str(source.parent)), step], 1))["tokens"].total
+        return run_datatrove(folder, step, source=source)["tokens"].total
 
     which = {"tokenizer": Path(path).name}
-    alone = {"pack_vs_encoder": (tokenizer.library, lambda: count_tokens(tokenizer, texts))}
+    alone = {"pack_vs_encoder": (tokenizer.library, lambda: count_tokens(tokenizer.library, tokenizer.backend, texts))}
     rows = compare_in_turn("tokens/s", None, ours, alone, rounds, **which)
     if twin:
         # datasets has two ways to use the cores; the better one counts.
@@ -177,14 +179,16 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
     return rows
 
 
-def count_tokens(tokenizer, texts) -> int:
+def count_tokens(library: str, backend, texts) -> int:
     """Number of tokens by the library's own batch call, on all cores that this thread may use, and nothing else."""
     cores = len(os.sched_getaffinity(0))
-    if tokenizer.library.startswith("tokenizers"):
-        return sum(map(len, tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)))
-    if tokenizer.library.startswith("sentencepiece"):
-        return sum(map(len, tokenizer.backend.encode(texts, num_threads=cores)))
-    return sum(map(len, tokenizer.backend.encode_ordinary_batch(texts, num_threads=cores)))
+    if library.startswith("tokenizers"):
+        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    elif library.startswith("sentencepiece"):
+        encoded = backend.encode(texts, num_threads=cores)
+    else:
+        encoded = backend.encode_ordinary_batch(texts, num_threads=cores)
+    return sum(map(len, encoded))
 
 
 def bench_encoding(path, texts, rounds) -> list:
@@ -194,24 +198,31 @@ def bench_encoding(path, texts, rounds) -> list:
     """
     tokenizer = tokenizers.load(path)
     twin, library = load_twin(path, tokenizer, texts), tokenizer.library.split()[0]
-    name = f"encode_{Path(path).name}_vs_"
-    peers = {name + library: (library, lambda: count_tokens(tokenizer, texts))}
+    calls = {library: lambda: count_tokens(library, tokenizer.backend, texts)}
     if twin:
-        peers[name + "tokenizers"] = ("tokenizers", lambda: sum(map(len, twin.encode_batch_fast(
-            texts, add_special_tokens=False))))
-    megabytes = sum(len(utf8(t)) for t in texts) / 1e6
-    return compare_in_turn("MB/s", megabytes, lambda: sum(map(len, tokenizer.encode_batch(texts))), peers,
-                           min(3, rounds))
+        calls["tokenizers"] = lambda: count_tokens("tokenizers", twin, texts)
+    peers = {f"encode_{Path(path).name}_vs_{who}": (who, call) for who, call in calls.items()}
+
+    def ours():
+        return sum(map(len, tokenizer.encode_batch(texts)))
+
+    return compare_in_turn("MB/s", megabytes(texts), ours, peers, rounds)
 
 
-def run_datatrove(folder, *pipelines) -> dict:
-    """Run each (steps, tasks) with datatrove's local executor and one worker; -> the last step's statistics."""
+def run_datatrove(folder, *steps, source: Path | None = None, write: bool = False, tasks: int = 1) -> dict:
+    """Run steps by datatrove's local executor with one worker; return the last one's statistics.
+
+    The documents of the jsonl file `source` go in. With `write`, jsonl comes out.
+    """
     from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.logging import logger
     logger.disable("datatrove")
-    for steps, tasks in pipelines:
-        stats = LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=tempfile.mkdtemp(dir=folder)).run()
-    return stats.stats[-1].stats
+    before = [JsonlReader(str(source.parent))] if source else []
+    after = [JsonlWriter(tempfile.mkdtemp(dir=folder), compression=None)] if write else []
+    return LocalPipelineExecutor([*before, *steps, *after], tasks=tasks, workers=1,
+                                 logging_dir=tempfile.mkdtemp(dir=folder)).run().stats[-1].stats
 
 
 def whitespace_words():
@@ -245,23 +256,18 @@ def bench_cleaning(documents, folder, rounds) -> list:
     def datatrove():
         from datatrove.pipeline import filters
         from datatrove.pipeline.formatters import PIIFormatter
-        from datatrove.pipeline.readers import JsonlReader
-        from datatrove.pipeline.writers import JsonlWriter
         language = whitespace_words()
-        return run_datatrove(folder, ([
-            JsonlReader(str(source.parent)), filters.GopherRepetitionFilter(language=language),
-            filters.GopherQualityFilter(language=language), filters.C4QualityFilter(filter_no_terminal_punct=False,
-                                                                                     language=language),
-            filters.FineWebQualityFilter(language=language), PIIFormatter(),
-            JsonlWriter(tempfile.mkdtemp(dir=folder), compression=None)], 1))["total"].total
+        steps = (filters.GopherRepetitionFilter(language=language), filters.GopherQualityFilter(language=language),
+                 filters.C4QualityFilter(filter_no_terminal_punct=False, language=language),
+                 filters.FineWebQualityFilter(language=language), PIIFormatter())
+        return run_datatrove(folder, *steps, source=source, write=True)["total"].total
 
     def ours():
-        return clean.clean_corpus(read_input(str(source), Reading()), settings, folder / "cleaned",
-                                  overwrite=True)["kept"]
+        records = read_input(str(source), Reading())
+        return clean.clean_corpus(records, settings, folder / "cleaned", overwrite=True)["kept"]
 
-    megabytes = sum(len(utf8(t)) for t in documents) / 1e6
-    return compare_in_turn("MB/s", megabytes, ours, {"clean_vs_datatrove": ("datatrove", datatrove)}, min(3, rounds),
-                           documents=len(documents), megabytes=megabytes)
+    size, peers = megabytes(documents), {"clean_vs_datatrove": ("datatrove", datatrove)}
+    return compare_in_turn("MB/s", size, ours, peers, rounds, documents=len(documents), megabytes=size)
 
 
 def with_copies(documents) -> list:
@@ -297,8 +303,8 @@ def bench_dedup(documents, folder, rounds) -> list:
 
     peers = {"dedup_vs_datatrove": ("datatrove", lambda: dedup_by_datatrove(source, folder)),
              "dedup_vs_datasketch": ("datasketch", datasketch)}
-    return compare_in_turn("documents/s", len(documents), ours, peers, min(3, rounds), documents=len(documents),
-                           megabytes=sum(len(utf8(t)) for t in documents) / 1e6)
+    return compare_in_turn("documents/s", len(documents), ours, peers, rounds, documents=len(documents),
+                           megabytes=megabytes(documents))
 
 
 def dedup_by_datasketch(texts) -> list[int]:
@@ -317,23 +323,20 @@ def dedup_by_datasketch(texts) -> list[int]:
 
 
 def dedup_by_datatrove(source, folder) -> int:
-    """Its four stages from jsonl to jsonl; -> documents kept."""
+    """Its four stages from jsonl to jsonl; returns the number of documents kept."""
     from datatrove.pipeline.dedup import minhash
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.writers import JsonlWriter
     from datatrove.utils.text import TextNormConfig
     from xxhash import xxh64_intdigest
     words = TextNormConfig(remove_punctuation=False, norm_numbers=False, norm_unicode_diacritics=False)
     config = minhash.MinhashConfig(SHINGLE, BANDS, ROWS, norm_config=words)
-    signed, pairs, removed, out = (tempfile.mkdtemp(dir=folder) for _ in range(4))
+    signed, pairs, removed = (tempfile.mkdtemp(dir=folder) for _ in range(3))
     sign = minhash.MinhashDedupSignature(signed, config, language=whitespace_words())
-    sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())             # its own, but xxhash 4 takes bytes alone
-    return run_datatrove(
-        folder, ([JsonlReader(str(source.parent)), sign], 1),
-        ([minhash.MinhashDedupBuckets(signed, pairs, config=config)], BANDS),
-        ([minhash.MinhashDedupCluster(pairs, removed, config)], 1),
-        ([JsonlReader(str(source.parent)), minhash.MinhashDedupFilter(removed),
-          JsonlWriter(out, compression=None)], 1))["total"].total
+    # Its own hash, but xxhash 4 takes nothing but bytes.
+    sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())
+    run_datatrove(folder, sign, source=source)
+    run_datatrove(folder, minhash.MinhashDedupBuckets(signed, pairs, config=config), tasks=BANDS)
+    run_datatrove(folder, minhash.MinhashDedupCluster(pairs, removed, config))
+    return run_datatrove(folder, minhash.MinhashDedupFilter(removed), source=source, write=True)["total"].total
 
 
 def time_datasets(twin, source, folder, processes=None) -> float:
@@ -376,8 +379,8 @@ def bench_reading(folder, rounds) -> list:
     def get_batch():
         for _ in range(steps):
             index = rng.integers(0, len(tokens) - T - 1, B)
-            torch.stack([torch.from_numpy(tokens[i:i + T].astype(np.int64)) for i in index])
-            torch.stack([torch.from_numpy(tokens[i + 1:i + 1 + T].astype(np.int64)) for i in index])
+            for shift in (0, 1):
+                torch.stack([torch.from_numpy(tokens[i + shift:i + shift + T].astype(np.int64)) for i in index])
 
     @functools.cache
     def file():
