@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
 import eval as evaluation
@@ -52,7 +51,7 @@ BATCH_CHARS = 1 << 20
 # ---- one document
 
 @dataclass
-class TextOptions:
+class Settings:
     """What happens to each document before the gate."""
 
     preset: Literal["web", "legal", "medical", "code", "books"]
@@ -70,16 +69,11 @@ class TextOptions:
     lingua: bool = False
     """Identify languages with lingua, instead of a light guess by script and stop words."""
 
-
-@dataclass
-class Settings(TextOptions):
-    """These options, and what was read of the domain; every worker gets them."""
-
-    keywords: tuple = ()
-    log_odds: np.ndarray | None = None
+    # What was read of the domain. Without a type they are no fields, and so no options of the command line.
+    keywords = None
+    log_odds = None
 
     def __post_init__(self):
-        check_limits(self)
         if self.preset not in gate.PRESETS:
             raise UserError(f"unknown preset {self.preset}{nearest(self.preset, gate.PRESETS)}; there are "
                             f"{', '.join(gate.PRESETS)}")
@@ -87,7 +81,6 @@ class Settings(TextOptions):
             require("ftfy", "clean", "or add --no-repair")
         if self.lingua:
             require("lingua", "clean", "or leave --lingua out: a light guess by script and stop words remains")
-        self.keyword_pattern = compile_keywords(self.keywords)
 
 
 def require(module: str, extra: str, otherwise: str):
@@ -121,7 +114,7 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
     parts, out = repair.split_text(text, settings.max_chars), []
     for number, part in enumerate(parts, 1):
         part, counts = scrub(part.strip("\n")) if settings.pii else (part.strip("\n"), {})
-        scores = score_text(part, settings.lingua, settings.keyword_pattern, settings.log_odds)
+        scores = score_text(part, settings.lingua, settings.keywords, settings.log_odds)
         scores |= {"boilerplate": round(lost, 4), "pii": sum(counts.values())}
         scores |= {f"pii_{name}": n for name, n in counts.items()}
         place = {"part": number, "parts": len(parts)} if len(parts) > 1 else {}
@@ -162,8 +155,6 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
     # replaced.
     for name in ("drops.json", *(() if last.exists() else corpus.CLEANED)):
         refuse_existing(out / name, overwrite)
-    if any(path.is_file() for path in (out, *out.parents)):
-        raise UserError(f"{out} is a file, or lies in one; --out names a folder")
     # The files take their names in the opposite order.
     with new_file(out / "drops.json") as report_file, new_file(out / corpus.CLEANED[1], "wb") as compressed, \
             new_file(out / corpus.CLEANED[0], "wb") as kept:
@@ -241,7 +232,7 @@ class Clean:
 
     files: Positional[list[str]]
     """.jsonl[.gz|.zst], .parquet, text, a folder of them, or hf://org/dataset."""
-    text: TextOptions
+    text: Settings
     rule: Repeated[list[str]] = field(default_factory=list)
     """NAME=LOW:HIGH, another limit for a score, such as dup_lines=:0.5, perplexity=p5:p95 or sentences=off."""
     weights: str = ""
@@ -285,17 +276,14 @@ def clean_command(options: Clean) -> dict:
     def read_all(paths):
         return (record for path in paths for record in read_input(path, reading))
 
-    keywords, odds = (), None
     if options.keywords:
-        lines = corpus.read_documents([options.keywords], Reading(documents="line"))
-        keywords = tuple(line.strip() for line in lines if line.strip())
+        text.keywords = compile_keywords(corpus.read_documents([options.keywords], Reading(documents="line")))
     if options.general:
         domain = list_files([options.domain_seed]) if options.domain_seed else files
-        odds = estimate_log_odds(*((record["text"] or "" for record in read_all(paths))
-                                   for paths in (domain, list_files([options.general]))))
-    settings = Settings(**vars(text), keywords=keywords, log_odds=odds)
+        text.log_odds = estimate_log_odds(*((record["text"] or "" for record in read_all(paths))
+                                            for paths in (domain, list_files([options.general]))))
     perplexity = load_perplexity(options.perplexity) if options.perplexity else None
-    report = clean_corpus(read_all(files), settings, options.output.out, rules, weights, options.workers, perplexity,
+    report = clean_corpus(read_all(files), text, options.output.out, rules, weights, options.workers, perplexity,
                           options.output.overwrite)
     gate.print_report(report, options.output.out)
     return report
@@ -303,7 +291,8 @@ def clean_command(options: Clean) -> dict:
 
 # ---- beyond one machine
 
-def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.WEIGHTS, **settings):
+def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.WEIGHTS, keywords=(), log_odds=None,
+                   **settings):
     """A preset as a step of a datatrove pipeline (Local, Slurm and Ray executors), for any number of tasks: the records
     that `clean_corpus` keeps, with their scores. settings: fields of Settings.
 
@@ -313,6 +302,8 @@ def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.
     require("datatrove", "datatrove", "which brings the executors")
     from datatrove.pipeline.base import PipelineStep
     options, rules = Settings(preset, **settings), gate.PRESETS[preset] if rules is None else rules
+    check_limits(options)
+    options.keywords, options.log_odds = compile_keywords(keywords), log_odds
     for name in gate.find_percentiles(rules):
         raise UserError(f"the limits of {name} are {rules[name]}, but a task sees no percentile of the whole corpus; "
                         f"give the numbers that drops.json of a sample shows")

@@ -72,7 +72,6 @@ def dedup(files, out, *, against=(), paragraphs: bool = False, threshold: float 
     store = Store(stems)
     verdict, compared = find_duplicates(store, work / _name([stem.name for stem in stems]), threshold)
     counts = write_results(files, out, store, reading, paragraphs, verdict, benchmarks)
-    store.close()
     report = {"version": VERSION, "threshold": threshold, "bands": BANDS, "rows": ROWS, "shingle_words": SHINGLE,
               "paragraphs": paragraphs, "files": files, "pairs_compared": compared, **counts}
     write_json(out / "dedup.json", report)

@@ -10,6 +10,7 @@ import pytest
 
 import clean
 from clean import Settings, clean_document
+from text.scores import compile_keywords
 
 pytest.importorskip("ftfy", reason="the extra `clean` is not installed")
 
@@ -36,8 +37,10 @@ def walk(path, depth=0):
 '''
 
 
-def scores_of(text: str, preset: str = "web", **options) -> dict:
-    (part,) = clean_document({"text": text, "id": "x", "metadata": {}}, Settings(preset, **options))
+def scores_of(text: str, preset: str = "web", keywords=(), log_odds=None, **options) -> dict:
+    settings = Settings(preset, **options)
+    settings.keywords, settings.log_odds = compile_keywords(keywords), log_odds
+    (part,) = clean_document({"text": text, "id": "x", "metadata": {}}, settings)
     return part["metadata"]["scores"]
 
 

@@ -73,21 +73,21 @@ def find_percentiles(rules: dict) -> list[str]:
 
 
 def resolve_percentiles(rules: dict, records) -> dict:
-    """Rules with numbers for the limits that are percentiles, taken over `records` but for those without text."""
+    """Rules with numbers for the limits that are percentiles, taken over the `records` that have text.
+
+    Such a limit is None where no record has the score. `records` is read only if there is a percentile.
+    """
     values = {name: [] for name in find_percentiles(rules)}
-    if not values:
-        return rules
-    for record in records:
-        for name in values:
-            if record["text"] and name in record["metadata"]["scores"]:
-                values[name].append(record["metadata"]["scores"][name])
+    for record in records if values else ():
+        scores = record["metadata"]["scores"] if record["text"] else {}
+        for name in values.keys() & scores.keys():
+            values[name].append(scores[name])
 
     def resolve(limit, values):
         if not isinstance(limit, str):
             return limit
         return float(np.percentile(values, float(limit[1:]))) if values else None
-    return {name: tuple(resolve(limit, values[name]) for limit in limits) if name in values else limits
-            for name, limits in rules.items()}
+    return rules | {name: tuple(resolve(limit, values[name]) for limit in rules[name]) for name in values}
 
 
 def parse_rules(preset: str, changes: list[str]) -> dict:
@@ -95,22 +95,19 @@ def parse_rules(preset: str, changes: list[str]) -> dict:
 
     Either side may be empty, or a percentile: "dup_lines=:0.5", "words=20:", "perplexity=p5:p95".
     """
-    rules = dict(PRESETS[preset])
+    rules, limit = dict(PRESETS[preset]), r"(-?\d+(?:\.\d+)?|p\d\d?(?:\.\d+)?|p100)?"
     for change in changes:
-        name, equals, limits = change.partition("=")
-        if not equals:
-            raise UserError(f"--rule {change}: write NAME=LOW:HIGH, or NAME=off")
+        match = re.fullmatch(f"(.*)=(?:off|{limit}:{limit})", change)
+        if not match:
+            raise UserError(f"--rule {change}: write NAME=LOW:HIGH, such as words=50:100000, quality=0.5: or "
+                            f"chars=p5:p95 (percentiles, p0 to p100), or NAME=off")
+        name, *limits = match.groups()
         if name not in NAMES:
             raise UserError(f"--rule {change}: unknown score {name}{nearest(name, NAMES)}")
-        if limits == "off":
+        if change.endswith("off"):
             rules.pop(name, None)
-            continue
-        match = re.fullmatch(r"(p?-?\d+(?:\.\d+)?)?:(p?-?\d+(?:\.\d+)?)?", limits)
-        if not match:
-            raise UserError(f"--rule {change}: write LOW:HIGH, such as 50:100000, 0.5: or p5:p95, or off")
-        rules[name] = tuple(x if x is None or x.startswith("p") else float(x) for x in match.groups())
-        if any(isinstance(x, str) and not 0 <= float(x[1:]) <= 100 for x in rules[name]):
-            raise UserError(f"--rule {change}: a percentile lies from p0 to p100")
+        else:
+            rules[name] = tuple(x if x is None or x.startswith("p") else float(x) for x in limits)
     return rules
 
 
@@ -124,14 +121,15 @@ def compute_quality(scores: dict, weights: dict = WEIGHTS) -> float:
 def parse_weights(text: str) -> dict:
     """WEIGHTS with NAME=WEIGHT,... laid over them; perplexity stands for perplexity_score."""
     weights = dict(WEIGHTS)
+    wrong = UserError(f"--weights {text}: write perplexity=0.3,format=0.2,content=0.3,relevance=0.2; none below 0, and "
+                      f"not all of them 0")
     for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
-        name = {"perplexity": "perplexity_score"}.get(name, name)
-        if name not in WEIGHTS or not re.fullmatch(r"-?\d+(\.\d*)?|\.\d+", value):
-            raise UserError(f"--weights {item}: write perplexity=0.3,format=0.2,content=0.3,relevance=0.2")
+        name, _, value = item.replace("perplexity=", "perplexity_score=").partition("=")
+        if name not in WEIGHTS or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", value):
+            raise wrong
         weights[name] = float(value)
-    if min(weights.values()) < 0 or not sum(weights.values()):
-        raise UserError(f"--weights {text}: none below 0, and not all of them 0")
+    if not sum(weights.values()):
+        raise wrong
     return weights
 
 
@@ -162,10 +160,10 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
         pii.update({name[4:]: n for name, n in scores.items() if name.startswith("pii_")})
         cleaned_by[metadata["cleaned"]["preset"]] += 1
         # A token has about four bytes, in English and by most tokenizers.
-        size = len(record["text"].encode())
-        row = {"documents": int(metadata.get("part", 1) == 1), "parts": 1, "bytes": size, "kept": int(not broken),
-               "dropped": int(bool(broken)), "bytes_kept": 0 if broken else size,
-               "estimated_tokens": size // 4, "estimated_tokens_kept": 0 if broken else size // 4}
+        size, stays = len(record["text"].encode()), not broken
+        row = {"documents": int(metadata.get("part", 1) == 1), "parts": 1, "bytes": size, "kept": int(stays),
+               "dropped": int(not stays), "bytes_kept": size * stays, "estimated_tokens": size // 4,
+               "estimated_tokens_kept": size // 4 * stays}
         totals.update(row)
         for key, table in statistics.items():
             table.setdefault(_make_printable(metadata.get(key) or "unknown"), Counter()).update(row)

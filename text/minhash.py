@@ -63,9 +63,8 @@ def hash_ngrams(texts: list[str], n: int) -> list[np.ndarray]:
     flat = np.frombuffer("\n".join([*texts, ""]).encode(), np.uint8)
     word_ends = np.flatnonzero((flat == 32) | (flat == 10))
     word_starts = np.append(0, word_ends[:-1] + 1)
-    prefix = np.zeros(len(flat) + 1, np.uint64)
     blocks = (len(flat) >> 18) + 1
-    np.cumsum(BYTE_VALUES[flat] * _powers(BASE, blocks)[:len(flat)], out=prefix[1:])
+    prefix = np.append(np.uint64(0), np.cumsum(BYTE_VALUES[flat] * _powers(BASE, blocks)[:len(flat)]))
     text_ends = np.cumsum(counts)
     last = np.minimum(np.arange(len(word_starts)) + n, np.repeat(text_ends, counts)) - 1
     sums = prefix[word_ends[last]] - prefix[word_starts]
@@ -138,7 +137,7 @@ def keep_best(members: list, groups: list, n: int, shingles, threshold: float) -
     order = members.argsort(kind="stable")
     group, members = group[order], members[order]
     del order
-    edges = np.append(np.flatnonzero(np.append(True, members[1:] != members[:-1])[:len(members)]), len(members))
+    edges = np.append(np.unique(members, return_index=True)[1], len(members))
     # A kept text is put at the end of the list of each of its groups: a later one finds there all that it may resemble.
     kept, fill = np.zeros(len(members), np.uint32), np.zeros(offsets[-1], np.int64)
     stays, similarity, compared = np.arange(n), np.ones(n), 0

@@ -14,14 +14,14 @@ CODE_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff]")
 LINE_BREAKS = re.compile("[\x0b\x0c\x85\u2028\u2029]")
 SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 INNER_SPACES = re.compile(r"(?<=[^ \t\n])[ \t]{2,}")
+# Lines of fenced code with the line breaks around them; without a second fence, up to the end.
+FENCED_CODE = re.compile(r"(?ms)(\n?^[^\S\n]*```.*?(?:\n[^\S\n]*```[^\n]*(?:\n|\Z)|\Z))")
 # Kana, Han, Thai: each character counts as a word, because no spaces stand between words.
 SPACELESS_SIGN = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f\uf900-\ufaff]")
 
 
 def repair_unicode(text: str) -> str:
     """Mend mojibake, HTML entities and ligatures with ftfy; curly quotes and full-width forms stay."""
-    if text.isascii() and "&" not in text:
-        return text
     import ftfy
     config = ftfy.TextFixerConfig(uncurl_quotes=False, fix_character_width=False, fix_line_breaks=False, explain=False)
     # ftfy is slow: only lines that can need it go through it.
@@ -30,9 +30,10 @@ def repair_unicode(text: str) -> str:
 
 
 def normalise(text: str, code: bool = False) -> str:
-    """One kind of line end and space, no control characters, NFC. Lines, indentation and fenced code stay as they are.
+    """One kind of line end and space, no control characters, NFC; at most one empty line in a row and single spaces
+    inside lines. Indentation and fenced code stay as they are.
 
-    Source code loses only NUL and other control characters, carriage returns and white space at the ends of lines.
+    With `code`, only control characters, carriage returns and white space at the ends of lines go.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if code:
@@ -40,27 +41,11 @@ def normalise(text: str, code: bool = False) -> str:
     text = SPACES.sub(" ", LINE_BREAKS.sub("\n", CONTROL.sub("", text)))
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
-    if "```" not in text:
-        return _normalise_prose(text).strip("\n")
+    text = "\n".join(line.rstrip() for line in text.split("\n"))
     # Odd parts are fenced code and keep their inner spaces, even parts are prose.
-    parts, fenced = [[]], False
-    for line in text.split("\n"):
-        fence = line.lstrip().startswith("```")
-        if fence and not fenced:
-            parts.append([])
-        parts[-1].append(line.rstrip())
-        if fence and fenced:
-            parts.append([])
-        fenced ^= fence
-    joined = ["\n".join(part) for part in parts]
-    return "\n".join(text if i % 2 else _normalise_prose(text)
-                     for i, text in enumerate(joined) if parts[i]).strip("\n")
-
-
-def _normalise_prose(text):
-    """No spaces at the ends of lines, single spaces inside them, at most one empty line in a row."""
-    text = INNER_SPACES.sub(" ", "\n".join(line.rstrip() for line in text.split("\n")))
-    return re.sub(r"\n{3,}", "\n\n", text)
+    parts = FENCED_CODE.split(text) if "```" in text else [text]
+    parts[::2] = [re.sub(r"\n{3,}", "\n\n", INNER_SPACES.sub(" ", prose)) for prose in parts[::2]]
+    return "".join(parts).strip("\n")
 
 
 # ---- boilerplate lines
@@ -87,7 +72,7 @@ POLICY = ("javascript", "terms of use", "privacy policy", "cookie policy", "uses
 def is_boilerplate(line: str) -> bool:
     """Whether a line is navigation, sharing, cookies, copyright or a page number.
 
-    Only a short line is, and never one that begins in lower case: that is how a wrapped sentence goes on.
+    A line of more than 120 characters never is, nor one that begins in lower case: so a wrapped sentence goes on.
     """
     line = line.strip(" \t•*»>-–|") if line[:1] not in "-–—" else line.strip()
     if not 0 < len(line) <= 120 or line[0].islower():
@@ -99,19 +84,17 @@ def is_boilerplate(line: str) -> bool:
 
 
 def passes_c4(line: str) -> bool:
-    """Does a line pass C4's rules (Raffel et al. 2020) as FineWeb uses them: without the one on its last character?
+    """Whether a line keeps C4's rules (Raffel et al. 2020) as FineWeb uses them, without the one on its last character.
 
-    It has at least 3 words, none above 1,000 characters, and no phrase of a policy or a notice about scripts; or none.
+    It is empty, or has at least 3 words, none above 1,000 characters, and no phrase of a policy or about scripts.
     """
     lower, words = line.lower(), line.split()
-    if not words:
-        return True
-    return (len(words) + len(SPACELESS_SIGN.findall(line)) >= 3 and max(map(len, words)) <= 1000
-            and not any(phrase in lower for phrase in POLICY))
+    return not words or (len(words) + len(SPACELESS_SIGN.findall(line)) >= 3 and max(map(len, words)) <= 1000
+                         and not any(phrase in lower for phrase in POLICY))
 
 
 def drop_boilerplate(text: str, c4: bool = False) -> tuple[str, float]:
-    """(text without boilerplate lines and, with `c4`, without lines that fail C4's rules; share of words lost)."""
+    """(the text without boilerplate lines and, with `c4`, without those that break C4's rules; share of words lost)."""
     lines = text.split("\n")
     kept = [line for line in lines if not is_boilerplate(line) and (not c4 or passes_c4(line))]
     if len(kept) == len(lines):
@@ -159,32 +142,30 @@ def expand_abbreviations(text: str) -> str:
         return text
     found = {match[1].lower() for match in ABBREVIATION.finditer(text)}
     if len(found) > 1 or re.search(r"\b(?:patients?|clinic\w*|hospital\w*|symptoms?)\b", text, re.I):
-        text = ABBREVIATION.sub(expand, text)
+        return ABBREVIATION.sub(expand, text)
     return text
 
 
 # ---- parts of bounded length
 
 SENTENCE_END = re.compile(r"(?<![.!?…])(?:[.!?…]++[\"')\]”’»]*+(?=\s|\Z)|[。！？]++)")
+# Where a part may end, the best place first: before a section or paragraph, behind a line, a sentence or a word.
+PART_ENDS = (re.compile(r"\n\n+(?=\S)"), re.compile(r"\n"), SENTENCE_END, re.compile(" "))
 
 
 def split_text(text: str, limit: int) -> list[str]:
     """Parts of at most `limit` characters that join to the text.
 
-    A part ends where a section or paragraph ends, else a line, a sentence or a word: the first of these that has an end
-    in the second half of the part. With limit 12, "one two. three" becomes "one two.", " three".
+    A part ends at the last of the best PART_ENDS that its second half has. With limit 12, "one two. three" becomes
+    "one two.", " three".
     """
     parts, start = [], 0
     while (rest := len(text) - start) > limit:
         # A little above an equal share of the rest, so that no scrap is left for the last part.
         room = min(limit, rest // -(-rest // limit) + limit // 8)
-        window, half = text[start:start + room], room // 2
-        ends = [m.end() for m in re.finditer(r"\n\n+(?=\S)", window[half:])]
-        cut = half + ends[-1] if ends else window.rfind("\n", half) + 1
-        if cut <= 0:
-            ends = [m.end() for m in SENTENCE_END.finditer(window, half)]
-            cut = ends[-1] if ends else window.rfind(" ", half) + 1
-        cut = cut if cut > 0 else room
-        parts.append(text[start:start + cut])
+        window = text[start:start + room]
+        ends = ([match.end() for match in place.finditer(window, room // 2)] for place in PART_ENDS)
+        cut = next(filter(None, ends), [room])[-1]
+        parts.append(window[:cut])
         start += cut
     return [*parts, text[start:]]

@@ -1,9 +1,9 @@
-"""What is measured on one document: counts, shares, repetition, language, quality, closeness to a domain.
+"""What is measured on each document: counts, shares, repetition, language, quality, closeness to a domain.
 
     scores = score_text(text)        # {"words": 120, "dup_lines": 0.0, "language": "en", ..., "content": 0.91}
 
 A score that has no meaning for a text is left out (word lengths where no spaces stand between words), and the rules on
-it do not apply. Which limits a score must keep, text/rules.py says.
+it do not apply. The limits of the scores stand in text/gate.py.
 """
 
 import math
@@ -19,7 +19,7 @@ from text.repair import SENTENCE_END, SPACELESS_SIGN
 # Raise it when a score changes its meaning: records that were scored before are then scored anew.
 SCORES_VERSION = 2
 GOPHER_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
-# The language whose words a text has most of is a light guess at its language.
+# A light guess at a text's language is the one whose stop words it has most of.
 STOP_WORDS = {
     language: frozenset(words.split()) for language, words in {
         "en": "the be to of and that have with is in for by was are it", "es": "el los las y es una que por con del se",
@@ -63,7 +63,7 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
     alphabetic = {word: n for word, n in vocabulary.items() if any(map(str.isalpha, word))}
     language, certainty = identify_language(text, vocabulary, lingua)
     scores = {"chars": len(text), "words": len(words), "lines": len(lines), "language": language,
-              "language_score": certainty, **_score_shape(text, lines, n_words), **_score_characters(text, lines)}
+              "language_score": certainty, **_score_form(text, lines, n_words)}
     if not spaceless:
         scores["mean_word_length"] = sum(map(len, words)) / n_words
         scores["alpha_words"] = sum(alphabetic.values()) / n_words
@@ -73,7 +73,7 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
     paragraphs = [paragraph for paragraph in map(str.strip, text.split("\n\n")) if paragraph]
     scores["dup_paragraphs"], scores["dup_paragraph_chars"] = _share_repeated(paragraphs, n_chars)
     scores |= score_ngrams(words, n_chars)
-    # Within 100 words each, or every long text would look repetitive.
+    # Unique words are counted in windows of 100 words, because in any long text most words occur again.
     windows = [lower[i:i + 100] for i in range(0, max(1, len(lower) - 50), 100)]
     unique = sum(len(set(window)) / max(1, len(window)) for window in windows) / len(windows)
     plain = sum(n for word, n in alphabetic.items() if word not in STOP_WORDS["en"]) / n_words
@@ -91,9 +91,17 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
     return {name: round(value, 4) if isinstance(value, float) else value for name, value in scores.items()}
 
 
-def _score_shape(text, lines, n_words) -> dict:
-    """Scores on the marks and the lines of a text; `lines` are those that are not empty."""
-    lengths, n_lines = list(map(len, lines)), max(1, len(lines))
+def _score_form(text, lines, n_words) -> dict:
+    """Scores on the marks, the characters and the lines of a text; `lines` are those that are not empty."""
+    raw = text.encode()
+    # ASCII letters and digits are counted in the UTF-8 bytes, which is fast.
+    letters, digits = (len(raw) - len(raw.translate(None, chars)) for chars in (ASCII_LETTERS, ASCII_DIGITS))
+    if not text.isascii():
+        other = "".join(re.findall(r"[^\x00-\x7f]+", text))
+        letters += sum(map(str.isalpha, other))
+        digits += sum(map(str.isdigit, other))
+    lengths = list(map(len, lines))
+    n_chars, n_lines, in_lines = max(1, len(text)), max(1, len(lines)), max(1, sum(lengths))
     return {
         "sentences": sum(1 for _ in SENTENCE_END.finditer(text)),
         "hash_ratio": text.count("#") / n_words, "ellipsis_ratio": (text.count("...") + text.count("…")) / n_words,
@@ -102,34 +110,18 @@ def _score_shape(text, lines, n_words) -> dict:
         "terminal_lines": sum(line[-1] in TERMINALS for line in lines) / n_lines,
         "short_lines": sum(n <= 30 for n in lengths) / n_lines, "newlines_per_word": text.count("\n") / n_words,
         "lorem_ipsum": int("lorem ipsum" in text.lower()), "curly_brackets": text.count("{"),
-        "max_line": max(lengths, default=0), "mean_line": sum(lengths) / n_lines}
-
-
-def _score_characters(text, lines) -> dict:
-    """Scores on the characters: shares of letters and digits, of code and of comments, and the compression ratio."""
-    raw = text.encode()
-    # ASCII letters and digits are counted in the UTF-8 bytes, which is fast.
-    letters, digits = (len(raw) - len(raw.translate(None, chars)) for chars in (ASCII_LETTERS, ASCII_DIGITS))
-    if not text.isascii():
-        other = "".join(re.findall(r"[^\x00-\x7f]+", text))
-        letters += sum(map(str.isalpha, other))
-        digits += sum(map(str.isdigit, other))
-    n_chars, in_lines = max(1, len(text)), max(1, sum(map(len, lines)))
-    return {"alpha": letters / n_chars, "alnum": (letters + digits) / n_chars,
-            "code_ratio": sum(len(line) for line in lines if CODE_LINE.match(line[:500])) / in_lines,
-            "comment_ratio": sum(len(line) for line in lines if COMMENT_LINE.match(line)) / in_lines,
-            "compression": len(zlib.compress(raw, 1)) / max(1, len(raw))}
+        "max_line": max(lengths, default=0), "mean_line": sum(lengths) / n_lines,
+        "alpha": letters / n_chars, "alnum": (letters + digits) / n_chars,
+        "code_ratio": sum(len(line) for line in lines if CODE_LINE.match(line[:500])) / in_lines,
+        "comment_ratio": sum(len(line) for line in lines if COMMENT_LINE.match(line)) / in_lines,
+        "compression": len(zlib.compress(raw, 1)) / max(1, len(raw))}
 
 
 def _share_repeated(items, n_chars):
     """(share of items that occurred before, their characters as a share of the text's)."""
-    seen, repeated, chars = set(), 0, 0
-    for item in items:
-        if item in seen:
-            repeated += 1
-            chars += len(item)
-        seen.add(item)
-    return repeated / max(1, len(items)), chars / n_chars
+    repeats = {item: n - 1 for item, n in Counter(items).items() if n > 1}
+    chars = sum(n * len(item) for item, n in repeats.items())
+    return sum(repeats.values()) / max(1, len(items)), chars / n_chars
 
 
 def score_ngrams(words: list[str], n_chars: int) -> dict:
@@ -148,14 +140,14 @@ def score_ngrams(words: list[str], n_chars: int) -> dict:
         grams = grams[:-1] * np.uint64(0x9E3779B97F4A7C15) + ids[n - 1:]
         ordered = np.sort(grams)
         same = ordered[1:] == ordered[:-1]
-        # Where no n-gram repeats, no longer one does.
+        # Where no n-gram occurs twice, no longer one does either.
         if not same.any():
             break
         if n < 5:
             edges = np.flatnonzero(np.concatenate([[True], ~same, [True]]))
             counts = np.diff(edges)
             most = counts.max()
-            # Of several that are as frequent, the one that comes first gives the length in characters.
+            # Of several equally frequent ones, the first in the text gives the length in characters.
             at = np.isin(grams, ordered[edges[:-1][counts == most]]).argmax()
             out[f"top_{n}gram"] = min(1.0, float(most * (starts[at + n] - starts[at] - 1) / n_chars))
             continue
@@ -206,7 +198,7 @@ def identify_language(text: str, word_counts: Counter, lingua: bool) -> tuple[st
 
 def compile_keywords(words) -> re.Pattern | None:
     """A pattern that finds each of `words` as a whole word in lower-case text, the longest first; None for no words."""
-    words = sorted({word.lower() for word in words}, key=lambda word: (-len(word), word))
+    words = sorted({word.strip().lower() for word in words} - {""}, key=lambda word: (-len(word), word))
     return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)") if words else None
 
 

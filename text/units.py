@@ -208,30 +208,26 @@ class Store:
         self.units = np.concatenate(parts)
         self.hits = {int(base) + unit: overlaps for stem, base in zip(stems, self.base)
                      for unit, overlaps in read_json(f"{stem}.json")["hits"]}
-        self.files = {name: [open(f"{stem}.{name}", "rb") for stem in stems] for name in ("shingles", "ids")}  # noqa: SIM115
 
-    def _read(self, name, unit, itemsize):
+    def _read(self, name, unit, dtype):
+        """The part of STEM.NAME that is one unit's. No file stays open, because a corpus may have very many."""
         file = int(self.base.searchsorted(unit, "right")) - 1
         start = int(self.units[name][unit - 1]) if unit > self.base[file] else 0
-        size = (int(self.units[name][unit]) - start) * itemsize
-        return os.pread(self.files[name][file].fileno(), size, start * itemsize)
+        size = int(self.units[name][unit]) - start
+        return np.fromfile(f"{self.stems[file]}.{name}", dtype, size, offset=start * np.dtype(dtype).itemsize)
 
     def read_shingles(self, unit: int) -> np.ndarray:
         """uint64, sorted, without repeats."""
-        return np.unique(np.frombuffer(self._read("shingles", unit, 8), "<u8"))
+        return np.unique(self._read("shingles", unit, "<u8"))
 
     def read_id(self, unit: int):
         """The id as the record had it; FILE:NUMBER where it had none."""
-        return json.loads(self._read("ids", unit, 1))
+        return json.loads(self._read("ids", unit, "u1").tobytes())
 
     def read_band(self, band: int) -> np.ndarray:
-        """uint64 [U]: the keys of one band. Its memory maps are closed again, so the pages do not count as memory."""
+        """uint64 [U]: the keys of one band, of memory maps that are closed again."""
         return np.concatenate([np.memmap(f"{stem}.bands", "<u8", "r", shape=(n, BANDS))[:, band]
                                for stem, n in zip(self.stems, np.diff(self.base).tolist()) if n])
-
-    def close(self):
-        for file in itertools.chain(*self.files.values()):
-            file.close()
 
 
 def find_exact(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

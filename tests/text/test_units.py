@@ -39,7 +39,6 @@ def test_units_of_several_files_come_back_as_one(tmp_path):
     assert len(best) == len(set(folded)) < len(texts)
     lengths = [len(folded[unit]) for unit in best]
     assert lengths == sorted(lengths, reverse=True)
-    store.close()
     (tmp_path / "a.bands").write_bytes(b"cut short")
     with WorkerPool(1) as pool, pytest.raises(ValueError, match="read again does not exist"):
         sign_file("read again", tmp_path / "a", Reading(), pool, None)
@@ -52,7 +51,6 @@ def test_paragraphs_are_units_and_short_ones_are_no_candidates(tmp_path):
     store = Store([tmp_path / "a"])
     assert store.units["state"].tolist() == [SHORT, CANDIDATE]
     assert [store.read_id(unit) for unit in (0, 1)] == ["d0#0", "d0#1"]
-    store.close()
 
 
 def test_paragraphs_and_their_breaks_join_to_the_text():
