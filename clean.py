@@ -39,9 +39,7 @@ from core.errors import UserError, nearest
 from core.files import new_file, refuse_existing
 from core.pool import WorkerPool, batches_by_size
 from learn import objectives
-from text import corpus, gate, repair, vocabulary
-from text.corpus import list_files, read_input, to_line
-from text.pii import scrub
+from text import corpus, gate, pii, repair, vocabulary
 from text.scores import SCORES_VERSION, compile_keywords, estimate_log_odds, score_text
 
 # About so many characters are sent to a worker process at a time.
@@ -113,7 +111,7 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
         text = repair.expand_abbreviations(text)
     parts, out = repair.split_text(text, settings.max_chars), []
     for number, part in enumerate(parts, 1):
-        part, counts = scrub(part.strip("\n")) if settings.pii else (part.strip("\n"), {})
+        part, counts = pii.scrub(part.strip("\n")) if settings.pii else (part.strip("\n"), {})
         scores = score_text(part, settings.lingua, settings.keywords, settings.log_odds)
         scores |= {"boilerplate": round(lost, 4), "pii": sum(counts.values())}
         scores |= {f"pii_{name}": n for name, n in counts.items()}
@@ -184,7 +182,7 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
 
 def _clean_batch(settings, records):
     """(a line of JSON for each part, characters that went in)."""
-    lines = [to_line(part) for record in records for part in clean_document(record, settings)]
+    lines = [corpus.to_line(part) for record in records for part in clean_document(record, settings)]
     return lines, sum(len(record["text"] or "") for record in records)
 
 
@@ -205,7 +203,7 @@ def _add_perplexity(path, perplexity):
             value, scores = perplexity(record["text"]), record["metadata"]["scores"]
             if value is not None and math.isfinite(value):
                 scores |= {"perplexity": round(value, 4), "perplexity_score": round(max(0.0, 1 - value / 100), 4)}
-            file.write(to_line(record))
+            file.write(corpus.to_line(record))
 
 
 def load_perplexity(folder: str, context: int = 512):
@@ -268,20 +266,20 @@ def clean_command(options: Clean) -> dict:
         rules["language"] = tuple(options.language.lower().split(","))
     if options.perplexity:
         rules.setdefault("perplexity", (None, "p95"))
-    files = list_files(options.files)
+    files = corpus.list_files(options.files)
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
-        next(read_input(path, reading), None)
+        next(corpus.read_input(path, reading), None)
 
     def read_all(paths):
-        return (record for path in paths for record in read_input(path, reading))
+        return (record for path in paths for record in corpus.read_input(path, reading))
 
     if options.keywords:
         text.keywords = compile_keywords(corpus.read_documents([options.keywords], Reading(documents="line")))
     if options.general:
-        domain = list_files([options.domain_seed]) if options.domain_seed else files
+        domain = corpus.list_files([options.domain_seed]) if options.domain_seed else files
         text.log_odds = estimate_log_odds(*((record["text"] or "" for record in read_all(paths))
-                                            for paths in (domain, list_files([options.general]))))
+                                            for paths in (domain, corpus.list_files([options.general]))))
     perplexity = load_perplexity(options.perplexity) if options.perplexity else None
     report = clean_corpus(read_all(files), text, options.output.out, rules, weights, options.workers, perplexity,
                           options.output.overwrite)

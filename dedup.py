@@ -98,7 +98,7 @@ def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
         shutil.rmtree(work, ignore_errors=True)
         for name in OUTPUTS:
             (out / name).unlink(missing_ok=True)
-    # Where .dedup is left, kept.jsonl and removed.jsonl are of the run that was stopped.
+    # Where .dedup exists, kept.jsonl and removed.jsonl are of the run that was stopped and may be replaced.
     for name in OUTPUTS[:1] if work.is_dir() else OUTPUTS:
         refuse_existing(out / name)
     work.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def find_duplicates(store: Store, stem: Path, threshold: float) -> tuple[np.ndar
     The candidates are kept on disk at STEM.band_NN.
     """
     first, best = find_exact(store.units)
-    # The empty text has no shingles.
+    # An empty text has no shingles, and can only be an exact copy.
     ranked = best[store.units["length"][best] > 0]
     members, groups = [], []
     for band in range(BANDS):

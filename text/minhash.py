@@ -33,7 +33,7 @@ ROW_WEIGHTS = fmix64(np.arange(1, ROWS + 1)) | np.uint64(1)
 # ---- text -> words -> hashes -> band keys
 
 def fold_words(text: str) -> str:
-    """The words that are compared, one space between them: NFC, casefolded; letters of scripts without spaces apart.
+    """The words that are compared, one space between them: NFC, casefolded; in scripts without spaces, each letter.
 
     Punctuation stays, because `a - b` is not `a + b` and $1,000 is not $1.000.
     """
@@ -55,7 +55,7 @@ def hash_ngrams(texts: list[str], n: int) -> list[np.ndarray]:
     "a b c d" with n = 3 has two, of "a b c" and "b c d". A text of fewer words has one, an empty one has none.
 
     The hash of the bytes b[s:e] is the polynomial of their BYTE_VALUES in BASE modulo 2^64 (Rabin-Karp): a difference
-    of two prefix sums, divided by BASE^s so that it does not depend on the place. No word is looked at on its own.
+    of two prefix sums, divided by BASE^s so that it does not depend on the place. There is no loop over words.
     """
     if not texts:
         return []
@@ -130,7 +130,7 @@ def keep_best(members: list, groups: list, n: int, shingles, threshold: float) -
     """
     sizes = [int(group[-1]) + 1 if len(group) else 0 for group in groups]
     offsets = np.cumsum([0, *sizes])
-    # First in the order of the groups, to learn where each group's list begins; then in the order of the texts.
+    # The order of the groups tells where each group's list begins; the walk needs the order of the texts.
     group = np.concatenate([g + np.uint32(offset) for g, offset in zip(groups, offsets)])
     starts = np.append(0, np.cumsum(np.bincount(group, minlength=offsets[-1])))
     members = np.concatenate(members)
@@ -138,7 +138,7 @@ def keep_best(members: list, groups: list, n: int, shingles, threshold: float) -
     group, members = group[order], members[order]
     del order
     edges = np.append(np.unique(members, return_index=True)[1], len(members))
-    # A kept text is put at the end of the list of each of its groups: a later one finds there all that it may resemble.
+    # A kept text joins the list of each of its groups, where a later text finds all kept ones that it may resemble.
     kept, fill = np.zeros(len(members), np.uint32), np.zeros(offsets[-1], np.int64)
     stays, similarity, compared = np.arange(n), np.ones(n), 0
     for low, high in tqdm(itertools.pairwise(edges), "compare", len(edges) - 1, unit=" documents", disable=None):

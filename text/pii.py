@@ -27,7 +27,7 @@ LABELLED_KEY = re.compile(r"""(?xi)((?:api[_-]?key|secret|token|password)["']?\s
     (?=[a-z_/+=-]{0,99}\d)(?=[^a-z"']{0,99}[a-z])[a-z0-9_/+=-]{24,128}(?=["'])""")
 EMAIL = re.compile(r"(?<![\w.%+-])(?!git@)[\w.%+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+"
                    r"(?:[Xx][Nn]--[A-Za-z0-9-]{2,59}|[A-Z]{2,24}|[A-Za-z][a-z]{1,23})(?![\w-]|\.\w)")
-# Behind these top-level domains even what looks like code is an address.
+# With one of these top-level domains even what looks like code is an address.
 SURE_TLD = re.compile("com|org|net|edu|gov|mil|int|info|biz|name|pro|aero|coop|museum|dev|app|cloud|online|health|law|"
                       "example|test|invalid|local")
 # Attributes of programs, suffixes of files and units of systemd, none of them a top-level domain.
@@ -72,7 +72,7 @@ ADDRESS_BEFORE = re.compile(rf"""(?ix)(?: [a-z]:// | @ | (?::[\da-f]{{0,4}}){{1,
       \ (?:to|from|at|on|via)
     | \d\d:\d\d:\d\d(?:[.,]\d{{1,6}})?(?:Z|\ ?[+-]\d{{4}})? )
   (?:["'],)?[\])"'\ \t]{{0,3}}[ \t:="'(\[<>-]{{0,6}}(?:{IP4.pattern}(?:,|\ and|\ or|\ to|,\ and)\ ){{0,4}} )\Z""")
-# Cheap tests that spare most numbers the slow patterns.
+# Cheap tests, so that most numbers never meet the slow patterns.
 LETTERS, HUNDREDS = re.compile(r"[A-Za-z:@]"), re.compile(r"\d{3}")
 ADDRESS_BEHIND = re.compile(r"""(?x):\d{2,5}(?![\d.]) | /\d\d?(?![\d/.]) | [\])"']?\s-\s\S{1,32}\s\[
   | \W{1,4}(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT)\ [/h*]
@@ -112,7 +112,7 @@ def scrub(text: str) -> tuple[str, dict]:
         replace_all(EMAIL, "email", _find_email)
     if any(mark in lower for mark in IDENTITY_MARKS):
         replace_all(IDENTITY, "id")
-    # None of the following has fewer digits and signs.
+    # Each pattern below needs at least so many digits and signs.
     if re.search(r"\d[\d ().-]{5,}\d", text):
         replace_all(IBAN, "iban", _find_iban)
         replace_all(CARD, "card", lambda match: passes_luhn(match[0]) and match[0][0] in "23456" and match[0])
@@ -125,7 +125,7 @@ def scrub(text: str) -> tuple[str, dict]:
 
 
 def _find_email(match):
-    """The address, or "" for what programs write alike: matrix products, versions, units of systemd, file names."""
+    """The address, or "" for what looks alike in programs: matmuls, versions, units of systemd, file names."""
     local, _, host = match[0].partition("@")
     tld = host.rpartition(".")[2].lower()
     # Kotlin's labels, as in this@MainActivity.name.
@@ -138,7 +138,7 @@ def _find_email(match):
 
 
 def _find_iban(match):
-    """The part of the match that is an IBAN, or "": upper-case words behind it may have been matched too."""
+    """The part of the match that is an IBAN, or "". The pattern also takes upper-case words behind it."""
     candidate = match[0]
     while len(candidate) > 14:
         letters = candidate.replace(" ", "")
@@ -164,12 +164,12 @@ def _find_phone(match):
 def _find_ip4(match):
     text, start, end = match.string, match.start(), match.end()
     octets = [int(o) for o in match[0].split(".")]
-    # This machine, multicast and reserved addresses, networks.
+    # This machine, multicast and reserved addresses, and networks name nobody.
     if octets[0] in (0, 127) or octets[0] > 223 or octets[3] == 0:
         return ""
     before, behind = text[max(0, start - 48):start], text[end:end + 48]
     near = before + match[0] + behind
-    # An outline seldom counts beyond 49 twice, or to three digits.
+    # The number of a clause seldom has two parts above 49, or one of three digits.
     says_so = (sum(o > 49 for o in octets) > 1
                or before[-1:] + behind[:1] == "[]" or ADDRESS_BEHIND.match(behind)
                or (HUNDREDS.search(near) and any(int(o) > 99 for quad in IP4.findall(near) for o in quad.split(".")))
