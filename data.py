@@ -176,8 +176,10 @@ def run_pack(options: Pack) -> dict:
     def records(files: list[str] = options.files):
         """(where, record) of each document; the text of a document of a token file is its ids."""
         for path in files:
-            found = ((path, {column: ids}) for ids in read_token_documents(path, tokenizer, options.dtype)) \
-                if holds_tokens(path) else read_records([path], options.reading, None if options.score else [column])
+            if holds_tokens(path):
+                found = ((path, {column: ids}) for ids in read_token_documents(path, tokenizer, options.dtype))
+            else:
+                found = read_records([path], options.reading, only=None if options.score else [column])
             for where, record in found:
                 bar.update()
                 yield where, record
@@ -186,15 +188,13 @@ def run_pack(options: Pack) -> dict:
         # A file that cannot be read should be known before hours of work.
         next(records([path]), None)
     start = time.perf_counter()
-    settings = {"heldout": options.heldout, "bos": options.bos or (False if options.no_bos else None),
-                "shard_tokens": options.shard_tokens, "workers": options.workers,
-                "overwrite": options.output.overwrite,
-                "inputs": [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
-                           for path in options.files]}
+    inputs = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
+              for path in options.files]
+    settings = {"heldout": options.heldout, "bos": options.bos or (False if options.no_bos else None), "inputs": inputs,
+                "shard_tokens": options.shard_tokens, "workers": options.workers, "overwrite": options.output.overwrite}
     if options.buckets:
-        first = options.first or ("high" if "quality" in options.score else "low")
-        parts.pack_buckets(records, tokenizer, out, options.buckets, options.score, first=first, column=column,
-                           **settings)
+        settings["first"] = options.first or ("high" if "quality" in options.score else "low")
+        parts.pack_buckets(records, tokenizer, out, options.buckets, options.score, column=column, **settings)
     else:
         texts = (record[column] for _, record in parts.deal_documents(options.files, records, *part))
         pack(texts, tokenizer, out, allow_empty=bool(options.part), **settings)
@@ -245,10 +245,9 @@ def print_info(folder) -> dict:
             ratio = f"{totals['tokens'] / totals['bytes']:.3f} tokens per byte" if totals["bytes"] else ""
             print(f"  {split:8} {totals['documents']:>10,} documents {totals['tokens']:>14,} tokens "
                   f"{totals['bytes']:>14,} bytes  {ratio}".rstrip())
-    made = manifests[-1]
+    made, empty = manifests[-1], sum(manifest["empty_documents_dropped"] for manifest in manifests)
     print(f"  {made['dtype']}, {made['tokenizer']['library']}, vocabulary {made['tokenizer']['vocab_size']:,}, "
-          f"{'BOS, ' if made['bos'] else ''}EOS; {sum(m['empty_documents_dropped'] for m in manifests)} empty "
-          f"documents dropped")
+          f"{'BOS, ' if made['bos'] else ''}EOS; {empty} empty documents dropped")
     return {**index, "manifests": manifests} if index else made
 
 
@@ -263,7 +262,7 @@ def run_verify(options: Verify) -> dict:
 
 @dataclass(kw_only=True)
 class Mix:
-    """Show what a recipe draws when, or write a mixed JSONL for other tools.
+    """Show what a recipe draws over a run, or write a mixed JSONL for other tools.
 
     python data.py mix RECIPE --preview [--data.schedule staged --train.steps 1000 ...]
     python data.py mix --domain FILE ... --general FILE ... --out FILE

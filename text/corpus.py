@@ -28,8 +28,7 @@ CLEANED = ("kept.jsonl", "dropped.jsonl.gz")
 def read_documents(files: list[str], reading: Reading | None = None):
     """Yield the text of each document of the files; what `read_records` says holds."""
     reading = reading or Reading()
-    for _, record in read_records(files, reading, only=[reading.column]):
-        yield record[reading.column]
+    return (record[reading.column] for _, record in read_records(files, reading, only=[reading.column]))
 
 
 def read_records(files: list[str], reading: Reading | None = None, only: list[str] | None = None,

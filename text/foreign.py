@@ -4,8 +4,8 @@
     NAME.bin, NAME.idx          an indexed dataset of Megatron's
     NAME.bin                    llm.c's tokens after a header, or nanoGPT's (uint16 or uint32) without one
 
-Ids stay as they are. BOS and EOS at the ends of a document are taken off, because packing puts its own there; where no
-index says where documents end, each BOS or EOS does.
+Ids stay as they are. BOS and EOS at the ends of a document are removed, because packing adds its own; where no index
+says where documents end, they end at each BOS or EOS.
 """
 
 import struct
@@ -79,13 +79,13 @@ def _open_tokens(file: Path, dtype: str | None, usual: str):
 def _map(file: Path, dtype: np.dtype, skip: int = 0) -> np.ndarray:
     size = file.stat().st_size - skip
     if size <= 0 or size % dtype.itemsize:
-        raise UserError(f"{file} has {max(0, size)} bytes of {dtype.name}, which is none or no whole number of them; "
+        raise UserError(f"{file} has {max(0, size)} bytes, which is no whole number of {dtype.name} tokens above 0; "
                         f"fetch it again, or name its --dtype")
     return np.memmap(file, dtype, "r", skip)
 
 
 def _open_megatron(file: Path, index: Path):
-    """As _open_tokens. The index has the length of each sequence, and which sequence is the first of each document."""
+    """As `_open_tokens`. The index has each sequence's length, and which sequence is the first of each document."""
     raw = index.read_bytes()
     try:
         version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(MEGATRON))

@@ -130,7 +130,7 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
         raise UserError("without --total-samples the domain file gives the length, but --domain-ratio is 0")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Records are drawn in random order and may not fit in memory: they wait in a file, by their places in it.
+        # Records are drawn in random order and may not fit in memory: they wait in a file, and their places in it here.
         with tempfile.TemporaryFile(dir=out.parent) as spool:
             places = {"domain": _spool(domain, "domain", spool), "general": _spool(general, "general", spool)}
             total = round(len(places["domain"]) / ratio) if total is None else total
@@ -156,7 +156,7 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
 
 
 def _spool(records, side: str, spool) -> np.ndarray:
-    """int64 [records]: where each record stands in the file that it was written to."""
+    """Write the records, a line each; returns int64 [records], where each line begins in the file."""
     places = []
     for record in records:
         places.append(spool.tell())

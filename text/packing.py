@@ -101,7 +101,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     Capacity 10, sizes 6 3 5 4 2. In falling order: 6 opens bin 0 (room 4), 5 opens bin 1 (room 5), 4 fits both and
     fills bin 0, the fuller one; 3 and 2 fill bin 1. The answer is 0 1 1 0 1.
 
-    Packing documents so cuts none that would fit (Ding et al. 2024, arXiv 2404.10830). Equal sizes are placed together,
+    This cuts no document that would fit (Ding et al. 2024, arXiv 2404.10830). Equal sizes are placed together,
     so the work grows with the distinct pairs of size and room, not with n (Krell et al. 2021, arXiv 2107.02027).
     """
     order = np.argsort(-sizes, kind="stable")

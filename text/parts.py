@@ -1,7 +1,7 @@
 """Sources of several packed folders: parts packed by many machines, and score buckets that a curriculum reads in order.
 
     shards/wiki/part_0001_of_0008/ ...   one folder per machine; the manifest beside them joins them into one source
-    shards/law/bucket_00/ ...            as many documents each, by a score; buckets.json says in which order
+    shards/law/bucket_00/ ...            equally many documents each, by a score; buckets.json has their order
 """
 
 import contextlib
@@ -120,7 +120,7 @@ def _score_of(record: dict, score: str, where: str) -> float:
     metadata = record.get("metadata")
     scores = metadata.get("scores") if isinstance(metadata, dict) else None
     value = scores.get(score) if isinstance(scores, dict) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if type(value) not in (int, float) or not math.isfinite(value):
         known = ", ".join(scores) if isinstance(scores, dict) else "no scores"
         raise UserError(f"{where} has no number under metadata.scores.{score} (it has: {known}); clean.py writes "
                         f"scores")

@@ -6,8 +6,8 @@
     train_000000.bytes  uint32, UTF-8 bytes of each document's text, so that bits per byte are exact
     heldout_000000.*    documents whose text hash falls in the held-out share; never trained on
 
-A folder appears whole or not at all, nothing is mapped for writing, and what is opened is checked first: every size
-against the manifest, and with `verify` every hash. Sources packed in parts or by score are in parts.py.
+A folder appears whole or not at all, nothing is mapped for writing, and what is opened is checked first: each size
+against the manifest, and by `verify` each hash. Sources packed in parts or by score are in parts.py.
 """
 
 import bisect
@@ -143,7 +143,7 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
 
 
 def describe_split(records: list[dict]) -> dict:
-    """What the manifest says of a split: its totals and its shards."""
+    """A split as it stands in the manifest: its totals and its shards."""
     return {**{key: sum(r[key] for r in records) for key in ("tokens", "documents", "bytes")}, "shards": records}
 
 
@@ -168,7 +168,7 @@ def _encode_batch(shared, texts: list):
     documents = {split: ([], [], []) for split in SPLITS}
     encoded = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
     for text in texts:
-        # A document that is given as ids is decoded for its hash and its bytes alone.
+        # A document that is given as ids is decoded only for its hash and its bytes.
         raw, ids = (utf8(text), next(encoded)) if isinstance(text, str) else (utf8(tokenizer.decode(text)), text)
         if not raw or not len(ids):
             empty += 1
