@@ -12,6 +12,8 @@ mixture.py says how many sequences of each source a step has. Here stands their 
 context, S sources.
 """
 
+import core.threads
+
 import functools
 import os
 import sys
