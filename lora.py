@@ -100,7 +100,7 @@ def parse_token_ids(text: str, vocab_size: int) -> list[int]:
         end = int(end or vocab_size) if has_end else first + 1
         if not first < end <= vocab_size:
             raise UserError(f"lora.embedding_rows has {part!r}, but needs token ids below {vocab_size:,}, e.g. 7 or "
-                             f"\"{max(0, vocab_size - 512)}:\" for all from there on")
+                            f"\"{max(0, vocab_size - 512)}:\" for all from there on")
         ids |= set(range(first, end))
     return sorted(ids)
 
@@ -159,12 +159,10 @@ def disabled(model: nn.Module):
 
 def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
     """{parameter: its learning rate divided by optim.lr}, of every B, embedding and head that is trained."""
-    table_ratio = config.embedding_lr_ratio or (0.1 if config.embeddings == "full" else 1.0)
-    scales = {}
-    for path, layer in adapters.active_layers(model):
-        leaf, ratio = ("B", config.b_lr_ratio) if isinstance(layer, adapters.Linear) else ("rows", table_ratio)
-        scales[f"{path}.adapters.{layer.active_name}.{leaf}"] = ratio
-    return scales
+    rows_ratio = config.embedding_lr_ratio or (0.1 if config.embeddings == "full" else 1.0)
+    ratios = {"B": config.b_lr_ratio, "rows": rows_ratio}
+    return {f"{path}.adapters.{layer.active_name}.{leaf}": ratios[leaf] for path, layer in adapters.active_layers(model)
+            for leaf, _ in layer.adapter.named_parameters() if leaf in ratios}
 
 
 def trainable_share(model: nn.Module) -> str:

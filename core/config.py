@@ -54,7 +54,7 @@ def refuse_unused(section, name: str, switch: str) -> None:
     changed = [key for key, value in vars(type(section)()).items() if getattr(section, key) != value]
     if changed and switch not in changed:
         raise UserError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
-                         f"nothing; set {name}.{switch}, or leave it out")
+                        f"nothing; set {name}.{switch}, or leave it out")
 
 
 def read_toml(path: str) -> dict:

@@ -97,7 +97,7 @@ class TableRows(nn.Module):
     def initialise(self, layer: "Embedding | Head", generator: torch.Generator, layout):
         base = layer.gather_base()
         if self.token_ids is not None:
-            # to_empty(), through which a model built on the meta device goes, leaves the buffers with any content.
+            # A model from the meta device went through to_empty(), after which buffers hold anything.
             self.fill_buffers()
             base = base[self.ids]
         self.rows.copy_(layout(base, self.rows))
