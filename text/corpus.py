@@ -53,17 +53,20 @@ def read_records(files: list[str], reading: Reading | None = None, only: list[st
 
 
 def _records_of(path: str, reading: Reading, only):
-    if path.startswith("hf://"):
-        yield from _hub_records(path, reading)
-        return
-    if not os.path.isfile(path):
+    is_hub = path.startswith("hf://")
+    if not is_hub and not os.path.isfile(path):
         raise UserError(f"input file {path} " + ("is a folder; name the files in it" if os.path.isdir(path)
                                                  else "does not exist"))
-    if Path(path).suffix.lower() in NOT_TEXT:
+    if not is_hub and Path(path).suffix.lower() in NOT_TEXT:
         raise UserError(f"input file {path} is no plain text; make it .txt or .jsonl (one {{\"text\": ...}} a line)")
     stem = re.sub(r"\.(gz|zst)$", "", path)
+    fault = "cannot be read as UTF-8 text (convert it or fetch it again)"
     try:
-        if stem.endswith(".parquet"):
+        if is_hub:
+            fault = "cannot be read from the Hub"
+            yield from _hub_records(path, reading)
+        elif stem.endswith(".parquet"):
+            fault = "is not a readable parquet file (fetch it again)"
             yield from _parquet_records(path, reading.column, only)
         elif stem.endswith((".jsonl", ".ndjson")):
             yield from json_records(path)
@@ -73,20 +76,15 @@ def _records_of(path: str, reading: Reading, only):
         raise
     except (ValueError, OSError) as error:
         # These errors do not name the file, and the user may have given a hundred.
-        what = "is not a readable parquet file" if stem.endswith(".parquet") else "cannot be read as UTF-8 text"
-        raise UserError(f"input file {path} {what}: {error}; convert it or fetch it again") from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} {fault}: {reason}") from None
 
 
 def _hub_records(path: str, reading: Reading):
     from datasets import load_dataset
     name, _, revision = path.removeprefix("hf://").partition("@")
-    try:
-        rows = load_dataset(name, reading.config, split=reading.split, streaming=True, revision=revision or None)
-        for number, row in enumerate(rows, 1):
-            yield f"{path} record {number}", row
-    except OSError as error:
-        # No such dataset or no network. As an OSError it would be reported like a full disk.
-        raise UserError(f"{path} cannot be read from the Hub: {str(error).splitlines()[0]}") from None
+    rows = load_dataset(name, reading.config, split=reading.split, streaming=True, revision=revision or None)
+    yield from ((f"{path} record {number}", row) for number, row in enumerate(rows, 1))
 
 
 def json_records(path: str):

@@ -19,7 +19,7 @@ mix RECIPE --preview` shows it. S sources; a score bucket counts as a source.
 
 import bisect
 import functools
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Literal
 
 import numpy as np
@@ -164,8 +164,8 @@ def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple
                    strata: Strata | None = None) -> np.ndarray:
     """float64 [S], with sum one: the domain sources share `share`, the general ones the rest.
 
-    `opened`, as from open_documents, moves a domain source's weight among its buckets. `strata` (default: all alike)
-    holds among the general sources if they name theirs.
+    `opened`, as from open_documents, moves a domain source's weight among its buckets. `strata` (default: equal
+    weights) divides the replay if the general sources name theirs.
     """
     weights = {name: _open_tokens(s, opened if s.role == "domain" else ALL) if isinstance(s, Bucket) else s.weight
                for name, s in sources.items()}
@@ -185,7 +185,7 @@ def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple
 
 
 def _open_tokens(bucket: Bucket, opened: tuple) -> float:
-    """The tokens of a bucket that are open, times their emphasis."""
+    """How many of a bucket's tokens are open, times their emphasis."""
     low, high, emphasis = opened
     begin, end = max(low, bucket.low), min(high, bucket.high)
     # The emphasis rises along a straight line from 1 to `emphasis`, so its mean over the bucket is that of its middle.
@@ -211,8 +211,8 @@ def replay_strata(sources: dict[str, SourceConfig], strata: Strata) -> tuple[dic
     unnamed = [name for name, s in general.items() if not s.stratum]
     if unnamed:
         raise UserError(f"data.sources.{unnamed[0]}.stratum is not set, but other general sources name theirs; name "
-                        f"it, one of {', '.join(f.name for f in fields(Strata))}")
-    weights = {f.name: getattr(strata, f.name) for f in fields(strata) if getattr(strata, f.name)}
+                        f"it, one of {', '.join(STRATA)}")
+    weights = {name: weight for name, weight in vars(strata).items() if weight}
     filled = {s.stratum for s in general.values() if s.weight}
     present = {name: weight for name, weight in weights.items() if name in filled}
     if not present:
@@ -243,7 +243,7 @@ def weights_at(config: DataConfig, sources: dict[str, SourceConfig], progress: n
     if config.schedule in ALONE and not any(s.role == "domain" and s.weight for s in sources.values()):
         raise UserError(f"data.schedule {config.schedule} trains on the domain alone, but no source with a weight has "
                         f"the role domain")
-    # Most steps want what the one before wanted.
+    # Most steps want the same as the step before.
     weights = functools.cache(lambda share, opened: source_weights(sources, share, opened, config.strata))
     return np.stack([weights(share_at(config, p, steps) if share is None else share, open_documents(config, p, steps))
                      for p in progress.tolist()])
