@@ -26,7 +26,7 @@ COMMANDS = {"data": (DataOptions, bench_data), "train": (TrainOptions, bench_tra
 
 
 def with_origin(measure):
-    """`measure`, whose rows come with the machine and the command they are of."""
+    """Return `measure` as a command whose result names the machine and the command beside the rows."""
     def run(options) -> dict:
         rows = measure(options)
         words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]

@@ -38,8 +38,8 @@ class Reference(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, offsets = ctx.saved_tensors
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
-        dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
+        dw = weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
         for e, (start, stop) in enumerate(segments(offsets)):
             if dx is not None:
                 torch.mm(dy[start:stop], weight[e], out=dx[start:stop])

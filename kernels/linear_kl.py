@@ -17,16 +17,9 @@ The last two nearly cancel when the student is close, so maximum is subtracted f
 
 import torch
 
+from kernels import cross_entropy as shared
 from kernels.backend import jit, launch, op, power_of_two, tl, use_triton
-from kernels.cross_entropy import (
-    autocast_device,
-    compute_dtype,
-    keep_gradients,
-    load_row,
-    loss_by_chunks,
-    make_logits,
-    scaled_gradients,
-)
+from kernels.cross_entropy import load_row
 
 BLOCK = 4096                      # logits of each row that a program holds
 # Elements the reference works on at a time, so that its intermediates stay in the CPU's cache.
@@ -123,11 +116,11 @@ def linear_kl_forward(
     buffers = dtypes if triton else [torch.promote_types(dtype, torch.float32) for dtype in dtypes]
 
     def chunk_loss(where, part, z, teacher_z):
-        z = make_logits(part, weight, z)
-        teacher_z = make_logits(teacher_x[where], teacher_weight, teacher_z)
+        z = shared.make_logits(part, weight, z)
+        teacher_z = shared.make_logits(teacher_x[where], teacher_weight, teacher_z)
         loss = (kernel_rows if triton else reference_rows)(z, teacher_z, temperature, want_dz)
         return loss, z.to(x.dtype) if want_dz else z
-    return loss_by_chunks(x, weight, labels, buffers, want_dx, want_dw, chunk_loss)
+    return shared.loss_by_chunks(x, weight, labels, buffers, want_dx, want_dw, chunk_loss)
 
 
 class LinearKL(torch.autograd.Function):
@@ -135,14 +128,14 @@ class LinearKL(torch.autograd.Function):
     def forward(ctx, x, weight, teacher_x, teacher_weight, labels, want_dx, want_dw, temperature):
         token_loss, dx, dw = linear_kl_forward(x, weight.to(x.dtype), teacher_x, teacher_weight.to(teacher_x.dtype),
                                                labels, want_dx, want_dw, temperature)
-        keep_gradients(ctx, dx, dw, weight)
+        shared.keep_gradients(ctx, dx, dw, weight)
         ctx.mark_non_differentiable(token_loss)
         return token_loss.sum(), token_loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        return *scaled_gradients(ctx, scale, "linear_kl"), *[None] * 6
+        return *shared.scaled_gradients(ctx, scale, "linear_kl"), *[None] * 6
 
 
 # ---- public op
@@ -165,9 +158,9 @@ def linear_kl(x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, te
                          "all but the last size must agree: run both on the same tokens")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it divides the logits, say 1.0")
-    grad, dtype = torch.is_grad_enabled(), compute_dtype(x, weight)
-    teacher_dtype = compute_dtype(teacher_x, teacher_weight)
-    with torch.autocast(autocast_device(x), enabled=False):
+    grad, dtype = torch.is_grad_enabled(), shared.compute_dtype(x, weight)
+    teacher_dtype = shared.compute_dtype(teacher_x, teacher_weight)
+    with torch.autocast(shared.autocast_device(x), enabled=False):
         loss, token_loss = LinearKL.apply(
             x.flatten(0, -2).to(dtype), weight, teacher_x.detach().flatten(0, -2).to(teacher_dtype),
             teacher_weight.detach(), labels.flatten(), grad and x.requires_grad, grad and weight.requires_grad,

@@ -20,8 +20,7 @@ many heads a token has: no lanes are idle, and q and k load the same vectors of 
 behind those of q for the same tokens, so that cos and sin are read from memory once. A program loads all before it
 stores: no load waits behind a store that might change it.
 
-Backward through the norm, a fixed number of programs stride over the tiles, so that each keeps its share of dw in
-registers; the shares are summed in a second step, in a fixed order: two runs agree bitwise.
+Backward through the norm, the programs sum dw as in rmsnorm.py.
 """
 
 import torch

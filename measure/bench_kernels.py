@@ -31,11 +31,11 @@ from measure.kernel_cases import CASES, CPU_CASES
 class KernelOptions:
     """Measure every kernel, on a GPU or without one."""
     only: list[str] = field(default_factory=list)
-    """These files of kernels/ alone, e.g. rmsnorm. Default: all of them."""
+    """Measure only these files of kernels/, e.g. rmsnorm. Default: all of them."""
     tokens: list[int] = field(default_factory=lambda: [2048, 8192, 16384])
     """Numbers of tokens to time, on a GPU."""
     seconds: float = 1800
-    """Begin no case after so long, on a GPU."""
+    """Begin no new case after this many seconds, on a GPU."""
     rounds: int = 9
     """Rounds of each CPU timing."""
     progress: str = ""
@@ -43,7 +43,7 @@ class KernelOptions:
 
 
 def bench_kernels(options: KernelOptions) -> list:
-    """The table for this machine."""
+    """Choose what this machine can measure: times on a GPU, else the compiler's figures and CPU times."""
     for name in options.only:
         if name not in CASES:
             raise UserError(f"--only {name} is no kernel; choose from {', '.join(CASES)}")
@@ -51,7 +51,8 @@ def bench_kernels(options: KernelOptions) -> list:
         return time_kernels(options)
     rows = static_rows(options.only or tuple(CASES))
     if not options.only:
-        parallel.keep_freed_memory()             # for both sides: else the page faults of each tensor are timed
+        # For both sides: else the page faults of each new tensor would be timed.
+        parallel.keep_freed_memory()
         rows += cpu_rows(options.rounds)
     return rows
 
@@ -92,7 +93,7 @@ def cpu_rows(rounds: int) -> list:
 # ---- on a GPU
 
 def time_kernels(options: KernelOptions) -> list:
-    """Every case of every kernel on this GPU; what the time does not suffice for is named."""
+    """Time every case of every kernel on this GPU; a case that no time was left for gets a row that says so."""
     end, limits = time.monotonic() + options.seconds, device_limits()
     rows = [row(name, name, value) for name, value in limits.items()]
     todo = [(name, case, n) for n in options.tokens for name in options.only or CASES for case in CASES[name]]
@@ -126,7 +127,7 @@ def device_limits() -> dict:
 
 
 def providers(case) -> dict:
-    """{name: op} of what is timed beside each other."""
+    """{name: op} of the implementations that are timed side by side."""
     ops = {"reference": case.op, "compiled": torch.compile(case.op, dynamic=False), "torch": case.torch,
            "compiled torch": torch.compile(case.torch, dynamic=False)}
     names = (*case.beside, "torch") if case.torch else case.beside
@@ -141,8 +142,10 @@ def time_case(case, tokens: int, limits: dict, rounds: int = 3) -> list[dict]:
     """
     from torch._functorch import config as functorch_config
     from triton.testing import do_bench
-    functorch_config.donated_buffer = False       # a compiled backward pass is timed more than once
-    torch._dynamo.reset()                         # cases share their op, and Dynamo compiles at most 8 shapes of one
+    # A compiled backward pass is timed more than once.
+    functorch_config.donated_buffer = False
+    # Cases share their op, and Dynamo compiles at most 8 shapes of one.
+    torch._dynamo.reset()
     torch.manual_seed(0)
     inputs = case.inputs("cuda", torch.bfloat16, tokens)
     passes = ["step"] if case.one_shot else ["forward", "backward"] if differentiable(inputs) else ["forward"]
@@ -153,7 +156,8 @@ def time_case(case, tokens: int, limits: dict, rounds: int = 3) -> list[dict]:
         try:
             with backend.using("triton" if name == "triton" else "reference"):
                 calls[name], memory[name] = prepare(op, own, passes)
-        except Exception as error:                # a peer's failure must not cost the others their figures
+        except Exception as error:
+            # The others keep their figures when one provider fails.
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     rows = []
     for number, which in enumerate(passes):
@@ -174,11 +178,12 @@ def time_case(case, tokens: int, limits: dict, rounds: int = 3) -> list[dict]:
 
 
 def prepare(op, inputs, passes):
-    """-> {pass: call to time}, the most bytes that a forward and backward pass hold beside their inputs."""
+    """Return {pass: call to time} and the most bytes that a forward and backward pass hold beside their inputs."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    _, upstream = run(op, inputs)                 # compiles
+    # The first run compiles.
+    _, upstream = run(op, inputs)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     if passes == ["step"]:
@@ -198,7 +203,7 @@ class GpuOptions:
     minutes: float = 8
     """For everything; the kernel table gets what is left."""
     out: str = "out/gpu"
-    """Folder of what each stage has found, also if a later one fails."""
+    """The folder that keeps what each stage has found, even if a later one fails."""
 
 
 def bench_gpu(options: GpuOptions) -> list:
@@ -220,7 +225,7 @@ def bench_gpu(options: GpuOptions) -> list:
 
 
 def stage(words: list[str], out: Path, limit: float) -> list:
-    """The rows of another bench.py command; if it failed, those that it had written, and a row that says how."""
+    """Run another bench.py command and return its rows; if it failed, those written by then and a row that says why."""
     out.unlink(missing_ok=True)
     try:
         done = subprocess.run([sys.executable, str(ROOT / "bench.py"), *words, "--json", str(out)],
@@ -235,7 +240,7 @@ def stage(words: list[str], out: Path, limit: float) -> list:
 
 
 def test_row(process, limit: float) -> dict:
-    """How many tests had which outcome, also where the time was up, and the last lines where something failed."""
+    """A row that counts the tests by outcome, as far as they came in time, with the last lines if something failed."""
     try:
         out, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:

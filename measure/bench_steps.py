@@ -177,7 +177,7 @@ def make_batches(case: StepCase, count: int) -> list:
 
 
 def our_step(model, objective, optim, rates, case, device):
-    """-> function(batch) -> loss, by train.train_step on a run that has a model and a plan and nothing else."""
+    """Return function(batch) -> loss: train.train_step on a run that has a model and a plan and nothing else."""
     c = train.Config(device=device, optim=optim, train=TrainSection(precision="bf16" if case.bf16 else "fp32"))
     plan = np.zeros((1000, 1), np.int64)
     run = Run(c, parallel.World(0, 1, torch.device(device)), folder=None, base=None, tokenizer=None,
@@ -189,7 +189,7 @@ def our_step(model, objective, optim, rates, case, device):
 
 
 def peer_step(model, optim):
-    """-> function(batch) -> loss: the plain loop around a model of transformers or PEFT."""
+    """Return function(batch) -> loss: the plain loop around a model of transformers or PEFT."""
     trained = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=optim.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -206,7 +206,7 @@ def peer_step(model, optim):
 
 @torch.no_grad()
 def adapt(model, quantised: bool) -> dict:
-    """Give the model an adapter on every linear layer of its blocks; -> the multiples of the learning rate.
+    """Give the model an adapter on every linear layer of its blocks; return the multiples of the learning rate.
 
     Both of an adapter's matrices are random: with B = 0, as training starts, the first loss would be the same for any
     adapter.
@@ -229,7 +229,7 @@ def held_bytes(model) -> dict:
 
 
 def peer_of(model, side: str):
-    """-> transformers' model with our weights, or PEFT's with our adapters too, and its name and version."""
+    """Return transformers' model with our weights, or PEFT's with our adapters too, and its name and version."""
     import transformers
     who = f"transformers {transformers.__version__}"
     peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf.make_config(model.config, torch.float32, {})))
@@ -247,8 +247,8 @@ def peer_of(model, side: str):
 def time_matmuls(config, T, B, device) -> float:
     """Seconds of one step's matmuls alone, on its shapes.
 
-    Three a weight. Attention's are taken at half of their full squares (causal): two forward, five backward, one of
-    which is recomputed.
+    Each weight has three. Attention has two forward and five backward, one of which computes scores anew; they are
+    counted at half of their time, because a causal mask leaves half of the scores.
     """
     D, F_ = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim

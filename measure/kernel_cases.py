@@ -31,12 +31,12 @@ class Case:
     name: str
     op: Callable
     inputs: Callable
-    """(device, dtype, tokens) -> the arguments of `op`; those that require gradients get them"""
+    """(device, dtype, tokens) -> the arguments of `op`; those that require a gradient are trained"""
     cost: Callable
     """tokens -> bytes (in bf16) that an ideal device moves in the forward and in the backward pass, and the
     floating-point operations of the two"""
     torch: Callable | None = None
-    """PyTorch's own way to the same, with the same arguments"""
+    """PyTorch's own op for the same result, with the same arguments"""
     beside: tuple = ()
     """What else is timed on a GPU: `reference`, `compiled` (torch.compile of the reference), `compiled torch`.
     References that work in pieces of a CPU's cache need tens of thousands of launches there, and are left out."""
