@@ -8,10 +8,8 @@ before a document (BOS, or EOS where there is no BOS), a later window the last t
 themselves are not scored. With T = 2, the document a b c is scored as (BOS -> a, a -> b) and (b -> c).
 
 Bits per byte divide by the UTF-8 bytes of the text, so they stay comparable when the tokenizer changes; perplexity does
-not. Windows of several documents share a sequence and cannot see each other.
+not. Windows of several documents share a sequence and cannot see each other. Shapes: B sequences, T tokens.
 """
-
-# Shapes: B sequences, T tokens.
 
 import core.threads
 
@@ -29,12 +27,11 @@ import hf
 import lora
 import tokenizer as tokenizers
 from core import checkpoint, cli
-from core.cli import Device, Reading
 from core.config import setting
 from core.devices import pick_device, pick_dtype
 from core.errors import UserError
 from core.hashing import mix_keys
-from generate import Settings, generate
+from generate import Settings, first_ids, generate
 from learn import objectives
 from measure import verdict
 from model import Model, ModelConfig
@@ -144,7 +141,7 @@ class HeldOut:
     context: int                    # T, tokens per window
     batch_size: int                 # B, sequences per forward pass
     autocast: Callable              # () -> context of a forward pass in the run's precision
-    dtype: torch.dtype              # what that precision is
+    protocol: dict                  # how the scores are measured
 
     def score(self, model, world) -> dict:
         """{source: {"role", "bits_per_byte", ...}}; the ranks of `world` share the batches."""
@@ -152,9 +149,6 @@ class HeldOut:
                        **score(model, self.objective, documents, self.prefix, self.context, world, self.batch_size,
                                self.autocast)}
                 for name, documents in self.documents.items()}
-
-    def protocol(self) -> dict:
-        return protocol(self.prefix, self.context, self.dtype)
 
 
 def format_table(before: dict | None, after: dict) -> str:
@@ -165,9 +159,9 @@ def format_table(before: dict | None, after: dict) -> str:
     for name, now in after.items():
         was = (before or {}).get(name, {})
         change = f"{100 * (now[unit] / was[unit] - 1):+.1f} %" if was.get(unit) else ""
-        values = [f"{scores[unit]:.4f}" if scores else "" for scores in (was, now)]
-        perplexities = [f"{scores['perplexity']:.2f}" if scores else "" for scores in (was, now)]
-        lines.append(f"| {name} | {values[0]} | {values[1]} | {change} | {perplexities[0]} | {perplexities[1]} |")
+        cells = [name, f"{was[unit]:.4f}" if was else "", f"{now[unit]:.4f}", change,
+                 f"{was['perplexity']:.2f}" if was else "", f"{now['perplexity']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -177,17 +171,14 @@ def continue_prompts(model, tokenizer, prompts: list[str], max_new_tokens: int, 
     stop = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     out = []
     for prompt in prompts:
-        ids = tokenizer.encode(prompt)
-        if tokenizer.add_bos or not ids:
-            ids = [token_before_document(tokenizer), *ids]
-        new = generate(model, ids, settings, eos_ids=stop)
+        new = generate(model, first_ids(tokenizer, prompt), settings, eos_ids=stop)
         out.append({"prompt": prompt, "text": tokenizer.decode([i for i in new if i not in stop])})
     return out
 
 
 # ---- files
 
-def score_files(model, tokenizer, texts: dict[str, str], reading: Reading, context: int | None = None) -> tuple:
+def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, context: int | None = None) -> tuple:
     """({name: scores}, protocol) of {name: text file or packed folder}; of a packed folder, the held-out documents.
 
     context: tokens per window; by default the model's, at most 2,048.
@@ -244,8 +235,8 @@ class Eval:
     """Names of the texts that are general: their rise is forgetting, the fall of the others the domain gain."""
     context: int | None = setting(None, at_least=1)
     """Tokens per window (default: the model's, at most 2048)."""
-    reading: Reading = field(default_factory=Reading)
-    device: Device = field(default_factory=Device)
+    reading: cli.Reading = field(default_factory=cli.Reading)
+    device: cli.Device = field(default_factory=cli.Device)
 
 
 def run_eval(options: Eval) -> dict:

@@ -21,7 +21,6 @@ import jinja2
 import numpy as np
 
 from core import cli
-from core.cli import Positional
 from core.errors import UserError
 from core.files import write_text
 from measure import charts, verdict
@@ -34,8 +33,7 @@ from measure.verdict import ADVICE, UNITS, finite, mean
 class Run:
     """What a run folder says. The lines of metrics.jsonl stay the dicts they are, one per step, by rising step."""
     folder: Path
-    name: str
-    start: dict = field(default_factory=dict)
+    start: dict = field(default_factory=lambda: {"sources": {}})
     train: list = field(default_factory=list)      # lines of kind "train"
     evals: list = field(default_factory=list)      # lines of kind "eval"
     samples: list = field(default_factory=list)    # the first and the last line of kind "samples"
@@ -45,7 +43,11 @@ class Run:
     protocol: dict = field(default_factory=dict)
     config: str = ""
     finished: bool = False
-    notes: list = field(default_factory=list)      # what is wrong with the files or the run, a sentence each
+    notes: list = field(default_factory=list)      # what is wrong with the files, a sentence each
+
+    @property
+    def name(self) -> str:
+        return str(self.start.get("run") or self.folder.resolve().name)
 
     @property
     def step(self) -> int:
@@ -106,21 +108,14 @@ def read_run(folder) -> Run:
         raise UserError(f"run folder '{folder}' {what}: {remedy}")
     if not path.is_file():
         raise UserError(f"no metrics.jsonl in '{folder}': {remedy}")
-    run = Run(folder, name=folder.resolve().name)
+    run = Run(folder)
     read_metrics(run, path)
-    run.name = str(run.start.get("run") or run.name)
     if (folder / "config.toml").is_file():
         run.config = (folder / "config.toml").read_text(encoding="utf-8", errors="replace")
     read_evaluation(run, folder / "eval.json")
     if not (run.train or run.evals or run.after):
         raise UserError(f"nothing to show: '{path}' holds no training step and no evaluation yet; "
                         "try again after the run's first log line")
-    broken = [row["step"] for row in run.train if "loss" in row and finite(row["loss"]) is None]
-    if broken:
-        run.notes.append(f"The loss was not finite at {count(len(broken), 'logged step')} "
-                         f"(first: step {broken[0]:,}). What helps: {ADVICE['nonfinite']}.")
-    if run.finished and run.domain_gain is not None and abs(run.domain_gain) < verdict.FLAT:
-        run.notes.append(f"The domain hardly moved. What helps: {ADVICE['flat']}.")
     return run
 
 
@@ -144,14 +139,13 @@ def read_metrics(run: Run, path: Path) -> None:
             if resumed_at is not None:
                 kinds = {kind: {step: row for step, row in rows.items() if step <= resumed_at}
                          for kind, rows in kinds.items()}
-    run.start.setdefault("sources", {})
     run.train, run.evals, samples = ([rows[step] for step in sorted(rows)] for rows in kinds.values())
     run.samples = samples[:1] + samples[1:][-1:]
     if unreadable == [number]:
         run.notes.append("The last line of metrics.jsonl is cut (a run stopped while writing it) and was ignored.")
     elif unreadable:
-        run.notes.append(f"{count(len(unreadable), 'line')} of metrics.jsonl cannot be read and left out "
-                         f"(first: line {unreadable[0]}).")
+        lines = f"{len(unreadable):,} line" + ("s" if len(unreadable) > 1 else "")
+        run.notes.append(f"{lines} of metrics.jsonl could not be read: left out (first: line {unreadable[0]}).")
 
 
 def parse_line(line: str) -> dict | None:
@@ -210,10 +204,6 @@ def percent(value, signed: bool = False) -> str:
     return ("0.0" if float(text) == 0 else text.replace("-", "−")) + " %"
 
 
-def count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
-
-
 def utc(seconds) -> str:
     """Seconds since 1970 as a date and a time; a dash where they are unknown."""
     seconds = finite(seconds)
@@ -232,7 +222,7 @@ def render(runs: list):
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
     return environment.get_template("report.html.j2").make_module({
-        "views": [view_of(run, i) for i, run in enumerate(runs)], "advice": ADVICE,
+        "views": [view_of(run, i) for i, run in enumerate(runs)], "advice": ADVICE, "flat": verdict.FLAT,
         "across": charts.draw_comparison(runs) if len(runs) > 1 else []})
 
 
@@ -286,7 +276,7 @@ def sample_pairs(run: Run) -> list:
 @dataclass(kw_only=True)
 class Report:
     """Make one HTML page of one or several run folders."""
-    runs: Positional[list[str]]
+    runs: cli.Positional[list[str]]
     """Run folders, such as out/demo."""
     out: str | None = None
     """The file to write (default: report.html in the first run folder)."""

@@ -10,7 +10,7 @@ The overall score is 25 % - (10 % - 5 %) = 20 %.
 All functions take and return plain values. An answer that cannot be known is None, never zero.
 """
 
-import math
+import sys
 
 # Forgetting below GOOD is good, below WARNING a warning, from there on bad. GOOD is also what the overall score allows.
 GOOD, WARNING = 0.05, 0.10
@@ -29,14 +29,9 @@ ADVICE = {
 
 def finite(value) -> float | None:
     """`value` as a float if it is a finite number, else None: files may hold anything in its place."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        # JSON allows integers of any length, and floats end near 1.8e308.
-        return None
-    return number if math.isfinite(number) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    # JSON allows integers of any length, and floats end near 1.8e308. NaN is not below anything.
+    return float(value) if is_number and abs(value) <= sys.float_info.max else None
 
 
 def mean(values) -> float | None:
@@ -45,24 +40,18 @@ def mean(values) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def relative_change(before, after) -> float | None:
-    """`after / before - 1`; None where either is unknown or nothing can be divided."""
-    before, after = finite(before), finite(after)
-    return after / before - 1 if before and after is not None else None
-
-
 def compare(before: dict | None, after: dict, general, domain=None, metric: str = "bits_per_byte") -> dict:
     """{"change": {text: fraction}, "domain_gain", "forgetting", "score"} of scores {text: {metric: value, ...}}.
 
     The rise of the texts named in `general` is forgetting. `domain` names the texts whose fall is the gain; without it,
-    these are all the others. A text that was scored on one side only is left out.
+    these are all the others. A text whose value is unknown on either side, or was zero before, is left out.
     """
     before = before or {}
     change = {}
     for name in after:
-        relative = relative_change(before.get(name, {}).get(metric), after[name].get(metric))
-        if relative is not None:
-            change[name] = relative
+        was, now = finite(before.get(name, {}).get(metric)), finite(after[name].get(metric))
+        if was and now is not None:
+            change[name] = now / was - 1
     if domain is None:
         domain = [name for name in change if name not in general]
     gain = mean(-change[name] for name in change if name in domain)
@@ -88,9 +77,7 @@ def grade_gain(gain: float | None) -> str:
 def describe(comparison: dict) -> str:
     """One line about what `compare` returned: what was gained, what was lost, and what to do about it."""
     gain, loss = comparison["domain_gain"], comparison["forgetting"]
-    parts = []
-    if gain is not None:
-        parts.append(f"domain: bits per byte {-100 * gain:+.1f} %")
+    parts = [] if gain is None else [f"domain: bits per byte {-100 * gain:+.1f} %"]
     if loss is None:
         parts.append("forgetting: unknown (no general text was scored before and after)")
     else:

@@ -251,9 +251,10 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective)
     roles = {name: sources[name].role for name in documents}
+    prefix = token_before_document(tokenizer) if tokenizer else 0
     run.heldout = evaluation.HeldOut(
-        documents, roles, objective, token_before_document(tokenizer) if tokenizer else 0, c.data.context,
-        c.train.micro_batch_size, run.autocast, pick_dtype(c.train.precision))
+        documents, roles, objective, prefix, c.data.context, c.train.micro_batch_size, run.autocast,
+        evaluation.protocol(prefix, c.data.context, pick_dtype(c.train.precision)))
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:
         raise UserError(refusal)

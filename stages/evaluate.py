@@ -44,7 +44,7 @@ def evaluate(run: Run, step: int):
 
 def score_heldout(run: Run, step: int) -> dict:
     """{source: {"role", "bits_per_byte", ...}} of the held-out documents; also in eval_step_N.json and metrics.jsonl"""
-    scores, protocol = run.heldout.score(run.inner, run.world), run.heldout.protocol()
+    scores, protocol = run.heldout.score(run.inner, run.world), run.heldout.protocol
     run.log.record("eval", step, sources=scores, protocol=protocol)
     unit = "bits_per_byte" if run.objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())

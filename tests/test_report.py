@@ -227,7 +227,7 @@ def test_unreadable_lines_in_the_middle_are_counted(tmp_path):
           + json.dumps(train(31)) + "\n")
     run = report.read_run(tmp_path / "run")
     assert run.train[-1]["step"] == 31
-    assert run.notes == ["3 lines of metrics.jsonl cannot be read and left out (first: line 9)."]
+    assert run.notes == ["3 lines of metrics.jsonl could not be read: left out (first: line 9)."]
 
 
 def test_a_loss_that_was_not_finite_is_reported(tmp_path):

@@ -41,14 +41,14 @@ def test_named_domain_leaves_out_texts_without_a_role():
 @pytest.mark.parametrize("value", [None, True, "1.0", math.nan, math.inf, 10**400, [1.0], {}])
 def test_what_is_no_finite_number_is_unknown(value):
     assert verdict.finite(value) is None
-    assert verdict.relative_change(value, 1.0) is None
-    assert verdict.relative_change(1.0, value) is None
+    assert verdict.compare(scores(law=value), scores(law=1.0), [])["change"] == {}
+    assert verdict.compare(scores(law=1.0), scores(law=value), [])["change"] == {}
     assert verdict.compare(scores(law=2.0), scores(law=value), [])["domain_gain"] is None
 
 
 def test_nothing_is_divided_by_zero():
-    assert verdict.relative_change(0.0, 1.0) is None
-    assert verdict.relative_change(1.0, 0.0) == -1.0
+    assert verdict.compare(scores(law=0.0), scores(law=1.0), [])["change"] == {}
+    assert verdict.compare(scores(law=1.0), scores(law=0.0), [])["change"] == {"law": -1.0}
 
 
 @pytest.mark.parametrize(("loss", "grade"), [(-0.1, "good"), (0.0499, "good"), (0.05, "warning"), (0.0999, "warning"),
