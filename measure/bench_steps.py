@@ -324,12 +324,13 @@ def rate_rows(name, case, sides, seconds, results, **more) -> list:
     own, ours, tokens = CASES[case], seconds[sides[0]], CASES[case].tokens
     more |= {"context": own.context, "rows": own.sequences, "packed": own.packed, "model": own.sizes,
              "vocab_size": own.vocab}
-    peers = [side for side in sides[1:] if side in seconds]
+    # Each peer's suffix goes with it, whichever of them ran.
+    peers = {side: suffix for side, suffix in zip(sides[1:], ("", "_their_allocator_too")) if side in seconds}
     if not peers:
         return [row(name, "tokens/s", tokens / statistics.median(ours), left_out=sides[1:], **more)]
     more["first_loss"] = [results[side]["losses"][0] for side in (sides[0], *peers)]
     return [rate_row(name + suffix, "tokens/s", tokens, ours, seconds[side], results[side]["peer"], **more)
-            for side, suffix in zip(peers, ("", "_their_allocator_too"))]
+            for side, suffix in peers.items()]
 
 
 def bench_train(options: TrainOptions) -> list:
