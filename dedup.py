@@ -48,32 +48,46 @@ REASONS = ("exact", "near", "paragraph", "contaminated")
 _to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
-def dedup(files, out, *, against=(), paragraphs: bool = False, threshold: float = 0.8, reading: Reading | None = None,
-          workers: int = 1, overwrite: bool = False) -> dict:
-    """Deduplicate `files` into the folder `out`, as the head of this file says; returns what dedup.json holds.
+@dataclass(kw_only=True)
+class Dedup:
+    """Options of dedup.py."""
 
-    files, against: paths. threshold: the least Jaccard similarity of a duplicate, above 0 to 1.
-    """
-    files, against, out = sorted(set(map(str, files))), sorted(set(map(str, against))), Path(out)
-    reading = reading or Reading()
+    files: Positional[list[str]]
+    """.jsonl[.gz|.zst], .parquet or text."""
+    against: list[str] = field(default_factory=list)
+    """Benchmark files whose items must not be in the corpus: .jsonl, .json, .csv, .tsv, .parquet, text."""
+    threshold: float = setting(0.8, above=0, at_most=1)
+    """The least Jaccard similarity of a near-duplicate (SlimPajama's)."""
+    paragraphs: bool = False
+    """Remove repeated paragraphs (of 5 words or more), not documents."""
+    workers: int | None = setting(None, at_least=1)
+    """Processes. Default: one per core."""
+    reading: Reading = field(default_factory=Reading)
+    output: Output
+
+
+def dedup(options: Dedup) -> dict:
+    """Deduplicate files into a folder, as the head of this file says; returns what dedup.json holds."""
+    files, against = sorted(set(map(str, options.files))), sorted(set(map(str, options.against)))
+    out, reading, paragraphs = Path(options.output.out), options.reading, options.paragraphs
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
         next(read_records([path], reading), None)
     benchmarks = Benchmarks(against) if against else None
-    work = _open_folder(out, overwrite, files + against)
+    work = _open_folder(out, options.output.overwrite, files + against)
     # Other inputs or settings give other names, so what a stopped run made of them is not found.
     settings = {"version": VERSION, "layout": LAYOUT, **vars(reading), "paragraphs": paragraphs,
                 "against": list(map(_stamp, against))}
     stems = [work / _name(settings, _stamp(path)) for path in files]
-    with WorkerPool(workers, (benchmarks, reading.column, paragraphs)) as pool, \
+    with WorkerPool(options.workers or os.cpu_count(), (benchmarks, reading.column, paragraphs)) as pool, \
             tqdm(unit=" documents", disable=None, desc="read") as bar:
         if not sum(sign_file(path, stem, reading, pool, bar) for path, stem in zip(files, stems)):
             raise UserError(f"no document in {', '.join(files)}")
     store = Store(stems)
-    verdict, compared = find_duplicates(store, work / _name([stem.name for stem in stems]), threshold)
+    verdict, compared = find_duplicates(store, work / _name([stem.name for stem in stems]), options.threshold)
     counts = write_results(files, out, store, reading, paragraphs, verdict, benchmarks)
-    report = {"version": VERSION, "threshold": threshold, "bands": BANDS, "rows": ROWS, "shingle_words": SHINGLE,
-              "paragraphs": paragraphs, "files": files, "pairs_compared": compared, **counts}
+    report = {"version": VERSION, "threshold": options.threshold, "bands": BANDS, "rows": ROWS,
+              "shingle_words": SHINGLE, "paragraphs": paragraphs, "files": files, "pairs_compared": compared, **counts}
     write_json(out / "dedup.json", report)
     shutil.rmtree(work)
     return report
@@ -201,33 +215,12 @@ def join_paragraphs(parts: list) -> str | None:
 
 # ---- command line
 
-@dataclass(kw_only=True)
-class Dedup:
-    """Options of dedup.py."""
-
-    files: Positional[list[str]]
-    """.jsonl[.gz|.zst], .parquet or text."""
-    against: list[str] = field(default_factory=list)
-    """Benchmark files whose items must not be in the corpus: .jsonl, .json, .csv, .tsv, .parquet, text."""
-    threshold: float = setting(0.8, above=0, at_most=1)
-    """The least Jaccard similarity of a near-duplicate (SlimPajama's)."""
-    paragraphs: bool = False
-    """Remove repeated paragraphs (of 5 words or more), not documents."""
-    workers: int | None = setting(None, at_least=1)
-    """Processes. Default: one per core."""
-    reading: Reading = field(default_factory=Reading)
-    output: Output
-
-
 def dedup_command(options: Dedup) -> dict:
     """Run the command; returns dedup.json's content."""
-    start, out = time.perf_counter(), options.output.out
-    report = dedup(options.files, out, against=options.against, paragraphs=options.paragraphs,
-                   threshold=options.threshold, reading=options.reading, workers=options.workers or os.cpu_count(),
-                   overwrite=options.output.overwrite)
+    start, report = time.perf_counter(), dedup(options)
     seconds = time.perf_counter() - start
     print(f"{report['documents']:,} documents in {seconds:.1f} s ({report['documents'] / seconds:,.0f} a second), "
-          f"{report['kept']:,} kept in {Path(out) / 'kept.jsonl'}")
+          f"{report['kept']:,} kept in {Path(options.output.out) / 'kept.jsonl'}")
     print("removed: " + ", ".join(f"{report[reason]:,} {reason}" for reason in REASONS)
           + ("  (paragraph counts paragraphs)" if options.paragraphs else ""))
     for path, items in report.get("against", {}).items():

@@ -20,7 +20,7 @@ import clean
 import data
 import dedup
 import tokenizer as tokenizers
-from core.cli import Reading
+from core.cli import Output, Reading
 from measure.bench_rows import compare_in_turn, row
 from text import vocabulary
 from text.corpus import read_documents, read_input, read_records, utf8
@@ -293,7 +293,8 @@ def bench_dedup(documents, folder, rounds) -> list:
     source = write_jsonl(folder / "dedup/documents.jsonl", documents)
 
     def ours():
-        return dedup.dedup([source], folder / "deduped", overwrite=True)["kept"]
+        output = Output(out=str(folder / "deduped"), overwrite=True)
+        return dedup.dedup(dedup.Dedup(files=[source], workers=1, output=output))["kept"]
 
     def datasketch():
         records = [record for _, record in read_records([str(source)])]

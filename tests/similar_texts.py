@@ -6,6 +6,15 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import dedup as module
+from core.cli import Output
+
+
+def dedup(files, out, *, overwrite: bool = False, workers: int = 1, **options) -> dict:
+    """dedup.py's dedup, its options written out; one worker unless more are asked for."""
+    output = Output(out=str(out), overwrite=overwrite)
+    return module.dedup(module.Dedup(files=files, output=output, workers=workers, **options))
+
 
 def found_share(s: float) -> float:
     """The banding's chance to propose a pair of similarity s."""

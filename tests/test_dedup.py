@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from similar_texts import (
     all_similar,
+    dedup,
     edited,
     found_share,
     random_texts,
@@ -29,7 +30,6 @@ from similar_texts import (
 
 import dedup as module
 from core.cli import Reading
-from dedup import dedup
 from text.minhash import compute_band_keys, fold_words, hash_ngrams
 
 ROOT = Path(__file__).parent.parent

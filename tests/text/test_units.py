@@ -8,12 +8,11 @@ import re
 
 import numpy as np
 import pytest
-from similar_texts import random_texts, read_jsonl, records_of, write_jsonl
+from similar_texts import dedup, random_texts, read_jsonl, records_of, write_jsonl
 from tqdm import tqdm
 
 from core.cli import Reading
 from core.pool import WorkerPool
-from dedup import dedup
 from text.minhash import compute_band_keys, fold_words, hash_ngrams
 from text.units import CANDIDATE, SHORT, Store, find_exact, sign_file, split_paragraphs
 
