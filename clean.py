@@ -144,13 +144,11 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
     """Clean `records` into the folder `out`; returns what drops.json holds, and the rate.
 
     rules: {score: (low, high)}, by default the preset's. perplexity: text -> a float or None, called in this process.
-    The result depends neither on `workers` nor on a run that was killed before; every file appears whole, drops.json
-    last.
+    The files depend neither on `workers` nor on a run that was killed before; each appears complete, drops.json last.
     """
     out, start, done = Path(out), time.perf_counter(), 0
     scored, last = out / ".scored.partial", out / ".drops.json.partial"
-    # A run that was killed at its very end leaves this partial, and perhaps outputs without their drops.json: they are
-    # replaced.
+    # A run that was killed at its very end leaves this partial, and outputs without their drops.json may be its own.
     for name in ("drops.json", *(() if last.exists() else corpus.CLEANED)):
         refuse_existing(out / name, overwrite)
     # The files take their names in the opposite order.
@@ -181,7 +179,7 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
 
 
 def _clean_batch(settings, records):
-    """(a line of JSON for each part, characters that went in)."""
+    """(a line of JSON for each part, characters of the records' texts)."""
     lines = [corpus.to_line(part) for record in records for part in clean_document(record, settings)]
     return lines, sum(len(record["text"] or "") for record in records)
 
@@ -257,8 +255,8 @@ def clean_command(options: Clean) -> dict:
     """Run the command; returns the report with the rate and the workers."""
     text, reading = options.text, options.reading
     if text.max_chars < options.min_chars:
-        raise UserError(f"--min-chars {options.min_chars}, --max-chars {text.max_chars}: the longest document is no "
-                        f"shorter than the shortest")
+        raise UserError(f"--max-chars {text.max_chars} is below --min-chars {options.min_chars}, so every document "
+                        f"would be dropped; raise the one or lower the other")
     rules, weights = gate.parse_rules(text.preset, options.rule), gate.parse_weights(options.weights)
     if rules.get("chars") == gate.COMMON["chars"]:
         rules["chars"] = (options.min_chars, None)
@@ -274,12 +272,14 @@ def clean_command(options: Clean) -> dict:
     def read_all(paths):
         return (record for path in paths for record in corpus.read_input(path, reading))
 
+    def read_texts(paths):
+        return (record["text"] or "" for record in read_all(paths))
+
     if options.keywords:
         text.keywords = compile_keywords(corpus.read_documents([options.keywords], Reading(documents="line")))
     if options.general:
         domain = corpus.list_files([options.domain_seed]) if options.domain_seed else files
-        text.log_odds = estimate_log_odds(*((record["text"] or "" for record in read_all(paths))
-                                            for paths in (domain, corpus.list_files([options.general]))))
+        text.log_odds = estimate_log_odds(read_texts(domain), read_texts(corpus.list_files([options.general])))
     perplexity = load_perplexity(options.perplexity) if options.perplexity else None
     report = clean_corpus(read_all(files), text, options.output.out, rules, weights, options.workers, perplexity,
                           options.output.overwrite)
