@@ -106,7 +106,7 @@ def count_words(base: BaseTokenizer, texts) -> collections.Counter:
             encoding = tokenizer.backend.encode(text, add_special_tokens=False)
             ids, word_of = encoding.ids, encoding.word_ids
             starts = [k for k in range(len(ids)) if k == 0 or word_of[k] != word_of[k - 1] or word_of[k] is None]
-        counts.update(tuple(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)]))
+        counts.update(tuple(ids[a:b]) for a, b in itertools.pairwise([*starts, len(ids)]))
     return counts
 
 
@@ -351,7 +351,8 @@ def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], cor
 def report_command(options: Report) -> dict:
     base, wanted = BaseTokenizer(options.tokenizer), options.learning
     files = {"domain": options.domain, "general": options.general, "code": options.code}
-    texts = {name: list(read_documents(some, options.reading)) for name, some in files.items() if some}
+    texts = {name: list(read_documents(some, options.reading)) for name, some in files.items()
+             if some or name == "domain"}
     corpus_tokens = options.corpus_tokens or sum(map(len, base.tokenizer.encode_batch(texts["domain"])))
     if options.extended:
         new = load(options.extended)

@@ -36,7 +36,6 @@ Kind = Literal["bpe", "unigram", "wordpiece"]
 # {role: token}. Byte-level BPE can encode any text and has no token for unknown characters.
 UNKNOWN = {"bpe": {}, "unigram": {"unk": "<unk>"}, "wordpiece": {"unk": "[UNK]"}}
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>", "mask": "<|mask|>"}
-ASCII = [chr(c) for c in range(33, 127)]
 MOST_EPOCHS = 16        # train.py refuses to repeat a text more often
 
 
@@ -186,7 +185,8 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, specials: dict) -> t
     backend.decoder = decoders.WordPiece()
     # The trainer numbers letters inside words (##a) in the order of a hash table, and ties between merges follow these
     # numbers. As special tokens they are numbered in our order. In the saved tokenizer they are ordinary tokens again.
-    letters = sorted(set(backend.normalizer.normalize_str("".join(sorted(set().union(*texts, ASCII))))))
+    ascii_letters = map(chr, range(33, 127))
+    letters = sorted(set(backend.normalizer.normalize_str("".join(sorted(set().union(*texts, ascii_letters))))))
     inner = ["##" + c for c in letters if len(backend.pre_tokenizer.pre_tokenize_str(f"a{c}a")) == 1]
     _check_size(vocab_size, "letters of the text and special tokens", len(letters) + len(inner) + len(specials))
     backend.train_from_iterator(texts, trainers.WordPieceTrainer(

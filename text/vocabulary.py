@@ -40,10 +40,10 @@ ROLES = ("bos", "eos", "pad", "unk", "mask")
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3_BASE = 128_000
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
-                   "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>",
-                   "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>",
-                   *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))]
+LLAMA3_SPECIALS = {token: LLAMA3_BASE + i for i, token in enumerate([
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+    "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))])}
 
 # GPT-2's published pattern as tiktoken writes it: possessive, and with single white-space characters at the end
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -201,8 +201,9 @@ class SentencePieceTokenizer(Tokenizer):
 class TiktokenTokenizer(Tokenizer):
     """`pattern` is the regular expression that cuts a text into words, within which bytes are joined."""
 
-    def __init__(self, folder: Path, kind: str, pattern: str, ranks: dict, control: dict, vocab: dict, defaults: dict):
+    def __init__(self, folder: Path, kind: str, pattern: str, ranks: dict, control: dict, defaults: dict):
         self.pattern = pattern
+        vocab = {token.decode("latin-1").translate(BYTE_LETTERS): rank for token, rank in ranks.items()} | control
         # Without any special token, tiktoken's search for special tokens costs more than the encoding.
         specials = control or {"\0no special token": max(vocab.values()) + 1}
         backend = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
@@ -233,7 +234,7 @@ class TiktokenTokenizer(Tokenizer):
         keep = "\r\n" if self.kind == "tiktoken" else ""
         ends = [run.end() for run in LONG_SPACES.finditer(text)]
         cuts = [end - 1 for end in ends if end < len(text) and text[end - 1] not in keep]
-        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        return [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
 
     def _decode(self, ids):
         return self.backend.decode(ids, errors="replace")
@@ -290,17 +291,15 @@ def _load_llama3(data: bytes, path: Path) -> Tokenizer:
         except ValueError as error:
             raise UserError(f"{path} line {number} is not 'base64 rank' ({error}); download it again") from None
     used = set(ranks.values())
-    base = next(i for i in itertools.count() if i not in used)
-    if base != LLAMA3_BASE or len(used) != len(ranks) or used & set(range(base, base + len(LLAMA3_SPECIALS))):
-        raise UserError(f"{path} has {base} ranks from 0 on where Llama 3 has {LLAMA3_BASE} and then 256 free "
+    first_free = next(i for i in itertools.count() if i not in used)
+    if first_free != LLAMA3_BASE or len(used) != len(ranks) or used & set(LLAMA3_SPECIALS.values()):
+        raise UserError(f"{path} has {first_free} ranks from 0 on where Llama 3 has {LLAMA3_BASE} and then 256 free "
                         f"ids; another model's split pattern and special tokens are not in such a file: use its "
                         f"tokenizer.json")
-    specials = {token: base + i for i, token in enumerate(LLAMA3_SPECIALS)}
     # At the end of a text `\s++$` matches what `\s+(?!\S)` matches, without its use of the stack.
     pattern = LLAMA3_SPLIT.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")
-    vocab = {token.decode("latin-1").translate(BYTE_LETTERS): rank for token, rank in ranks.items()} | specials
     defaults = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
-    return TiktokenTokenizer(path.parent, "tiktoken", pattern, ranks, specials, vocab, defaults)
+    return TiktokenTokenizer(path.parent, "tiktoken", pattern, ranks, LLAMA3_SPECIALS, defaults)
 
 
 def _load_gpt2(folder: Path) -> Tokenizer:
@@ -312,7 +311,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         raise UserError(f"vocab.json and merges.txt in {folder} belong to a {made_by}, which splits text otherwise "
                         f"than GPT-2; add its tokenizer.json")
     vocab = read_settings(folder / "vocab.json")
-    merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8").split("\n"))
+    merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8"))
     wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
     if wrong or not vocab:
         raise UserError(f"vocab.json in {folder} does not belong to merges.txt: it lacks the merge "
@@ -323,7 +322,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     ranks = make_tiktoken_ranks(vocab, merges)
     defaults = {"eos": "<|endoftext|>"}
     if ranks is not None:
-        return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls | added, vocab | added, defaults)
+        return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls | added, defaults)
     if added:
         raise UserError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
                         f"tokenizer.json: save one with transformers' AutoTokenizer")
@@ -337,9 +336,9 @@ def make_gpt2_bpe(vocab: dict[str, int], merges: list) -> tokenizers.Tokenizer:
     return bpe
 
 
-def parse_merges(lines: list[str]) -> list[tuple[str, ...]]:
-    """The pairs in the lines of a merges.txt, whose first line may be a "#version" comment."""
-    return [tuple(line.split()) for line in lines[lines[0].startswith("#version"):] if line.strip()]
+def parse_merges(text: str) -> list[tuple[str, ...]]:
+    """The pairs in a merges.txt, whose first line may be a "#version" comment."""
+    return [tuple(line.split()) for line in text.split("\n")[text.startswith("#version"):] if line.strip()]
 
 
 def make_tiktoken_ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int] | None:

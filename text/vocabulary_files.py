@@ -128,11 +128,11 @@ def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]
     first = base.tokenizer.vocab_size
     if base.kind == "gpt2":
         vocab = {token: i for i, token in enumerate(tokens) if token is not None}
-        lines = (base.folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-        lines += [" ".join(pair) for pair in pairs]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        old_lines = (base.folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n")
+        text = "\n".join([old_lines, *map(" ".join, pairs)]) + "\n"
+        (folder / "merges.txt").write_text(text, encoding="utf-8")
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-        merges = vocabulary.parse_merges(lines)
+        merges = vocabulary.parse_merges(text)
         backend = vocabulary.make_gpt2_bpe(vocab, merges)
         only_merges = True
     else:
@@ -254,11 +254,7 @@ def read_submessage(fields: list, number: int) -> dict:
 
 
 def write_varint(value: int) -> bytes:
-    out = b""
-    while value > 127:
-        out += bytes([value & 127 | 128])
-        value >>= 7
-    return out + bytes([value])
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + write_varint(value >> 7)
 
 
 def write_field(number: int, value: int | float | bytes) -> bytes:
