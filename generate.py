@@ -168,7 +168,7 @@ def end_ids(folder: Path, tok) -> tuple[int, ...]:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).exists() and (found := read_json(folder / name).get("eos_token_id")) is not None:
             ids = found
-    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+    return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
 
 
 @dataclass(kw_only=True)

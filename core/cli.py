@@ -107,8 +107,8 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
         return result if isinstance(result, int) else 0
     except (UserError, OSError) as error:
         # The user can mend an OSError too: the disk is full, a file may not be read, a name is a folder.
-        file = getattr(error, "filename", None)
-        print("error:", *(f"{error.strerror}: {file}" if file else str(error)).split(), file=sys.stderr)
+        text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
+        print("error:", *text.split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
