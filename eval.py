@@ -15,7 +15,6 @@ import core.threads
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,27 +127,6 @@ def protocol(prefix: int, context: int, dtype) -> dict:
     """How a result was measured; results compare where their protocols are equal."""
     return {"prefix_token_id": prefix, "context": context, "stride": context, "bos_eos_scored": False,
             "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False}
-
-
-@dataclass
-class HeldOut:
-    """What the evaluations of a run score, and how."""
-
-    documents: dict[str, list]      # {source: [(token ids of the text, bytes)]}
-    roles: dict[str, str]           # {source: "domain" or "general"}
-    objective: object
-    prefix: int                     # the token before each document
-    context: int                    # T, tokens per window
-    batch_size: int                 # B, sequences per forward pass
-    autocast: Callable              # () -> context of a forward pass in the run's precision
-    protocol: dict                  # how the scores are measured
-
-    def score(self, model, world) -> dict:
-        """{source: {"role", "bits_per_byte", ...}}; the ranks of `world` share the batches."""
-        return {name: {"role": self.roles[name],
-                       **score(model, self.objective, documents, self.prefix, self.context, world, self.batch_size,
-                               self.autocast)}
-                for name, documents in self.documents.items()}
 
 
 def format_table(before: dict | None, after: dict) -> str:

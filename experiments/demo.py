@@ -41,8 +41,6 @@ from core.files import read_json, write_json, write_text  # noqa: E402
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)
 SKIP_FOLDERS = {"test", "tests", "idle_test", "_vendor", "__pycache__", "site-packages", "dist-packages"}
 GENERATED = re.compile(r"(?i)generated (by|from|with|using|at)\b|\b(auto|machine)[- ]?\w*generated|do not edit")
-# What reading and parsing a damaged file may raise.
-UNREADABLE = (OSError, SyntaxError, ValueError, RecursionError, tokenize.TokenError)
 
 # English function words that are not Python keywords: a third of prose, next to none of code and tables.
 FUNCTION_WORD = re.compile(r"(?i)(the|an?|of|to|be|are|was|by|this|that|which|its?|on|can|will|when|at|has|have)\W*")
@@ -194,7 +192,8 @@ def collect(roots: list[Path], extract, bounds: tuple[int, int], budget: int) ->
             # In the encoding that the file declares.
             with tokenize.open(path) as file:
                 texts = list(extract(path, file.read(), seen))
-        except UNREADABLE:
+        # What reading and parsing a damaged file may raise.
+        except (OSError, SyntaxError, ValueError, RecursionError, tokenize.TokenError):
             unreadable += 1
             continue
         for text in texts:

@@ -35,7 +35,6 @@ from text.mixture import LengthConfig
 from text.packing import pack_sources
 from text.parts import open_buckets
 from text.shards import Shards, check_tokenizer, verify
-from text.vocabulary import token_before_document
 
 # ---- settings
 
@@ -98,7 +97,7 @@ class Run(contextlib.AbstractContextManager):
     loader: data.Loader
     planned: np.ndarray                     # loader.plan as it was before adaptive replay
     objective: objectives.Objective
-    heldout: evaluation.HeldOut = None
+    heldout: dict = field(default_factory=dict)         # {source: [(token ids, text bytes)]}
     inner: Model = None                     # the model itself
     model: torch.nn.Module = None           # what the loop calls: inner, or DDP around it
     methods: list = field(default_factory=list)         # the retention methods that are on
@@ -165,7 +164,12 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.model = parallel.replicate(run.inner, world) if ddp else run.inner
     run.optimizer = optim.make_optimizer(run.inner, c.optim, lora.lr_scales(run.inner, c.lora) if c.lora.rank else None)
     run.scale = optim.LossScale(c.train.precision == "fp16")
-    run.log = open_log(run)
+    main = world.main and folder is not None
+    if main and not checkpoint.steps(folder / "checkpoints"):
+        # What a run left that died before its first save is not this one's.
+        for stale in [folder / "metrics.jsonl", *folder.glob("eval_step_*.json")]:
+            stale.unlink(missing_ok=True)
+    run.log = Logger(folder, c.log, run.steps, main, settings=dataclasses.asdict(c))
     return run
 
 
@@ -181,15 +185,6 @@ def refuse_combinations(c, world):
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     if c.train.batch_size % world.size:
         raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
-
-
-def open_log(run: Run) -> Logger:
-    """The run's log, without what a run left in it that died before its first save."""
-    main = run.world.main and run.folder is not None
-    if main and not checkpoint.steps(run.folder / "checkpoints"):
-        for stale in [run.folder / "metrics.jsonl", *run.folder.glob("eval_step_*.json")]:
-            stale.unlink(missing_ok=True)
-    return Logger(run.folder, run.c.log, run.steps, main, settings=dataclasses.asdict(run.c))
 
 
 # ---- base, tokenizer and data
@@ -235,7 +230,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
         if not source.path or not Path(source.path).is_dir():
             wrong = f"{source.path} does not exist" if source.path else "is not set"
             raise UserError(f"data.sources.{name}.path {wrong}; name a folder made by data.py pack")
-    sources, shards, documents = open_buckets(c.data.sources), {}, {}
+    sources, shards, heldout = open_buckets(c.data.sources), {}, {}
     for name, source in sources.items():
         shards[name] = Shards(source.path)
         check_tokenizer(name, shards[name], tokenizer, config.vocab_size)
@@ -243,22 +238,18 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
             verify(source.path, budget_bytes=4e9, seed=c.seed)
         tokens = mixture.part_of(sources, name, c.eval.tokens)
         if found := evaluation.heldout_documents(Shards(source.path, "heldout"), tokens):
-            documents[name] = found
+            heldout[name] = found
 
     packings = pack_sources(shards, c.data)
     plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
     loader = data.Loader(packings, plan, c.data, seed=c.seed)
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
-    run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective)
-    roles = {name: sources[name].role for name in documents}
-    prefix = token_before_document(tokenizer) if tokenizer else 0
-    run.heldout = evaluation.HeldOut(
-        documents, roles, objective, prefix, c.data.context, c.train.micro_batch_size, run.autocast,
-        evaluation.protocol(prefix, c.data.context, pick_dtype(c.train.precision)))
+    run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout)
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:
         raise UserError(refusal)
-    if c.forget.merge.method != "none" and not (objective.causal and len(set(roles.values())) == 2):
+    both = len({sources[name].role for name in heldout}) == 2
+    if c.forget.merge.method != "none" and not (objective.causal and both):
         raise UserError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
                         "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
                         "run: python forget.py merge --alpha 0.5")

@@ -11,10 +11,10 @@ from core import checkpoint
 from core.config import to_toml
 from core.devices import peak_bytes
 from core.files import write_text
-from learn import schedules
+from learn import adaptive, schedules
 from model import matmul_flops_per_token
 from stages.build import Run
-from stages.evaluate import wanted_share, write_plan
+from stages.evaluate import write_plan
 from text import mixture
 
 # Dense bf16 per second, from the vendors' data sheets.
@@ -39,7 +39,7 @@ def describe(run: Run):
     if schedules.warmup_length(run.steps, c.optim) >= run.steps:
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards in loader.shards.items():
-        scored = sum(len(ids) for ids, _ in run.heldout.documents.get(name, []))
+        scored = sum(len(ids) for ids, _ in run.heldout.get(name, []))
         say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs[name]:.2f} times; "
             f"{scored:,} held-out tokens scored")
         if not scored:
@@ -87,7 +87,10 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
 
     epochs, drawn = run.loader.epochs(step), dict(zip(run.loader.names, run.loader.plan[step].tolist()))
     values["replay_share"] = sum(drawn[name] for name in run.names_of("general")) / sum(drawn.values())
-    values["domain_share"] = wanted_share(run, step)
+    # The share of domain sequences that this step, the run's number `step` - 1 from 0, was meant to have.
+    replay = adaptive.share_in_force(run.decisions, step - 1)
+    scheduled = mixture.share_at(c.data, (step - 1) / max(1, run.steps - 1), run.steps)
+    values["domain_share"] = scheduled if replay is None else 1 - replay
     values |= result["methods"]
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
                          for name, (nats, n) in result["sources"].items()}

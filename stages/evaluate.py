@@ -14,6 +14,7 @@ import lora
 from core import parallel
 from core.cli import run_command
 from core.config import setting
+from core.devices import pick_dtype
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
 from learn import adaptive
@@ -21,6 +22,7 @@ from learn.peft_files import save_adapter
 from measure import verdict
 from stages.build import Run
 from text import mixture
+from text.vocabulary import token_before_document
 
 
 @dataclass
@@ -36,15 +38,39 @@ class EvalSection:
 
 
 def evaluate(run: Run, step: int):
-    """The evaluation before `step`: scores, the methods' decisions, and before the first step samples."""
-    ask_methods(run, step, score_heldout(run, step))
+    """The evaluation before `step`: scores, the methods' decisions about the plan, before the first step samples."""
+    scores = score_heldout(run, step)
+    for method in run.methods:
+        decision = method.evaluated(step, scores)                                           # evaluated
+        if not decision:
+            continue
+        apply_decision(run, decision)
+        share = "as scheduled" if decision["replay_share"] is None else decision["replay_share"]
+        run.log.record("replay", step, **{key: value for key, value in decision.items() if key != "step"})
+        run.log.say(f"replay at step {step}: {decision['reason']}; share {share}")
+        # A plan that reads a source too often is refused before a run. Within a run it is better to go on.
+        for refusal in mixture.judge_epochs(run.loader.epochs(run.steps), run.sources)[0][:1]:
+            run.log.say(f"warning: {refusal}")
+        if run.world.main:
+            write_plan(run)
     if step == 0:
         draw_samples(run, step)
 
 
+def score(run: Run, model, world) -> tuple[dict, dict]:
+    """({source: {"role", "bits_per_byte", ...}}, protocol) of the held-out documents under any model, computed as the
+    run computes; the ranks of `world` share the batches."""
+    c, prefix = run.c, token_before_document(run.tokenizer) if run.tokenizer else 0
+    scores = {name: {"role": run.sources[name].role,
+                     **evaluation.score(model, run.objective, documents, prefix, c.data.context, world,
+                                        c.train.micro_batch_size, run.autocast)}
+              for name, documents in run.heldout.items()}
+    return scores, evaluation.protocol(prefix, c.data.context, pick_dtype(c.train.precision))
+
+
 def score_heldout(run: Run, step: int) -> dict:
     """{source: {"role", "bits_per_byte", ...}} of the held-out documents; also in eval_step_N.json and metrics.jsonl"""
-    scores, protocol = run.heldout.score(run.inner, run.world), run.heldout.protocol
+    scores, protocol = score(run, run.inner, run.world)
     run.log.record("eval", step, sources=scores, protocol=protocol)
     unit = "bits_per_byte" if run.objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
@@ -59,29 +85,10 @@ def draw_samples(run: Run, step: int):
     c = run.c
     if not run.objective.causal or run.tokenizer is None or not c.eval.sample_tokens:
         return
-    prompts = c.eval.prompts or [run.tokenizer.decode(ids[:12].tolist()) for documents in run.heldout.documents.values()
+    prompts = c.eval.prompts or [run.tokenizer.decode(ids[:12].tolist()) for documents in run.heldout.values()
                                  for ids, _ in documents[:2]]
     samples = evaluation.continue_prompts(run.inner, run.tokenizer, prompts, c.eval.sample_tokens, c.seed)
     run.log.record("samples", step, samples=samples)
-
-
-# ---- what the methods decide
-
-def ask_methods(run: Run, step: int, scores: dict):
-    """Show the scores to the methods, and apply what they decide about the plan."""
-    for method in run.methods:
-        decision = method.evaluated(step, scores)                                           # evaluated
-        if not decision:
-            continue
-        apply_decision(run, decision)
-        share = "as scheduled" if decision["replay_share"] is None else decision["replay_share"]
-        run.log.record("replay", step, **{key: value for key, value in decision.items() if key != "step"})
-        run.log.say(f"replay at step {step}: {decision['reason']}; share {share}")
-        # A plan that reads a source too often is refused before a run. Within a run it is better to go on.
-        for refusal in mixture.judge_epochs(run.loader.epochs(run.steps), run.sources)[0][:1]:
-            run.log.say(f"warning: {refusal}")
-        if run.world.main:
-            write_plan(run)
 
 
 def apply_decision(run: Run, decision: dict):
@@ -91,14 +98,6 @@ def apply_decision(run: Run, decision: dict):
     if decision["replay_share"] not in (None, before):
         run.loader.plan = mixture.replan(run.loader.plan, decision["step"] + 1, run.c.data, run.sources,
                                          1 - decision["replay_share"])
-
-
-def wanted_share(run: Run, step: int) -> float:
-    """The share of domain sequences that step `step` (from 1) was meant to have."""
-    replay = adaptive.share_in_force(run.decisions, step - 1)
-    if replay is not None:
-        return 1 - replay
-    return mixture.share_at(run.c.data, (step - 1) / max(1, run.steps - 1), run.steps)
 
 
 def write_plan(run: Run):
@@ -170,12 +169,12 @@ def merge_with_base(run: Run) -> dict:
     if not run.world.main:
         return {}
 
-    def score(model, folder):
-        return run.heldout.score(model.eval(), parallel.World(0, 1, run.world.device))
+    def score_alone(model, folder):
+        return score(run, model.eval(), parallel.World(0, 1, run.world.device))[0]
 
     # A run that died before its eval.json may have left one.
     shutil.rmtree(out / "final", ignore_errors=True)
-    found = forget.merge_best(run.base, out / "trained", out / "final", score, run.names_of("general"), c.forget.merge,
-                              device=run.world.device, say=run.log.say)
+    found = forget.merge_best(run.base, out / "trained", out / "final", score_alone, run.names_of("general"),
+                              c.forget.merge, device=run.world.device, say=run.log.say)
     write_json(out / "merge.json", found)
     return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])

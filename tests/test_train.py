@@ -22,7 +22,7 @@ import tokenizer
 import train
 from core import checkpoint, cli, parallel
 from learn import optim, schedules
-from stages import resume
+from stages import evaluate, resume
 from stages.build import build, build_model
 from text.parts import pack_buckets
 from text.shards import Shards, pack
@@ -207,7 +207,7 @@ def test_z_loss_is_in_the_gradient_and_not_in_evaluations(lab, tmp_path):
     for name, parameter in run.inner.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=2e-4, atol=2e-6, msg=name)
     plain = build(settings(lab, tmp_path / "run"), one())
-    assert run.heldout.score(run.inner, one()) == plain.heldout.score(plain.inner, one())
+    assert evaluate.score(run, run.inner, one()) == evaluate.score(plain, plain.inner, one())
     assert "z_loss" not in resume.identity(plain, 0)["objective"]        # what an older checkpoint says
     assert resume.identity(run, 0)["objective"]["z_loss"] == 0.5
 
