@@ -145,6 +145,8 @@ def test_a_killed_command_leaves_no_worker_and_the_same_command_completes_it(tmp
     words = [source, "--preset", "legal", "--out", out, "--workers"]
     if (child := os.fork()) == 0:
         os.setsid()
+        # A test process may ignore Ctrl-C, which a command of its own process does not.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os._exit(command(monkeypatch, *words, 2))
     while not (out / ".scored.partial").exists():
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
