@@ -49,6 +49,11 @@ class Settings:
     """Above 1, tokens of the prompt and of the new text become less likely."""
     seed: int = setting(0, at_least=0, below=2**63)
     """The same seed gives the same text."""
+
+    def __post_init__(self):
+        # Logits are divided by the temperature, and must stay finite.
+        if 0 < self.temperature < 1e-6:
+            raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or at least 1e-6")
     cache: bool = True
     """Keep keys and values; --no-cache puts the whole text through the model for every token."""
 

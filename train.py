@@ -27,6 +27,7 @@ import torch
 from core import cli, guard, parallel
 from core.config import refuse_unused, setting
 from core.devices import peak_bytes
+from core.files import read_json
 from core.hashing import mix_keys
 from core.log import LogConfig
 from core.parallel import ParallelConfig
@@ -128,7 +129,8 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
 
 def train(c: Config, world) -> int:
     """The whole run; exit status 0, also where a signal ended it after a save."""
-    with guard.run_folder(c.out, world) as folder, guard.StopSignal() as stop, build(c, world, folder) as run, \
+    # Until the run is built there is nothing to save, so that Ctrl-C ends it at once.
+    with guard.run_folder(c.out, world) as folder, build(c, world, folder) as run, guard.StopSignal() as stop, \
             ThreadPoolExecutor(1) as pool:
         describe(run)
         start = resume(run)
@@ -187,14 +189,15 @@ def dry_run(c: Config, world) -> int:
     return 0
 
 
-def run_command(c: Config) -> int:
-    """What the command line asks for, on this process's rank."""
+def run_command(c: Config) -> int | dict:
+    """What the command line asks for, on this process's rank: the exit status, or the contents of eval.json."""
     world = parallel.start(c.device)
     try:
         status = (dry_run if c.dry_run else train)(c, world)
         # No rank leaves while another still waits for it.
         world.barrier()
-        return status
+        results = Path(c.out, "eval.json")
+        return read_json(results) if world.main and not c.dry_run and results.exists() else status
     finally:
         parallel.stop()
 

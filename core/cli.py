@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from safetensors import SafetensorError
 
 from core.config import check_limits, merge, open_sections, read_toml
 from core.errors import UserError, nearest
@@ -102,11 +103,11 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
         cls, function = commands
         json_file = _take_json(argv)
         result = function(parse(cls, argv, program, description, recipe))
-        if json_file:
+        if json_file and not isinstance(result, int):
             write_json(json_file, result)
         return result if isinstance(result, int) else 0
-    except (UserError, OSError) as error:
-        # The user can mend an OSError too: the disk is full, a file may not be read, a name is a folder.
+    except (UserError, OSError, SafetensorError) as error:
+        # The user can mend the last two as well: the disk is full, a file may not be read or is damaged.
         text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
         print("error:", *text.split(), file=sys.stderr)
         return 2
@@ -129,7 +130,8 @@ def parse(cls, argv: list[str], program: str = "", description: str = "", recipe
             default = merge(default, read_toml(argv.pop(0)))
         open_sections(default, [word[2:].partition("=")[0] for word in argv if word.startswith("--")])
     known = _find_options(cls if default is None else default, recipe)
-    asks_for_help = bool({"-h", "--help"} & set(argv))
+    words = argv[:argv.index("--")] if "--" in argv else argv
+    asks_for_help = bool({"-h", "--help"} & set(words))
     if not asks_for_help:
         argv = _spell(argv, known, recipe)
     # In UTF-8, because tyro draws its boxes with the characters of its output's encoding.
@@ -170,14 +172,16 @@ def _choose(program: str, description: str, commands: dict, argv: list[str]) -> 
 
 def _take_json(argv: list[str]) -> str | None:
     """Take --json FILE, which every command has, out of `argv`; -> FILE."""
-    for i, word in enumerate(argv):
-        if word.startswith("--json="):
-            return argv.pop(i).partition("=")[2]
-        if word == "--json":
-            if i + 1 == len(argv):
-                raise UserError("--json needs the name of a file")
+    end = argv.index("--") if "--" in argv else len(argv)
+    for i, word in enumerate(argv[:end]):
+        option, _, file = word.partition("=")
+        if option == "--json":
             del argv[i]
-            return argv.pop(i)
+            if word == "--json" and i + 1 < end:
+                file = argv.pop(i)
+            if not file:
+                raise UserError("--json needs the name of a file")
+            return file
     return None
 
 
@@ -232,13 +236,18 @@ def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
     """
     kinds = {name: kind for name, (kind, _) in known.items() if kind != "positional"}
     groups, lists = [[]], {}
-    group, is_flag = groups[0], False
+    group, is_flag, is_value = groups[0], False, False
     for position, word in enumerate(argv):
         if word == "--":
             groups.append(argv[position:])
             break
         if not re.match("--[A-Za-z]", word):
-            group.append(word.capitalize() if is_flag else word)
+            if is_value and len(group) == 1:
+                # `--prompt "-x y"`: the word after an option is its value, whatever it begins with.
+                group[0] += f"={word}"
+                is_value = False
+            else:
+                group.append(word.capitalize() if is_flag else word)
             continue
         option, equals, value = word.partition("=")
         name = option[2:].replace("-", "_")
@@ -251,11 +260,13 @@ def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
         else:
             group = lists[name] = [f"--{name}"]
             groups.append(group)
-        is_flag = recipe and kinds[name] == "flag"
+        is_flag, is_value = recipe and kinds[name] == "flag", kinds[name] == "value" and not equals
         if is_flag:
             following = argv[position + 1].lower() if position + 1 < len(argv) else ""
             if equals or following not in ("true", "false"):
                 group.append(value.capitalize() or "True")
+        elif kinds[name] == "flag" and equals:
+            raise UserError(f"{option} takes no value")
         elif kinds[name] == "value" and equals:
             group[0] = f"--{name}={value}"
         elif equals:
@@ -273,6 +284,8 @@ def _read_error(screen: str) -> str:
     text = re.sub(r"^Error parsing (--\S+): ", r"\1: ", " ".join(text.split()))
     wrong_type = r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*"
     text = re.sub(wrong_type, r"'\2' is no \1", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no INT", text)
+    text = re.sub(r"could not convert string to float: (.*)", r"\1 is no FLOAT", text)
     # A rule across the fields of a section (its __post_init__) names the setting itself, so tyro need not.
     return re.sub(r"^Error parsing [\w.]+: ", "", text)
 

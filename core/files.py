@@ -20,7 +20,7 @@ def read_json(path, kind: type = object):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}; make or fetch it again") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object of named values")
     return value
@@ -41,6 +41,16 @@ def write_text(path, text: str) -> None:
 def new_file(path, mode: str = "w"):
     """An open file ("w": UTF-8 text, "wb": bytes) that takes its name when the block ends without an error."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it")
+    if path.exists() and (not path.is_file() or str(path).startswith(("/dev/", "/proc/"))):
+        # A device or a pipe (/dev/null, /dev/stdout, a fifo) is written to and never replaced.
+        with open(path, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+        return
+    if path.is_symlink():
+        # The file that the link names is replaced, and the link stays.
+        path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -62,14 +72,19 @@ def new_folder(path, overwrite: bool = False):
     complete, is moved aside for the moment of the exchange, and comes back if the exchange fails.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise UserError(f"{path} is no name for a new folder; choose another")
+    if path.is_symlink():
+        # The folder that the link names is replaced, and the link stays.
+        path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
     if old.exists() and not path.exists():
         # A process was killed between the two renames below: the old folder is the only complete one.
         old.rename(path)
     refuse_existing(path, overwrite)
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(partial)
+    remove(old)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -85,9 +100,17 @@ def new_folder(path, overwrite: bool = False):
                 old.rename(path)
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
     sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file; nothing where nothing is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def refuse_existing(path, overwrite: bool = False) -> None:

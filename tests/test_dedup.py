@@ -136,6 +136,13 @@ def test_no_chain_removes_what_is_unlike_the_kept_one(tmp_path):
     assert read_jsonl(tmp_path / "out" / "removed.jsonl")[0]["duplicate_of"] == "d0"
 
 
+def test_a_corpus_of_which_nothing_is_left_to_compare(tmp_path):
+    bench = write_jsonl(tmp_path / "bench.jsonl", records_of(random_texts(20, seed=5)))
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", records_of(random_texts(20, seed=5)))
+    report = dedup([corpus], tmp_path / "out", against=[bench])
+    assert (report["kept"], report["contaminated"]) == (0, 20)
+
+
 def test_order_files_and_workers_change_nothing(tmp_path):
     records = records_of(random_texts(1500, seed=2))
     for record in records[::7]:

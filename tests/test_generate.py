@@ -410,3 +410,9 @@ def test_help_lists_every_option(capsys):
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name.replace('_', '-')}" in text for name in vars(Settings()) if name != "cache")
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 9e-7])
+def test_a_temperature_that_no_logit_survives_is_refused(temperature):
+    with pytest.raises(ValueError, match="must be 0 \\(greedy\\) or at least 1e-6"):
+        Settings(temperature=temperature)

@@ -451,3 +451,23 @@ def test_every_recipe_is_settings_that_there_are(recipe):
         assert c.lora.rank
         lr, least = schedules.recommended(7e9, "lora")
         assert (c.optim.lr, c.optim.min_lr) == (pytest.approx(lr), pytest.approx(least))
+
+
+def test_ctrl_c_ends_a_run_that_is_not_built_yet(lab, tmp_path, monkeypatch, capsys):
+    seen, before = [], signal.getsignal(signal.SIGINT)
+
+    def dying(*arguments):
+        seen.append(signal.getsignal(signal.SIGINT))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "build", dying)
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments(lab, tmp_path / "run")])
+    assert train.main() == 130
+    assert seen == [before]
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+def test_json_is_the_final_evaluation(lab, tmp_path, monkeypatch, quick):
+    words = [*arguments(lab, tmp_path / "run", steps=1), "--json", str(tmp_path / "result.json")]
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    assert train.main() == 0
+    assert json.loads((tmp_path / "result.json").read_text()) == json.loads((tmp_path / "run/eval.json").read_text())

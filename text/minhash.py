@@ -112,7 +112,8 @@ def link_band(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = keys.argsort(kind="stable")
     keys = keys[order]
     same = keys[1:] == keys[:-1]
-    before, after = np.append(False, same), np.append(same, False)
+    # Without a key, both are empty.
+    before, after = np.append(False, same)[:len(keys)], np.append(same, False)[:len(keys)]
     shared = before | after
     group = np.cumsum(~before[shared], dtype=np.int64) - 1
     return order[shared].astype(np.uint32), group.astype(np.uint32)

@@ -76,15 +76,21 @@ def test_options_in_any_order_and_form():
                 "--rule", "s=2:", "--documents=line", "--separator=--", "--overwrite", "--", "a", "b") == want
 
 
+def test_a_word_after_an_option_is_its_value_whatever_it_begins_with():
+    assert pack("a", "--out", "o", "--tokenizer", "-x y", "--part", "-5").tokenizer == "-x y"
+    assert pack("--out", "o", "--tokenizer", "t", "--", "-h", "--json").files == ["-h", "--json"]
+
+
 @pytest.mark.parametrize(("words", "line"), [
     (["--tokeniser", "t", "a"], "unknown option --tokeniser; did you mean --tokenizer?"),
     (["--no-overwrite", "a"], "unknown option --no-overwrite; did you mean --overwrite?"),
     (["--tokenizer", "t", "--out", "o"], "name at least one FILE (data.py pack --help shows how)"),
     (["a", "--out", "o"], "Missing from data.py pack: --tokenizer STR A model folder or a tokenizer file. (required)"),
-    (["a", "--out", "o", "--tokenizer", "t", "--heldout", "x"], "--heldout: could not convert string to float: 'x'"),
+    (["a", "--out", "o", "--tokenizer", "t", "--heldout", "x"], "--heldout: 'x' is no FLOAT"),
     (["a", "--out", "o", "--tokenizer", "t", "--heldout", "1"], "--heldout is 1.0, but must be at least 0 and below 1"),
     (["a", "--out", "o", "--tokenizer", "t", "--heldout", "nan"],
      "--heldout is nan, but must be at least 0 and below 1"),
+    (["a", "--out", "o", "--tokenizer", "t", "--overwrite=false"], "--overwrite takes no value"),
     (["a", "--out", "o", "--tokenizer", "t", "--documents", "lines"],
      "invalid choice 'lines' for argument '--documents'. Expected one of ('line', 'blank', 'file')."),
 ])
@@ -129,11 +135,11 @@ def test_run_gives_status_and_json(tmp_path, capsys):
     assert run(*words, f"--json={tmp_path}/y.json") == 0
     assert (tmp_path / "y.json").exists()
     assert run("stop") == 5
-    assert run(*words, "--json") == 2
+    assert run(*words, "--json") == run(*words, "--json=") == 2
     assert run("pakc") == 2
     assert run() == 2
     err = capsys.readouterr().err.splitlines()
-    assert err == ["error: --json needs the name of a file",
+    assert err == ["error: --json needs the name of a file"] * 2 + [
                    "error: unknown command pakc; did you mean pack? (data.py has pack, stop)",
                    "error: name a command: data.py pack|stop"]
 

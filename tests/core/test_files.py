@@ -130,3 +130,37 @@ def test_bytes_names_and_folder_entries_reach_the_disk(tmp_path, monkeypatch):
     write_json(tmp_path / "a.json", 1)
     assert [Path(path).name for path in synced] == [".a.json.partial", tmp_path.name]
     assert json.loads((tmp_path / "a.json").read_text()) == 1
+
+
+def test_a_pipe_is_written_to_and_a_link_is_kept(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    write_json(tmp_path / "pipe", 1)
+    assert reader.communicate(timeout=20)[0] == "1\n"
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to("real/file.json")
+    (tmp_path / "link").symlink_to("real/folder")
+    for text in ("first", "second"):
+        write_text(tmp_path / "link.json", text)
+        with new_folder(tmp_path / "link", overwrite=True) as partial:
+            fill(partial, text)
+        assert (tmp_path / "real/file.json").read_text() == (tmp_path / "real/folder/deep/file").read_text() == text
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "link.json").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == ["file.json", "folder"]
+
+
+def test_what_is_no_name_for_a_file_or_folder_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        write_text(".", "text")
+    with pytest.raises(UserError, match="is no name for a new folder"), new_folder("."):
+        pytest.fail("the block must not run")
+
+
+def test_a_file_in_the_place_of_a_folder_is_replaced_on_purpose(tmp_path):
+    (tmp_path / "model").write_text("a file")
+    with new_folder(tmp_path / "model", overwrite=True) as partial:
+        fill(partial, "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
