@@ -19,7 +19,7 @@ def spin_count(**variables) -> str:
 
 
 def test_the_users_own_setting_wins():
-    assert spin_count() == "1000"
+    assert spin_count() == "20000"
     assert spin_count(GOMP_SPINCOUNT="7") == "7"
     assert spin_count(OMP_WAIT_POLICY="active") == "None"
 
