@@ -43,7 +43,8 @@ class Run:
     protocol: dict = field(default_factory=dict)
     config: str = ""
     finished: bool = False
-    notes: list = field(default_factory=list)      # what is wrong with the files, a sentence each
+    # What is wrong with the files, one sentence each.
+    notes: list = field(default_factory=list)
 
     @property
     def name(self) -> str:

@@ -27,8 +27,10 @@ import numpy as np
 from core.config import setting
 from core.errors import UserError
 
-RAMP = 0.2                          # gradual: share of the run over which the domain comes in
-OPEN_FIRST = 0.3                    # share of a source's documents that is open at the start
+# gradual: the share of the run over which the domain comes in.
+RAMP = 0.2
+# The share of a source's documents that is open at the start.
+OPEN_FIRST = 0.3
 # staged: (from this progress on, part of the target and of the documents)
 STAGES = ((0.3, 1.0), (0.1, 0.6), (0.0, 0.3))
 # curriculum's end: the hardest documents come 3 times as often as the easiest.
