@@ -279,11 +279,11 @@ def median_seconds(call) -> float:
 
 # ---- sides beside each other
 
-def environment_of(side: str) -> dict:
-    """The variables of a side's process: for peers and for ours_spinning OpenMP as it comes, else our setting of it."""
+def environment_of(side: str, turns: int) -> dict:
+    """The variables of a side's process: for peers and for ours_spinning OpenMP as it comes, else our `turns`."""
     kind, _, option = side.partition("_")
     as_it_comes = option == "spinning" or (kind in PEERS and not option)
-    return {**os.environ, **(OPENMP_AS_IT_COMES if as_it_comes else {})}
+    return {**os.environ, **(OPENMP_AS_IT_COMES if as_it_comes else {"GOMP_SPINCOUNT": str(turns)})}
 
 
 def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = ""):
@@ -293,8 +293,10 @@ def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = "")
     the side that `matmuls` names. A side after the first that fails before its second step (it does not fit on the
     card) is left out.
     """
+    # By what runs beside this case, which may not be what ran when this process began.
+    turns = core.threads.choose_spin_turns(core.threads.count_others(), os.cpu_count())
     workers = {side: subprocess.Popen(
-        [sys.executable, "-m", "measure.bench_steps", case, side, device], cwd=ROOT, env=environment_of(side),
+        [sys.executable, "-m", "measure.bench_steps", case, side, device], cwd=ROOT, env=environment_of(side, turns),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
 
     def ask(side, what) -> float | None:
@@ -368,10 +370,11 @@ def train_rows(case: str, options: TrainOptions) -> list:
 def busy_rows(steps: int) -> list:
     """A small model on all cores, with our setting of OpenMP's threads against OpenMP as it comes.
 
-    `busy_machine_quiet` is on the machine as it is, `busy_machine` beside two busy loops.
+    `busy_machine_quiet` is on the machine as it is, `busy_machine` beside one busy loop per core, and
+    `busy_machine_crowded` beside five.
     """
-    rows, sides = [], ("ours", "ours_spinning")
-    for name, loops in (("busy_machine_quiet", 0), ("busy_machine", 2)):
+    rows, sides, cores = [], ("ours", "ours_spinning"), os.cpu_count()
+    for name, loops in (("busy_machine_quiet", 0), ("busy_machine", cores), ("busy_machine_crowded", 5 * cores)):
         busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(loops)]
         try:
             seconds, _, _ = in_turn("small", sides, steps, "cpu")
@@ -380,7 +383,7 @@ def busy_rows(steps: int) -> list:
                 process.kill()
                 process.wait()
         rows.append(rate_row(name, "tokens/s", CASES["small"].tokens, *(seconds[side] for side in sides),
-                             "OpenMP as it comes", busy_loops=loops, cores=os.cpu_count()))
+                             "OpenMP as it comes", busy_loops=loops, cores=cores))
     return rows
 
 

@@ -4,9 +4,12 @@ import ast
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from core import threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,9 +22,26 @@ def spin_count(**variables) -> str:
 
 
 def test_the_users_own_setting_wins():
-    assert spin_count() == "20000"
+    assert spin_count() in ("50000", "20000", "1000")
     assert spin_count(GOMP_SPINCOUNT="7") == "7"
     assert spin_count(OMP_WAIT_POLICY="active") == "None"
+
+
+@pytest.mark.parametrize(("others", "turns"), [(0, 50_000), (1, 20_000), (7, 20_000), (8, 1_000), (40, 1_000)])
+def test_the_more_others_run_the_sooner_a_thread_gives_up_its_core(others, turns):
+    assert threads.choose_spin_turns(others, cores=4) == turns
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc")
+def test_busy_processes_are_counted():
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        time.sleep(0.5)
+        assert threads.count_others() >= 3
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def commands() -> list[Path]:
