@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from core.config import setting
 from core.parallel import distribute_like
-from kernels.adamw import State, Table, adamw_, init_state
+from kernels.adamw import adamw_, init_state
 from learn.schedules import ScheduleConfig
 
 
@@ -67,7 +67,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __init__(self, groups, lr: float, betas: tuple, eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
-        self.table = Table()
+        self.table = {}
 
     @staticmethod
     def kind(p) -> str:
@@ -77,7 +77,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def make_state(self, p) -> dict:
         state = {"step": torch.tensor(0.0)}
-        for name, x in init_state(local(p), self.kind(p)).tensors().items():
+        for name, x in init_state(local(p), self.kind(p)).items():
             if isinstance(p, DTensor):
                 # A scale stands for 32 columns, so scales have fewer columns, and rows sharded like the parameter's.
                 shape = p.shape if p.ndim == 1 else torch.Size((*p.shape[:-1], x.shape[-1]))
@@ -99,8 +99,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 states = []
                 for p in params:
                     self.state[p]["step"] = torch.tensor(float(step))
-                    tensors = {name: local(x) for name, x in self.state[p].items() if name != "step"}
-                    states.append(State(self.kind(p), **tensors))
+                    states.append({name: local(x) for name, x in self.state[p].items() if name != "step"})
                 adamw_([local(p) for p in params], [local(p.grad) for p in params], states, group["lr"],
                        group["betas"], group["eps"], group["weight_decay"], step, self.table)
 

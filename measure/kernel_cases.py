@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from kernels.adamw import Table, adamw_, init_state
+from kernels.adamw import adamw_, init_state
 from kernels.attention import attention, interval_mask
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.grouped_mm import grouped_mm
@@ -219,7 +219,7 @@ def adamw_case(name, dtype, kinds, bytes_per_parameter) -> Case:
     """The tensors of one layer of Llama-3-8B. kinds: of the matrices' states and of the norms'."""
     shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336),
               (4096,), (4096,)]
-    table = Table()
+    table = {}
 
     def op(params, grads, states):
         adamw_(params, grads, states, 1e-4, (0.9, 0.95), 1e-8, 0.1, step=10, table=table)
