@@ -33,13 +33,12 @@ from core.config import setting
 from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
-from text import parts
+from text import shards
 from text.corpus import read_records
 from text.foreign import holds_tokens, read_token_documents
 from text.mix_outputs import mix_files, preview_mix
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
-from text.shards import SPLITS, pack, read_manifest, verify
 
 # Raise it when the same seed gives another order.
 ORDER_VERSION = 1
@@ -170,8 +169,8 @@ def run_pack(options: Pack) -> dict:
         raise UserError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
     if options.buckets and any(map(holds_tokens, options.files)):
         raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
-    part = parts.read_part(options.part or "1/1")
-    out = parts.part_folder(options.output.out, *part) if options.part else options.output.out
+    part = shards.read_part(options.part or "1/1")
+    out = shards.part_folder(options.output.out, *part) if options.part else options.output.out
     tokenizer, column = tokenizers.load(options.tokenizer), options.reading.column
     bar = tqdm(unit=" documents", disable=None, desc="pack")
 
@@ -196,15 +195,15 @@ def run_pack(options: Pack) -> dict:
                 "shard_tokens": options.shard_tokens, "workers": options.workers, "overwrite": options.output.overwrite}
     if options.buckets:
         settings["first"] = options.first or ("high" if "quality" in options.score else "low")
-        parts.pack_buckets(records, tokenizer, out, options.buckets, options.score, column=column, **settings)
+        shards.pack_buckets(records, tokenizer, out, options.buckets, options.score, column=column, **settings)
     else:
-        texts = (record[column] for _, record in parts.deal_documents(options.files, records, *part))
-        pack(texts, tokenizer, out, allow_empty=bool(options.part), **settings)
+        texts = (record[column] for _, record in shards.deal_documents(options.files, records, *part))
+        shards.pack(texts, tokenizer, out, allow_empty=bool(options.part), **settings)
     bar.close()
     seconds = time.perf_counter() - start
     result = print_info(out)
     splits = [manifest["splits"] for manifest in result.get("manifests", [result])]
-    tokens = sum(made[split]["tokens"] for made in splits for split in SPLITS)
+    tokens = sum(made[split]["tokens"] for made in splits for split in shards.SPLITS)
     print(f"packed {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds / 1e6:.2f} M tokens/s) into {out}")
     if options.heldout and not any(made["heldout"]["documents"] for made in splits):
         print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
@@ -235,14 +234,14 @@ class Manifest:
 
 def print_info(folder) -> dict:
     """Say what a packed source or a folder of score buckets holds; returns its manifest, or the buckets and theirs."""
-    index = parts.read_buckets(folder)
-    manifests = [read_manifest(path) for path in parts.packed_folders(folder)]
+    index = shards.read_buckets(folder)
+    manifests = [shards.read_manifest(path) for path in shards.packed_folders(folder)]
     for k, manifest in enumerate(manifests):
         if index:
             bucket = index["buckets"][k]
             print(f"{bucket['name']}, read {'first' if not k else 'next' if k < len(manifests) - 1 else 'last'}: "
                   f"{index['score']} from {bucket['low']:g} to {bucket['high']:g}")
-        for split in SPLITS:
+        for split in shards.SPLITS:
             totals = manifest["splits"][split]
             ratio = f"{totals['tokens'] / totals['bytes']:.3f} tokens per byte" if totals["bytes"] else ""
             print(f"  {split:8} {totals['documents']:>10,} documents {totals['tokens']:>14,} tokens "
@@ -255,7 +254,7 @@ def print_info(folder) -> dict:
 
 def run_verify(options: Verify) -> dict:
     """Hash the shards of a source or of its buckets; a UserError names the first file that differs."""
-    read = sum(verify(folder) for folder in parts.packed_folders(options.dir))
+    read = sum(shards.verify(folder) for folder in shards.packed_folders(options.dir))
     print(f"{options.dir}: {read:,} bytes have the hashes they were written with")
     return {"dir": options.dir, "bytes": read}
 
@@ -321,7 +320,7 @@ def main() -> int:
         argv, settings = argv[:at], argv[at:]
     return cli.run("data.py", __doc__, {
         "pack": (Pack, run_pack), "verify": (Verify, run_verify),
-        "manifest": (Manifest, lambda options: print_info(parts.merge_parts(options.merge))),
+        "manifest": (Manifest, lambda options: print_info(shards.merge_parts(options.merge))),
         "info": (Folder, lambda options: print_info(options.dir)),
         "mix": (Mix, functools.partial(run_mix, settings=settings))}, argv=argv)
 

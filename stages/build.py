@@ -31,9 +31,8 @@ from learn import objectives, optim
 from learn.method import Learning
 from model import Model, ModelConfig
 from text import mixture
-from text.mixture import LengthConfig
+from text.mixture import LengthConfig, open_buckets
 from text.packing import pack_sources
-from text.parts import open_buckets
 from text.shards import Shards, check_tokenizer, verify
 
 # ---- settings

@@ -24,8 +24,7 @@ from core import checkpoint, cli, parallel
 from learn import optim, schedules
 from stages import evaluate, resume
 from stages.build import build, build_model
-from text.parts import pack_buckets
-from text.shards import Shards, pack
+from text.shards import Shards, pack, pack_buckets
 
 pytestmark = pytest.mark.usefixtures("quick")
 

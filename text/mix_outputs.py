@@ -16,9 +16,8 @@ from core.files import new_file
 from core.hashing import mix_keys, permute
 from text import mixture
 from text.corpus import utf8
-from text.mixture import DataConfig, LengthConfig, SourceConfig
+from text.mixture import DataConfig, LengthConfig, SourceConfig, open_buckets
 from text.packing import pack_sources
-from text.parts import open_buckets
 from text.shards import Shards
 
 # ---- the preview of a recipe

@@ -1,20 +1,8 @@
-"""The mix: how many sequences of each source a step has. Weights are functions of the run's progress p from 0 to 1.
+"""The mix: how many sequences of each source a step has. Weights are functions of the run's progress from 0 to 1.
 
-schedule           share of domain sequences at progress p    score buckets of domain sources that are open
-static, immediate  the target                                 all
-warmup_cooldown    from 0.3 up to the target over the first   all
-                   10 %, down to 0.5 over the last 10 %
-gradual            from 0 up to the target over 20 % of the   from the first 30 % of the documents up to all, in the
-                   run, or over N steps                       same time
-staged             0.3, 0.6 and 1.0 of the target, from 0,    the first 30 %, 60 %, all
-                   10 and 30 % of the run on
-quality_first      the target                                 from the first 30 % up to all at the run's end
-curriculum         the target                                 the easier part; the middle; all, the hard ones most
-two_stage,         1: the domain alone; general text is       all
-domain_only        only evaluated
-
-A final anneal can follow any of them. `plan_counts` turns the weights into whole sequences, the plan; `python data.py
-mix RECIPE --preview` shows it. S sources; a score bucket counts as a source.
+A schedule says which share of the sequences is of the domain and which documents of a domain source are open, if it is
+in score buckets (`_curves`). A final anneal can follow any of them. `plan_counts` turns the weights into sequences, the
+plan; `python data.py mix RECIPE --preview` shows it. S sources; a score bucket counts as a source.
 """
 
 import bisect
@@ -26,20 +14,13 @@ import numpy as np
 
 from core.config import setting
 from core.errors import UserError
+from text.shards import packed_folders, read_buckets, read_manifest
 
-# gradual: the share of the run over which the domain comes in.
-RAMP = 0.2
-# The share of a source's documents that is open at the start.
-OPEN_FIRST = 0.3
-# staged: (from this progress on, part of the target and of the documents)
-STAGES = ((0.3, 1.0), (0.1, 0.6), (0.0, 0.3))
-# curriculum's end: the hardest documents come 3 times as often as the easiest.
-HARD = 3.0
 # Up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264).
 WARN_EPOCHS = 4
 ALONE = ("two_stage", "domain_only")
 # What `open_documents` gives where all are open and come equally often.
-ALL = (0.0, 1.0, 1.0)
+OPENED, ALL = ("low", "high", "emphasis"), (0.0, 1.0, 1.0)
 INFINITY = float("inf")
 STRATA = ("reasoning", "knowledge", "language", "coding", "math", "instruction_following", "safety")
 
@@ -61,7 +42,7 @@ class SourceConfig:
 @dataclass
 class Bucket(SourceConfig):
     """One score bucket of the source named `of`: the documents between two quantiles of that one's order, as a source
-    of its own with a share of the weight. Made by parts.open_buckets."""
+    of its own with a share of the weight. Made by open_buckets."""
 
     of: str = ""
     low: float = 0.0
@@ -121,16 +102,48 @@ class LengthConfig:
     """sequences per step, over all devices and micro-batches"""
 
 
+def open_buckets(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+    """The sources, one that holds score buckets replaced by its buckets as sources NAME/0, NAME/1, ..."""
+    found = {}
+    for name, source in sources.items():
+        if not source.path or read_buckets(source.path) is None:
+            found[name] = source
+            continue
+        folders = packed_folders(source.path)
+        for k, folder in enumerate(folders):
+            tokens = read_manifest(folder)["splits"]["train"]["tokens"]
+            found[f"{name}/{k}"] = Bucket(**{**vars(source), "path": str(folder)}, of=name, low=k / len(folders),
+                                          high=(k + 1) / len(folders), tokens=tokens)
+    return found
+
+
 # ---- schedules
+
+def _curves(config: DataConfig, steps: int) -> dict[str, list]:
+    """{"share": the share of domain sequences, "low", "high", "emphasis": what `open_documents` gives} over a run of
+    `steps` steps, each as points (progress, value) with straight lines between them. Where two points have the same
+    progress, the value jumps from the first to the second."""
+    target = config.domain_share
+    # gradual: the share of the run over which the domain comes in.
+    ramp = 0.2 if config.gradual_steps is None else config.gradual_steps / max(1, steps - 1)
+    stages = [(0.0, 0.3), (0.1, 0.3), (0.1, 0.6), (0.3, 0.6), (0.3, 1.0)]
+    alone = {"share": [(0.0, 1.0)]}
+    curves = {
+        "warmup_cooldown": {"share": [(0.0, min(0.3, target)), (0.1, target), (0.9, target), (1.0, min(0.5, target))]},
+        "gradual": {"share": [(0.0, 0.0), (ramp, target)], "high": [(0.0, 0.3), (ramp, 1.0)]},
+        "staged": {"share": [(progress, target * part) for progress, part in stages], "high": stages},
+        "quality_first": {"high": [(0.0, 0.3), (1.0, 1.0)]},
+        # The easier documents, the middle ones, and at last all, the hardest 3 times as often as the easiest.
+        "curriculum": {"low": [(0.3, 0.0), (0.3, 0.2), (0.7, 0.2), (0.7, 0.0)],
+                       "high": [(0.0, 0.3), (0.3, 0.6), (0.7, 0.8), (0.7, 1.0)], "emphasis": [(0.7, 1.0), (0.7, 3.0)]},
+        "two_stage": alone, "domain_only": alone}
+    constant = {"share": [(0.0, target)], **{name: [(0.0, value)] for name, value in zip(OPENED, ALL)}}
+    return constant | curves.get(config.schedule, {})
+
 
 def share_at(config: DataConfig, progress: float, steps: int) -> float:
     """The share of domain sequences wanted at `progress` (0 to 1) of a run of `steps` steps, the anneal included."""
-    target = config.domain_share
-    # (progress, share): straight lines between the points.
-    lines = {"gradual": ((0.0, 0.0), (_ramp(config, steps), target)),
-             "warmup_cooldown": ((0.0, min(0.3, target)), (0.1, target), (0.9, target), (1.0, min(0.5, target))),
-             "staged": ((0.0, target * _stage(progress)),), **dict.fromkeys(ALONE, ((0.0, 1.0),))}
-    share = float(np.interp(progress, *zip(*lines.get(config.schedule, ((0.0, target),)))))
+    share = float(np.interp(progress, *zip(*_curves(config, steps)["share"])))
     if config.anneal_share is None:
         return share
     done = max(0.0, 1 - (1 - progress) / config.anneal_ratio)
@@ -140,24 +153,8 @@ def share_at(config: DataConfig, progress: float, steps: int) -> float:
 def open_documents(config: DataConfig, progress: float, steps: int) -> tuple[float, float, float]:
     """(low, high, emphasis) at `progress`: from which to which quantile of its order a source's documents are open, and
     how many times as often the last of them come as the first."""
-    if config.schedule == "staged":
-        return 0.0, _stage(progress), 1.0
-    if config.schedule in ("gradual", "quality_first"):
-        done = min(1.0, progress / _ramp(config, steps)) if config.schedule == "gradual" else progress
-        return 0.0, OPEN_FIRST + (1 - OPEN_FIRST) * done, 1.0
-    if config.schedule != "curriculum":
-        return ALL
-    if progress < 0.3:
-        return 0.0, 0.3 + progress, 1.0
-    return (0.2, 0.6 + 0.2 * (progress - 0.3) / 0.4, 1.0) if progress < 0.7 else (0.0, 1.0, HARD)
-
-
-def _stage(progress: float) -> float:
-    return next(part for start, part in STAGES if progress >= start)
-
-
-def _ramp(config: DataConfig, steps: int) -> float:
-    return RAMP if config.gradual_steps is None else config.gradual_steps / max(1, steps - 1)
+    curves = _curves(config, steps)
+    return tuple(float(np.interp(progress, *zip(*curves[name]))) for name in OPENED)
 
 
 # ---- weights

@@ -7,12 +7,18 @@
     heldout_000000.*    documents whose text hash falls in the held-out share; never trained on
 
 A folder appears whole or not at all, nothing is mapped for writing, and what is opened is checked first: each size
-against the manifest, and by `verify` each hash. Sources packed in parts or by score are in parts.py.
+against the manifest, and by `verify` each hash. A source may also be several such folders:
+
+    part_0001_of_0008/ ...   packed by as many machines; a manifest beside them joins them into one source
+    bucket_00/ ...           equally many documents each, by a score; buckets.json has the order of a curriculum
 """
 
 import bisect
+import collections
 import contextlib
 import hashlib
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +39,8 @@ TOKENIZER_KEYS = ("fingerprint", "library", "vocab_size", "bos_id", "eos_id")
 # says of its length and of its hash)
 FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
          ("bytes", 0, "<u4", "documents", "bytes_sha256"))
+# Documents of one file that go to the same part.
+BLOCK = 1024
 
 
 # ---- writing
@@ -73,7 +81,7 @@ class ShardWriter:
                 self.close()
 
     def close(self):
-        """Finish the shard under way, if there is one: its header, its other two files and its record."""
+        """Finish the shard under way: its header, its other two files and its record."""
         if self.file is None:
             return
         ends, nbytes = np.concatenate(self.ends).astype("<u8"), np.concatenate(self.nbytes).astype("<u4")
@@ -102,10 +110,16 @@ def shard_header(record: dict, tokenizer: dict, itemsize: int) -> np.ndarray:
     return header
 
 
-def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = None, shard_tokens: int = 10**8,
-         workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21, overwrite: bool = False,
-         allow_empty: bool = False) -> dict:
-    """Tokenise `texts` into shards at `out`; returns the manifest. The folder appears whole or not at all.
+def pack(texts, tokenizer, out, *, overwrite: bool = False, **options) -> dict:
+    """Tokenise `texts` into shards at `out`; returns the manifest. `options` are those of `write_folders`."""
+    with new_source(Path(out), overwrite) as partial:
+        return write_folders(((0, text) for text in texts), [partial], tokenizer, **options)[0]
+
+
+def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float = 0.02, bos: bool | None = None,
+                  shard_tokens: int = 10**8, workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21,
+                  allow_empty: bool = False) -> list[dict]:
+    """Tokenise documents (k, text) into shards in folders[k], and write and return the manifest of each folder.
 
     Every document gets an EOS at its end, and a BOS at its start where the tokenizer says that the model was trained so
     (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text. A text
@@ -114,32 +128,36 @@ def pack(texts, tokenizer, out, *, heldout: float = 0.02, bos: bool | None = Non
 
     The result depends neither on `workers` (threads: every tokenizer releases the GIL) nor on `batch_bytes`.
     """
-    out, bos = Path(out), tokenizer.add_bos if bos is None else bos
+    bos = tokenizer.add_bos if bos is None else bos
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no EOS token, and every document must end with one; name it as eos_token "
                         "in tokenizer_config.json beside the tokenizer")
     if bos and tokenizer.bos_id is None:
         raise UserError("--bos was asked for, but the tokenizer has no BOS token")
-    itemsize, empty = 2 if tokenizer.vocab_size <= 65536 else 4, 0
+    itemsize, empty, manifests = 2 if tokenizer.vocab_size <= 65536 else 4, collections.Counter(), []
     described = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
-    with new_source(out, overwrite) as partial:
-        writers = {split: ShardWriter(partial, split, described, itemsize, shard_tokens) for split in SPLITS}
-        with WorkerPool(workers, (tokenizer, bos, heldout), threads=True) as pool:
-            for encoded, without_text in pool.map(_encode_batch, batches_by_size(texts, len, batch_bytes)):
-                empty += without_text
-                for split, documents in encoded.items():
-                    writers[split].add(*documents)
-        for writer in writers.values():
-            writer.close()
-        splits = {name: describe_split(writer.records) for name, writer in writers.items()}
+    writers = {(k, split): ShardWriter(folder, split, described, itemsize, shard_tokens)
+               for k, folder in enumerate(folders) for split in SPLITS}
+    batches = batches_by_size(documents, lambda document: len(document[1]), batch_bytes)
+    with WorkerPool(workers, (tokenizer, bos, heldout), threads=True) as pool:
+        for encoded, without_text in pool.map(_encode_batch, batches):
+            empty.update(without_text)
+            for place, arrays in encoded.items():
+                writers[place].add(*arrays)
+    for k, folder in enumerate(folders):
+        for split in SPLITS:
+            writers[k, split].close()
+        splits = {split: describe_split(writers[k, split].records) for split in SPLITS}
         if not splits["train"]["tokens"] and not allow_empty:
-            raise UserError(f"nothing to train on: {empty} empty documents, {splits['heldout']['documents']} held out")
-        manifest = {"format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
-                    "tokenizer": described, "bos": bos, "eos": True, "heldout": heldout,
-                    "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout", "inputs": inputs or [],
-                    "empty_documents_dropped": empty, "splits": splits}
-        write_json(partial / "manifest.json", manifest)
-    return manifest
+            which = f"bucket {k} of {len(folders)}: " if len(folders) > 1 else ""
+            raise UserError(f"{which}nothing to train on: {empty[k]} empty documents, "
+                            f"{splits['heldout']['documents']} held out")
+        manifests.append({"format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
+                          "tokenizer": described, "bos": bos, "eos": True, "heldout": heldout,
+                          "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout", "inputs": inputs or [],
+                          "empty_documents_dropped": empty[k], "splits": splits})
+        write_json(folder / "manifest.json", manifests[k])
+    return manifests
 
 
 def describe_split(records: list[dict]) -> dict:
@@ -160,30 +178,141 @@ def new_source(out: Path, overwrite: bool):
         raise UserError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
 
 
-def _encode_batch(shared, texts: list):
-    """In a worker thread: ({split: (ids [n], tokens of each document, text bytes of each)}, empty documents)."""
+def _encode_batch(shared, batch: list):
+    """In a worker thread, documents (k, text) -> ({(k, split): (ids [n], tokens of each document, text bytes of each)},
+    the k of each empty document)."""
     tokenizer, bos, heldout = shared
     start, end = np.array([tokenizer.bos_id] * bos, np.uint32), np.array([tokenizer.eos_id], np.uint32)
-    empty = 0
-    documents = {split: ([], [], []) for split in SPLITS}
-    encoded = iter(tokenizer.encode_batch([text for text in texts if isinstance(text, str)]))
-    for text in texts:
+    encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
+    documents, empty = collections.defaultdict(lambda: ([], [], [])), []
+    for k, text in batch:
         # A document that is given as ids is decoded only for its hash and its bytes.
         raw, ids = (utf8(text), next(encoded)) if isinstance(text, str) else (utf8(tokenizer.decode(text)), text)
         if not raw or not len(ids):
-            empty += 1
+            empty.append(k)
             continue
-        pieces, lengths, nbytes = documents["heldout" if is_held_out(raw, heldout) else "train"]
+        pieces, lengths, nbytes = documents[k, "heldout" if is_held_out(raw, heldout) else "train"]
         pieces += [start, ids, end]
         lengths.append(len(ids) + len(start) + 1)
         nbytes.append(len(raw))
-    return {split: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
-            for split, (pieces, lengths, nbytes) in documents.items() if pieces}, empty
+    return {place: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
+            for place, (pieces, lengths, nbytes) in documents.items()}, empty
 
 
 def is_held_out(text: bytes, share: float) -> bool:
     """Whether the hash of a document's text puts it into the held-out `share`."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 10000 < round(10000 * share)
+
+
+# ---- parts of one source, packed by many machines
+
+def part_folder(out, k: int, n: int) -> Path:
+    """Where part k of n (from 1) is packed."""
+    return Path(out) / f"part_{k:04d}_of_{n:04d}"
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """(k, n) of "K/N"."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]) <= 9999:
+        raise UserError(f"{text!r} is no part; write K/N with K from 1 to N, e.g. 3/8")
+    return int(match[1]), int(match[2])
+
+
+def deal_documents(files: list, documents, k: int, n: int):
+    """The documents of part k of n (from 1); documents(files) yields those of some files.
+
+    Every n-th file goes to the same part. Where there are fewer files than parts, blocks of 1,024 documents take turns:
+    of 2 parts, part 1 gets the documents 0 to 1023 and 2048 to 3071.
+    """
+    if len(files) >= n:
+        return documents(files[k - 1::n])
+    return (document for i, document in enumerate(documents(files)) if i // BLOCK % n == k - 1)
+
+
+def merge_parts(out) -> Path:
+    """Write the manifest of a folder whose parts are all packed; returns the folder. The shards stay where they are."""
+    out = Path(out)
+    found = sorted(path.parent.name for path in out.glob(f"part_{'[0-9]' * 4}_of_{'[0-9]' * 4}/manifest.json"))
+    if not found:
+        raise UserError(f"{out} holds no packed parts; make them with data.py pack --part 1/N, 2/N, ...")
+    n = int(found[0].rpartition("_")[2])
+    wanted = [part_folder(out, k, n).name for k in range(1, n + 1)]
+    if found != wanted:
+        odd = sorted(set(found) ^ set(wanted))
+        what = "is missing; pack it with --part" if odd[0] in wanted else "does not belong there; remove it"
+        raise UserError(f"{out} does not hold the parts 1 to {n} alone: {odd[0]} {what}")
+    parts = {name: read_manifest(out / name) for name in wanted}
+    first = parts[wanted[0]]
+    for name, manifest in parts.items():
+        for key in ("tokenizer", "bos", "heldout", "dtype", "inputs"):
+            if manifest[key] != first[key]:
+                raise UserError(f"{out}/{name} has another {key} than {wanted[0]}: {manifest[key]} and {first[key]}; "
+                                f"pack it again like the others")
+    splits = {split: describe_split([{**shard, "name": f"{name}/{shard['name']}"} for name, manifest in parts.items()
+                                     for shard in manifest["splits"][split]["shards"]]) for split in SPLITS}
+    if not splits["train"]["tokens"]:
+        raise UserError(f"nothing to train on: the parts of {out} hold no training documents")
+    empty = sum(manifest["empty_documents_dropped"] for manifest in parts.values())
+    write_json(out / "manifest.json", {**first, "empty_documents_dropped": empty, "splits": splits})
+    return out
+
+
+# ---- score buckets
+
+def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: str = "low", column: str = "text",
+                 overwrite: bool = False, **options) -> dict:
+    """Pack the documents into `buckets` folders of equally many documents, by their metadata.scores[score]; returns
+    what buckets.json says. A curriculum reads bucket 0 first: that of the `first` ("low" or "high") scores.
+
+    `records()` yields (where, record) and is called twice: for the scores, then for the texts. Equal scores keep the
+    order of the input. `options` are those of `write_folders`.
+    """
+    with new_source(Path(out), overwrite) as partial:
+        scores = np.array([_score_of(record, score, where) for where, record in records()])
+        if len(scores) < buckets:
+            raise UserError(f"{len(scores)} documents do not fill {buckets} buckets; ask for fewer")
+        order = np.argsort(-scores if first == "high" else scores, kind="stable")
+        # The bucket of each document, in the order of the input.
+        bucket_of = np.empty(len(scores), np.int64)
+        bucket_of[order] = np.arange(len(scores)) * buckets // len(scores)
+        folders = [partial / f"bucket_{k:02d}" for k in range(buckets)]
+        for folder in folders:
+            folder.mkdir()
+        documents = ((k, record[column]) for k, (_, record) in zip(bucket_of.tolist(), records(), strict=True))
+        manifests = write_folders(documents, folders, tokenizer, **options)
+        described = [{"name": folder.name, "low": float(scores[bucket_of == k].min()),
+                      "high": float(scores[bucket_of == k].max()),
+                      **{key: manifests[k]["splits"]["train"][key] for key in ("documents", "tokens")}}
+                     for k, folder in enumerate(folders)]
+        index = {"format": "nanocpt-buckets", "version": 1, "score": score, "first": first, "buckets": described}
+        write_json(partial / "buckets.json", index)
+    return index
+
+
+def _score_of(record: dict, score: str, where: str) -> float:
+    metadata = record.get("metadata")
+    scores = metadata.get("scores") if isinstance(metadata, dict) else None
+    value = scores.get(score) if isinstance(scores, dict) else None
+    if type(value) not in (int, float) or not math.isfinite(value):
+        known = ", ".join(scores) if isinstance(scores, dict) else "no scores"
+        raise UserError(f"{where} has no number under metadata.scores.{score} (it has: {known}); clean.py writes "
+                        f"scores")
+    return float(value)
+
+
+def read_buckets(folder) -> dict | None:
+    """What buckets.json says of a folder of score buckets; None for a folder without one."""
+    path = Path(folder) / "buckets.json"
+    if not path.is_file():
+        return None
+    return read_index(path, "nanocpt-buckets", 1, lambda index: [bucket["name"] for bucket in index["buckets"]])
+
+
+def packed_folders(folder) -> list[Path]:
+    """The folder itself or, where it holds score buckets, theirs in order."""
+    index = read_buckets(folder)
+    return [Path(folder) / part["name"] for part in index["buckets"]] if index else [Path(folder)]
 
 
 # ---- reading

@@ -6,9 +6,18 @@ import shutil
 import pytest
 from synthetic import Bytes, run, scored, some_texts
 
-from text.mixture import SourceConfig
-from text.parts import open_buckets, pack_buckets, packed_folders, part_folder, read_buckets
-from text.shards import SPLITS, Shards, pack, read_manifest, verify
+from text.mixture import SourceConfig, open_buckets
+from text.shards import (
+    SPLITS,
+    Shards,
+    pack,
+    pack_buckets,
+    packed_folders,
+    part_folder,
+    read_buckets,
+    read_manifest,
+    verify,
+)
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 
@@ -22,7 +31,7 @@ def all_documents(folder) -> list[tuple]:
 
 @pytest.mark.parametrize("files", [1, 5])
 def test_parts_together_are_the_whole(tmp_path, tiny_bpe, files, monkeypatch, capsys):
-    monkeypatch.setattr("text.parts.BLOCK", 7)
+    monkeypatch.setattr("text.shards.BLOCK", 7)
     texts = ["", *some_texts(100, 3), ""]
     paths = [tmp_path / f"{k}.jsonl" for k in range(files)]
     for k, path in enumerate(paths):
