@@ -185,16 +185,21 @@ def _take_json(argv: list[str]) -> str | None:
     return None
 
 
-def run_command(program: str, *words, threads: int | None = None) -> None:
+def run_command(program: str, *words, threads: int | None = None, show: bool = False) -> None:
     """Run a command of this checkout in a process of its own, with OMP_NUM_THREADS of `threads` if given.
 
-    A failure is a UserError with the last line that the command printed.
+    With `show` the command and all that it prints are shown. A failure is a UserError with the last line that the
+    command printed.
     """
+    words = list(map(str, words))
+    if show:
+        print(f"\n$ python {' '.join([program, *words])}", flush=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run([sys.executable, ROOT / program, *map(str, words)], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, ROOT / program, *words], capture_output=not show, text=True,
                           errors="replace", env=environment)
     if done.returncode:
-        raise UserError(f"{program} failed: {''.join((done.stderr or done.stdout).strip().splitlines()[-1:])}")
+        said = (done.stderr or done.stdout or "its error stands above").strip().splitlines()
+        raise UserError(f"{program} failed: {''.join(said[-1:])}")
 
 
 # ---- the words of a command line

@@ -14,15 +14,15 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
-from forgetting import RESULTS, Study, prepare, save_study, train
+import numpy as np
+from forgetting import RESULTS, Study, measure_run, prepare, save_study
 from matplotlib.figure import Figure
 
 from core import cli
 from core.config import setting
-from core.files import read_json
 
 # The rate rises over a tenth of the run and falls to a fiftieth: what must be replayed falls with it.
 RATES = ["--data.schedule", "static", "--eval.every", 10, "--eval.tokens", 20_000, "--log.every", 10,
@@ -38,23 +38,20 @@ class Budget(Study):
     """The folder to make."""
 
 
-def measure_run(method: str, words: list, seed: int, c: Budget, folder: Path, shards: dict) -> dict:
+def measure_loss(method: str, words: list, seed: int, c: Budget, out: Path, shards: dict) -> dict:
     """One run: what general text lost at each evaluation, and what it cost."""
-    row, _, trained = train([*RATES, *words], seed, c, folder, shards)
-    steps = sorted(int(file.stem.rsplit("_", 1)[1]) for file in folder.glob("eval_step_*.json"))
-    texts = [read_json(folder / f"eval_step_{step}.json")["texts"] for step in steps]
-    rises = [text["general"]["bits_per_byte"] - texts[0]["general"]["bits_per_byte"] for text in texts]
+    row, lines = measure_run(method, [*RATES, *words], seed, c, out, shards)
+    general = {line["step"]: line["sources"]["general"]["bits_per_byte"] for line in lines if line["kind"] == "eval"}
+    steps, rises = list(general), [bits - general[0] for bits in general.values()]
     # The log has the mean share up to a step; what was spent in each interval is the difference of two sums.
-    shares, sequences, spent = {line["step"]: line["replay_share"] for line in trained}, 0.0, []
-    for begin, end in pairwise(steps):
-        sequences, before = shares[end] * end, sequences
-        spent.append((sequences - before) / (end - begin))
-    row |= {"method": method, "worst_rise": max(rises), "last_rise": rises[-1],
+    shares = {0: 0.0} | {line["step"]: line["replay_share"] for line in lines if line["kind"] == "train"}
+    spent = (np.diff([shares[step] * step for step in steps]) / np.diff(steps)).tolist()
+    row |= {"worst_rise": max(rises), "last_rise": rises[-1],
             "evaluations_over": sum(rise > c.epsilon for rise in rises), "evaluations": len(rises) - 1,
             "steps": steps, "rises": rises, "replay_shares": spent, "words": " ".join(map(str, words))}
-    print(f"{method:9} seed {seed}: replay {row['replay_share']:.1%}, general bits per byte at worst "
+    print(f"{method:14} seed {seed}: replay {row['replay_share']:.1%}, general bits per byte at worst "
           f"{row['worst_rise']:+.4f}, over the budget in {row['evaluations_over']} of {row['evaluations']}, at the end "
-          f"{row['last_rise']:+.4f}; domain {row['domain_bits_per_byte']:.4f}", flush=True)
+          f"{row['last_rise']:+.4f}", flush=True)
     return row
 
 
@@ -62,9 +59,9 @@ def measure_pair(seed: int, c: Budget, out: Path, shards: dict) -> list[dict]:
     """Two runs: with the budget policy, which starts at the highest share of replay, and with its mean share, fixed."""
     words = ["--data.domain-share", 0.4, "--forget.adaptive.policy", "budget", "--forget.adaptive.start", 0.6,
              "--forget.adaptive.epsilon", c.epsilon]
-    first = measure_run("adaptive", words, seed, c, out / f"adaptive_{seed}", shards)
+    first = measure_loss("adaptive", words, seed, c, out, shards)
     fixed = ["--data.domain-share", 1 - first["replay_share"]]
-    return [first, measure_run("fixed", fixed, seed, c, out / f"fixed_{seed}", shards)]
+    return [first, measure_loss("fixed", fixed, seed, c, out, shards)]
 
 
 def draw_chart(rows: list[dict], epsilon: float) -> Figure:
@@ -89,7 +86,7 @@ def run_study(c: Budget) -> None:
     with ThreadPoolExecutor(c.jobs) as pool:
         rows = list(chain(*pool.map(lambda seed: measure_pair(seed, c, out, shards), c.seeds)))
     print(f"the budget was {c.epsilon:g} bits per byte")
-    save_study("budget", c, RESULTS, rows, draw_chart(rows, c.epsilon), began, epsilon=c.epsilon)
+    save_study("budget", c.seeds, RESULTS, rows, draw_chart(rows, c.epsilon), began, epsilon=c.epsilon)
 
 
 if __name__ == "__main__":

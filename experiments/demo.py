@@ -11,14 +11,12 @@ of the standard library first. Files are read, never imported; one installation 
 """
 
 import ast
-import hashlib
 import inspect
 import io
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
@@ -26,16 +24,17 @@ import tokenize
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 # The checkout, wherever this file is run from.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core import cli  # noqa: E402
-from core.errors import UserError  # noqa: E402
-from core.files import read_json, write_json, write_text  # noqa: E402
+from core import cli
+from core.errors import UserError
+from core.files import read_json, write_json, write_text
+from core.hashing import short_digest
 
 # The fewest and the most characters of one record.
 GENERAL_CHARS, DOMAIN_CHARS = (200, 20_000), (300, 20_000)
@@ -66,24 +65,18 @@ def python_files(root: Path) -> list[Path]:
         for name in names:
             if name.endswith(".py") and not name.startswith("test_") and not name.endswith("_test.py"):
                 relative = Path(folder, name).relative_to(root)
-                digest = hashlib.sha256(relative.as_posix().encode()).hexdigest()
-                packages[relative.parts[0]].append((digest, root / relative))
+                packages[relative.parts[0]].append((short_digest(relative.as_posix().encode()), root / relative))
     turns = sorted((k, *item) for items in packages.values() for k, item in enumerate(sorted(items)))
     return [path for _, _, path in turns]
 
 
 def blocks(tree: ast.Module):
-    """Yield (owner, statements) of each block, outer before inner; far quicker than `ast.walk`."""
-    queue = [tree]
-    # The queue grows while it is read.
-    for node in queue:
-        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-            inner = getattr(node, field, None)
-            # The body of a lambda is one expression.
-            if isinstance(inner, list):
-                queue.extend(inner)
-                if inner and field not in ("handlers", "cases"):
-                    yield node, inner
+    """Yield (owner, statements) of each block, outer before inner."""
+    for node in ast.walk(tree):
+        for field in ("body", "orelse", "finalbody"):
+            # The body of a lambda is no list but one expression.
+            if (inner := getattr(node, field, None)) and isinstance(inner, list):
+                yield node, inner
 
 
 def is_string(statement: ast.stmt) -> bool:
@@ -197,7 +190,7 @@ def collect(roots: list[Path], extract, bounds: tuple[int, int], budget: int) ->
             unreadable += 1
             continue
         for text in texts:
-            key = hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()[:16]
+            key = short_digest(" ".join(text.lower().split()).encode())
             if bounds[0] <= len(text) <= bounds[1] and key not in records:
                 size += len(text.encode())
                 if size > budget:
@@ -247,15 +240,16 @@ BASE_STEPS, STEPS = 450, 180
 @dataclass
 class Demo:
     out: str = "out/demo"
-    """folder to write; what it held is removed"""
+    """The folder to write; what it held is removed."""
 
 
 def demo(options: Demo) -> dict:
     """Everything from the corpora to the report; returns what summary.json holds: {"seconds", "runs": {name:
-    {"general_bpb", "domain_bpb"}}}, the base among the runs."""
+    {"domain_bpb", "general_bpb"}}}, the base among the runs."""
     # Relative paths keep the commands that are shown short.
-    out = Path(os.path.relpath(Path(options.out).resolve(), ROOT))
-    os.chdir(ROOT)
+    out = Path(os.path.relpath(Path(options.out).resolve(), cli.ROOT))
+    os.chdir(cli.ROOT)
+    run = partial(cli.run_command, show=True)
     began = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
     sides = {side: made["path"] for side, made in make_corpora(out).items()}
@@ -272,7 +266,6 @@ def demo(options: Demo) -> dict:
         run("train.py", "recipes/demo.toml", "--model.path", out / "base/final", *domain, *general,
             "--data.domain-share", share, "--train.steps", STEPS, "--out", out / name)
     run("report.py", *(out / name for name in RUNS), "--out", out / "report.html")
-
     results = {name: read_json(out / name / "eval.json") for name in RUNS}
     texts = {"base": results["replay"]["before"], **{name: result["after"] for name, result in results.items()}}
     runs = {name: {f"{side}_bpb": scores[side]["bits_per_byte"] for side in sides} for name, scores in texts.items()}
@@ -282,14 +275,6 @@ def demo(options: Demo) -> dict:
     show(runs)
     print(f"{seconds:.0f} s; report: {out}/report.html")
     return summary
-
-
-def run(*command) -> None:
-    """A project command, shown and run; its failure ends the demo with the line it printed."""
-    words = list(map(str, command))
-    print(f"\n$ python {' '.join(words)}", flush=True)
-    if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-        raise UserError(f"this command of the demo failed: python {' '.join(words)}")
 
 
 def show(runs: dict) -> None:

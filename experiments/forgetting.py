@@ -12,6 +12,7 @@ Time and memory are metrics.jsonl's.
 """
 
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -22,17 +23,16 @@ from typing import Literal
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
 # The checkout, from whatever folder this file is run.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core import cli  # noqa: E402
-from core.config import setting  # noqa: E402
-from core.errors import UserError  # noqa: E402
-from core.files import read_json, refuse_existing, write_json  # noqa: E402
-from measure import verdict  # noqa: E402
+from core import cli
+from core.config import setting
+from core.errors import UserError
+from core.files import read_json, refuse_existing, write_json
+from measure import verdict
 
-RESULTS = ROOT / "experiments/results"
+RESULTS = cli.ROOT / "experiments/results"
 
 
 def replay(share: float) -> list:
@@ -102,47 +102,41 @@ def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
     return out, {side: out / "shards" / side for side in sides}
 
 
-def train(words: list, seed: int, c: Study, folder: Path, shards: dict) -> tuple[dict, dict, list[dict]]:
-    """One run of train.py: (the values that both studies keep, eval.json, the training lines of metrics.jsonl)."""
+def measure_run(method: str, words: list, seed: int, c: Study, out: Path, shards: dict) -> tuple[dict, list[dict]]:
+    """Run train.py once: (the values that both studies compare, the lines of metrics.jsonl)."""
+    began, folder = time.perf_counter(), out / f"{method}_{seed}"
     sources = ["--data.sources.domain.path", shards["domain"], "--data.sources.general.path", shards["general"],
                "--data.sources.general.role", "general"]
     if "own" in words:
         # The real general text then has no share in the mix, and is scored all the same.
         sources += ["--data.sources.own.path", shards["own"], "--data.sources.own.role", "general",
                     "--data.sources.general.weight", 0]
-    cli.run_command("train.py", ROOT / "recipes/forgetting.toml", "--model.path", c.model, *sources, "--seed", seed,
+    cli.run_command("train.py", cli.ROOT / "recipes/forgetting.toml", "--model.path", c.model, *sources, "--seed", seed,
                     "--train.steps", c.steps, "--out", folder, *(word for word in words if word != "own"), threads=1)
     found = read_json(folder / "eval.json")
     if lacking := {"domain", "general"} - found["after"].keys():
         raise UserError(f"of the --{min(lacking)} text no document was held out to be scored; give more of it")
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = list(map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()))
     trained = [line for line in lines if line["kind"] == "train"]
-    row = {"seed": seed, "domain_bits_per_byte": found["after"]["domain"]["bits_per_byte"],
-           "general_bits_per_byte": found["after"]["general"]["bits_per_byte"],
-           "replay_share": trained[-1]["replay_share"]}
-    return row, found, trained
-
-
-def measure_method(method: str, seed: int, c: Study, out: Path, shards: dict) -> dict:
-    """One run of a method, as the values that the study compares."""
-    began = time.perf_counter()
-    row, found, trained = train(METHODS[method][1], seed, c, out / "runs" / f"{method}_{seed}", shards)
     comparison = verdict.compare(found["before"], found["after"], general=["general"], domain=["domain"])
-    row |= {"domain_gain": comparison["domain_gain"], "forgetting": comparison["forgetting"],
-            "seconds": time.perf_counter() - began, "step_ms": statistics.median(line["step_ms"] for line in trained),
-            "peak_gb": max(line["peak_gb"] for line in trained)}
+    row = {"method": method, "seed": seed, "replay_share": trained[-1]["replay_share"],
+           **{f"{side}_bits_per_byte": found["after"][side]["bits_per_byte"] for side in ("domain", "general")},
+           "domain_gain": comparison["domain_gain"], "forgetting": comparison["forgetting"],
+           "seconds": time.perf_counter() - began, "step_ms": statistics.median(line["step_ms"] for line in trained),
+           "peak_gb": max(line["peak_gb"] for line in trained)}
     print(f"{method:14} seed {seed}: domain {row['domain_bits_per_byte']:.4f} ({-row['domain_gain']:+.1%}), general "
           f"{row['general_bits_per_byte']:.4f} ({row['forgetting']:+.1%}) bits per byte, {row['seconds']:.0f} s",
           flush=True)
-    return row
+    return row, lines
 
 
-def summarise(runs: dict[str, list[dict]]) -> list[dict]:
+def summarise(runs: list[dict]) -> list[dict]:
     """A row per method: means over the seeds, their standard deviations, and both sides relative to domain-only
     training. "pareto": no other method is at least as good in both domain gain and forgetting, and better in one."""
     rows = []
-    for method, seeds in runs.items():
-        mean = {key: statistics.mean(s[key] for s in seeds) for key in seeds[0] if key != "seed"}
+    for method in dict.fromkeys(run["method"] for run in runs):
+        seeds = [run for run in runs if run["method"] == method]
+        mean = {key: statistics.mean(s[key] for s in seeds) for key in seeds[0] if key not in ("method", "seed")}
         spread = {f"{key}_sd": statistics.stdev(s[key] for s in seeds) if len(seeds) > 1 else 0.0
                   for key in ("domain_bits_per_byte", "general_bits_per_byte")}
         words = " ".join(map(str, METHODS[method][1]))
@@ -192,27 +186,25 @@ def draw_chart(rows: list[dict]) -> Figure:
     return figure
 
 
-def save_study(name: str, c: Study, folder: Path, rows: list[dict], figure: Figure, began: float, **more) -> None:
-    """NAME.json and NAME.png in the folder. more: further options, which the command had too."""
-    options = {"steps": c.steps, **more, "seeds": " ".join(map(str, c.seeds))}
-    words = " ".join(f"--{option} {value}" for option, value in options.items())
-    command = f"python experiments/{name}.py --model stories260K --domain ... --general ... {words}"
-    found = {"command": command, "seeds": c.seeds, **more, "seconds": time.perf_counter() - began, "rows": rows}
+def save_study(name: str, seeds, folder: Path, rows: list[dict], figure: Figure, began: float, **more) -> None:
+    """NAME.json and NAME.png in the folder; of paths in the command, the names alone."""
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    found = {"command": shlex.join(["python", f"experiments/{name}.py", *words]), "seeds": list(seeds), **more,
+             "seconds": time.perf_counter() - began, "rows": rows}
     write_json(folder / f"{name}.json", found)
     figure.savefig(folder / f"{name}.png")
     print(f"{found['seconds']:.0f} s; {folder}/{name}.*")
 
 
 def run_study(c: Forgetting) -> None:
-    began, asked = time.perf_counter(), [(method, seed) for method in c.methods for seed in c.seeds]
+    began = time.perf_counter()
     out, shards = prepare(c, c.documents if any("own" in METHODS[name][1] for name in c.methods) else 0)
+    asked = [(method, METHODS[method][1], seed) for method in c.methods for seed in c.seeds]
     # After a mistake the executor drops the runs that have not begun.
     with ThreadPoolExecutor(c.jobs) as pool:
-        measured = list(pool.map(lambda pair: measure_method(*pair, c, out, shards), asked))
-    rows = summarise({method: [row for (name, _), row in zip(asked, measured) if name == method]
-                      for method in c.methods})
+        rows = summarise(list(pool.map(lambda run: measure_run(*run, c, out / "runs", shards)[0], asked)))
     print(f"\n{draw_table(rows)}\n\n* nothing beats it in both")
-    save_study("forgetting", c, RESULTS if c.methods == list(METHODS) else out, rows, draw_chart(rows), began)
+    save_study("forgetting", c.seeds, RESULTS if c.methods == list(METHODS) else out, rows, draw_chart(rows), began)
 
 
 if __name__ == "__main__":

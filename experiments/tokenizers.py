@@ -21,17 +21,20 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-# The checkout, wherever this file is run from; and not this folder, where `import tokenizers` would find this file
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "experiments")]
+HERE = Path(__file__).resolve().parent
+# The checkout, wherever this file is run from; and this folder last, because `import tokenizers` means the library.
+sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE), str(HERE)]
+
+from forgetting import RESULTS, save_study  # noqa: E402
 
 import tokenizer  # noqa: E402
 from core import cli  # noqa: E402
 from core.errors import UserError  # noqa: E402
-from core.files import read_json, write_json  # noqa: E402
+from core.files import read_json  # noqa: E402
 from text.corpus import read_documents, utf8  # noqa: E402
 from text.extend_vocabulary import NewRows, extend  # noqa: E402
 from text.shards import is_held_out, pack  # noqa: E402
@@ -42,7 +45,6 @@ NEW_TOKENS, HELDOUT, STEP_TOKENS = 500, 0.04, 16 * 512
 FULL = {"methods": ("unextended", "subtoken", "random"), "seeds": (0, 1), "megabytes": 0.6, "evaluations": 3,
         "eval_tokens": 12_000}
 QUICK = {"methods": ("subtoken", "random"), "seeds": (0,), "megabytes": 0.1, "evaluations": 1, "eval_tokens": 6_000}
-COMPARE = ("--vocab-size", 2000, "--bits-per-byte", 0.4, "--seeds", 2)
 
 
 @dataclass(kw_only=True)
@@ -53,12 +55,6 @@ class Study:
     """The folder to work in."""
     quick: bool = False
     """One seed of two methods; the results stay in --out."""
-
-
-def run(program: str, *words) -> None:
-    """Show and run a command of the project."""
-    print(f"$ python {program} " + " ".join(map(str, words)), flush=True)
-    cli.run_command(program, *words)
 
 
 def prepare(data: Path, out: Path) -> tuple[dict, dict]:
@@ -87,11 +83,12 @@ def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, spl
     per_byte = splits[vocabulary]["train"]["tokens"] / splits[vocabulary]["train"]["bytes"]
     steps = max(1, round(size["megabytes"] * 1e6 * per_byte / STEP_TOKENS))
     folder, shards = out / f"runs/{method}_{seed}", out / f"shards/{vocabulary}"
-    run("train.py", ROOT / "recipes/cpt.toml", "--model.path", model, "--data.schedule", "domain_only",
+    cli.run_command(
+        "train.py", cli.ROOT / "recipes/cpt.toml", "--model.path", model, "--data.schedule", "domain_only",
         "--forget.lwf.alpha", 0, "--data.sources.domain.path", shards / "domain", "--data.sources.general.path",
         shards / "general", "--train.steps", steps, "--eval.every", -(-steps // size["evaluations"]), "--eval.tokens",
         size["eval_tokens"], "--eval.sample-tokens", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4, "--seed", seed,
-        "--out", folder)
+        "--out", folder, show=True)
     found = read_json(folder / "eval.json")
     # The curve has points (megabytes read, bits per byte of the domain).
     curve = sorted((at["step"] * STEP_TOKENS / per_byte / 1e6, at["texts"]["domain"]["bits_per_byte"])
@@ -103,17 +100,17 @@ def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, spl
 
 def average_runs(method: str, runs: list[dict]) -> dict:
     """A row of the results: means over the seeds, and the bits per byte of each."""
-    mean = {key: sum(r[key] for r in runs) / len(runs) for key in runs[0] if key != "curve"}
-    return {"study": "extension", "method": method, "bits_per_byte": mean.pop("domain_after"),
-            "by_seed": [r["domain_after"] for r in runs], **mean, "curves": [r["curve"] for r in runs]}
+    means = {key: mean(run[key] for run in runs) for key in runs[0] if key != "curve"}
+    return {"study": "extension", "method": method, "bits_per_byte": means.pop("domain_after"),
+            "by_seed": [run["domain_after"] for run in runs], **means, "curves": [run["curve"] for run in runs]}
 
 
 def compare_kinds(data: Path, out: Path) -> list[dict]:
     """Part 2, by the command that a user would type."""
-    run("tokenizer.py", "compare", *COMPARE, *(data / file for file in LEGAL), "--json", out / "compare.json")
-    return [{"study": "kinds", "method": r.pop("kind"), "by_seed": r["bits_per_byte"],
-             **(r | {"bits_per_byte": sum(r["bits_per_byte"]) / len(r["bits_per_byte"])})}
-            for r in read_json(out / "compare.json")]
+    cli.run_command("tokenizer.py", "compare", "--vocab-size", 2000, "--bits-per-byte", 0.4, "--seeds", 2,
+                    *(data / file for file in LEGAL), "--json", out / "compare.json", show=True)
+    return [{"study": "kinds", "method": kind.pop("kind"), "by_seed": kind["bits_per_byte"],
+             **(kind | {"bits_per_byte": mean(kind["bits_per_byte"])})} for kind in read_json(out / "compare.json")]
 
 
 def draw_chart(rows: list[dict]) -> Figure:
@@ -126,12 +123,12 @@ def draw_chart(rows: list[dict]) -> Figure:
         if row["study"] == "extension":
             x = [point[0] for point in row["curves"][0]]
             points = [[point[1] for point in at] for at in zip(*row["curves"])]
-            line, = left.plot(x, [sum(p) / len(p) for p in points], marker="o", ms=3, label=row["method"])
+            line, = left.plot(x, list(map(mean, points)), marker="o", ms=3, label=row["method"])
             left.fill_between(x, list(map(min, points)), list(map(max, points)), color=line.get_color(), alpha=0.2)
             left.legend()
         else:
-            mean, low, high = row["bits_per_byte"], min(row["by_seed"]), max(row["by_seed"])
-            right.errorbar(row["tokens_per_byte"], mean, [[mean - low], [high - mean]], fmt="o", capsize=4,
+            bits, low, high = row["bits_per_byte"], min(row["by_seed"]), max(row["by_seed"])
+            right.errorbar(row["tokens_per_byte"], bits, [[bits - low], [high - bits]], fmt="o", capsize=4,
                            label=row["method"] + (" (drops white space)" if row["exact"] < 1 else ""))
             right.legend()
     return figure
@@ -142,24 +139,19 @@ def study(options: Study) -> None:
     for name in (BASE, STORIES, *LEGAL):
         if not (data / name).exists():
             raise UserError(f"{data / name} does not exist; name a folder that has it as --data")
-    # What an earlier study left
+    # What an earlier study left.
     for name in ("shards", "tokenizer", "models", "runs"):
         shutil.rmtree(out / name, ignore_errors=True)
-    size, results = (QUICK, out) if options.quick else (FULL, ROOT / "experiments/results")
+    size, results = (QUICK, out) if options.quick else (FULL, RESULTS)
     splits, parts = prepare(data, out)
     rows = [average_runs(method, [continue_base(data, out, method, seed, size, splits, parts)
                                   for seed in size["seeds"]]) for method in size["methods"]]
     rows += [] if options.quick else compare_kinds(data, out)
-    seconds = round(time.perf_counter() - began)
-    write_json(results / "tokenizers.json", {
-        "command": "python experiments/tokenizers.py --data DIR" + " --quick" * options.quick,
-        "seeds": list(size["seeds"]), "megabytes": size["megabytes"], "seconds": seconds, "rows": rows})
-    draw_chart(rows).savefig(results / "tokenizers.png")
     print(f"\n{'study':10} {'method':11} {'tokens/byte':>11} {'bits per byte':>13}  (seeds)")
     for r in rows:
         print(f"{r['study']:10} {r['method']:11} {r['tokens_per_byte']:11.3f} {r['bits_per_byte']:13.4f}  "
               f"({min(r['by_seed']):.4f} to {max(r['by_seed']):.4f})")
-    print(f"{seconds} s; {results}/tokenizers.json and tokenizers.png")
+    save_study("tokenizers", size["seeds"], results, rows, draw_chart(rows), began, megabytes=size["megabytes"])
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ from core import cli  # noqa: E402
 
 
 def row(method, domain, general, seed=0):
-    return {"seed": seed, "domain_bits_per_byte": domain, "general_bits_per_byte": general,
+    return {"method": method, "seed": seed, "domain_bits_per_byte": domain, "general_bits_per_byte": general,
             "domain_gain": 1 - domain / 4, "forgetting": general - 1, "seconds": 1.0, "step_ms": 100.0, "peak_gb": 1.0,
             "replay_share": 0.0}
 
 
 def test_a_method_is_measured_against_domain_only_training():
-    runs = {"domain_only": [row("domain_only", 1.9, 2.0), row("domain_only", 2.1, 2.2, 1)],
-            "replay": [row("replay", 2.1, 1.1), row("replay", 2.1, 1.3, 1)],
-            "freeze": [row("freeze", 2.2, 1.9), row("freeze", 2.2, 1.9, 1)],
-            "merge": [row("merge", 3.0, 1.0), row("merge", 3.0, 1.0, 1)]}
+    runs = [row("domain_only", 1.9, 2.0), row("domain_only", 2.1, 2.2, 1), row("replay", 2.1, 1.1),
+            row("replay", 2.1, 1.3, 1), row("freeze", 2.2, 1.9), row("freeze", 2.2, 1.9, 1), row("merge", 3.0, 1.0),
+            row("merge", 3.0, 1.0, 1)]
     rows = {r["method"]: r for r in forgetting.summarise(runs)}
     # 110 % forgotten, 20 % with replay: 82 % of it removed, for 2.1 / 2.0 of the domain's bits
     assert rows["replay"]["forgetting_removed"] == pytest.approx(1 - 0.2 / 1.1)
@@ -39,14 +38,14 @@ def test_a_method_is_measured_against_domain_only_training():
 
 
 def test_what_a_budget_run_spent_and_lost(tmp_path, monkeypatch):
-    for step, general in ((0, 1.0), (10, 1.12), (20, 1.05), (30, 1.101)):
-        (tmp_path / f"eval_step_{step}.json").write_text(json.dumps({"texts": {"general": {"bits_per_byte": general}}}))
+    lines = [{"kind": "eval", "step": step, "sources": {"general": {"bits_per_byte": general}}}
+             for step, general in ((0, 1.0), (10, 1.12), (20, 1.05), (30, 1.101))]
     # a mean of 0.6 up to step 10, of 0.5 up to 20 (so 0.4 within) and of 0.4 up to 30 (0.2 within)
-    trained = [{"step": 1, "replay_share": 0.5}] + [{"step": s, "replay_share": r} for s, r in
-                                                    ((10, 0.6), (20, 0.5), (30, 0.4))]
+    lines += [{"kind": "train", "step": step, "replay_share": share}
+              for step, share in ((1, 0.5), (10, 0.6), (20, 0.5), (30, 0.4))]
     kept = {"seed": 0, "domain_bits_per_byte": 2.0, "general_bits_per_byte": 1.101, "replay_share": 0.4}
-    monkeypatch.setattr(budget, "train", lambda *a: (kept, {}, trained))
-    got = budget.measure_run("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path, {})
+    monkeypatch.setattr(budget, "measure_run", lambda *a: (kept, lines))
+    got = budget.measure_loss("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path, {})
     assert got["replay_shares"] == pytest.approx([0.6, 0.4, 0.2])
     assert got["rises"] == pytest.approx([0, 0.12, 0.05, 0.101])
     assert (got["evaluations_over"], got["evaluations"], got["replay_share"]) == (2, 3, 0.4)
@@ -60,7 +59,7 @@ def test_the_fixed_share_is_what_the_budget_spent(monkeypatch):
         asked.append(words)
         return {"method": method, "replay_share": 0.37, "worst_rise": 0.1, "evaluations_over": 0, "evaluations": 3,
                 "last_rise": 0.1, "domain_bits_per_byte": 2.0}
-    monkeypatch.setattr(budget, "measure_run", measured)
+    monkeypatch.setattr(budget, "measure_loss", measured)
     budget.measure_pair(0, types.SimpleNamespace(epsilon=0.1), Path("out"), {})
     assert "budget" in asked[0]
     assert asked[1] == ["--data.domain-share", 0.63]

@@ -22,7 +22,8 @@ def test_rows_from_their_parts_beat_random_ones(data_dir, tmp_path):
     done = study("--data", data_dir, "--out", tmp_path, "--quick")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "tokenizers.json").read_text())
-    assert (result["command"], result["seeds"]) == ("python experiments/tokenizers.py --data DIR --quick", [0])
+    words = f"--data {data_dir.name} --out {tmp_path.name} --quick"
+    assert (result["command"], result["seeds"]) == (f"python experiments/tokenizers.py {words}", [0])
     rows = {row["method"]: row for row in result["rows"]}
     assert rows.keys() == {"subtoken", "random"}
     assert rows["subtoken"]["steps"] == rows["random"]["steps"]                     # one tokenizer: the same bytes
