@@ -59,17 +59,20 @@ class ForgetConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
 
 
-# The setting that turns each method on, in the order in which the loop calls their hooks.
-METHODS = {Freeze: "schedule", EWC: "strength", LwF: "alpha", AdaptiveReplay: "policy", EMA: "decay"}
+# The setting that turns each section on.
+SWITCHES = {"freeze": "schedule", "ewc": "strength", "lwf": "alpha", "adaptive": "policy", "ema": "decay",
+            "merge": "method"}
+# In the order in which the loop calls their hooks; merge has none, it comes after the run.
+METHODS = (Freeze, EWC, LwF, AdaptiveReplay, EMA)
 
 
 def build(config: ForgetConfig, learning: Learning) -> list[Method]:
-    """The methods that are on."""
-    if config.merge.method != "none":
-        learning.require_base("forget.merge")
-    sections = [(method, getattr(config, method.name), switch) for method, switch in METHODS.items()]
-    return [method(section, learning) for method, section, switch in sections
-            if getattr(section, switch) not in (0, "none")]
+    """The methods that are on. UserError where one of them keeps what a base knows and there is no base."""
+    on = [name for name, switch in SWITCHES.items() if getattr(getattr(config, name), switch) not in (0, "none")]
+    if not learning.pretrained and (keeps := [name for name in on if name not in ("freeze", "ema")]):
+        raise UserError(f"forget.{keeps[0]} keeps what a base knows, and model.init scratch has none; leave it out, or "
+                        f"start from a model with --model.init pretrained")
+    return [method(getattr(config, method.name), learning) for method in METHODS if method.name in on]
 
 
 # ---- commands

@@ -112,14 +112,14 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
     drawn: call `initialise` once the base's weights are there. Weights are quantised on `device`, one layer at a time,
     so that the plain ones need not fit there together.
     """
-    if not config.rank:
-        raise UserError("lora.rank is 0: no adapter; set it, e.g. to 8")
     on_meta = any(p.is_meta for p in model.parameters())
-    ranks, tables = choose_ranks(model, config), {}
+    settings = {"alpha": config.alpha, "rslora": config.rslora, "dora": config.dora, "dropout": config.dropout}
+    chosen = {path: {"rank": rank, **settings} for path, rank in choose_ranks(model, config).items()}
     if config.embeddings != "frozen":
         rows = config.embedding_rows
         token_ids = parse_token_ids(rows, model.embed_tokens.weight.shape[0]) if rows else None
-        tables = dict.fromkeys(["embed_tokens"] if adapters.is_tied(model) else ["embed_tokens", "head"], token_ids)
+        names = ["embed_tokens"] if adapters.is_tied(model) else ["embed_tokens", "head"]
+        chosen |= {name: {"token_ids": token_ids} for name in names}
     if config.base != "plain":
         if on_meta:
             raise UserError(f"lora.base {config.base}: quantised weights are not sharded; use --parallel.strategy ddp")
@@ -127,8 +127,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
             layer = adapters.replace_layer(model, path)
             if layer.quantised is None:
                 layer.compress(config.base, config.double_quant, device)
-    settings = {"alpha": config.alpha, "rslora": config.rslora, "dora": config.dora, "dropout": config.dropout}
-    adapters.add_adapter(model, name, {path: {"rank": rank, **settings} for path, rank in ranks.items()}, tables)
+    adapters.add_adapter(model, name, chosen)
     if not on_meta:
         initialise(model, seed)
 

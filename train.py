@@ -32,7 +32,7 @@ from core.hashing import mix_keys
 from core.log import LogConfig
 from core.parallel import ParallelConfig
 from data import Batch
-from forget import ForgetConfig
+from forget import SWITCHES, ForgetConfig
 from learn import schedules
 from learn.objectives import IGNORE, LossBySource, ObjectiveConfig
 from learn.optim import OptimConfig
@@ -69,8 +69,7 @@ class Config:
 
     def __post_init__(self):
         refuse_unused(self.lora, "lora", "rank")
-        for name, switch in (("freeze", "schedule"), ("ewc", "strength"), ("lwf", "alpha"), ("adaptive", "policy"),
-                             ("merge", "method")):
+        for name, switch in SWITCHES.items():
             refuse_unused(getattr(self.forget, name), f"forget.{name}", switch)
 
 

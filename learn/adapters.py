@@ -6,19 +6,29 @@
 A layer of ours holds the parameters of the one it replaces, under the same names, so that loading, sharding and saving
 a base need not know of adapters. A layer may have several, `adapters.NAME`, in fp32 or wider; at most one is active.
 
+W may be kept in few bits, and is turned back into floating point whenever the layer computes (QLoRA, 2305.14314):
+
+    nf4    4 bits: 16 levels at quantiles of the normal distribution, kernels/nf4.py
+    int4   4 bits: 15 evenly spaced levels in the same record, so that the same kernels read it
+    int8   8 bits: integers times one scale per output: LLM.int8() (2208.07339) without its fp16 part for outliers
+
 Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embedding or head) [V, D], n trained rows.
 """
 
 import math
 import re
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from core.errors import UserError
-from kernels import lora_linear
-from learn.quantised import TINY, EightBit, EightBitMatmul, FourBit, compress
+from kernels import NF4, dequantise, lora_linear, quantise
+from kernels.nf4 import BLOCK
+
+# The divisor where all weights of a block, or of a row, are 0.
+TINY = torch.finfo(torch.float32).tiny
 
 # ---- what is trained. Each kind of adapter has three things:
 # peft_suffixes                          {parameter: end of its key in PEFT's file}
@@ -115,6 +125,71 @@ class TableRows(nn.Module):
         return torch.where((slot >= 0).unsqueeze(-1), trained, F.embedding(tokens, weight))
 
 
+# ---- weights in few bits
+
+class FourBit(nn.Module):
+    """The tensors of an NF4 record (kernels/nf4.py) as buffers, so that they move between devices with the model."""
+
+    def __init__(self, record: NF4):
+        super().__init__()
+        self.shape, self.dtype = record.shape, record.dtype
+        for name in ("packed", "absmax", "code", "absmax2", "code2", "offset"):
+            self.register_buffer(name, getattr(record, name))
+
+    def record(self) -> NF4:
+        return NF4(self.packed, self.absmax, self.code, self.absmax2, self.code2, self.offset, self.shape, self.dtype)
+
+    def dequantise(self) -> torch.Tensor:
+        return dequantise(self.record(), torch.float32)
+
+
+class EightBit(nn.Module):
+    """codes int8 [out, in] and scale fp32 [out], the largest absolute weight of each output divided by 127."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.shape, self.dtype = weight.shape, torch.float32
+        scale = weight.abs().amax(1).float() / 127
+        if not scale.isfinite().all():
+            raise UserError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; int8 has none")
+        codes = (weight.float() / scale.clamp(min=TINY)[:, None]).round()
+        self.register_buffer("codes", codes.to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def dequantise(self) -> torch.Tensor:
+        return self.codes.float() * self.scale[:, None]
+
+
+class EightBitMatmul(torch.autograd.Function):
+    """x W^T with a gradient for x alone. bf16 and fp16 hold every int8 code exactly, and the scale of an output is
+    applied after the sum, so that no dequantised weight is needed."""
+
+    @staticmethod
+    def forward(ctx, x, codes, scale):
+        ctx.save_for_backward(codes, scale)
+        return F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        codes, scale = ctx.saved_tensors
+        return (dy * scale.to(dy.dtype)) @ codes.to(dy.dtype), None, None
+
+
+def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:
+    """NF4's record with the levels -8/7, -1, -6/7, ..., 1 (the first is unused) instead of normal quantiles.
+
+    In a block whose largest absolute weight is 0.7, the weight 0.7 has code 15, 0 has code 8, and 0.23 has code
+    round(0.23 / 0.7 * 7) + 8 = 10, which is read back as (10 - 8) / 7 * 0.7 = 0.2.
+    """
+    # For the largest absolute weight of each block.
+    record = quantise(weight, double_quant)
+    flat = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+    largest = flat.abs().amax(1, keepdim=True).clamp(min=TINY)
+    codes = ((flat / largest * 7).round() + 8).to(torch.uint8).view(-1, 2)
+    packed = ((codes[:, 0] << 4) | codes[:, 1])[:len(record.packed)].clone()
+    return replace(record, packed=packed, code=torch.arange(-8, 8, device=weight.device) / 7)
+
+
 # ---- the layers
 
 class Adapted(nn.Module):
@@ -167,8 +242,13 @@ class Linear(Adapted):
         self.register_parameter("bias", old.bias)
 
     def compress(self, kind: str, double_quant: bool, device=None):
-        """Quantise the weight as `kind` (nf4, int4 or int8), after moving it to `device` if one is given."""
-        self.quantised = compress(self.weight.detach().to(device or self.device), kind, double_quant)
+        """Quantise the weight, in fp32, bf16 or fp16, as `kind` (nf4, int4 or int8), after moving it to `device` if one
+        is given; UserError on NaN."""
+        weight = self.weight.detach().to(device or self.device)
+        if kind == "int8":
+            self.quantised = EightBit(weight)
+        else:
+            self.quantised = FourBit((quantise_int4 if kind == "int4" else quantise)(weight, double_quant))
         self.weight = None
 
     def forward(self, x):
@@ -196,8 +276,7 @@ class Linear(Adapted):
         """(weight, bias, A, B, scale) for kernels.lora_linear; A and B of rank 0 where no adapter is fused."""
         weight, adapter = self.weight if self.quantised is None else self.quantised.record(), self.fused_adapter
         if adapter is None:
-            out, width = self.kept.shape
-            return weight, self.bias_of_base(), x.new_empty(0, width), x.new_empty(out, 0), 1.0
+            return weight, self.bias_of_base(), x.new_empty(0, x.shape[-1]), x.new_empty(self.kept.shape[0], 0), 1.0
         return weight, self.bias_of_base(), adapter.A, adapter.B, adapter.scale
 
     def apply_base(self, x):
@@ -281,29 +360,25 @@ def replace_layer(model: nn.Module, path: str) -> Adapted:
         new = Head(old, replace_layer(model, "embed_tokens") if is_tied(model) else None)
     else:
         new = (Embedding if isinstance(old, nn.Embedding) else Linear)(old)
-    owner, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, new)
+    model.set_submodule(path, new)
     return new
 
 
-def add_adapter(model: nn.Module, name: str, low_rank: dict[str, dict], tables: dict[str, list[int] | None]):
+def add_adapter(model: nn.Module, name: str, settings: dict[str, dict]):
     """Freeze the model and give it the adapter `name`, whose tensors are still to be filled; it becomes active.
 
-    low_rank: {path of a linear layer: LowRank's settings}. tables: {"embed_tokens" or "head": TableRows' token ids}.
-    UserError where the name is no word or is taken.
+    settings: {path of a layer: those of its LowRank or, of "embed_tokens" and "head", of its TableRows}. UserError
+    where the name is no word or is taken.
     """
     if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name):
         raise UserError(f"an adapter cannot be called {name!r}; use letters, digits and _")
     if any(name in layer.adapters for _, layer in adapted_layers(model)):
         raise UserError(f"the model has an adapter {name!r} already; give this one another name")
     model.requires_grad_(False)
-    for path, settings in low_rank.items():
+    for path, own in settings.items():
         layer = replace_layer(model, path)
-        layer.adapters[name] = LowRank(layer, **settings)
-    for path, token_ids in tables.items():
-        layer = replace_layer(model, path)
-        layer.adapters[name] = TableRows(layer, token_ids)
-    if "embed_tokens" in tables and is_tied(model):
+        layer.adapters[name] = (LowRank if isinstance(layer, Linear) else TableRows)(layer, **own)
+    if "embed_tokens" in settings and is_tied(model):
         replace_layer(model, "head")
     activate(model, name)
 

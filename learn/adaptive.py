@@ -55,7 +55,6 @@ class AdaptiveReplay(Method):
 
     def __init__(self, config: AdaptiveConfig, learning: Learning):
         super().__init__(config, learning)
-        learning.require_base("forget.adaptive")
         if not learning.general_sources:
             raise UserError("forget.adaptive moves the share of general text, and the run draws none; add a source "
                             "with the role general (forget.py replay makes one from the base), or use "

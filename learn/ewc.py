@@ -19,7 +19,6 @@ from typing import Literal
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from core.config import setting
@@ -27,8 +26,7 @@ from core.errors import UserError
 from core.files import new_folder, read_json, write_json
 from core.hashing import short_digest
 from core.parallel import distribute_like, full_tensor
-from kernels import linear_cross_entropy
-from kernels.cross_entropy import IGNORE
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from learn.method import Learning, Method, take_sequences, trainable_parameters, upcast_dtype
 
 
@@ -52,14 +50,10 @@ class EWC(Method):
 
     def __init__(self, config: EWCConfig, learning: Learning):
         super().__init__(config, learning)
-        learning.require_base("forget.ewc")
         if learning.adapters:
             raise UserError("forget.ewc ties the base's weights down, and with adapters these do not move, so it "
                             "protects nothing; use --forget.lwf.alpha 0.5, whose base is the same network with its "
                             "adapters off")
-        if config.fisher != "l2sp" and learning.general_text is None:
-            raise UserError("forget.ewc estimates its Fisher on general text, and there is none; add a source with the "
-                            "role general (forget.py replay makes one from the base), or use --forget.ewc.fisher l2sp")
         self.fisher = {}
         # Base and F do not change during a run, so a checkpoint only says what they were made from.
         self.values["fingerprint"] = json.dumps([learning.fingerprint, config.fisher, config.samples, learning.seed])
@@ -80,14 +74,12 @@ class EWC(Method):
     def load_or_estimate(self, model, parameters: dict) -> dict:
         """Sets self.fisher, and returns {"sequences", "tokens"} of the text that it was estimated on."""
         world, folder = self.learning.world, self.learning.folder
-        if folder:
-            digest = short_digest(json.dumps([self.values["fingerprint"], *sorted(parameters)]).encode())
-            folder = folder / f"fisher_{digest}"
-            if world.broadcast(folder.exists()):
-                stored = load_file(folder / "fisher.safetensors")
-                self.fisher = {name: distribute_like(stored[name], p, upcast_dtype(p))
-                               for name, p in parameters.items()}
-                return read_json(folder / "text.json")
+        digest = short_digest(json.dumps([self.values["fingerprint"], *sorted(parameters)]).encode())
+        folder = folder and folder / f"fisher_{digest}"
+        if folder and world.broadcast(folder.exists()):
+            stored = load_file(folder / "fisher.safetensors")
+            self.fisher = {name: distribute_like(stored[name], p, upcast_dtype(p)) for name, p in parameters.items()}
+            return read_json(folder / "text.json")
         self.fisher, found = estimate_fisher(model, self.learning, self.config.samples, self.config.fisher == "true")
         if folder:
             tensors = {name: full_tensor(value) for name, value in self.fisher.items()}
@@ -111,11 +103,6 @@ class EWC(Method):
                     p.grad.add_(pull, alpha=2 * self.config.strength)
         return {"ewc_penalty": self.config.strength * full_tensor(total).item()}
 
-    def load_state(self, tensors, values):
-        if values != self.values:
-            raise UserError(f"forget.ewc was made of {values['fingerprint']} and is made of "
-                            f"{self.values['fingerprint']}; use the same base, general text and settings to resume")
-
 
 def estimate_fisher(model, learning: Learning, samples: int, true: bool = False) -> tuple[dict, dict]:
     """The diagonal Fisher information of `samples` sequences of general text: ({name: F in fp32 or wider, laid out over
@@ -128,9 +115,10 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
     (FSDP) all take every sequence: a gradient is averaged over the ranks, and equal ones average to themselves.
     """
     world, tokens, number = learning.world, 0, -1
-    total = {name: torch.zeros_like(p, dtype=upcast_dtype(p)) for name, p in trainable_parameters(model).items()}
-    share_out = world.size > 1 and not any(isinstance(p, DTensor) for p in total.values())
-    one_by_one = (take_sequences(batch, [i]) for batch in learning.general_text for i in range(len(batch.tokens)))
+    parameters = trainable_parameters(model)
+    total = {name: torch.zeros_like(p, dtype=upcast_dtype(p)) for name, p in parameters.items()}
+    share_out = world.size > 1 and not learning.sharded
+    one_by_one = (take_sequences(batch, [i]) for batch in learning.general_text or () for i in range(len(batch.tokens)))
     chosen = itertools.islice((sequence for sequence in one_by_one if (sequence.labels != IGNORE).any()), samples)
     model.zero_grad(set_to_none=True)
     for number, sequence in enumerate(tqdm(chosen, "Fisher", samples, disable=None if world.main else True)):
@@ -143,13 +131,13 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
             generator = torch.Generator().manual_seed((learning.seed * 1_000_003 + number) % 2**63)
             labels = draw_labels(hidden, model.head.weight, labels, generator)
         linear_cross_entropy(hidden, model.head.weight, labels)[0].backward()
-        for name, p in trainable_parameters(model).items():
+        for name, p in parameters.items():
             if p.grad is not None:
                 total[name] += p.grad.to(total[name].dtype).square()
         model.zero_grad(set_to_none=True)
     if not tokens:
-        raise UserError("the Fisher of forget.ewc has no general text to be estimated on; add a source with the role "
-                        "general, or use --forget.ewc.fisher l2sp")
+        raise UserError("forget.ewc estimates its Fisher on general text, and there is none; add a source with the "
+                        "role general (forget.py replay makes one from the base), or use --forget.ewc.fisher l2sp")
     if share_out:
         for value in total.values():
             torch.distributed.all_reduce(value)

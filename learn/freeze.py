@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch.distributed.tensor import DTensor
-
 from core.config import setting
 from core.errors import UserError, nearest
 from learn.method import Learning, Method, trainable_parameters
@@ -66,10 +64,11 @@ class Freeze(Method):
                             "put adapters on fewer modules instead")
         super().__init__(config, learning)
         self.steps, self.stages = learning.steps, config.parse_stages()
+        self.replicated = learning.world.size > 1 and not learning.sharded
 
     def model_built(self, model):
-        names = list(trainable_parameters(model))
-        self.blocks = 1 + max((block_number(name) for name, _ in model.named_parameters()), default=-1)
+        names, parameters = list(trainable_parameters(model)), dict(model.named_parameters())
+        self.blocks = 1 + max(map(block_number, parameters), default=-1)
         if self.config.schedule != "stages" and self.config.blocks > self.blocks:
             raise UserError(f"forget.freeze.blocks is {self.config.blocks}, but the model has {self.blocks} blocks "
                             f"named layers.N; lower it, or name what trains with --forget.freeze.schedule stages")
@@ -84,36 +83,28 @@ class Freeze(Method):
             raise UserError("forget.freeze leaves nothing to train at some time; name at least one part in each stage, "
                             "or leave out freezing")
         self.ever = set().union(*self.sets.values())
-        for name, p in model.named_parameters():
+        for name, p in parameters.items():
             p.requires_grad_(name in self.ever)
-        sharded = any(isinstance(p, DTensor) for p in model.parameters())
-        self.replicated = self.learning.world.size > 1 and not sharded
-        self.notes = self.describe(model)
 
-    def describe(self, model) -> list[str]:
-        parameters = dict(model.named_parameters())
         counts = [sum(parameters[name].numel() for name in names) for names in self.sets.values()]
         total = sum(p.numel() for p in parameters.values())
-        notes = [f"freeze ({self.config.schedule}): {counts[0]:,} of {total:,} parameters train at first, "
-                 f"{counts[-1]:,} at the end, in {len(counts)} stages"]
+        self.notes = [f"freeze ({self.config.schedule}): {counts[0]:,} of {total:,} parameters train at first, "
+                      f"{counts[-1]:,} at the end, in {len(counts)} stages"]
         # PyTorch names a shared parameter once, by its first place.
         if "embed_tokens.weight" in parameters and "head.weight" not in parameters:
-            notes.append("freeze: the head is tied to the embeddings")
+            self.notes.append("freeze: the head is tied to the embeddings")
             if "embed_tokens.weight" not in self.ever:
-                notes[-1] += ", which are frozen, so it does not train: --forget.freeze.embeddings True lets both"
+                self.notes[-1] += ", which are frozen, so it does not train: --forget.freeze.embeddings True lets both"
         if self.replicated:
-            notes.append("freeze: under DDP frozen weights save their optimizer state, but their gradients are still "
-                         "computed; --parallel.strategy fsdp saves both")
-        return notes
+            self.notes.append("freeze: under DDP frozen weights save their optimizer state, but their gradients are "
+                              "still computed; --parallel.strategy fsdp saves both")
 
     def stage_at(self, step: int) -> int:
         """Of a step: an index into freeze.stages, or with the other schedules the number of blocks that train."""
         config, progress = self.config, step / self.steps
         if config.schedule == "stages":
             return sum(start <= progress for start, _ in self.stages) - 1
-        if config.schedule == "top":
-            return config.blocks
-        thawed = min(1.0, progress / config.thaw_ratio)
+        thawed = min(1.0, progress / config.thaw_ratio) if config.schedule == "progressive" else 0.0
         # Without the 1e-9 a product that is 2.9999... by rounding would count as 2.
         return config.blocks + int((self.blocks - config.blocks) * thawed + 1e-9)
 
@@ -127,9 +118,9 @@ class Freeze(Method):
     def apply(self, step: int, model, optimizer=None):
         """Sets what the step `step` trains; frozen parameters lose their gradient and their optimizer state."""
         now = self.sets[self.stage_at(min(step, self.steps - 1))]
-        parameters = dict(model.named_parameters())
-        for name in self.ever:
-            p = parameters[name]
+        for name, p in model.named_parameters():
+            if name not in self.ever:
+                continue
             if name not in now:
                 p.grad = None
                 if optimizer is not None:

@@ -14,12 +14,11 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from core.config import setting
 from core.errors import UserError
-from kernels import linear_cross_entropy, linear_kl
-from kernels.cross_entropy import IGNORE
+from kernels import linear_kl
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from learn.method import Learning, Method, take_sequences
 
 
@@ -41,7 +40,6 @@ class LwF(Method):
 
     def __init__(self, config: LwFConfig, learning: Learning):
         super().__init__(config, learning)
-        learning.require_base("forget.lwf")
         if config.tokens == "replay" and not learning.general_sources:
             raise UserError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
@@ -49,9 +47,8 @@ class LwF(Method):
         self.base, self.divergence, self.targets = learning.base, 0.0, 0
 
     def model_built(self, model):
-        self.sharded = any(isinstance(p, DTensor) for p in model.parameters())
         if self.base is None:
-            assert not self.sharded, "FSDP cannot copy a model: the run must hand in a base"
+            assert not self.learning.sharded, "FSDP cannot copy a model: the run must hand in a base"
             teacher = copy.deepcopy(model).requires_grad_(False)
             for module in teacher.modules() if self.learning.precision else ():
                 # Autocast would round these weights in every matmul anyway: kept rounded they take half the memory.
@@ -62,18 +59,16 @@ class LwF(Method):
             self.notes = [f"lwf: a frozen copy of the base stays in memory, {gigabytes:.2f} GB"]
 
     def loss_computed(self, model, batch, loss, metrics):
-        hidden, sequences = metrics["hidden"], range(len(batch.tokens))
-        general = self.learning.general_sources
+        hidden, sequences, general = metrics["hidden"], range(len(batch.tokens)), self.learning.general_sources
         chosen = [i for i in sequences if self.config.tokens == "all" or int(batch.source[i]) in general]
-        if not chosen and not self.sharded:
+        if not chosen and not self.learning.sharded:
             return loss
         # All ranks must gather a sharded teacher together, so a rank without such sequences runs one for nothing.
         part = batch if len(chosen) == len(sequences) else take_sequences(batch, chosen or [0])
         labels = part.labels.to(hidden.device)
         with torch.no_grad(), self.base(model) as teacher:
             training = teacher.training
-            base_hidden = self.learning.forward(teacher.eval(), part)
-            base_weight = teacher.head.weight.detach()
+            base_hidden, base_weight = self.learning.forward(teacher.eval(), part), teacher.head.weight.detach()
             teacher.train(training)
         if not chosen:
             return loss

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from core.errors import UserError
 from core.parallel import World, distribute_like, full_tensor
 
 
@@ -37,18 +37,14 @@ class Learning:
     """False: there is no base, the weights begin at random"""
     adapters: bool = False
     """only adapters train, and the base's own weights do not move"""
+    sharded: bool = False
+    """FSDP: each rank holds a share of every tensor"""
     precision: torch.dtype | None = None
     """the dtype in which autocast computes the matmuls of `forward`; None: no autocast"""
     folder: Path | None = None
     """the run folder, for estimates that a resumed run reads again; None: keep nothing"""
     fingerprint: str = ""
     """of the base and of the general text: an estimate made from others is not used again"""
-
-    def require_base(self, section: str):
-        """UserError where the method with these settings has no base whose knowledge it could keep."""
-        if not self.pretrained:
-            raise UserError(f"{section} keeps what a base knows, and model.init scratch has none; leave it out, or "
-                            f"start from a model with --model.init pretrained")
 
 
 class Method:
@@ -110,6 +106,5 @@ def upcast_dtype(x: torch.Tensor) -> torch.dtype:
 
 def take_sequences(batch, which):
     """The batch of some of its sequences; `which` is a slice or a list of their numbers."""
-    parts = {f.name: getattr(batch, f.name)[which] for f in dataclasses.fields(batch)
-             if f.name == "source" or isinstance(getattr(batch, f.name), torch.Tensor)}
-    return dataclasses.replace(batch, **parts)
+    return dataclasses.replace(batch, **{name: value[which] for name, value in vars(batch).items()
+                                         if isinstance(value, (torch.Tensor, np.ndarray))})

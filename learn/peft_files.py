@@ -152,24 +152,24 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     # A bare list means the embedding.
     indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
     rslora, dora = bool(settings.get("use_rslora")), bool(settings.get("use_dora"))
-    known, low_rank, tables = adapters.linear_layers(model), {}, {}
+    known, chosen = adapters.linear_layers(model), {}
     for key in sorted(tensors):
         module, _, end = key.removeprefix(PREFIX).partition(".lora_A")
         path = hf.from_hf_name(module)
         if end == ".weight" and path in known:
             alpha = next((value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)),
                          settings["lora_alpha"])
-            low_rank[path] = {"rank": len(tensors[key]), "alpha": float(alpha), "rslora": rslora, "dora": dora,
-                              "dropout": settings.get("lora_dropout") or 0.0}
+            chosen[path] = {"rank": len(tensors[key]), "alpha": float(alpha), "rslora": rslora, "dora": dora,
+                            "dropout": settings.get("lora_dropout") or 0.0}
         elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
-            tables["embed_tokens" if key == EMBEDDING_KEY else "head"] = None
+            chosen["embed_tokens" if key == EMBEDDING_KEY else "head"] = {"token_ids": None}
         elif key.endswith(".token_adapter.trainable_tokens_delta"):
             table = key.split(".")[-3]
             token_ids = next((ids for path, ids in indices.items() if last_part(path) == table), None)
             if token_ids is None or table not in ("embed_tokens", "lm_head"):
                 raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {key}")
-            tables["head" if table == "lm_head" else "embed_tokens"] = token_ids
-    adapters.add_adapter(model, name, low_rank, tables)
+            chosen["head" if table == "lm_head" else "embed_tokens"] = {"token_ids": token_ids}
+    adapters.add_adapter(model, name, chosen)
     load_peft_state(model, tensors)
     return settings
 

@@ -337,10 +337,10 @@ class GeneralText:
 def describe_learning(run: Run) -> Learning:
     """What the retention methods may know of this run."""
     c, world, loader, general = run.c, run.world, run.loader, run.names_of("general")
-    base = None
+    base, sharded = None, world.size > 1 and c.parallel.strategy == "fsdp"
     if c.lora.rank:
         base = lora.disabled
-    elif c.forget.lwf.alpha and world.size > 1 and c.parallel.strategy == "fsdp":
+    elif c.forget.lwf.alpha and sharded:
         # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
@@ -350,7 +350,7 @@ def describe_learning(run: Run) -> Learning:
     if c.data.drop_last:
         made_of.append("drop_last")
     return Learning(
-        steps=run.steps, seed=c.seed, world=world, forward=run.forward,
+        steps=run.steps, seed=c.seed, world=world, sharded=sharded, forward=run.forward,
         general_text=GeneralText(run) if general else None,
         general_sources=frozenset(i for i, name in enumerate(loader.names) if name in general and loader.plan[-1][i]),
         base=base, pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SIZES, large_weights
-from retention import ONE, UnreadText, forward, methods, some_batch
+from retention import ONE, UnreadText, forward, methods, some_batch, toy
 from runs import ENV
 
 from core import cli, config, parallel
@@ -72,11 +72,13 @@ def test_wrong_settings(make, says):
 @pytest.mark.parametrize(("settings", "alternative"), [
     ({"ewc": EWCConfig(0.1), "adapters": True}, "lwf.alpha"),
     ({"freeze": FreezeConfig("top"), "adapters": True}, "fewer modules"),
-    ({"ewc": EWCConfig(0.1), "general_text": None}, "fisher l2sp"),
+    ({"ewc": EWCConfig(0.1), "general_text": None, "built": toy()}, "fisher l2sp"),
     ({"lwf": LwFConfig(0.5, tokens="replay"), "general_sources": frozenset()}, "tokens all"),
     ({"adaptive": AdaptiveConfig("budget"), "general_sources": frozenset()}, "lwf.alpha"),
     ({"merge": MergeConfig("linear"), "pretrained": False}, "init pretrained"),
-    ({"lwf": LwFConfig(0.5, tokens="all"), "pretrained": False}, "init pretrained"),
+    ({"lwf": LwFConfig(0.5, tokens="all"), "pretrained": False}, "forget.lwf keeps what a base .*init pretrained"),
+    ({"ewc": EWCConfig(0.1, "l2sp"), "pretrained": False}, "forget.ewc keeps what a base knows"),
+    ({"adaptive": AdaptiveConfig("budget"), "pretrained": False}, "forget.adaptive keeps what a base knows"),
 ])
 def test_combinations_without_sense_name_another(settings, alternative):
     with pytest.raises(ValueError, match=alternative) as error:
@@ -87,6 +89,7 @@ def test_combinations_without_sense_name_another(settings, alternative):
 def test_what_can_be_combined_is():
     assert len(methods(ewc=EWCConfig(0.1, "l2sp"), general_sources=frozenset(), general_text=None)) == 1
     assert len(methods(lwf=LwFConfig(0.5, tokens="all"), general_sources=frozenset(), adapters=True)) == 1
+    assert len(methods(freeze=FreezeConfig("top"), ema=EMAConfig(0.9), pretrained=False)) == 2
 
 
 # ---- two ranks
@@ -100,7 +103,7 @@ def two_rank_run(world, sharded: bool, folder: Path) -> dict:
         return parallel.shard(model, world) if sharded else model
     model = build()
     frozen = build().requires_grad_(False)
-    made = methods(steps=3, world=world, folder=folder,
+    made = methods(steps=3, world=world, sharded=sharded, folder=folder,
                    freeze=FreezeConfig("stages", stages=["0 layers.2 head norm", "0.5 layers head"]),
                    ewc=EWCConfig(0.5, "true", 3), lwf=LwFConfig(0.5, tokens="replay"), ema=EMAConfig(0.5),
                    general_text=[some_batch(9, rows=3, length=8, vocabulary=97)],
@@ -126,8 +129,8 @@ def two_rank_run(world, sharded: bool, folder: Path) -> dict:
             method.after_step(step, model, optimizer)
         optimizer.zero_grad(set_to_none=True)
     ewc, ema = made[1], made[3]
-    _, again = methods(steps=3, built=build(), world=world, freeze=made[0].config, ewc=ewc.config, folder=folder,
-                       general_text=UnreadText())
+    _, again = methods(steps=3, built=build(), world=world, sharded=sharded, freeze=made[0].config, ewc=ewc.config,
+                       folder=folder, general_text=UnreadText())
     for name, value in again.fisher.items():
         assert torch.equal(parallel.full_tensor(value), parallel.full_tensor(ewc.fisher[name]))
     tensors = {"weights": parallel.model_state(model), "ema": ema.state()[0],

@@ -1,10 +1,8 @@
 """Laws: a method that overrides nothing changes nothing; sequences taken from a batch are those sequences."""
 
-import pytest
 import torch
 from retention import bits, learning, some_batch, step_of, toy
 
-from core.errors import UserError
 from learn.method import Method, take_sequences, upcast_dtype
 
 
@@ -37,9 +35,3 @@ def test_taken_sequences():
 def test_arithmetic_is_in_fp32_or_wider():
     found = [upcast_dtype(torch.zeros(1, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
     assert found == [torch.float32, torch.float32, torch.float64]
-
-
-def test_there_is_nothing_to_keep_without_a_base():
-    learning().require_base("forget.ewc")
-    with pytest.raises(UserError, match=r"forget\.lwf keeps what a base knows"):
-        learning(pretrained=False).require_base("forget.lwf")
