@@ -180,7 +180,7 @@ def run_pack(options: Pack) -> dict:
             if holds_tokens(path):
                 found = ((path, {column: ids}) for ids in read_token_documents(path, tokenizer, options.dtype))
             else:
-                found = read_records([path], options.reading, only=None if options.score else [column])
+                found = read_records([path], options.reading, text_only=not options.score)
             for where, record in found:
                 bar.update()
                 yield where, record

@@ -13,7 +13,7 @@ exact | near | paragraph | contaminated) and, last, dedup.json (counts and setti
    one goes if it is at least --threshold similar to a kept one. What is kept depends neither on the order of files and
    records nor on the workers; kept.jsonl follows the files, sorted by name.
 
-A killed run is completed by the same command: every file and every band in --out/.dedup is complete or is made again.
+A killed run is completed by the same command: every file in --out/.dedup is complete or is made again.
 Memory: about 230 bytes per document (10 million documents: 2.3 GB). On disk: 8 bytes per word, 180 per document.
 """
 
@@ -25,7 +25,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +35,7 @@ from core.cli import Output, Positional, Reading
 from core.config import setting
 from core.errors import UserError
 from core.files import new_file, refuse_existing, write_json
+from core.hashing import short_digest
 from core.pool import WorkerPool
 from text.corpus import read_records, utf8
 from text.minhash import BANDS, ROWS, SHINGLE, keep_best, link_band
@@ -76,16 +76,15 @@ def dedup(options: Dedup) -> dict:
     benchmarks = Benchmarks(against) if against else None
     work = _open_folder(out, options.output.overwrite, files + against)
     # Other inputs or settings give other names, so what a stopped run made of them is not found.
-    settings = {"version": VERSION, "layout": LAYOUT, **vars(reading), "paragraphs": paragraphs,
-                "against": list(map(_stamp, against))}
-    stems = [work / _name(settings, _stamp(path)) for path in files]
+    settings = [VERSION, LAYOUT, vars(reading), paragraphs, *map(_stamp, against)]
+    stems = [work / short_digest(json.dumps([settings, _stamp(path)]).encode()) for path in files]
     with WorkerPool(options.workers or os.cpu_count(), (benchmarks, reading.column, paragraphs)) as pool, \
             tqdm(unit=" documents", disable=None, desc="read") as bar:
         if not sum(sign_file(path, stem, reading, pool, bar) for path, stem in zip(files, stems)):
             raise UserError(f"no document in {', '.join(files)}")
     store = Store(stems)
-    verdict, compared = find_duplicates(store, work / _name([stem.name for stem in stems]), options.threshold)
-    counts = write_results(files, out, store, reading, paragraphs, verdict, benchmarks)
+    *verdict, compared = find_duplicates(store, options.threshold)
+    counts = write_results(files, out, store, reading, paragraphs, *verdict, benchmarks)
     report = {"version": VERSION, "threshold": options.threshold, "bands": BANDS, "rows": ROWS,
               "shingle_words": SHINGLE, "paragraphs": paragraphs, "files": files, "pairs_compared": compared, **counts}
     write_json(out / "dedup.json", report)
@@ -96,10 +95,6 @@ def dedup(options: Dedup) -> dict:
 def _stamp(path: str) -> list:
     status = os.stat(path)
     return [path, status.st_size, status.st_mtime_ns]
-
-
-def _name(*parts) -> str:
-    return blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
@@ -121,44 +116,24 @@ def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
 
 # ---- which units go
 
-# What becomes of a unit: the unit that stays in its place, which may be itself, the similarity to that one, and whether
-# it goes as a near-duplicate or as the copy of one.
-VERDICT = np.dtype([("stays", "<i8"), ("similarity", "<f8"), ("is_near", "?")])
-
-
-def find_duplicates(store: Store, stem: Path, threshold: float) -> tuple[np.ndarray, int]:
-    """(VERDICT [U], pairs compared): exact copies first, then the candidates of each band, then the verdict on them.
-
-    The candidates are kept on disk at STEM.band_NN.
-    """
+def find_duplicates(store: Store, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """(stays int64 [U]: the unit that stays in the place of each, perhaps itself; similarity float64 [U] to that one;
+    pairs compared). Exact copies come first, then the candidates of each band, then the verdict on them."""
     first, best = find_exact(store.units)
     # An empty text has no shingles, and can only be an exact copy.
     ranked = best[store.units["length"][best] > 0]
-    members, groups = [], []
-    for band in range(BANDS):
-        path = Path(f"{stem}.band_{band:02d}")
-        if not path.exists():
-            linked = np.stack(link_band(store.read_band(band)[ranked]))
-            with new_file(path, "wb") as file:
-                linked.tofile(file)
-        member, group = np.fromfile(path, np.uint32).reshape(2, -1)
-        members.append(member)
-        groups.append(group)
-    kept, similarity, compared = keep_best(members, groups, len(ranked),
-                                           lambda rank: store.read_shingles(int(ranked[rank])), threshold)
-    verdict = np.ones(len(first), VERDICT)
-    verdict["stays"] = np.arange(len(first))
-    verdict["stays"][ranked] = ranked[kept]
-    verdict["similarity"][ranked] = similarity
-    verdict["is_near"] = verdict["stays"] != np.arange(len(first))
+    bands = [link_band(store.read_band(band)[ranked]) for band in range(BANDS)]
+    kept, similar, compared = keep_best(bands, len(ranked), lambda rank: store.read_shingles(ranked[rank]), threshold)
+    stays, similarity = np.arange(len(first)), np.ones(len(first))
+    stays[ranked], similarity[ranked] = ranked[kept], similar
     # A copy goes where the best of its copies goes.
-    return verdict[first], compared
+    return stays[first], similarity[first], compared
 
 
 # ---- writing
 
-def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: bool, verdict: np.ndarray,
-                  benchmarks: Benchmarks | None) -> dict:
+def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: bool, stays: np.ndarray,
+                  similarity: np.ndarray, benchmarks: Benchmarks | None) -> dict:
     """Read the files again and write kept.jsonl and removed.jsonl; returns the counts of dedup.json."""
     column, counts = reading.column, dict.fromkeys(("documents", "kept", *REASONS), 0)
     found, unit = set(), 0
@@ -183,10 +158,10 @@ def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: 
                     remove(ident, overlaps[0]["item"], overlaps[0]["share"], "contaminated", overlaps=overlaps)
                     parts = []
                 for i, u in enumerate(range(unit, following) if parts else ()):
-                    stays, similarity, is_near = verdict[u].item()
-                    if stays != u:
-                        reason = "paragraph" if paragraphs else "near" if is_near else "exact"
-                        remove(store.read_id(u), store.read_id(stays), round(similarity, 6), reason)
+                    if stays[u] != u:
+                        same = (store.units["exact"][u] == store.units["exact"][stays[u]]).all()
+                        reason = "paragraph" if paragraphs else "exact" if same else "near"
+                        remove(store.read_id(u), store.read_id(stays[u]), round(float(similarity[u]), 6), reason)
                         parts[2 * i] = None
                 text = join_paragraphs(parts)
                 if text is not None:

@@ -263,7 +263,7 @@ def bench_cleaning(documents, folder, rounds) -> list:
         return run_datatrove(folder, *steps, source=source, write=True)["total"].total
 
     def ours():
-        records = read_input(str(source), Reading())
+        records = read_input([str(source)], Reading())
         return clean.clean_corpus(records, settings, folder / "cleaned", overwrite=True)["kept"]
 
     size, peers = megabytes(documents), {"clean_vs_datatrove": ("datatrove", datatrove)}

@@ -81,7 +81,7 @@ def test_every_key_of_a_record_is_kept(tmp_path):
     row = {"text": STATUTE, "id": 7, "timestamp": "2020-01-01", "source": "dc", "domain": "statutes", "odd": "\ud800",
            "metadata": {"scores": {"edu": 3}, "url": "x"}}
     source = write_jsonl(tmp_path / "in.jsonl", [row, {"body": "no text"}][:1])
-    clean_corpus(read_input(str(source), Reading()), Settings("legal"), tmp_path / "out")
+    clean_corpus(read_input([str(source)], Reading()), Settings("legal"), tmp_path / "out")
     (kept,), _, report = read(tmp_path / "out")
     row = json.loads(json.dumps(row))
     assert all(kept[key] == row[key] for key in row.keys() - {"text", "metadata"})
@@ -163,7 +163,7 @@ def test_a_killed_command_leaves_no_worker_and_the_same_command_completes_it(tmp
         time.sleep(0.05)
     assert not (out / "drops.json").exists()
     assert command(monkeypatch, *words, 1) == 0
-    clean_corpus(read_input(str(source), Reading()), Settings("legal"), tmp_path / "straight")
+    clean_corpus(read_input([str(source)], Reading()), Settings("legal"), tmp_path / "straight")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "straight").iterdir()}
 

@@ -96,51 +96,44 @@ def compute_band_keys(sets: list[np.ndarray]) -> np.ndarray:
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """The Jaccard similarity, 0 to 1, of two sorted arrays [at least 1] without repeats."""
-    if len(a) > len(b):
-        a, b = b, a
-    at = np.minimum(b.searchsorted(a), len(b) - 1)
-    common = int(np.count_nonzero(b[at] == a))
+    """The Jaccard similarity, 0 to 1, of two arrays [at least 1] without repeats."""
+    common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
 
 # ---- candidates and the verdict
 
 def link_band(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of one band, uint64 [U], best text first -> (members uint32 [M], group uint32 [M]) of every key that two or
-    more texts share. The members of a group follow each other, best first."""
+    """Keys of one band, uint64 [U], best text first -> (members uint32 [M], bool [M]: where a group begins).
+
+    A group is the texts that share a key, two or more of them, best first: keys 7 7 9 7 give members 0 1 3.
+    """
     order = keys.argsort(kind="stable")
-    keys = keys[order]
-    same = keys[1:] == keys[:-1]
+    same = np.diff(keys[order]) == 0
     # Without a key, both are empty.
     before, after = np.append(False, same)[:len(keys)], np.append(same, False)[:len(keys)]
     shared = before | after
-    group = np.cumsum(~before[shared], dtype=np.int64) - 1
-    return order[shared].astype(np.uint32), group.astype(np.uint32)
+    return order[shared].astype(np.uint32), ~before[shared]
 
 
-def keep_best(members: list, groups: list, n: int, shingles, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
+def keep_best(bands: list, n: int, shingles, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
     """From best to worst, keep a text unless it is `threshold` similar to a kept one with which it shares a band.
 
-    members, groups: what `link_band` gives of each band, for texts 0 (best) to n - 1. shingles(i): the sorted hashes of
-    text i without repeats. Returns (stays int64 [n]: the text that stays in its place; similarity float64 [n] to it;
-    pairs compared).
+    bands: what `link_band` gives of each, for texts 0 (best) to n - 1. shingles(i): the hashes of text i without
+    repeats. Returns (stays int64 [n]: the text that stays in its place; similarity float64 [n] to it; pairs compared).
 
     Let 0 and 1 be 0.9 similar, 1 and 2 too, 0 and 2 only 0.7, and the threshold 0.8. 0 stays. 1 goes: it resembles 0.
     2 stays: it resembles 1, which is not there any more, but not 0. No chain removes what is unlike all that is kept.
     """
-    sizes = [int(group[-1]) + 1 if len(group) else 0 for group in groups]
-    offsets = np.cumsum([0, *sizes])
+    members, begins = map(np.concatenate, zip(*bands))
     # The order of the groups tells where each group's list begins; the walk needs the order of the texts.
-    group = np.concatenate([g + np.uint32(offset) for g, offset in zip(groups, offsets)])
-    starts = np.append(0, np.cumsum(np.bincount(group, minlength=offsets[-1])))
-    members = np.concatenate(members)
+    starts, group = np.flatnonzero(begins), np.cumsum(begins, dtype=np.uint32) - 1
     order = members.argsort(kind="stable")
     group, members = group[order], members[order]
     del order
     edges = np.append(np.unique(members, return_index=True)[1], len(members))
     # A kept text joins the list of each of its groups, where a later text finds all kept ones that it may resemble.
-    kept, fill = np.zeros(len(members), np.uint32), np.zeros(offsets[-1], np.int64)
+    kept, fill = np.zeros(len(members), np.uint32), np.zeros(len(starts), np.int64)
     stays, similarity, compared = np.arange(n), np.ones(n), 0
     for low, high in tqdm(itertools.pairwise(edges), "compare", len(edges) - 1, unit=" documents", disable=None):
         text, own = int(members[low]), group[low:high]

@@ -12,12 +12,11 @@ U units, G shingles, R units with different words.
 """
 
 import contextlib
-import csv
 import itertools
 import json
 import os
 import re
-import zlib
+import struct
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
@@ -28,7 +27,7 @@ from core.cli import Reading
 from core.errors import UserError
 from core.files import new_file, read_json, write_json
 from core.pool import WorkerPool, batches_by_size
-from text.corpus import json_records, read_documents, read_records, utf8
+from text.corpus import read_records, read_values, utf8
 from text.minhash import BANDS, SHINGLE, compute_band_keys, fold_words, hash_ngrams
 
 # Words in a row that a document shares with a benchmark: GPT-3's rule (Brown et al. 2020, appendix C).
@@ -64,7 +63,7 @@ class Benchmarks:
         grams = []
         for path in paths:
             first = len(self.names)
-            for number, item in enumerate(read_items(path), 1):
+            for number, (_, item) in enumerate(read_values(path, Reading(), lists=True), 1):
                 fields = [words for words in map(plain_words, find_strings(item)) if words.count(" ") >= NGRAM - 1]
                 grams.append(np.unique(np.concatenate([np.zeros(0, np.uint64), *hash_ngrams(fields, NGRAM)])))
                 self.sizes.append(len(grams[-1]))
@@ -95,33 +94,6 @@ def plain_words(text: str) -> str:
     return " ".join(re.findall(r"\w+", fold_words(text)))
 
 
-def read_items(path: str):
-    """Yield every item of a benchmark file: records of .jsonl[.gz|.zst] or .parquet, the entries of a .json file, the
-    rows of .csv or .tsv (the header too), the documents of a text file."""
-    suffix = Path(path).suffix if os.path.isfile(path) else ""
-    try:
-        if suffix and re.search(r"\.(jsonl|ndjson)(\.gz|\.zst)?$", path):
-            yield from (item for _, item in json_records(path))
-        elif suffix == ".parquet":
-            import pyarrow.parquet as parquet
-            for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-        elif suffix == ".json":
-            items = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-            yield from items.values() if isinstance(items, dict) else items
-        elif suffix in (".csv", ".tsv"):
-            csv.field_size_limit(2**31 - 1)
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                yield from csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
-        else:
-            yield from read_documents([path])
-    except UserError:
-        raise
-    except (ValueError, EOFError, OSError, zlib.error, RecursionError, TypeError, csv.Error) as error:
-        # Errors of the readers, pyarrow's too; none of them names the file.
-        raise UserError(f"file {path} cannot be read: {error}; convert it or fetch it again") from None
-
-
 def find_strings(value):
     """Yield every string in a value made of dicts and lists."""
     stack = [value]
@@ -141,28 +113,25 @@ def sign_batch(shared: tuple[Benchmarks | None, str, bool], batch: list) -> tupl
     Returns (the content of the FILES, [(unit, its overlaps), ...], how many documents).
     """
     benchmarks, column, paragraphs = shared
-    exact, length, tie, state, folded, ids, hits = [], [], [], [], [], [], []
+    rows, folded, ids, hits = [], [], [], []
     for ident, record in batch:
         overlaps = benchmarks.find_overlaps(record[column]) if benchmarks else []
         if overlaps:
-            hits.append((len(exact), overlaps))
+            hits.append((len(rows), overlaps))
         of_record = blake2b(_to_canonical_json([ident, record]).encode(), digest_size=8)
         for number, text in enumerate(split_paragraphs(record[column])[::2] if paragraphs else [record[column]]):
             words = fold_words(text)
             short = paragraphs and words.count(" ") < SHINGLE - 1
+            state = CONTAMINATED if overlaps else SHORT if short else CANDIDATE
             # Equal paragraphs of one record differ by their number.
             of_record.update(b"#")
-            exact.append(blake2b(words.encode(), digest_size=16).digest())
-            tie += blake2b(utf8(text), digest_size=8).digest(), of_record.digest()
-            length.append(len(words))
-            state.append(CONTAMINATED if overlaps else SHORT if short else CANDIDATE)
-            folded.append(words if state[-1] == CANDIDATE else "")
+            exact = struct.unpack("<QQ", blake2b(words.encode(), digest_size=16).digest())
+            tie = struct.unpack("<QQ", blake2b(utf8(text), digest_size=8).digest() + of_record.digest())
+            folded.append(words if state == CANDIDATE else "")
             ids.append(_to_canonical_json(f"{ident}#{number}" if paragraphs else ident).encode())
-    units, sets = np.zeros(len(exact), UNIT), hash_ngrams(folded, SHINGLE)
-    units["exact"] = np.frombuffer(b"".join(exact), "<u8").reshape(-1, 2)
-    units["tie"] = np.frombuffer(b"".join(tie), "<u8").reshape(-1, 2)
-    units["length"], units["state"] = length, state
-    units["shingles"], units["ids"] = list(map(len, sets)), list(map(len, ids))
+            rows.append((exact, len(words), tie, 0, len(ids[-1]), state))
+    units, sets = np.array(rows, UNIT), hash_ngrams(folded, SHINGLE)
+    units["shingles"] = list(map(len, sets))
     return (units, compute_band_keys(sets), np.concatenate(sets), b"".join(ids)), hits, len(batch)
 
 

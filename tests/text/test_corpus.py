@@ -140,7 +140,7 @@ def test_every_kind_of_input_reads_the_same(tmp_path, kind):
     else:
         path.write_text(lines)
     reading = Reading(documents="blank" if kind == "txt" else "file", column="body")
-    rows = [row for file in list_files([str(path)]) for row in read_input(file, reading)]
+    rows = list(read_input(list_files([str(path)]), reading))
     assert [row["text"] for row in rows] == texts
     assert len({row["id"] for row in rows}) == 2
     if kind not in ("txt", "folder"):

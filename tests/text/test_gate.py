@@ -96,7 +96,7 @@ def kept_share(folder, texts, preset) -> float:
 
 
 def test_domain_presets_keep_95_percent_of_statutes(tmp_path, data_dir):
-    texts = [t["text"] for t in read_input(str(data_dir / "corpora/legal_en_dc/dc_code_title16.txt"), Reading())]
+    texts = [t["text"] for t in read_input([str(data_dir / "corpora/legal_en_dc/dc_code_title16.txt")], Reading())]
     assert kept_share(tmp_path, texts, "legal") >= 0.95 > 0.5 > kept_share(tmp_path, texts, "web")
 
 

@@ -81,10 +81,10 @@ def test_the_verdict_removes_no_chain():
     sets = [np.arange(100, dtype=np.uint64), np.arange(5, 105, dtype=np.uint64), np.arange(16, 116, dtype=np.uint64)]
     assert jaccard(sets[0], sets[1]) > jaccard(sets[1], sets[2]) >= 0.8 > jaccard(sets[0], sets[2])
     bands = [link_band(np.array(keys, np.uint64)) for keys in ([7, 7, 9], [1, 2, 2], [5, 4, 5], [1, 2, 3])]
-    members, groups = zip(*bands)
-    assert [list(zip(m.tolist(), g.tolist())) for m, g in bands] == [
-        [(0, 0), (1, 0)], [(1, 0), (2, 0)], [(0, 0), (2, 0)], []]
-    stays, similarity, compared = keep_best(list(members), list(groups), 3, sets.__getitem__, 0.8)
+    assert [members.tolist() for members, _ in bands] == [[0, 1], [1, 2], [0, 2], []]
+    assert [begins.tolist() for _, begins in bands] == [[True, False]] * 3 + [[]]
+    assert link_band(np.array([7, 5, 7, 9, 5, 7], np.uint64))[1].tolist() == [True, False, True, False, False]
+    stays, similarity, compared = keep_best(bands, 3, sets.__getitem__, 0.8)
     assert stays.tolist() == [0, 0, 2]
     assert similarity.tolist() == [1, jaccard(sets[0], sets[1]), 1]
     assert compared == 2, "2 is not compared with 1, which is gone"
