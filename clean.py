@@ -22,6 +22,7 @@ import importlib.util
 import json
 import math
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,11 +116,11 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
         scores = score_text(part, settings.lingua, settings.keywords, settings.log_odds)
         scores |= {"boilerplate": round(lost, 4), "pii": sum(counts.values())}
         scores |= {f"pii_{name}": n for name, n in counts.items()}
+        scores["quality"] = gate.compute_quality(scores)
         place = {"part": number, "parts": len(parts)} if len(parts) > 1 else {}
         out.append({**record, "text": part, "id": f"{record['id']}/{number}" if place else record["id"], "metadata": {
             **metadata, **place, "domain": metadata.get("domain") or settings.domain or settings.preset,
-            "content_hash": _hash_text(part),
-            "cleaned": {"version": SCORES_VERSION, "preset": settings.preset},
+            "content_hash": _hash_text(part), "cleaned": {"version": SCORES_VERSION, "preset": settings.preset},
             "scores": {**foreign, **scores}}})
     return out
 
@@ -147,29 +148,22 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
     The files depend neither on `workers` nor on a run that was killed before; each appears complete, drops.json last.
     """
     out, start, done = Path(out), time.perf_counter(), 0
-    scored, last = out / ".scored.partial", out / ".drops.json.partial"
     # A run that was killed at its very end leaves this partial, and outputs without their drops.json may be its own.
-    for name in ("drops.json", *(() if last.exists() else corpus.CLEANED)):
+    for name in ("drops.json", *(() if (out / ".drops.json.partial").exists() else corpus.CLEANED)):
         refuse_existing(out / name, overwrite)
     # The files take their names in the opposite order.
     with new_file(out / "drops.json") as report_file, new_file(out / corpus.CLEANED[1], "wb") as compressed, \
-            new_file(out / corpus.CLEANED[0], "wb") as kept:
-        try:
-            with open(scored, "wb") as file, WorkerPool(workers, settings) as pool, \
-                    tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
-                batches = batches_by_size(records, lambda record: len(record["text"] or "") + 100, BATCH_CHARS)
-                for lines, chars in pool.map(_clean_batch, batches):
-                    file.writelines(lines)
-                    done += chars
-                    bar.update(chars)
-            if perplexity:
-                _add_perplexity(scored, perplexity)
-            rules = gate.PRESETS[settings.preset] if rules is None else rules
-            rules = gate.resolve_percentiles(rules, _read_scored(scored, weights))
-            with gzip.GzipFile("", "wb", 1, compressed, mtime=0) as dropped:
-                report = gate.gate_records(_read_scored(scored, weights), rules, kept, dropped)
-        finally:
-            scored.unlink(missing_ok=True)
+            new_file(out / corpus.CLEANED[0], "wb") as kept, tempfile.TemporaryFile(dir=out) as scored:
+        with WorkerPool(workers, settings) as pool, tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
+            batches = batches_by_size(records, lambda record: len(record["text"] or "") + 100, BATCH_CHARS)
+            for lines, chars in pool.map(_clean_batch, batches):
+                scored.writelines((_add_perplexity(line, perplexity) for line in lines) if perplexity else lines)
+                done += chars
+                bar.update(chars)
+        rules = gate.PRESETS[settings.preset] if rules is None else rules
+        rules = gate.resolve_percentiles(rules, _read_scored(scored, weights))
+        with gzip.GzipFile("", "wb", 1, compressed, mtime=0) as dropped:
+            report = gate.gate_records(_read_scored(scored, weights), rules, kept, dropped)
         report = {"preset": settings.preset, "weights": weights, **report}
         json.dump(report, report_file, indent=1, ensure_ascii=False)
         report_file.write("\n")
@@ -184,24 +178,22 @@ def _clean_batch(settings, records):
     return lines, sum(len(record["text"] or "") for record in records)
 
 
-def _read_scored(path, weights):
+def _add_perplexity(line, perplexity):
+    """The line with the perplexity of its text, and the score of that: 1 - perplexity / 100, and 0 above 100."""
+    record = json.loads(line)
+    value, scores = perplexity(record["text"]), record["metadata"]["scores"]
+    if value is not None and math.isfinite(value):
+        scores |= {"perplexity": round(value, 4), "perplexity_score": round(max(0.0, 1 - value / 100), 4)}
+    return corpus.to_line(record)
+
+
+def _read_scored(file, weights):
     """The scored records, each with its composite quality."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            scores = record["metadata"]["scores"]
-            scores["quality"] = gate.compute_quality(scores, weights)
-            yield record
-
-
-def _add_perplexity(path, perplexity):
-    """Add the perplexity of each text, and its score: 1 - perplexity / 100, and 0 above 100."""
-    with new_file(path, "wb") as file:
-        for record in _read_scored(path, gate.WEIGHTS):
-            value, scores = perplexity(record["text"]), record["metadata"]["scores"]
-            if value is not None and math.isfinite(value):
-                scores |= {"perplexity": round(value, 4), "perplexity_score": round(max(0.0, 1 - value / 100), 4)}
-            file.write(corpus.to_line(record))
+    file.seek(0)
+    for record in map(json.loads, file):
+        scores = record["metadata"]["scores"]
+        scores["quality"] = gate.compute_quality(scores, weights)
+        yield record
 
 
 def load_perplexity(folder: str, context: int = 512):
@@ -267,22 +259,19 @@ def clean_command(options: Clean) -> dict:
     files = corpus.list_files(options.files)
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
-        next(corpus.read_input(path, reading), None)
-
-    def read_all(paths):
-        return (record for path in paths for record in corpus.read_input(path, reading))
+        next(corpus.read_input([path], reading), None)
 
     def read_texts(paths):
-        return (record["text"] or "" for record in read_all(paths))
+        return (record["text"] or "" for record in corpus.read_input(corpus.list_files(paths), reading))
 
     if options.keywords:
         text.keywords = compile_keywords(corpus.read_documents([options.keywords], Reading(documents="line")))
     if options.general:
-        domain = corpus.list_files([options.domain_seed]) if options.domain_seed else files
-        text.log_odds = estimate_log_odds(read_texts(domain), read_texts(corpus.list_files([options.general])))
+        domain = [options.domain_seed] if options.domain_seed else files
+        text.log_odds = estimate_log_odds(read_texts(domain), read_texts([options.general]))
     perplexity = load_perplexity(options.perplexity) if options.perplexity else None
-    report = clean_corpus(read_all(files), text, options.output.out, rules, weights, options.workers, perplexity,
-                          options.output.overwrite)
+    report = clean_corpus(corpus.read_input(files, reading), text, options.output.out, rules, weights, options.workers,
+                          perplexity, options.output.overwrite)
     gate.print_report(report, options.output.out)
     return report
 

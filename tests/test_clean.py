@@ -148,7 +148,7 @@ def test_a_killed_command_leaves_no_worker_and_the_same_command_completes_it(tmp
         # A test process may ignore Ctrl-C, which a command of its own process does not.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os._exit(command(monkeypatch, *words, 2))
-    while not (out / ".scored.partial").exists():
+    while not (out / ".kept.jsonl.partial").exists():
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
         time.sleep(0.01)
     # The workers are at it.

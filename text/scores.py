@@ -204,7 +204,7 @@ def compile_keywords(words) -> re.Pattern | None:
 
 def hash_features(words: list[str]) -> np.ndarray:
     """int64 [2n - 1]: the buckets of n words and of their pairs (DSIR's features, arXiv:2302.03169)."""
-    hashes = np.array([zlib.crc32(word.encode()) for word in words], np.uint64)
+    hashes = np.array([zlib.crc32(word.encode(errors="replace")) for word in words], np.uint64)
     pairs = hashes[:-1] * np.uint64(0x9E3779B97F4A7C15) + hashes[1:]
     return (np.concatenate([hashes, pairs >> np.uint64(20)]) % np.uint64(BUCKETS)).astype(np.int64)
 
