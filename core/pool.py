@@ -3,11 +3,9 @@
     with WorkerPool(workers=4, shared=settings) as pool:
         for result in pool.map(score_batch, batches_by_size(records, size, 1 << 20)):
             ...                                    # score_batch(settings, batch), in the order of the batches
-
-At most 2 x workers results wait at a time, so that a slow consumer stops the reading of the input and memory stays
-bounded. `shared`, the first argument of every call (settings, an index), is sent to each process once, when it starts.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,38 +20,36 @@ from core.errors import UserError
 _shared = None
 
 
-class WorkerPool:
+class WorkerPool(contextlib.AbstractContextManager):
     """`workers` processes, or `threads` for work that releases the GIL (Rust tokenizers, zlib, numpy).
 
-    Instead of a single process none is started, and the calls are made here. Functions and batches for processes are
-    pickled, so a function must stand at the top of its module.
+    Instead of a single process none is started, and the calls are made here. `shared` (settings, an index) is sent to
+    each process once. Functions and batches for processes are pickled: a function must stand at the top of its module.
     """
 
     def __init__(self, workers: int, shared=None, threads: bool = False):
         assert workers >= 1, f"a pool needs at least one worker, not {workers}"
-        self.workers, self.shared, self.threads, self.executor = workers, shared, threads, None
+        self.workers, self.shared, self.executor = workers, shared, None
         if threads:
             self.executor = ThreadPoolExecutor(workers)
         elif workers > 1:
             self.executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(shared,))
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         if self.executor:
             self.executor.shutdown(cancel_futures=True)
 
     def map(self, function, batches):
-        """Yield function(shared, batch) of each batch, in order. Whatever the function raises comes through; UserError
-        where a worker process was killed, or a batch is nested too deeply to be pickled."""
+        """Yield function(shared, batch) of each batch, in order. At most 2 x workers results wait at a time: a slow
+        consumer stops the reading of the input. Whatever the function raises comes through; UserError where a worker
+        process was killed, or a batch is nested too deeply to be pickled."""
         if self.executor is None:
             yield from (function(self.shared, batch) for batch in batches)
             return
-        waiting = deque()
+        waiting, in_process = deque(), isinstance(self.executor, ProcessPoolExecutor)
+        call = (_call_in_worker, function) if in_process else (function, self.shared)
         try:
             for batch in batches:
-                call = (function, self.shared) if self.threads else (_call_in_worker, function)
                 waiting.append(self.executor.submit(*call, batch))
                 if len(waiting) > 2 * self.workers:
                     yield waiting.popleft().result()

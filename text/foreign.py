@@ -8,6 +8,7 @@ Ids stay as they are. BOS and EOS at the ends of a document are removed, because
 says where documents end, they end at each BOS or EOS.
 """
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from text.shards import HEADER_BYTES, MAGIC, OUR_MAGIC
 
 MEGATRON = b"MMIDIDX\0\0"
 # Megatron's DType codes that can hold ids.
-MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
 # Tokens that are searched at a time.
 CHUNK = 1 << 24
 
@@ -36,10 +37,16 @@ def read_token_documents(path: str, tokenizer, dtype: str | None = None):
     """
     tokens, ends = _open_tokens(Path(path), dtype, "uint16" if tokenizer.vocab_size <= 65536 else "uint32")
     marks, last = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None], tokenizer.vocab_size - 1
-    documents = _cut_at_marks(tokens, marks) if ends is None else (
-        tokens[end - n:end] for n, end in zip(np.diff(ends, prepend=0), ends))
-    for ids in documents:
+    is_marked = ends is None
+    if is_marked:
+        found = [at + np.flatnonzero(np.isin(tokens[at:at + CHUNK], marks)) for at in range(0, len(tokens), CHUNK)]
+        ends = np.concatenate([*found, [len(tokens)]])
+    for start, end in itertools.pairwise(itertools.chain([0], ends)):
+        ids = tokens[start:end]
         inner = np.flatnonzero(~np.isin(ids, marks))
+        if is_marked and not len(inner):
+            # Of two marks side by side the first is no document.
+            continue
         ids = ids[inner[0]:inner[-1] + 1] if len(inner) else ids[:0]
         for worst in (ids.min(initial=0), ids.max(initial=0)):
             if not 0 <= worst <= last:
@@ -52,69 +59,48 @@ def _open_tokens(file: Path, dtype: str | None, usual: str):
     """(memory map of the tokens, int64 document ends or None where no index says them); `usual` is the likely dtype."""
     if not file.is_file():
         raise UserError(f"input file {file} does not exist or is no file")
-    header, ends = np.fromfile(file, "<i4", 256), None
+    header, is_bin = np.fromfile(file, "<i4", 256), file.suffix == ".bin"
+    kind, skip, ends = dtype or usual, 0, None
     sizes = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}
     size = sizes.get(header[0]) if len(header) == 256 else None
     if size and header[3] == OUR_MAGIC:
         raise UserError(f"{file} is a packed shard already; name its folder as a source")
-    index = file.with_name(file.name + ".index") if file.suffix == ".ds" else file.with_suffix(".idx")
-    if file.suffix == ".bin" and index.is_file():
-        tokens, ends = _open_megatron(file, index)
-    elif file.suffix == ".bin" and size:
-        tokens = _map(file, np.dtype(f"<u{size}"), HEADER_BYTES)
-        if len(tokens) != header[2]:
-            raise UserError(f"{file} says it has {header[2]:,} tokens and has {len(tokens):,}; fetch it again")
-    else:
-        tokens = _map(file, np.dtype(dtype or usual).newbyteorder("<"))
-        if not dtype and tokens.itemsize == 2 and len(tokens) > 1 and not tokens[1:CHUNK:2].any():
-            raise UserError(f"{file} looks like uint32 tokens: every other uint16 of it is 0; name its --dtype")
-        if file.suffix == ".ds" and index.is_file():
-            ends = _map(index, np.dtype("<u8")).astype(np.int64)
+    index = file.with_suffix(".idx") if is_bin else file.with_name(file.name + ".index")
+    if index.is_file():
+        kind, ends = _read_megatron_index(index) if is_bin else (kind, _map(index, "u8").astype(np.int64))
+    elif is_bin and size:
+        kind, skip = f"u{size}", HEADER_BYTES
+    tokens = _map(file, kind, skip)
+    if skip and len(tokens) != header[2]:
+        raise UserError(f"{file} says it has {header[2]:,} tokens and has {len(tokens):,}; fetch it again")
+    if kind == usual == "uint16" and not dtype and len(tokens) > 1 and not tokens[1:CHUNK:2].any():
+        raise UserError(f"{file} looks like uint32 tokens: every other uint16 of it is 0; name its --dtype")
     if ends is not None and (not len(ends) or ends[-1] != len(tokens) or (np.diff(ends, prepend=0) < 0).any()):
         raise UserError(f"{index} has document ends that do not rise to the {len(tokens):,} tokens beside it; fetch "
                         f"both again, or name their --dtype")
     return tokens, ends
 
 
-def _map(file: Path, dtype: np.dtype, skip: int = 0) -> np.ndarray:
-    size = file.stat().st_size - skip
+def _map(file: Path, kind: str, skip: int = 0) -> np.ndarray:
+    dtype, size = np.dtype(kind).newbyteorder("<"), file.stat().st_size - skip
     if size <= 0 or size % dtype.itemsize:
         raise UserError(f"{file} has {max(0, size)} bytes, which is no whole number of {dtype.name} tokens above 0; "
                         f"fetch it again, or name its --dtype")
     return np.memmap(file, dtype, "r", skip)
 
 
-def _open_megatron(file: Path, index: Path):
-    """As `_open_tokens`. The index has each sequence's length, and which sequence is the first of each document."""
+def _read_megatron_index(index: Path) -> tuple[str, np.ndarray]:
+    """(dtype of the tokens, int64 document ends) of a Megatron dataset: its index has the length of each sequence, and
+    which sequence is the first of each document."""
     raw = index.read_bytes()
     try:
         version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(MEGATRON))
+        if (raw[:9], version) != (MEGATRON, 1) or code not in MEGATRON_DTYPES:
+            raise ValueError(f"version {version}, dtype code {code}")
         lengths = np.frombuffer(raw, "<i4", sequences, 34)
         first = np.frombuffer(raw, "<i8", documents, 34 + 12 * sequences)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[first[first > 0]]
-        fault = "" if (raw[:9], version) == (MEGATRON, 1) and code in MEGATRON_DTYPES else \
-            f"version {version}, dtype code {code}"
     except (ValueError, struct.error, IndexError) as error:
-        fault = str(error)
-    if fault:
-        raise UserError(f"{index} is no index of a Megatron dataset ({fault}); fetch it again, or remove it if "
-                        f"{file.name} is not one")
-    return _map(file, np.dtype(MEGATRON_DTYPES[code])), ends
-
-
-def _cut_at_marks(tokens: np.ndarray, marks: list[int]):
-    """Yield pieces of `tokens`, each but the first beginning with one of `marks`, with one chunk of them in memory.
-
-    E a b E c d E with the mark E gives (E a b) and (E c d): a piece of one mark alone is no document.
-    """
-    rest = []
-    for at in range(0, len(tokens), CHUNK):
-        part = np.asarray(tokens[at:at + CHUNK])
-        for piece in np.split(part, np.flatnonzero(np.isin(part, marks))):
-            if rest and len(piece) and piece[0] in marks:
-                yield np.concatenate(rest)
-                rest = []
-            if len(piece) > 1 or rest or not np.isin(piece, marks).all():
-                rest.append(piece)
-    if rest:
-        yield np.concatenate(rest)
+        raise UserError(f"{index} is no index of a Megatron dataset ({error}); fetch it again, or remove it if "
+                        f"{index.stem}.bin is not one") from None
+    return MEGATRON_DTYPES[code], ends

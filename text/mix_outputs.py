@@ -1,6 +1,5 @@
 """What `python data.py mix` makes: a table and a picture of what a recipe draws over a run, or a mixed JSONL file."""
 
-import dataclasses
 import itertools
 import json
 import tempfile
@@ -33,8 +32,8 @@ class MixSettings:
 def preview_mix(recipe: str, words: list[str], picture: Path) -> dict:
     """Print and draw what a recipe's plan draws under the settings `words`. Sources that are not packed yet are allowed
     where the length is given in steps or tokens."""
-    values, lengths = read_toml(recipe), {f.name for f in dataclasses.fields(LengthConfig)}
-    length = {key: value for key, value in values.get("train", {}).items() if key in lengths}
+    values = read_toml(recipe)
+    length = {key: value for key, value in values.get("train", {}).items() if key in vars(LengthConfig())}
     settings = merge(MixSettings(), {"data": values.get("data", {}), "train": length})
     settings = cli.parse(MixSettings, words, recipe=True, default=settings)
     config, T = settings.data, settings.data.context
@@ -166,5 +165,5 @@ def _spool(records, side: str, spool) -> np.ndarray:
 
 def _draw(side: str, n: int, places: np.ndarray, seed: int) -> np.ndarray:
     """The places of n records: epoch after epoch, each a permutation of all. 5 of 3 records: 2 0 1, then 1 2."""
-    epoch, position = np.divmod(np.arange(n), max(1, len(places)))
-    return places[permute(position, len(places), mix_keys(seed, side, "mix", epoch))] if n else places[:0]
+    epoch, position = np.divmod(np.arange(n), len(places))
+    return places[permute(position, len(places), mix_keys(seed, side, "mix", epoch))]

@@ -8,17 +8,17 @@ plan; `python data.py mix RECIPE --preview` shows it. S sources; a score bucket 
 import bisect
 import functools
 from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from core.config import setting
 from core.errors import UserError
-from text.shards import packed_folders, read_buckets, read_manifest
+from text.shards import read_buckets
 
 # Up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264).
 WARN_EPOCHS = 4
-ALONE = ("two_stage", "domain_only")
 # What `open_documents` gives where all are open and come equally often.
 OPENED, ALL = ("low", "high", "emphasis"), (0.0, 1.0, 1.0)
 INFINITY = float("inf")
@@ -106,14 +106,13 @@ def open_buckets(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
     """The sources, one that holds score buckets replaced by its buckets as sources NAME/0, NAME/1, ..."""
     found = {}
     for name, source in sources.items():
-        if not source.path or read_buckets(source.path) is None:
+        index = read_buckets(source.path) if source.path else None
+        for k, bucket in enumerate(index["buckets"] if index else []):
+            K, path = len(index["buckets"]), str(Path(source.path, bucket["name"]))
+            found[f"{name}/{k}"] = Bucket(**{**vars(source), "path": path}, of=name, low=k / K, high=(k + 1) / K,
+                                          tokens=bucket["tokens"])
+        if not index:
             found[name] = source
-            continue
-        folders = packed_folders(source.path)
-        for k, folder in enumerate(folders):
-            tokens = read_manifest(folder)["splits"]["train"]["tokens"]
-            found[f"{name}/{k}"] = Bucket(**{**vars(source), "path": str(folder)}, of=name, low=k / len(folders),
-                                          high=(k + 1) / len(folders), tokens=tokens)
     return found
 
 
@@ -213,13 +212,13 @@ def replay_strata(sources: dict[str, SourceConfig], strata: Strata) -> tuple[dic
                         f"it, one of {', '.join(STRATA)}")
     weights = {name: weight for name, weight in vars(strata).items() if weight}
     filled = {s.stratum for s in general.values() if s.weight}
-    present = {name: weight for name, weight in weights.items() if name in filled}
-    if not present:
+    drawn = [name for name in weights if name in filled]
+    if not drawn:
         raise UserError(f"the strata of the general sources ({', '.join(sorted(filled)) or 'none with a weight'}) all "
                         f"have weight 0 in data.strata; give one a weight")
-    total = sum(present.values())
-    shares = {name: weight / total for name, weight in present.items()}
-    return shares | dict.fromkeys(sorted(filled - present.keys()), 0.0), [n for n in weights if n not in present]
+    total = sum(weights[name] for name in drawn)
+    shares = {name: weights.get(name, 0.0) / total for name in [*drawn, *sorted(filled.difference(drawn))]}
+    return shares, [name for name in weights if name not in filled]
 
 
 def describe_mix(config: DataConfig, sources: dict[str, SourceConfig]) -> list[str]:
@@ -239,7 +238,8 @@ def weights_at(config: DataConfig, sources: dict[str, SourceConfig], progress: n
                share: float | None = None) -> np.ndarray:
     """float64 [n, S]: the sources' weights at each progress [n] of a run of `steps` steps. `share`, where it is given,
     is the share of domain sequences throughout, instead of the schedule's."""
-    if config.schedule in ALONE and not any(s.role == "domain" and s.weight for s in sources.values()):
+    has_domain = any(s.role == "domain" and s.weight for s in sources.values())
+    if config.schedule in ("two_stage", "domain_only") and not has_domain:
         raise UserError(f"data.schedule {config.schedule} trains on the domain alone, but no source with a weight has "
                         f"the role domain")
     # Most steps want the same as the step before.

@@ -36,13 +36,12 @@ class Sequences:
         """Write a piece, tokens and labels [n], behind what sequence `row` has. A document begins with the piece and at
         each of the positions `begins` [k] in it."""
         at = int(self.end[row])
-        end = at + len(tokens)
+        end = self.end[row] = at + len(tokens)
         self.tokens[row, at:end] = tokens
         self.labels[row, at:end] = labels
         self.doc_start[row, at] = at
         if begins is not None:
             self.doc_start[row, at + begins] = at + begins
-        self.end[row] = end
 
     def finish(self, reset_positions: bool = True) -> dict[str, torch.Tensor]:
         """{name: int32} of the sequences that have a piece, and of position_ids, which count from the beginning of each
@@ -51,7 +50,7 @@ class Sequences:
         padded = np.flatnonzero(self.end < length)
         self.doc_start[padded, self.end[padded]] = self.end[padded]
         np.maximum.accumulate(self.doc_start, axis=1, out=self.doc_start)
-        positions = np.arange(length, dtype=np.int32) - (self.doc_start if reset_positions else 0 * self.doc_start)
+        positions = np.arange(length, dtype=np.int32) - self.doc_start * reset_positions
         arrays = {"tokens": self.tokens, "labels": self.labels, "position_ids": positions, "doc_start": self.doc_start}
         return {name: torch.from_numpy(array[:B]) for name, array in arrays.items()}
 
@@ -87,12 +86,11 @@ class Packing:
         # Positions of an epoch without a token; below 0, the tokens that drop_last leaves out.
         self.padded = self.sequences * T - L if self.is_circle else self.sequences * (T + 1) - int(length.sum())
 
-    def pieces(self, number: int, key: int) -> list[tuple[int, int, int]]:
-        """[(where in the source it begins, its tokens, whether its first token is a target in another piece)] of each
+    def pieces(self, number: int, key: int) -> list[list[int]]:
+        """[where in the source it begins, its tokens, whether its first token is a target in another piece] of each
         piece of sequence `number` in the epoch that `key` stands for."""
         offset = key % self.shards.tokens if self.is_circle else 0
-        return [(offset + begin, length, was_target)
-                for begin, length, was_target in self.table[self.first[number]:self.first[number + 1]].tolist()]
+        return (self.table[self.first[number]:self.first[number + 1]] + [offset, 0, 0]).tolist()
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:

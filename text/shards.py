@@ -6,8 +6,9 @@
     train_000000.bytes  uint32, UTF-8 bytes of each document's text, so that bits per byte are exact
     heldout_000000.*    documents whose text hash falls in the held-out share; never trained on
 
-A folder appears whole or not at all, nothing is mapped for writing, and what is opened is checked first: each size
-against the manifest, and by `verify` each hash. A source may also be several such folders:
+A folder appears whole or not at all. Nothing is mapped for writing, where a full disk would be a signal and no error.
+What is opened is checked first: each size against the manifest, and by `verify` each hash. A source may also be several
+such folders:
 
     part_0001_of_0008/ ...   packed by as many machines; a manifest beside them joins them into one source
     bucket_00/ ...           equally many documents each, by a score; buckets.json has the order of a curriculum
@@ -46,15 +47,13 @@ BLOCK = 1024
 # ---- writing
 
 class ShardWriter:
-    """Appends documents to shards of about `shard_tokens` tokens. It writes plainly, because a full disk would be a
-    signal in a memory map and not an error."""
+    """Appends documents to shards of about `shard_tokens` tokens."""
 
     def __init__(self, folder: Path, split: str, tokenizer: dict, itemsize: int, shard_tokens: int):
         self.folder, self.split, self.tokenizer, self.shard_tokens = folder, split, tokenizer, shard_tokens
-        self.dtype = np.dtype(f"<u{itemsize}")
+        self.dtype, self.file = np.dtype(f"<u{itemsize}"), None
         # What the manifest says of each finished shard.
         self.records = []
-        self.file = None
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, nbytes: np.ndarray):
         """Append documents: their token ids [n] one after the other, tokens [documents] and text bytes [documents]."""
@@ -65,18 +64,18 @@ class ShardWriter:
                 self.file = open(self.folder / f"{name}.bin", "wb")     # noqa: SIM115  (stays open until close())
                 self.file.write(bytes(HEADER_BYTES))
                 self.hash, self.ends, self.nbytes = hashlib.sha256(), [], []
-            shard, ends = self.record, np.cumsum(lengths)
+            shard = self.record
+            ends = shard["tokens"] + np.cumsum(lengths)
             # A document larger than a shard is not cut: it gets a shard of its own.
-            fits = max(int(np.searchsorted(ends, self.shard_tokens - shard["tokens"], "right")), not shard["tokens"])
-            if fits:
-                payload = ids[:ends[fits - 1]].astype(self.dtype)
-                self.hash.update(payload)
-                self.file.write(payload)
-                self.ends.append(ends[:fits] + shard["tokens"])
-                self.nbytes.append(nbytes[:fits])
-                shard["max_id"] = max(shard["max_id"], int(ids[:len(payload)].max()))
-                shard["tokens"] += len(payload)
-                ids, lengths, nbytes = ids[len(payload):], lengths[fits:], nbytes[fits:]
+            fits = max(int(np.searchsorted(ends, self.shard_tokens, "right")), not shard["tokens"])
+            payload = ids[:lengths[:fits].sum()].astype(self.dtype)
+            self.hash.update(payload)
+            self.file.write(payload)
+            self.ends.append(ends[:fits])
+            self.nbytes.append(nbytes[:fits])
+            shard["max_id"] = int(payload.max(initial=shard["max_id"]))
+            shard["tokens"] += len(payload)
+            ids, lengths, nbytes = ids[len(payload):], lengths[fits:], nbytes[fits:]
             if len(lengths):
                 self.close()
 
@@ -100,13 +99,11 @@ class ShardWriter:
 def shard_header(record: dict, tokenizer: dict, itemsize: int) -> np.ndarray:
     """int32 [256]: what stands before a shard's tokens; all of it follows from the manifest."""
     header = np.zeros(256, "<i4")
-    header[:2] = MAGIC[itemsize]
-    header[2:6] = record["tokens"], OUR_MAGIC, FORMAT_VERSION, itemsize
+    header[:6] = *MAGIC[itemsize], record["tokens"], OUR_MAGIC, FORMAT_VERSION, itemsize
     header[6:8] = np.array([record["documents"]], "<u8").view("<i4")
     ids = (tokenizer["vocab_size"], tokenizer["bos_id"], tokenizer["eos_id"], record["max_id"])
     header[8:12] = [-1 if x is None else x for x in ids]
-    header[16:24] = np.frombuffer(bytes.fromhex(tokenizer["fingerprint"]), "<i4")
-    header[24:32] = np.frombuffer(bytes.fromhex(record["sha256"]), "<i4")
+    header[16:32] = np.frombuffer(bytes.fromhex(tokenizer["fingerprint"] + record["sha256"]), "<i4")
     return header
 
 
@@ -285,7 +282,8 @@ def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: st
                       "high": float(scores[bucket_of == k].max()),
                       **{key: manifests[k]["splits"]["train"][key] for key in ("documents", "tokens")}}
                      for k, folder in enumerate(folders)]
-        index = {"format": "nanocpt-buckets", "version": 1, "score": score, "first": first, "buckets": described}
+        index = {"format": "nanocpt-buckets", "version": FORMAT_VERSION, "score": score, "first": first,
+                 "buckets": described}
         write_json(partial / "buckets.json", index)
     return index
 
@@ -303,16 +301,14 @@ def _score_of(record: dict, score: str, where: str) -> float:
 
 def read_buckets(folder) -> dict | None:
     """What buckets.json says of a folder of score buckets; None for a folder without one."""
-    path = Path(folder) / "buckets.json"
-    if not path.is_file():
-        return None
-    return read_index(path, "nanocpt-buckets", 1, lambda index: [bucket["name"] for bucket in index["buckets"]])
+    path = Path(folder, "buckets.json")
+    return read_index(path, "nanocpt-buckets", lambda index: index["buckets"]) if path.is_file() else None
 
 
 def packed_folders(folder) -> list[Path]:
     """The folder itself or, where it holds score buckets, theirs in order."""
     index = read_buckets(folder)
-    return [Path(folder) / part["name"] for part in index["buckets"]] if index else [Path(folder)]
+    return [Path(folder, bucket["name"]) for bucket in index["buckets"]] if index else [Path(folder)]
 
 
 # ---- reading
@@ -379,8 +375,7 @@ def read_manifest(folder: Path) -> dict:
             raise UserError(f"{folder} holds score buckets; name one of them, such as {folder}/bucket_00")
         raise UserError(f"{folder} holds no manifest.json: it is no packed source, or packing did not finish; make it "
                         f"with data.py pack")
-    manifest = read_index(path, "nanocpt-shards", FORMAT_VERSION, lambda manifest: [
-        shard["name"] for shard in list_shards(manifest)])
+    manifest = read_index(path, "nanocpt-shards", list_shards)
     if manifest.get("dtype") not in ("uint16", "uint32") or not isinstance(manifest.get("tokenizer"), dict):
         raise UserError(f"{path} is damaged or of another version; pack the folder again")
     return manifest
@@ -391,15 +386,15 @@ def list_shards(manifest: dict) -> list[dict]:
     return [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
 
 
-def read_index(path: Path, kind: str, version: int, names_of) -> dict:
-    """The JSON object in a file of this format and version, which names the files names_of(object) of its folder.
+def read_index(path: Path, kind: str, entries_of) -> dict:
+    """The JSON object in a file of this format, in which each of entries_of(object) names a file or a folder beside it.
 
-    UserError where it is not, and where a name leads out of the folder: the index may be a downloaded one.
+    UserError where it is another, and where a name leads out of the folder: the index may be a downloaded one.
     """
     try:
         index = read_json(path)
-        names, found = names_of(index), (index["format"], index["version"])
-        if found != (kind, version):
+        names, found = [entry["name"] for entry in entries_of(index)], (index["format"], index["version"])
+        if found != (kind, FORMAT_VERSION):
             raise UserError(f"it is {found[0]} {found[1]}")
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged or of another version; pack the folder again ({error})") from None
