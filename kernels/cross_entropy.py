@@ -7,13 +7,13 @@
 c is the z-loss, which keeps lse near 0 (PaLM, arXiv 2204.02311). M tokens, x [M, D], W [V, D], z [M, V].
 
 Since the loss is a plain sum, its gradients are known while the chunk's logits are at hand: the forward pass computes
-them in place of the logits and the backward pass only scales them (the three matmuls a head needs, nothing twice).
+them in place of the logits, and the backward pass only scales them (the three matmuls a head needs, nothing twice).
 Tokens whose label is -100 are left out before the matmul. The matmuls cost 6 M V D operations (4 with a frozen head):
-25.8 Tflop at M 8192, D 4096, V 128256, 33 ms where a device does 790 Tflop/s. The logits of those are 2 M V bytes in
-bf16, read twice and written once by the Triton kernel: 1.5 ms more at 4.3 TB/s.
+25.8 Tflop at M 8192, D 4096, V 128256, 33 ms where a device does 790 Tflop/s. The logits are 2 M V bytes in bf16, which
+the Triton kernel reads twice and writes once: 1.5 ms more at 4.3 TB/s.
 
-So the matmuls are nearly everything, and they are the vendor library's. They want many rows, and every chunk reads and
-writes all of dW once more: on an H200 chunks of 256 rows were measured at 53 ms for the above, of 4,096 at 35
+So nearly all of the time is in the vendor library's matmuls. They want many rows, and every chunk reads and writes all
+of dW once more: on an H200 chunks of 256 rows were measured at 53 ms for the above, of 4,096 at 35
 (github.com/linkedin/Liger-Kernel/pull/1472). Chunks are therefore counted in bytes of logits, 1 GiB on a GPU: those
 4,096 rows. dW is summed in fp32: in a bf16 sum over chunks the gradients of rare tokens are lost to rounding.
 """
@@ -36,17 +36,6 @@ TINY = 1e-30
 
 
 # ---- what the fused losses share
-
-def labelled_rows(labels):
-    """Indices of the tokens with a label, None where all have one: on a GPU the one wait for the device.
-
-    Meta tensors have no values; all of their tokens count as labelled.
-    """
-    if labels.is_meta:
-        return None
-    rows = (labels != IGNORE).nonzero().flatten()
-    return None if len(rows) == len(labels) else rows
-
 
 def chunk_rows(count: int, row_bytes: int, device: torch.device) -> int:
     """Tokens per chunk, of `count` tokens whose logits take row_bytes each.
@@ -92,68 +81,83 @@ def add_matmul(total, a, b, first: bool):
         total.add_(a @ b)
 
 
-def loss_by_chunks(x, weight, labels, buffers, want_dx: bool, want_dw: bool, chunk_loss):
+def loss_by_chunks(heads, labels, want_dx: bool, want_dw: bool, chunk_loss):
     """-> token_loss [M], dx [M, D] and dw [V, D] in fp32 or wider, both empty where not wanted.
 
-    x [M, D], weight [V, D] in x's dtype, labels [M]. chunk_loss(where, part, *buffers) -> loss [m], dz [m, V] in x's
-    dtype, of the tokens x[where]; it gets a buffer [m or more, V] for each dtype in `buffers` and may return one of
-    them.
+    heads: x [M, D] with weight [V, D] in x's dtype, then a teacher's if there is one. labels [M]. chunk_loss(rows, *z)
+    gets the indices [m] of some tokens and each head's logits [m, V] of them, in fp32 or wider unless the Triton kernel
+    runs; it returns their losses [m] and leaves dz in place of the first logits.
     """
-    V = weight.shape[0]
+    x, weight = heads[0]
+    V = len(weight)
     token_loss = torch.zeros(labels.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     dx = torch.zeros_like(x) if want_dx else x.new_empty(0)
     dw = torch.empty(weight.shape if want_dw else 0, dtype=token_loss.dtype, device=x.device)
     if backend.receiver is not None and x.device.type != "meta":
         # torch.compile asks what the outputs look like; its tensors have no values and perhaps no sizes.
         return token_loss, dx, dw
-    rows = labelled_rows(labels)
-    count = len(labels) if rows is None else len(rows)
-    if count == 0:
+    # nonzero is the one wait for a GPU. Meta tensors have no values, and all of their tokens count as labelled.
+    labelled = torch.arange(len(labels), device="meta") if x.is_meta else (labels != IGNORE).nonzero().flatten()
+    if not len(labelled):
         dw.zero_()
-    step = chunk_rows(count, sum(V * dtype.itemsize for dtype in buffers) or 1, x.device)
+    triton = use_triton(x)
+    dtypes = [hidden.dtype if triton else torch.promote_types(hidden.dtype, torch.float32) for hidden, _ in heads]
+    step = chunk_rows(len(labelled), sum(V * dtype.itemsize for dtype in dtypes) or 1, x.device)
     # Rows are padded to a multiple of 128 bytes: an odd vocabulary would cost kernels and matmuls their wide loads.
-    stride = -(-V // 64) * 64 if use_triton(x) else V
-    buffers = [torch.empty(step, stride, dtype=dtype, device=x.device)[:, :V] for dtype in buffers]
-    for i in range(0, count, step):
-        where = slice(i, min(i + step, count)) if rows is None else rows[i:i + step]
-        part = x[where]
-        token_loss[where], dz = chunk_loss(where, part, *buffers)
-        if want_dx and rows is None:
-            torch.mm(dz, weight, out=dx[where])
-        elif want_dx:
-            dx[where] = dz @ weight
+    stride = -(-V // 64) * 64 if triton else V
+    buffers = [torch.empty(step, stride, dtype=dtype, device=x.device)[:, :V] for dtype in dtypes]
+    for i in range(0, len(labelled), step):
+        rows = labelled[i:i + step]
+        z = [make_logits(hidden[rows], head, buffer) for (hidden, head), buffer in zip(heads, buffers)]
+        token_loss[rows] = chunk_loss(rows, *z)
+        if want_dx or want_dw:
+            dz = z[0].to(x.dtype)
+        if want_dx:
+            dx[rows] = dz @ weight
         if want_dw:
-            add_matmul(dw, dz.T, part, first=i == 0)
+            add_matmul(dw, dz.T, x[rows], first=i == 0)
     return token_loss, dx, dw
 
 
-def keep_gradients(ctx, dx, dw, weight):
-    """Keep what the forward pass found for `scaled_gradients`."""
-    ctx.weight_dtype = weight.dtype
-    if torch.compiler.is_compiling():
-        # A compiled graph has its own rules about a second backward pass.
+class HeadLoss(torch.autograd.Function):
+    """(op, x, weight, want_dx, want_dw, *more) -> loss, token_loss, *others; op returns token_loss, dx, dw, *others."""
+
+    @staticmethod
+    def forward(ctx, op, x, weight, *more):
+        token_loss, dx, dw, *others = op(x, weight.to(x.dtype), *more)
         ctx.save_for_backward(dx, dw)
-    else:
-        # Kept on ctx they can be scaled in place.
-        ctx.grads = dx, dw
+        ctx.name, ctx.weight_dtype, ctx.more, ctx.spent = op.__name__, weight.dtype, len(more), False
+        ctx.mark_non_differentiable(token_loss, *others)
+        return token_loss.sum(), token_loss, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale, *_):
+        if not torch.compiler.is_compiling():
+            # A compiled graph has its own rules about a second backward pass.
+            if ctx.spent:
+                raise RuntimeError(f"{ctx.name} keeps its gradients for one backward pass only; call it again")
+            ctx.spent = True
+        grads = [scale_(gradient, scale, dtype) if wanted else None for gradient, dtype, wanted in zip(
+            ctx.saved_tensors, (None, ctx.weight_dtype), ctx.needs_input_grad[1:3])]
+        return None, *grads, *[None] * ctx.more
 
 
-def scaled_gradients(ctx, scale, name):
-    """-> the kept dx, dw times scale in the inputs' dtypes, None for those that were not wanted."""
-    want_dx, want_dw = ctx.needs_input_grad[:2]
+def scale_(gradient, scale, dtype):
+    """gradient * scale in dtype (None: its own), in place where it has that, else scaled and rounded in one pass."""
+    dtype = dtype or gradient.dtype
     if torch.compiler.is_compiling():
-        dx, dw = ctx.saved_tensors
-        return dx * scale if want_dx else None, (dw * scale).to(ctx.weight_dtype) if want_dw else None
-    if ctx.grads is None:
-        raise RuntimeError(f"{name} keeps its gradients for one backward pass only; call it again for another")
-    (dx, dw), ctx.grads = ctx.grads, None
-    dx = dx.mul_(scale) if want_dx else None
-    if not want_dw:
-        return dx, None
-    if dw.is_cuda and dw.dtype != ctx.weight_dtype:
-        # Scaled and rounded in one pass over a large matrix.
-        return dx, torch.mul(dw, scale, out=torch.empty_like(dw, dtype=ctx.weight_dtype))
-    return dx, dw.mul_(scale).to(ctx.weight_dtype)
+        return (gradient * scale).to(dtype)
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, scale, out=out)
+
+
+def apply_to_head(op, x, weight, *more):
+    """-> the sum of op's token_loss [M], token_loss, and what else op returns. x [..., D], weight [V, D]."""
+    grad, dtype = torch.is_grad_enabled(), compute_dtype(x, weight)
+    with torch.autocast(autocast_device(x), enabled=False):
+        return HeadLoss.apply(op, x.flatten(0, -2).to(dtype), weight, grad and x.requires_grad,
+                              grad and weight.requires_grad, *more)
 
 
 # ---- reference
@@ -255,39 +259,22 @@ def kernel_rows(z, label, want_hits, want_dz, z_loss):
 
 @op
 def linear_cross_entropy_forward(
-        x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, want_dx: bool, want_dw: bool, want_hits: bool,
+        x: torch.Tensor, weight: torch.Tensor, want_dx: bool, want_dw: bool, labels: torch.Tensor, want_hits: bool,
         z_loss: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [M, D], weight [V, D] in x's dtype, labels [M] -> token_loss, hits, dx, dw; empty where not wanted."""
+    """x [M, D], weight [V, D] in x's dtype, labels [M] -> token_loss, dx, dw, hits; empty where not wanted."""
     hits = torch.zeros(len(labels) if want_hits else 0, dtype=torch.bool, device=x.device)
     triton, want_dz = use_triton(x), want_dx or want_dw
-    buffers = [x.dtype if triton else torch.promote_types(x.dtype, torch.float32)]
 
-    def chunk_loss(where, part, buffer):
-        label, z = labels[where], make_logits(part, weight, buffer)
+    def chunk_loss(rows, z):
         if triton:
-            loss, found = kernel_rows(z, label, want_hits, want_dz, z_loss)
+            loss, found = kernel_rows(z, labels[rows], want_hits, want_dz, z_loss)
         else:
-            loss, found = reference_rows(z, label, lambda some: part[some] @ weight.T, want_hits, want_dz, z_loss)
+            loss, found = reference_rows(z, labels[rows], lambda some: x[rows[some]] @ weight.T, want_hits, want_dz,
+                                         z_loss)
         if want_hits:
-            hits[where] = found
-        return loss, z.to(x.dtype) if want_dz else z
-    token_loss, dx, dw = loss_by_chunks(x, weight, labels, buffers, want_dx, want_dw, chunk_loss)
-    return token_loss, hits, dx, dw
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, labels, want_dx, want_dw, want_hits, z_loss):
-        token_loss, hits, dx, dw = linear_cross_entropy_forward(x, weight.to(x.dtype), labels, want_dx, want_dw,
-                                                                want_hits, z_loss)
-        keep_gradients(ctx, dx, dw, weight)
-        ctx.mark_non_differentiable(token_loss, hits)
-        return token_loss.sum(), token_loss, hits
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale, *_):
-        return *scaled_gradients(ctx, scale, "linear_cross_entropy"), *[None] * 5
+            hits[rows] = found
+        return loss
+    return *loss_by_chunks([(x, weight)], labels, want_dx, want_dw, chunk_loss), hits
 
 
 # ---- public op
@@ -305,9 +292,6 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Te
     A label outside [0, V) other than -100 is an error: the CPU raises one; a GPU would have to wait for its device to
     do so, therefore it reads nothing out of bounds and makes the token's loss and gradient NaN.
     """
-    grad, dtype = torch.is_grad_enabled(), compute_dtype(x, weight)
-    with torch.autocast(autocast_device(x), enabled=False):
-        loss, token_loss, hits = LinearCrossEntropy.apply(
-            x.flatten(0, -2).to(dtype), weight, labels.flatten(), grad and x.requires_grad,
-            grad and weight.requires_grad, want_hits, float(z_loss))
+    loss, token_loss, hits = apply_to_head(linear_cross_entropy_forward, x, weight, labels.flatten(), want_hits,
+                                           float(z_loss))
     return loss, token_loss.view(labels.shape), hits.view(labels.shape) if want_hits else None

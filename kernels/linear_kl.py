@@ -107,35 +107,13 @@ def kernel_rows(z, teacher_z, temperature, want_dz):
 
 @op
 def linear_kl_forward(
-        x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, teacher_weight: torch.Tensor,
-        labels: torch.Tensor, want_dx: bool, want_dw: bool,
+        x: torch.Tensor, weight: torch.Tensor, want_dx: bool, want_dw: bool, teacher_x: torch.Tensor,
+        teacher_weight: torch.Tensor, labels: torch.Tensor,
         temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [M, D], weight [V, D] in x's dtype, the teacher's likewise, labels [M] -> token_loss, dx, dw (or empty)."""
-    triton, want_dz = use_triton(x), want_dx or want_dw
-    dtypes = [x.dtype, teacher_x.dtype]
-    buffers = dtypes if triton else [torch.promote_types(dtype, torch.float32) for dtype in dtypes]
-
-    def chunk_loss(where, part, z, teacher_z):
-        z = shared.make_logits(part, weight, z)
-        teacher_z = shared.make_logits(teacher_x[where], teacher_weight, teacher_z)
-        loss = (kernel_rows if triton else reference_rows)(z, teacher_z, temperature, want_dz)
-        return loss, z.to(x.dtype) if want_dz else z
-    return shared.loss_by_chunks(x, weight, labels, buffers, want_dx, want_dw, chunk_loss)
-
-
-class LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, teacher_x, teacher_weight, labels, want_dx, want_dw, temperature):
-        token_loss, dx, dw = linear_kl_forward(x, weight.to(x.dtype), teacher_x, teacher_weight.to(teacher_x.dtype),
-                                               labels, want_dx, want_dw, temperature)
-        shared.keep_gradients(ctx, dx, dw, weight)
-        ctx.mark_non_differentiable(token_loss)
-        return token_loss.sum(), token_loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, scale, *_):
-        return *shared.scaled_gradients(ctx, scale, "linear_kl"), *[None] * 6
+    function = kernel_rows if use_triton(x) else reference_rows
+    return shared.loss_by_chunks([(x, weight), (teacher_x, teacher_weight)], labels, want_dx, want_dw,
+                                 lambda _, z, teacher_z: function(z, teacher_z, temperature, want_dx or want_dw))
 
 
 # ---- public op
@@ -158,11 +136,8 @@ def linear_kl(x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, te
                          "all but the last size must agree: run both on the same tokens")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it divides the logits, say 1.0")
-    grad, dtype = torch.is_grad_enabled(), shared.compute_dtype(x, weight)
     teacher_dtype = shared.compute_dtype(teacher_x, teacher_weight)
-    with torch.autocast(shared.autocast_device(x), enabled=False):
-        loss, token_loss = LinearKL.apply(
-            x.flatten(0, -2).to(dtype), weight, teacher_x.detach().flatten(0, -2).to(teacher_dtype),
-            teacher_weight.detach(), labels.flatten(), grad and x.requires_grad, grad and weight.requires_grad,
-            float(temperature))
+    loss, token_loss = shared.apply_to_head(
+        linear_kl_forward, x, weight, teacher_x.detach().flatten(0, -2).to(teacher_dtype),
+        teacher_weight.detach().to(teacher_dtype), labels.flatten(), float(temperature))
     return loss, token_loss.view(labels.shape)

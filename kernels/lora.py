@@ -15,10 +15,10 @@ There is no Triton here. The time is the matmuls with W, where the library runs 
 does not on Hopper; a kernel that adds S B^T in the epilogue of the base matmul would save 2 n M out bytes, 6 % of it,
 and lose more than that to the library (LoRAFusion, arXiv 2510.00206, measures such kernels).
 
-4-bit weights (kernels/nf4.py) are dequantised into a scratch buffer just before their matmul, one at a time, each time.
+4-bit weights (kernels/nf4.py) are dequantised just before their matmul, one at a time and in each pass anew; torch's
+allocator gives the memory of one to the next.
 """
 
-import threading
 from contextlib import nullcontext
 
 import torch
@@ -26,27 +26,9 @@ import torch.nn.functional as F
 
 from kernels.nf4 import NF4, dequantise
 
-# (device, dtype, stream or thread) -> the one buffer, as large as the largest weight.
-scratch = {}
-
 
 def weight_for_matmul(weight, dtype: torch.dtype) -> torch.Tensor:
-    """The weight in `dtype`. A 4-bit weight's values hold until the next one is asked for.
-
-    Whoever asks launches the matmul at once, on the same stream, so that the next weight is written after this one was
-    read; other streams (and on a CPU other threads) have buffers of their own.
-    """
-    if not isinstance(weight, NF4):
-        return weight.to(dtype)
-    device, size = weight.packed.device, weight.shape.numel()
-    if torch.compiler.is_compiling() or device.type == "meta":
-        # The compiler plans the memory itself.
-        return dequantise(weight, dtype)
-    place = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
-    buffer = scratch.get((device, dtype, place))
-    if buffer is None or buffer.numel() < size:
-        buffer = scratch[device, dtype, place] = torch.empty(size, dtype=dtype, device=device)
-    return dequantise(weight, dtype, out=buffer[:size].view(weight.shape))
+    return dequantise(weight, dtype) if isinstance(weight, NF4) else weight.to(dtype)
 
 
 def scaled_matmul(factor: float, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -54,30 +36,23 @@ def scaled_matmul(factor: float, left: torch.Tensor, right: torch.Tensor) -> tor
     return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)
 
 
-def weights_of(records, plain):
-    """The weights in order: the 4-bit records, and the next plain weight where a record is None."""
-    plain = iter(plain)
-    return [next(plain) if record is None else record for record in records]
-
-
 class LoraLinear(torch.autograd.Function):
-    """tensors: x, then the biases, the A's, the B's, then the weights that are plain tensors."""
+    """tensors: the biases, then the A's, then the B's. Autograd casts each gradient to the dtype of its tensor."""
 
     @staticmethod
-    def forward(ctx, dtype, records, scales, x, *tensors):
-        count = len(scales)
-        biases, a, b, plain = (*(tensors[i * count:(i + 1) * count] for i in range(3)), tensors[3 * count:])
+    def forward(ctx, dtype, weights, scales, x, *tensors):
+        count = len(weights)
+        biases, a, b = (tensors[i * count:(i + 1) * count] for i in range(3))
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        low = rows @ torch.cat(a).to(dtype).T                                       # S [M, sum r]
+        low = rows @ torch.cat(a).to(dtype).T                                       # S [M, sum of r_i]
         outputs = []
         parts = low.split([len(each) for each in a], 1)
-        for weight, bias, part, each, scale in zip(weights_of(records, plain), biases, parts, b, scales):
+        for weight, bias, part, each, scale in zip(weights, biases, parts, b, scales):
             y = F.linear(rows, weight_for_matmul(weight, dtype), None if bias is None else bias.to(dtype))
             y.addmm_(part, each.to(dtype).T, alpha=scale)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
-        ctx.save_for_backward(rows, low, *a, *b, *plain)
-        ctx.dtype, ctx.records, ctx.scales, ctx.shape, ctx.x_dtype = dtype, records, scales, x.shape, x.dtype
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        ctx.save_for_backward(rows, low, *a, *b)
+        ctx.dtype, ctx.weights, ctx.scales, ctx.shape = dtype, weights, scales, x.shape
         return tuple(outputs)
 
     @staticmethod
@@ -85,27 +60,26 @@ class LoraLinear(torch.autograd.Function):
     def backward(ctx, *upstream):
         dtype, scales, count = ctx.dtype, ctx.scales, len(ctx.scales)
         rows, low, *saved = ctx.saved_tensors
-        a, b, plain = saved[:count], saved[count:2 * count], saved[2 * count:]
-        needs = ctx.needs_input_grad[4:]
+        a, b = saved[:count], saved[count:]
+        need_x, *needs = ctx.needs_input_grad[3:]
         need_bias, need_a, need_b = (needs[i * count:(i + 1) * count] for i in range(3))
-        need_x = ctx.needs_input_grad[3]
         with nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
             dy = [y.reshape(-1, y.shape[-1]) for y in upstream]
             ranks = [len(each) for each in a]
-            dbias = [y.sum(0).to(kind) if need else None for y, need, kind in zip(dy, need_bias, ctx.bias_dtypes)]
-            db = [scaled_matmul(scale, y.T, part).to(each.dtype) if need else None
-                  for scale, y, part, each, need in zip(scales, dy, low.split(ranks, 1), b, need_b)]
+            dbias = [y.sum(0) if need else None for y, need in zip(dy, need_bias)]
+            db = [scaled_matmul(scale, y.T, part) if need else None
+                  for scale, y, part, need in zip(scales, dy, low.split(ranks, 1), need_b)]
             da, dx = [None] * count, None
             if need_x or any(need_a):
                 dlow = torch.cat([scaled_matmul(scale, y, each.to(dtype)) for scale, y, each in zip(scales, dy, b)], 1)
             if any(need_a):
-                da = [each.to(like.dtype) for each, like in zip((dlow.T @ rows).split(ranks), a)]
+                da = (dlow.T @ rows).split(ranks)
             if need_x:
                 dx = dlow @ torch.cat(a).to(dtype)
-                for y, weight in zip(dy, weights_of(ctx.records, plain)):
+                for y, weight in zip(dy, ctx.weights):
                     dx.addmm_(y, weight_for_matmul(weight, dtype))
-                dx = dx.view(ctx.shape).to(ctx.x_dtype)
-        return None, None, None, dx, *dbias, *da, *db, *[None] * len(plain)
+                dx = dx.view(ctx.shape)
+        return None, None, None, dx, *dbias, *da, *db
 
 
 # ---- public op
@@ -126,17 +100,17 @@ def lora_linear(x: torch.Tensor, weights, biases, a, b, scales) -> tuple[torch.T
     """
     count = len(weights)
     if not count or {len(biases), len(a), len(b), len(scales)} != {count}:
-        raise ValueError(f"lora_linear needs one weight, bias (or None), A, B and scale a layer, not {count}, "
+        raise ValueError(f"lora_linear needs one weight, bias (or None), A, B and scale per layer, not {count}, "
                          f"{len(biases)}, {len(a)}, {len(b)} and {len(scales)}")
     kind, dtype = x.device.type, x.dtype
     autocast = kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if autocast else dtype
-    records = tuple(weight if isinstance(weight, NF4) else None for weight in weights)
-    plain = [weight for weight in weights if not isinstance(weight, NF4)]
-    for weight in plain:
+    for weight in weights:
+        if isinstance(weight, NF4):
+            continue
         if weight.requires_grad:
             raise ValueError(f"a weight of shape {tuple(weight.shape)} requires a gradient, but LoRA's weights are "
                              "frozen; call requires_grad_(False) on it, or train it without an adapter")
         if weight.dtype != dtype and not autocast:
             raise ValueError(f"x is {dtype} and a weight {weight.dtype}; convert one of them or use torch.autocast")
-    return LoraLinear.apply(dtype, records, tuple(map(float, scales)), x, *biases, *a, *b, *plain)
+    return LoraLinear.apply(dtype, tuple(weights), tuple(map(float, scales)), x, *biases, *a, *b)

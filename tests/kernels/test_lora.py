@@ -8,7 +8,7 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from kernels import backend, lora
+from kernels import backend
 from kernels.lora import lora_linear
 from kernels.nf4 import dequantise, quantise
 
@@ -252,7 +252,7 @@ def test_autocast(base):
 
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 def test_quantised_weights(kernel):
-    """Against the dequantised numbers; two projections and two layers take turns with the scratch buffer."""
+    """Against the dequantised values, beside a weight that is not quantised."""
     weights, biases, a, b, scales = layers(64, (48, 80, 16), (4, 4, 2), (1,))
     records = [quantise(weights[0]), weights[1], quantise(weights[2], double_quant=False)]
     with backend.using(kernel):
@@ -277,21 +277,6 @@ def test_activation_checkpointing(quantised):
     got = torch.autograd.grad(again.square().sum(), trained)
     assert torch.equal(plain, again)
     assert all(torch.equal(p, q) for p, q in zip(got, want))
-
-
-def test_one_scratch_buffer():
-    """As large as the largest weight, the same in every call."""
-    lora.scratch.clear()
-    given = layers(64, (48, 96), (4, 4))
-    given = ([quantise(w) for w in given[0]], *given[1:])
-    x = normal(5, 64, seed=99).requires_grad_()
-    against(x, *given)
-    (key, buffer), = lora.scratch.items()
-    assert key[:2] == (x.device, torch.float32)
-    assert buffer.numel() == 96 * 64
-    against(x, *given)
-    assert len(lora.scratch) == 1
-    assert lora.scratch[key] is buffer
 
 
 @pytest.mark.parametrize("autocast", [False, True])
