@@ -27,8 +27,7 @@ from core.devices import pick_device, pick_dtype
 from core.errors import UserError
 from core.files import read_json
 from model import KVCache
-from text.streaming import TextStream
-from text.vocabulary import token_before_document
+from text.vocabulary import TextStream, token_before_document
 
 
 @dataclass

@@ -78,17 +78,15 @@ class Add(Change):
 def encode_command(options: Encode) -> dict:
     tokenizer = load(options.tokenizer)
     ids = tokenizer.encode(options.text)
-    tokens = [tokenizer.id_to_token(i) for i in ids]
+    tokens = [tokenizer.tokens[i] for i in ids]
     print(*ids)
     print(*map(repr, tokens))
     return {"ids": ids, "tokens": tokens}
 
 
 def extend_command(options: Extend) -> dict:
-    wanted, out = options.learning, options.output.out
-    texts = read_documents(options.files, options.reading)
-    new = write_change(options, lambda source, folder: extend(
-        source, texts, wanted.new_tokens, folder, wanted.min_count))
+    wanted, out, texts = options.learning, options.output.out, read_documents(options.files, options.reading)
+    new = write_change(options, lambda base, folder: extend(base, texts, wanted.new_tokens, folder, wanted.min_count))
     first, last = min(new), max(new)
     fewer = f" of {wanted.new_tokens}: no other pair that may be joined occurs {wanted.min_count} times"
     print(f"{out}: {len(new)} new tokens{fewer if len(new) < wanted.new_tokens else ''}, ids {first} to {last}")
@@ -96,23 +94,20 @@ def extend_command(options: Extend) -> dict:
 
 
 def add_command(options: Add) -> dict:
-    new = write_change(options, lambda source, folder: add(
-        source, options.terms, folder, options.special, options.pad))
+    new = write_change(options, lambda base, folder: add(base, options.terms, folder, options.special, options.pad))
     # A plain word, once added, has no form with a space before it, and is cut out of longer words: "lien" of "client".
     plain = [term for term in options.terms if term.replace(" ", "").isalpha()]
     if plain and not options.special:
         print(f"warning: {', '.join(map(repr, plain))}: plain words; as added tokens they are also cut out of longer "
               f"words. `tokenizer.py extend` on text that holds them serves better", file=sys.stderr)
-    for i, term in new.items():
-        print(i, term)
+    print(*(f"{i} {term}" for i, term in new.items()), sep="\n")
     return {"out": options.output.out, "ids": {term: i for i, term in new.items()}, "plain_words": plain}
 
 
 def write_change(options: Change, change) -> dict[int, str]:
     """Write the tokenizer that `change` makes to --out, alone or with the model's weights; return {new id: token}.
 
-    change(source, folder) changes the tokenizer at `source` as `extend` and `add` do, into `folder`, and returns {new
-    id: the old ids it stands for}. What is wrong with the options or the base is said before it reads any text.
+    change(base, folder): `extend` or `add`. A wrong option or base is said before it reads any text.
     """
     out, overwrite = options.output.out, options.output.overwrite
     if (options.model is None) == (options.tokenizer is None):
@@ -139,9 +134,9 @@ def save_model(base, tokenizer_folder, parts: dict[int, list[int]], out, rows: N
     """
     base = hf.open_base(base)
     model, new = hf.load(base, base.dtype), load(tokenizer_folder)
-    before = model.config.vocab_size
+    size = model.config.vocab_size
+    card = f"No training yet: {len(parts)} tokens were added to the vocabulary of {size}, rows by `{rows.init}`."
     resize(model, BaseTokenizer(base.folder).tokenizer, new.vocab_size, parts, rows, new.pad_id)
-    card = f"No training yet: {len(parts)} tokens were added to the vocabulary of {before}, rows by `{rows.init}`."
     hf.save(model, out, base=base, tokenizer=tokenizer_folder, card=card, pad_id=new.pad_id)
 
 

@@ -1,17 +1,14 @@
 """A larger vocabulary for a base model: new tokens behind all old ones, learned or named, their rows, and their worth.
 
 `extend` continues BPE where the base stopped: the text is cut by the base tokenizer, and the most frequent adjacent
-pair becomes one token, again and again. Each new merge ranks behind every old one, so that the old ones are done first
-and the new ones only join what they left. Hence, for any text: every boundary between new tokens is a boundary between
-old tokens, and text in which no new token occurs keeps its ids. (A second tokenizer trained on the text, minus the
-common tokens, has neither property: arXiv 2512.03989.) New ids begin behind the last special token; no old id moves.
+pair becomes one token, again and again. Each new merge ranks behind every old one, so that new ones only join what the
+old ones left. Hence, for any text: every boundary between new tokens is a boundary between old tokens, and text without
+new tokens keeps its ids. (A second tokenizer trained on the text, minus the common tokens, has neither property: arXiv
+2512.03989.) New ids begin behind the last special token; no old id moves.
 
     text "abab abab abc"   base: a b a b | a b a b | a b c      pairs: (a, b) 5, (b, a) 2, (b, c) 1
     1st merge (a, b) = X         X X | X X | X c                 pairs: (X, X) 2, (X, c) 1
     2nd merge (X, X) = Y         Y | Y | X c                     and so on until no pair occurs `min_count` times
-
-An extension makes text shorter: the same bytes are fewer tokens, and attention's cost falls with their square. That it
-makes a better model is not established, and every shard and checkpoint then belongs to another vocabulary.
 """
 
 import collections
@@ -20,6 +17,7 @@ import itertools
 import json
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +28,11 @@ import torch
 from core.cli import Reading
 from core.config import setting
 from core.errors import UserError
-from core.files import read_json, write_text
+from core.files import write_text
 from text.corpus import read_documents
 from text.train_vocabulary import count_text, cut_for_counting, hold_out
 from text.vocabulary import TiktokenTokenizer, Tokenizer, load, replace_surrogates
-from text.vocabulary_files import BaseTokenizer, write_extended, write_settings
+from text.vocabulary_files import BaseTokenizer, convert, encodes_as, write_extended, write_settings
 
 # The longest new token: bytes of a byte-level one, characters of a piece (SentencePiece's max_sentencepiece_length)
 MAX_BYTES, MAX_CHARACTERS = 32, 16
@@ -93,11 +91,9 @@ def count_words(base: BaseTokenizer, texts) -> collections.Counter:
     texts = itertools.chain.from_iterable(map(cut_for_counting, texts))
     if isinstance(tokenizer, TiktokenTokenizer):
         # A word on its own has the ids that it has in a text, so each distinct word is encoded once.
-        find_words = regex.compile(tokenizer.pattern).findall
-        strings = collections.Counter(itertools.chain.from_iterable(map(find_words, texts)))
-        for n, ids in zip(strings.values(), tokenizer.encode_batch(list(strings))):
-            counts[tuple(ids.tolist())] += n
-        return counts
+        strings = collections.Counter(word for text in texts for word in regex.findall(tokenizer.pattern, text))
+        ids_of_words = tokenizer.encode_batch(list(strings))
+        return collections.Counter({tuple(ids.tolist()): n for ids, n in zip(ids_of_words, strings.values())})
     for text in texts:
         if base.kind == "sentencepiece":
             ids = tokenizer.encode(text)
@@ -123,17 +119,16 @@ def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
 def may_become_token(base: BaseTokenizer, token: str) -> bool:
     if base.kind != "sentencepiece":
         return len(token) <= MAX_BYTES
-    return bool(len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token)
-                and not any(piece in token for piece in base.frozen))
+    frozen = any(piece in token for piece in base.frozen)
+    return not frozen and len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token) is not None
 
 
 def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_become, new_tokens: int,
                  min_count: int) -> list[tuple[int, int]]:
     """Learn merges; return the pairs of ids that become the ids len(tokens), len(tokens) + 1, ...
 
-    Each is the most frequent adjacent pair within a word, and among equals the one with the lowest ids. There are fewer
-    than `new_tokens` if no pair occurs `min_count` times any more. `tokens` and `joinable` grow by the new ones.
-
+    Each is the most frequent adjacent pair within a word, and among equals the one with the lowest ids; the last ones
+    may be missing, where no pair occurs `min_count` times. `tokens` and `joinable` grow by the new ones.
     words: {ids: count}. may_become: (string) -> whether it may become a token.
     """
     known = set(filter(None, tokens))
@@ -150,14 +145,12 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
     for w in range(len(lists)):
         count_pairs(w, 1)
     # A pair's count only falls after it was pushed, so an entry is at worst too high: then it is pushed anew.
-    heap = [(-n, pair) for pair, n in counts.items() if n >= min_count]
+    heap, merges = [(-n, pair) for pair, n in counts.items()], []
     heapq.heapify(heap)
-    merges = []
-    while heap and len(merges) < new_tokens:
+    while heap and -heap[0][0] >= min_count and len(merges) < new_tokens:
         pushed, pair = heapq.heappop(heap)
         if counts[pair] != -pushed:
-            if counts[pair] >= min_count:
-                heapq.heappush(heap, (-counts[pair], pair))
+            heapq.heappush(heap, (-counts[pair], pair))
             continue
         left, right = map(ord, pair)
         union = tokens[left] + tokens[right]
@@ -173,47 +166,41 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
             count_pairs(w, -1)
             lists[w] = lists[w].replace("".join(pair), new)
             count_pairs(w, 1)
-            appeared.update(p for p in itertools.pairwise(lists[w]) if new in p)
-        for p in appeared:
-            if counts[p] >= min_count:
-                heapq.heappush(heap, (-counts[p], p))
+            appeared.update(other for other in itertools.pairwise(lists[w]) if new in other)
+        for other in appeared:
+            heapq.heappush(heap, (-counts[other], other))
     return merges
 
 
 def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[int, tuple[int, ...]]:
-    """Write the tokenizer at `path`, continued on `texts`, into `folder`.
+    """Write the tokenizer at `path`, continued on `texts`, into `folder`; -> {new id: the old ids that it joins}.
 
-    Returns {new id: the old ids whose join it is}, in order. UserError if the tokenizer cannot be continued or the
-    texts hold no pair that occurs `min_count` times.
+    UserError if the tokenizer cannot be continued or the texts hold no pair that occurs `min_count` times.
     """
-    base = BaseTokenizer(path)
-    tokens, joinable = list(base.tokenizer.tokens), list(base.joinable)
-    merges = continue_bpe(count_words(base, texts), tokens, joinable, lambda token: may_become_token(base, token),
-                          new_tokens, min_count)
+    base, parts = BaseTokenizer(path), {}
+    tokens, joinable, words = list(base.tokenizer.tokens), list(base.joinable), count_words(base, texts)
+    merges = continue_bpe(words, tokens, joinable, partial(may_become_token, base), new_tokens, min_count)
     if not merges:
         raise UserError(f"the text has no pair of tokens that may be joined and occurs {min_count} times; give more "
                         f"text or a lower --min-count")
-    parts: dict[int, tuple[int, ...]] = {}
     for i, pair in enumerate(merges, base.tokenizer.vocab_size):
         parts[i] = tuple(old for half in pair for old in parts.get(half, (half,)))
-    write_extended(base, tokens, merges, Path(folder))
+    write_extended(base, tokens, [(tokens[left], tokens[right]) for left, right in merges], Path(folder))
     return parts
 
 
 def add(path, terms: list[str], folder, special: bool = False, pad: str | None = None) -> dict[int, list[int]]:
-    """Give each of `terms`, and the padding token `pad`, one id behind all others.
+    """Give `terms`, and the padding token `pad`, one id each behind all others; -> {new id: the old ids of its text}.
 
-    Returns {new id: the old ids of its text}, in order. special: the terms are control tokens, as `pad` always is.
-
-    Only tokenizer.json is written into `folder`: it alone can say how an added token is found, which is as it is spelt,
-    anywhere in the text, before anything else, and so even inside words. A SentencePiece base sees the text behind a
-    term as a new beginning and puts its prefix space there, as transformers does.
+    special: the terms are control tokens, as `pad` always is. Only tokenizer.json is written into `folder`: it alone
+    can say how an added token is found, which is as it is spelt, anywhere in the text, before anything else, and so
+    even inside words. A SentencePiece base sees the text behind a term as a new beginning and puts its prefix space
+    there, as transformers does.
     """
     base = BaseTokenizer(path)
-    known = base.tokenizer.token_to_id
-    if pad is not None and base.tokenizer.pad_id is not None:
-        raise UserError(f"the tokenizer has the pad token {base.tokenizer.tokens[base.tokenizer.pad_id]!r} already")
-    wanted = terms if pad is None else [*terms, pad]
+    old, wanted = base.tokenizer, terms if pad is None else [*terms, pad]
+    if pad is not None and old.pad_id is not None:
+        raise UserError(f"the tokenizer has the pad token {old.tokens[old.pad_id]!r} already")
     if not wanted:
         raise UserError("there is no term to add; name some, or --pad TOKEN")
     for n, term in enumerate(wanted):
@@ -223,19 +210,16 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
             raise UserError(f"the term {term!a} holds half a surrogate pair; spell it in UTF-8")
         if term in wanted[:n]:
             raise UserError(f"the term {term!r} is named twice")
-        if known(term) is not None:
-            raise UserError(f"{term!r} has the id {known(term)} already; leave it out")
-    ids = {term: i for i, term in enumerate(wanted, base.tokenizer.vocab_size)}
-    with tempfile.TemporaryDirectory() as converted:
-        write_extended(base, list(base.tokenizer.tokens), [], Path(converted))
-        file = Path(converted, "tokenizer.json")
-        if not file.exists():
-            raise UserError(f"{base.file} has a normaliser that tokenizer.json cannot express here; nothing was added")
-        description = read_json(file)
+        if term in old.vocab:
+            raise UserError(f"{term!r} has the id {old.vocab[term]} already; leave it out")
+    backend = convert(base, old.tokens, [])
+    if base.kind == "sentencepiece" and not encodes_as(base, backend, old):
+        raise UserError(f"{base.file} has a normaliser that tokenizer.json cannot express here; nothing was added")
+    description, ids = json.loads(backend.to_str()), {term: i for i, term in enumerate(wanted, old.vocab_size)}
     description["model"]["vocab"] |= ids
-    description["added_tokens"] += [
-        {"id": i, "content": term, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": special or term == pad} for term, i in ids.items()]
+    as_spelt = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    description["added_tokens"] += [{"id": i, "content": term, **as_spelt, "special": special or term == pad}
+                                    for term, i in ids.items()]
     write_text(Path(folder, "tokenizer.json"), json.dumps(description, ensure_ascii=False))
     write_settings(base, Path(folder), "PreTrainedTokenizerFast", **({} if pad is None else {"pad_token": pad}))
     new = load(folder)
@@ -243,7 +227,7 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
         for text in (term, f"a{term}b", f"the {term} is"):
             if new.encode(text).count(i) != 1:
                 raise UserError(f"{term!r} is not one token in {text!r}: another token takes a part of it first")
-    return {i: base.tokenizer.encode(term) for term, i in ids.items()}
+    return {i: old.encode(term) for term, i in ids.items()}
 
 
 # ---- rows of the embedding and the head for new ids; V vocabulary, D model width
@@ -276,10 +260,8 @@ def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], 
 
 
 def _choose_row_rule(rows: torch.Tensor, init: str, spread: float, generator: torch.Generator):
-    """A function (mean of the parts' rows [D]) -> new row [D], in fp32.
-
-    rows: the old rows [V, D]. spread: the standard deviation of random rows, the config's initializer_range.
-    """
+    """A function (mean of the parts' rows [D]) -> new row [D], in fp32. rows: the old ones [V, D]. spread: the standard
+    deviation of random rows."""
     mean, width = rows.mean(0), rows.shape[1]
     if init == "subtoken_norm":
         # A mean has a smaller norm than the rows it is made of. But in the head a row of full norm predicts its token
@@ -301,8 +283,7 @@ def _choose_row_rule(rows: torch.Tensor, init: str, spread: float, generator: to
 
 def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> dict:
     """Lengths of `texts` under both tokenizers, and how often each new id occurs ("counts", int64 [new ids])."""
-    first = base.tokenizer.vocab_size
-    ids = new.encode_batch(texts)
+    first, ids = base.tokenizer.vocab_size, new.encode_batch(texts)
     before, after = sum(map(len, base.tokenizer.encode_batch(texts))), sum(map(len, ids))
     if not before:
         raise UserError("a text to report on is empty")

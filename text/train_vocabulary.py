@@ -1,7 +1,6 @@
 """Training a tokenizer on text: byte-level BPE, Unigram or WordPiece, and a comparison of the three on the same text.
 
-The same texts give the same files. Two of the trainers need help for that: they number tokens, or break ties, in the
-order of a hash table.
+The same texts give the same files, although two of the libraries' trainers follow the order of a hash table.
 """
 
 import io
@@ -12,7 +11,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -72,8 +71,7 @@ def train_command(options: Train) -> dict:
     out = Path(options.output.out)
     if (out / "tokenizer.json").exists() and not options.output.overwrite:
         raise UserError(f"{out} holds a tokenizer already; choose another --out or add --overwrite")
-    tokenizer = train(read_documents(options.files, options.reading), options.kind, options.vocab_size, out)
-    size = tokenizer.vocab_size
+    size = train(read_documents(options.files, options.reading), options.kind, options.vocab_size, out).vocab_size
     fewer = f" of {options.vocab_size}: the text gave no more" if size < options.vocab_size else ""
     print(f"{out}: {options.kind} tokenizer with {size} ids{fewer}")
     return {"out": str(out), "kind": options.kind, "vocab_size": size}
@@ -91,13 +89,11 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokeniz
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model, whose tokenizer would be overwritten; choose another folder for --out")
     texts = itertools.chain.from_iterable(map(cut_for_counting, texts))
-    first = next(texts, None)
+    first, specials = next(texts, None), UNKNOWN[kind] | SPECIALS
     if first is None:
         raise UserError("there is no text to train a tokenizer on: the files are empty")
-    texts = itertools.chain([first], texts)
-    specials = UNKNOWN[kind] | SPECIALS
-    by_kind = {"bpe": _train_bpe, "unigram": _train_unigram, "wordpiece": _train_wordpiece}
-    trained = by_kind[kind](texts, vocab_size, specials)
+    train_kind = {"bpe": _train_bpe, "unigram": _train_unigram, "wordpiece": _train_wordpiece}[kind]
+    trained = train_kind(itertools.chain([first], texts), vocab_size, specials)
     put_bos_first(trained, specials["bos"])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
               "clean_up_tokenization_spaces": False, **{f"{role}_token": token for role, token in specials.items()}}
@@ -113,19 +109,17 @@ def put_bos_first(backend: tokenizers.Tokenizer, bos: str) -> None:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))])
 
 
-def cut_for_counting(text: str) -> list[str]:
+def cut_for_counting(text: str) -> Iterator[str]:
     """Cut `text`, without loss, into parts of at most 100,000 characters and words of at most 1,000.
 
     `tokenizers` takes 170 bytes of memory per character of a part, and a merge takes time in the length of a word: one
     of a million letters would take hours.
     """
     text = replace_surrogates(text)
-    parts = []
     for k in range(0, len(text), 100_000):
         piece = text[k:k + 100_000]
         cuts = [0, *(run.end() for run in LONG_RUNS.finditer(piece)), len(piece)]
-        parts += [piece[a:b] for a, b in itertools.pairwise(cuts) if a < b]
-    return parts
+        yield from (piece[a:b] for a, b in itertools.pairwise(cuts) if a < b)
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int, specials: dict) -> tokenizers.Tokenizer:
@@ -149,7 +143,7 @@ def split_as_llama3(backend: tokenizers.Tokenizer) -> None:
 def _train_unigram(texts: Iterable[str], vocab_size: int, specials: dict) -> tokenizers.Tokenizer:
     """Train by SentencePiece. (The trainer of `tokenizers` gives another vocabulary each time.)"""
     _check_size(vocab_size, "bytes and special tokens", 256 + len(specials))
-    # All texts first: an error while one is read must not pass through SentencePiece.
+    # All texts are read first: an error of their reading must not pass through SentencePiece.
     texts = list(texts)
     lines = (line[i:i + 10_000] for text in texts for line in text.split("\n") for i in range(0, len(line), 10_000))
     model = io.BytesIO()
@@ -242,8 +236,7 @@ def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megaby
     size, words = count_text(held_out)
     if not words:
         raise UserError("every tenth document is held out, and there is not a word in those")
-    available = count_text(learn)[0] / 1e6
-    if megabytes > MOST_EPOCHS * available:
+    if megabytes > MOST_EPOCHS * (available := count_text(learn)[0] / 1e6):
         raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {available:.3g}; "
                         f"ask for less --bits-per-byte, or give more text")
     rows = []

@@ -1,4 +1,4 @@
-"""The four kinds of tokenizer files, read behind one interface: `load(path)` returns a `Tokenizer`.
+"""The four kinds of tokenizer files behind one interface: `load(path)` returns a `Tokenizer`.
 
 | file                    | kind          | package that encodes                                                     |
 |-------------------------|---------------|--------------------------------------------------------------------------|
@@ -8,9 +8,9 @@
 | vocab.json + merges.txt | gpt2          | `tiktoken` if the ids follow the order of the merges, else `tokenizers`  |
 
 Ids are exactly those of the package, also where the text "</s>" stands in a document: `tokenizers` makes it the control
-token, the other two do not. Half a surrogate pair, which JSON can carry and no package accepts, becomes U+FFFD first.
-The roles (BOS, EOS, pad, unk, mask) are those of the first of tokenizer_config.json (null means "none"),
-special_tokens_map.json, config.json, generation_config.json and the tokenizer file that names them.
+token, the other two do not. Half a surrogate pair, which no package accepts, becomes U+FFFD first. A role (BOS, EOS,
+pad, unk, mask) is that of the first of tokenizer_config.json (null means "none"), special_tokens_map.json, config.json,
+generation_config.json and the tokenizer file that names it.
 """
 
 import base64
@@ -79,14 +79,14 @@ class Tokenizer:
     add_bos: whether the model was trained with BOS before each document
     special_ids: sorted ids of the control tokens and of the five above; no objective masks them or draws them at random
     tokens: the string of each id as the package spells it (bytes in GPT-2's letters), or None for an unused id
+    vocab: the same the other way, {token: id}
     """
 
     def __init__(self, backend, folder: Path, kind: str, vocab: dict[str, int], control, defaults: dict):
         """control: ids of control tokens. defaults: {role: token} for the roles that no file in `folder` names."""
         library = type(backend).__module__.partition(".")[0]
         self.backend, self.kind, self.library = backend, kind, f"{library} {version(library)}"
-        self._vocab = vocab
-        self.vocab_size = max(vocab.values()) + 1
+        self.vocab, self.vocab_size = vocab, max(vocab.values()) + 1
         self.tokens: list[str | None] = [None] * self.vocab_size
         for token, i in vocab.items():
             self.tokens[i] = token
@@ -108,8 +108,8 @@ class Tokenizer:
             settings = read_settings(folder / file)
             if key in settings:
                 token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
-                if token is None or token in self._vocab:
-                    return self._vocab.get(token)
+                if token is None or token in self.vocab:
+                    return self.vocab.get(token)
                 if role in ("bos", "eos"):
                     raise UserError(f"{file} names {token!r} as {key}, but the vocabulary beside it has no such "
                                     f"token; correct {key}, or bring the tokenizer file that belongs to it")
@@ -138,15 +138,12 @@ class Tokenizer:
     def decode(self, ids) -> str:
         """The text of `ids` (list, array or tensor), with U+FFFD for an incomplete character.
 
-        Control tokens appear by name; SentencePiece leaves them out.
+        Control tokens appear by name; SentencePiece leaves them out. UserError for an id that the tokenizer lacks.
         """
         ids = [int(i) for i in ids]
         for i in ids:
             self.id_to_token(i)
         return self._decode(ids)
-
-    def token_to_id(self, token: str) -> int | None:
-        return self._vocab.get(token)
 
     def id_to_token(self, i: int) -> str:
         if not 0 <= i < self.vocab_size or self.tokens[i] is None:
@@ -215,21 +212,20 @@ class TiktokenTokenizer(Tokenizer):
     def _encode_batch(self, texts):
         # Several texts make one task: a task of its own costs more than encoding one line.
         step = max(1, len(texts) // (16 * _count_cores()))
+        tasks = (texts[k:k + step] for k in range(0, len(texts), step))
         with ThreadPoolExecutor(_count_cores()) as pool:
-            tasks = (texts[k:k + step] for k in range(0, len(texts), step))
-            arrays = pool.map(lambda some: [self._to_array(text) for text in some], tasks)
-            return list(itertools.chain.from_iterable(arrays))
+            return [ids for task in pool.map(lambda some: [*map(self._to_array, some)], tasks) for ids in task]
 
     def _to_array(self, text):
         # Unlike encode_ordinary, this call builds no Python list, and raises ValueError instead of a Rust panic.
         encode = functools.partial(self.backend.encode_to_numpy, disallowed_special=())
-        # A million white-space characters in a row would overflow the stack of the regular expression.
         return encode(text) if len(text) < 500_000 else np.concatenate([*map(encode, self.cut_long_spaces(text))])
 
     def cut_long_spaces(self, text: str) -> list[str]:
         """Cut `text` before the last character of long runs of white space, where the pattern ends a word anyway.
 
-        Llama 3's pattern keeps a newline there with the run (and does not overflow the stack then).
+        A million such characters would overflow the stack of the regular expression, but not where Llama 3's pattern
+        keeps a newline at the end with the run.
         """
         keep = "\r\n" if self.kind == "tiktoken" else ""
         ends = [run.end() for run in LONG_SPACES.finditer(text)]
@@ -247,9 +243,9 @@ def find_file(path) -> Path:
         return path
     if not path.exists():
         raise UserError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
-    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
-        if (path / name).is_file():
-            return path / name
+    for file in (path / "tokenizer.json", path / "tokenizer.model", path / "vocab.json"):
+        if file.is_file():
+            return file
     raise UserError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json with "
                     f"merges.txt; copy them from the base model's page")
 
@@ -267,17 +263,15 @@ def load(path) -> Tokenizer:
         raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         return _load_llama3(data, path)
-    if path.suffix == ".json":
-        kind, read, what = HuggingFaceTokenizer, tokenizers.Tokenizer.from_buffer, "tokenizer.json"
-    else:
-        kind, read = SentencePieceTokenizer, sentencepiece.SentencePieceProcessor.from_proto
-        what = "SentencePiece model or tiktoken ranks"
+    is_json = path.suffix == ".json"
+    read = tokenizers.Tokenizer.from_buffer if is_json else sentencepiece.SentencePieceProcessor.from_proto
     try:
         backend = read(data)
     # `tokenizers` raises no narrower class for a file it cannot read.
     except Exception as error:
+        what = "tokenizer.json" if is_json else "SentencePiece model or tiktoken ranks"
         raise UserError(f"{path} cannot be read as {what} ({error}); download it again") from error
-    return kind(backend, path.parent)
+    return (HuggingFaceTokenizer if is_json else SentencePieceTokenizer)(backend, path.parent)
 
 
 def _load_llama3(data: bytes, path: Path) -> Tokenizer:
@@ -294,8 +288,7 @@ def _load_llama3(data: bytes, path: Path) -> Tokenizer:
     first_free = next(i for i in itertools.count() if i not in used)
     if first_free != LLAMA3_BASE or len(used) != len(ranks) or used & set(LLAMA3_SPECIALS.values()):
         raise UserError(f"{path} has {first_free} ranks from 0 on where Llama 3 has {LLAMA3_BASE} and then 256 free "
-                        f"ids; another model's split pattern and special tokens are not in such a file: use its "
-                        f"tokenizer.json")
+                        f"ids; another model's split pattern and special tokens do not stand there: use tokenizer.json")
     # At the end of a text `\s++$` matches what `\s+(?!\S)` matches, without its use of the stack.
     pattern = LLAMA3_SPLIT.replace(r"|\s+(?!\S)", r"|\s++$|\s+(?!\S)")
     defaults = {"bos": "<|begin_of_text|>", "eos": "<|end_of_text|>"}
@@ -310,18 +303,15 @@ def _load_gpt2(folder: Path) -> Tokenizer:
     if made_by and made_by.removesuffix("Fast") not in GPT2_CLASSES:
         raise UserError(f"vocab.json and merges.txt in {folder} belong to a {made_by}, which splits text otherwise "
                         f"than GPT-2; add its tokenizer.json")
-    vocab = read_settings(folder / "vocab.json")
-    merges = parse_merges((folder / "merges.txt").read_text(encoding="utf-8"))
+    vocab, merges = read_settings(folder / "vocab.json"), read_merges(folder)
     wrong = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
     if wrong or not vocab:
         raise UserError(f"vocab.json in {folder} does not belong to merges.txt: it lacks the merge "
                         f"{' '.join(wrong or ())!r} or a part of it; download both again")
     made = {"".join(merge) for merge in merges}
     controls = {token: i for token, i in vocab.items() if token not in made and token not in LETTER_BYTES}
-    added = _read_added_tokens(folder, vocab)
-    ranks = make_tiktoken_ranks(vocab, merges)
-    defaults = {"eos": "<|endoftext|>"}
-    if ranks is not None:
+    added, defaults = _read_added_tokens(folder, vocab), {"eos": "<|endoftext|>"}
+    if ranks := make_tiktoken_ranks(vocab, merges):
         return TiktokenTokenizer(folder, "gpt2", GPT2_SPLIT, ranks, controls | added, defaults)
     if added:
         raise UserError(f"{folder} has added tokens, and ids that do not follow merges.txt; this needs a "
@@ -336,8 +326,9 @@ def make_gpt2_bpe(vocab: dict[str, int], merges: list) -> tokenizers.Tokenizer:
     return bpe
 
 
-def parse_merges(text: str) -> list[tuple[str, ...]]:
-    """The pairs in a merges.txt, whose first line may be a "#version" comment."""
+def read_merges(folder: Path) -> list[tuple[str, ...]]:
+    """The pairs in the merges.txt of `folder`, whose first line may be a "#version" comment."""
+    text = (folder / "merges.txt").read_text(encoding="utf-8")
     return [tuple(line.split()) for line in text.split("\n")[text.startswith("#version"):] if line.strip()]
 
 
@@ -349,19 +340,14 @@ def make_tiktoken_ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int]
     if BPE encodes the text of each union as that one token. A counterexample are the merges [b c, a b, ab c]: BPE turns
     "abc" into a + bc and never reaches the third merge, while tiktoken would join a + bc.
     """
-    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
     made = ["".join(pair) for pair in merges]
     ids = [vocab[token] for token in made]
     rising = ids == sorted(set(ids))
     only_bytes = LETTER_BYTES.keys() <= vocab.keys() and set("".join(made)) <= LETTER_BYTES.keys()
-    if not rising or not only_bytes or [e.ids for e in bpe.encode_batch_fast(made)] != [[i] for i in ids]:
+    encodings = tokenizers.Tokenizer(models.BPE(vocab, merges)).encode_batch_fast(made)
+    if not rising or not only_bytes or [encoding.ids for encoding in encodings] != [[i] for i in ids]:
         return None
-    return {unspell_bytes(token): vocab[token] for token in [*LETTER_BYTES, *made]}
-
-
-def unspell_bytes(token: str) -> bytes:
-    """The bytes that a token in GPT-2's letters stands for."""
-    return bytes(LETTER_BYTES[letter] for letter in token)
+    return {bytes(map(LETTER_BYTES.get, token)): vocab[token] for token in [*LETTER_BYTES, *made]}
 
 
 def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
@@ -372,14 +358,13 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
     config = read_settings(folder / "tokenizer_config.json")
     entries = config.get("added_tokens_decoder", {})
     added = {entry["content"]: int(i) for i, entry in entries.items()} | read_settings(folder / "added_tokens.json")
+    added = {token: i for token, i in added.items() if vocab.get(token) != i}
     control = {entry["content"] for entry in entries.values() if entry.get("special")}
     for values in (config, read_settings(folder / "special_tokens_map.json")):
         listed = [values.get(f"{role}_token") for role in ROLES] + (values.get("additional_special_tokens") or [])
         control |= {value["content"] if isinstance(value, dict) else value for value in listed}
-    added = {token: i for token, i in added.items() if vocab.get(token) != i}
-    taken = set(vocab.values())
     for token, i in added.items():
-        if token in vocab or i in taken:
+        if token in vocab or i in vocab.values():
             raise UserError(f"added token {token!r} of {folder} has id {i}, but the vocabulary beside it says "
                             f"otherwise; the files belong to different models")
         if token not in control:
@@ -412,3 +397,48 @@ def replace_surrogates(text: str) -> str:
 
 def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- text of ids that arrive one by one, as a model chooses them
+
+class TextStream:
+    """The text of a growing list of ids; `write` gets each piece of it as soon as no later token can change it.
+
+    All ids are decoded each time, because SentencePiece drops the space before the first of them. The bytes of an
+    unfinished UTF-8 character are held back, and so is an ending that may become one of the `stop` strings: with stop
+    "END", of the text "the E" only "the " is written. The text ends before the stop string that is complete first; the
+    prompt is not searched for one. After finish(), `text` is what was written.
+    """
+
+    def __init__(self, tok, ids, stop=(), write=lambda piece: None):
+        if "" in stop:
+            raise UserError("a stop string is empty; leave --stop out to stop at the end token alone")
+        self.tok, self.ids, self.stop, self.write = tok, list(ids), tuple(stop), write
+        self.text, self.stopped = tok.decode(self.ids), False
+        self.prompt_length = len(self.text)
+        write(self.text)
+
+    def push(self, token: int) -> bool:
+        """Add one id; True once a stop string is complete."""
+        # An id that the tokenizer does not have is a row that pads the model's embedding, and has no text.
+        if token < self.tok.vocab_size:
+            self.ids.append(token)
+        text = self.tok.decode(self.ids).rstrip("\ufffd")
+        held_back = [n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])]
+        self._write(text, len(text) - max(held_back, default=0))
+        return self.stopped
+
+    def finish(self) -> str:
+        """Write what was held back; -> the full text."""
+        if not self.stopped:
+            self._write(self.tok.decode(self.ids))
+        return self.text
+
+    def _write(self, text: str, end: int | None = None):
+        """Write what is new in `text`, up to `end` or the first stop string."""
+        # (end, start) of each stop string that is complete; the first to end counts.
+        found = [(start + len(s), start) for s in self.stop if (start := text.find(s, self.prompt_length)) >= 0]
+        self.stopped = bool(found)
+        piece = text[len(self.text):min(found)[1] if found else end]
+        self.text += piece
+        self.write(piece)

@@ -11,6 +11,7 @@ tokenizer.tiktoken and the SentencePiece base's tokenizer.json are written only 
 """
 
 import base64
+import io
 import json
 import shutil
 import struct
@@ -21,12 +22,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from core.errors import UserError
-from core.files import read_json
+from core.files import read_json, write_text
 from text import vocabulary
 from text.train_vocabulary import put_bos_first, split_as_llama3
-from text.vocabulary import PROBES, ROLES, read_settings, unspell_bytes
-
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+from text.vocabulary import LETTER_BYTES, PROBES, ROLES, HuggingFaceTokenizer, read_settings
 
 # Types of a SentencePiece piece, as sentencepiece_model.proto numbers them
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -38,6 +37,7 @@ class BaseTokenizer:
     tokenizer, kind: what `vocabulary.load` returns for it, and its kind; file, folder: where it stands
     joinable: per id, whether it may be a part of a new token
     frozen: strings that no new token may contain (SentencePiece's user-defined pieces)
+    merges: the pairs of tokens that are joined, where the file lists them (the second and third base of the table)
     """
 
     def __init__(self, path):
@@ -48,43 +48,40 @@ class BaseTokenizer:
             # tokenizer.json is a conversion of tokenizer.model, and only the original says how it joins tokens.
             converted, self.file = self.tokenizer.vocab_size, self.folder / "tokenizer.model"
             self.tokenizer = vocabulary.load(self.file)
-            if converted != self.tokenizer.vocab_size:
-                raise UserError(f"{path} has {converted} ids in tokenizer.json and {self.tokenizer.vocab_size} in "
-                                f"tokenizer.model, so that new ids would meet old ones; remove the file that is not "
-                                f"the model's")
+            if converted != (size := self.tokenizer.vocab_size):
+                raise UserError(f"{path} has {converted} ids in tokenizer.json and {size} in tokenizer.model, so that "
+                                f"new ids would meet old ones; remove the file that is not the model's")
         self.kind, tokens, fixed = self.tokenizer.kind, self.tokenizer.tokens, set(self.tokenizer.special_ids)
-        self.frozen = []
+        self.frozen, self.merges = [], []
         if self.kind == "sentencepiece":
             model = read_fields(self.file.read_bytes())
-            if read_submessage(model, 2).get(3, 1) != 2:                # trainer_spec.model_type: 2 is BPE
+            trainer = read_fields(b"".join(value for number, value in model if number == 2))
+            if dict(trainer).get(3, 1) != 2:                            # trainer_spec.model_type: 2 is BPE
                 raise UserError(f"{self.file} is no BPE: a Unigram model's scores are probabilities, and a new piece "
                                 f"moves old boundaries. `tokenizer.py train` makes a new vocabulary")
             types = [dict(read_fields(value)).get(3, NORMAL) for number, value in model if number == 1]
             self.frozen = [tokens[i] for i, kind in enumerate(types) if kind == USER_DEFINED]
             fixed = set(range(len(tokens))) - {i for i, kind in enumerate(types) if kind == NORMAL}
+        elif self.kind == "gpt2":
+            self.merges = vocabulary.read_merges(self.folder)
         elif self.kind == "tokenizers":
             description = read_json(self.file)
             byte_level = '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
             if description["model"]["type"] != "BPE" or not byte_level:
                 raise UserError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
                                 f"(put its tokenizer.model beside it)")
+            self.merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in description["model"]["merges"]]
             fixed |= {entry["id"] for entry in description["added_tokens"]}
         self.joinable = [token is not None and i not in fixed for i, token in enumerate(tokens)]
 
 
-def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, int]], folder: Path) -> None:
+def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path) -> None:
     """Write the tokenizer with `tokens` (by id, the old ones first) into `folder`, in every form that its kind has.
 
-    merges: the pair of ids that each new token joins.
+    pairs: the two tokens that each new token joins.
     """
-    old, first = base.tokenizer, base.tokenizer.vocab_size
     folder.mkdir(parents=True, exist_ok=True)
-    write_kind = {"sentencepiece": _write_sentencepiece, "tiktoken": _write_tiktoken}.get(base.kind, _write_merges)
-    backend = write_kind(base, tokens, [(tokens[a], tokens[b]) for a, b in merges], folder)
-    if base.kind != "tokenizers":
-        backend.add_special_tokens([tokens[i] for i in old.special_ids])
-        if old.add_bos:
-            put_bos_first(backend, tokens[old.bos_id])
+    backend, first = convert(base, tokens, pairs), base.tokenizer.vocab_size
     # Each new token must come out of its own text by merges alone. tiktoken looks whole words up first, but a
     # tokenizer.json need not: a token that only this look-up finds would be alive in one file and dead in the other.
     look_up = backend.model.ignore_merges
@@ -92,104 +89,80 @@ def write_extended(base: BaseTokenizer, tokens: list, merges: list[tuple[int, in
     dead = [t for i, t in enumerate(tokens[first:], first) if [x.id for x in backend.model.tokenize(t)] != [i]]
     backend.model.ignore_merges = look_up
     assert not dead, f"{len(dead)} new tokens cannot be reached by merges, the first is {dead[0]!r}"
-    backend.save(str(folder / "tokenizer.json"))
+    vocab = dict(sorted(backend.get_vocab().items(), key=lambda item: item[1]))
+    if base.kind == "sentencepiece":
+        (folder / "tokenizer.model").write_bytes(_append_pieces(base, list(vocab)))
+    elif base.kind == "tiktoken":
+        new_ranks = {bytes(map(LETTER_BYTES.get, token)): i for i, token in enumerate(tokens[first:], first)}
+        lines = [*base.file.read_bytes().splitlines(), _format_ranks(new_ranks)]
+        (folder / "tokenizer.model").write_bytes(b"\n".join(lines))
+    elif not backend.normalizer and all(t.special for t in backend.get_added_tokens_decoder().values()) and (
+            ranks := vocabulary.make_tiktoken_ranks(vocab, base.merges + pairs)):
+        (folder / "tokenizer.tiktoken").write_bytes(_format_ranks(ranks))
+    if base.kind == "gpt2":
+        old_lines = (base.folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n")
+        write_text(folder / "merges.txt", "\n".join([old_lines, *map(" ".join, pairs)]) + "\n")
+        write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
+    if base.kind != "sentencepiece" or encodes_as(base, backend, vocabulary.load(folder / "tokenizer.model")):
+        backend.save(str(folder / "tokenizer.json"))
     # transformers takes the tokenizer.json of a PreTrainedTokenizerFast as it is.
     write_settings(base, folder, "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast")
-    new = vocabulary.load(folder)
-    if base.kind == "sentencepiece":
-        # The model may have a normaliser that the conversion does not know. (The packages differ anyway where a text
-        # holds the name of a control token.)
-        model, special = vocabulary.load(folder / "tokenizer.model"), [new.tokens[i] for i in new.special_ids]
-        texts = [text for text in PROBES if not any(token in text for token in special)]
-        if any(new.encode(text) != model.encode(text) for text in texts):
-            (folder / "tokenizer.json").unlink()
-    assert new.tokens[:first] == old.tokens, "an old id moved"
+    assert vocabulary.load(folder).tokens[:first] == base.tokenizer.tokens, "an old id moved"
 
 
-def _write_tiktoken(base: BaseTokenizer, tokens: list, _, folder: Path) -> tokenizers.Tokenizer:
-    first = base.tokenizer.vocab_size
-    new_lines = _format_ranks((unspell_bytes(token), i) for i, token in enumerate(tokens[first:], first))
-    (folder / "tokenizer.model").write_bytes(b"\n".join([*base.file.read_bytes().splitlines(), new_lines]))
-    special = set(base.tokenizer.special_ids)
-    vocab = {token: i for i, token in enumerate(tokens) if token is not None}
-    pairs = _list_splits([token for token, i in vocab.items() if i not in special])
-    backend = tokenizers.Tokenizer(models.BPE(vocab, pairs, ignore_merges=True))
-    split_as_llama3(backend)
-    return backend
-
-
-def _format_ranks(ranks) -> bytes:
-    """tiktoken's file: a line "base64 rank" for each (token, rank)."""
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
-
-
-def _write_merges(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path):
-    """Put the new pairs at the end of the merges, in vocab.json with merges.txt or in the tokenizer.json."""
-    first = base.tokenizer.vocab_size
-    if base.kind == "gpt2":
-        vocab = {token: i for i, token in enumerate(tokens) if token is not None}
-        old_lines = (base.folder / "merges.txt").read_text(encoding="utf-8").rstrip("\n")
-        text = "\n".join([old_lines, *map(" ".join, pairs)]) + "\n"
-        (folder / "merges.txt").write_text(text, encoding="utf-8")
-        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-        merges = vocabulary.parse_merges(text)
-        backend = vocabulary.make_gpt2_bpe(vocab, merges)
-        only_merges = True
-    else:
+def convert(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """What `write_extended` writes, in the form of `tokenizers`: the one that every kind of base has."""
+    old, vocab = base.tokenizer, {token: i for i, token in enumerate(tokens) if token is not None}
+    if base.kind == "tokenizers":
         description = read_json(base.file)
-        model, added = description["model"], description["added_tokens"]
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]] + pairs
-        # The vocabulary must hold the added tokens too, else `tokenizers` would give them ids behind the new tokens.
-        vocab = model["vocab"] | {entry["content"]: entry["id"] for entry in added}
-        vocab |= {token: i for i, token in enumerate(tokens[first:], first)}
-        model["vocab"], model["merges"] = vocab, merges
-        backend = tokenizers.Tokenizer.from_str(json.dumps(description))
-        only_merges = all(entry["special"] for entry in added) and not description["normalizer"]
-    if only_merges and (ranks := vocabulary.make_tiktoken_ranks(vocab, merges)):
-        in_order = sorted(ranks.items(), key=lambda item: item[1])
-        (folder / "tokenizer.tiktoken").write_bytes(_format_ranks(in_order))
+        # `vocab` holds the added tokens too; else `tokenizers` would give them ids behind the new tokens.
+        description["model"] |= {"vocab": vocab, "merges": base.merges + pairs}
+        return tokenizers.Tokenizer.from_str(json.dumps(description))
+    if base.kind == "gpt2":
+        backend = vocabulary.make_gpt2_bpe(vocab, base.merges + pairs)
+    elif base.kind == "tiktoken":
+        joinable = [token for i, token in enumerate(tokens) if i >= old.vocab_size or base.joinable[i]]
+        backend = tokenizers.Tokenizer(models.BPE(vocab, _list_splits(joinable), ignore_merges=True))
+        split_as_llama3(backend)
+    else:
+        backend = _convert_pieces(base, tokens)
+    backend.add_special_tokens([tokens[i] for i in old.special_ids])
+    if old.add_bos:
+        put_bos_first(backend, tokens[old.bos_id])
     return backend
 
 
-def _write_sentencepiece(base: BaseTokenizer, tokens: list, _, folder: Path) -> tokenizers.Tokenizer:
-    """Append the new pieces to the bytes of the model file, and return the same tokenizer in the form of `tokenizers`.
-
-    Appending is enough: in protobuf a repeated field (the pieces) may go on anywhere, and of a single field (the size)
-    the last value counts. Tokens that stood behind the model, in added_tokens.json, become control pieces of it.
-    """
-    model, first, data = base.tokenizer.backend, base.tokenizer.vocab_size, base.file.read_bytes()
-    scores = [model.get_score(i) for i in range(model.piece_size())]
-    score = np.float32(min(scores))
-    names = [f"<unused_{i}>" if token is None else token for i, token in enumerate(tokens)]
-    for i in range(model.piece_size(), len(tokens)):
-        # Each score is 1 below the last, or one step of float32 if that is more: Llama 2 has pieces at -1e9, where
-        # neighbouring values are 64 apart.
-        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
-        scores.append(float(score))
-        kind = NORMAL if i >= first else CONTROL
-        data += write_field(1, write_field(1, names[i].encode()) + write_field(2, float(score)) + write_field(3, kind))
-    data += write_field(2, write_field(4, len(tokens)))         # trainer_spec.vocab_size
-    (folder / "tokenizer.model").write_bytes(data)
+def _convert_pieces(base: BaseTokenizer, tokens: list) -> tokenizers.Tokenizer:
+    model = base.tokenizer.backend
+    joinable = [i for i, yes in enumerate(base.joinable) if yes]
     # SentencePiece joins pairs of equal score from the left, so that the left token grows: longer unions come first.
-    normal = [i for i in range(len(tokens)) if i >= first or base.joinable[i]]
-    normal.sort(key=lambda i: (-scores[i], -len(names[i])))
+    joinable.sort(key=lambda i: (-model.get_score(i), -len(tokens[i])))
+    splits = _list_splits([*(tokens[i] for i in joinable), *tokens[len(base.joinable):]])
+    vocab = {token or f"<unused_{i}>": i for i, token in enumerate(tokens)}
     unk = None if base.tokenizer.unk_id is None else tokens[base.tokenizer.unk_id]
-    vocab = {name: i for i, name in enumerate(names)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, _list_splits([names[i] for i in normal]), unk_token=unk,
-                                              fuse_unk=True, byte_fallback=True))
-    normalizer = read_submessage(read_fields(base.file.read_bytes()), 3)
-    steps = []
-    if normalizer.get(4, 1):            # remove_extra_whitespaces
+    backend = tokenizers.Tokenizer(models.BPE(vocab, splits, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    steps, adds_prefix, removes_spaces = [], model.normalize("a") == "▁a", "▁▁" not in model.normalize("a  b")
+    if removes_spaces:
         # A "▁" of the text itself is stripped at the end of the text only.
-        steps = [normalizers.Replace(tokenizers.Regex(pattern), by)
-                 for pattern, by in ((r"\A +|[ ▁]+\z", ""), (" {2,}", " "))]
-    if normalizer.get(3, 1):            # add_dummy_prefix
+        steps += [normalizers.Replace(tokenizers.Regex(r"\A +|[ ▁]+\z"), ""),
+                  normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    if adds_prefix:
         # The pre-tokenizer Metaspace adds no prefix where the text begins with a space; SentencePiece does.
         steps.append(normalizers.Prepend("▁"))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 10**9 if steps[:-1] else 1, 0)] if steps else []
+    strip = [decoders.Strip(" ", 10**9 if removes_spaces else 1, 0)] if steps else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend
+
+
+def encodes_as(base: BaseTokenizer, backend: tokenizers.Tokenizer, model: vocabulary.Tokenizer) -> bool:
+    """Whether the converted tokenizer gives the same ids as the SentencePiece `model`, whose normaliser may do more.
+
+    The packages differ anyway where a text holds the name of a control token.
+    """
+    converted, special = HuggingFaceTokenizer(backend, base.folder), [model.tokens[i] for i in model.special_ids]
+    texts = [text for text in PROBES if not any(token in text for token in special)]
+    return all(converted.encode(text) == model.encode(text) for text in texts)
 
 
 def _list_splits(tokens: list[str]) -> list[tuple[str, str]]:
@@ -203,17 +176,40 @@ def _list_splits(tokens: list[str]) -> list[tuple[str, str]]:
             if token[:k] in known and token[k:] in known]
 
 
+def _format_ranks(ranks: dict[bytes, int]) -> bytes:
+    """tiktoken's file: a line "base64 rank" for each token, by rank."""
+    in_order = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in in_order)
+
+
+def _append_pieces(base: BaseTokenizer, tokens: list[str]) -> bytes:
+    """The bytes of the SentencePiece model file, and behind them the tokens that it lacks and the new size.
+
+    Appending is enough: in protobuf a repeated field (the pieces) may go on anywhere, and of a single field (the size)
+    the last value counts. Tokens that stood behind the model, in added_tokens.json, become control pieces of it.
+    """
+    model, data = base.tokenizer.backend, base.file.read_bytes()
+    score = np.float32(min(map(model.get_score, range(model.piece_size()))))
+    for i in range(model.piece_size(), len(tokens)):
+        # Each score is 1 below the last, or one step of float32 if that is more: Llama 2 has pieces at -1e9, where
+        # neighbouring values are 64 apart.
+        score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
+        kind = NORMAL if i >= base.tokenizer.vocab_size else CONTROL
+        piece = write_field(1, tokens[i].encode()) + write_field(2, float(score)) + write_field(3, kind)
+        data += write_field(1, piece)
+    return data + write_field(2, write_field(4, len(tokens)))           # trainer_spec.vocab_size
+
+
 def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **roles) -> None:
     """Write the base's settings, with the token of every role by name and `roles` (pad_token="<p>") laid over them."""
-    for name in SETTINGS:
+    for name in ("special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
     tok = base.tokenizer
     named = {f"{role}_token": tok.tokens[i] for role in ROLES if (i := getattr(tok, f"{role}_id")) is not None}
-    settings = read_settings(base.folder / "tokenizer_config.json") | named | {
-        "tokenizer_class": tokenizer_class, "add_bos_token": tok.add_bos,
-        "clean_up_tokenization_spaces": False} | roles
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    fixed = {"tokenizer_class": tokenizer_class, "add_bos_token": tok.add_bos, "clean_up_tokenization_spaces": False}
+    settings = read_settings(base.folder / "tokenizer_config.json") | named | fixed | roles
+    write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 # ---- protobuf's wire format, as far as a SentencePiece model needs it
@@ -227,30 +223,17 @@ def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **ro
 
 def read_fields(data: bytes) -> list[tuple[int, int | bytes]]:
     """(field number, value) in order: varints as int, strings and messages as bytes, floats as their 4 or 8 bytes."""
-    fields, at = [], 0
-    while at < len(data):
-        tag, at = read_varint(data, at)
-        if tag & 7 == 0:
-            value, at = read_varint(data, at)
-        else:
-            size, at = {1: (8, at), 5: (4, at)}.get(tag & 7) or read_varint(data, at)
-            value, at = data[at:at + size], at + size
-        fields.append((tag >> 3, value))
+    fields, stream = [], io.BytesIO(data)
+    while stream.tell() < len(data):
+        number, wire_type = divmod(read_varint(stream), 8)
+        value = read_varint(stream) if wire_type in (0, 2) else {1: 8, 5: 4}[wire_type]
+        fields.append((number, value if wire_type == 0 else stream.read(value)))
     return fields
 
 
-def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The varint that begins at byte `at`, and where it ends."""
-    value = shift = 0
-    while data[at] > 127:
-        value |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-    return value | data[at] << shift, at + 1
-
-
-def read_submessage(fields: list, number: int) -> dict:
-    """{field number: value} of the message in field `number`, which may stand in several parts."""
-    return dict(read_fields(b"".join(value for n, value in fields if n == number)))
+def read_varint(stream) -> int:
+    byte = stream.read(1)[0]
+    return byte if byte < 128 else byte - 128 + (read_varint(stream) << 7)
 
 
 def write_varint(value: int) -> bytes:

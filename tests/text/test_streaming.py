@@ -7,7 +7,7 @@ import tokenizers
 from synthetic import MIXED, ByteTokenizer
 
 import tokenizer
-from text.streaming import TextStream
+from text.vocabulary import TextStream
 
 
 def streamed(tok, prompt_ids, new_ids, stop=()):
