@@ -24,8 +24,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -44,7 +42,7 @@ from learn.ema import EMA, EMAConfig
 from learn.ewc import EWC, EWCConfig
 from learn.freeze import Freeze, FreezeConfig
 from learn.lwf import LwF, LwFConfig
-from learn.merge import ALPHAS, MergeConfig, draw_table, merge, try_coefficients
+from learn.merge import ALPHAS, MergeConfig, Pair, draw_table, merge
 from learn.method import Learning, Method
 from measure import verdict
 
@@ -79,12 +77,21 @@ def build(config: ForgetConfig, learning: Learning) -> list[Method]:
 
 def merge_best(base, result, out, score, general, config: MergeConfig, dtype: torch.dtype = torch.float32,
                device="cpu", say=print, overwrite: bool = False) -> dict:
-    """Tries the coefficients, says what each is worth, and writes the model of the best to the folder `out`.
+    """Tries the coefficients on a model in memory, says what each is worth, and writes the best to the folder `out`.
 
     score(model, folder) -> {text: {"bits_per_byte", ...}}, where `folder` has the model's tokenizer. general: names of
     the texts whose rise is forgetting. Returns what merge.json holds: {"method", "alpha", "rows", "out"}.
     """
-    rows = try_coefficients(base, result, score, partial(verdict.compare, general=general), config, dtype, device)
+    before = score(hf.load(base, dtype, device), base)
+    pair, model, rows = Pair(base, result), hf.load(result, dtype, device), []
+    parameters = dict(model.named_parameters())
+    for alpha in sorted(set(config.alphas)):
+        for name in pair.names:
+            # A tied head may be stored all the same; the model has no parameter for it.
+            if (ours := hf.from_hf_name(name)) in parameters:
+                parameters[ours].data.copy_(pair.merge_one(name, alpha, config))
+        texts = score(model, result)
+        rows.append({"alpha": alpha, "texts": texts, **verdict.compare(before, texts, general)})
     if rows[0]["score"] is None:
         raise UserError("a merge is judged on held-out text of the domain and on general text, and one is lacking; "
                         "merge with --alpha instead")
@@ -92,8 +99,7 @@ def merge_best(base, result, out, score, general, config: MergeConfig, dtype: to
     best = max(rows, key=lambda row: row["score"])
     text = draw_table(rows, general, best)
     say(text)
-    merge(base, result, out, best["alpha"], config, f"\n{text}\n", overwrite)
-    return {"method": config.method, "alpha": best["alpha"], "rows": rows, "out": str(out)}
+    return merge(base, result, out, best["alpha"], config, f"\n{text}\n", overwrite) | {"rows": rows}
 
 
 @dataclass(kw_only=True)
@@ -138,8 +144,7 @@ def merge_command(c: Merge) -> dict:
         return evaluation.score_files(model, tok, texts, c.reading, c.context)[0]
 
     if c.alpha is not None:
-        merge(c.base, c.model, out, c.alpha, c.merging, overwrite=overwrite)
-        found = {"method": c.merging.method, "alpha": c.alpha, "rows": [], "out": out}
+        found = merge(c.base, c.model, out, c.alpha, c.merging, overwrite=overwrite)
     else:
         found = merge_best(c.base, c.model, out, score, c.general, c.merging, pick_dtype(c.computing.dtype),
                            pick_device(c.computing.device), overwrite=overwrite)
@@ -187,10 +192,7 @@ def replay_command(c: Replay) -> dict:
     if not c.sampling.max_new_tokens or not c.sampling.temperature:
         raise UserError("--max-new-tokens and --temperature must be above 0: at temperature 0 every document would be "
                         "the same")
-    out, lengths = Path(c.out), []
-    if out.is_dir():
-        raise UserError(f"{out} is a folder; name a file with --out, e.g. {out / 'replay.jsonl'}")
-    folder = hf.open_base(c.model).folder
+    folder, lengths = hf.open_base(c.model).folder, []
     tok = tokenizer.load(folder)
     model = hf.load(folder, pick_dtype(c.computing.dtype), pick_device(c.computing.device))
     longest = min(c.sampling.max_new_tokens, model.config.max_position_embeddings - 1)
@@ -198,16 +200,16 @@ def replay_command(c: Replay) -> dict:
     # BOS ends a document too, because it begins the next one.
     ends = {*end_ids(folder, tok), *([] if tok.bos_id is None else [tok.bos_id])}
     sampled = sample_documents(model, tok, settings, ends, c.documents)
-    with new_file(out) as file:
+    with new_file(c.out) as file:
         for record in tqdm(sampled, total=c.documents, unit="document", disable=None):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             lengths.append(record["metadata"]["tokens"])
         if not lengths:
             raise UserError(f"{c.model} ended each of {c.documents} documents before its first token; is it a base "
                             f"model?")
-    print(f"{out}: {len(lengths):,} documents, {sum(lengths):,} tokens sampled from {c.model}; pack it as a general "
+    print(f"{c.out}: {len(lengths):,} documents, {sum(lengths):,} tokens sampled from {c.model}; pack it as a general "
           f"source")
-    return {"out": str(out), "documents": len(lengths), "tokens": sum(lengths)}
+    return {"out": c.out, "documents": len(lengths), "tokens": sum(lengths)}
 
 
 def main() -> int:

@@ -34,7 +34,7 @@ from core.parallel import ParallelConfig
 from data import Batch
 from forget import SWITCHES, ForgetConfig
 from learn import schedules
-from learn.objectives import IGNORE, LossBySource, ObjectiveConfig
+from learn.objectives import IGNORE, ObjectiveConfig, sum_by_source
 from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import ModelSection, Run, TrainSection, build
@@ -92,7 +92,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     targets = max(1.0, world.sum([sum((batch.labels != IGNORE).sum().item() for batch in batches)])[0])
     # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
     torch.manual_seed(int(mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
-    by_source = LossBySource(run.loader.names)
+    scored = []
     for i, batch in enumerate(batches):
         with parallel.accumulate(run.model, last=i == len(batches) - 1):
             batch = batch.to(world.device)
@@ -100,7 +100,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
                 loss, _, metrics = run.objective.loss(run.model, batch)
                 for method in run.methods:
                     loss = method.loss_computed(run.inner, batch, loss, metrics)            # loss computed
-            by_source.add(batch, metrics)
+            scored.append((batch.source, metrics["sequence_loss"], metrics["sequence_targets"]))
             # The hidden states must not live through the next forward pass.
             del metrics["hidden"]
             # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by world.size.
@@ -112,7 +112,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
         logged |= method.before_step(step, run.inner)                                       # before the step
     norm = parallel.clip_gradients(run.inner, c.optim.clip)
     # The one point of a step at which the CPU waits for the device.
-    sources, norm = by_source.reduce(world, norm)
+    sources, norm = sum_by_source(run.loader.names, scored, norm, world)
     loss = sum(nats for nats, _ in sources.values()) / targets
     guard.require_finite("loss", loss, step, sources)
     if not scale.enabled:

@@ -7,15 +7,13 @@ some of what was gained.
 
     base (0, 4), result (2, 5), alpha 0.5:   linear (1, 4.5);   ties with density 0.5 (1, 4), without the change of 1
 
-`merge_tensor` is the arithmetic, `merge` applies it to folders, and `try_coefficients` to a model in memory, from which
-forget.py merge and, with --forget.merge.method, the end of a run find the best coefficient.
+`merge_tensor` is the arithmetic, and `merge` applies it to folders; forget.merge_best finds the best coefficient.
 """
 
 import math
 import re
 import shutil
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,13 +114,12 @@ class Pair:
         return merge_tensor(base, result, alpha, config.method, config.density)
 
 
-def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", overwrite: bool = False):
+def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", overwrite: bool = False) -> dict:
     """Writes the merged model as a Hugging Face folder, whole or not at all; everything but the weights is the
     result's. Memory holds the tensors of one file of the result at a time. card: text for the folder's README."""
-    pair = Pair(base, result)
+    pair, weight_map, size = Pair(base, result), {}, 0
     in_result = pair.files[1]
     with new_folder(out, overwrite) as partial:
-        weight_map, size = {}, 0
         for file in dict.fromkeys(in_result.values()):
             name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
             tensors = {n: pair.merge_one(n, alpha, config) for n in pair.names if in_result[n] == file}
@@ -140,24 +137,7 @@ def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", 
         with open(partial / "README.md", "a", encoding="utf-8") as readme:
             readme.write(f"\n## Merged with its base\n\n{config.method}, coefficient {alpha:g} (0 is the base, 1 the "
                          f"model that was trained).\n{card}\n")
-
-
-def try_coefficients(base, result, score: Callable, compare: Callable, config: MergeConfig, dtype: torch.dtype,
-                     device) -> list[dict]:
-    """[{"alpha", "texts", **compare(before, texts)}] of the merged models, by rising alpha; no folder is written.
-    score: as in forget.merge_best."""
-    before = score(hf.load(base, dtype, device), base)
-    pair, model, rows = Pair(base, result), hf.load(result, dtype, device), []
-    parameters = dict(model.named_parameters())
-    for alpha in sorted(set(config.alphas)):
-        with torch.no_grad():
-            for name in pair.names:
-                # A tied head may be stored all the same; the model has no parameter for it.
-                if (ours := hf.from_hf_name(name)) in parameters:
-                    parameters[ours].copy_(pair.merge_one(name, alpha, config))
-        texts = score(model, result)
-        rows.append({"alpha": alpha, "texts": texts, **compare(before, texts)})
-    return rows
+    return {"method": config.method, "alpha": alpha, "rows": [], "out": str(out)}
 
 
 def draw_table(rows: list[dict], general, best: dict) -> str:

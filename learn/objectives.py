@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, D model width, V vocabulary, S sources.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 
 from core.config import setting
@@ -121,31 +122,20 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
     return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss)
 
 
-class LossBySource:
-    """Nats and numbers of targets of a step by source, over its micro-batches and all ranks."""
+def sum_by_source(names: list[str], parts: list[tuple], norm: torch.Tensor, world) -> tuple[dict, float]:
+    """({source: (nats, targets)} of a step, over its micro-batches and all ranks, the gradient norm as a float).
 
-    def __init__(self, names: list[str]):
-        self.names = names
-        self.sources, self.losses, self.targets = [], [], []
-
-    def add(self, batch, metrics: dict):
-        """Add a micro-batch. Its losses stay on the device, so that nothing waits for them yet."""
-        self.sources.append(torch.from_numpy(batch.source))
-        self.losses.append(metrics["sequence_loss"])
-        self.targets.append(metrics["sequence_targets"])
-
-    def reduce(self, world, norm: torch.Tensor) -> tuple[dict, float]:
-        """({source: (nats, targets)} of the sources that have targets, the gradient norm as a float).
-
-        This waits for the device: everything that the loop must know of a step comes in one copy. fp32 holds the
-        counts exactly, as they are at most T.
-        """
-        values = torch.cat([*self.losses, *self.targets, norm.flatten()]).float().cpu().double()
-        *parts, norm = values.split([values.numel() // 2, values.numel() // 2, 1])
-        sums = torch.zeros(2, len(self.names), dtype=torch.float64)
-        for total, part in zip(sums, parts):
-            total.index_add_(0, torch.cat(self.sources), part)
-        nats, targets = torch.tensor(world.sum(sums.flatten().tolist()), dtype=torch.float64).view(2, -1)
-        # Losses are computed in fp32: more digits of their sum would say nothing.
-        nats, targets = nats.float().tolist(), targets.long().tolist()
-        return {name: (nats[i], targets[i]) for i, name in enumerate(self.names) if targets[i]}, norm.item()
+    parts: (batch.source, metrics["sequence_loss"], metrics["sequence_targets"]) of each micro-batch. This waits for the
+    device: everything that the loop must know of a step comes in one copy. fp32 holds the counts exactly, as they are
+    at most T. Sources without targets are left out.
+    """
+    sources, losses, counts = zip(*parts)
+    values = torch.cat([*losses, *counts, norm.flatten()]).float().cpu().double()
+    *parts, norm = values.split([values.numel() // 2, values.numel() // 2, 1])
+    sums = torch.zeros(2, len(names), dtype=torch.float64)
+    for total, part in zip(sums, parts):
+        total.index_add_(0, torch.from_numpy(np.concatenate(sources)), part)
+    nats, targets = torch.tensor(world.sum(sums.flatten().tolist()), dtype=torch.float64).view(2, -1)
+    # Losses are computed in fp32: more digits of their sum would say nothing.
+    nats, targets = nats.float().tolist(), targets.long().tolist()
+    return {name: (nats[i], targets[i]) for i, name in enumerate(names) if targets[i]}, norm.item()

@@ -6,6 +6,7 @@ gradient comes, holds tensors only and is sharded like the parameter, so that a 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -55,15 +56,14 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr_scales: dict 
             group = {"params": [], "lr": config.lr * scale, "lr_scale": scale, "muon": muon,
                      "weight_decay": config.weight_decay if decays else 0.0}
             groups.setdefault((muon, decays, scale), group)["params"].append(p)
-    settings = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.name == "adamw":
-        return torch.optim.AdamW(list(groups.values()), **settings, fused=True)
-    return {"muon": Muon, "adamw_8bit": AdamW8bit}[config.name](list(groups.values()), **settings)
+    kind = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw_8bit": AdamW8bit, "muon": Muon}[config.name]
+    return kind(list(groups.values()), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments are 8-bit codes; bf16 weights keep the next 8 bits of their value beside them
-    (kernels/adamw.py). Only matrices of 32 n columns have codes; norms, biases and the like have moments in fp32."""
+    (kernels/adamw.py). Only matrices of 32 n columns have codes; norms, biases and the like have moments in fp32.
+    core/parallel.py saves and loads its state: torch's load_state_dict would cast codes to the parameter's dtype."""
 
     def __init__(self, groups, lr: float, betas: tuple, eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
@@ -102,15 +102,6 @@ class AdamW8bit(torch.optim.Optimizer):
                     states.append({name: local(x) for name, x in self.state[p].items() if name != "step"})
                 adamw_([local(p) for p in params], [local(p.grad) for p in params], states, group["lr"],
                        group["betas"], group["eps"], group["weight_decay"], step, self.table)
-
-    def load_state_dict(self, state_dict):
-        """As torch's, but the codes keep their dtype; torch would cast them to that of the parameters."""
-        super().load_state_dict(state_dict)
-        # torch numbers the parameters through all groups.
-        params = [p for group in self.param_groups for p in group["params"]]
-        for i, state in state_dict["state"].items():
-            self.state[params[i]] = {name: x.clone() if name == "step" else x.to(params[i].device, copy=True)
-                                     for name, x in state.items()}
 
 
 class Muon(torch.optim.Optimizer):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from core.config import check_limits
 from core.hashing import mix_keys
 from data import Batch, RowRandom
-from learn.objectives import IGNORE, Causal, LossBySource, Masked, ObjectiveConfig, make_objective
+from learn.objectives import IGNORE, Causal, Masked, ObjectiveConfig, make_objective, sum_by_source
 
 SPECIAL = (0, 1, 2)
 MASK = 3
@@ -216,20 +216,17 @@ def test_who_sees_the_future(tiny_model, objective, sees):
 def test_loss_by_source_adds_micro_batches_and_ranks():
     """Truth: sums by hand; the second rank here has the first one's values again."""
     two_ranks = SimpleNamespace(sum=lambda values: [2 * value for value in values])
-    totals = LossBySource(["law", "tales", "unread"])
-    for sources, losses, targets in (([0, 1], [1.5, 2.0], [3, 4]), ([1, 1], [0.25, 4.0], [1, 2])):
-        totals.add(SimpleNamespace(source=np.array(sources)), {"sequence_loss": torch.tensor(losses),
-                                                               "sequence_targets": torch.tensor(targets)})
-    sums, norm = totals.reduce(two_ranks, torch.tensor(0.75, dtype=torch.bfloat16))
+    parts = [(np.array(sources), torch.tensor(losses), torch.tensor(targets)) for sources, losses, targets in (
+        ([0, 1], [1.5, 2.0], [3, 4]), ([1, 1], [0.25, 4.0], [1, 2]))]
+    norm = torch.tensor(0.75, dtype=torch.bfloat16)
+    sums, norm = sum_by_source(["law", "tales", "unread"], parts, norm, two_ranks)
     assert (sums, norm) == ({"law": (3.0, 6), "tales": (12.5, 14)}, 0.75)
 
 
 def test_counts_of_targets_are_exact_above_24_bits():
     many = SimpleNamespace(sum=lambda values: [value * (2**24 + 1) for value in values])
-    totals = LossBySource(["law"])
-    totals.add(SimpleNamespace(source=np.array([0])), {"sequence_loss": torch.tensor([1.0]),
-                                                       "sequence_targets": torch.tensor([1])})
-    assert totals.reduce(many, torch.tensor(1.0))[0]["law"][1] == 2**24 + 1
+    parts = [(np.array([0]), torch.tensor([1.0]), torch.tensor([1]))]
+    assert sum_by_source(["law"], parts, torch.tensor(1.0), many)[0]["law"][1] == 2**24 + 1
 
 
 # ---- settings
