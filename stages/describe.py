@@ -89,7 +89,7 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
     values["replay_share"] = sum(drawn[name] for name in run.names_of("general")) / sum(drawn.values())
     # The share of domain sequences that this step, the run's number `step` - 1 from 0, was meant to have.
     replay = adaptive.share_in_force(run.decisions, step - 1)
-    scheduled = mixture.share_at(c.data, (step - 1) / max(1, run.steps - 1), run.steps)
+    scheduled = mixture.schedule_at(c.data, (step - 1) / max(1, run.steps - 1), run.steps)[0]
     values["domain_share"] = scheduled if replay is None else 1 - replay
     values |= result["methods"]
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}

@@ -1,8 +1,7 @@
 """The mix: how many sequences of each source a step has. Weights are functions of the run's progress from 0 to 1.
 
-A schedule says which share of the sequences is of the domain and which documents of a domain source are open, if it is
-in score buckets (`_curves`). A final anneal can follow any of them. `plan_counts` turns the weights into sequences, the
-plan; `python data.py mix RECIPE --preview` shows it. S sources; a score bucket counts as a source.
+`plan_counts` turns the weights into sequences, the plan; `python data.py mix RECIPE --preview` shows it. S sources; a
+score bucket counts as a source.
 """
 
 import bisect
@@ -19,8 +18,8 @@ from text.shards import read_buckets
 
 # Up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264).
 WARN_EPOCHS = 4
-# What `open_documents` gives where all are open and come equally often.
-OPENED, ALL = ("low", "high", "emphasis"), (0.0, 1.0, 1.0)
+# (low, high, emphasis) where all documents are open and come equally often.
+ALL = (0.0, 1.0, 1.0)
 INFINITY = float("inf")
 STRATA = ("reasoning", "knowledge", "language", "coding", "math", "instruction_following", "safety")
 
@@ -118,42 +117,34 @@ def open_buckets(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
 
 # ---- schedules
 
-def _curves(config: DataConfig, steps: int) -> dict[str, list]:
-    """{"share": the share of domain sequences, "low", "high", "emphasis": what `open_documents` gives} over a run of
-    `steps` steps, each as points (progress, value) with straight lines between them. Where two points have the same
-    progress, the value jumps from the first to the second."""
+def schedule_at(config: DataConfig, progress: float, steps: int) -> tuple[float, tuple[float, float, float]]:
+    """(share of domain sequences, (low, high, emphasis)) at `progress`, from 0 to 1, of a run of `steps` steps.
+
+    A domain source in score buckets is open from its quantile `low` to `high`, and the last of the open documents come
+    `emphasis` times as often as the first.
+    """
     target = config.domain_share
     # gradual: the share of the run over which the domain comes in.
     ramp = 0.2 if config.gradual_steps is None else config.gradual_steps / max(1, steps - 1)
-    stages = [(0.0, 0.3), (0.1, 0.3), (0.1, 0.6), (0.3, 0.6), (0.3, 1.0)]
-    alone = {"share": [(0.0, 1.0)]}
-    curves = {
+    stages, alone = [(0.0, 0.3), (0.1, 0.3), (0.1, 0.6), (0.3, 0.6), (0.3, 1.0)], {"share": [(0.0, 1.0)]}
+    # Points (progress, value) with straight lines between them; of two at the same progress the second is the value.
+    # What a schedule does not name stays as in `constant`.
+    schedules = {
         "warmup_cooldown": {"share": [(0.0, min(0.3, target)), (0.1, target), (0.9, target), (1.0, min(0.5, target))]},
         "gradual": {"share": [(0.0, 0.0), (ramp, target)], "high": [(0.0, 0.3), (ramp, 1.0)]},
-        "staged": {"share": [(progress, target * part) for progress, part in stages], "high": stages},
+        "staged": {"share": [(at, target * part) for at, part in stages], "high": stages},
         "quality_first": {"high": [(0.0, 0.3), (1.0, 1.0)]},
         # The easier documents, the middle ones, and at last all, the hardest 3 times as often as the easiest.
         "curriculum": {"low": [(0.3, 0.0), (0.3, 0.2), (0.7, 0.2), (0.7, 0.0)],
                        "high": [(0.0, 0.3), (0.3, 0.6), (0.7, 0.8), (0.7, 1.0)], "emphasis": [(0.7, 1.0), (0.7, 3.0)]},
         "two_stage": alone, "domain_only": alone}
-    constant = {"share": [(0.0, target)], **{name: [(0.0, value)] for name, value in zip(OPENED, ALL)}}
-    return constant | curves.get(config.schedule, {})
-
-
-def share_at(config: DataConfig, progress: float, steps: int) -> float:
-    """The share of domain sequences wanted at `progress` (0 to 1) of a run of `steps` steps, the anneal included."""
-    share = float(np.interp(progress, *zip(*_curves(config, steps)["share"])))
-    if config.anneal_share is None:
-        return share
-    done = max(0.0, 1 - (1 - progress) / config.anneal_ratio)
-    return share * (1 - done) + config.anneal_share * done
-
-
-def open_documents(config: DataConfig, progress: float, steps: int) -> tuple[float, float, float]:
-    """(low, high, emphasis) at `progress`: from which to which quantile of its order a source's documents are open, and
-    how many times as often the last of them come as the first."""
-    curves = _curves(config, steps)
-    return tuple(float(np.interp(progress, *zip(*curves[name]))) for name in OPENED)
+    constant = {"share": [(0.0, target)], "low": [(0.0, 0.0)], "high": [(0.0, 1.0)], "emphasis": [(0.0, 1.0)]}
+    curves = constant | schedules.get(config.schedule, {})
+    share, *opened = (float(np.interp(progress, *zip(*curves[name]))) for name in constant)
+    if config.anneal_share is not None:
+        done = max(0.0, 1 - (1 - progress) / config.anneal_ratio)
+        share = share * (1 - done) + config.anneal_share * done
+    return share, tuple(opened)
 
 
 # ---- weights
@@ -162,8 +153,8 @@ def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple
                    strata: Strata | None = None) -> np.ndarray:
     """float64 [S], with sum one: the domain sources share `share`, the general ones the rest.
 
-    `opened`, as from open_documents, moves a domain source's weight among its buckets. `strata` (default: equal
-    weights) divides the replay if the general sources name theirs.
+    `opened`, (low, high, emphasis) of schedule_at, moves a domain source's weight among its buckets. `strata` (default:
+    equal weights) divides the replay if the general sources name theirs.
     """
     weights = {name: _open_tokens(s, opened if s.role == "domain" else ALL) if isinstance(s, Bucket) else s.weight
                for name, s in sources.items()}
@@ -244,8 +235,8 @@ def weights_at(config: DataConfig, sources: dict[str, SourceConfig], progress: n
                         f"the role domain")
     # Most steps want the same as the step before.
     weights = functools.cache(lambda share, opened: source_weights(sources, share, opened, config.strata))
-    return np.stack([weights(share_at(config, p, steps) if share is None else share, open_documents(config, p, steps))
-                     for p in progress.tolist()])
+    wanted = [schedule_at(config, p, steps) for p in progress.tolist()]
+    return np.stack([weights(scheduled if share is None else share, opened) for scheduled, opened in wanted])
 
 
 def progress_of(steps: int) -> np.ndarray:

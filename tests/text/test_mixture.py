@@ -20,16 +20,19 @@ from text.mixture import (
     describe_mix,
     judge_epochs,
     make_plan,
-    open_documents,
     plan_counts,
     progress_of,
     replay_strata,
-    share_at,
+    schedule_at,
     source_weights,
     weights_at,
 )
 
 SCHEDULES = typing.get_args(typing.get_type_hints(DataConfig)["schedule"])
+
+
+def share_at(config, progress, steps) -> float:
+    return schedule_at(config, progress, steps)[0]
 
 
 def bucketed(K: int = 10, tokens=None, **more) -> dict:
@@ -159,7 +162,7 @@ def test_gradual_over_a_number_of_steps():
                     1: (0, 1, 3)})])
 def test_open_documents_by_hand(schedule, wanted):
     config = DataConfig(schedule=schedule)
-    assert {p: tuple(round(x, 12) for x in open_documents(config, p, 1000)) for p in wanted} == wanted
+    assert {p: tuple(round(x, 12) for x in schedule_at(config, p, 1000)[1]) for p in wanted} == wanted
 
 
 def test_buckets_share_their_sources_weight_by_what_is_open_of_them():
