@@ -17,7 +17,7 @@ from synthetic import Bytes, counts_of, loader_of, run, scored, some_texts, sour
 import data
 import tokenizer as tokenizers
 from core.hashing import mix_keys
-from text.mixture import DataConfig, SourceConfig, plan_counts, progress_of, schedule_at, source_weights
+from text.mixture import DataConfig, SourceConfig, plan_counts, schedule_at, source_weights
 from text.packing import pack_sources
 from text.shards import SPLITS, Shards, pack
 
@@ -37,7 +37,8 @@ def three_sources(tmp_path, batch_size: int = 12) -> tuple[dict, np.ndarray]:
 
 
 def weights_over(steps: int, configs: dict) -> np.ndarray:
-    return np.array([source_weights(configs, schedule_at(DataConfig(), p, steps)[0]) for p in progress_of(steps)])
+    progress = np.arange(steps) / (steps - 1)
+    return np.array([source_weights(configs, schedule_at(DataConfig(), p, steps)[0]) for p in progress])
 
 
 def arrays(batch) -> list[np.ndarray]:

@@ -77,7 +77,7 @@ def measure_shares(config: DataConfig, sources: dict[str, SourceConfig], plan: n
     """Over up to `spans` equal spans of the run: the steps, the domain share wanted and drawn, each source's share."""
     steps = len(plan) - 1
     domain = np.array([s.role == "domain" for s in sources.values()])
-    wanted = mixture.weights_at(config, sources, mixture.progress_of(steps), steps)[:, domain].sum(1)
+    wanted = mixture.weights_at(config, sources, steps)[:, domain].sum(1)
     edges = np.linspace(0, steps, min(steps, spans) + 1).round().astype(int).tolist()
     rows = []
     for first, last in itertools.pairwise(edges):

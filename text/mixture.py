@@ -225,23 +225,19 @@ def describe_mix(config: DataConfig, sources: dict[str, SourceConfig]) -> list[s
     return lines
 
 
-def weights_at(config: DataConfig, sources: dict[str, SourceConfig], progress: np.ndarray, steps: int,
+def weights_at(config: DataConfig, sources: dict[str, SourceConfig], steps: int, progress: np.ndarray | None = None,
                share: float | None = None) -> np.ndarray:
-    """float64 [n, S]: the sources' weights at each progress [n] of a run of `steps` steps. `share`, where it is given,
-    is the share of domain sequences throughout, instead of the schedule's."""
+    """float64 [n, S]: the sources' weights at each progress [n], by default of each step, of a run of `steps` steps.
+    `share`, where it is given, is the share of domain sequences throughout, instead of the schedule's."""
     has_domain = any(s.role == "domain" and s.weight for s in sources.values())
     if config.schedule in ("two_stage", "domain_only") and not has_domain:
         raise UserError(f"data.schedule {config.schedule} trains on the domain alone, but no source with a weight has "
                         f"the role domain")
     # Most steps want the same as the step before.
     weights = functools.cache(lambda share, opened: source_weights(sources, share, opened, config.strata))
+    progress = np.arange(steps) / max(1, steps - 1) if progress is None else progress
     wanted = [schedule_at(config, p, steps) for p in progress.tolist()]
     return np.stack([weights(scheduled if share is None else share, opened) for scheduled, opened in wanted])
-
-
-def progress_of(steps: int) -> np.ndarray:
-    """float64 [steps]: the progress of each step of a run, 0 at the first and 1 at the last."""
-    return np.arange(steps) / max(1, steps - 1)
 
 
 # ---- the plan
@@ -254,7 +250,7 @@ def make_plan(config: DataConfig, length: LengthConfig, sources: dict[str, Sourc
     """
     of_tokens = length.tokens and -(-length.tokens // (config.context * length.batch_size))
     steps = length.steps or of_tokens or _count_steps_of_epochs(config, length, sources, rows_per_epoch)
-    return plan_counts(weights_at(config, sources, progress_of(steps), steps), length.batch_size)
+    return plan_counts(weights_at(config, sources, steps), length.batch_size)
 
 
 def _count_steps_of_epochs(config, length, sources, rows_per_epoch) -> int:
@@ -265,7 +261,7 @@ def _count_steps_of_epochs(config, length, sources, rows_per_epoch) -> int:
     wanted = length.epochs * sum(rows_per_epoch[name] for name, s in sources.items() if s.role == role)
 
     def mean_share(steps: int) -> float:
-        weights = weights_at(config, sources, np.arange(201) / 200, steps)
+        weights = weights_at(config, sources, steps, np.arange(201) / 200)
         return sum(row[chosen].sum() for row in weights) / 201
 
     if mean_share(1) <= 0:
@@ -287,7 +283,7 @@ def replan(plan: np.ndarray, step: int, config: DataConfig, sources: dict[str, S
     steps, batch_size = len(plan) - 1, int(plan[1].sum())
     if step >= steps:
         return plan
-    rest = plan_counts(weights_at(config, sources, progress_of(steps)[step:], steps, share), batch_size)
+    rest = plan_counts(weights_at(config, sources, steps, share=share)[step:], batch_size)
     return np.concatenate([plan[:step], plan[step] + rest])
 
 
@@ -304,8 +300,7 @@ def plan_counts(weights: np.ndarray, batch_size: int) -> np.ndarray:
     unit = 1 << 32
     whole = np.floor(weights * unit).astype(np.int64)
     whole[np.arange(len(weights)), whole.argmax(1)] += unit - whole.sum(1)
-    rows, worst = [np.zeros(weights.shape[1], np.int64)], 0
-    owed = rows[0]
+    rows, owed, worst = [np.zeros(weights.shape[1], np.int64)], 0, 0
     for wanted in whole:
         owed = owed + batch_size * wanted
         take = np.maximum(owed, 0) >> 32

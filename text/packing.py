@@ -1,10 +1,5 @@
 """Sources -> sequences of T + 1 tokens: which tokens share a sequence. Which sequence comes when is data.py's part.
 
-    window      the source as a circle of L tokens, its documents one after the other, cut every T tokens
-    best_fit    whole documents, put together so that they leave the least room; longer ones in pieces
-    document    each document in sequences of its own
-    in order    for evaluation: a segment stands beside the one before it while there is room (`pack_in_order`)
-
 A sequence is made of pieces, and `Sequences.append` writes one. It has one token more than the context, because inputs
 and targets are not yet apart: the objective shifts once. B sequences, T tokens of context, L tokens of a source.
 """
@@ -58,7 +53,7 @@ class Sequences:
 # ---- for training: a source's sequences, the same number of them in every epoch
 
 class Packing:
-    """A source cut into sequences, the same number of them in every epoch, as config.packing says.
+    """A source cut into sequences as config.packing says.
 
     A document of more than T + 1 tokens is cut into pieces of T + 1 at a stride of T, so that each token but a
     document's first is a target exactly once per epoch. With T = 8, one of 20 tokens becomes 0..8, 8..16 and 16..19.

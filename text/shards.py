@@ -35,7 +35,6 @@ MAGIC = {2: (20240520, 1), 4: (20240801, 7)}
 # "nCPT" in llm.c's first spare word
 OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1
 SPLITS = ("train", "heldout")
-TOKENIZER_KEYS = ("fingerprint", "library", "vocab_size", "bos_id", "eos_id")
 # The files of a shard: (suffix, bytes before the array, its type or None for that of the tokens, what the manifest
 # says of its length and of its hash)
 FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
@@ -132,7 +131,7 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
     if bos and tokenizer.bos_id is None:
         raise UserError("--bos was asked for, but the tokenizer has no BOS token")
     itemsize, empty, manifests = 2 if tokenizer.vocab_size <= 65536 else 4, collections.Counter(), []
-    described = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
+    described = {key: getattr(tokenizer, key) for key in ("fingerprint", "library", "vocab_size", "bos_id", "eos_id")}
     writers = {(k, split): ShardWriter(folder, split, described, itemsize, shard_tokens)
                for k, folder in enumerate(folders) for split in SPLITS}
     batches = batches_by_size(documents, lambda document: len(document[1]), batch_bytes)
@@ -418,11 +417,10 @@ def open_shard(folder: Path, manifest: dict, record: dict) -> tuple[np.ndarray, 
     for suffix, skip, kind, count, _ in FILES:
         path, kind = folder / f"{record['name']}.{suffix}", np.dtype(kind or dtype)
         wanted = skip + record[count] * kind.itemsize
-        if not path.exists():
-            raise _describe_fault(folder, record, suffix, "is missing")
-        if path.stat().st_size != wanted:
-            fault = f"has {path.stat().st_size} bytes instead of {wanted}: it was cut short or changed"
-            raise _describe_fault(folder, record, suffix, fault)
+        size = path.stat().st_size if path.exists() else None
+        if size != wanted:
+            raise _describe_fault(folder, record, suffix, "is missing" if size is None else
+                                  f"has {size} bytes instead of {wanted}: it was cut short or changed")
         arrays.append(np.asarray(np.memmap(path, kind, "r", skip, (record[count],))))
     header = np.fromfile(folder / f"{record['name']}.bin", "<i4", 256)
     if header.tolist() != shard_header(record, manifest["tokenizer"], dtype.itemsize).tolist():

@@ -21,7 +21,6 @@ from text.mixture import (
     judge_epochs,
     make_plan,
     plan_counts,
-    progress_of,
     replay_strata,
     schedule_at,
     source_weights,
@@ -46,7 +45,7 @@ def bucketed(K: int = 10, tokens=None, **more) -> dict:
 
 def over_run(weights, steps) -> np.ndarray:
     """[steps, S] of a function of the progress."""
-    return np.array([weights(p) for p in progress_of(steps)])
+    return np.array([weights(p) for p in np.linspace(0, 1, steps)])
 
 
 def deviation(weights, batch_size) -> float:
@@ -140,7 +139,7 @@ def test_weights_of_sources():
 def test_domain_shares_by_hand(schedule, wanted):
     config = DataConfig(schedule=schedule, domain_share=0.8)
     assert {p: round(share_at(config, p, 1000), 12) for p in wanted} == wanted
-    assert {p: round(weights_at(config, bucketed(), np.array([p]), 1000)[0, :-1].sum(), 12) for p in wanted} == wanted
+    assert {p: round(weights_at(config, bucketed(), 1000, np.array([p]))[0, :-1].sum(), 12) for p in wanted} == wanted
 
 
 def test_gradual_over_a_number_of_steps():
@@ -186,7 +185,7 @@ def test_one_bucket_of_all_documents_is_the_source():
     config = DataConfig(schedule="curriculum")
     whole = {"law": SourceConfig(), "wiki": SourceConfig(role="general")}
     progress = np.linspace(0, 1, 101)
-    np.testing.assert_allclose(weights_at(config, bucketed(1), progress, 100), weights_at(config, whole, progress, 100))
+    np.testing.assert_allclose(weights_at(config, bucketed(1), 100, progress), weights_at(config, whole, 100, progress))
 
 
 def test_anneal_bends_the_end_of_any_schedule():
@@ -211,9 +210,9 @@ def test_every_schedule_keeps_within_one_sequence_at_every_prefix(schedule, batc
                 config = DataConfig(schedule=schedule, anneal_share=anneal)
                 tokens = np.random.default_rng(K).integers(1, 1000, K).tolist()
                 sources = {**bucketed(K, tokens), "code": SourceConfig(weight=0.2)}
-                assert deviation(weights_at(config, sources, progress_of(steps), steps), batch_size) < 1
+                assert deviation(weights_at(config, sources, steps), batch_size) < 1
                 sources = {name: s for name, s in bucketed(K).items() if name != "wiki"} | strata
-                assert deviation(weights_at(config, sources, progress_of(steps), steps), batch_size) < 1
+                assert deviation(weights_at(config, sources, steps), batch_size) < 1
 
 
 def test_domain_alone_leaves_general_text_out_and_wants_a_domain():
@@ -308,7 +307,7 @@ def test_strata_are_named_by_all_general_sources_or_none():
     assert replay_strata(sources, Strata(math=9.0)) == ({}, [])
     sources["b"].stratum = "safety"
     with pytest.raises(ValueError, match=r"sources\.a\.stratum is not set"):
-        weights_at(DataConfig(), sources, progress_of(10), 10)
+        weights_at(DataConfig(), sources, 10)
     with pytest.raises(ValueError, match=r"data\.strata\.coding"):
         check_limits(Strata(coding=-1.0), "data.strata.")
 
