@@ -42,7 +42,7 @@ from text.minhash import BANDS, ROWS, SHINGLE, keep_best, link_band
 from text.units import NGRAM, Benchmarks, Store, find_exact, read_identified, sign_file, split_paragraphs
 
 # Raise it when the same input gives another result, and LAYOUT when the files in --out/.dedup change.
-VERSION, LAYOUT = 1, 2
+VERSION, LAYOUT = 1, 3
 OUTPUTS = ("dedup.json", "kept.jsonl", "removed.jsonl")
 REASONS = ("exact", "near", "paragraph", "contaminated")
 _to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
@@ -77,16 +77,21 @@ def dedup(options: Dedup) -> dict:
     work = _open_folder(out, options.output.overwrite, files + against)
     # Other inputs or settings give other names, so what a stopped run made of them is not found.
     settings = [VERSION, LAYOUT, vars(reading), paragraphs, *map(_stamp, against)]
-    stems = [work / short_digest(json.dumps([settings, _stamp(path)]).encode()) for path in files]
+    folders = [work / short_digest(json.dumps([settings, _stamp(path)]).encode()) for path in files]
     with WorkerPool(options.workers or os.cpu_count(), (benchmarks, reading.column, paragraphs)) as pool, \
             tqdm(unit=" documents", disable=None, desc="read") as bar:
-        if not sum(sign_file(path, stem, reading, pool, bar) for path, stem in zip(files, stems)):
+        if not sum(sign_file(path, folder, reading, pool, bar) for path, folder in zip(files, folders)):
             raise UserError(f"no document in {', '.join(files)}")
-    store = Store(stems)
+    store = Store(folders)
     *verdict, compared = find_duplicates(store, options.threshold)
-    counts = write_results(files, out, store, reading, paragraphs, *verdict, benchmarks)
+    counts = write_results(files, out, store, reading, paragraphs, *verdict)
     report = {"version": VERSION, "threshold": options.threshold, "bands": BANDS, "rows": ROWS,
               "shingle_words": SHINGLE, "paragraphs": paragraphs, "files": files, "pairs_compared": compared, **counts}
+    if benchmarks:
+        found = {overlap["item"] for overlaps in store.hits.values() for overlap in overlaps}
+        report |= {"ngram_words": NGRAM, "against": {
+            path: {**items, "found": sum(name.rpartition(":")[0] == path for name in found)}
+            for path, items in benchmarks.files.items()}}
     write_json(out / "dedup.json", report)
     shutil.rmtree(work)
     return report
@@ -132,11 +137,12 @@ def find_duplicates(store: Store, threshold: float) -> tuple[np.ndarray, np.ndar
 
 # ---- writing
 
-def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: bool, stays: np.ndarray,
-                  similarity: np.ndarray, benchmarks: Benchmarks | None) -> dict:
-    """Read the files again and write kept.jsonl and removed.jsonl; returns the counts of dedup.json."""
-    column, counts = reading.column, dict.fromkeys(("documents", "kept", *REASONS), 0)
-    found, unit = set(), 0
+def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: bool, stays, similarity) -> dict:
+    """Read the files again and write kept.jsonl and removed.jsonl; returns the counts of dedup.json.
+
+    stays, similarity: what `find_duplicates` says of each unit.
+    """
+    column, counts, unit = reading.column, dict.fromkeys(("documents", "kept", *REASONS), 0), 0
     with new_file(out / "kept.jsonl", "wb") as kept, new_file(out / "removed.jsonl", "wb") as removed, \
             tqdm(unit=" documents", disable=None, desc="write") as bar:
 
@@ -145,8 +151,7 @@ def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: 
             removed.write(utf8(_to_json(row) + "\n"))
             counts[reason] += 1
 
-        for number, path in enumerate(files):
-            end = store.base[number + 1]
+        for path, end in zip(files, store.base[1:]):
             for ident, record in read_identified(path, reading):
                 parts = split_paragraphs(record[column]) if paragraphs else [record[column]]
                 following = unit + (len(parts) + 1) // 2
@@ -154,7 +159,6 @@ def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: 
                     break
                 counts["documents"] += 1
                 if overlaps := store.hits.get(unit):
-                    found.update(overlap["item"] for overlap in overlaps)
                     remove(ident, overlaps[0]["item"], overlaps[0]["share"], "contaminated", overlaps=overlaps)
                     parts = []
                 for i, u in enumerate(range(unit, following) if parts else ()):
@@ -163,29 +167,17 @@ def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: 
                         reason = "paragraph" if paragraphs else "exact" if same else "near"
                         remove(store.read_id(u), store.read_id(stays[u]), round(float(similarity[u]), 6), reason)
                         parts[2 * i] = None
-                text = join_paragraphs(parts)
-                if text is not None:
+                # A paragraph that goes takes the break behind it along, the last one the break before it.
+                left = [piece for i in range(0, len(parts), 2) if parts[i] is not None for piece in parts[i:i + 2]]
+                if left:
+                    text = "".join(left if len(left) % 2 else left[:-1])
                     kept.write(utf8(_to_json({**record, "id": ident, column: text}) + "\n"))
                     counts["kept"] += 1
                 unit = following
                 bar.update()
             if unit != end:
                 raise UserError(f"input file {path} changed while it was read; start again with --overwrite")
-    if benchmarks:
-        counts["ngram_words"] = NGRAM
-        counts["against"] = {path: {**items, "found": sum(name.rpartition(":")[0] == path for name in found)}
-                             for path, items in benchmarks.files.items()}
     return counts
-
-
-def join_paragraphs(parts: list) -> str | None:
-    """[paragraph or None, break, paragraph or None, ...] -> the text that is left, or None.
-
-    A paragraph that goes takes the break behind it along, the last one the break before it.
-    """
-    left = [piece for i in range(0, len(parts), 2) if parts[i] is not None for piece in parts[i:i + 2]]
-    # An even number of pieces ends with a break.
-    return "".join(left if len(left) % 2 else left[:-1]) if left else None
 
 
 # ---- command line

@@ -1,23 +1,20 @@
 """The units of a corpus: what the first pass of dedup.py leaves on disk of each input file, and the second pass reads.
 
-A unit is a document, or a paragraph where paragraphs are compared. STEM.json, written last, makes a file of them valid;
-it holds the number of documents, the sizes of the other files, and which units overlap with benchmarks.
+A unit is a document, or a paragraph where paragraphs are compared. Each file's units are a folder:
 
-    STEM.units      UNIT [U]: hashes of the words and of the record, length, state, sizes of shingles and id
-    STEM.bands      uint64 [U, BANDS]: the band keys
-    STEM.shingles   uint64 [G]: hashes of the shingles
-    STEM.ids        the ids as JSON, one after the other
+    units         UNIT [U]: hashes of the words and of the record, length, sizes of shingles and id, is it a candidate
+    bands         uint64 [U, BANDS]: the band keys
+    shingles      uint64 [G]: hashes of the shingles
+    ids           the ids as JSON, one after the other
+    signed.json   the number of documents, and which units overlap with benchmarks
 
 U units, G shingles, R units with different words.
 """
 
 import contextlib
-import itertools
 import json
-import os
 import re
 import struct
-from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
@@ -25,7 +22,7 @@ import numpy as np
 
 from core.cli import Reading
 from core.errors import UserError
-from core.files import new_file, read_json, write_json
+from core.files import new_folder, read_json, write_json
 from core.pool import WorkerPool, batches_by_size
 from text.corpus import read_records, read_values, utf8
 from text.minhash import BANDS, SHINGLE, compute_band_keys, fold_words, hash_ngrams
@@ -33,8 +30,7 @@ from text.minhash import BANDS, SHINGLE, compute_band_keys, fold_words, hash_ngr
 # Words in a row that a document shares with a benchmark: GPT-3's rule (Brown et al. 2020, appendix C).
 NGRAM = 13
 UNIT = np.dtype([("exact", "<u8", 2), ("length", "<i8"), ("tie", "<u8", 2), ("shingles", "<u8"), ("ids", "<u8"),
-                 ("state", "u1")])
-CANDIDATE, CONTAMINATED, SHORT = range(3)
+                 ("candidate", "?")])
 FILES = ("units", "bands", "shingles", "ids")
 _to_canonical_json = json.JSONEncoder(sort_keys=True, default=str).encode
 
@@ -78,15 +74,15 @@ class Benchmarks:
     def find_overlaps(self, text: str) -> list[dict]:
         """The ten items that share most 13-grams with a text: the "item", "ngrams" and their "share" of the item's."""
         text = plain_words(text)
-        if text.count(" ") < NGRAM - 1 or not len(self.grams):
+        if text.count(" ") < NGRAM - 1:
             return []
         own = np.unique(hash_ngrams([text], NGRAM)[0])
-        start = self.grams.searchsorted(own)
-        found = self.grams.take(start, mode="clip") == own
-        spans = zip(start[found].tolist(), self.grams.searchsorted(own[found], "right").tolist())
-        shared = Counter(itertools.chain.from_iterable(self.owners[low:high].tolist() for low, high in spans))
-        best = sorted(shared.items(), key=lambda pair: (-pair[1], pair[0]))[:10]
-        return [{"item": self.names[i], "ngrams": n, "share": round(n / self.sizes[i], 4)} for i, n in best]
+        low, high = self.grams.searchsorted(own), self.grams.searchsorted(own, "right")
+        owners = [self.owners[start:end] for start, end in zip(low, high) if start < end]
+        items, shared = np.unique(np.concatenate([self.owners[:0], *owners]), return_counts=True)
+        best = (-shared).argsort(kind="stable")[:10]
+        return [{"item": self.names[i], "ngrams": n, "share": round(n / self.sizes[i], 4)}
+                for i, n in zip(items[best].tolist(), shared[best].tolist())]
 
 
 def plain_words(text: str) -> str:
@@ -121,32 +117,30 @@ def sign_batch(shared: tuple[Benchmarks | None, str, bool], batch: list) -> tupl
         of_record = blake2b(_to_canonical_json([ident, record]).encode(), digest_size=8)
         for number, text in enumerate(split_paragraphs(record[column])[::2] if paragraphs else [record[column]]):
             words = fold_words(text)
-            short = paragraphs and words.count(" ") < SHINGLE - 1
-            state = CONTAMINATED if overlaps else SHORT if short else CANDIDATE
+            candidate = not overlaps and (not paragraphs or words.count(" ") >= SHINGLE - 1)
             # Equal paragraphs of one record differ by their number.
             of_record.update(b"#")
             exact = struct.unpack("<QQ", blake2b(words.encode(), digest_size=16).digest())
             tie = struct.unpack("<QQ", blake2b(utf8(text), digest_size=8).digest() + of_record.digest())
-            folded.append(words if state == CANDIDATE else "")
+            folded.append(words if candidate else "")
             ids.append(_to_canonical_json(f"{ident}#{number}" if paragraphs else ident).encode())
-            rows.append((exact, len(words), tie, 0, len(ids[-1]), state))
+            rows.append((exact, len(words), tie, 0, len(ids[-1]), candidate))
     units, sets = np.array(rows, UNIT), hash_ngrams(folded, SHINGLE)
     units["shingles"] = list(map(len, sets))
     return (units, compute_band_keys(sets), np.concatenate(sets), b"".join(ids)), hits, len(batch)
 
 
-def sign_file(path: str, stem: Path, reading: Reading, pool: WorkerPool, bar) -> int:
+def sign_file(path: str, folder: Path, reading: Reading, pool: WorkerPool, bar) -> int:
     """Write the units of a file, unless a run that was stopped has done so; returns the number of its documents."""
-    if os.path.exists(f"{stem}.json"):
-        signed = read_json(f"{stem}.json")
-        if all(os.path.getsize(f"{stem}.{name}") == size for name, size in signed["bytes"].items()):
-            bar.update(signed["documents"])
-            return signed["documents"]
+    if folder.exists():
+        documents = read_json(folder / "signed.json")["documents"]
+        bar.update(documents)
+        return documents
     documents, n_units, hits = 0, 0, []
     # Batches of about 128 KB, so that the hashes of a batch fit the cache.
     batches = batches_by_size(read_identified(path, reading), lambda pair: len(pair[1][reading.column]) + 256, 1 << 17)
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(new_file(f"{stem}.{name}", "wb")) for name in FILES]
+    with new_folder(folder) as partial, contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(partial / name, "wb")) for name in FILES]
         for parts, overlaps, count in pool.map(sign_batch, batches):
             for file, part in zip(files, parts):
                 file.write(part)
@@ -154,8 +148,7 @@ def sign_file(path: str, stem: Path, reading: Reading, pool: WorkerPool, bar) ->
             n_units += len(parts[0])
             documents += count
             bar.update(count)
-    sizes = {name: os.path.getsize(f"{stem}.{name}") for name in FILES}
-    write_json(f"{stem}.json", {"documents": documents, "bytes": sizes, "hits": hits})
+        write_json(partial / "signed.json", {"documents": documents, "hits": hits})
     return documents
 
 
@@ -168,22 +161,22 @@ class Store:
     each file. hits: {unit: the overlaps with benchmarks of the document that begins with it}.
     """
 
-    def __init__(self, stems: list[Path]):
-        parts = [np.fromfile(f"{stem}.units", UNIT) for stem in stems]
+    def __init__(self, folders: list[Path]):
+        parts = [np.fromfile(folder / "units", UNIT) for folder in folders]
         for part in parts:
             # From here on, where the shingles and the id of a unit end in their files.
             part["shingles"], part["ids"] = np.cumsum(part["shingles"]), np.cumsum(part["ids"])
-        self.stems, self.base = stems, np.cumsum([0] + [len(part) for part in parts])
+        self.folders, self.base = folders, np.cumsum([0] + [len(part) for part in parts])
         self.units = np.concatenate(parts)
-        self.hits = {int(base) + unit: overlaps for stem, base in zip(stems, self.base)
-                     for unit, overlaps in read_json(f"{stem}.json")["hits"]}
+        self.hits = {int(base) + unit: overlaps for folder, base in zip(folders, self.base)
+                     for unit, overlaps in read_json(folder / "signed.json")["hits"]}
 
     def _read(self, name, unit, dtype):
-        """The part of STEM.NAME that is one unit's. No file stays open, because a corpus may have very many."""
+        """The part of a file NAME that is one unit's. No file stays open, because a corpus may have very many."""
         file = int(self.base.searchsorted(unit, "right")) - 1
         start = int(self.units[name][unit - 1]) if unit > self.base[file] else 0
         size = int(self.units[name][unit]) - start
-        return np.fromfile(f"{self.stems[file]}.{name}", dtype, size, offset=start * np.dtype(dtype).itemsize)
+        return np.fromfile(self.folders[file] / name, dtype, size, offset=start * np.dtype(dtype).itemsize)
 
     def read_shingles(self, unit: int) -> np.ndarray:
         """uint64, sorted, without repeats."""
@@ -195,8 +188,8 @@ class Store:
 
     def read_band(self, band: int) -> np.ndarray:
         """uint64 [U]: the keys of one band, of memory maps that are closed again."""
-        return np.concatenate([np.memmap(f"{stem}.bands", "<u8", "r", shape=(n, BANDS))[:, band]
-                               for stem, n in zip(self.stems, np.diff(self.base).tolist()) if n])
+        return np.concatenate([np.memmap(folder / "bands", "<u8", "r", shape=(n, BANDS))[:, band]
+                               for folder, n in zip(self.folders, np.diff(self.base).tolist()) if n])
 
 
 def find_exact(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,11 +199,10 @@ def find_exact(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     and "X" give best [1, 0] and first [0, 1, 0], if the hash of "x" is less than that of "X".
     """
     first = np.arange(len(units))
-    which = np.flatnonzero(units["state"] == CANDIDATE)
+    which = np.flatnonzero(units["candidate"])
     exact, tie = units["exact"], units["tie"]
     order = which[np.lexsort((tie[which, 1], tie[which, 0], exact[which, 1], exact[which, 0]))]
-    new = np.ones(len(order), bool)
-    new[1:] = (exact[order[1:]] != exact[order[:-1]]).any(1)
+    new = np.append(True, (exact[order[1:]] != exact[order[:-1]]).any(1))[:len(order)]
     first[order] = order[new][np.cumsum(new) - 1]
     best = order[new]
     return first, best[np.lexsort((tie[best, 1], tie[best, 0], -units["length"][best]))]

@@ -7,14 +7,13 @@ import json
 import re
 
 import numpy as np
-import pytest
 from similar_texts import dedup, random_texts, read_jsonl, records_of, write_jsonl
 from tqdm import tqdm
 
 from core.cli import Reading
 from core.pool import WorkerPool
 from text.minhash import compute_band_keys, fold_words, hash_ngrams
-from text.units import CANDIDATE, SHORT, Store, find_exact, sign_file, split_paragraphs
+from text.units import Store, find_exact, sign_file, split_paragraphs
 
 
 def test_units_of_several_files_come_back_as_one(tmp_path):
@@ -38,9 +37,6 @@ def test_units_of_several_files_come_back_as_one(tmp_path):
     assert len(best) == len(set(folded)) < len(texts)
     lengths = [len(folded[unit]) for unit in best]
     assert lengths == sorted(lengths, reverse=True)
-    (tmp_path / "a.bands").write_bytes(b"cut short")
-    with WorkerPool(1) as pool, pytest.raises(ValueError, match="read again does not exist"):
-        sign_file("read again", tmp_path / "a", Reading(), pool, None)
 
 
 def test_paragraphs_are_units_and_short_ones_are_no_candidates(tmp_path):
@@ -48,7 +44,7 @@ def test_paragraphs_are_units_and_short_ones_are_no_candidates(tmp_path):
     with WorkerPool(1, (None, "text", True)) as pool, tqdm(disable=True) as bar:
         sign_file(path, tmp_path / "a", Reading(), pool, bar)
     store = Store([tmp_path / "a"])
-    assert store.units["state"].tolist() == [SHORT, CANDIDATE]
+    assert store.units["candidate"].tolist() == [False, True]
     assert [store.read_id(unit) for unit in (0, 1)] == ["d0#0", "d0#1"]
 
 
