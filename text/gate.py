@@ -138,7 +138,8 @@ def parse_weights(text: str) -> dict:
 def gate_records(records, rules: dict, kept, dropped) -> dict:
     """Write each scored record to the file `kept` or `dropped`, by the rules that it breaks; returns the report.
 
-    The report says why documents were dropped, what was kept by source and domain, and shows samples to look at.
+    The report says why documents were dropped, what was kept by source and domain, and shows samples to look at. In
+    its names, U+FFFD stands for half surrogate pairs, which drops.json cannot hold.
     """
     reasons = {name: {"limits": list(limits), "dropped": 0, "only_reason": 0} for name, limits in rules.items()}
     totals, pii, cleaned_by, samples = Counter(), Counter(), Counter(), {}
@@ -154,8 +155,12 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
         for name in broken:
             reasons[name]["dropped"] += 1
             reasons[name]["only_reason"] += len(broken) == 1
+        # The records with the lowest hashes are a fair sample, whatever the order of the records.
+        key = f"{record['id']} {metadata['content_hash']}".encode(errors="replace")
+        order, ident = hashlib.blake2b(key, digest_size=8).hexdigest(), utf8(str(record["id"])).decode()
         for name in broken or ["kept"]:
-            _add_sample(samples.setdefault(name, []), record, scores.get("quality" if name == "kept" else name))
+            row = {"id": ident, "score": scores.get(name if broken else "quality"), "text": record["text"][:300]}
+            samples[name] = sorted([*samples.get(name, []), (order, row)], key=lambda pair: pair[0])[:SAMPLES]
         kept_by_preset.update(name for name in PRESETS if not find_broken(scores, PRESETS[name]))
         pii.update({name[4:]: n for name, n in scores.items() if name.startswith("pii_")})
         cleaned_by[metadata["cleaned"]["preset"]] += 1
@@ -166,27 +171,13 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
                "estimated_tokens_kept": size // 4 * stays}
         totals.update(row)
         for key, table in statistics.items():
-            table.setdefault(_make_printable(metadata.get(key) or "unknown"), Counter()).update(row)
+            table.setdefault(utf8(str(metadata.get(key) or "unknown")).decode(), Counter()).update(row)
     if not totals:
         raise UserError("nothing to clean: the input holds no document")
     return {**totals, "reasons": reasons, "pii": dict(sorted(pii.items())), "kept_by_preset": kept_by_preset,
             "cleaned_by": cleaned_by,
             "statistics": {key: dict(sorted(table.items())) for key, table in statistics.items()},
             "samples": {name: [row for _, row in rows] for name, rows in sorted(samples.items())}}
-
-
-def _add_sample(rows, record, score):
-    """Keep the SAMPLES records with the lowest hashes: a fair sample that does not depend on the order of records."""
-    key = f"{record['id']} {record['metadata']['content_hash']}".encode(errors="replace")
-    order = hashlib.blake2b(key, digest_size=8).hexdigest()
-    rows.append((order, {"id": _make_printable(record["id"]), "score": score, "text": record["text"][:300]}))
-    rows.sort(key=lambda pair: pair[0])
-    del rows[SAMPLES:]
-
-
-def _make_printable(value):
-    """The value as text, with U+FFFD for half surrogate pairs, which drops.json cannot hold."""
-    return utf8(str(value)).decode()
 
 
 def print_report(report: dict, out):

@@ -1,7 +1,7 @@
 """Personal data in text: e-mail and IP addresses, telephone numbers, IBANs, cards, labelled identity numbers, keys.
 
-Each becomes a constant placeholder of its type, such as <EMAIL>. This is scrubbing by pattern and no de-identification:
-names stay. Where clauses of statutes, versions or source code look the same, what stands beside a match decides.
+Each becomes a constant placeholder of its type, such as <EMAIL>; names stay. Where clauses of statutes, versions or
+source code look the same, what stands beside a match decides.
 """
 
 import ipaddress
@@ -72,8 +72,8 @@ ADDRESS_BEFORE = re.compile(rf"""(?ix)(?: [a-z]:// | @ | (?::[\da-f]{{0,4}}){{1,
       \ (?:to|from|at|on|via)
     | \d\d:\d\d:\d\d(?:[.,]\d{{1,6}})?(?:Z|\ ?[+-]\d{{4}})? )
   (?:["'],)?[\])"'\ \t]{{0,3}}[ \t:="'(\[<>-]{{0,6}}(?:{IP4.pattern}(?:,|\ and|\ or|\ to|,\ and)\ ){{0,4}} )\Z""")
-# Cheap tests, so that most numbers never meet the slow patterns.
-LETTERS, HUNDREDS = re.compile(r"[A-Za-z:@]"), re.compile(r"\d{3}")
+# Without one of these close before it, a number never meets the slow pattern above.
+ADDRESS_SIGN = re.compile(r"[A-Za-z:@]")
 ADDRESS_BEHIND = re.compile(r"""(?x):\d{2,5}(?![\d.]) | /\d\d?(?![\d/.]) | [\])"']?\s-\s\S{1,32}\s\[
   | \W{1,4}(?:GET|POST|PUT|HEAD|DELETE|OPTIONS|PATCH|CONNECT)\ [/h*]
   | (?:\s\w{1,16}){0,2}\s(?:port\s\d | logged\s(?:in|out|on|off)\b | netmask\b | timed\ out | unreachable | ttl\b
@@ -89,7 +89,8 @@ def scrub(text: str) -> tuple[str, dict]:
     """
     counts = Counter()
 
-    def replace_all(pattern, name, find_personal=None):
+    def replace_all(pattern, name, may_occur, find_personal=None):
+        """Replace what `find_personal` finds in each match, by default the match; `may_occur` is a cheap test."""
         nonlocal text
 
         def replace(match):
@@ -99,28 +100,23 @@ def scrub(text: str) -> tuple[str, dict]:
             counts[name] += 1
             label = match[1] if pattern in (IDENTITY, LABELLED_PHONE, LABELLED_KEY) else ""
             return f"{label}<{name.upper()}>{match[0][len(value):] if pattern is IBAN else ''}"
-        text = pattern.sub(replace, text)
+        if may_occur:
+            text = pattern.sub(replace, text)
 
     lower = text.lower()
-    if "PRIVATE KEY" in text:
-        replace_all(PRIVATE_KEY, "key")
-    if any(mark in text for mark in KEY_MARKS):
-        replace_all(KEY, "key")
-    if any(mark in lower for mark in ("key", "secret", "token", "password")):
-        replace_all(LABELLED_KEY, "key")
-    if "@" in text:
-        replace_all(EMAIL, "email", _find_email)
-    if any(mark in lower for mark in IDENTITY_MARKS):
-        replace_all(IDENTITY, "id")
-    # Each pattern below needs at least so many digits and signs.
-    if re.search(r"\d[\d ().-]{5,}\d", text):
-        replace_all(IBAN, "iban", _find_iban)
-        replace_all(CARD, "card", lambda match: passes_luhn(match[0]) and match[0][0] in "23456" and match[0])
-        replace_all(LABELLED_PHONE, "phone")
-        replace_all(PHONE, "phone", _find_phone)
-        replace_all(IP4, "ip", _find_ip4)
-    if "::" in text or text.count(":") > 6:
-        replace_all(IP6, "ip", _find_ip6)
+    replace_all(PRIVATE_KEY, "key", "PRIVATE KEY" in text)
+    replace_all(KEY, "key", any(mark in text for mark in KEY_MARKS))
+    replace_all(LABELLED_KEY, "key", any(mark in lower for mark in ("key", "secret", "token", "password")))
+    replace_all(EMAIL, "email", "@" in text, _find_email)
+    replace_all(IDENTITY, "id", any(mark in lower for mark in IDENTITY_MARKS))
+    # Each pattern but the last needs at least so many digits and signs.
+    digits = re.search(r"\d[\d ().-]{5,}\d", text)
+    replace_all(IBAN, "iban", digits, _find_iban)
+    replace_all(CARD, "card", digits, lambda match: passes_luhn(match[0]) and match[0][0] in "23456" and match[0])
+    replace_all(LABELLED_PHONE, "phone", digits)
+    replace_all(PHONE, "phone", digits, _find_phone)
+    replace_all(IP4, "ip", digits, _find_ip4)
+    replace_all(IP6, "ip", "::" in text or text.count(":") > 6, _find_ip6)
     return text, dict(counts)
 
 
@@ -168,12 +164,11 @@ def _find_ip4(match):
     if octets[0] in (0, 127) or octets[0] > 223 or octets[3] == 0:
         return ""
     before, behind = text[max(0, start - 48):start], text[end:end + 48]
-    near = before + match[0] + behind
+    near = IP4.findall(before + match[0] + behind)
     # The number of a clause seldom has two parts above 49, or one of three digits.
-    says_so = (sum(o > 49 for o in octets) > 1
+    says_so = (sum(o > 49 for o in octets) > 1 or any(int(o) > 99 for quad in near for o in quad.split("."))
                or before[-1:] + behind[:1] == "[]" or ADDRESS_BEHIND.match(behind)
-               or (HUNDREDS.search(near) and any(int(o) > 99 for quad in IP4.findall(near) for o in quad.split(".")))
-               or (LETTERS.search(before, len(before) - 24) and ADDRESS_BEFORE.search(before)))
+               or (ADDRESS_SIGN.search(before, len(before) - 24) and ADDRESS_BEFORE.search(before)))
     # New Mexico's Administrative Code cites by four numbers.
     if not says_so or re.match(r"\(\w|\sNMAC\b", behind):
         return ""
