@@ -13,12 +13,14 @@ import hashlib
 import math
 import re
 import sys
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf
@@ -27,9 +29,21 @@ from core.cli import Dtype, Output
 from core.config import setting
 from core.devices import pick_dtype
 from core.errors import UserError, nearest
-from core.files import refuse_existing
+from core.files import new_folder, read_json, refuse_existing, write_json
 from learn import adapters
-from learn.peft_files import advise_serving, load_adapter
+
+PREFIX = "base_model.model."                 # of every key in PEFT's files
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+HEAD_KEY, EMBEDDING_KEY = PREFIX + "lm_head.weight", PREFIX + "model.embed_tokens.weight"
+UNTIE = "untie the base first (tie_word_embeddings false and an lm_head.weight)"
+# PEFT's settings that can change what the tensors mean: {setting: the values with which it does not}.
+HARMLESS = {
+    "fan_in_fan_out": (False, None), "lora_bias": (False, None), "use_qalora": (False, None), "bias": ("none", None),
+    "layer_replication": (None, []), "alora_invocation_tokens": (None,), "use_bdlora": (None, False),
+    "arrow_config": (None,), "kasa_config": (None,), "target_parameters": (None, []),
+    # PEFT's other initialisations of A and B change the base's weights too, and the file does not hold those.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
 
 
 @dataclass
@@ -105,8 +119,8 @@ def parse_token_ids(text: str, vocab_size: int) -> list[int]:
     return sorted(ids)
 
 
-def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default", device=None):
-    """Freeze `model` and give it the adapter `name`, drawn from `seed`, which becomes active.
+def attach(model: nn.Module, config: LoraConfig, seed: int, device=None):
+    """Freeze `model` and give it the adapter `default`, drawn from `seed`, which becomes active.
 
     At first the model computes what it did, bit for bit unless its weights are quantised. On the meta device nothing is
     drawn: call `initialise` once the base's weights are there. Weights are quantised on `device`, one layer at a time,
@@ -118,16 +132,14 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, name: str = "default
     if config.embeddings != "frozen":
         rows = config.embedding_rows
         token_ids = parse_token_ids(rows, model.embed_tokens.weight.shape[0]) if rows else None
-        names = ["embed_tokens"] if adapters.is_tied(model) else ["embed_tokens", "head"]
-        chosen |= {name: {"token_ids": token_ids} for name in names}
+        for table in ["embed_tokens"] if adapters.is_tied(model) else ["embed_tokens", "head"]:
+            chosen[table] = {"token_ids": token_ids}
     if config.base != "plain":
         if on_meta:
             raise UserError(f"lora.base {config.base}: quantised weights are not sharded; use --parallel.strategy ddp")
         for path in adapters.linear_layers(model):
-            layer = adapters.replace_layer(model, path)
-            if layer.quantised is None:
-                layer.compress(config.base, config.double_quant, device)
-    adapters.add_adapter(model, name, chosen)
+            adapters.replace_layer(model, path).compress(config.base, config.double_quant, device)
+    adapters.add_adapter(model, "default", chosen)
     if not on_meta:
         initialise(model, seed)
 
@@ -142,24 +154,10 @@ def initialise(model: nn.Module, seed: int, layout=lambda full, parameter: full)
         layer.adapter.initialise(layer, generator, layout)
 
 
-@contextmanager
-def disabled(model: nn.Module):
-    """In this context the model is its base: a teacher that costs no memory. For passes without gradients alone: the
-    backward pass comes after the context, and recomputed blocks would have the adapter again."""
-    active_names = {layer: layer.active_name for _, layer in adapters.adapted_layers(model)}
-    try:
-        for layer in active_names:
-            layer.active_name = None
-        yield model
-    finally:
-        for layer, name in active_names.items():
-            layer.active_name = name
-
-
 def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
     """{parameter: its learning rate divided by optim.lr}, of every B, embedding and head that is trained."""
-    rows_ratio = config.embedding_lr_ratio or (0.1 if config.embeddings == "full" else 1.0)
-    ratios = {"B": config.b_lr_ratio, "rows": rows_ratio}
+    default = 0.1 if config.embeddings == "full" else 1.0
+    ratios = {"B": config.b_lr_ratio, "rows": config.embedding_lr_ratio or default}
     return {f"{path}.adapters.{layer.active_name}.{leaf}": ratios[leaf] for path, layer in adapters.active_layers(model)
             for leaf, _ in layer.adapter.named_parameters() if leaf in ratios}
 
@@ -167,17 +165,170 @@ def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
 def trainable_share(model: nn.Module) -> str:
     """ "65,536 of 16,777,216 parameters trained (0.39 %)" of an adapted model: the base's are the 100 %."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = sum(p.numel() for name, p in model.named_parameters() if ".adapters." not in name)
     quantised = [layer.quantised for _, layer in adapters.adapted_layers(model) if layer.quantised is not None]
     elements = sum(weight.shape.numel() for weight in quantised)
-    text = f"{trained:,} of {base + elements:,} parameters trained ({100 * trained / (base + elements):.2f} %)"
+    total = elements + sum(p.numel() for name, p in model.named_parameters() if ".adapters." not in name)
+    text = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
     if quantised:
         size = sum(buffer.nbytes for weight in quantised for buffer in weight.buffers())
         text += f"; {size / 1e6:,.1f} MB of quantised weights, {8 * size / elements:.2f} bits each"
     return text
 
 
+# ---- PEFT's files, adapter_config.json and adapter_model.safetensors: ours for PEFT, and PEFT's for us
+
+def peft_names(model: nn.Module) -> dict[str, str]:
+    """{parameter of the active adapter: its key in PEFT's file}"""
+    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + hf.to_hf_name(path) + suffix
+            for path, layer in adapters.active_layers(model)
+            for leaf, suffix in layer.adapter.peft_suffixes.items() if getattr(layer.adapter, leaf) is not None}
+
+
+def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
+    """{PEFT's key: tensor on the CPU} of the active adapter. weights: {our name: full tensor} of a sharded model."""
+    weights = dict(model.named_parameters()) if weights is None else weights
+    state = {key: weights[name].detach().cpu().clone() for name, key in peft_names(model).items()}
+    if EMBEDDING_KEY in state and HEAD_KEY not in state:
+        # The head is tied to the embedding. PEFT writes both tensors and expects both.
+        state[HEAD_KEY] = state[EMBEDDING_KEY].clone()
+    return state
+
+
+@torch.no_grad()
+def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
+    """Fill the active adapter by PEFT's keys; UserError where a key or shape does not fit."""
+    names, tensors = peft_names(model), dict(tensors)
+    keys = set(names.values())
+    tied = EMBEDDING_KEY in keys and HEAD_KEY not in keys and {HEAD_KEY, EMBEDDING_KEY} <= tensors.keys()
+    if tied and not torch.equal(tensors.pop(HEAD_KEY), tensors[EMBEDDING_KEY]):
+        raise UserError(f"the adapter has a head of its own, but the model's is tied to its embedding; {UNTIE}")
+    if odd := sorted(tensors.keys() ^ keys):
+        raise UserError(f"the adapter's tensors are not those the model expects: "
+                         f"{'left over' if odd[0] in tensors else 'missing'} is {odd[0]}, and {len(odd) - 1} more")
+    parameters = dict(model.named_parameters())
+    for name, key in names.items():
+        if tensors[key].shape != parameters[name].shape:
+            raise UserError(f"{key} has shape {list(tensors[key].shape)}, but the base makes it "
+                             f"{list(parameters[name].shape)}; it was trained on another base")
+        parameters[name].copy_(tensors[key])
+
+
+def shorten_paths(values: dict[str, object]) -> dict[str, object]:
+    """{path: value}, in which all paths with one last part become that part where their values are equal.
+
+    {"layers.0.q_proj": 8, "layers.1.q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8} becomes
+    {"q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8}: PEFT matches the ends of paths.
+    """
+    ends = {path: path.rpartition(".")[2] for path in values}
+    values_of = {}
+    for path, value in values.items():
+        values_of.setdefault(ends[path], set()).add(value)
+    return {ends[path] if len(values_of[ends[path]]) == 1 else path: value for path, value in values.items()}
+
+
+def peft_config(model: nn.Module, base_name: str) -> dict:
+    """adapter_config.json of the active adapter."""
+    active = {hf.to_hf_name(path): layer.adapter for path, layer in adapters.active_layers(model)}
+    low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, adapters.LowRank)}
+    rows = {path.rpartition(".")[2]: adapter.token_ids for path, adapter in active.items() if path not in low_rank}
+    full = [path for path, token_ids in rows.items() if token_ids is None]
+    some = {path: token_ids for path, token_ids in rows.items() if token_ids is not None}
+
+    def find_common(values: dict) -> tuple[float, dict]:
+        """(the commonest value, which becomes the default, {path: value} of the others, PEFT's pattern)"""
+        common = Counter(values.values()).most_common(1)[0][0]
+        return common, {path: value for path, value in shorten_paths(values).items() if value != common}
+    rank, rank_pattern = find_common({path: adapter.rank for path, adapter in low_rank.items()})
+    alpha, alpha_pattern = find_common({path: adapter.alpha for path, adapter in low_rank.items()})
+    targets = shorten_paths({path: path in low_rank for path in map(hf.to_hf_name, adapters.linear_layers(model))})
+    one = next(iter(low_rank.values()))
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "revision": None,
+        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": one.dropout,
+        "target_modules": sorted(path for path, is_target in targets.items() if is_target),
+        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_rslora": one.rslora,
+        "use_dora": one.magnitude is not None, "bias": "none", "fan_in_fan_out": False, "modules_to_save": full or None,
+        "trainable_token_indices": some or None, "ensure_weight_tying": bool(full) and adapters.is_tied(model),
+        "init_lora_weights": True, "inference_mode": True}
+
+
+def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None = None):
+    """Write the active adapter as PEFT does, in place of an old `folder`; weights: as in `peft_state`."""
+    with new_folder(folder, overwrite=True) as out:
+        save_file(peft_state(model, weights), out / TENSORS, metadata={"format": "pt"})
+        write_json(out / CONFIG, peft_config(model, base_name))
+
+
+def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
+    """Add the adapter in `folder` or of an hf:// id (ours or PEFT's own) under `name`, active; -> its settings.
+
+    UserError where it is not LoRA alone or not for this model, or trains an embedding that the model shares with its
+    head.
+    """
+    folder, tied = hf.open_base(folder).folder, adapters.is_tied(model)
+    settings = read_json(folder / CONFIG, dict)
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
+    if missing := [name for name in ("r", "lora_alpha") if type(settings.get(name)) not in (int, float)]:
+        raise UserError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
+    for key, allowed in HARMLESS.items():
+        if settings.get(key) not in allowed:
+            raise UserError(f"{folder / CONFIG} has {key} {settings[key]!r}; merge it with PEFT's merge_and_unload")
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / TENSORS} cannot be read: {error}") from None
+    if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
+        raise UserError(f"{folder} trains the embedding and leaves the head as it was (no ensure_weight_tying), but "
+                        f"the base's head is its embedding; {UNTIE}")
+
+    alphas, indices = settings.get("alpha_pattern") or {}, settings.get("trainable_token_indices") or {}
+    # A bare list means the embedding.
+    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
+    same = {"rslora": bool(settings.get("use_rslora")), "dora": bool(settings.get("use_dora")),
+            "dropout": settings.get("lora_dropout") or 0.0}
+    known, chosen = adapters.linear_layers(model), {}
+    for key in sorted(tensors):
+        # The end is that of a layer's A, with which B and m come, of a full table, or of some rows of one.
+        named = re.fullmatch(r"(.+?)(\.lora_A\.weight|\.weight|\.token_adapter\.\w+|)", key.removeprefix(PREFIX))
+        module, end = named.groups()
+        path = hf.from_hf_name(module)
+        if end == ".lora_A.weight" and path in known:
+            alpha = next((value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)),
+                         settings["lora_alpha"])
+            chosen[path] = {"rank": len(tensors[key]), "alpha": float(alpha), **same}
+        elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
+            chosen[path] = {"token_ids": None}
+        elif end.startswith(".token_adapter"):
+            token_ids = next((ids for place, ids in indices.items() if f".{module}".endswith(f".{place}")), None)
+            if token_ids is None or path not in ("embed_tokens", "head"):
+                raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {key}")
+            chosen[path] = {"token_ids": token_ids}
+    adapters.add_adapter(model, name, chosen)
+    load_peft_state(model, tensors)
+    return settings
+
+
 # ---- merging, and its command
+
+def advise_serving(settings: dict, folder, base: str = "BASE") -> list[str]:
+    """Two lines, for vLLM and llama.cpp: the command that serves an adapter with these settings, or why none does.
+
+    Read in 2026 in vLLM's lora/peft_helper.py and llama.cpp's convert_lora_to_gguf.py: vLLM takes LoRA and rsLoRA up to
+    a rank that it is told, but no DoRA, no trained embeddings and no patterns; llama.cpp takes lora_A and lora_B alone,
+    one alpha for all, and scales by alpha / r even where rsLoRA is meant.
+    """
+    unserved = [name for name in ("modules_to_save", "trainable_token_indices", "use_dora", "alpha_pattern")
+                if settings.get(name)]
+    rank = next((n for n in (8, 16, 32, 64, 128, 256, 320, 512) if n >= settings["r"]), None)
+    vllm = unserved + (["rank_pattern"] if settings.get("rank_pattern") else []) + ([] if rank else ["r"])
+    llama = unserved + (["use_rslora"] if settings.get("use_rslora") else [])
+    merging = f"; merge first: python lora.py merge --base {base} --adapter {folder} --out DIR"
+    return [f"vLLM: does not serve {', '.join(vllm)}{merging}" if vllm else
+            f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}",
+            f"llama.cpp: does not know {', '.join(llama)}{merging}" if llama else
+            f"llama.cpp: convert_lora_to_gguf.py --base {base} {folder}"]
+
 
 @torch.no_grad()
 def merge(model: nn.Module):

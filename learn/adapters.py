@@ -17,6 +17,7 @@ Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embed
 
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -392,3 +393,17 @@ def activate(model: nn.Module, name: str | None):
         layer.active_name = name
         for key, adapter in layer.adapters.items():
             adapter.requires_grad_(key == name)
+
+
+@contextmanager
+def disabled(model: nn.Module):
+    """In this context the model is its base: a teacher that costs no memory. For passes without gradients alone: the
+    backward pass comes after the context, and recomputed blocks would have the adapter again."""
+    active_names = {layer: layer.active_name for _, layer in adapted_layers(model)}
+    try:
+        for layer in active_names:
+            layer.active_name = None
+        yield model
+    finally:
+        for layer, name in active_names.items():
+            layer.active_name = name

@@ -27,7 +27,7 @@ from core.devices import pick_dtype
 from core.errors import UserError
 from core.hashing import short_digest
 from core.log import Logger
-from learn import objectives, optim
+from learn import adapters, objectives, optim
 from learn.method import Learning
 from model import Model, ModelConfig
 from text import mixture
@@ -339,7 +339,7 @@ def describe_learning(run: Run) -> Learning:
     c, world, loader, general = run.c, run.world, run.loader, run.names_of("general")
     base, sharded = None, world.size > 1 and c.parallel.strategy == "fsdp"
     if c.lora.rank:
-        base = lora.disabled
+        base = adapters.disabled
     elif c.forget.lwf.alpha and sharded:
         # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)

@@ -18,7 +18,6 @@ from core.devices import pick_dtype
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
 from learn import adaptive
-from learn.peft_files import save_adapter
 from measure import verdict
 from stages.build import Run
 from text import mixture
@@ -154,7 +153,7 @@ def export(run: Run, folder: Path, card: str):
     if c.lora.rank:
         # Adapters are added to the base as it is on disk, not as it was rounded or quantised for this run.
         adapter = folder.with_name("adapter")
-        save_adapter(run.inner, adapter, run.base.name, weights)
+        lora.save_adapter(run.inner, adapter, run.base.name, weights)
         lora.merge_folders(run.base, adapter, folder, card=card, tokenizer=own_tokenizer)
     else:
         hf.save(run.inner, folder, base=run.base, state=weights, tokenizer=own_tokenizer,

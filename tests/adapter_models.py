@@ -9,8 +9,7 @@ import hf
 import kernels
 import lora
 from learn.optim import OptimConfig, make_optimizer
-from learn.peft_files import save_adapter
-from lora import LoraConfig
+from lora import LoraConfig, save_adapter
 
 EXACT = 1e-5
 KINDS = {                                     # LoraConfig's fields, and the same in PEFT's

@@ -22,8 +22,7 @@ from core import parallel
 from data import Batch
 from learn import adapters, objectives
 from learn.adapters import activate
-from learn.peft_files import load_adapter, peft_state, save_adapter
-from lora import LoraConfig
+from lora import LoraConfig, load_adapter, peft_state, save_adapter
 from model import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,7 +194,7 @@ def test_a_quantised_layer_is_the_layer_of_its_dequantised_weights(tiny_model, b
     base_logits = logits(plain, x).detach()
     config.base = "plain"
     lora.attach(plain, config, 0)
-    with lora.disabled(model):
+    with adapters.disabled(model):
         assert close(logits(model, x), base_logits)
     for each in (model, plain):
         stir(each.parameters())

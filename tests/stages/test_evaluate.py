@@ -11,7 +11,7 @@ import hf
 import lora
 import train
 from core import checkpoint
-from learn.peft_files import load_adapter
+from lora import load_adapter
 
 pytestmark = pytest.mark.usefixtures("quick")
 
