@@ -1,70 +1,49 @@
-"""A matmul for each expert, of the tokens that the router gave it (Mixtral: Jiang et al., 2024, arXiv 2401.04088).
+"""A matmul per expert, of the tokens that the router sent to it (Mixtral: Jiang et al., 2024, arXiv 2401.04088).
 
     rows of expert e: offsets[e - 1] <= n < offsets[e]
-    y[n] = W[e] x[n]              dx[n] = W[e]^T dy[n]            dW[e] = sum over its rows of dy[n] x[n]^T
+    y[n] = W[e] x[n]          dx[n] = W[e]^T dy[n]          dW[e] = sum over the expert's rows of dy[n] x[n]^T
 
     Example: offsets 2, 2, 5 give rows 0 and 1 to expert 0, none to expert 1, rows 2 to 4 to expert 2.
 
-N rows x [N, D], y [N, F], W [E, F, D], offsets [E]: 2 N D F operations forward and 4 N D F backward; an ideal device
-moves N D + E F D + N F elements for each of the three matmuls. What that costs is arithmetic, on tensor cores.
+N rows (a token has one for each expert that it goes to), D model width, F MLP width, E experts: x [N, D], y [N, F],
+W [E, F, D], offsets [E]. Each of the three matmuls takes 2 N D F operations, and an ideal device moves N D + E F D +
+N F elements for it: the time is the tensor cores' arithmetic. The offsets stay on the device; no host waits for them.
 
-The offsets stay on the device and nothing waits for them. Forward and dx: rows are cut into tiles that belong to one
-expert. There are at most N / tile + E of them, so that many are launched; each finds its expert from the offsets, and
-those beyond the end do nothing. Tiles of the same columns and of neighbouring rows run at the same time and share W in
-the cache. dW: a program owns a tile of one expert's dW and walks through the expert's rows, so no sum is split and two
-runs agree bitwise. Rows behind the last offset belong to no expert: their y and dx are zero and they reach no dW.
+y and dx: rows are cut into tiles that belong to one expert. There are at most N / tile + E of them, so that many are
+launched; each finds its expert from the offsets, and those beyond the end do nothing. Tiles of the same columns and of
+neighbouring rows run at the same time and share W in the cache. dW: a program owns a tile of one expert's dW and walks
+through the expert's rows, so no sum is split over programs and two runs agree bitwise. Rows behind the last offset
+belong to no expert: their y and dx are zero, and they reach no dW.
 """
 
 import torch
 
 from kernels.backend import jit, launch, op, power_of_two, table, tl, use_triton
 
-GROUP = 8            # tiles of rows that run beside each other
+# Tiles of rows that run beside each other, for the same columns.
+GROUP = 8
 
 
 # ---- reference
 
-class Reference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, offsets):
-        ctx.save_for_backward(x, weight, offsets)
-        y = x.new_empty(len(x), weight.shape[1])
-        for e, (start, stop) in enumerate(segments(offsets)):
-            torch.mm(x[start:stop], weight[e].T, out=y[start:stop])
-        y[stop:] = 0
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, weight, offsets = ctx.saved_tensors
-        dx = x.new_empty(x.shape) if ctx.needs_input_grad[0] else None
-        dw = weight.new_empty(weight.shape) if ctx.needs_input_grad[1] else None
-        for e, (start, stop) in enumerate(segments(offsets)):
-            if dx is not None:
-                torch.mm(dy[start:stop], weight[e], out=dx[start:stop])
-            if dw is not None:
-                torch.mm(dy[start:stop].T, x[start:stop], out=dw[e])
-        if dx is not None:
-            dx[stop:] = 0
-        return dx, dw, None
-
-
-def segments(offsets):
-    """[(first, last + 1)] of the experts' rows; waits for the device."""
-    ends = offsets.tolist()
-    return zip([0, *ends], ends)
+def reference(x, weight, offsets):
+    """A matmul after the other; waits for the device, to know the offsets."""
+    sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()
+    *parts, behind = x.split([*sizes, len(x) - sum(sizes)])
+    y = [part @ expert.T for part, expert in zip(parts, weight.unbind())]
+    return torch.cat([*y, behind.new_zeros(len(behind), weight.shape[1])])
 
 
 # ---- Triton
+# A tile of the result is TILE_M x TILE_N elements, each a sum that takes TILE_K terms at a time.
 
 @jit
-def rows_kernel(A, B, OFFSETS, C, N, COLUMNS, K, E, stride_e, stride_n, stride_k,
-                TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr,
-                EXPERTS: tl.constexpr):
-    """C[n, :] = B[e] A[n, :] for the rows n of expert e; A [N, K], B [E, COLUMNS, K] by its strides, C [N, COLUMNS]."""
-    tiles_n = tl.cdiv(COLUMNS, TILE_N)
-    most = tl.num_programs(0) // tiles_n                      # tiles of rows, if no expert fills its last
+def rows_kernel(X, W, OFFSETS, Y, N, OUT, IN, E, stride_e, stride_out, stride_in, TILE_M: tl.constexpr,
+                TILE_N: tl.constexpr, TILE_K: tl.constexpr, GROUP: tl.constexpr, EXPERTS: tl.constexpr):
+    """Y[n, :] = W[e] X[n, :] for the rows n of expert e; X [N, IN], W [E, OUT, IN] by its strides, Y [N, OUT]."""
+    tiles_n = tl.cdiv(OUT, TILE_N)
+    # The tiles of rows, if no expert fills its last one.
+    most = tl.num_programs(0) // tiles_n
     group = tl.program_id(0) // (GROUP * tiles_n)
     height = tl.minimum(most - group * GROUP, GROUP)
     inside = tl.program_id(0) - group * GROUP * tiles_n
@@ -86,19 +65,19 @@ def rows_kernel(A, B, OFFSETS, C, N, COLUMNS, K, E, stride_e, stride_n, stride_k
         row = first + tl.arange(0, TILE_M)
         column = tile_n * TILE_N + tl.arange(0, TILE_N)
         k = tl.arange(0, TILE_K)
-        # Rows outside repeat the last one, which costs no mask; they are not stored.
-        a = A + tl.minimum(row, last - 1).to(tl.int64)[:, None] * K + k[None, :]
-        b = B + e.to(tl.int64) * stride_e
-        b += column.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
+        # Rows behind the expert's last one repeat it, which saves a mask; they are not stored.
+        x = X + tl.minimum(row, last - 1).to(tl.int64)[:, None] * IN + k[None, :]
+        w = W + e.to(tl.int64) * stride_e
+        w += column.to(tl.int64)[None, :] * stride_out + k.to(tl.int64)[:, None] * stride_in
         total = tl.zeros([TILE_M, TILE_N], tl.float32)
-        for begin in range(0, tl.where(e < E, K, 0), TILE_K):
-            left = tl.load(a, mask=(k < K - begin)[None, :], other=0.0)
-            right = tl.load(b, mask=(k < K - begin)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+        for begin in range(0, tl.where(e < E, IN, 0), TILE_K):
+            left = tl.load(x, mask=(k < IN - begin)[None, :], other=0.0)
+            right = tl.load(w, mask=(k < IN - begin)[:, None] & (column < OUT)[None, :], other=0.0)
             total = tl.dot(left, right, total, input_precision="ieee")
-            a += TILE_K
-            b += TILE_K * stride_k
-        c = C + row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
-        tl.store(c, total.to(C.dtype.element_ty), mask=(row < last)[:, None] & (column < COLUMNS)[None, :])
+            x += TILE_K
+            w += TILE_K * stride_in
+        y = Y + row.to(tl.int64)[:, None] * OUT + column[None, :]
+        tl.store(y, total.to(Y.dtype.element_ty), mask=(row < last)[:, None] & (column < OUT)[None, :])
 
 
 @jit
@@ -132,59 +111,47 @@ def weight_kernel(DY, X, OFFSETS, DW, OUT, IN, TILE_M: tl.constexpr, TILE_N: tl.
 
 
 def tiling(x) -> dict:
-    if x.dtype == torch.float32:                              # without tensor cores: correct, not fast
+    if x.dtype == torch.float32:
+        # fp32 has no tensor cores: correct, not fast.
         return {"TILE_M": 64, "TILE_N": 64, "TILE_K": 32, "num_warps": 4, "num_stages": 2}
     return table({80: {"TILE_M": 128, "TILE_N": 128, "TILE_K": 32, "num_warps": 8, "num_stages": 4},
                   90: {"TILE_M": 128, "TILE_N": 256, "TILE_K": 64, "num_warps": 8, "num_stages": 3}}, x.device)
 
 
-def launch_rows(a, weight, offsets, out, columns, strides):
-    tiles = tiling(a)
-    N, K, E = *a.shape, len(weight)
-    grid = (-(-N // tiles["TILE_M"]) + E) * -(-columns // tiles["TILE_N"]) if N else 0
-    launch(rows_kernel, (grid,), a, weight, offsets, out, N, columns, K, E, weight.stride(0), *strides,
-           GROUP=GROUP, EXPERTS=power_of_two(E + 1), **tiles)
-    return out
-
-
 @op
-def grouped_mm_forward(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """x, weight contiguous -> y."""
-    out, width = weight.shape[1:]
-    return launch_rows(x, weight, offsets, x.new_empty(len(x), out), out, (width, 1))
-
-
-@op
-def grouped_mm_dx(dy: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """dy, weight contiguous -> dx."""
-    width = weight.shape[2]
-    return launch_rows(dy, weight, offsets, dy.new_empty(len(dy), width), width, (1, width))
+def grouped_mm_rows(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """x [N, in] contiguous, weight [E, out, in] with any strides -> [N, out]."""
+    tiles, (N, IN), (E, OUT, _) = tiling(x), x.shape, weight.shape
+    y = x.new_empty(N, OUT)
+    grid = (-(-N // tiles["TILE_M"]) + E) * -(-OUT // tiles["TILE_N"])
+    launch(rows_kernel, (grid,), x, weight, offsets, y, N, OUT, IN, E, *weight.stride(), GROUP=GROUP,
+           EXPERTS=power_of_two(E + 1), **tiles)
+    return y
 
 
 @op
 def grouped_mm_dweight(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """dy, x contiguous -> dW [E, out, in]."""
-    tiles = tiling(x)
-    E, OUT, IN = len(offsets), dy.shape[1], x.shape[1]
+    tiles, E, OUT, IN = tiling(x), len(offsets), dy.shape[1], x.shape[1]
     dw = x.new_empty(E, OUT, IN)
     launch(weight_kernel, (E * -(-OUT // tiles["TILE_M"]) * -(-IN // tiles["TILE_N"]),), dy, x, offsets, dw, OUT, IN,
            GROUP=GROUP, **tiles)
     return dw
 
 
-class Kernel(torch.autograd.Function):
+class GroupedMM(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, offsets):
         x, weight, offsets = x.contiguous(), weight.contiguous(), offsets.contiguous()
         ctx.save_for_backward(x, weight, offsets)
-        return grouped_mm_forward(x, weight, offsets)
+        return grouped_mm_rows(x, weight, offsets)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, weight, offsets = ctx.saved_tensors
         dy = dy.contiguous()
-        return (grouped_mm_dx(dy, weight, offsets) if ctx.needs_input_grad[0] else None,
+        return (grouped_mm_rows(dy, weight.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None,
                 grouped_mm_dweight(dy, x, offsets) if ctx.needs_input_grad[1] else None, None)
 
 
@@ -209,4 +176,4 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
                          f"{tuple(offsets.shape)}; they must be [N, D], [E, F, D] and [E], E at least 1")
     if offsets.dtype != torch.int32:
         raise ValueError(f"grouped_mm got offsets in {offsets.dtype}; they must be torch.int32")
-    return (Kernel if use_triton(x) else Reference).apply(x, weight, offsets.clamp(max=len(x)))
+    return (GroupedMM.apply if use_triton(x) else reference)(x, weight, offsets.clamp(max=len(x)))
