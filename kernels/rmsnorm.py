@@ -5,9 +5,11 @@
     ds = r * (w dy - s r^2 mean(w dy s)) + the gradient that reaches s by the residual stream
     dw = sum over rows of dy s r
 
-M rows (tokens, or heads of tokens) of D elements: x, residual, s, y [M, D], w [D], r [M]. Kept for the backward pass: s
-and r, in fp32. With n bytes per element an ideal device moves 2 M D n forward (4 with the add) and 3 M D n backward (4
-with the add); there is hardly any arithmetic.
+    Example: s = (3, 4) has rms sqrt((9 + 16) / 2) = 3.54; with w = 1, y = (0.85, 1.13).
+
+M rows of D elements, tokens or the heads of tokens: x, residual, s, y [M, D], w [D], r [M]. Kept for the backward pass
+are s, and r in fp32. With n bytes per element an ideal device moves 2 M D n forward (4 with the add) and 3 M D n
+backward (4 with the add); there is hardly any arithmetic.
 
 Forward, a program takes a tile of full rows. Backward, a fixed number of programs stride over the tiles, so that each
 keeps its share of dw in registers; the shares are summed in a second step, in a fixed order: two runs agree bitwise.
@@ -17,7 +19,8 @@ import torch
 
 from kernels.backend import jit, launch, multiprocessors, op, power_of_two, tl, use_triton
 
-TILE = 4096          # elements a program holds; narrow rows share one
+# Elements that a program holds; short rows share it.
+TILE = 4096
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -40,9 +43,10 @@ def reference_backward(dy, dstream, s, weight, rstd, want_dw):
     """-> ds, dw (empty if not wanted)."""
     dy, upcast_weight = upcast(dy), upcast(weight)
     xhat = upcast(s) * rstd
-    product = dy * xhat
-    dw = product.flatten(0, -2).sum(0).to(weight.dtype) if want_dw else weight.new_empty(0)
-    mean = (product @ upcast_weight).unsqueeze(-1).mul_(1 / s.shape[-1])       # over the row, of w dy xhat
+    dy_xhat = dy * xhat
+    dw = dy_xhat.flatten(0, -2).sum(0).to(weight.dtype) if want_dw else weight.new_empty(0)
+    # Over the row, of w dy xhat.
+    mean = (dy_xhat @ upcast_weight).unsqueeze(-1).mul_(1 / s.shape[-1])
     ds = (dy * upcast_weight).addcmul_(xhat, mean, value=-1).mul_(rstd)
     return (ds if dstream is None else ds.add_(dstream)).to(s.dtype), dw
 
@@ -109,8 +113,7 @@ def rmsnorm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
     y = torch.empty_like(s if add else x)
     rstd = torch.empty(M, dtype=torch.float32, device=x.device)
     tiles = tiling(D)
-    launch(forward_kernel, (-(-M // tiles["ROWS"]),), x, residual if add else x, weight, s, y, rstd, M, D, eps,
-           ADD=add, **tiles)
+    launch(forward_kernel, (-(-M // tiles["ROWS"]),), x, residual, weight, s, y, rstd, M, D, eps, ADD=add, **tiles)
     return y, s, rstd
 
 
@@ -118,13 +121,13 @@ def rmsnorm_forward(x: torch.Tensor, residual: torch.Tensor | None, weight: torc
 def rmsnorm_backward(dy: torch.Tensor, dstream: torch.Tensor | None, s: torch.Tensor, weight: torch.Tensor,
                      rstd: torch.Tensor, want_dw: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """-> ds, dw (empty if not wanted)."""
-    M, D, add = rstd.numel(), s.shape[-1], dstream is not None
+    M, D = rstd.numel(), s.shape[-1]
     tiles = tiling(D)
     programs = min(2 * multiprocessors(s.device), -(-M // tiles["ROWS"]))
     ds = torch.empty_like(s)
     dw = torch.empty(programs if want_dw else 0, D, dtype=torch.float32, device=s.device)
-    launch(backward_kernel, (programs,), dy, dstream if add else dy, s, weight, rstd, ds, dw, M, D,
-           ADD=add, WANT_DW=want_dw, **tiles)
+    launch(backward_kernel, (programs,), dy, dstream, s, weight, rstd, ds, dw, M, D, ADD=dstream is not None,
+           WANT_DW=want_dw, **tiles)
     return ds, dw.sum(0).to(weight.dtype) if want_dw else dw
 
 

@@ -1,34 +1,32 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), half-split as in Hugging Face's checkpoints, alone and
 behind the norm of each head that Qwen3 has (arXiv 2505.09388).
 
-With x = [a, b], the two halves of a head's d elements, and an angle for each of the d / 2 pairs:
+x = [a, b] is a head, a and b the halves of its d elements; each of the d / 2 pairs (a_i, b_i) has an angle:
     y = [a cos - b sin,  b cos + a sin]             backward: the same rotation by the negative angle
 
     Example: d = 2 and an angle of 90 degrees turn (1, 0) into (0, 1).
 
-Positions, scaled frequencies and YaRN's amplitude come in through cos and sin.
+Positions, scaled frequencies and YaRN's amplitude are all in cos and sin.
 
-    qk_norm_rope: y = rotate(w x / sqrt(mean(x^2) + eps)), the mean over the d elements of the head
-    g = rotate back(dy)     xhat = x rms^-1     dx = rms^-1 (w g - xhat mean(w g xhat))     dw = sum of g xhat
+    qk_norm_rope: y = rotate(w x / rms), rms = sqrt(mean(x^2) + eps), the mean over the d elements of the head
+    g = rotate back(dy)     xhat = x / rms     dx = (w g - xhat mean(w g xhat)) / rms     dw = sum of g xhat
 
 B sequences, T tokens, H query heads, K key-value heads, d head size. Only the inputs are kept: rms is computed anew.
-With n bytes per element, an ideal device moves 2 (H + K) d n per token forward, as many backward for rope and
-3 (H + K) d n for qk_norm_rope, and 4 d for cos and sin (fp32).
+With n bytes per element, an ideal device moves per token 2 (H + K) d n forward, as many backward for rope and
+3 (H + K) d n for qk_norm_rope, and each time 4 d for cos and sin (fp32).
 
-One launch takes q and k. A row is a head of a token, and a program takes a tile of rows of one of the two, however
-many heads a token has: no lanes are idle, and q and k load the same vectors of 16 bytes. The program of k stands right
-behind those of q for the same tokens, so that cos and sin are read from memory once. A program loads all before it
-stores: no load waits behind a store that might change it.
-
-Backward through the norm, the programs sum dw as in rmsnorm.py.
+One launch takes q and k. A row is a head of a token, and a program takes a tile of rows of q or of k, however many
+heads a token has: no lanes are idle, and q and k load the same vectors of 16 bytes. The program of k stands right
+behind those of q for the same tokens, so that cos and sin are read from memory once. A program loads everything before
+it stores: no load waits behind a store that might change it. Backward through the norm, dw is summed as in rmsnorm.py.
 """
 
 import torch
 
 from kernels.backend import contiguous_heads, jit, launch, multiprocessors, op, power_of_two, tl, use_triton
-from kernels.rmsnorm import RMSNorm, upcast
+from kernels.rmsnorm import rmsnorm, upcast
 
-# Of a tile: 8 pairs per thread, so 16 bytes of bf16 of each half.
+# Pairs and warps of a tile: 8 pairs per thread, so that each half is a load of 16 bytes in bf16.
 PAIRS, WARPS = 2048, 8
 # Backward through the norm: programs per multiprocessor, and the registers per thread that allow so many.
 RESIDENT, REGISTERS = 3, 80
@@ -37,8 +35,8 @@ RESIDENT, REGISTERS = 3, 80
 # ---- reference
 
 def rotate(x, cos, sin):
-    """Turn x [B, T, H, d] by the angles whose cosine and sine are [B or 1, T, 1, d / 2]."""
-    upcast_x = upcast(x)
+    """Turn x [B, T, H, d] by the angles whose cosine and sine are [B or 1, T, d / 2]."""
+    cos, sin, upcast_x = cos.unsqueeze(2), sin.unsqueeze(2), upcast(x)
     a, b = upcast_x.chunk(2, dim=-1)
     if torch.compiler.is_compiling():
         # The compiler fuses this by itself; views that are written to only hinder it.
@@ -50,35 +48,19 @@ def rotate(x, cos, sin):
     return y.to(x.dtype)
 
 
-class Reference(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, cos, sin):
-        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-        ctx.save_for_backward(cos, sin)
-        return rotate(q, cos, sin), rotate(k, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dq, dk):
-        cos, sin = ctx.saved_tensors
-        return rotate(dq, cos, -sin), rotate(dk, cos, -sin), None, None
-
-
 # ---- Triton
-# A row is a head of a token, a tile is ROWS of them, all of q or all of k. Each row loads its angles and weights itself
-# and nearly always finds them in the cache: handing them on between threads would take barriers.
+# A tile is ROWS rows, all of q or all of k. Each row loads its angles and weights itself, nearly always from the cache:
+# handing them on between threads would take barriers.
 #
-#   Q, YQ, DYQ, DQ [B, T, H, D]     qb, qt, qh: elements between sequences, tokens and heads of Q; dqb, ...: of DYQ
-#   K, YK, DYK, DK [B, T, KH, D]    kb, kt, kh: the same of K; dkb, ...: of DYK
-#   WQ, WK [D]                      COS, SIN [B or 1, T, HALF], cb: elements between their sequences, 0 if there is one
-#   DW [programs, D]                N = B T tokens, HALF = D / 2
+#   Q, YQ, DYQ, DQ [B, T, H, SIZE]     qb, qt, qh: elements between sequences, tokens and heads of Q; dqb, ...: of DYQ
+#   K, YK, DYK, DK [B, T, KH, SIZE]    kb, kt, kh: the same of K; dkb, ...: of DYK
+#   WQ, WK [SIZE], DW [programs, SIZE]    COS, SIN [B or 1, T, HALF], cb: elements between their sequences, or 0
+#   N = B T tokens, H heads, KH key-value heads, SIZE = d, HALF = d / 2, BLOCK the power of two from HALF on
 
 @jit
 def share(N, H: tl.constexpr, KH: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr):
-    """RATIO programs take q, the next one k.
-
-    -> whether this one takes k, its first row, the step to its next tile, the end of the rows.
-    """
+    """RATIO programs take q, the next one k -> whether this one takes k, its first row, the step to its next tile, and
+    the end of the rows."""
     team, part = tl.program_id(0) // (RATIO + 1), tl.program_id(0) % (RATIO + 1)
     is_k, step = part == RATIO, tl.num_programs(0) // (RATIO + 1) * ROWS
     return (is_k, tl.where(is_k, team, team * RATIO + part) * ROWS, tl.where(is_k, step, step * RATIO),
@@ -87,7 +69,7 @@ def share(N, H: tl.constexpr, KH: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.co
 
 @jit
 def rows_of(first, is_k, T, H: tl.constexpr, KH: tl.constexpr, ROWS: tl.constexpr):
-    """-> number, sequence, position and head of each row, [ROWS, 1]. Divisions by constants are cheap."""
+    """-> number, sequence, position and head of each row, all [ROWS, 1] int64. Divisions by constants are cheap."""
     row = first + tl.arange(0, ROWS)[:, None]
     token = tl.where(is_k, row // KH, row // H)
     head = row - token * tl.where(is_k, KH, H)
@@ -97,12 +79,12 @@ def rows_of(first, is_k, T, H: tl.constexpr, KH: tl.constexpr, ROWS: tl.constexp
 
 @jit
 def forward_kernel(Q, K, WQ, WK, YQ, YK, COS, SIN, N, T, cb, qb, qt, qh, kb, kt, kh, eps, NORM: tl.constexpr,
-                   INVERSE: tl.constexpr, H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                   INVERSE: tl.constexpr, H: tl.constexpr, KH: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
                    RATIO: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     is_k, first, _, end = share(N, H, KH, RATIO, ROWS)
-    X, W, Y = tl.where(is_k, K, Q), tl.where(is_k, WK, WQ), tl.where(is_k, YK, YQ)
+    X, Y = tl.where(is_k, K, Q), tl.where(is_k, YK, YQ)
     row, b, t, h = rows_of(first, is_k, T, H, KH, ROWS)
-    real, y_at = row < end, row * D
+    real, y_at = row < end, row * SIZE
     x_at = b * tl.where(is_k, kb, qb) + t * tl.where(is_k, kt, qt) + h * tl.where(is_k, kh, qh)
     col = tl.arange(0, BLOCK)[None, :]
     mask = real & (col < HALF)
@@ -111,8 +93,8 @@ def forward_kernel(Q, K, WQ, WK, YQ, YK, COS, SIN, N, T, cb, qb, qt, qh, kb, kt,
     x1 = tl.load(X + x_at + col, mask=mask, other=0.0).to(tl.float32)
     x2 = tl.load(X + x_at + HALF + col, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        square = tl.sum(x1 * x1 + x2 * x2, 1)
-        rstd = tl.rsqrt(square / D + eps)[:, None]
+        W = tl.where(is_k, WK, WQ)
+        rstd = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / SIZE + eps)[:, None]
         w_at = tl.broadcast_to(col, [ROWS, BLOCK])
         x1 *= rstd * tl.load(W + w_at, mask=w_at < HALF, other=0.0).to(tl.float32)
         x2 *= rstd * tl.load(W + HALF + w_at, mask=w_at < HALF, other=0.0).to(tl.float32)
@@ -125,7 +107,7 @@ def forward_kernel(Q, K, WQ, WK, YQ, YK, COS, SIN, N, T, cb, qb, qt, qh, kb, kt,
 @jit
 def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb, dqt, dqh, dkb, dkt, dkh,
                     qb, qt, qh, kb, kt, kh, eps, WANT_DW: tl.constexpr, H: tl.constexpr, KH: tl.constexpr,
-                    D: tl.constexpr, HALF: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
+                    SIZE: tl.constexpr, HALF: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr,
                     BLOCK: tl.constexpr):
     """Each of a fixed number of programs strides over the tiles and keeps its share of dw in registers."""
     is_k, first, step, end = share(N, H, KH, RATIO, ROWS)
@@ -140,7 +122,7 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
     dw2 = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(first, end, step):
         row, b, t, h = rows_of(tile, is_k, T, H, KH, ROWS)
-        real, dx_at = row < end, row * D
+        real, dx_at = row < end, row * SIZE
         dy_at, x_at = b * sb + t * st + h * sh, b * xb + t * xt + h * xh
         mask = real & (col < HALF)
         cos = tl.load(COS + (b * cb + t * HALF + col), mask=mask, other=0.0).to(tl.float32)
@@ -152,9 +134,10 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
         g1 = dy1 * cos + dy2 * sin
         g2 = dy2 * cos - dy1 * sin
         square = tl.sum(x1 * x1 + x2 * x2, 1)
-        product = tl.sum(g1 * x1 * w1 + g2 * x2 * w2, 1)
-        rstd = tl.rsqrt(square / D + eps)
-        mean = (product * rstd / D)[:, None]                  # of w g xhat
+        along = tl.sum(g1 * x1 * w1 + g2 * x2 * w2, 1)
+        rstd = tl.rsqrt(square / SIZE + eps)
+        # The mean of w g xhat.
+        mean = (along * rstd / SIZE)[:, None]
         rstd = rstd[:, None]
         x1 *= rstd
         x2 *= rstd
@@ -164,7 +147,7 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
         tl.store(DX + dx_at + col, rstd * (w1 * g1 - x1 * mean), mask=mask)
         tl.store(DX + dx_at + HALF + col, rstd * (w2 * g2 - x2 * mean), mask=mask)
     if WANT_DW:
-        DW += tl.program_id(0) * D
+        DW += tl.program_id(0) * SIZE
         tl.store(DW + col, tl.sum(dw1, 0)[None, :], mask=col < HALF)
         tl.store(DW + HALF + col, tl.sum(dw2, 0)[None, :], mask=col < HALF)
 
@@ -172,18 +155,18 @@ def backward_kernel(DYQ, DYK, Q, K, WQ, WK, DQ, DK, DW, COS, SIN, N, T, cb, dqb,
 def tiling(q, k) -> dict:
     H, KH, d = q.shape[2], k.shape[2], q.shape[-1]
     block = power_of_two(d // 2)
-    return {"H": H, "KH": KH, "D": d, "HALF": d // 2, "RATIO": max(1, H // max(1, KH)),
+    return {"H": H, "KH": KH, "SIZE": d, "HALF": d // 2, "RATIO": max(1, H // max(1, KH)),
             "ROWS": max(1, PAIRS // block), "BLOCK": block, "num_warps": WARPS}
 
 
 def count_teams(q, tiles) -> int:
-    """Teams of RATIO programs of q and one of k; so many that one tile each covers all rows."""
+    """How many teams (RATIO programs of q and one of k) cover all rows with one tile per program."""
     rows_per_token = max(-(-tiles["H"] // tiles["RATIO"]), tiles["KH"])
     return -(-q.shape[0] * q.shape[1] * rows_per_token // tiles["ROWS"]) if q.shape[-1] else 0
 
 
 def places(cos, *inputs):
-    """The kernels' arguments that say where elements lie: N, T, cos' sequence stride, three strides of each input."""
+    """The kernels' arguments that say where elements lie: N, T, cb, and the three strides of each input."""
     B, T = inputs[0].shape[:2]
     return B * T, T, cos.stride(0) if cos.shape[0] > 1 else 0, *[s for x in inputs for s in x.stride()[:3]]
 
@@ -192,12 +175,11 @@ def places(cos, *inputs):
 def rope_turn(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None,
               cos: torch.Tensor, sin: torch.Tensor, eps: float,
               inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> q, k normalised where there are weights, then rotated; contiguous. cos and sin are contiguous."""
+    """-> q, k normalised if there are weights, then rotated; contiguous. cos and sin are contiguous."""
     yq, yk = q.new_empty(q.shape), k.new_empty(k.shape)
-    norm = q_weight is not None
     tiles = tiling(q, k)
-    launch(forward_kernel, (count_teams(q, tiles) * (tiles["RATIO"] + 1),), q, k, q_weight if norm else q,
-           k_weight if norm else k, yq, yk, cos, sin, *places(cos, q, k), eps, NORM=norm, INVERSE=inverse, **tiles)
+    launch(forward_kernel, (count_teams(q, tiles) * (tiles["RATIO"] + 1),), q, k, q_weight, k_weight, yq, yk, cos, sin,
+           *places(cos, q, k), eps, NORM=q_weight is not None, INVERSE=inverse, **tiles)
     return yq, yk
 
 
@@ -218,35 +200,39 @@ def qk_norm_rope_backward(dyq: torch.Tensor, dyk: torch.Tensor, q: torch.Tensor,
     return dq, dk, dw[:, :ratio].sum((0, 1)).to(q_weight.dtype), dw[:, ratio].sum(0).to(k_weight.dtype)
 
 
-class Kernel(torch.autograd.Function):
-    """Without a norm the weights are None, and only the angles are kept."""
+class RoPE(torch.autograd.Function):
+    """(q, k, the weights or None, cos, sin, eps) -> q, k. Without a norm only the angles are kept; the reference has
+    none here."""
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):
+        ctx.triton, ctx.norm, ctx.eps = use_triton(q), q_weight is not None, eps
         q, k, cos, sin = contiguous_heads(q), contiguous_heads(k), cos.contiguous(), sin.contiguous()
-        ctx.norm, ctx.eps = q_weight is not None, eps
         if ctx.norm:
             q_weight, k_weight = q_weight.contiguous(), k_weight.contiguous()
-            ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
-        else:
-            ctx.save_for_backward(cos, sin)
-        return rope_turn(q, k, q_weight, k_weight, cos, sin, eps, False)
+        ctx.save_for_backward(*((q, k, q_weight, k_weight) if ctx.norm else ()), cos, sin)
+        if ctx.triton:
+            return rope_turn(q, k, q_weight, k_weight, cos, sin, eps, False)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dq, dk):
-        dq, dk = contiguous_heads(dq), contiguous_heads(dk)
+        dq, dk, saved = contiguous_heads(dq), contiguous_heads(dk), ctx.saved_tensors
+        cos, sin = saved[-2:]
+        if not ctx.triton:
+            return rotate(dq, cos, -sin), rotate(dk, cos, -sin), *[None] * 5
         if not ctx.norm:
-            return *rope_turn(dq, dk, None, None, *ctx.saved_tensors, 0.0, True), *[None] * 5
+            return *rope_turn(dq, dk, None, None, cos, sin, 0.0, True), *[None] * 5
         want = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        dq, dk, dwq, dwk = qk_norm_rope_backward(dq, dk, *ctx.saved_tensors, ctx.eps, want)
+        dq, dk, dwq, dwk = qk_norm_rope_backward(dq, dk, *saved, ctx.eps, want)
         return dq, dk, dwq if want else None, dwk if want else None, None, None, None
 
 
 # ---- public ops
 
 def check_shapes(q, k, cos, sin):
-    """ValueError where the kernels would read past the end of the angles, or take q and k for the same shape."""
+    """ValueError where the kernels would read past the end of the angles or of k."""
     B, T, _, d = q.shape
     if (*k.shape[:2], k.shape[3], k.dtype) != (B, T, d, q.dtype):
         raise ValueError(f"q is {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype}; only how many heads "
@@ -263,9 +249,7 @@ def rope(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor)
     and k do not fit.
     """
     check_shapes(q, k, cos, sin)
-    if use_triton(q):
-        return Kernel.apply(q, k, None, None, cos, sin, 0.0)
-    return Reference.apply(q, k, cos, sin)
+    return RoPE.apply(q, k, None, None, cos, sin, 0.0)
 
 
 def qk_norm_rope(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
@@ -276,6 +260,5 @@ def qk_norm_rope(q: torch.Tensor, k: torch.Tensor, q_weight: torch.Tensor, k_wei
         raise ValueError(f"the weights are {tuple(q_weight.shape)} {q_weight.dtype} and {tuple(k_weight.shape)} "
                          f"{k_weight.dtype}; both must be [{q.shape[-1]}] of one dtype")
     if use_triton(q):
-        return Kernel.apply(q, k, q_weight, k_weight, cos, sin, eps)
-    q, k = RMSNorm.apply(q, None, q_weight, eps), RMSNorm.apply(k, None, k_weight, eps)
-    return Reference.apply(q, k, cos, sin)
+        return RoPE.apply(q, k, q_weight, k_weight, cos, sin, eps)
+    return rope(rmsnorm(q, q_weight, eps), rmsnorm(k, k_weight, eps), cos, sin)

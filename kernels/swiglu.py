@@ -2,13 +2,15 @@
 
     d_up = dy silu(gate)         d_gate = dy up sigmoid(gate) (1 + gate (1 - sigmoid(gate)))
 
-gate, up, y [..., F]. Only the two inputs are kept; the backward pass computes sigmoid(gate) anew, which costs no
-traffic. With n bytes per element, an ideal device moves 3 n per element forward and 5 n backward; the arithmetic hides
-behind that.
+    Example: gate 2 and up 3 give 2 * 0.881 * 3 = 5.28.
 
-Rows mean nothing here, so the kernels see one flat row and cut it into equal tiles, whatever F is: a tile for a full
-row of 14336 would be padded to 16384 and leave half of the multiprocessor empty. A thread holds one 16-byte vector of
-each tensor, and 2048 threads per multiprocessor keep 64 KB of loads in flight, 96 KB backward.
+gate, up, y [..., F], F the MLP width. Only gate and up are kept; the backward pass computes sigmoid(gate) anew, which
+costs no memory traffic. With n bytes per element, an ideal device moves 3 n per element forward and 5 n backward; the
+arithmetic hides behind that.
+
+The kernels see one flat row of elements and cut it into equal tiles, whatever F is: a tile for 14336 elements would be
+padded to 16384 and leave half of the multiprocessor empty. A thread holds one 16-byte vector of each tensor, and 2048
+threads per multiprocessor keep 64 KB of loads in flight, 96 KB backward.
 """
 
 import torch
@@ -17,8 +19,6 @@ import torch.nn.functional as F
 from kernels.backend import jit, launch, op, tl, use_triton
 from kernels.rmsnorm import upcast
 
-# Rows that a CPU works on at once, so that what lies between silu and the multiplication stays in the cache.
-CHUNK_ROWS = 256
 # 8 elements per thread: 16 bytes of bf16.
 TILE = {"BLOCK": 1024, "num_warps": 4}
 
@@ -26,13 +26,7 @@ TILE = {"BLOCK": 1024, "num_warps": 4}
 # ---- reference
 
 def reference_forward(gate, up):
-    if gate.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.silu(upcast(gate)).mul_(up).to(gate.dtype)
-    y = torch.empty(gate.shape, dtype=gate.dtype)
-    rows = (x.reshape(-1, x.shape[-1]).split(CHUNK_ROWS) for x in (gate, up, y))
-    for g, u, out in zip(*rows):
-        out.copy_(F.silu(upcast(g)).mul_(u)) if gate.dtype != torch.float32 else torch.mul(F.silu(g), u, out=out)
-    return y
+    return F.silu(upcast(gate)).mul_(up).to(gate.dtype)
 
 
 def reference_backward(dy, gate, up):
@@ -45,7 +39,7 @@ def reference_backward(dy, gate, up):
 
 @jit
 def forward_kernel(GATE, UP, Y, n, BLOCK: tl.constexpr):
-    """GATE, UP, Y [n]; in int64, because 150,000 tokens of 14336 pass 2^31."""
+    """GATE, UP, Y [n]. Indices are int64, because 150,000 tokens of 14336 elements pass 2^31."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(GATE + at, mask=at < n, other=0.0).to(tl.float32)
     up = tl.load(UP + at, mask=at < n, other=0.0).to(tl.float32)
@@ -54,7 +48,7 @@ def forward_kernel(GATE, UP, Y, n, BLOCK: tl.constexpr):
 
 @jit
 def backward_kernel(DY, GATE, UP, DGATE, DUP, n, BLOCK: tl.constexpr):
-    """All [n]."""
+    """DY, GATE, UP, DGATE, DUP [n]."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dy = tl.load(DY + at, mask=at < n, other=0.0).to(tl.float32)
     gate = tl.load(GATE + at, mask=at < n, other=0.0).to(tl.float32)
@@ -66,7 +60,7 @@ def backward_kernel(DY, GATE, UP, DGATE, DUP, n, BLOCK: tl.constexpr):
 
 @op
 def swiglu_forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Contiguous inputs of one shape."""
+    """gate, up contiguous, of one shape -> y."""
     y, n = torch.empty_like(gate), gate.numel()
     launch(forward_kernel, (-(-n // TILE["BLOCK"]),), gate, up, y, n, **TILE)
     return y

@@ -236,7 +236,7 @@ def test_offsets_do_not_overflow(monkeypatch, tmp_path):
     narrow.write_text(path.read_text().replace(".to(tl.int64)", ""))
     x = torch.full((64,), 7.0)
 
-    far, sizes = [0, 2**28, 2], {"H": 1, "KH": 1, "D": 2, "HALF": 1, "RATIO": 1, "ROWS": 16, "BLOCK": 1}
+    far, sizes = [0, 2**28, 2], {"H": 1, "KH": 1, "SIZE": 2, "HALF": 1, "RATIO": 1, "ROWS": 16, "BLOCK": 1}
 
     def launch(file, forward):
         spec = importlib.util.spec_from_file_location(file.stem, file)
