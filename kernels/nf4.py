@@ -17,8 +17,8 @@ tree of 15 selects per element would take longer than the memory does. Multiplic
 one, without fused multiply-adds: the values are bitwise those of bitsandbytes. Quantising happens once in a weight's
 life; its kernel only has to stream.
 
-There is no matmul of activations with packed weights. At training sizes the library's matmul takes ten times as long as
-dequantising into a scratch buffer first (kernels/lora.py does that), and no fused kernel reaches it.
+There is no matmul of activations with packed weights: at training sizes the library's matmul takes ten times as long as
+dequantising before it (kernels/lora.py does that), and no fused kernel reaches the library's.
 """
 
 from dataclasses import dataclass
@@ -56,8 +56,8 @@ class NF4:
     dtype    the weight's before       dtype in the JSON ("bfloat16")
 
     (N elements, divisions rounded up). The JSON is NAME.quant_state.bitsandbytes__nf4, its UTF-8 bytes as a uint8
-    tensor, with quant_type "nf4", blocksize 64, dtype, shape and, with double quantisation, nested_blocksize 256,
-    nested_dtype "float32" and nested_offset. Other block sizes exist; these kernels know these two only.
+    tensor, with quant_type "nf4", blocksize 64 and, with double quantisation, nested_blocksize 256 and nested_dtype
+    "float32" as well. These kernels know no other block sizes.
     """
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -184,21 +184,17 @@ def dequantise_kernel(PACKED, ABSMAX, CODE, ABSMAX2, CODE2, OFFSET, OUT, N, BYTE
     tl.store(OUT + at, w, mask=at < N)
 
 
-def fill(packed, absmax, code, absmax2, code2, offset, out):
-    """Dequantise the tensors of a record into out [N]."""
-    if not use_triton(packed) or out.dtype == torch.float64:
-        return reference_dequantise(packed, absmax, code, absmax2, code2, offset, out)
-    launch(dequantise_kernel, (-(-len(absmax) // DEQUANTISE["ROWS"]),), packed, absmax, code, absmax2, code2, offset,
-           out, out.numel(), packed.numel(), NESTED=absmax2 is not None, **DEQUANTISE)
-
-
 @op
 def nf4_dequantise(packed: torch.Tensor, absmax: torch.Tensor, code: torch.Tensor, absmax2: torch.Tensor | None,
                    code2: torch.Tensor | None, offset: torch.Tensor | None, N: int,
                    dtype: torch.dtype) -> torch.Tensor:
-    """-> the weight [N]."""
+    """-> the weight [N] in `dtype`."""
     out = torch.empty(N, dtype=dtype, device=packed.device)
-    fill(packed, absmax, code, absmax2, code2, offset, out)
+    if dtype == torch.float64 or not use_triton(packed):
+        reference_dequantise(packed, absmax, code, absmax2, code2, offset, out)
+    else:
+        launch(dequantise_kernel, (-(-len(absmax) // DEQUANTISE["ROWS"]),), packed, absmax, code, absmax2, code2,
+               offset, out, N, len(packed), NESTED=absmax2 is not None, **DEQUANTISE)
     return out
 
 
@@ -233,18 +229,7 @@ def quantise(weight: torch.Tensor, double_quant: bool = True) -> NF4:
                weight.shape, weight.dtype)
 
 
-def dequantise(nf4: NF4, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor | None = None) -> torch.Tensor:
-    """-> the weight in `dtype` (fp32, bf16, fp16; fp64 through the reference), of nf4.shape, with no gradient.
-
-    out: a contiguous tensor of that shape, dtype and device to write to; it is returned. ValueError if it is not.
-    """
-    if out is not None and (out.dtype, out.shape, out.device, out.is_contiguous()) != (
-            dtype, nf4.shape, nf4.packed.device, True):
-        raise ValueError(f"out must be a contiguous {dtype} tensor of shape {tuple(nf4.shape)} on {nf4.packed.device}, "
-                         f"not {out.dtype} {tuple(out.shape)} on {out.device}")
+def dequantise(nf4: NF4, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """-> the weight in `dtype` (fp32, bf16, fp16; fp64 through the reference), of nf4.shape, with no gradient."""
     parts = nf4.packed, nf4.absmax, nf4.code, nf4.absmax2, nf4.code2, nf4.offset
-    if out is None or torch.compiler.is_compiling():
-        made = nf4_dequantise(*parts, nf4.shape.numel(), dtype).view(nf4.shape)
-        return made if out is None else out.copy_(made)
-    fill(*parts, out.view(-1))
-    return out
+    return nf4_dequantise(*parts, nf4.shape.numel(), dtype).view(nf4.shape)

@@ -201,8 +201,8 @@ def qk_norm_rope_backward(dyq: torch.Tensor, dyk: torch.Tensor, q: torch.Tensor,
 
 
 class RoPE(torch.autograd.Function):
-    """(q, k, the weights or None, cos, sin, eps) -> q, k. Without a norm only the angles are kept; the reference has
-    none here."""
+    """(q, k, both weights or None, cos, sin, eps) -> q, k. Without a norm, only the angles are kept for backward.
+    The reference knows no norm: qk_norm_rope applies rmsnorm before it."""
 
     @staticmethod
     def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps):

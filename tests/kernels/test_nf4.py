@@ -214,27 +214,21 @@ def test_what_is_not_finite_is_refused(kernel, bad):
 def test_users_mistakes():
     with pytest.raises(ValueError, match=r"not torch\.float64"):
         quantise(weight(2, 64).double())
-    record = quantise(weight(2, 64))
-    for wrong in (torch.empty(2, 64), torch.empty(64, 2, dtype=torch.bfloat16),
-                  torch.empty(64, 2, dtype=torch.bfloat16).T):
-        with pytest.raises(ValueError, match="out must be"):
-            dequantise(record, out=wrong.to(DEVICE))
 
 
 @pytest.mark.parametrize("kernel", BACKENDS)
-def test_strided_weights_outputs_and_gradients(kernel):
-    w = weight(64, 48, seed=5)
+def test_strided_weights_and_gradients_and_nothing_written_beside_the_output(kernel, monkeypatch):
+    w = weight(64, 49, seed=5)
     kept = w.clone()
     with backend.using(kernel):
         same(quantise(w.T), quantise(w.T.contiguous()))
-        same(quantise(w[:1].expand(4, 48)), quantise(w[:1].repeat(4, 1)))
+        same(quantise(w[:1].expand(4, 49)), quantise(w[:1].repeat(4, 1)))
         record = quantise(torch.nn.Parameter(w))
         before = [x.clone() for x in fields(record)[:6]]
-        out = torch.empty(64, 48, dtype=torch.float16, device=DEVICE)
-        assert dequantise(record, torch.float16, out=out) is out
-        assert torch.equal(out, dequantise(record, torch.float16))
-        guard = torch.full((64 * 48 + 32,), 7.0, device=DEVICE)
-        dequantise(record, torch.float32, out=guard[16:-16].view(64, 48))
+        out = dequantise(record, torch.float32)
+        guard = torch.full((64 * 49 + 32,), 7.0, device=DEVICE)
+        monkeypatch.setattr(torch, "empty", lambda *shape, **options: guard[16:-16])
+        assert torch.equal(dequantise(record, torch.float32), out)
         assert (guard[:16] == 7).all()
         assert (guard[-16:] == 7).all()
     assert not out.requires_grad
@@ -256,17 +250,14 @@ def test_a_chunk_of_the_reference_and_the_second_absmax2(kernel, monkeypatch):
 
 @pytest.mark.parametrize("kernel", BACKENDS)
 def test_dequantise_under_compile(kernel):
-    """One node of the graph, with and without `out`."""
     record = quantise(weight(3, 50))
     x = weight(3, 50, dtype=torch.float16)
 
-    def function(x, out):
-        return x * dequantise(record, torch.float16) + dequantise(record, torch.float16, out=out)
+    def function(x):
+        return x * dequantise(record, torch.float16)
     with backend.using(kernel):
-        made = [torch.empty_like(x) for _ in range(2)]
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x, made[0]), function(x, made[1]))
-        assert torch.equal(*made)
+        assert torch.equal(compiled(x), function(x))
 
 
 # ---- more than 2^31 numbers
