@@ -7,9 +7,7 @@
     python data.py mix recipes/cpt.toml --preview --data.schedule staged --train.steps 1000
     python data.py mix --domain legal.jsonl --general wiki.jsonl --out mixed.jsonl
 
-In text/, corpus.py reads documents, shards.py keeps their tokens on disk, packing.py cuts sources into sequences, and
-mixture.py says how many sequences of each source a step has. Here stands their order. B sequences per step, T tokens of
-context, S sources.
+B sequences per step, T tokens of context, S sources.
 """
 
 import core.threads
@@ -33,10 +31,8 @@ from core.config import setting
 from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
-from text import shards
+from text import foreign, mix_outputs, shards
 from text.corpus import read_records
-from text.foreign import holds_tokens, read_token_documents
-from text.mix_outputs import mix_files, preview_mix
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
 
@@ -46,7 +42,7 @@ ORDER_VERSION = 1
 
 class RowRandom:
     """Random values for the sequences of a batch, the same on every rank layout: a function of the stream, the position
-    and `keys`, uint64 [B], which stand for (seed, step, place in the step)."""
+    and `keys`, uint64 [B], one for each (seed, step, place in the step)."""
 
     def __init__(self, keys: np.ndarray):
         self.keys = keys
@@ -167,7 +163,7 @@ def run_pack(options: Pack) -> dict:
         raise UserError("--buckets K and --score NAME go together, and --first with them")
     if options.part and options.buckets:
         raise UserError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
-    if options.buckets and any(map(holds_tokens, options.files)):
+    if options.buckets and any(map(foreign.holds_tokens, options.files)):
         raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
     part = shards.read_part(options.part or "1/1")
     out = shards.part_folder(options.output.out, *part) if options.part else options.output.out
@@ -177,8 +173,8 @@ def run_pack(options: Pack) -> dict:
     def records(files: list[str] = options.files):
         """(where, record) of each document; the text of a document of a token file is its ids."""
         for path in files:
-            if holds_tokens(path):
-                found = ((path, {column: ids}) for ids in read_token_documents(path, tokenizer, options.dtype))
+            if foreign.holds_tokens(path):
+                found = ((path, {column: ids}) for ids in foreign.read_token_documents(path, tokenizer, options.dtype))
             else:
                 found = read_records([path], options.reading, text_only=not options.score)
             for where, record in found:
@@ -295,13 +291,13 @@ class Mix:
 def run_mix(options: Mix, settings: list[str]) -> dict:
     """Preview the recipe's mix under `settings`, words such as --train.steps 10; or write the mixed JSONL."""
     if options.preview and options.recipe and not (options.domain or options.general):
-        return preview_mix(options.recipe, settings, Path(options.out or "out/mix.png"))
+        return mix_outputs.preview_mix(options.recipe, settings, Path(options.out or "out/mix.png"))
     if options.recipe or options.preview or settings or not (options.domain and options.general and options.out):
         raise UserError("mix wants either RECIPE --preview, or --domain, --general and --out")
     sides = ((record for _, record in read_records(files, options.reading))
              for files in (options.domain, options.general))
-    done = mix_files(*sides, options.out, ratio=options.domain_ratio, total=options.total_samples, seed=options.seed,
-                     max_epochs=options.max_epochs, overwrite=options.overwrite)
+    done = mix_outputs.mix_files(*sides, options.out, ratio=options.domain_ratio, total=options.total_samples,
+                                 seed=options.seed, max_epochs=options.max_epochs, overwrite=options.overwrite)
     for side in ("domain", "general"):
         print(f"{side}: {done[side]['written']:,} of {done['total']:,} samples from {done[side]['records']:,} records, "
               f"read {done[side]['epochs']:.2f} times")

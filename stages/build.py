@@ -235,7 +235,8 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
         check_tokenizer(name, shards[name], tokenizer, config.vocab_size)
         if world.main:
             verify(source.path, budget_bytes=4e9, seed=c.seed)
-        tokens = mixture.part_of(sources, name, c.eval.tokens)
+        # The buckets of a source share its tokens.
+        tokens = -(-c.eval.tokens // round(1 / (source.high - source.low)))
         if found := evaluation.heldout_documents(Shards(source.path, "heldout"), tokens):
             heldout[name] = found
 

@@ -95,16 +95,15 @@ def draw_shares(path, title: str, sources: dict[str, SourceConfig], rows: list[d
 
     figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=120)
     axes = figure.subplots()
-    names, colours = [], []
+    colours = {}
     for role, colour_map in (("domain", "YlOrRd"), ("general", "GnBu")):
         side = [name for name in sources if sources[name].role == role]
-        names += side
-        colours += [colormaps[colour_map](0.75 - 0.5 * i / len(side)) for i in range(len(side))]
+        colours |= {name: colormaps[colour_map](0.75 - 0.5 * i / len(side)) for i, name in enumerate(side)}
     # A step plot ends where its last value begins, so the last row stands twice.
     steps = [*(row["first_step"] for row in rows), rows[-1]["last_step"] + 1]
     rows = [*rows, rows[-1]]
-    axes.stackplot(steps, [[row["sources"][name] for row in rows] for name in names], colors=colours, labels=names,
-                   step="post", linewidth=0)
+    axes.stackplot(steps, [[row["sources"][name] for row in rows] for name in colours], colors=list(colours.values()),
+                   labels=colours, step="post", linewidth=0)
     axes.step(steps, [row["wanted"] for row in rows], "k--", where="post", linewidth=1, label="domain, wanted")
     axes.set(xlim=(0, steps[-1]), ylim=(0, 1), xlabel="step", ylabel="share of the sequences drawn", title=title)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
@@ -130,7 +129,12 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
     try:
         # Records are drawn in random order and may not fit in memory: they wait in a file, and their places in it here.
         with tempfile.TemporaryFile(dir=out.parent) as spool:
-            places = {"domain": _spool(domain, "domain", spool), "general": _spool(general, "general", spool)}
+            places = {"domain": [], "general": []}
+            for side, records in (("domain", domain), ("general", general)):
+                for record in records:
+                    places[side].append(spool.tell())
+                    line = json.dumps({**record, "source_type": side}, ensure_ascii=False, default=str)
+                    spool.write(utf8(line) + b"\n")
             total = round(len(places["domain"]) / ratio) if total is None else total
             written = {"domain": round(total * ratio), "general": total - round(total * ratio)}
             for side, n in written.items():
@@ -153,17 +157,7 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
                for side, n in written.items()}}
 
 
-def _spool(records, side: str, spool) -> np.ndarray:
-    """Write the records, a line each; returns int64 [records], where each line begins in the file."""
-    places = []
-    for record in records:
-        places.append(spool.tell())
-        line = json.dumps({**record, "source_type": side}, ensure_ascii=False, default=str)
-        spool.write(utf8(line) + b"\n")
-    return np.array(places, np.int64)
-
-
-def _draw(side: str, n: int, places: np.ndarray, seed: int) -> np.ndarray:
+def _draw(side: str, n: int, places: list[int], seed: int) -> np.ndarray:
     """The places of n records: epoch after epoch, each a permutation of all. 5 of 3 records: 2 0 1, then 1 2."""
     epoch, position = np.divmod(np.arange(n), len(places))
-    return places[permute(position, len(places), mix_keys(seed, side, "mix", epoch))]
+    return np.array(places, np.int64)[permute(position, len(places), mix_keys(seed, side, "mix", epoch))]

@@ -36,6 +36,8 @@ class SourceConfig:
     """capability that a general source keeps; where all general sources name theirs, data.strata weighs them"""
     max_epochs: float = setting(16.0, above=0)
     """a plan that reads the source more often is refused; above 4 there is a warning"""
+    # No settings: what a Bucket says.
+    of, low, high = "", 0.0, 1.0
 
 
 @dataclass
@@ -156,11 +158,10 @@ def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple
     `opened`, (low, high, emphasis) of schedule_at, moves a domain source's weight among its buckets. `strata` (default:
     equal weights) divides the replay if the general sources name theirs.
     """
-    weights = {name: _open_tokens(s, opened if s.role == "domain" else ALL) if isinstance(s, Bucket) else s.weight
+    weights = {name: _open_tokens(s, opened if s.role == "domain" else ALL) if s.of else s.weight
                for name, s in sources.items()}
-    buckets = {name: s for name, s in sources.items() if isinstance(s, Bucket)}
-    for of, weight in {s.of: s.weight for s in buckets.values()}.items():
-        _scale(weights, [name for name, s in buckets.items() if s.of == of], weight)
+    for of, weight in {s.of: s.weight for s in sources.values() if s.of}.items():
+        _scale(weights, [name for name, s in sources.items() if s.of == of], weight)
     for stratum, part in replay_strata(sources, strata or Strata())[0].items():
         _scale(weights, [name for name, s in sources.items() if s.role == "general" and s.stratum == stratum], part)
     domain, general = ([name for name, s in sources.items() if s.role == role] for role in ("domain", "general"))
@@ -218,8 +219,8 @@ def describe_mix(config: DataConfig, sources: dict[str, SourceConfig]) -> list[s
     if shares:
         lines.append("replay strata: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
                      + (f"; no source for {', '.join(empty)}: the others share it" if empty else ""))
-    if config.schedule in ("quality_first", "curriculum") and not any(
-            isinstance(s, Bucket) and s.role == "domain" for s in sources.values()):
+    has_buckets = any(s.of and s.role == "domain" for s in sources.values())
+    if config.schedule in ("quality_first", "curriculum") and not has_buckets:
         lines.append(f"warning: data.schedule {config.schedule} orders score buckets, and no domain source has any, so "
                      f"it is a static mix; make them with data.py pack --buckets")
     return lines
@@ -255,9 +256,9 @@ def make_plan(config: DataConfig, length: LengthConfig, sources: dict[str, Sourc
 
 def _count_steps_of_epochs(config, length, sources, rows_per_epoch) -> int:
     """The steps in which the domain sources (the general ones where there are none) are read length.epochs times."""
-    B = length.batch_size
-    role = "domain" if any(s.role == "domain" for s in sources.values()) else "general"
-    chosen = np.array([s.role == role for s in sources.values()])
+    B, roles = length.batch_size, [s.role for s in sources.values()]
+    role = "domain" if "domain" in roles else "general"
+    chosen = np.array(roles) == role
     wanted = length.epochs * sum(rows_per_epoch[name] for name, s in sources.items() if s.role == role)
 
     def mean_share(steps: int) -> float:
@@ -351,17 +352,10 @@ def judge_epochs(epochs: dict[str, float], sources: dict[str, SourceConfig],
     for name, times in epochs.items():
         source = sources[name]
         if times > source.max_epochs:
-            own = source.of if isinstance(source, Bucket) else name
             refusals.append(f"source {name} would be read {times:.1f} times, above its max_epochs of "
                             f"{source.max_epochs:g}: repeats teach next to nothing by then; shorten the run, lower its "
-                            f"weight, or allow it with {option.format(own, int(times) + 1)}")
+                            f"weight, or allow it with {option.format(source.of or name, int(times) + 1)}")
         elif times > WARN_EPOCHS:
             warnings.append(f"warning: source {name} is read {times:.1f} times; above {WARN_EPOCHS} repeats teach less "
                             f"and less")
     return refusals, warnings
-
-
-def part_of(sources: dict[str, SourceConfig], name: str, n: int) -> int:
-    """`n`, or for a score bucket its part of the n that its whole source is meant to have."""
-    source = sources[name]
-    return -(-n // round(1 / (source.high - source.low))) if isinstance(source, Bucket) else n

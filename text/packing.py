@@ -129,8 +129,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def pack_sources(sources: dict[str, Shards], config: DataConfig) -> dict[str, Packing]:
-    """Cut each source into sequences as config.packing says. This comes before the plan, which must know how many
-    `sequences` one pass over a source has."""
+    """Cut each source into sequences. The plan comes after it: it must know how many `sequences` one pass has."""
     for name, shards in sources.items():
         if not shards.tokens:
             raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
