@@ -31,7 +31,7 @@ from core.config import setting
 from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
-from text import foreign, mix_outputs, shards
+from text import foreign, mixture, shards
 from text.corpus import read_records
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
@@ -291,13 +291,13 @@ class Mix:
 def run_mix(options: Mix, settings: list[str]) -> dict:
     """Preview the recipe's mix under `settings`, words such as --train.steps 10; or write the mixed JSONL."""
     if options.preview and options.recipe and not (options.domain or options.general):
-        return mix_outputs.preview_mix(options.recipe, settings, Path(options.out or "out/mix.png"))
+        return mixture.preview_mix(options.recipe, settings, Path(options.out or "out/mix.png"))
     if options.recipe or options.preview or settings or not (options.domain and options.general and options.out):
         raise UserError("mix wants either RECIPE --preview, or --domain, --general and --out")
     sides = ((record for _, record in read_records(files, options.reading))
              for files in (options.domain, options.general))
-    done = mix_outputs.mix_files(*sides, options.out, ratio=options.domain_ratio, total=options.total_samples,
-                                 seed=options.seed, max_epochs=options.max_epochs, overwrite=options.overwrite)
+    done = foreign.mix_files(*sides, options.out, ratio=options.domain_ratio, total=options.total_samples,
+                             seed=options.seed, max_epochs=options.max_epochs, overwrite=options.overwrite)
     for side in ("domain", "general"):
         print(f"{side}: {done[side]['written']:,} of {done['total']:,} samples from {done[side]['records']:,} records, "
               f"read {done[side]['epochs']:.2f} times")

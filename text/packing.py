@@ -9,7 +9,6 @@ import torch
 
 from core.errors import UserError
 from kernels.cross_entropy import IGNORE
-from text.mixture import DataConfig
 from text.shards import Shards
 
 
@@ -53,7 +52,7 @@ class Sequences:
 # ---- for training: a source's sequences, the same number of them in every epoch
 
 class Packing:
-    """A source cut into sequences as config.packing says.
+    """A source cut into sequences as config.packing (config: mixture.DataConfig) says.
 
     A document of more than T + 1 tokens is cut into pieces of T + 1 at a stride of T, so that each token but a
     document's first is a target exactly once per epoch. With T = 8, one of 20 tokens becomes 0..8, 8..16 and 16..19.
@@ -63,7 +62,7 @@ class Packing:
     same in every epoch. About 40 bytes of memory per document.
     """
 
-    def __init__(self, shards: Shards, config: DataConfig):
+    def __init__(self, shards: Shards, config):
         self.shards, self.is_circle = shards, config.packing == "window"
         T, L = config.context, shards.tokens
         ends = np.array([L + 1]) if self.is_circle else shards.document_ends()
@@ -128,7 +127,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bins
 
 
-def pack_sources(sources: dict[str, Shards], config: DataConfig) -> dict[str, Packing]:
+def pack_sources(sources: dict[str, Shards], config) -> dict[str, Packing]:
     """Cut each source into sequences. The plan comes after it: it must know how many `sequences` one pass has."""
     for name, shards in sources.items():
         if not shards.tokens:

@@ -1,6 +1,8 @@
 """Truth: files that datatrove itself writes (its own format and Megatron's), and files made by hand with struct as
-llm.c's and nanoGPT's scripts describe them."""
+llm.c's and nanoGPT's scripts describe them. Laws of a mixed file: none twice before all are once; the same seed gives
+the same bytes; what fails leaves what was there."""
 
+import json
 import struct
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from synthetic import Bytes, run, some_texts
 
 from text.corpus import utf8
-from text.foreign import read_token_documents
+from text.foreign import _draw, mix_files, read_token_documents
 from text.shards import Shards, pack
 
 TEXTS = ["habeas corpus", "é", *some_texts(30), "a\0b", "last"]
@@ -175,3 +177,47 @@ def test_indexes_and_headers_that_are_wrong(tmp_path):
     file.write_bytes(struct.pack("<3i", 20240520, 1, 4).ljust(1024, b"\0") + struct.pack("<3H", 1, 2, 3))
     with pytest.raises(ValueError, match="says it has 4 tokens and has 3"):
         list(read_token_documents(str(file), Bytes()))
+
+
+# ---- a mixed JSONL file
+
+def test_mixed_files(tmp_path):
+    law = [{"text": f"law {i}", "id": i, "metadata": {"x": [i]}} for i in range(10)]
+    web = [{"text": f"web {i} \ud800\u2028", "source_type": "old"} for i in range(7)]
+    out, seen = tmp_path / "new/mixed.jsonl", set()
+    for seed in (0, 0, 1):
+        done = mix_files(iter(law), iter(web), out, overwrite=True, ratio=0.6, total=45, seed=seed)
+        seen.add(out.read_bytes())
+        got = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
+        for side, records, n in (("domain", law, 27), ("general", web, 18)):
+            mine = [r for r in got if r["source_type"] == side]
+            texts = [r["text"].replace("\ufffd", "\ud800") for r in mine]
+            assert len(mine) == n == done[side]["written"]
+            counts = [texts.count(r["text"]) for r in records]             # none twice before all are once
+            assert max(counts) - min(counts) <= 1
+            assert done[side]["epochs"] == n / len(records)
+        assert all(r == {**law[r["id"]], "source_type": "domain"} for r in got if r["source_type"] == "domain")
+    assert len(seen) == 2
+    assert [r["source_type"] for r in got] != sorted(r["source_type"] for r in got)
+    assert mix_files(law, web, out, overwrite=True)["total"] == 14  # each of the domain once
+    assert sorted(p.name for p in out.parent.iterdir()) == ["mixed.jsonl"]
+
+
+def test_an_epoch_of_a_mix_has_each_record_once_in_a_new_order(tmp_path):
+    law = [{"text": str(i)} for i in range(50)]
+    places = _draw("domain", 200, np.arange(50), seed=3).reshape(4, 50)
+    assert all(sorted(row) == list(range(50)) for row in places.tolist())
+    assert len({tuple(row) for row in places.tolist()}) == 4
+    done = mix_files(law, [], tmp_path / "m.jsonl", overwrite=True, ratio=1.0, total=250)
+    assert ["read 5.0 times" in line for line in done["warnings"]] == [True]
+    before = (tmp_path / "m.jsonl").read_bytes()
+    for wrong, match in (({"total": 801}, "16.0 times, above its max_epochs of 16: .* --max-epochs 17"),
+                         ({"ratio": 0.0}, "gives the length"),
+                         ({"ratio": 0.5, "total": 9}, "the general files hold no records, but 5")):
+        with pytest.raises(ValueError, match=match):
+            mix_files(law, [], tmp_path / "m.jsonl", overwrite=True, **{"ratio": 1.0, **wrong})
+    with pytest.raises(ValueError, match="the domain files hold no records"):
+        mix_files([], law, tmp_path / "m.jsonl", overwrite=True)
+    mix_files(law, [], tmp_path / "n.jsonl", overwrite=True, ratio=1.0, total=801, max_epochs=20)
+    assert (tmp_path / "m.jsonl").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.jsonl", "n.jsonl"]
