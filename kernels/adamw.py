@@ -35,7 +35,6 @@ have none. Tensors whose address is no multiple of 16 bytes get a launch of thei
 import functools
 import itertools
 import math
-import struct
 
 import torch
 
@@ -46,8 +45,8 @@ BLOCK = 1024         # elements a program holds at once
 CHUNK = 8 * BLOCK    # elements a program updates, all of one tensor
 # Elements the reference updates at once, so that its intermediates stay in the CPU's cache.
 SLICE = 1 << 16
-# A row of the table: number of elements, first chunk, bits of the weight decay, 7 addresses (0 where there is none).
-COLUMNS = 10
+# A row of the table: number of elements, first chunk, 7 addresses (0 where there is none).
+COLUMNS = 9
 TRITON_DTYPE = {} if triton is None else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16,
                                           torch.float16: tl.float16}
 # {kind of state: dtypes of the weights that it fits}
@@ -144,9 +143,9 @@ def encode_v(v):
     return ((root * inverse(scale)[:, None]).sqrt() * 255 + 0.5).clamp(min=1).to(torch.uint8).view(-1), scale
 
 
-def reference_(param, grad, state, decay, scalars):
+def reference_(param, grad, state, scalars):
     """Update one tensor in fp32, in the kernel's order of roundings; float64 weights in float64."""
-    lr, one_minus_beta1, beta2, one_minus_beta2, rate, inverse_root, eps = scalars
+    lr, decay, one_minus_beta1, beta2, one_minus_beta2, rate, inverse_root, eps = scalars
     weights, grad = param.detach().view(-1), grad.detach().reshape(-1)
     kept, eight = {name: x.view(-1) for name, x in state.items()}, "m_scale" in state
     compute = torch.promote_types(weights.dtype, torch.float32)
@@ -245,21 +244,20 @@ def adamw_tile(P, G, M, V, MSCALE, VSCALE, ECC, left, lr_decay, fresh1, beta2, f
 
 
 @jit
-def adamw_kernel(TABLE, OWNER, lr, fresh1, beta2, fresh2, rate, root2, eps, GRAD: tl.constexpr, EIGHT: tl.constexpr,
-                 WEIGHTS: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-                 CHUNK: tl.constexpr):
+def adamw_kernel(TABLE, OWNER, lr, decay, fresh1, beta2, fresh2, rate, root2, eps, GRAD: tl.constexpr,
+                 EIGHT: tl.constexpr, WEIGHTS: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+                 ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """TABLE [tensors, COLUMNS] int64, OWNER [chunks] int32; a program updates a chunk."""
     row = TABLE + tl.load(OWNER + tl.program_id(0)) * COLUMNS
     n = tl.load(row)
     start = (tl.program_id(0) - tl.load(row + 1)) * CHUNK
-    decay = tl.load(row + 2).to(tl.int32).to(tl.float32, bitcast=True)
-    P = address(row, 3, tl.float32 if WEIGHTS == "fp32" else tl.int16, ALIGN)      # bf16 is moved as its bits
-    G = address(row, 4, GRAD, ALIGN)
-    M = address(row, 5, tl.int8 if EIGHT else tl.float32, ALIGN)
-    V = address(row, 6, tl.uint8 if EIGHT else tl.float32, ALIGN)
-    MSCALE = address(row, 7, tl.int16, ALIGN)
-    VSCALE = address(row, 8, tl.float32, ALIGN)
-    ECC = address(row, 9, tl.int8, ALIGN)
+    P = address(row, 2, tl.float32 if WEIGHTS == "fp32" else tl.int16, ALIGN)      # bf16 is moved as its bits
+    G = address(row, 3, GRAD, ALIGN)
+    M = address(row, 4, tl.int8 if EIGHT else tl.float32, ALIGN)
+    V = address(row, 5, tl.uint8 if EIGHT else tl.float32, ALIGN)
+    MSCALE = address(row, 6, tl.int16, ALIGN)
+    VSCALE = address(row, 7, tl.float32, ALIGN)
+    ECC = address(row, 8, tl.int8, ALIGN)
     lr_decay = lr * decay
     for begin in range(start, tl.minimum(start + CHUNK, n), ROWS * 32):
         group = begin // 32
@@ -294,17 +292,15 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def launch_updates_(params, grads, states, decays, scalars, kept):
+def launch_updates_(params, grads, states, scalars, kept):
     """A launch per kind, gradient's dtype and alignment; empty tensors have none. grads are contiguous."""
     launches = {}
-    for param, grad, state, decay in zip(params, grads, states, decays):
+    for param, grad, state in zip(params, grads, states):
         if param.numel():
             tensors = (param, grad, *(state.get(name) for name in ("m", "v", "m_scale", "v_scale", "ecc")))
             addresses = [0 if x is None else x.data_ptr() for x in tensors]
             align = 1 if any(address % 16 for address in addresses) else 16
-            decay_bits, = struct.unpack("i", struct.pack("f", decay))
-            rows = launches.setdefault((kind_of(state), grad.dtype, align), [])
-            rows.append((param.numel(), decay_bits, *addresses))
+            launches.setdefault((kind_of(state), grad.dtype, align), []).append((param.numel(), *addresses))
     for (kind, dtype, align), rows in launches.items():
         table, owner = send_table(kept, (kind, dtype, align), rows, params[0].device)
         weights = "ecc" if kind.endswith("ecc") else "fp32"
@@ -318,34 +314,33 @@ def launch_updates_(params, grads, states, decays, scalars, kept):
 # ---- public op
 
 @torch.no_grad()
-def adamw_(params: list, grads: list, states: list, lr: float, betas: tuple, eps: float, weight_decays, step: int,
-           table: dict | None = None):
+def adamw_(params: list, grads: list, states: list, lr: float, betas: tuple, eps: float, decay: float,
+           step: int, table: dict | None = None):
     """Update params and states in place; gradients stay as they are.
 
     params, grads: tensors on one device (local shards, not DTensors), params contiguous; gradients fp32, bf16 or fp16.
-    states: of init_state. weight_decays: one value, or one per tensor. step: counts from 1. table: an empty dict at
-    first; a caller that gives it to every step spares the copy of the addresses to the device. Whether the gradients
-    are finite is for the caller to check. ValueError where the lists, shapes or dtypes do not fit.
+    states: of init_state. step: counts from 1. table: an empty dict at first; a caller that gives it to every step
+    spares the copy of the addresses to the device. Whether the gradients are finite is for the caller to check.
+    ValueError where the lists, shapes or dtypes do not fit.
     """
-    decays = list(weight_decays) if isinstance(weight_decays, (list, tuple)) else [weight_decays] * len(params)
-    check_arguments(params, grads, states, decays, step)
+    check_arguments(params, grads, states, step)
     if not params:
         return
     # The complements are taken in float64 here: 1 - 0.999 in fp32 has a relative error of 5e-5.
     rate, inverse_root = lr / (1 - betas[0]**step), 1 / math.sqrt(1 - betas[1]**step)
-    scalars = (lr, 1 - betas[0], betas[1], 1 - betas[1], rate, inverse_root, eps)
+    scalars = (lr, decay, 1 - betas[0], betas[1], 1 - betas[1], rate, inverse_root, eps)
     if use_triton(params[0]):
         grads = [grad.contiguous() for grad in grads]
-        launch_updates_(params, grads, states, decays, scalars, {} if table is None else table)
+        launch_updates_(params, grads, states, scalars, {} if table is None else table)
     else:
-        for param, grad, state, decay in zip(params, grads, states, decays):
-            reference_(param, grad, state, decay, scalars)
+        for param, grad, state in zip(params, grads, states):
+            reference_(param, grad, state, scalars)
 
 
-def check_arguments(params, grads, states, decays, step):
-    if not len(params) == len(grads) == len(states) == len(decays):
-        raise ValueError(f"adamw_ got {len(params)} parameters, {len(grads)} gradients, {len(states)} states and "
-                         f"{len(decays)} weight decays; give one of each for every parameter")
+def check_arguments(params, grads, states, step):
+    if not len(params) == len(grads) == len(states):
+        raise ValueError(f"adamw_ got {len(params)} parameters, {len(grads)} gradients and {len(states)} states; give "
+                         "one of each for every parameter")
     if step < 1:
         raise ValueError(f"adamw_'s step is {step}, but the first step is 1")
     for i, (param, grad, state) in enumerate(zip(params, grads, states)):

@@ -9,16 +9,13 @@ A causal mask, a sliding window and packed documents all leave each query one in
 
 On the CPU packed sequences are split into their documents and each document attends alone, so that the cost follows the
 documents' lengths; on CUDA the kernels of flash.py visit only the tiles that an interval touches. Neither makes a T x T
-mask of a packed sequence. A sequence that is one document needs none of that and goes to PyTorch's own kernels, on
-Hopper first to cuDNN's, which is about twice as fast there as the FlashAttention-2 that PyTorch would choose
-(github.com/pytorch/pytorch/issues/142132).
+mask of a packed sequence. A sequence that is one document goes to PyTorch's own kernels, unless NANOCPT_KERNELS=triton
+(backend.py) sends every call to flash.py. Those are deterministic under torch.use_deterministic_algorithms(True),
+flash.py always.
 
-B sequences, T queries, S keys, H heads, K key-value heads, d head size. With P pairs of a query and a key it sees:
-4 H d P operations forward (two matmuls), 10 H d P backward (five; flash.py does seven). Memory, ideally: q, k, v are
-read and o is written; backward also do, and dq, dk, dv.
-
-NANOCPT_KERNELS=triton sends every call to flash.py, NANOCPT_KERNELS=reference none (backend.py). flash.py is
-deterministic by itself; torch.use_deterministic_algorithms(True) makes PyTorch's kernels so.
+B sequences, T queries, S keys, H heads, K key-value heads, d head size. With P pairs of a query and a key that it sees,
+4 H d P operations forward (two matmuls), 10 H d P backward (five; flash.py does seven). An ideal device reads q, k, v
+and writes o; backward it reads q, k, v, o, do and writes dq, dk, dv.
 """
 
 import torch
@@ -29,9 +26,12 @@ from kernels import backend
 from kernels.backend import use_triton
 from kernels.flash import Flash
 
+# On Hopper cuDNN's kernel is about twice as fast as the FlashAttention-2 that PyTorch would choose
+# (github.com/pytorch/pytorch/issues/142132).
 HOPPER_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                 SDPBackend.MATH]
-LARGEST_HEAD = 256                # of flash.py
+# Of flash.py.
+LARGEST_HEAD = 256
 
 
 def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc_start=None, device=None):
@@ -77,7 +77,7 @@ def sdpa(q, k, v, causal, window, doc_start):
         lengths = (ends - starts).tolist()
         documents = zip(*(x.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for x in (q, k, v)))   # [1, length, ., d]
         return torch.cat([_sdpa(*document, causal, window) for document in documents], dim=1).view(q.shape)
-    # cuDNN builds a plan for each shape, in milliseconds: not for prompts of every length, nor for a growing cache.
+    # cuDNN takes milliseconds to plan for a new shape, too long for prompts of any length and for a growing cache.
     plain = doc_start is None and window is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
     if plain and q.is_cuda and backend.architecture(q.device) == 90:
         with sdpa_kernel(HOPPER_FIRST, set_priority=True):

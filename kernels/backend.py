@@ -22,14 +22,12 @@ except ImportError:
     # There are no wheels for macOS and Windows: the references are the product there.
     triton, tl = None, SimpleNamespace(constexpr=object)
 
+jit = triton.jit if triton else lambda kernel: kernel
 interpreting = triton is not None and triton.knobs.runtime.interpret      # TRITON_INTERPRET=1
 choice = os.environ.get("NANOCPT_KERNELS", "")
 # Takes launches instead of a device: for torch.compile's fake tensors, and for the static check.
 receiver = None
-
-
-def jit(kernel):
-    return triton.jit(kernel) if triton else kernel
+get_properties = functools.cache(torch.cuda.get_device_properties)
 
 
 @contextmanager
@@ -60,15 +58,11 @@ def use_triton(x: torch.Tensor) -> bool:
 
 def launch(kernel, grid: tuple, *args, **options):
     """kernel[grid](*args, **options) on the device of its first argument; an empty grid launches nothing."""
-    if 0 in grid:
-        return
-    if receiver is not None:
+    if receiver is not None and 0 not in grid:
         receiver(kernel, grid, args, options)
-    elif args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
-        with torch.cuda.device(args[0].device):
+    elif 0 not in grid:
+        with torch.cuda.device_of(args[0]):
             kernel[grid](*args, **options)
-    else:
-        kernel[grid](*args, **options)
 
 
 @contextmanager
@@ -85,8 +79,8 @@ def sending_to(function):
 def op(function):
     """What the autograd functions call: the Python function in eager mode, a registered op under torch.compile.
 
-    Calling through torch's dispatcher costs several microseconds, as much as a small kernel; only the compiler needs
-    it, which then sees one opaque node and learns its outputs' shapes by running `function` without its launches.
+    Calling through torch's dispatcher costs several microseconds, as much as a small kernel. Only the compiler needs
+    it: it then sees one opaque node and learns the shapes of its outputs by running `function` without its launches.
     function's annotations are its schema (torch.library.custom_op); it writes to no input and returns no view of one.
     A file that is loaded once more under another name (a test's copy) stays plain: registering the name again would
     free the op behind those who hold it.
@@ -106,27 +100,22 @@ def op(function):
     return call
 
 
-@functools.cache
-def _properties(index: int):
-    return torch.cuda.get_device_properties(index)
-
-
 def architecture(device: torch.device) -> int:
     """Compute capability of a CUDA device, as 80, 90, 100, ...; in the static check, of the card compiled for."""
     if device.type == "cuda":
-        return 10 * _properties(device.index).major + _properties(device.index).minor
+        return 10 * get_properties(device).major + get_properties(device).minor
     return getattr(receiver, "architecture", 90)
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many the device has; in the interpreter few, so that small inputs give every program several turns."""
+    """How many the device has; few in the interpreter, so that small inputs give every program several turns."""
     if device.type == "cuda":
-        return _properties(device.index).multi_processor_count
+        return get_properties(device).multi_processor_count
     return 132 if receiver else 2
 
 
 def table(by_architecture: dict, device: torch.device):
-    """The entry of a static table for the newest architecture that is not newer than the device's."""
+    """The entry for the newest architecture that is not newer than the device's, else for the oldest one."""
     mine = architecture(device)
     return by_architecture[max((a for a in by_architecture if a <= mine), default=min(by_architecture))]
 

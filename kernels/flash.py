@@ -4,12 +4,13 @@
     dv_j = sum_i p_ij do_i              ds_ij = p_ij (do_i v_j - delta_i)                delta_i = sum(o_i do_i)
     dq_i = sum_j ds_ij k_j / sqrt(d)    dk_j = sum_i ds_ij q_i / sqrt(d)                 (Dao, 2023, arXiv 2307.08691)
 
-The ends of a query's interval only grow with its position, so a tile of queries needs nothing but the intervals of its
-first and its last query: key tiles before `lo` and after `hi` are never read, and key tiles that every query of the
-tile sees in full skip the mask. The same holds the other way round, for the queries that see a tile of keys:
+Both ends of a query's interval only grow with its position, so a tile of queries needs nothing but the intervals of its
+first and its last query: keys before `lo` and after `hi` are never read, and key tiles within `full_lo` and `full_hi`,
+which every query of the tile sees, skip the mask. The same holds the other way round, for the queries of some keys:
 
     below(x) = max(start of x's document, x - window + 1)     above(x) = min(end of x's document - 1, x + window - 1)
-    keys of query p: below(p) ... p if causal, else above(p)  queries of key j: j if causal, else below(j) ... above(j)
+    query i sees the keys from below(i) to i if causal, else to above(i)
+    key j is seen by the queries from j if causal, else from below(j), to above(j)
 
     Example: documents of 3 and 5 tokens, causal, tiles of 4 queries and 2 keys. Queries 0 to 3 see keys 0..0, 0..1,
     0..2, 3..3, so lo = 0 and hi = 3: key tiles 0-1 and 2-3 are read, both with the mask. Queries 4 to 7 see 3..4 to
@@ -17,18 +18,19 @@ tile sees in full skip the mask. The same holds the other way round, for the que
 
 Forward, a program keeps a tile of queries of one head. Backward, one kernel keeps a tile of keys of one key-value head
 and walks over the queries of all its query heads, another keeps a tile of queries: each result has one program that
-sums it in a fixed order, so two runs agree bitwise and no atomics are needed. That costs two matmuls more than the
-five that a backward pass with atomics needs. Kept for it: q, k, v, o and one fp32 value per query and head, the
-logarithm of the softmax's denominator; logarithms and exponentials are to the base 2, which the hardware has.
+sums it in a fixed order, so two runs agree bitwise and no atomics are needed. That takes seven matmuls, where a
+backward pass with atomics takes five. Kept for it are q, k, v, o and, in fp32 for each query and head, the logarithm of
+the softmax's denominator. Logarithms and exponentials are to the base 2, which the hardware has.
 
-B sequences, T queries, S keys, H query heads, K key-value heads, GROUP = H / K, D head size. Arguments of the kernels:
+B sequences, T queries, S keys, H query heads, K key-value heads, GROUP = H / K, d head size. Arguments of the kernels:
 
-    Q, DO, O, DQ        [B, T, H, D]            q_b, q_h, q_t: elements between sequences, heads and positions of Q
-    K, V, DK, DV        [B, S, K, D]            k_b, k_h, k_t and v_b, v_h, v_t: the same of K and V; do_... of DO
+    Q, DO, O, DQ        [B, T, H, d]            q_b, q_h, q_t: elements between sequences, heads and positions of Q
+    K, V, DK, DV        [B, S, K, d]            k_b, k_h, k_t and v_b, v_h, v_t: the same of K and V; do_... of DO
     START, END          [B, S] int32            where each position's document starts and ends; unused without DOCS
     LSE, DELTA          [B, H, T] fp32
-    SCALE               log2(e) / sqrt(D)
+    SCALE               log2(e) / sqrt(d)
     WINDOW              in tokens, 0 for none
+    BLOCK_M, BLOCK_N    queries and keys of a tile; BLOCK_D is d, rounded up to a power of two
 """
 
 import math
@@ -56,8 +58,8 @@ DKDV = {
 
 
 @jit
-def bounds_around(x, START, END, S, DOCS: tl.constexpr, WINDOW: tl.constexpr):
-    """The first and last position in x's document and window."""
+def interval(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr):
+    """KEYS: the first and last key of the query at position x; else the first and last position that sees key x."""
     if DOCS:
         below = tl.load(START + x)
         above = tl.load(END + x) - 1
@@ -67,41 +69,27 @@ def bounds_around(x, START, END, S, DOCS: tl.constexpr, WINDOW: tl.constexpr):
     if WINDOW > 0:
         below = tl.maximum(below, x - WINDOW + 1)
         above = tl.minimum(above, x + WINDOW - 1)
-    return below, above
-
-
-@jit
-def keys_of_query(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
-    """The first and last key of the query at position x."""
-    below, above = bounds_around(x, START, END, S, DOCS, WINDOW)
-    if CAUSAL:
+    if CAUSAL and KEYS:
         above = x
-    return below, above
-
-
-@jit
-def queries_of_key(x, START, END, S, CAUSAL: tl.constexpr, DOCS: tl.constexpr, WINDOW: tl.constexpr):
-    """The first and last position whose query sees key x."""
-    below, above = bounds_around(x, START, END, S, DOCS, WINDOW)
-    if CAUSAL:
+    if CAUSAL and not KEYS:
         below = x
     return below, above
 
 
 @jit
-def load_tile(P, stride, start, limit, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[SIZE, BLOCK_D] from row `start` of P on, whose rows are `stride` apart; zeros from row `limit` and column D."""
+def load_tile(P, stride, start, limit, SIZE: tl.constexpr, d: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of P, `stride` elements apart, from `start` on: [SIZE, BLOCK_D], zeros from row `limit` and column d on."""
     row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
     at = P + tl.cast(start, tl.int64) * stride + row[:, None] * stride + col[None, :]
     mask = (start + row < limit)[:, None]
-    if BLOCK_D != D:
-        mask = mask & (col < D)[None, :]
+    if d < BLOCK_D:
+        mask = mask & (col < d)[None, :]
     return tl.load(at, mask=mask, other=0.0)
 
 
 @jit
 def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v_h, q_t: tl.constexpr,
-                   k_t: tl.constexpr, v_t: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SCALE: tl.constexpr,
+                   k_t: tl.constexpr, v_t: tl.constexpr, GROUP: tl.constexpr, d: tl.constexpr, SCALE: tl.constexpr,
                    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Grid: query heads, tiles of queries (the last first: when causal it takes longest), sequences."""
@@ -115,17 +103,17 @@ def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v
     END += b * S
 
     i = start + tl.arange(0, BLOCK_M)
-    first, last = keys_of_query(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    lo, full_hi = keys_of_query(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    full_lo, hi = keys_of_query(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    first, last = interval(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    lo, full_hi = interval(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    full_lo, hi = interval(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
 
-    q = load_tile(Q, q_t, start, T, BLOCK_M, D, BLOCK_D)
+    q = load_tile(Q, q_t, start, T, BLOCK_M, d, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # Not -inf: in a tile where a query sees no key, -inf - -inf would be NaN.
     top = tl.full([BLOCK_M], -1e30, tl.float32)
     for j in range(lo // BLOCK_N * BLOCK_N, hi + 1, BLOCK_N):
-        k = load_tile(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
+        k = load_tile(K, k_t, j, S, BLOCK_N, d, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (j < full_lo) | (j + BLOCK_N - 1 > full_hi):
             key = (j + tl.arange(0, BLOCK_N))[None, :]
@@ -134,24 +122,24 @@ def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v
         p = tl.exp2(s * SCALE - new[:, None])
         shrink = tl.exp2(top - new)
         total = total * shrink + tl.sum(p, 1)
-        v = load_tile(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
+        v = load_tile(V, v_t, j, S, BLOCK_N, d, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new
 
     col = tl.arange(0, BLOCK_D)
-    at = ((b * T + start) * H + head) * D + tl.arange(0, BLOCK_M)[:, None] * (H * D) + col[None, :]
-    tl.store(O + at, acc / total[:, None], mask=(i < T)[:, None] & (col < D)[None, :])
+    at = ((b * T + start) * H + head) * d + tl.arange(0, BLOCK_M)[:, None] * (H * d) + col[None, :]
+    tl.store(O + at, acc / total[:, None], mask=(i < T)[:, None] & (col < d)[None, :])
     tl.store(LSE + (b * H + head) * T + i, top + tl.log2(total), mask=i < T)
 
 
 @jit
-def delta_kernel(O, DO, DELTA, T, do_b, do_h, do_t: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+def delta_kernel(O, DO, DELTA, T, do_b, do_h, do_t: tl.constexpr, d: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_D: tl.constexpr):
     """DELTA = sum over the head's elements of O * DO. Grid: query heads, tiles of queries, sequences."""
     head, b, start = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1) * BLOCK_M
     H = tl.num_programs(0)
-    o = load_tile(O + (b * T * H + head) * D, H * D, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
-    do = load_tile(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D).to(tl.float32)
+    o = load_tile(O + (b * T * H + head) * d, H * d, start, T, BLOCK_M, d, BLOCK_D).to(tl.float32)
+    do = load_tile(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, d, BLOCK_D).to(tl.float32)
     i = start + tl.arange(0, BLOCK_M)
     tl.store(DELTA + (b * H + head) * T + i, tl.sum(o * do, 1), mask=i < T)
 
@@ -159,7 +147,7 @@ def delta_kernel(O, DO, DELTA, T, do_b, do_h, do_t: tl.constexpr, D: tl.constexp
 @jit
 def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
                 q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
-                D: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+                d: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Grid: key-value heads, tiles of keys (the first first: when causal it takes longest), sequences."""
     kv, b, start = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.program_id(1) * BLOCK_N
@@ -170,16 +158,17 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
     END += b * S
 
     j = start + tl.arange(0, BLOCK_N)
-    past = S - T                               # query i is at position past + i
-    first, last = queries_of_key(tl.minimum(j, S - 1), START, END, S, CAUSAL, DOCS, WINDOW)
+    # Query i is at position past + i.
+    past = S - T
+    first, last = interval(tl.minimum(j, S - 1), START, END, S, CAUSAL, DOCS, WINDOW, KEYS=False)
     first -= past
     last -= past
-    lo, full_hi = queries_of_key(start, START, END, S, CAUSAL, DOCS, WINDOW)
-    full_lo, hi = queries_of_key(tl.minimum(start + BLOCK_N, S) - 1, START, END, S, CAUSAL, DOCS, WINDOW)
+    lo, full_hi = interval(start, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=False)
+    full_lo, hi = interval(tl.minimum(start + BLOCK_N, S) - 1, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=False)
     lo = tl.maximum(lo - past, 0) // BLOCK_M * BLOCK_M
 
-    k = load_tile(K, k_t, start, S, BLOCK_N, D, BLOCK_D)
-    v = load_tile(V, v_t, start, S, BLOCK_N, D, BLOCK_D)
+    k = load_tile(K, k_t, start, S, BLOCK_N, d, BLOCK_D)
+    v = load_tile(V, v_t, start, S, BLOCK_N, d, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     hi = hi - past + 1
@@ -189,12 +178,12 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
     for _ in range(0, GROUP * tl.cdiv(tl.maximum(hi - lo, 0), BLOCK_M)):
         i = m + tl.arange(0, BLOCK_M)
         row = (b * heads * GROUP + head) * T
-        q = load_tile(Q + b * q_b + tl.cast(head, tl.int64) * q_h, q_t, m, T, BLOCK_M, D, BLOCK_D)
+        q = load_tile(Q + b * q_b + tl.cast(head, tl.int64) * q_h, q_t, m, T, BLOCK_M, d, BLOCK_D)
         lse = tl.load(LSE + row + i, mask=i < T, other=0.0)[None, :]
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * SCALE - lse)           # [keys, queries]
         if (m < full_lo - past) | (m + BLOCK_M - 1 > full_hi - past):
             p = tl.where((i[None, :] >= first[:, None]) & (i[None, :] <= last[:, None]), p, 0.0)
-        do = load_tile(DO + b * do_b + tl.cast(head, tl.int64) * do_h, do_t, m, T, BLOCK_M, D, BLOCK_D)
+        do = load_tile(DO + b * do_b + tl.cast(head, tl.int64) * do_h, do_t, m, T, BLOCK_M, d, BLOCK_D)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         delta = tl.load(DELTA + row + i, mask=i < T, other=0.0)[None, :]
         ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta)
@@ -204,8 +193,8 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
         m = tl.where(m >= hi, lo, m)
 
     col = tl.arange(0, BLOCK_D)
-    mask = (j < S)[:, None] & (col < D)[None, :]
-    at = ((b * S + start) * heads + kv) * D + tl.arange(0, BLOCK_N)[:, None] * (heads * D) + col[None, :]
+    mask = (j < S)[:, None] & (col < d)[None, :]
+    at = ((b * S + start) * heads + kv) * d + tl.arange(0, BLOCK_N)[:, None] * (heads * d) + col[None, :]
     tl.store(DK + at, dk * (SCALE * 0.6931471805599453), mask=mask)           # SCALE holds log2(e)
     tl.store(DV + at, dv, mask=mask)
 
@@ -213,7 +202,7 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
 @jit
 def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
               q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
-              D: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
+              d: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
               PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """The grid of forward_kernel and its walk over the keys."""
     head, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -225,54 +214,46 @@ def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h,
     END += b * S
 
     i = start + tl.arange(0, BLOCK_M)
-    first, last = keys_of_query(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    lo, full_hi = keys_of_query(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
-    full_lo, hi = keys_of_query(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW)
+    first, last = interval(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    lo, full_hi = interval(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    full_lo, hi = interval(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
 
-    q = load_tile(Q + b * q_b + head.to(tl.int64) * q_h, q_t, start, T, BLOCK_M, D, BLOCK_D)
-    do = load_tile(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, D, BLOCK_D)
+    q = load_tile(Q + b * q_b + head.to(tl.int64) * q_h, q_t, start, T, BLOCK_M, d, BLOCK_D)
+    do = load_tile(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, d, BLOCK_D)
     lse = tl.load(LSE + (b * H + head) * T + i, mask=i < T, other=0.0)
     delta = tl.load(DELTA + (b * H + head) * T + i, mask=i < T, other=0.0)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j in range(lo // BLOCK_N * BLOCK_N, hi + 1, BLOCK_N):
-        k = load_tile(K, k_t, j, S, BLOCK_N, D, BLOCK_D)
+        k = load_tile(K, k_t, j, S, BLOCK_N, d, BLOCK_D)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE - lse[:, None])
         if (j < full_lo) | (j + BLOCK_N - 1 > full_hi):
             key = (j + tl.arange(0, BLOCK_N))[None, :]
             p = tl.where((key >= first[:, None]) & (key <= last[:, None]), p, 0.0)
-        v = load_tile(V, v_t, j, S, BLOCK_N, D, BLOCK_D)
+        v = load_tile(V, v_t, j, S, BLOCK_N, d, BLOCK_D)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     col = tl.arange(0, BLOCK_D)
-    at = ((b * T + start) * H + head) * D + tl.arange(0, BLOCK_M)[:, None] * (H * D) + col[None, :]
-    tl.store(DQ + at, dq * (SCALE * 0.6931471805599453), mask=(i < T)[:, None] & (col < D)[None, :])
+    at = ((b * T + start) * H + head) * d + tl.arange(0, BLOCK_M)[:, None] * (H * d) + col[None, :]
+    tl.store(DQ + at, dq * (SCALE * 0.6931471805599453), mask=(i < T)[:, None] & (col < d)[None, :])
 
 
 def tile_options(by_architecture, q) -> dict:
     """The launch options of a program's tile for q's device, dtype and head size."""
-    D = max(16, power_of_two(q.shape[-1]))
-    size = "fp32" if q.dtype == torch.float32 else max(64, D)
-    m, n, warps, stages = table(by_architecture, q.device)[size]
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": D, "num_warps": warps, "num_stages": stages}
+    block = max(16, power_of_two(q.shape[-1]))
+    m, n, warps, stages = table(by_architecture, q.device)["fp32" if q.dtype == torch.float32 else max(64, block)]
+    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": block, "num_warps": warps, "num_stages": stages}
 
 
-def strides_of(**tensors) -> tuple[list, dict]:
-    """Elements between sequences and heads, an argument each, and between positions, a constant each.
-
-    strides_of(q=q) -> [q_b, q_h], {"q_t": q_t}
-    """
-    return ([x.stride(dim) for x in tensors.values() for dim in (0, 2)],
-            {f"{name}_t": x.stride(1) for name, x in tensors.items()})
-
-
-def constants_of(q, k, causal, window, docs) -> dict:
-    """What a kernel is compiled for."""
-    d = q.shape[-1]
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return {"GROUP": q.shape[2] // max(1, k.shape[2]), "D": d, "SCALE": math.log2(math.e) / math.sqrt(d),
-            "CAUSAL": causal, "WINDOW": window or 0, "DOCS": docs,
-            "PRECISION": "tf32" if tf32 else "ieee"}
+def strides_and_constants(causal, window, docs, **tensors) -> tuple[list, dict]:
+    """[q_b, q_h, k_b, k_h, ...] of tensors q, k, ..., and {"q_t": q_t, "k_t": k_t, ...} with all else that a kernel is
+    compiled for."""
+    q, k = tensors["q"], tensors["k"]
+    d, tf32 = q.shape[-1], q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return [x.stride(dim) for x in tensors.values() for dim in (0, 2)], {
+        **{f"{name}_t": x.stride(1) for name, x in tensors.items()}, "GROUP": q.shape[2] // max(1, k.shape[2]), "d": d,
+        "SCALE": math.log2(math.e) / math.sqrt(d), "CAUSAL": causal, "WINDOW": window or 0, "DOCS": docs,
+        "PRECISION": "tf32" if tf32 else "ieee"}
 
 
 @op
@@ -289,9 +270,9 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: 
     end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True) if docs else q.new_empty(0)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    size, (strides, constants) = tile_options(FORWARD, q), strides_of(q=q, k=k, v=v)
-    launch(forward_kernel, (H, -(-T // size["BLOCK_M"]), B), q, k, v, doc_start if docs else q, end if docs else q, o,
-           lse, T, S, *strides, **constants, **constants_of(q, k, causal, window, docs), **size)
+    size, (strides, constants) = tile_options(FORWARD, q), strides_and_constants(causal, window, docs, q=q, k=k, v=v)
+    launch(forward_kernel, (H, -(-T // size["BLOCK_M"]), B), q, k, v, doc_start if docs else q, end, o, lse, T, S,
+           *strides, **constants, **size)
     return o, lse, end
 
 
@@ -304,11 +285,10 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     docs = doc_start is not None
     delta = torch.empty_like(lse)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    launch(delta_kernel, (H, -(-T // 64), B), o, do, delta, T, do.stride(0), do.stride(2), do_t=do.stride(1), D=d,
+    launch(delta_kernel, (H, -(-T // 64), B), o, do, delta, T, do.stride(0), do.stride(2), do_t=do.stride(1), d=d,
            BLOCK_M=64, BLOCK_D=max(16, power_of_two(d)), num_warps=8 if d > 64 else 4)
-    given = (q, k, v, doc_start if docs else q, doc_end if docs else q, do, lse, delta)
-    strides, constants = strides_of(q=q, k=k, v=v, do=do)
-    constants |= constants_of(q, k, causal, window, docs)
+    given = (q, k, v, doc_start if docs else q, doc_end, do, lse, delta)
+    strides, constants = strides_and_constants(causal, window, docs, q=q, k=k, v=v, do=do)
     size = tile_options(DKDV, q)
     launch(dkdv_kernel, (K, -(-S // size["BLOCK_N"]), B), *given, dk, dv, T, S, *strides, **constants, **size)
     size = tile_options(DQ, q)

@@ -59,12 +59,11 @@ def test_fp32_is_torch(name):
     shapes, steps = [(33, 41), (5,), (), (9000,)], 20
     params = [normal(*shape, seed=i) for i, shape in enumerate(shapes)]
     gradients = [[normal(*shape, seed=100 * s + i) for i, shape in enumerate(shapes)] for s in range(steps)]
-    decays = [0.1, 0.0, 0.3, 0.1]
-    truth = [torch_adamw(p, [g[i] for g in gradients], decay=decays[i])[-1] for i, p in enumerate(params)]
+    truth = [torch_adamw(p, [g[i] for g in gradients])[-1] for i, p in enumerate(params)]
     states = [init_state(p, "fp32") for p in params]
     with backend.using(name):
         for step in range(steps):
-            adamw_(params, gradients[step], states, LR, BETAS, EPS, decays, step + 1)
+            adamw_(params, gradients[step], states, LR, BETAS, EPS, DECAY, step + 1)
     for got, expected in zip(params, truth):
         # a step rounds the weight once, and an update of at most 4 rates in about ten operations
         bound = steps * (2.0**-24 * expected.abs().max() + 10 * 2.0**-24 * 4 * LR)
@@ -88,11 +87,10 @@ def mixed(kind, dtype):
 def run(name, kind, dtype, steps=2, table=None):
     params, grads = mixed(kind, dtype)
     states = [init_state(p, kind) for p in params]
-    decays = [0.1 * (p.ndim > 1) for p in params]
     kept = [g.clone() for g in grads]
     with backend.using(name):
         for step in range(1, steps + 1):
-            adamw_(params, grads, states, LR, BETAS, EPS, decays, step, table)
+            adamw_(params, grads, states, LR, BETAS, EPS, DECAY, step, table)
     assert all(torch.equal(a, b) for a, b in zip(grads, kept)), "a gradient was written to"
     return params, states
 
@@ -158,12 +156,12 @@ def test_offsets_beyond_int32(kind):
         send = adamw.send_table
 
         def far(*given):
-            size, _, decay, *addresses = send(*given)[0][0].tolist()
+            size, _, *addresses = send(*given)[0][0].tolist()
             tensors = (param, grad, *(there.get(name) for name in ("m", "v", "m_scale", "v_scale", "ecc")))
             sizes = [0 if x is None else x.element_size() for x in tensors]
             per_group = [1] * 4 + [32] * 2 + [1]
             addresses = [a and a - begin * s // g for a, s, g in zip(addresses, sizes, per_group)]
-            row = torch.tensor([[size + begin, -begin // adamw.CHUNK, decay, *addresses]], device=DEVICE)
+            row = torch.tensor([[size + begin, -begin // adamw.CHUNK, *addresses]], device=DEVICE)
             return row, torch.zeros(1, dtype=torch.int32, device=DEVICE)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(adamw, "send_table", far)
@@ -187,7 +185,7 @@ def test_table_is_sent_when_something_moved(monkeypatch):
             adamw_(params, grads, states, LR, BETAS, EPS, DECAY, step, table=table)
             assert len(sent) == expected
         before = params[1].clone()
-        adamw_(params, grads, states, LR, BETAS, EPS, [DECAY, 0.5], 5, table=table)       # another decay is seen
+        adamw_(params, grads, states, LR, BETAS, EPS, 0.5, 5, table=table)                # another decay needs no table
         assert len(sent) == 4
         assert not torch.equal(before, params[1])
         adamw_(params[:1], grads[:1], states[:1], LR, BETAS, EPS, DECAY, 6, table=table)    # another list too
@@ -230,16 +228,16 @@ def test_bytes_of_the_docstring():
 @pytest.mark.parametrize(("change", "message"), [
     ({"kind": "int4"}, "'int4' does not fit"), ({"kind": "int8+ecc"}, "does not fit"),
     ({"grads": []}, "0 gradients"), ({"step": 0}, "first step is 1"), ({"grads": [torch.zeros(3)]}, "must agree"),
-    ({"params": [torch.zeros(4, 4).T]}, "not contiguous"), ({"weight_decays": [0.1, 0.2]}, "2 weight decays"),
+    ({"params": [torch.zeros(4, 4).T]}, "not contiguous"),
     ({"params": [torch.zeros(4, 4).bfloat16()]}, "does not fit")])
 def test_mistakes_are_named(change, message):
     param = torch.zeros(4, 4)
-    given = {"params": [param], "grads": [torch.zeros(4, 4)], "weight_decays": 0.1, "step": 1}
+    given = {"params": [param], "grads": [torch.zeros(4, 4)], "step": 1}
     given |= change
 
     def use():
         states = [init_state(param, given.get("kind", "int8"))]
-        adamw_(given["params"], given["grads"], states, LR, BETAS, EPS, given["weight_decays"], given["step"])
+        adamw_(given["params"], given["grads"], states, LR, BETAS, EPS, DECAY, given["step"])
     with pytest.raises(ValueError, match=message):
         use()
 

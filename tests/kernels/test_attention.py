@@ -230,16 +230,16 @@ def test_offsets_do_not_overflow(monkeypatch):
     def forward():
         q, k, v = (x.detach() for x in qkv(1, 1, H=1, K=1, d=16))
         o, lse = torch.empty_like(q), torch.empty(1, 1, 1)
-        constants = flash.constants_of(q, k, True, None, False)
-        flash.forward_kernel[(1, 4, 1)](q, k, v, q, q, o, lse, 1, 1, 0, 0, 0, 0, 0, 0, q_t=2**26, k_t=16, v_t=16,
-                                        BLOCK_M=16, BLOCK_N=16, BLOCK_D=16, **constants)
+        _, constants = flash.strides_and_constants(True, None, False, q=q, k=k, v=v)
+        flash.forward_kernel[(1, 4, 1)](q, k, v, q, q, o, lse, 1, 1, 0, 0, 0, 0, 0, 0, BLOCK_M=16, BLOCK_N=16,
+                                        BLOCK_D=16, **constants | {"q_t": 2**26, "k_t": 16, "v_t": 16})
         return torch.equal(o, v)
     assert forward()
 
     @backend.jit
-    def load_tile(P, stride, start, limit, SIZE, D, BLOCK_D):
+    def load_tile(P, stride, start, limit, SIZE, d, BLOCK_D):
         row, col = tl.arange(0, SIZE), tl.arange(0, BLOCK_D)
-        mask = (start + row < limit)[:, None] & (col < D)[None, :]
+        mask = (start + row < limit)[:, None] & (col < d)[None, :]
         return tl.load(P + start * stride + row[:, None] * stride + col[None, :], mask=mask, other=0.0)
 
     import triton.language as tl
