@@ -13,6 +13,7 @@
 import core.threads
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from core import cli
@@ -25,17 +26,15 @@ COMMANDS = {"data": (DataOptions, bench_data), "train": (TrainOptions, bench_tra
             "kernels": (KernelOptions, bench_kernels), "gpu": (GpuOptions, bench_gpu)}
 
 
-def with_origin(measure):
-    """Return `measure` as a command whose result names the machine and the command beside the rows."""
-    def run(options) -> dict:
-        rows = measure(options)
-        words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-        return {"machine": describe_machine(), "command": words, "rows": rows}
-    return run
+def measure_rows(measure, options) -> dict:
+    """The rows, with the machine and the command that they come from."""
+    rows = measure(options)
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    return {"machine": describe_machine(), "command": words, "rows": rows}
 
 
 def main() -> int:
-    return cli.run("bench.py", __doc__, {name: (options, with_origin(measure))
+    return cli.run("bench.py", __doc__, {name: (options, partial(measure_rows, measure))
                                          for name, (options, measure) in COMMANDS.items()})
 
 

@@ -1,7 +1,6 @@
 """From raw text to batches: packing, reading, encoding, cleaning and dedup, each beside its peers on the same files."""
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -10,17 +9,20 @@ import random
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
 import torch
+from tokenizers import ByteLevelBPETokenizer
 
 import clean
 import data
 import dedup
 import tokenizer as tokenizers
 from core.cli import Output, Reading
+from core.files import write_text
 from measure.bench_rows import compare_in_turn, row
 from text import vocabulary
 from text.corpus import read_documents, read_input, read_records, utf8
@@ -82,9 +84,8 @@ def find_text(folder: Path) -> list[str]:
     corpora = Path(os.environ.get("NANOCPT_DATA", "")) / "corpora"
     names = ("wikitext2/wiki.test.raw", "legal_en_dc/dc_code_title16.txt", "legal_en_dc/dc_code_title28.txt",
              "tinystories/tinystories_sample_2MiB.txt")
-    out = folder / "python.txt"
-    out.write_text("\n\n".join(topics.values()), encoding="utf-8")
-    return [str(corpora / name) for name in names if (corpora / name).exists()] or [str(out)]
+    write_text(folder / "python.txt", "\n\n".join(topics.values()))
+    return [str(corpora / name) for name in names if (corpora / name).exists()] or [str(folder / "python.txt")]
 
 
 def megabytes(texts) -> float:
@@ -92,9 +93,7 @@ def megabytes(texts) -> float:
 
 
 def write_jsonl(path, texts) -> Path:
-    path.parent.mkdir()
-    lines = (json.dumps({"text": text, "id": str(i)}) + "\n" for i, text in enumerate(texts))
-    path.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(json.dumps({"text": text, "id": str(i)}) + "\n" for i, text in enumerate(texts)))
     return path
 
 
@@ -113,7 +112,6 @@ def one_core():
 
 def train_tokenizer(texts, folder) -> Path:
     """A byte-level BPE of 8,192 ids trained on the text, as GPT-2's two files."""
-    from tokenizers import ByteLevelBPETokenizer
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(texts[:20000], vocab_size=8192, special_tokens=["<|endoftext|>"], show_progress=False)
     (folder / "tokenizer").mkdir()
@@ -122,16 +120,11 @@ def train_tokenizer(texts, folder) -> Path:
 
 
 def load_twin(path, tokenizer, texts):
-    """The same tokenizer in `tokenizers`, the library that datasets.map is used with, or None.
-
-    Ids of 200 texts are compared.
-    """
-    from tokenizers import ByteLevelBPETokenizer
+    """The same tokenizer in `tokenizers`, the library that datasets.map is used with, or None; by 200 texts."""
     if tokenizer.library.startswith("tokenizers"):
         twin = tokenizer.backend
     elif tokenizer.kind == "gpt2":
-        files = (str(Path(path) / name) for name in ("vocab.json", "merges.txt"))
-        twin = ByteLevelBPETokenizer.from_file(*files)._tokenizer
+        twin = ByteLevelBPETokenizer.from_file(f"{path}/vocab.json", f"{path}/merges.txt")._tokenizer
     elif tokenizer.kind == "tiktoken":
         from transformers.convert_slow_tokenizer import TikTokenConverter
         file = Path(path) / "tokenizer.model" if Path(path).is_dir() else path
@@ -181,14 +174,10 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
 
 def count_tokens(library: str, backend, texts) -> int:
     """Number of tokens by the library's own batch call, on all cores that this thread may use, and nothing else."""
-    cores = len(os.sched_getaffinity(0))
     if library.startswith("tokenizers"):
-        encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
-    elif library.startswith("sentencepiece"):
-        encoded = backend.encode(texts, num_threads=cores)
-    else:
-        encoded = backend.encode_ordinary_batch(texts, num_threads=cores)
-    return sum(map(len, encoded))
+        return sum(map(len, backend.encode_batch_fast(texts, add_special_tokens=False)))
+    encode = backend.encode if library.startswith("sentencepiece") else backend.encode_ordinary_batch
+    return sum(map(len, encode(texts, num_threads=len(os.sched_getaffinity(0)))))
 
 
 def bench_encoding(path, texts, rounds) -> list:
@@ -196,17 +185,12 @@ def bench_encoding(path, texts, rounds) -> list:
 
     Ours looks for surrogates and gives arrays, theirs gives lists or Encoding objects.
     """
-    tokenizer = tokenizers.load(path)
-    twin, library = load_twin(path, tokenizer, texts), tokenizer.library.split()[0]
-    calls = {library: lambda: count_tokens(library, tokenizer.backend, texts)}
-    if twin:
-        calls["tokenizers"] = lambda: count_tokens("tokenizers", twin, texts)
-    peers = {f"encode_{Path(path).name}_vs_{who}": (who, call) for who, call in calls.items()}
-
-    def ours():
-        return sum(map(len, tokenizer.encode_batch(texts)))
-
-    return compare_in_turn("MB/s", megabytes(texts), ours, peers, rounds)
+    tokenizer, size = tokenizers.load(path), megabytes(texts)
+    twin = load_twin(path, tokenizer, texts)
+    backends = {tokenizer.library.split()[0]: tokenizer.backend} | ({"tokenizers": twin} if twin else {})
+    peers = {f"encode_{Path(path).name}_vs_{who}": (who, partial(count_tokens, who, backend, texts))
+             for who, backend in backends.items()}
+    return compare_in_turn("MB/s", size, lambda: sum(map(len, tokenizer.encode_batch(texts))), peers, rounds)
 
 
 def run_datatrove(folder, *steps, source: Path | None = None, write: bool = False, tasks: int = 1) -> dict:
@@ -274,10 +258,10 @@ def with_copies(documents) -> list:
     """The documents and a copy of every third: as it is, in other lines, in capitals, with 1 or 2 % of words new."""
     rng = random.Random(0)
 
-    def edited(text, share):
+    def edited(share, text):
         return " ".join(f"new{rng.randrange(1000)}" if rng.random() < share else word for word in text.split(" "))
-    ways = [str, lambda t: "\n".join(t.split()), str.upper, lambda t: edited(t, 0.01), lambda t: edited(t, 0.02)]
-    out = documents + [ways[i % 5](text) for i, text in enumerate(documents[::3])]
+    ways = [str, lambda text: "\n".join(text.split()), str.upper, partial(edited, 0.01), partial(edited, 0.02)]
+    out = documents + [way(text) for way, text in zip(itertools.cycle(ways), documents[::3])]
     rng.shuffle(out)
     return out
 
@@ -383,7 +367,7 @@ def bench_reading(folder, rounds) -> list:
             for shift in (0, 1):
                 torch.stack([torch.from_numpy(tokens[i + shift:i + shift + T].astype(np.int64)) for i in index])
 
-    @functools.cache
+    @cache
     def file():
         from datatrove.utils.dataset import DatatroveFileDataset
         tokens.tofile(folder / "tokens.ds")
@@ -400,6 +384,5 @@ def bench_reading(folder, rounds) -> list:
         for _ in range(steps):
             loader.batch(next(step))
 
-    return compare_in_turn("M tokens/s", steps * B * T / 1e6, ours, {
-        "read_mtokens_per_second": ("nanoGPT get_batch", get_batch), "read_vs_datatrove": ("datatrove", in_order)},
-        rounds)
+    peers = {"read_mtokens_per_second": ("nanoGPT get_batch", get_batch), "read_vs_datatrove": ("datatrove", in_order)}
+    return compare_in_turn("M tokens/s", steps * B * T / 1e6, ours, peers, rounds)

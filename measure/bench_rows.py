@@ -2,7 +2,7 @@
 
 import os
 import platform
-import shutil
+import re
 import statistics
 import subprocess
 import time
@@ -17,20 +17,17 @@ ROOT = Path(__file__).parent.parent
 
 def describe_machine() -> dict:
     """The processor, the device, the load and the versions that a figure belongs to."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")]
-    commit = ""
-    if shutil.which("git"):
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
-                                cwd=ROOT).stdout.strip()
-    return {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    # Without git on the machine the shell says so, and nothing is printed.
+    commit = subprocess.getoutput(f"git -C '{ROOT}' rev-parse --short HEAD 2>/dev/null")
+    return {"cpu": name[1] if name else platform.processor(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
             "load_average": os.getloadavg()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
 def make_row(name, unit, ours, peer=None, peer_name=None, **more) -> dict:
-    """A row; `ratio` is ours / peer. `ours` is None where there are no figures, and `more` says why."""
+    """A row. `ours` is None where there are no figures, and `more` says why."""
     return {"name": name, "unit": unit, "ours": ours, "peer": peer, "peer_name": peer_name,
             "ratio": ours / peer if ours and peer else None, **more}
 
@@ -38,8 +35,10 @@ def make_row(name, unit, ours, peer=None, peer_name=None, **more) -> dict:
 def row(name, unit, ours, peer=None, peer_name=None, **more) -> dict:
     """Print and return a row."""
     out = make_row(name, unit, ours, peer, peer_name, **more)
-    values = f"{ours:12,.4g}" + (f"  {peer_name} {peer:12,.4g}  ratio {out['ratio']:.2f}" if peer else "")
-    print(f"{name:34} {values}  {unit}" + (f"  (spread {more['spread']:.0%})" if "spread" in more else ""), flush=True)
+    beside = f"  {peer_name} {peer:12,.4g}  ratio {out['ratio']:.2f}" if peer else ""
+    notes = f"  (spread {more['spread']:.0%})" if "spread" in more else ""
+    notes += f"  (no peer: {more['left_out']})" if "left_out" in more else ""
+    print(f"{name:34} {ours:12,.4g}{beside}  {unit}{notes}", flush=True)
     return out
 
 
@@ -81,23 +80,20 @@ def compare_in_turn(unit: str, amount, ours, peers: dict, rounds: int, **more) -
     Rates are `amount` per second, or, where it is None, what `ours` returns per second. `counts` keeps what the calls
     return (tokens, documents kept), `left_out` says what a peer lacks.
     """
-    calls, counts, missing = {**{name: call for name, (_, call) in peers.items()}, "": ours}, {}, {}
     # A first round warms up, is not counted, and finds the peers that are not installed.
-    for name, call in calls.items():
+    counts, calls, missing = {"ours": ours()}, {"ours": partial(time_call, ours)}, {}
+    for name, (_, call) in peers.items():
         try:
             counts[name] = call()
+            calls[name] = partial(time_call, call)
         except ImportError as error:
-            if not name:
-                raise
             missing[name] = str(error).splitlines()[0]
-    seconds = take_turns({name: partial(time_call, calls[name]) for name in reversed(counts)}, rounds)
-    amount, rows = amount or counts[""], []
+    seconds, amount, rows = take_turns(calls, rounds), amount or counts["ours"], []
     for name, (who, _) in peers.items():
         if name in missing:
-            rows.append(row(name, unit, amount / statistics.median(seconds[""]), left_out=missing[name], **more))
-            print(f"  no peer: {missing[name]}")
+            rows.append(row(name, unit, amount / statistics.median(seconds["ours"]), left_out=missing[name], **more))
         else:
-            rows.append(rate_row(name, unit, amount, seconds[""], seconds[name],
+            rows.append(rate_row(name, unit, amount, seconds["ours"], seconds[name],
                                  who if " " in who else f"{who} {version(who)}",
-                                 counts={"ours": counts[""], "peer": counts[name]}, **more))
+                                 counts={"ours": counts["ours"], "peer": counts[name]}, **more))
     return rows

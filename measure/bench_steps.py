@@ -18,13 +18,14 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
 import torch
+from torch.nn.functional import linear
 
 import data
 import hf
@@ -39,6 +40,7 @@ from learn.objectives import Causal
 from learn.optim import LossScale, OptimConfig, make_optimizer
 from measure.bench_kernels import device_limits
 from measure.bench_rows import ROOT, rate_row, row, take_turns, time_call
+from measure.compile_check import run as run_both_passes
 from model import Model, ModelConfig, matmul_flops_per_token
 from stages.build import Run, TrainSection
 
@@ -104,8 +106,8 @@ def worker(name: str, side: str, device: str):
 
     At the end of stdin one more line: {"losses", "peak_bytes", ...} as JSON.
     """
-    case, (kind, _, option) = CASES[name], side.partition("_")
-    if kind in OURS or option == "allocator":
+    case, kind = CASES[name], side.partition("_")[0]
+    if kind in OURS or side.endswith("_allocator"):
         parallel.start(device)
     model = random_model(case, device)
     result = {"losses": [], "matmul_flops_per_token": matmul_flops_per_token(model.config, case.context)}
@@ -128,7 +130,7 @@ def worker(name: str, side: str, device: str):
 
     for line in sys.stdin:
         if line.strip() == "matmuls":
-            print(time_matmuls(model.config, case.context, case.sequences, device), flush=True)
+            print(time_matmuls(case, device), flush=True)
             continue
         batch = batches[len(result["losses"]) % len(batches)]
         print(time_call(lambda batch=batch: result["losses"].append(step(batch))), flush=True)
@@ -242,38 +244,27 @@ def peer_of(model, side: str):
     return peer, who
 
 
-@torch.no_grad()
-def time_matmuls(config, T, B, device) -> float:
-    """Seconds of one step's matmuls alone, on its shapes.
+def time_matmuls(case: StepCase, device) -> float:
+    """Seconds of one step's matmuls alone, forward and backward, on its shapes.
 
-    Each weight has three. Attention has two forward and five backward, one of which computes scores anew; they are
-    counted at half of their time, because a causal mask leaves half of the scores.
+    Attention has six, and a seventh of the same size because its backward pass computes the scores anew; they count at
+    half of their time, because a causal mask leaves half of the scores.
     """
-    D, F_ = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    shapes = [(D, q), (D, kv), (D, kv), (q, D), (D, F_), (D, F_), (F_, D)]
-    total = 0.0
-    for count, (i, o) in [(config.num_hidden_layers, s) for s in shapes] + [(1, (D, config.vocab_size))]:
-        rows = chunk_rows(B * T, 4 * o, torch.device(device)) if o == config.vocab_size else B * T
-        x, w, dy = (torch.randn(*shape, device=device) for shape in ((rows, i), (o, i), (rows, o)))
-        y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
+    D, F, blocks, heads, kv_heads = case.sizes
+    d, BT = D // heads, case.sequences * case.context
 
-        def three(x=x, w=w, dy=dy, y=y, dx=dx, dw=dw):
-            torch.mm(x, w.T, out=y)
-            torch.mm(dy, w, out=dx)
-            torch.mm(dy.T, x, out=dw)
-        total += count * B * T / rows * median_seconds(three)
-    shape = (B * config.num_attention_heads, T, config.head_dim)
-    a, b = torch.randn(shape, device=device), torch.randn(shape, device=device).transpose(1, 2).contiguous()
-    square, out = a @ b, torch.empty_like(a)
-    to_square = median_seconds(lambda: torch.bmm(a, b, out=square))
-    from_square = median_seconds(lambda: torch.bmm(square, a, out=out))
-    return total + config.num_hidden_layers * (3 * to_square + 4 * from_square) / 2
+    def seconds(op, *shapes) -> float:
+        inputs = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+        # The first run, which makes the upstream gradients, warms up.
+        upstream = run_both_passes(op, inputs)[1]
+        return statistics.median(time_call(run_both_passes, op, inputs, upstream) for _ in range(3))
 
-
-def median_seconds(call) -> float:
-    """Of three calls, after one that warms up."""
-    return statistics.median([time_call(call) for _ in range(4)][1:])
+    weights = [(heads * d, D), (kv_heads * d, D), (kv_heads * d, D), (D, heads * d), (F, D), (F, D), (D, F)]
+    total = blocks * sum(seconds(linear, (BT, i), (o, i)) for o, i in weights)
+    rows = chunk_rows(BT, 4 * case.vocab, torch.device(device))
+    total += BT / rows * seconds(linear, (rows, D), (case.vocab, D))
+    six = seconds(lambda q, k, v: q @ k.mT @ v, *[(case.sequences * heads, case.context, d)] * 3)
+    return total + blocks * six * 7 / 6 / 2
 
 
 # ---- sides beside each other
@@ -322,9 +313,7 @@ def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = "")
 
 def rate_rows(name, case, sides, seconds, results, **more) -> list:
     """Tokens per second of sides[0] against those of the peer sides[1], and of sides[2], the peer with our settings."""
-    own, ours, tokens = CASES[case], seconds[sides[0]], CASES[case].tokens
-    more |= {"context": own.context, "rows": own.sequences, "packed": own.packed, "model": own.sizes,
-             "vocab_size": own.vocab}
+    ours, tokens, more = seconds[sides[0]], CASES[case].tokens, asdict(CASES[case]) | more
     # Each peer's suffix goes with it, whichever of them ran.
     peers = {side: suffix for side, suffix in zip(sides[1:], ("", "_their_allocator_too")) if side in seconds}
     if not peers:
@@ -396,16 +385,15 @@ def bench_lora(options: LoraOptions) -> list:
     seconds, results, _ = in_turn(case, (*sides, "qlora"), options.steps, "cpu")
     losses = {side: result["losses"] for side, result in results.items()}
     for step, limit in ((0, 1e-5), (-1, 1e-4)):
-        if not math.isclose(losses["lora"][step], losses["peft"][step], rel_tol=limit):
-            raise RuntimeError(f"the two sides do not train the same: the losses of step {step} are "
-                               f"{losses['lora'][step]} and {losses['peft'][step]}")
-    peak = {side: results[side]["peak_bytes"] for side in results}
+        pair = losses["lora"][step], losses["peft"][step]
+        if not math.isclose(*pair, rel_tol=limit):
+            raise RuntimeError(f"the two sides do not train the same: the losses of step {step} are {pair}")
+    peak = {side: result["peak_bytes"] for side, result in results.items()}
     peer, own = results["peft"]["peer"], "LoRA, fp32 base"
-    rows = rate_rows("lora", case, sides, seconds, results, rank=RANK, losses=losses)
-    rows += [row("lora_peak_memory", "bytes", peak["lora"], peak["peft"], peer),
-             row("lora_peak_memory_their_allocator_too", "bytes", peak["lora"], peak["peft_allocator"], peer)]
     four, plain = results["qlora"]["held"], results["lora"]["held"]
-    return rows + [
+    return rate_rows("lora", case, sides, seconds, results, rank=RANK, losses=losses) + [
+        row("lora_peak_memory", "bytes", peak["lora"], peak["peft"], peer),
+        row("lora_peak_memory_their_allocator_too", "bytes", peak["lora"], peak["peft_allocator"], peer),
         rate_row("qlora", "tokens/s", CASES[case].tokens, seconds["qlora"], seconds["lora"], own),
         row("qlora_memory", "bytes of base weights", four["base_bytes"], plain["base_bytes"], own, **four),
         row("qlora_matrix_memory", "bytes of its 4-bit matrices", four["quantised_bytes"],

@@ -33,7 +33,7 @@ def test_sides_take_turns_and_the_first_round_is_not_counted(monkeypatch, capsys
     monkeypatch.setattr(bench_rows, "version", lambda package: "1.2")
     rows = bench_rows.compare_in_turn("docs/s", 12, side("a", 99, 2, 4, 3), {
         "x": ("them", side("b", 99, 6, 8, 12)), "y": ("no one", absent)}, 3, documents=12)
-    assert order == ["b", "a", "a", "b"] * 2
+    assert order == ["a", "b"] + ["a", "b", "b", "a", "a", "b"]
     assert (rows[0]["ours"], rows[0]["peer"], rows[0]["ratio"], rows[0]["peer_name"]) == (4.0, 1.5, 8 / 3, "them 1.2")
     assert rows[0]["counts"] == {"ours": "a", "peer": "b"}
     assert rows[0]["spread"] == pytest.approx(2 / 3)                # of the ratios 3, 2, 4: quartiles 2 and 4
