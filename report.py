@@ -5,8 +5,6 @@
 
 Read from each folder: metrics.jsonl (required), eval.json, config.toml. A run that is still going, was killed or was
 resumed is shown as far as it got. Gain, forgetting and overall score are those of measure/verdict.py.
-
-A masked-LM run may carry no bits per byte; then the same arithmetic is done on nats per predicted token, and said so.
 """
 
 import json
@@ -24,7 +22,7 @@ from core import cli
 from core.errors import UserError
 from core.files import write_text
 from measure import charts, verdict
-from measure.charts import DOMAIN, GENERAL, decimal, short
+from measure.charts import DOMAIN, GENERAL, RUNS, decimal, short
 from measure.verdict import ADVICE, UNITS, finite, mean
 
 # ---- reading a run folder
@@ -45,6 +43,7 @@ class Run:
     finished: bool = False
     # What is wrong with the files, one sentence each.
     notes: list = field(default_factory=list)
+    number: int = 1                                # its place on the page
 
     @property
     def name(self) -> str:
@@ -56,7 +55,7 @@ class Run:
 
     @cached_property
     def metric(self) -> str:
-        """The score that is compared: bits per byte wherever every evaluated source has it."""
+        """The score that is compared: bits per byte; nats per predicted token where a source (masked LM) has none."""
         rows = [*self.before.values(), *self.after.values()]
         has_bits = all(finite(row.get("bits_per_byte")) is not None for row in rows)
         return "bits_per_byte" if has_bits else "nats_per_token"
@@ -88,6 +87,7 @@ class Run:
         """measure/verdict.py's comparison of the last evaluation with the one at step 0."""
         return verdict.compare(self.before, self.after, self.names_of("general"), self.names_of("domain"), self.metric)
 
+    colour = property(lambda run: RUNS[(run.number - 1) % len(RUNS)])
     # The metric in words, and three fractions; None where they cannot be known.
     unit = property(lambda run: UNITS[run.metric])
     domain_gain = property(lambda run: run.comparison["domain_gain"])
@@ -103,12 +103,10 @@ def read_run(folder) -> Run:
     are left out, with a note.
     """
     folder = Path(folder)
-    path, remedy = folder / "metrics.jsonl", "give the folder that train.py wrote, such as out/demo"
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UserError(f"run folder '{folder}' {what}: {remedy}")
+    path = folder / "metrics.jsonl"
     if not path.is_file():
-        raise UserError(f"no metrics.jsonl in '{folder}': {remedy}")
+        what = "holds no metrics.jsonl" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"run folder '{folder}' {what}: give the folder that train.py wrote, such as out/demo")
     run = Run(folder)
     read_metrics(run, path)
     if (folder / "config.toml").is_file():
@@ -122,43 +120,34 @@ def read_run(folder) -> Run:
 
 def read_metrics(run: Run, path: Path) -> None:
     """Fill start, train, evals, samples and events from metrics.jsonl."""
-    kinds, unreadable, number = {"train": {}, "eval": {}, "samples": {}}, [], 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, 1):
-            row = parse_line(line)
-            if row is None:
-                unreadable += [number] if line.strip() else []
-                continue
-            row["sources"] = sources_in(row.get("sources"))
-            if row["kind"] in kinds:
-                kinds[row["kind"]][row["step"]] = row
-            elif row["kind"] == "start":
-                run.start = row
-            elif row["kind"] in ("event", "resume"):
-                run.events.append(row)
-            resumed_at = finite(row.get("step")) if row["kind"] == "resume" else None
-            if resumed_at is not None:
-                kinds = {kind: {step: row for step, row in rows.items() if step <= resumed_at}
-                         for kind, rows in kinds.items()}
+    kinds, unreadable = {"train": {}, "eval": {}, "samples": {}}, []
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            kind = row["kind"] = str(row["kind"])
+            if kind in kinds:
+                row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError, OverflowError):
+            unreadable += [number] if line.strip() else []
+            continue
+        row["sources"] = sources_in(row.get("sources"))
+        if kind in kinds:
+            kinds[kind][row["step"]] = row
+        elif kind == "start":
+            run.start = row
+        elif kind in ("event", "resume"):
+            run.events.append(row)
+        if kind == "resume" and (resumed_at := finite(row.get("step"))) is not None:
+            kinds = {name: {step: row for step, row in rows.items() if step <= resumed_at}
+                     for name, rows in kinds.items()}
     run.train, run.evals, samples = ([rows[step] for step in sorted(rows)] for rows in kinds.values())
     run.samples = samples[:1] + samples[1:][-1:]
-    if unreadable == [number]:
+    if unreadable == [len(lines)]:
         run.notes.append("The last line of metrics.jsonl is cut (a run stopped while writing it) and was ignored.")
     elif unreadable:
-        lines = f"{len(unreadable):,} line" + ("s" if len(unreadable) > 1 else "")
-        run.notes.append(f"{lines} of metrics.jsonl could not be read: left out (first: line {unreadable[0]}).")
-
-
-def parse_line(line: str) -> dict | None:
-    """A line of metrics.jsonl with its kind as text and, in lines that belong to a step, the step as an integer."""
-    try:
-        row = json.loads(line)
-        row["kind"] = str(row["kind"])
-        if row["kind"] in ("train", "eval", "samples"):
-            row["step"] = int(row["step"])
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return None
-    return row
+        count = f"{len(unreadable):,} line" + ("s" if len(unreadable) > 1 else "")
+        run.notes.append(f"{count} of metrics.jsonl could not be read: left out (first: line {unreadable[0]}).")
 
 
 def read_evaluation(run: Run, path: Path) -> None:
@@ -219,26 +208,19 @@ def render(runs: list):
     # Autoescape: whatever stands in a run's files reaches the page as text, never as markup.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True)
-    filters = (finite, percent, decimal, short, utc, verdict.grade_gain, verdict.grade_forgetting)
+    filters = (finite, percent, decimal, short, utc, verdict.grade_gain, verdict.grade_forgetting, np.median,
+               charts.logged, charts.draw_run, source_table, sample_pairs)
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
+    for number, run in enumerate(runs, 1):
+        run.number = number
     return environment.get_template("report.html.j2").make_module({
-        "views": [view_of(run, i) for i, run in enumerate(runs)], "advice": ADVICE, "flat": verdict.FLAT,
+        "runs": runs, "advice": ADVICE, "flat": verdict.FLAT,
         "across": charts.draw_comparison(runs) if len(runs) > 1 else []})
 
 
-def view_of(run: Run, index: int) -> dict:
-    """What the template shows of one run and does not find in the run itself."""
-    rows = source_rows(run)
-    tokens, speeds = charts.logged(run, "tokens")[1], charts.logged(run, "tokens_per_second")[1]
-    return {"run": run, "colour": charts.colour_of_run(index), "rows": rows,
-            "columns": {key for row in rows for key, value in row.items() if value not in (None, [])},
-            "tokens": tokens[-1] if len(tokens) else None, "speed": np.median(speeds) if len(speeds) else None,
-            "charts": charts.draw_run(run, f"run{index}"), "samples": sample_pairs(run)}
-
-
-def source_rows(run: Run) -> list:
-    """The table of sources, a dict for each; None, or an empty list, where the files do not say."""
+def source_table(run: Run) -> tuple[list, set]:
+    """([{column: value} of each source], columns with a value); None or [] where the files do not say."""
     trained = {}
     for row in run.train:
         trained |= row["sources"]
@@ -252,7 +234,7 @@ def source_rows(run: Run) -> list:
                for column in ("perplexity", "accuracy")},
             **{column: finite(trained.get(name, {}).get(column)) for column in ("tokens", "epochs")},
         })
-    return rows
+    return rows, {key for row in rows for key, value in row.items() if value not in (None, [])}
 
 
 def sample_pairs(run: Run) -> list:
@@ -286,8 +268,6 @@ class Report:
 def write_report(options: Report) -> dict:
     """Write the page and print each run's headline; returns the file and the comparison of each run."""
     out = Path(options.out or Path(options.runs[0]) / "report.html")
-    if out.is_dir():
-        raise UserError(f"--out '{out}' is a folder: name a file, such as {out / 'report.html'}")
     runs = [read_run(folder) for folder in options.runs]
     page = render(runs)
     write_text(out, str(page))

@@ -4,10 +4,9 @@
         --domain law_title16.txt law_title28.txt --general tinystories.txt \\
         --separator '<|endoftext|>' --out out/budget
 
-Each seed is trained twice on the same number of tokens and evaluated every 10
-steps: with the budget policy of learn/adaptive.py, and with a fixed share of
-replay equal to the mean share of the first run. experiments/results/budget.json
-has what every evaluation saw, and budget.png beside it draws it.
+Each seed is trained twice on the same number of tokens and evaluated every 10 steps: with the budget policy of
+learn/adaptive.py, and with a fixed share of replay equal to the mean share of the first run.
+experiments/results/budget.json has what every evaluation saw, and budget.png beside it draws it.
 """
 
 import sys
@@ -35,12 +34,11 @@ class Budget(Study):
     epsilon: float = setting(0.1, above=0)
     """The budget: bits per byte that general text may lose."""
     out: str = "out/budget"
-    """The folder to make."""
 
 
-def measure_loss(method: str, words: list, seed: int, c: Budget, out: Path, shards: dict) -> dict:
+def measure_loss(method: str, words: list, seed: int, c: Budget, out: Path) -> dict:
     """One run: what general text lost at each evaluation, and what it cost."""
-    row, lines = measure_run(method, [*RATES, *words], seed, c, out, shards)
+    row, lines = measure_run(method, [*RATES, *words], seed, c, out)
     general = {line["step"]: line["sources"]["general"]["bits_per_byte"] for line in lines if line["kind"] == "eval"}
     steps, rises = list(general), [bits - general[0] for bits in general.values()]
     # The log has the mean share up to a step; what was spent in each interval is the difference of two sums.
@@ -55,13 +53,13 @@ def measure_loss(method: str, words: list, seed: int, c: Budget, out: Path, shar
     return row
 
 
-def measure_pair(seed: int, c: Budget, out: Path, shards: dict) -> list[dict]:
+def measure_pair(seed: int, c: Budget, out: Path) -> list[dict]:
     """Two runs: with the budget policy, which starts at the highest share of replay, and with its mean share, fixed."""
     words = ["--data.domain-share", 0.4, "--forget.adaptive.policy", "budget", "--forget.adaptive.start", 0.6,
              "--forget.adaptive.epsilon", c.epsilon]
-    first = measure_loss("adaptive", words, seed, c, out, shards)
+    first = measure_loss("adaptive", words, seed, c, out)
     fixed = ["--data.domain-share", 1 - first["replay_share"]]
-    return [first, measure_loss("fixed", fixed, seed, c, out, shards)]
+    return [first, measure_loss("fixed", fixed, seed, c, out)]
 
 
 def draw_chart(rows: list[dict], epsilon: float) -> Figure:
@@ -81,10 +79,9 @@ def draw_chart(rows: list[dict], epsilon: float) -> Figure:
 
 
 def run_study(c: Budget) -> None:
-    began = time.perf_counter()
-    out, shards = prepare(c)
+    began, out = time.perf_counter(), prepare(c)
     with ThreadPoolExecutor(c.jobs) as pool:
-        rows = list(chain(*pool.map(lambda seed: measure_pair(seed, c, out, shards), c.seeds)))
+        rows = list(chain(*pool.map(lambda seed: measure_pair(seed, c, out), c.seeds)))
     print(f"the budget was {c.epsilon:g} bits per byte")
     save_study("budget", c.seeds, RESULTS, rows, draw_chart(rows, c.epsilon), began, epsilon=c.epsilon)
 

@@ -81,8 +81,7 @@ def blocks(tree: ast.Module):
 
 def is_string(statement: ast.stmt) -> bool:
     """A docstring, or a bare string that serves as a comment."""
-    value = getattr(statement, "value", None)
-    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str)
+    return isinstance(statement, ast.Expr) and isinstance(getattr(statement.value, "value", None), str)
 
 
 def is_prose(paragraph: str) -> bool:
@@ -272,13 +271,6 @@ def demo(options: Demo) -> dict:
     seconds = time.perf_counter() - began
     summary = {"seconds": round(seconds, 1), "runs": runs}
     write_json(out / "summary.json", summary)
-    show(runs)
-    print(f"{seconds:.0f} s; report: {out}/report.html")
-    return summary
-
-
-def show(runs: dict) -> None:
-    """The table the demo ends with, and what it says."""
     base, alone, replay = runs["base"], runs["domain_only"], runs["replay"]
     print(f"\n{'bits per byte':16}{'domain':>10}{'':>9}{'general':>10}")
     for name, scores in runs.items():
@@ -291,6 +283,8 @@ def show(runs: dict) -> None:
     cost = replay["domain_bpb"] / alone["domain_bpb"] - 1
     print(f"replay removed {100 * kept / lost:.0f} % of what domain-only training forgot, and cost the domain "
           f"{100 * cost:.1f} %")
+    print(f"{seconds:.0f} s; report: {out}/report.html")
+    return summary
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@
         --domain law_title16.txt law_title28.txt --general tinystories.txt \\
         --separator '<|endoftext|>' --out out/forgetting
 
-Every run is train.py with recipes/forgetting.toml and the words of METHODS, on
-one thread. experiments/results/forgetting.json has a row per method with the
-mean over the seeds and the values of each; forgetting.png beside it shows domain
-gain against forgetting (both stay in --out where only some --methods are run).
-Time and memory are metrics.jsonl's.
+Every run is train.py with recipes/forgetting.toml and the words of METHODS, on one thread.
+experiments/results/forgetting.json has a row per method with the mean over the seeds and the values of each, time and
+memory as in metrics.jsonl; forgetting.png beside it shows domain gain against forgetting. Both stay in --out where only
+some --methods are run.
 """
 
 import json
@@ -60,7 +59,6 @@ METHODS = {
 @dataclass(kw_only=True)
 class Study:
     """The options of both studies of forgetting."""
-
     model: str
     """The base: a Hugging Face folder."""
     domain: list[str]
@@ -75,6 +73,8 @@ class Study:
     """Length of each run."""
     jobs: int = setting(2, above=0)
     """Runs at a time."""
+    out: str
+    """The folder to make."""
 
 
 @dataclass(kw_only=True)
@@ -84,11 +84,10 @@ class Forgetting(Study):
     documents: int = setting(600, above=0)
     """Documents to sample from the base for self_replay."""
     out: str = "out/forgetting"
-    """The folder to make."""
 
 
-def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
-    """(the new folder, {"domain", "general": packed folder}), with `sampled` documents of the base's own as "own"."""
+def prepare(c: Study, sampled: int = 0) -> Path:
+    """Pack the domain and the general text, and `sampled` documents of the base's own; returns the new folder."""
     refuse_existing(c.out)
     out, sides = Path(c.out).resolve(), {"domain": c.domain, "general": c.general}
     if sampled:
@@ -99,17 +98,17 @@ def prepare(c: Study, sampled: int = 0) -> tuple[Path, dict[str, Path]]:
         separator = ["--separator", c.separator] if side == "general" and c.separator else []
         cli.run_command("data.py", "pack", "--tokenizer", c.model, "--out", out / "shards" / side, *files, *separator,
                         "--heldout", 0.05, threads=1)
-    return out, {side: out / "shards" / side for side in sides}
+    return out
 
 
-def measure_run(method: str, words: list, seed: int, c: Study, out: Path, shards: dict) -> tuple[dict, list[dict]]:
+def measure_run(method: str, words: list, seed: int, c: Study, out: Path) -> tuple[dict, list[dict]]:
     """Run train.py once: (the values that both studies compare, the lines of metrics.jsonl)."""
-    began, folder = time.perf_counter(), out / f"{method}_{seed}"
-    sources = ["--data.sources.domain.path", shards["domain"], "--data.sources.general.path", shards["general"],
+    began, folder, shards = time.perf_counter(), out / f"runs/{method}_{seed}", out / "shards"
+    sources = ["--data.sources.domain.path", shards / "domain", "--data.sources.general.path", shards / "general",
                "--data.sources.general.role", "general"]
     if "own" in words:
         # The real general text then has no share in the mix, and is scored all the same.
-        sources += ["--data.sources.own.path", shards["own"], "--data.sources.own.role", "general",
+        sources += ["--data.sources.own.path", shards / "own", "--data.sources.own.role", "general",
                     "--data.sources.general.weight", 0]
     cli.run_command("train.py", cli.ROOT / "recipes/forgetting.toml", "--model.path", c.model, *sources, "--seed", seed,
                     "--train.steps", c.steps, "--out", folder, *(word for word in words if word != "own"), threads=1)
@@ -198,11 +197,11 @@ def save_study(name: str, seeds, folder: Path, rows: list[dict], figure: Figure,
 
 def run_study(c: Forgetting) -> None:
     began = time.perf_counter()
-    out, shards = prepare(c, c.documents if any("own" in METHODS[name][1] for name in c.methods) else 0)
+    out = prepare(c, c.documents if "self_replay" in c.methods else 0)
     asked = [(method, METHODS[method][1], seed) for method in c.methods for seed in c.seeds]
     # After a mistake the executor drops the runs that have not begun.
     with ThreadPoolExecutor(c.jobs) as pool:
-        rows = summarise(list(pool.map(lambda run: measure_run(*run, c, out / "runs", shards)[0], asked)))
+        rows = summarise(list(pool.map(lambda run: measure_run(*run, c, out)[0], asked)))
     print(f"\n{draw_table(rows)}\n\n* nothing beats it in both")
     save_study("forgetting", c.seeds, RESULTS if c.methods == list(METHODS) else out, rows, draw_chart(rows), began)
 

@@ -12,8 +12,6 @@ text, because tokens of two vocabularies stand for different amounts of it.
    steps for the same bytes: 26 instead of 45.
 2. `tokenizer.py compare`: BPE, Unigram and WordPiece of 2,000 ids learned from the same text, and the same small model
    trained from scratch on each. WordPiece drops white space at no cost, so its result looks better than it is.
-
-Written: experiments/results/tokenizers.json with one row per method, and tokenizers.png beside it.
 """
 
 import shutil
@@ -74,43 +72,33 @@ def prepare(data: Path, out: Path) -> tuple[dict, dict]:
     return splits, parts
 
 
-def continue_base(data: Path, out: Path, method: str, seed: int, size: dict, splits: dict, parts: dict) -> dict:
-    """Train one run of part 1 and return its results."""
-    vocabulary, model = "base", data / BASE
-    if method != "unextended":
-        vocabulary, model = "extended", out / f"models/{method}_{seed}"
-        tokenizer.save_model(data / BASE, out / "tokenizer", parts, model, NewRows(method, seed))
+def continue_base(data: Path, out: Path, method: str, size: dict, splits: dict, parts: dict) -> dict:
+    """Train part 1's runs of a method: a row of means over the seeds, with the bits per byte and the curve of each."""
+    vocabulary, model = "base" if method == "unextended" else "extended", data / BASE
     per_byte = splits[vocabulary]["train"]["tokens"] / splits[vocabulary]["train"]["bytes"]
-    steps = max(1, round(size["megabytes"] * 1e6 * per_byte / STEP_TOKENS))
-    folder, shards = out / f"runs/{method}_{seed}", out / f"shards/{vocabulary}"
-    cli.run_command(
-        "train.py", cli.ROOT / "recipes/cpt.toml", "--model.path", model, "--data.schedule", "domain_only",
-        "--forget.lwf.alpha", 0, "--data.sources.domain.path", shards / "domain", "--data.sources.general.path",
-        shards / "general", "--train.steps", steps, "--eval.every", -(-steps // size["evaluations"]), "--eval.tokens",
-        size["eval_tokens"], "--eval.sample-tokens", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4, "--seed", seed,
-        "--out", folder, show=True)
-    found = read_json(folder / "eval.json")
-    # The curve has points (megabytes read, bits per byte of the domain).
-    curve = sorted((at["step"] * STEP_TOKENS / per_byte / 1e6, at["texts"]["domain"]["bits_per_byte"])
-                   for at in map(read_json, folder.glob("eval_step_*.json")))
-    return {"steps": steps, "tokens_per_byte": per_byte, "curve": curve,
-            **{f"{side}_{when}": found[when][side]["bits_per_byte"] for side in ("domain", "general")
-               for when in ("before", "after")}}
-
-
-def average_runs(method: str, runs: list[dict]) -> dict:
-    """A row of the results: means over the seeds, and the bits per byte of each."""
-    means = {key: mean(run[key] for run in runs) for key in runs[0] if key != "curve"}
+    steps, shards = max(1, round(size["megabytes"] * 1e6 * per_byte / STEP_TOKENS)), out / f"shards/{vocabulary}"
+    runs, curves = [], []
+    for seed in size["seeds"]:
+        folder = out / f"runs/{method}_{seed}"
+        if method != "unextended":
+            model = out / f"models/{method}_{seed}"
+            tokenizer.save_model(data / BASE, out / "tokenizer", parts, model, NewRows(method, seed))
+        cli.run_command(
+            "train.py", cli.ROOT / "recipes/cpt.toml", "--model.path", model, "--data.schedule", "domain_only",
+            "--forget.lwf.alpha", 0, "--data.sources.domain.path", shards / "domain", "--data.sources.general.path",
+            shards / "general", "--train.steps", steps, "--eval.every", -(-steps // size["evaluations"]),
+            "--eval.tokens", size["eval_tokens"], "--eval.sample-tokens", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4,
+            "--seed", seed, "--out", folder, show=True)
+        found = read_json(folder / "eval.json")
+        runs.append({f"{side}_{when}": found[when][side]["bits_per_byte"] for side in ("domain", "general")
+                     for when in ("before", "after")})
+        # A curve has points (megabytes read, bits per byte of the domain).
+        curves.append(sorted((at["step"] * STEP_TOKENS / per_byte / 1e6, at["texts"]["domain"]["bits_per_byte"])
+                             for at in map(read_json, folder.glob("eval_step_*.json"))))
+    means = {key: mean(run[key] for run in runs) for key in runs[0]}
     return {"study": "extension", "method": method, "bits_per_byte": means.pop("domain_after"),
-            "by_seed": [run["domain_after"] for run in runs], **means, "curves": [run["curve"] for run in runs]}
-
-
-def compare_kinds(data: Path, out: Path) -> list[dict]:
-    """Part 2, by the command that a user would type."""
-    cli.run_command("tokenizer.py", "compare", "--vocab-size", 2000, "--bits-per-byte", 0.4, "--seeds", 2,
-                    *(data / file for file in LEGAL), "--json", out / "compare.json", show=True)
-    return [{"study": "kinds", "method": kind.pop("kind"), "by_seed": kind["bits_per_byte"],
-             **(kind | {"bits_per_byte": mean(kind["bits_per_byte"])})} for kind in read_json(out / "compare.json")]
+            "by_seed": [run["domain_after"] for run in runs], "steps": steps, "tokens_per_byte": per_byte, **means,
+            "curves": curves}
 
 
 def draw_chart(rows: list[dict]) -> Figure:
@@ -144,9 +132,15 @@ def study(options: Study) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
     size, results = (QUICK, out) if options.quick else (FULL, RESULTS)
     splits, parts = prepare(data, out)
-    rows = [average_runs(method, [continue_base(data, out, method, seed, size, splits, parts)
-                                  for seed in size["seeds"]]) for method in size["methods"]]
-    rows += [] if options.quick else compare_kinds(data, out)
+    rows = [continue_base(data, out, method, size, splits, parts) for method in size["methods"]]
+    if not options.quick:
+        # Part 2, by the command that a user would type.
+        cli.run_command("tokenizer.py", "compare", "--vocab-size", 2000, "--bits-per-byte", 0.4, "--seeds", 2,
+                        *(data / file for file in LEGAL), "--json", out / "compare.json", show=True)
+        for kind in read_json(out / "compare.json"):
+            by_seed = kind["bits_per_byte"]
+            rows.append({"study": "kinds", "method": kind.pop("kind"), **kind, "bits_per_byte": mean(by_seed),
+                         "by_seed": by_seed})
     print(f"\n{'study':10} {'method':11} {'tokens/byte':>11} {'bits per byte':>13}  (seeds)")
     for r in rows:
         print(f"{r['study']:10} {r['method']:11} {r['tokens_per_byte']:11.3f} {r['bits_per_byte']:13.4f}  "

@@ -32,6 +32,9 @@ from text.packing import pack_sources
 from text.repair import SENTENCE_END
 from text.shards import Shards, pack
 
+TEXTS = ("wikitext2/wiki.test.raw", "legal_en_dc/dc_code_title16.txt", "legal_en_dc/dc_code_title28.txt",
+         "tinystories/tinystories_sample_2MiB.txt")
+
 
 @dataclass
 class DataOptions:
@@ -55,8 +58,11 @@ def bench_data(options: DataOptions) -> list:
     """
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        texts = [part.strip() for block in read_documents(options.text or find_text(folder))
+        folder, corpora = Path(folder), Path(os.environ.get("NANOCPT_DATA", "")) / "corpora"
+        # The half MB of English that Python's own help() prints.
+        write_text(folder / "python.txt", "\n\n".join(topics.values()))
+        files = options.text or [str(corpora / name) for name in TEXTS if (corpora / name).exists()]
+        texts = [part.strip() for block in read_documents(files or [str(folder / "python.txt")])
                  for part in block.split("<|endoftext|>") if part.strip()]
         size = megabytes(texts)
         joined = max(1, round(0.002 * len(texts) / size))
@@ -77,15 +83,6 @@ def bench_data(options: DataOptions) -> list:
             rows += bench_cleaning(documents, folder, few)
             rows += bench_dedup(with_copies(documents), folder, few)
     return rows
-
-
-def find_text(folder: Path) -> list[str]:
-    """The corpora of $NANOCPT_DATA that are there, or the half MB of English that Python's own help() prints."""
-    corpora = Path(os.environ.get("NANOCPT_DATA", "")) / "corpora"
-    names = ("wikitext2/wiki.test.raw", "legal_en_dc/dc_code_title16.txt", "legal_en_dc/dc_code_title28.txt",
-             "tinystories/tinystories_sample_2MiB.txt")
-    write_text(folder / "python.txt", "\n\n".join(topics.values()))
-    return [str(corpora / name) for name in names if (corpora / name).exists()] or [str(folder / "python.txt")]
 
 
 def megabytes(texts) -> float:
@@ -157,12 +154,31 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
                                  eos_token=tokenizer.id_to_token(tokenizer.eos_id))
         return run_datatrove(folder, step, source=source)["tokens"].total
 
+    def time_datasets(processes) -> float:
+        import datasets
+        import transformers
+        datasets.disable_progress_bars()
+        transformers.logging.set_verbosity_error()
+        context, peer = 1024, transformers.PreTrainedTokenizerFast(tokenizer_object=twin)
+
+        def group_texts(batch):
+            joined = {k: list(itertools.chain(*batch[k])) for k in batch}
+            length = len(joined["input_ids"]) // context * context
+            result = {k: [t[i:i + context] for i in range(0, length, context)] for k, t in joined.items()}
+            return result | {"labels": result["input_ids"].copy()}
+
+        cache, start = tempfile.mkdtemp(dir=folder), time.perf_counter()
+        raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
+        raw.map(lambda batch: peer(batch["text"]), batched=True, remove_columns=raw.column_names,
+                num_proc=processes).map(group_texts, batched=True, num_proc=processes)
+        return time.perf_counter() - start
+
     which = {"tokenizer": Path(path).name}
     alone = {"pack_vs_encoder": (tokenizer.library, lambda: count_tokens(tokenizer.library, tokenizer.backend, texts))}
     rows = compare_in_turn("tokens/s", None, ours, alone, rounds, **which)
     if twin:
         # datasets has two ways to use the cores; the better one counts.
-        seconds = [time_datasets(twin, source, folder, processes) for processes in (None, os.cpu_count())]
+        seconds = [time_datasets(processes) for processes in (None, os.cpu_count())]
         rows.append(row("pack_vs_datasets", "tokens/s", rows[0]["ours"], rows[0]["counts"]["ours"] / min(seconds),
                         "datasets.map + group_texts", seconds_by_processes=seconds, spread=rows[0]["spread"], **which))
         twin.save(str(folder / "twin.json"))
@@ -199,12 +215,11 @@ def run_datatrove(folder, *steps, source: Path | None = None, write: bool = Fals
     The documents of the jsonl file `source` go in. With `write`, jsonl comes out.
     """
     from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.writers import JsonlWriter
+    from datatrove.pipeline import readers, writers
     from datatrove.utils.logging import logger
     logger.disable("datatrove")
-    before = [JsonlReader(str(source.parent))] if source else []
-    after = [JsonlWriter(tempfile.mkdtemp(dir=folder), compression=None)] if write else []
+    before = [readers.JsonlReader(str(source.parent))] if source else []
+    after = [writers.JsonlWriter(tempfile.mkdtemp(dir=folder), compression=None)] if write else []
     return LocalPipelineExecutor([*before, *steps, *after], tasks=tasks, workers=1,
                                  logging_dir=tempfile.mkdtemp(dir=folder)).run().stats[-1].stats
 
@@ -219,9 +234,8 @@ def whitespace_words():
 
         def span_tokenize(self, text):
             return [match.span() for match in SENTENCE_END.finditer(text)] or [(0, len(text))]
-
-        def sent_tokenize(self, text):
-            return [text[a:b] for a, b in self.span_tokenize(text)]
+        # The base class asks for it; nothing calls it.
+        sent_tokenize = span_tokenize
     return Words()
 
 
@@ -238,12 +252,11 @@ def bench_cleaning(documents, folder, rounds) -> list:
     source, settings = write_jsonl(folder / "clean/documents.jsonl", documents), clean.Settings("web")
 
     def datatrove():
-        from datatrove.pipeline import filters
-        from datatrove.pipeline.formatters import PIIFormatter
+        from datatrove.pipeline import filters, formatters
         language = whitespace_words()
         steps = (filters.GopherRepetitionFilter(language=language), filters.GopherQualityFilter(language=language),
                  filters.C4QualityFilter(filter_no_terminal_punct=False, language=language),
-                 filters.FineWebQualityFilter(language=language), PIIFormatter())
+                 filters.FineWebQualityFilter(language=language), formatters.PIIFormatter())
         return run_datatrove(folder, *steps, source=source, write=True)["total"].total
 
     def ours():
@@ -281,71 +294,37 @@ def bench_dedup(documents, folder, rounds) -> list:
         return dedup.dedup(dedup.Dedup(files=[source], workers=1, output=output))["kept"]
 
     def datasketch():
+        from datasketch import MinHash, MinHashLSH
         records = [record for _, record in read_records([str(source)])]
-        kept = dedup_by_datasketch([record["text"] for record in records])
-        (folder / "kept.jsonl").write_text("".join(json.dumps(records[i]) + "\n" for i in kept), encoding="utf-8")
+        index, kept = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS)), []
+        for i, record in enumerate(records):
+            words, sketch = fold_words(record["text"]).split(" "), MinHash(num_perm=BANDS * ROWS)
+            grams = range(max(len(words) - SHINGLE + 1, 1))
+            sketch.update_batch({" ".join(words[j:j + SHINGLE]).encode() for j in grams})
+            if not index.query(sketch):
+                index.insert(i, sketch)
+                kept.append(json.dumps(record) + "\n")
+        (folder / "kept.jsonl").write_text("".join(kept), encoding="utf-8")
         return len(kept)
 
-    peers = {"dedup_vs_datatrove": ("datatrove", lambda: dedup_by_datatrove(source, folder)),
-             "dedup_vs_datasketch": ("datasketch", datasketch)}
+    def datatrove():
+        from datatrove.pipeline.dedup import minhash
+        from datatrove.utils.text import TextNormConfig
+        from xxhash import xxh64_intdigest
+        words = TextNormConfig(remove_punctuation=False, norm_numbers=False, norm_unicode_diacritics=False)
+        config = minhash.MinhashConfig(SHINGLE, BANDS, ROWS, norm_config=words)
+        signed, pairs, removed = (tempfile.mkdtemp(dir=folder) for _ in range(3))
+        sign = minhash.MinhashDedupSignature(signed, config, language=whitespace_words())
+        # Its own hash, but xxhash 4 takes nothing but bytes.
+        sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())
+        run_datatrove(folder, sign, source=source)
+        run_datatrove(folder, minhash.MinhashDedupBuckets(signed, pairs, config=config), tasks=BANDS)
+        run_datatrove(folder, minhash.MinhashDedupCluster(pairs, removed, config))
+        return run_datatrove(folder, minhash.MinhashDedupFilter(removed), source=source, write=True)["total"].total
+
+    peers = {"dedup_vs_datatrove": ("datatrove", datatrove), "dedup_vs_datasketch": ("datasketch", datasketch)}
     return compare_in_turn("documents/s", len(documents), ours, peers, rounds, documents=len(documents),
                            megabytes=megabytes(documents))
-
-
-def dedup_by_datasketch(texts) -> list[int]:
-    """Indices of the texts that stay."""
-    from datasketch import MinHash, MinHashLSH
-    size = BANDS * ROWS
-    index, kept = MinHashLSH(num_perm=size, params=(BANDS, ROWS)), []
-    for i, text in enumerate(texts):
-        words, sketch = fold_words(text).split(" "), MinHash(num_perm=size)
-        sketch.update_batch({" ".join(words[j:j + SHINGLE]).encode()
-                             for j in range(max(len(words) - SHINGLE + 1, 1))})
-        if not index.query(sketch):
-            index.insert(i, sketch)
-            kept.append(i)
-    return kept
-
-
-def dedup_by_datatrove(source, folder) -> int:
-    """Its four stages from jsonl to jsonl; returns the number of documents kept."""
-    from datatrove.pipeline.dedup import minhash
-    from datatrove.utils.text import TextNormConfig
-    from xxhash import xxh64_intdigest
-    words = TextNormConfig(remove_punctuation=False, norm_numbers=False, norm_unicode_diacritics=False)
-    config = minhash.MinhashConfig(SHINGLE, BANDS, ROWS, norm_config=words)
-    signed, pairs, removed = (tempfile.mkdtemp(dir=folder) for _ in range(3))
-    sign = minhash.MinhashDedupSignature(signed, config, language=whitespace_words())
-    # Its own hash, but xxhash 4 takes nothing but bytes.
-    sign._hash_func = lambda gram: xxh64_intdigest(gram.encode())
-    run_datatrove(folder, sign, source=source)
-    run_datatrove(folder, minhash.MinhashDedupBuckets(signed, pairs, config=config), tasks=BANDS)
-    run_datatrove(folder, minhash.MinhashDedupCluster(pairs, removed, config))
-    return run_datatrove(folder, minhash.MinhashDedupFilter(removed), source=source, write=True)["total"].total
-
-
-def time_datasets(twin, source, folder, processes=None) -> float:
-    """Seconds of what transformers' run_clm.py does: a batched map of the fast tokenizer, then group_texts."""
-    import datasets
-    import transformers
-    datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()
-    context, peer = 1024, transformers.PreTrainedTokenizerFast(tokenizer_object=twin)
-
-    def group_texts(batch):
-        joined = {k: list(itertools.chain(*batch[k])) for k in batch}
-        length = len(joined["input_ids"]) // context * context
-        result = {k: [t[i:i + context] for i in range(0, length, context)] for k, t in joined.items()}
-        result["labels"] = result["input_ids"].copy()
-        return result
-
-    cache = tempfile.mkdtemp(dir=folder)
-    start = time.perf_counter()
-    raw = datasets.load_dataset("json", data_files=str(source), split="train", cache_dir=cache)
-    encoded = raw.map(lambda batch: peer(batch["text"]), batched=True, remove_columns=raw.column_names,
-                      num_proc=processes)
-    encoded.map(group_texts, batched=True, num_proc=processes)
-    return time.perf_counter() - start
 
 
 def bench_reading(folder, rounds) -> list:

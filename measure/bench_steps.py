@@ -5,9 +5,7 @@ own, imports included. Ours is train.train_step, the step that ships; theirs is 
 `model(input_ids, labels=...).loss.backward(); clip; step` with torch's fused AdamW. The last target of a sequence
 counts on neither side, because theirs leaves it out. What train.py does to its process counts as ours: it tells glibc's
 allocator to keep freed memory, and OpenMP's threads to give up their cores early. A row `..._their_allocator_too`
-gives the peer these settings as well.
-
-B sequences, T tokens, D model width, F MLP width.
+gives the peer these settings as well. (B sequences, T tokens, D model width, F MLP width, d head size.)
 """
 
 import core.threads
@@ -119,7 +117,11 @@ def worker(name: str, side: str, device: str):
     optim = OptimConfig(name="adamw_8bit" if case.bf16 else "adamw", lr=1e-3 if adapted else 1e-4, min_lr=0.0,
                         schedule="constant", warmup_steps=0)
     rates = adapt(model, kind == "qlora") if adapted else None
-    result["held"] = held_bytes(model)
+    four = [layer.quantised for _, layer in adapted_layers(model) if layer.quantised is not None]
+    # Bytes of the base's weights, and of those that are kept in 4 bits, with their number of elements.
+    result["held"] = {"base_bytes": sum(x.nbytes for name, x in model.state_dict().items() if ".adapters." not in name),
+                      "quantised_numbers": sum(record.shape.numel() for record in four),
+                      "quantised_bytes": sum(x.nbytes for record in four for x in record.buffers())}
     if kind in PEERS:
         model, result["peer"] = peer_of(model, kind)
         step = peer_step(model.to(device), optim)
@@ -133,7 +135,7 @@ def worker(name: str, side: str, device: str):
             print(time_matmuls(case, device), flush=True)
             continue
         batch = batches[len(result["losses"]) % len(batches)]
-        print(time_call(lambda batch=batch: result["losses"].append(step(batch))), flush=True)
+        print(time_call(lambda batch: result["losses"].append(step(batch)), batch), flush=True)
         # Only steps have asked for memory so far.
         if len(result["losses"]) <= 3:
             result["peak_bytes"] = peak_bytes(torch.device(device))
@@ -221,14 +223,6 @@ def adapt(model, quantised: bool) -> dict:
     return lora.lr_scales(model, config)
 
 
-def held_bytes(model) -> dict:
-    """Bytes of the base's weights, and of those that are kept in 4 bits, with their number of elements."""
-    four = [layer.quantised for _, layer in adapted_layers(model) if layer.quantised is not None]
-    return {"base_bytes": sum(x.nbytes for name, x in model.state_dict().items() if ".adapters." not in name),
-            "quantised_numbers": sum(record.shape.numel() for record in four),
-            "quantised_bytes": sum(x.nbytes for record in four for x in record.buffers())}
-
-
 def peer_of(model, side: str):
     """Return transformers' model with our weights, or PEFT's with our adapters too, and its name and version."""
     import transformers
@@ -303,12 +297,8 @@ def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = "")
         raise RuntimeError(f"the {sides[0]} side of {case} failed; its error stands above")
     seconds = take_turns({side: partial(ask, side, "step") for side in fit}, steps)
     shares = [(ask(matmuls, "matmuls"), ask(matmuls, "step")) for _ in range(3 if matmuls else 0)]
-    results = {}
-    for side in fit:
-        workers[side].stdin.close()
-        results[side] = json.loads(workers[side].stdout.read())
-        workers[side].wait()
-    return seconds, results, shares
+    # At the end of its stdin a worker answers once more, and ends.
+    return seconds, {side: json.loads(workers[side].communicate()[0]) for side in fit}, shares
 
 
 def rate_rows(name, case, sides, seconds, results, **more) -> list:

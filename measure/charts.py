@@ -96,10 +96,8 @@ def smooth(y):
 
     Example: 40 values give windows of three: [v0 + v1, v0 + v1 + v2, ...] divided by [2, 3, ...].
     """
-    position, half = np.arange(len(y)), len(y) // 40
-    total = np.concatenate([[0], np.cumsum(y)])
-    low, high = np.maximum(position - half, 0), np.minimum(position + half + 1, len(y))
-    return (total[high] - total[low]) / (high - low)
+    window = np.ones(2 * (len(y) // 40) + 1)
+    return np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
 
 
 # ---- what all charts share
@@ -123,9 +121,7 @@ def draw_charts(charts: list, salt: str, x_name: str = "step", end: float | None
             if end:
                 axes.set_xlim(-0.015 * end, 1.015 * end)
             if drawn := chart(axes):
-                title, caption, legend = drawn
-                shown.append({"title": title, "caption": caption, "legend": legend, "size": size[0],
-                              "svg": to_svg(figure)})
+                shown.append(dict(zip(("title", "caption", "legend"), drawn), size=size[0], svg=to_svg(figure)))
     return shown
 
 
@@ -142,7 +138,6 @@ def to_svg(figure) -> Markup:
 
     def shorten(match):
         return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), match[0])
-
     text = re.sub(r' (?:d|x|y|transform)="[^"]*"', shorten, text)
     for name, value in HEX.items():
         text = text.replace(value, f"var(--{name})")
@@ -176,17 +171,17 @@ def use_log_if_spiky(axes, y) -> str:
 
 # ---- charts of one run
 
-def draw_run(run, salt: str) -> list:
+def draw_run(run) -> list:
     """The charts of one run, as `draw_charts` returns them."""
-    columns = [("lr", "Learning rate", "Learning rate by step, no unit"),
-               ("grad_norm", "Gradient norm", "Norm of the gradient before clipping, no unit"),
-               ("tokens_per_second", "Throughput", "Tokens per second")]
     charts = [(HALF, chart_evaluations), (HALF, chart_loss), (FULL, chart_mix),
-              *((THIRD, partial(chart_column, column=column)) for column in columns)]
-    return draw_charts([(size, partial(chart, run=run)) for size, chart in charts], salt, end=run.step)
+              (THIRD, chart_column, "lr", "Learning rate", "Learning rate by step, no unit"),
+              (THIRD, chart_column, "grad_norm", "Gradient norm", "Norm of the gradient before clipping, no unit"),
+              (THIRD, chart_column, "tokens_per_second", "Throughput", "Tokens per second")]
+    return draw_charts([(size, partial(chart, run, *column)) for size, chart, *column in charts], f"run{run.number}",
+                       end=run.step)
 
 
-def chart_evaluations(axes, run) -> tuple | None:
+def chart_evaluations(run, axes) -> tuple | None:
     """The held-out score of each source, and the base model's as a dashed line."""
     curves = series_by_source(run, run.evals, run.metric)
     for name, (x, y) in curves.items():
@@ -199,7 +194,7 @@ def chart_evaluations(axes, run) -> tuple | None:
     return (f"Held-out {run.unit}", caption, [(run.colours[name], name) for name in curves]) if curves else None
 
 
-def chart_loss(axes, run) -> tuple | None:
+def chart_loss(run, axes) -> tuple | None:
     """The training loss of each source; the loss of all together where the log has none by source."""
     curves = series_by_source(run, run.train, "loss") or {"all sources": logged(run, "loss")}
     losses = np.concatenate([y for _, y in curves.values()])
@@ -218,7 +213,7 @@ def chart_loss(axes, run) -> tuple | None:
     return "Training loss", caption + ".", [(run.colours.get(name, "muted"), name) for name in curves]
 
 
-def chart_mix(axes, run) -> tuple | None:
+def chart_mix(run, axes) -> tuple | None:
     """Each source's share of the tokens so far, domain at the bottom, and the share that the schedule asked for.
 
     A log line without a source means that the source was not read since: it keeps its last count.
@@ -248,9 +243,8 @@ def chart_mix(axes, run) -> tuple | None:
     return "Realised mix", caption + ".", [(run.colours[name], name) for name in curves]
 
 
-def chart_column(axes, run, column: tuple) -> tuple | None:
-    """One (name, title, caption) of the training log by step; the learning rate as it is, the others smoothed."""
-    name, title, caption = column
+def chart_column(run, name: str, title: str, caption: str, axes) -> tuple | None:
+    """One column of the training log by step; the learning rate as it is, the others smoothed."""
     x, y = logged(run, name)
     if not len(x):
         return None
@@ -271,58 +265,51 @@ def chart_column(axes, run, column: tuple) -> tuple | None:
 
 def draw_comparison(runs: list) -> list:
     """Gain against forgetting, then held-out scores and losses over each other by tokens trained (else by step)."""
-    per_step = [finite(run.start.get("tokens_per_step")) for run in runs]
-    by_tokens = None not in per_step
+    by_tokens = all(finite(run.start.get("tokens_per_step")) is not None for run in runs)
     units = " or ".join(sorted({run.unit for run in runs})).capitalize()
 
-    def overlay(axes, title, caption, curve_of, smoothed=False):
+    def overlay(title, caption, curve_of, axes, smoothed=False):
         legend = []
-        for i, run in enumerate(runs):
+        for run in runs:
             x, y = curve_of(run)
             if len(x):
-                legend.append((colour_of_run(i), f"{i + 1} {run.name}"))
-                draw_curve(axes, x * per_step[i] if by_tokens else x, y, colour_of_run(i), smoothed, raw=False)
+                legend.append((run.colour, f"{run.number} {run.name}"))
+                x = x * run.start["tokens_per_step"] if by_tokens else x
+                draw_curve(axes, x, y, run.colour, smoothed, raw=False)
         return (title, caption, legend) if legend else None
 
     def held_out(role):
         return lambda run: series(run.evals, lambda row: run.mean_over(role, row["sources"], run.metric))
 
     charts = [
-        partial(chart_gain_against_forgetting, runs=runs),
-        partial(overlay, title="Domain, held out", curve_of=held_out("domain"),
-                caption=f"{units}, mean over domain sources; lower is better."),
-        partial(overlay, title="General, held out", curve_of=held_out("general"),
-                caption=f"{units}, mean over general sources; its rise is forgetting."),
-        partial(overlay, title="Training loss", curve_of=partial(logged, column="loss"), smoothed=True,
-                caption="Nats per token over all sources, moving mean; mixes may differ, so this shows the course of a "
-                        "run and not its merit."),
-    ]
+        partial(chart_gain_against_forgetting, runs),
+        partial(overlay, "Domain, held out", f"{units}, mean over domain sources; lower is better.",
+                held_out("domain")),
+        partial(overlay, "General, held out", f"{units}, mean over general sources; its rise is forgetting.",
+                held_out("general")),
+        partial(overlay, "Training loss", "Nats per token over all sources, moving mean; mixes may differ, so this "
+                "shows the course of a run and not its merit.", partial(logged, column="loss"), smoothed=True)]
     return draw_charts([(HALF, chart) for chart in charts], "across", "tokens trained" if by_tokens else "step")
 
 
-def colour_of_run(index: int) -> str:
-    """The colour's name of the run at this place of a comparison."""
-    return RUNS[index % len(RUNS)]
-
-
-def chart_gain_against_forgetting(axes, runs: list) -> tuple | None:
+def chart_gain_against_forgetting(runs: list, axes) -> tuple | None:
     """A dot per run whose gain and forgetting are known, over bands of the grades of forgetting."""
-    known = [(i, run.forgetting * 100, run.domain_gain * 100) for i, run in enumerate(runs) if run.overall is not None]
+    known = [run for run in runs if run.overall is not None]
     if not known:
         return None
-    _, xs, ys = zip(*known)
+    xs, ys = [run.forgetting * 100 for run in known], [run.domain_gain * 100 for run in known]
     left, right = min(-1, min(xs) - 1.5), max(12, max(xs) + 1.5)
     room = max(max(ys) - min(ys), 4) * 0.35
     axes.set(xlim=(left, right), ylim=(min(ys) - room, max(ys) + room), xlabel="forgetting, %", ylabel="domain gain, %")
     for start, end, grade in ((left, 5, "good"), (5, 10, "warning"), (10, right, "bad")):
         axes.axvspan(start, end, color=HEX[grade], alpha=0.08, linewidth=0)
     # Runs with the overall score of the best one: a constant gain up to 5 % of forgetting, then one more % a %.
-    best = max(run.overall for run in runs if run.overall is not None) * 100
+    best = max(run.overall for run in known) * 100
     axes.plot([left, 5, right], [best, best, best + right - 5], color=HEX["muted"], linewidth=0.9, linestyle=DASHED)
-    for i, x, y in known:
-        axes.plot(x, y, "o", markersize=11, color=HEX[colour_of_run(i)], markeredgecolor="none")
-        axes.annotate(str(i + 1), (x, y), color=HEX["card"], ha="center", va="center_baseline", fontsize=7,
+    for run, *place in zip(known, xs, ys):
+        axes.plot(*place, "o", markersize=11, color=HEX[run.colour], markeredgecolor="none")
+        axes.annotate(str(run.number), place, color=HEX["card"], ha="center", va="center_baseline", fontsize=7,
                       weight="bold")
     return ("Domain gain against forgetting", "Per cent; up and to the left is better. Bands: good, warning, bad. "
             "Dashed: as good an overall score as the best run's.",
-            [(colour_of_run(i), f"{i + 1} {runs[i].name}") for i, _, _ in known])
+            [(run.colour, f"{run.number} {run.name}") for run in known])

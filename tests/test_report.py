@@ -253,7 +253,7 @@ def test_realised_mix_keeps_the_count_of_a_source_that_is_absent_from_a_line(tmp
              train(20, domain_share=0.2, sources={"stories": {"tokens": 900}})]
     run = report.read_run(write(tmp_path / "run", lines, stated=False))
     axes = Figure().add_subplot()
-    charts.chart_mix(axes, run)
+    charts.chart_mix(run, axes)
     domain = axes.collections[0].get_paths()[0].vertices
     top = {x: max(y for x_, y in domain if x_ == x) for x in (10, 20)}
     assert top == {10: pytest.approx(30.0), 20: pytest.approx(300 / 1200 * 100)}
@@ -331,7 +331,7 @@ def test_several_runs(tmp_path):
     assert "not evaluated under the same protocol" in shown.text
     runs = [report.read_run(tmp_path / name) for name in lines]
     axes = Figure().add_subplot()
-    charts.chart_gain_against_forgetting(axes, runs)
+    charts.chart_gain_against_forgetting(runs, axes)
     dots = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "o"]
     assert dots == [pytest.approx([4, 15]), pytest.approx([25, 40])]  # (forgetting, gain) in per cent; blind has none
 
@@ -364,10 +364,10 @@ def test_errors_are_one_line_with_a_remedy(tmp_path, monkeypatch, capsys):
     run = write(tmp_path / "run")
     cases = [
         ([tmp_path / "absent"], r"run folder '.*absent' does not exist: give the folder that train.py wrote.*"),
-        ([a_file], r"run folder '.*file' is a file, not a folder: give the folder.*"),
-        ([empty], r"no metrics.jsonl in '.*empty': give the folder.*"),
+        ([a_file], r"run folder '.*file' is no folder: give the folder.*"),
+        ([empty], r"run folder '.*empty' holds no metrics.jsonl: give the folder.*"),
         ([nothing], r"nothing to show: '.*metrics.jsonl' holds no training step and no evaluation yet; try again.*"),
-        ([run, "--out", tmp_path], r"--out '.*' is a folder: name a file, such as .*report.html"),
+        ([run, "--out", tmp_path], r".* is a folder; name a file in it"),
         ([run, "--oot", "x"], r"unknown option --oot; did you mean --out\?"),
         ([], r"name at least one RUN \(report.py --help .*"),
     ]

@@ -45,7 +45,7 @@ def test_what_a_budget_run_spent_and_lost(tmp_path, monkeypatch):
               for step, share in ((1, 0.5), (10, 0.6), (20, 0.5), (30, 0.4))]
     kept = {"seed": 0, "domain_bits_per_byte": 2.0, "general_bits_per_byte": 1.101, "replay_share": 0.4}
     monkeypatch.setattr(budget, "measure_run", lambda *a: (kept, lines))
-    got = budget.measure_loss("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path, {})
+    got = budget.measure_loss("fixed", [], 0, types.SimpleNamespace(epsilon=0.1), tmp_path)
     assert got["replay_shares"] == pytest.approx([0.6, 0.4, 0.2])
     assert got["rises"] == pytest.approx([0, 0.12, 0.05, 0.101])
     assert (got["evaluations_over"], got["evaluations"], got["replay_share"]) == (2, 3, 0.4)
@@ -60,7 +60,7 @@ def test_the_fixed_share_is_what_the_budget_spent(monkeypatch):
         return {"method": method, "replay_share": 0.37, "worst_rise": 0.1, "evaluations_over": 0, "evaluations": 3,
                 "last_rise": 0.1, "domain_bits_per_byte": 2.0}
     monkeypatch.setattr(budget, "measure_loss", measured)
-    budget.measure_pair(0, types.SimpleNamespace(epsilon=0.1), Path("out"), {})
+    budget.measure_pair(0, types.SimpleNamespace(epsilon=0.1), Path("out"))
     assert "budget" in asked[0]
     assert asked[1] == ["--data.domain-share", 0.63]
 

@@ -59,7 +59,7 @@ class FakeProcess:
     def __init__(self, side, seconds):
         result = {"losses": [1.0], "peak_bytes": 10 * len(side), "peer": "transformers 5", "matmul_flops_per_token": 1}
         self.stdin, self.stdout, self.seconds = io.StringIO(), self, list(seconds)
-        self.read = lambda: json.dumps(result)
+        self.communicate = lambda: (json.dumps(result), None)
 
     def readline(self):
         return f"{self.seconds.pop(0)}\n" if self.seconds else ""
