@@ -3,7 +3,8 @@
 `CASES` has the shapes of real models, for the compiler's figures and the timings on a GPU; `CPU_CASES` those of a small
 model, for the references, which are the product on a CPU.
 
-B sequences, T tokens, D model width, H heads, K key-value heads, d head size, F MLP width, E experts, V vocabulary.
+D model width, H heads, K key-value heads, d head size, E experts, V vocabulary; `width` and `out` are the last
+dimensions of what goes into a layer and of what comes out.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 from kernels.adamw import adamw_, init_state
 from kernels.attention import attention, interval_mask
@@ -19,7 +21,7 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.grouped_mm import grouped_mm
 from kernels.linear_kl import linear_kl
 from kernels.lora import lora_linear
-from kernels.nf4 import BLOCK, BLOCK2, LEVELS, NF4, dequantise, dynamic_levels, quantise
+from kernels.nf4 import BLOCK, BLOCK2, dequantise, quantise
 from kernels.rmsnorm import add_rmsnorm, rmsnorm
 from kernels.rope import qk_norm_rope, rope
 from kernels.swiglu import swiglu
@@ -31,17 +33,37 @@ class Case:
     name: str
     op: Callable
     inputs: Callable
-    """(device, dtype, tokens) -> the arguments of `op`; those that require a gradient are trained"""
+    """(device, dtype, tokens) -> the arguments of `op`; the tensors that require a gradient are trained."""
     cost: Callable
-    """tokens -> bytes (in bf16) that an ideal device moves in the forward and in the backward pass, and the
-    floating-point operations of the two"""
+    """tokens -> the bytes (in bf16) that an ideal device moves in the forward and in the backward pass, and the
+    floating-point operations of the two."""
     torch: Callable | None = None
-    """PyTorch's own op for the same result, with the same arguments"""
+    """PyTorch's own op for the same result, with the same arguments."""
     beside: tuple = ()
     """What else is timed on a GPU: `reference`, `compiled` (torch.compile of the reference), `compiled torch`.
     References that work in pieces of a CPU's cache need tens of thousands of launches there, and are left out."""
     one_shot: bool = False
-    """Gradients are kept for one backward pass, so that only forward and backward together can be timed."""
+    """The gradients last for one backward pass, so that only forward and backward together can be timed."""
+
+
+def differentiable(values) -> list:
+    """The tensors that require a gradient, among the inputs of an op or its outputs, in lists and tuples as well."""
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def run(op, inputs, upstream=None):
+    """Forward and backward of an op.
+
+    -> [differentiable outputs..., gradients of the inputs that require them], upstream gradients. Without `upstream`
+    they are random, the same in every run.
+    """
+    outputs, wanted = differentiable(op(*inputs)), differentiable(inputs)
+    if upstream is None:
+        upstream = [torch.empty_like(y) if y.is_meta else torch.randn(
+            y.shape, generator=torch.Generator(y.device).manual_seed(i), device=y.device, dtype=y.dtype)
+            for i, y in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, wanted, upstream) if wanted else ()
+    return [y.detach() for y in outputs] + list(gradients), upstream
 
 
 def random(device, dtype, *shape, scale=1.0, train=True) -> torch.Tensor:
@@ -156,35 +178,30 @@ def swiglu_case(width) -> Case:
 
 
 def lora_case(name, width, *outs, rank=16) -> Case:
-    """The arguments are x and, for each of `outs`, a weight, an A and a B, one after the other."""
-    def ours(x, *tensors):
-        count = len(outs)
-        return lora_linear(x, tensors[::3], [None] * count, tensors[1::3], tensors[2::3], [2.0] * count)
-
-    def own(x, *tensors):
-        return tuple(F.linear(x, w) + 2.0 * F.linear(F.linear(x, a), b)
-                     for w, a, b in zip(tensors[::3], tensors[1::3], tensors[2::3]))
-
+    """Layers of one input, from `width` to each of `outs`."""
     def inputs(device, dtype, tokens):
-        adapted = [(random(device, dtype, out, width, scale=width**-0.5, train=False),
-                    random(device, dtype, rank, width, scale=width**-0.5),
-                    random(device, dtype, out, rank, scale=rank**-0.5)) for out in outs]
-        return random(device, dtype, tokens, width), *(tensor for triple in adapted for tensor in triple)
+        weights = [random(device, dtype, out, width, scale=width**-0.5, train=False) for out in outs]
+        a = [random(device, dtype, rank, width, scale=width**-0.5) for _ in outs]
+        b = [random(device, dtype, out, rank, scale=rank**-0.5) for out in outs]
+        return random(device, dtype, tokens, width), weights, [None] * len(outs), a, b, [2.0] * len(outs)
+
+    def own(x, weights, biases, *adapters):
+        return [F.linear(x, w) + scale * F.linear(F.linear(x, a), b) for w, a, b, scale in zip(weights, *adapters)]
 
     def cost(tokens):
         weights, adapters = width * sum(outs), rank * (width * len(outs) + sum(outs))
         moved = tokens * (width + sum(outs) + rank * len(outs)) + weights + adapters
         return (2 * moved, 2 * (moved + tokens * width + adapters),
                 2 * tokens * (weights + adapters), 2 * tokens * (weights + 2 * adapters))
-    return Case(f"lora {name}", ours, inputs, cost, own, beside=("compiled torch",))
+    return Case(f"lora {name}", lora_linear, inputs, cost, own, beside=("compiled torch",))
 
 
 def grouped_mm_case(E, width, out, per_token=2) -> Case:
-    """Equal shares for all experts."""
+    """All experts get the same number of tokens."""
     def inputs(device, dtype, tokens):
         x = random(device, dtype, per_token * tokens, width)
         offsets = torch.arange(1, E + 1, dtype=torch.int32, device=device) * len(x) // E
-        return x, random(device, dtype, E, out, width, scale=width**-0.5), offsets.to(torch.int32)
+        return x, random(device, dtype, E, out, width, scale=width**-0.5), offsets
 
     def cost(tokens):
         moved, matmul = 2 * (per_token * tokens * (width + out) + E * width * out), 2 * per_token * tokens * width * out
@@ -195,28 +212,21 @@ def grouped_mm_case(E, width, out, per_token=2) -> Case:
 
 # ---- weights and their optimizer
 
-def dequantise_case(*shape) -> Case:
-    N = math.prod(shape)
+def quantise_case(out, width) -> Case:
+    return Case(f"nf4 quantise {out} x {width}", quantise,
+                lambda device, dtype, tokens: (random(device, dtype, out, width, train=False),),
+                lambda tokens: (out * width * 2 + out * width // 2 + out * width // BLOCK * 4, 0, 0, 0))
 
-    def inputs(device, dtype, tokens):
-        """A record of random codes: on the meta device the reference cannot quantise."""
-        blocks = -(-N // BLOCK)
-        packed, absmax = (torch.randint(0, 256, (n,), dtype=torch.uint8, device=device) for n in (-(-N // 2), blocks))
-        return NF4(packed, absmax, torch.tensor(LEVELS, device=device), torch.rand(-(-blocks // BLOCK2), device=device),
-                   dynamic_levels().to(device), torch.rand((), device=device), torch.Size(shape), torch.bfloat16), dtype
-    return Case(f"nf4 dequantise {' x '.join(map(str, shape))}", dequantise, inputs,
+
+def dequantise_case(out, width) -> Case:
+    N = out * width
+    return Case(f"nf4 dequantise {out} x {width}", dequantise,
+                lambda device, dtype, tokens: (quantise(random(device, dtype, out, width, train=False)), dtype),
                 lambda tokens: (N // 2 + N // BLOCK + N // BLOCK // BLOCK2 * 4 + 2 * N, 0, 0, 0))
 
 
-def quantise_case(*shape) -> Case:
-    N = math.prod(shape)
-    return Case(f"nf4 quantise {' x '.join(map(str, shape))}", quantise,
-                lambda device, dtype, tokens: (torch.randn(shape, device=device, dtype=dtype),),
-                lambda tokens: (2 * N + N // 2 + N // BLOCK * 4, 0, 0, 0))
-
-
 def adamw_case(name, dtype, kinds, bytes_per_parameter) -> Case:
-    """The tensors of one layer of Llama-3-8B. kinds: of the matrices' states and of the norms'."""
+    """The tensors of one layer of Llama-3-8B; `kinds` are those of the matrices' and of the norms' optimizer states."""
     shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336),
               (4096,), (4096,)]
     table = {}
@@ -254,7 +264,7 @@ CASES = {
               adamw_case("adamw int8", torch.float32, ("int8", "fp32"), 16.375),
               adamw_case("adamw int8+ecc", torch.bfloat16, ("int8+ecc", "fp32+ecc"), 12.375)],
     # The largest and the square weight of Llama-3-8B.
-    "nf4": [dequantise_case(4096, 14336), dequantise_case(4096, 4096), quantise_case(4096, 14336)],
+    "nf4": [quantise_case(4096, 14336), dequantise_case(4096, 14336), dequantise_case(4096, 4096)],
     # Mixtral-8x7B: into and out of the MLP of 14336, 8 experts, 2 of them for each token.
     "grouped_mm": [grouped_mm_case(8, 4096, 14336), grouped_mm_case(8, 14336, 4096)],
     # Llama-3-8B.

@@ -165,7 +165,6 @@ def test_the_readme_is_a_front_page():
 # What is tested by the file of what it belongs to.
 TESTED_ELSEWHERE = {
     "kernels.flash": "kernels/test_attention.py",
-    "measure.kernel_cases": "measure/test_compile_check.py",
 }
 FILES = [name for name in HOUSE if not name.startswith("experiments") and not (ROOT / name.replace(".", "/")).is_dir()]
 

@@ -5,7 +5,7 @@ import math
 import torch
 
 from kernels import backend
-from measure.compile_check import run
+from measure.kernel_cases import run
 
 
 def in_dtype(inputs, dtype):

@@ -14,7 +14,7 @@ from quick import slow_except
 
 from kernels import backend, flash
 from kernels.attention import attention, runs_flash
-from measure.compile_check import run
+from measure.kernel_cases import run
 
 pytestmark = pytest.mark.kernel
 module = importlib.import_module("kernels.attention")        # the package's own `attention` is the op

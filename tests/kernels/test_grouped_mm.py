@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import backend
 from kernels.grouped_mm import grouped_mm
-from measure import compile_check
+from measure import kernel_cases
 
 module = sys.modules["kernels.grouped_mm"]           # the package shows the op under this name
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("one_thread")]
@@ -63,20 +63,20 @@ def close(found, truth, terms):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_against_a_row_at_a_time(ends, name, dtype):
     given = inputs(ends, dtype=dtype)
-    truth, upstream = compile_check.run(naive, in_dtype(given, torch.float64))
+    truth, upstream = kernel_cases.run(naive, in_dtype(given, torch.float64))
     with backend.using(name):
-        found, _ = compile_check.run(grouped_mm, given, [u.to(dtype) for u in upstream])
+        found, _ = kernel_cases.run(grouped_mm, given, [u.to(dtype) for u in upstream])
     rounded = [u.to(dtype).double() for u in upstream]
-    truth, _ = compile_check.run(naive, in_dtype(given, torch.float64), rounded)
+    truth, _ = kernel_cases.run(naive, in_dtype(given, torch.float64), rounded)
     close(found, truth, 51)
 
 
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_against_torch(name):
     given = inputs([16, 16, 40, 48], 32, 16)
-    expected, upstream = compile_check.run(torch_grouped_mm, given)
+    expected, upstream = kernel_cases.run(torch_grouped_mm, given)
     with backend.using(name):
-        found, _ = compile_check.run(grouped_mm, given, upstream)
+        found, _ = kernel_cases.run(grouped_mm, given, upstream)
     close(found, [x.double() for x in expected], 48)
 
 
@@ -100,11 +100,11 @@ def test_strides_and_what_is_not_written_to(name):
     x, weight, offsets = inputs([3, 9, 20], 24, 16)
     plain = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_(), offsets
     with backend.using(name):
-        expected, _ = compile_check.run(grouped_mm, plain, [torch.ones(len(x), 16, device=DEVICE)])
+        expected, _ = kernel_cases.run(grouped_mm, plain, [torch.ones(len(x), 16, device=DEVICE)])
         wide = torch.cat([x, x], 1).detach()[:, :24].requires_grad_()
         turned = weight.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
         upstream = torch.ones(1, 1, device=DEVICE).expand(len(x), 16)
-        found, _ = compile_check.run(grouped_mm, (wide, turned, offsets), [upstream])
+        found, _ = kernel_cases.run(grouped_mm, (wide, turned, offsets), [upstream])
     close(found, [x.double() for x in expected], 24)
     assert torch.equal(wide, x)
     assert torch.equal(turned, weight)
@@ -114,7 +114,7 @@ def test_strides_and_what_is_not_written_to(name):
 @pytest.mark.parametrize("name", ["reference", "triton"])
 def test_no_rows_and_part_of_the_gradients(name):
     with backend.using(name):
-        for result in compile_check.run(grouped_mm, inputs([0, 0], 5, 4, rows=0))[0][1:]:
+        for result in kernel_cases.run(grouped_mm, inputs([0, 0], 5, 4, rows=0))[0][1:]:
             assert not result.any()
         x, weight, offsets = inputs([3, 7])
         with torch.no_grad():
@@ -127,8 +127,8 @@ def test_no_rows_and_part_of_the_gradients(name):
 def test_two_runs_agree():
     with backend.using("triton"):
         given = inputs([70, 70, 200], 40, 24)
-        first, upstream = compile_check.run(grouped_mm, given)
-        second, _ = compile_check.run(grouped_mm, given, upstream)
+        first, upstream = kernel_cases.run(grouped_mm, given)
+        second, _ = kernel_cases.run(grouped_mm, given, upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -142,9 +142,9 @@ def test_nothing_outside_is_read(monkeypatch):
         around[20000:-20000] = given.detach().flatten()
         return around[20000:-20000].view(given.shape)
     with backend.using("triton"):
-        expected, _ = compile_check.run(grouped_mm, (x, weight, offsets), upstream)
+        expected, _ = kernel_cases.run(grouped_mm, (x, weight, offsets), upstream)
         inside = guarded(x).requires_grad_(), guarded(weight).requires_grad_(), offsets
-        found, _ = compile_check.run(grouped_mm, inside, [guarded(upstream[0])])
+        found, _ = kernel_cases.run(grouped_mm, inside, [guarded(upstream[0])])
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
@@ -152,9 +152,9 @@ def test_nothing_outside_is_read(monkeypatch):
 def test_under_compile():
     given = inputs([3, 3, 17])
     with backend.using("triton"):
-        expected, upstream = compile_check.run(grouped_mm, given)
+        expected, upstream = kernel_cases.run(grouped_mm, given)
         compiled = torch.compile(grouped_mm, fullgraph=True, backend="aot_eager")
-        found, _ = compile_check.run(compiled, given, upstream)
+        found, _ = kernel_cases.run(compiled, given, upstream)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 

@@ -1,4 +1,4 @@
-"""Kernels with one fault each that the static check must find; test_compile_check.py compiles them in a process of its
+"""Kernels with one fault each that the static check must find; test_kernel_cases.py compiles them in a process of its
 own and prints {name: {architecture: faults}}, for the architectures that its arguments name."""
 
 import json
@@ -7,7 +7,7 @@ import sys
 import torch
 
 from kernels.backend import jit, launch, sending_to, tl, using
-from measure import compile_check
+from measure import bench_kernels
 
 
 @jit
@@ -75,8 +75,8 @@ if __name__ == "__main__":
     found = {}
     for name, broken in BROKEN.items():
         for architecture in map(int, sys.argv[1:]):
-            compiler = compile_check.Compiler(architecture)
+            compiler = bench_kernels.Compiler(architecture)
             with using("triton"), sending_to(compiler):
                 broken()
-            found.setdefault(name, {})[architecture] = [f for row in compiler.rows for f in compile_check.faults(row)]
+            found.setdefault(name, {})[architecture] = [f for row in compiler.rows for f in bench_kernels.faults(row)]
     print(json.dumps(found))

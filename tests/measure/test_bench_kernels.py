@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from measure import bench_kernels, compile_check
+from measure import bench_kernels
 from measure.bench_kernels import KernelOptions
 from measure.kernel_cases import CPU_CASES, Case
 
@@ -17,7 +17,7 @@ def test_the_benchmark_without_a_gpu_writes_the_promised_rows(monkeypatch):
              "shared_bytes": 9, "occupancy": 0.5, "wide_loads": 1, "narrow_loads": 0, "tensor_core": 0, "wgmma": 0,
              "fp64": 0}
             for c, r in (("one", 20), ("two", 30))]
-    monkeypatch.setattr(compile_check, "compile_all", lambda names: made)
+    monkeypatch.setattr(bench_kernels, "compile_all", lambda names: made)
     rows = bench_kernels.static_rows(("m",))
     assert [(r["name"], r["arch"], r["registers"], r["spill_bytes"], r["shared_bytes"]) for r in rows] == [
         ("m.k", "sm_80", 30, 0, 9)]
@@ -71,12 +71,12 @@ def test_a_timed_row_names_the_share_of_the_limit_and_who_failed(monkeypatch):
     limits = {"copy_gb_per_second": 2.0, "bf16_tflops": 1.0}
     forward, backward = bench_kernels.time_case(case, 5, limits)
     assert (forward["pass"], backward["pass"]) == ("forward", "backward")
-    # three rounds over three providers in turn: the first is timed as 1, 4 and 7 ms, then as 10, 13 and 16
-    assert forward["ms"] == {"triton": 4.0, "reference": 5.0, "compiled": 6.0}
+    # three rounds over three providers, the second in reverse order: 1, 6 and 7 ms for the first, then 10, 15 and 16
+    assert forward["ms"] == {"triton": 6.0, "reference": 5.0, "compiled": 4.0}
     assert forward["floor_ms"] == pytest.approx(2.0)
-    assert forward["share"] == pytest.approx(2.0 / 4.0)
-    assert backward["ms"]["triton"] == 13.0
-    assert backward["share"] == pytest.approx(4.0 / 13.0)
+    assert forward["share"] == pytest.approx(2.0 / 6.0)
+    assert backward["ms"]["triton"] == 15.0
+    assert backward["share"] == pytest.approx(4.0 / 15.0)
     assert forward["failed"] == {"torch": "RuntimeError: no such kernel"}
     in_place, = bench_kernels.time_case(Case("in place", lambda x: None, lambda *given: (torch.ones(3),),
                                       lambda n: (1, 0, 0, 0)), 5, limits)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from measure import compile_check
+from measure import bench_kernels
 from measure.kernel_cases import CASES
 
 ROOT = Path(__file__).parents[2]
 COMPILE = """
 import json, sys
-from measure.compile_check import compile_all
+from measure.bench_kernels import compile_all
 print(json.dumps(compile_all(**json.loads(sys.argv[1]))))
 """
 pytest.importorskip("triton", reason="Triton comes for Linux only")
@@ -42,7 +42,7 @@ def compiled():
 
 def assert_sound(rows):
     bad = [f"{row['module']}.{row['kernel']} ({row['case']}, {row['arch']}): {fault}"
-           for row in rows for fault in compile_check.faults(row)]
+           for row in rows for fault in bench_kernels.faults(row)]
     assert not bad, "\n".join(bad)
 
 
@@ -56,7 +56,7 @@ def test_two_kernels_compile_for_a_card_without_a_fault():
 def test_every_kernel_compiles_for_every_card_without_a_fault(compiled):
     assert_sound(compiled)
     written = {(name, kernel) for name in CASES for kernel in kernels_of(name)}
-    for architecture in compile_check.ARCHITECTURES:
+    for architecture in bench_kernels.ARCHITECTURES:
         assert {(r["module"], r["kernel"]) for r in compiled if r["arch"] == f"sm_{architecture}"} >= written
 
 
