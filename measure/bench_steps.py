@@ -38,7 +38,7 @@ from learn.objectives import Causal
 from learn.optim import LossScale, OptimConfig, make_optimizer
 from measure.bench_kernels import device_limits
 from measure.bench_rows import ROOT, rate_row, row, take_turns, time_call
-from measure.compile_check import run as run_both_passes
+from measure.kernel_cases import run as run_both_passes
 from model import Model, ModelConfig, matmul_flops_per_token
 from stages.build import Run, TrainSection
 
