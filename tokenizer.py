@@ -26,7 +26,6 @@ from text.corpus import read_documents
 from text.extend_vocabulary import Learning, NewRows, Report, add, extend, report_command, resize
 from text.train_vocabulary import Compare, Train, compare_command, train, train_command
 from text.vocabulary import load
-from text.vocabulary_files import BaseTokenizer
 
 __all__ = ["load", "train"]
 
@@ -105,10 +104,8 @@ def add_command(options: Add) -> dict:
 
 
 def write_change(options: Change, change) -> dict[int, str]:
-    """Write the tokenizer that `change` makes to --out, alone or with the model's weights; return {new id: token}.
-
-    change(base, folder): `extend` or `add`. A wrong option or base is said before it reads any text.
-    """
+    """Write to --out what change(base, folder), `extend` or `add`, makes of the tokenizer, alone or with the model's
+    weights; return {new id: token}. A wrong option or base is said before any text is read."""
     out, overwrite = options.output.out, options.output.overwrite
     if (options.model is None) == (options.tokenizer is None):
         raise UserError("give one of --model and --tokenizer: a model folder, or a tokenizer alone")
@@ -129,14 +126,12 @@ def write_change(options: Change, change) -> dict[int, str]:
 
 def save_model(base, tokenizer_folder, parts: dict[int, list[int]], out, rows: NewRows) -> None:
     """Write the base's weights, with rows for the tokenizer in `tokenizer_folder`, as the complete model folder `out`.
-
-    parts: {new id: the old ids it stands for}. The row of a new padding token is zero.
-    """
+    parts: {new id: the old ids it stands for}. The row of a new padding token is zero."""
     base = hf.open_base(base)
     model, new = hf.load(base, base.dtype), load(tokenizer_folder)
     size = model.config.vocab_size
     card = f"No training yet: {len(parts)} tokens were added to the vocabulary of {size}, rows by `{rows.init}`."
-    resize(model, BaseTokenizer(base.folder).tokenizer, new.vocab_size, parts, rows, new.pad_id)
+    resize(model, load(base.folder), new.vocab_size, parts, rows, new.pad_id)
     hf.save(model, out, base=base, tokenizer=tokenizer_folder, card=card, pad_id=new.pad_id)
 
 

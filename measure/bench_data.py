@@ -151,7 +151,7 @@ def bench_packing(path, source, texts, folder, rounds) -> list:
     def datatrove():
         from datatrove.pipeline.tokens import DocumentTokenizer
         step = DocumentTokenizer(tempfile.mkdtemp(dir=folder), str(folder / "twin.json"), shuffle_documents=False,
-                                 eos_token=tokenizer.id_to_token(tokenizer.eos_id))
+                                 eos_token=tokenizer.tokens[tokenizer.eos_id])
         return run_datatrove(folder, step, source=source)["tokens"].total
 
     def time_datasets(processes) -> float:

@@ -52,8 +52,8 @@ def test_train_and_encode(tmp_path, command):
     assert f"bpe tokenizer with {ours.vocab_size} ids of 9999: the text gave no more" in stdout
     ids = ours.encode("the")
     assert command(f"encode --tokenizer {tmp_path}/t the --json {tmp_path}/e.json")[:2] == (
-        0, " ".join(map(str, ids)) + "\n" + " ".join(repr(ours.id_to_token(i)) for i in ids) + "\n")
-    assert json.loads((tmp_path / "e.json").read_text()) == {"ids": ids, "tokens": [ours.id_to_token(i) for i in ids]}
+        0, " ".join(map(str, ids)) + "\n" + " ".join(repr(ours.tokens[i]) for i in ids) + "\n")
+    assert json.loads((tmp_path / "e.json").read_text()) == {"ids": ids, "tokens": [ours.tokens[i] for i in ids]}
     for line, message in ((f"encode --tokenizer {tmp_path}/no x", "does not exist"),
                           (f"train --out x --vocab-size 300 {tmp_path}/no.txt", "no.txt"),
                           (f"train --out {tmp_path}/t --vocab-size 300 {tmp_path}/a.txt", "holds a tokenizer already")):

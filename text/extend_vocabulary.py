@@ -40,8 +40,7 @@ MAX_BYTES, MAX_CHARACTERS = 32, 16
 SP_PIECE = regex.compile(r"▁?(?:\p{Latin}+|\p{Cyrillic}+|\p{Greek}+|[\p{L}\p{M}--\p{Latin}--\p{Cyrillic}--\p{Greek}]+"
                          r"|[^\p{L}\p{M}\p{N}▁\s]+)", regex.V1)
 SP_UNIT = regex.compile(f"{SP_PIECE.pattern}|▁+|.", regex.V1 | regex.DOTALL)
-# The least saving of tokens that pays for a new vocabulary, and how often a new row must be seen to count as trained:
-# judgements (references/data.md 6.4)
+# Judgements: the least saving of tokens that pays for a new vocabulary, and how often a trained row has been seen
 WORTH_IT, TIMES_SEEN = 0.15, 100
 
 
@@ -125,12 +124,9 @@ def may_become_token(base: BaseTokenizer, token: str) -> bool:
 
 def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_become, new_tokens: int,
                  min_count: int) -> list[tuple[int, int]]:
-    """Learn merges; return the pairs of ids that become the ids len(tokens), len(tokens) + 1, ...
-
-    Each is the most frequent adjacent pair within a word, and among equals the one with the lowest ids; the last ones
-    may be missing, where no pair occurs `min_count` times. `tokens` and `joinable` grow by the new ones.
-    words: {ids: count}. may_become: (string) -> whether it may become a token.
-    """
+    """Learn merges; return the pairs of ids that become the ids len(tokens), len(tokens) + 1, ...: each time the most
+    frequent adjacent pair within a word, and among equals the one with the lowest ids, while one occurs `min_count`
+    times. `tokens` and `joinable` grow too. words: {ids: count}. may_become: (string) -> whether it may be a token."""
     known = set(filter(None, tokens))
     # A word is a string with a character per id, so that str.replace joins a pair, from the left, as BPE does.
     lists, weights = ["".join(map(chr, word)) for word in words], list(words.values())
@@ -174,9 +170,7 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
 
 def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[int, tuple[int, ...]]:
     """Write the tokenizer at `path`, continued on `texts`, into `folder`; -> {new id: the old ids that it joins}.
-
-    UserError if the tokenizer cannot be continued or the texts hold no pair that occurs `min_count` times.
-    """
+    UserError if the tokenizer cannot be continued or the texts hold no pair that occurs `min_count` times."""
     base, parts = BaseTokenizer(path), {}
     tokens, joinable, words = list(base.tokenizer.tokens), list(base.joinable), count_words(base, texts)
     merges = continue_bpe(words, tokens, joinable, partial(may_become_token, base), new_tokens, min_count)
@@ -191,12 +185,10 @@ def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[in
 
 def add(path, terms: list[str], folder, special: bool = False, pad: str | None = None) -> dict[int, list[int]]:
     """Give `terms`, and the padding token `pad`, one id each behind all others; -> {new id: the old ids of its text}.
-
-    special: the terms are control tokens, as `pad` always is. Only tokenizer.json is written into `folder`: it alone
-    can say how an added token is found, which is as it is spelt, anywhere in the text, before anything else, and so
-    even inside words. A SentencePiece base sees the text behind a term as a new beginning and puts its prefix space
-    there, as transformers does.
-    """
+    special: the terms are control tokens, as `pad` always is.
+    Only tokenizer.json is written into `folder`: it alone can say how an added token is found, which is as it is spelt,
+    anywhere in the text, before anything else, and so even inside words. A SentencePiece base sees the text behind a
+    term as a new beginning and puts its prefix space there, as transformers does."""
     base = BaseTokenizer(path)
     old, wanted = base.tokenizer, terms if pad is None else [*terms, pad]
     if pad is not None and old.pad_id is not None:
@@ -236,10 +228,8 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
 def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], new_rows: NewRows,
            zero_id: int | None = None) -> None:
     """Grow the embedding and the head, [V, D] each (one parameter if they are tied), to `vocab_size` rows, in place.
-
     old: the base's tokenizer. Rows of its ids keep their bits; rows that a base has beyond them count as free.
-    parts: {new id: the old ids it stands for}. zero_id: an id whose row is zero whatever new_rows.init says (padding).
-    """
+    parts: {new id: the old ids it stands for}. zero_id: an id whose row is zero whatever new_rows.init says."""
     config = model.config
     if config.vocab_size < old.vocab_size:
         raise UserError(f"the model has {config.vocab_size} rows, but its tokenizer {old.vocab_size} ids; the two "
@@ -260,13 +250,11 @@ def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], 
 
 
 def _choose_row_rule(rows: torch.Tensor, init: str, spread: float, generator: torch.Generator):
-    """A function (mean of the parts' rows [D]) -> new row [D], in fp32. rows: the old ones [V, D]. spread: the standard
-    deviation of random rows."""
+    """A rule: mean of parts' rows [D] -> new row [D], fp32. rows: the old [V, D]. spread: deviation of random ones."""
     mean, width = rows.mean(0), rows.shape[1]
     if init == "subtoken_norm":
-        # A mean has a smaller norm than the rows it is made of. But in the head a row of full norm predicts its token
-        # too confidently before any training: stories260K with 200 new tokens has 6.0 bits per byte on legal text, and
-        # 4.0 with "subtoken".
+        # A mean has a smaller norm than its rows, but in the head a row of full norm predicts its token too confidently
+        # at first: stories260K with 200 new tokens has 6.0 bits per byte on legal text, and 4.0 with "subtoken".
         norm = rows.norm(dim=1).median()
         return lambda part_mean: part_mean * norm / part_mean.norm().clamp(min=1e-12)
     if init == "covariance":
@@ -278,8 +266,6 @@ def _choose_row_rule(rows: torch.Tensor, init: str, spread: float, generator: to
     return {"subtoken": lambda part_mean: part_mean, "mean": lambda _: mean, "zero": lambda _: torch.zeros_like(mean),
             "random": lambda _: torch.randn(width, generator=generator) * spread}[init]
 
-
-# ---- whether an extension is worth it
 
 def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> dict:
     """Lengths of `texts` under both tokenizers, and how often each new id occurs ("counts", int64 [new ids])."""
@@ -300,12 +286,9 @@ def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> di
 
 def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], corpus_tokens: int) -> dict:
     """Lengths before and after for each of `texts` (one is "domain"), and whether to extend, with the reason.
-
-    corpus_tokens: tokens (of the base) that there are to train on. In the result, break_even_tokens are the domain
-    tokens (of the base) in which the median new token occurs TIMES_SEEN times; largest_possible_change holds if every
-    word that the tokenizer's own pattern cuts (in SentencePiece: every run of letters of one script, or of punctuation)
-    were one token.
-    """
+    corpus_tokens: tokens (of the base) that there are to train on. break_even_tokens: those domain tokens (of the base)
+    in which the median new token occurs TIMES_SEEN times. largest_possible_change: if every word that the tokenizer's
+    own pattern cuts (in SentencePiece: every run of letters of one script, or of punctuation) were one token."""
     rows = {name: measure_lengths(base, new, documents) for name, documents in texts.items()}
     domain, counts = rows["domain"], {name: row.pop("counts") for name, row in rows.items()}["domain"]
     rate = float(np.median(counts)) / domain["tokens_before"] if len(counts) else 0.0
@@ -332,8 +315,7 @@ def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], cor
 def report_command(options: Report) -> dict:
     base, wanted = BaseTokenizer(options.tokenizer), options.learning
     files = {"domain": options.domain, "general": options.general, "code": options.code}
-    texts = {name: list(read_documents(some, options.reading)) for name, some in files.items()
-             if some or name == "domain"}
+    texts = {key: list(read_documents(some, options.reading)) for key, some in files.items() if some or key == "domain"}
     corpus_tokens = options.corpus_tokens or sum(map(len, base.tokenizer.encode_batch(texts["domain"])))
     if options.extended:
         new = load(options.extended)

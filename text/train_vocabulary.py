@@ -83,17 +83,16 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokeniz
     kind: "bpe": bytes, split by Llama 3's pattern; any text survives encoding and decoding. "unigram": SentencePiece's
         without normalisation; unseen characters become bytes, and only a ▁ of the text itself is lost. "wordpiece":
         BERT's, cased; spacing and unseen characters are lost.
-    vocab_size: ids, with the special tokens (the first ones) and bytes; there may be fewer if the text is short
-    """
+    vocab_size: ids, with the special tokens (the first ones) and bytes; there may be fewer if the text is short"""
     out = Path(out_dir)
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a model, whose tokenizer would be overwritten; choose another folder for --out")
-    texts = itertools.chain.from_iterable(map(cut_for_counting, texts))
-    first, specials = next(texts, None), UNKNOWN[kind] | SPECIALS
+    parts, specials = itertools.chain.from_iterable(map(cut_for_counting, texts)), UNKNOWN[kind] | SPECIALS
+    first = next(parts, None)
     if first is None:
         raise UserError("there is no text to train a tokenizer on: the files are empty")
     train_kind = {"bpe": _train_bpe, "unigram": _train_unigram, "wordpiece": _train_wordpiece}[kind]
-    trained = train_kind(itertools.chain([first], texts), vocab_size, specials)
+    trained = train_kind(itertools.chain([first], parts), vocab_size, specials)
     put_bos_first(trained, specials["bos"])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
               "clean_up_tokenization_spaces": False, **{f"{role}_token": token for role, token in specials.items()}}
@@ -110,11 +109,8 @@ def put_bos_first(backend: tokenizers.Tokenizer, bos: str) -> None:
 
 
 def cut_for_counting(text: str) -> Iterator[str]:
-    """Cut `text`, without loss, into parts of at most 100,000 characters and words of at most 1,000.
-
-    `tokenizers` takes 170 bytes of memory per character of a part, and a merge takes time in the length of a word: one
-    of a million letters would take hours.
-    """
+    """Cut `text`, without loss, into parts of at most 100,000 characters and words of at most 1,000: `tokenizers` takes
+    170 bytes of memory per character of a part, and one word of a million letters would take hours to merge."""
     text = replace_surrogates(text)
     for k in range(0, len(text), 100_000):
         piece = text[k:k + 100_000]
@@ -183,9 +179,9 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int, specials: dict) -> t
     letters = sorted(set(backend.normalizer.normalize_str("".join(sorted(set().union(*texts, ascii_letters))))))
     inner = ["##" + c for c in letters if len(backend.pre_tokenizer.pre_tokenize_str(f"a{c}a")) == 1]
     _check_size(vocab_size, "letters of the text and special tokens", len(letters) + len(inner) + len(specials))
+    special_tokens = [*specials.values(), *inner]
     backend.train_from_iterator(texts, trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*specials.values(), *inner], initial_alphabet=letters,
-        show_progress=False))
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=letters, show_progress=False))
     description = json.loads(backend.to_str())
     description["added_tokens"] = [t for t in description["added_tokens"] if t["content"] in specials.values()]
     return tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -196,20 +192,28 @@ def _check_size(vocab_size: int, what: str, needed: int) -> None:
         raise UserError(f"vocabulary of {vocab_size} is too small: {what} alone need {needed}; ask for more")
 
 
-# ---- the three kinds on the same text
-
 def compare_command(options: Compare) -> list[dict]:
     learn, held_out = hold_out(list(read_documents(options.files, options.reading)))
-    rows = compare_kinds(learn, held_out, options.vocab_size, options.bits_per_byte, options.seeds)
-    with_bits = "bits_per_byte" in rows[0]
+    megabytes, available = options.bits_per_byte, count_text(learn)[0] / 1e6
+    if megabytes > MOST_EPOCHS * available:
+        raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {available:.3g}; "
+                        f"ask for less --bits-per-byte, or give more text")
+    with tempfile.TemporaryDirectory() as home:
+        rows = [measure_kind(kind, learn, held_out, options.vocab_size, Path(home, kind)) for kind in get_args(Kind)]
+        # A model takes minutes: none is trained before every tokenizer has succeeded.
+        for row in rows if megabytes else []:
+            row["bits_per_byte"] = bits = []
+            for seed in range(options.seeds):
+                bits.append(measure_small_model(Path(home, row["kind"]), learn, held_out, megabytes, seed))
+                print(f"{row['kind']}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
     print(f"{'kind':10} {'ids':>6} {'tokens/byte':>11} {'tokens/word':>11} {'exact':>7} {'covered':>7} {'unknown':>7} "
-          f"{'train s':>8} {'MB/s':>6}" + "   bits/byte (seeds)" * with_bits)
+          f"{'train s':>8} {'MB/s':>6}" + "   bits/byte (seeds)" * bool(megabytes))
     for row in rows:
         bits = row.get("bits_per_byte")
         print("{kind:10} {ids:6} {tokens_per_byte:11.4f} {tokens_per_word:11.3f} {exact:7.1%} {covered:7.1%} "
               "{unknown:7.2%} {train_seconds:8.1f} {encode_mb_per_second:6.1f}".format(**row)
               + (f"   {np.mean(bits):.4f} ({min(bits):.4f} to {max(bits):.4f})" if bits else ""))
-    if with_bits and rows[-1]["exact"] < 1:
+    if megabytes and rows[-1]["exact"] < 1:
         print("bits per byte: white space and unknown characters, which wordpiece drops, cost it nothing")
     return rows
 
@@ -226,52 +230,30 @@ def count_text(texts: list[str]) -> tuple[int, int]:
     return sum(len(utf8(text)) for text in texts), sum(len(text.split()) for text in texts)
 
 
-def compare_kinds(learn: list[str], held_out: list[str], vocab_size: int, megabytes=0.0, seeds=1) -> list[dict]:
-    """Train each kind of tokenizer on `learn` and measure it on `held_out`; one dict per kind.
-
-    It holds ids; tokens_per_byte; tokens_per_word; exact and covered, the share of bytes in documents that decoding
-    gives back, with their white space and without; unknown, a share of tokens; train_seconds; encode_mb_per_second;
-    and, if `megabytes` are asked for, bits_per_byte of a small model for each seed (measure_small_model).
-    """
+def measure_kind(kind: Kind, learn: list[str], held_out: list[str], vocab_size: int, folder: Path) -> dict:
+    """Train a tokenizer on `learn` into `folder`, and measure it on `held_out`. exact, covered: the share of bytes in
+    documents that decoding gives back, with their white space and without. unknown: a share of tokens."""
     size, words = count_text(held_out)
     if not words:
         raise UserError("every tenth document is held out, and there is not a word in those")
-    if megabytes > MOST_EPOCHS * (available := count_text(learn)[0] / 1e6):
-        raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {available:.3g}; "
-                        f"ask for less --bits-per-byte, or give more text")
-    rows = []
-    with tempfile.TemporaryDirectory() as home:
-        for kind in get_args(Kind):
-            start = time.perf_counter()
-            tokenizer = train(iter(learn), kind, vocab_size, Path(home, kind))
-            trained = time.perf_counter()
-            ids = tokenizer.encode_batch(held_out)
-            encoded = time.perf_counter()
-            n = sum(map(len, ids))
-            exact = covered = 0
-            for text, i in zip(map(replace_surrogates, held_out), ids):
-                decoded = tokenizer.decode(i)
-                exact += len(text.encode()) * (decoded == text)
-                covered += len(text.encode()) * ("".join(decoded.split()) == "".join(text.split()))
-            unknown = sum(int((i == tokenizer.unk_id).sum()) for i in ids)
-            rows.append({"kind": kind, "ids": tokenizer.vocab_size, "tokens_per_byte": n / size,
-                         "tokens_per_word": n / words, "exact": exact / size, "covered": covered / size,
-                         "unknown": unknown / n, "train_seconds": trained - start,
-                         "encode_mb_per_second": size / 1e6 / (encoded - trained)})
-        # A model takes minutes: none is trained before every tokenizer has succeeded.
-        for row in rows if megabytes else []:
-            row["bits_per_byte"] = bits = []
-            for seed in range(seeds):
-                bits.append(measure_small_model(Path(home, row["kind"]), learn, held_out, megabytes, seed))
-                print(f"{row['kind']}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
-    return rows
+    start = time.perf_counter()
+    tokenizer = train(iter(learn), kind, vocab_size, folder)
+    trained = time.perf_counter()
+    ids = tokenizer.encode_batch(held_out)
+    encoded = time.perf_counter()
+    n, unknown = sum(map(len, ids)), sum(int((i == tokenizer.unk_id).sum()) for i in ids)
+    exact = covered = 0
+    for text, decoded in zip(map(replace_surrogates, held_out), map(tokenizer.decode, ids)):
+        exact += len(text.encode()) * (decoded == text)
+        covered += len(text.encode()) * ("".join(decoded.split()) == "".join(text.split()))
+    return {"kind": kind, "ids": tokenizer.vocab_size, "tokens_per_byte": n / size, "tokens_per_word": n / words,
+            "exact": exact / size, "covered": covered / size, "unknown": unknown / n,
+            "train_seconds": trained - start, "encode_mb_per_second": size / 1e6 / (encoded - trained)}
 
 
 def measure_small_model(tokenizer, learn: list[str], held_out: list[str], megabytes: float, seed: int) -> float:
-    """Bits per byte on `held_out` of a model of 4 layers and width 128, which train.py trains from scratch.
-
-    It reads `megabytes` of `learn`: the same bytes, not the same tokens, whatever the tokenizer.
-    """
+    """Bits per byte on `held_out` of a model of 4 layers and width 128, trained from scratch by train.py on `megabytes`
+    of `learn`: the same bytes, not the same tokens, whatever the tokenizer."""
     with tempfile.TemporaryDirectory() as home:
         total = pack(iter(learn), load(tokenizer), Path(home, "shards"), heldout=0)["splits"]["train"]
         steps = max(1, round(megabytes * 1e6 * total["tokens"] / total["bytes"] / (16 * 256)))

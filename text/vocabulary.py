@@ -34,7 +34,7 @@ from core.errors import UserError
 from core.files import read_json
 from text.corpus import utf8
 
-ROLES = ("bos", "eos", "pad", "unk", "mask")
+ROLES = ("bos", "eos", "pad", "unk", "mask")        # SentencePiece knows the first four
 
 # The split pattern and the special tokens, which the ranks file does not hold: llama-models, models/llama3/tokenizer.py
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -47,8 +47,6 @@ LLAMA3_SPECIALS = {token: LLAMA3_BASE + i for i, token in enumerate([
 
 # GPT-2's published pattern as tiktoken writes it: possessive, and with single white-space characters at the end
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-# The tokenizer classes of transformers (with or without "Fast") that split text by GPT-2's pattern
-GPT2_CLASSES = ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer")
 
 # Byte-level vocabularies write each byte as one letter: printable characters of Latin-1 stand for themselves, and the
 # characters from U+0100 on for the other bytes, in order. The space, 0x20, becomes "Ġ" (U+0120).
@@ -79,23 +77,21 @@ class Tokenizer:
     add_bos: whether the model was trained with BOS before each document
     special_ids: sorted ids of the control tokens and of the five above; no objective masks them or draws them at random
     tokens: the string of each id as the package spells it (bytes in GPT-2's letters), or None for an unused id
-    vocab: the same the other way, {token: id}
-    """
+    vocab: the same the other way, {token: id}"""
 
     def __init__(self, backend, folder: Path, kind: str, vocab: dict[str, int], control, defaults: dict):
         """control: ids of control tokens. defaults: {role: token} for the roles that no file in `folder` names."""
         library = type(backend).__module__.partition(".")[0]
         self.backend, self.kind, self.library = backend, kind, f"{library} {version(library)}"
         self.vocab, self.vocab_size = vocab, max(vocab.values()) + 1
-        self.tokens: list[str | None] = [None] * self.vocab_size
-        for token, i in vocab.items():
-            self.tokens[i] = token
+        by_id = {i: token for token, i in vocab.items()}
+        self.tokens: list[str | None] = [by_id.get(i) for i in range(self.vocab_size)]
         roles = [self._find_role(role, folder, vocab.get(defaults.get(role))) for role in ROLES]
         self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id = roles
         config = read_settings(folder / "tokenizer_config.json")
         # Llama's models were trained with BOS and GPT-2 without it; a tokenizer.json may put it before each text.
-        add_bos = (kind in ("sentencepiece", "tiktoken")
-                   or config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+        add_bos = (is_llama or kind in ("sentencepiece", "tiktoken")
                    or (kind == "tokenizers" and backend.encode("a").ids[:1] == [self.bos_id]))
         named = config.get("add_bos_token")
         self.add_bos = self.bos_id is not None and bool(add_bos if named is None else named)
@@ -129,26 +125,20 @@ class Tokenizer:
             if wanted and i is None:
                 raise UserError(f"this {self.kind} tokenizer has no {role.upper()} token; "
                                 f"name one as {role}_token in tokenizer_config.json beside it")
-        return [self.bos_id] * bos + self._encode(replace_surrogates(text)) + [self.eos_id] * eos
+        return [self.bos_id] * bos + self.encode_batch([text])[0].tolist() + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids that `encode` gives for each text, in order, as read-only uint32 arrays. Uses all cores."""
         return self._encode_batch([replace_surrogates(text) for text in texts]) if texts else []
 
     def decode(self, ids) -> str:
-        """The text of `ids` (list, array or tensor), with U+FFFD for an incomplete character.
-
-        Control tokens appear by name; SentencePiece leaves them out. UserError for an id that the tokenizer lacks.
-        """
+        """The text of `ids` (list, array or tensor), with U+FFFD for an incomplete character. Control tokens appear by
+        name; SentencePiece leaves them out. UserError for an id that the tokenizer lacks."""
         ids = [int(i) for i in ids]
         for i in ids:
-            self.id_to_token(i)
+            if not 0 <= i < self.vocab_size or self.tokens[i] is None:
+                raise UserError(f"id {i} is not in the tokenizer, which has ids from 0 to {self.vocab_size - 1}")
         return self._decode(ids)
-
-    def id_to_token(self, i: int) -> str:
-        if not 0 <= i < self.vocab_size or self.tokens[i] is None:
-            raise UserError(f"id {i} is not in the tokenizer, which has ids from 0 to {self.vocab_size - 1}")
-        return self.tokens[i]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -165,9 +155,6 @@ class HuggingFaceTokenizer(Tokenizer):
         defaults = {"unk": getattr(backend.model, "unk_token", None)} | (defaults or {})
         super().__init__(backend, folder, kind, backend.get_vocab(with_added_tokens=True), control, defaults)
 
-    def _encode(self, text):
-        return self.backend.encode(text, add_special_tokens=False).ids
-
     def _encode_batch(self, texts):
         return [np.array(e.ids, np.uint32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -181,14 +168,12 @@ class SentencePieceTokenizer(Tokenizer):
         vocab = {backend.id_to_piece(i): i for i in pieces}
         added = _read_added_tokens(folder, vocab)
         control = [i for i in pieces if backend.is_control(i) or backend.is_unknown(i)]
-        ids = {"bos": backend.bos_id(), "eos": backend.eos_id(), "pad": backend.pad_id(), "unk": backend.unk_id()}
-        defaults = {role: backend.id_to_piece(i) for role, i in ids.items() if i >= 0}
+        defaults = {role: backend.id_to_piece(i) for role in ROLES[:4] if (i := getattr(backend, f"{role}_id")()) >= 0}
         super().__init__(backend, folder, "sentencepiece", vocab | added, [*control, *added.values()], defaults)
 
-    def _encode(self, text):
-        return self.backend.encode(text)
-
     def _encode_batch(self, texts):
+        if len(texts) == 1:
+            return [np.array(self.backend.encode(texts[0]), np.uint32)]
         return [ids.view(np.uint32) for ids in self.backend.encode(texts, out_type="numpy", num_threads=_count_cores())]
 
     def _decode(self, ids):
@@ -206,10 +191,9 @@ class TiktokenTokenizer(Tokenizer):
         backend = tiktoken.Encoding(kind, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         super().__init__(backend, folder, kind, vocab, control.values(), defaults)
 
-    def _encode(self, text):
-        return self._to_array(text).tolist()
-
     def _encode_batch(self, texts):
+        if len(texts) == 1:
+            return [self._to_array(texts[0])]
         # Several texts make one task: a task of its own costs more than encoding one line.
         step = max(1, len(texts) // (16 * _count_cores()))
         tasks = (texts[k:k + step] for k in range(0, len(texts), step))
@@ -222,11 +206,9 @@ class TiktokenTokenizer(Tokenizer):
         return encode(text) if len(text) < 500_000 else np.concatenate([*map(encode, self.cut_long_spaces(text))])
 
     def cut_long_spaces(self, text: str) -> list[str]:
-        """Cut `text` before the last character of long runs of white space, where the pattern ends a word anyway.
-
-        A million such characters would overflow the stack of the regular expression, but not where Llama 3's pattern
-        keeps a newline at the end with the run.
-        """
+        """Cut `text` before the last character of long runs of white space, where the pattern ends a word anyway. A
+        million such characters would overflow the stack of the regular expression, but not before a newline that Llama
+        3's pattern keeps with the run."""
         keep = "\r\n" if self.kind == "tiktoken" else ""
         ends = [run.end() for run in LONG_SPACES.finditer(text)]
         cuts = [end - 1 for end in ends if end < len(text) and text[end - 1] not in keep]
@@ -239,22 +221,18 @@ class TiktokenTokenizer(Tokenizer):
 def find_file(path) -> Path:
     """`path` itself if it is a file, else the first tokenizer file of that folder, in the order of the table above."""
     path = Path(path)
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise UserError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
-    for file in (path / "tokenizer.json", path / "tokenizer.model", path / "vocab.json"):
+    for file in (path, path / "tokenizer.json", path / "tokenizer.model", path / "vocab.json"):
         if file.is_file():
             return file
+    if not path.exists():
+        raise UserError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
     raise UserError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json with "
                     f"merges.txt; copy them from the base model's page")
 
 
 def load(path) -> Tokenizer:
-    """Read the tokenizer in `path`, a file or a folder (of a model, or of tokenizer files alone).
-
-    UserError for a path without a tokenizer, for damaged files and for files that contradict each other.
-    """
+    """Read the tokenizer in `path`, a file or a folder (of a model, or of tokenizer files alone). UserError for a path
+    without a tokenizer, for damaged files and for files that contradict each other."""
     path = find_file(path)
     if path.name in ("vocab.json", "merges.txt"):
         return _load_gpt2(path.parent)
@@ -300,7 +278,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; a GPT-2 tokenizer is vocab.json and merges.txt together")
     made_by = read_settings(folder / "tokenizer_config.json").get("tokenizer_class")
-    if made_by and made_by.removesuffix("Fast") not in GPT2_CLASSES:
+    if made_by and made_by.removesuffix("Fast") not in ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer"):
         raise UserError(f"vocab.json and merges.txt in {folder} belong to a {made_by}, which splits text otherwise "
                         f"than GPT-2; add its tokenizer.json")
     vocab, merges = read_settings(folder / "vocab.json"), read_merges(folder)
@@ -335,11 +313,9 @@ def read_merges(folder: Path) -> list[tuple[str, ...]]:
 def make_tiktoken_ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int] | None:
     """tiktoken's {bytes: id}, or None if it would not encode as the BPE of `tokenizers` does.
 
-    tiktoken joins the adjacent pair whose union has the lowest id; BPE joins the pair that stands first in `merges`.
-    Both agree if the ids rise with the merges and every union is only ever made by its own merge, which is so exactly
-    if BPE encodes the text of each union as that one token. A counterexample are the merges [b c, a b, ab c]: BPE turns
-    "abc" into a + bc and never reaches the third merge, while tiktoken would join a + bc.
-    """
+    tiktoken joins the adjacent pair whose union has the lowest id, BPE the pair that stands first in `merges`. Both
+    agree exactly if the ids rise with the merges and BPE encodes the text of each union as that one token. A
+    counterexample is [b c, a b, ab c]: BPE turns "abc" into a + bc and stops, while tiktoken would join a + bc."""
     made = ["".join(pair) for pair in merges]
     ids = [vocab[token] for token in made]
     rising = ids == sorted(set(ids))
@@ -351,10 +327,8 @@ def make_tiktoken_ranks(vocab: dict[str, int], merges: list) -> dict[bytes, int]
 
 
 def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
-    """{token: id} of the control tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary.
-
-    They are never found in text. Ordinary added tokens would have to be, by rules that only a tokenizer.json states.
-    """
+    """{token: id} of the control tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary. They
+    are never found in text; ordinary added tokens would have to be, by rules that only a tokenizer.json states."""
     config = read_settings(folder / "tokenizer_config.json")
     entries = config.get("added_tokens_decoder", {})
     added = {entry["content"]: int(i) for i, entry in entries.items()} | read_settings(folder / "added_tokens.json")
@@ -379,10 +353,8 @@ def read_settings(path: Path) -> dict:
 
 
 def token_before_document(tokenizer: Tokenizer) -> int:
-    """Id of the token that stands before a document whose first token is to be predicted.
-
-    It is BOS, or EOS if the tokenizer has no BOS: in packed training text the previous document's EOS stands there.
-    """
+    """Id of the token that stands before a document whose first token is to be predicted: BOS, or EOS if the tokenizer
+    has no BOS, because in packed training text the previous document's EOS stands there."""
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
         raise UserError("the tokenizer has neither BOS nor EOS, and the first token of a text needs one before it; "
@@ -399,16 +371,13 @@ def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# ---- text of ids that arrive one by one, as a model chooses them
-
 class TextStream:
-    """The text of a growing list of ids; `write` gets each piece of it as soon as no later token can change it.
+    """The text of ids that a model chooses one by one; `write` gets each piece as soon as no later token can change it.
 
     All ids are decoded each time, because SentencePiece drops the space before the first of them. The bytes of an
     unfinished UTF-8 character are held back, and so is an ending that may become one of the `stop` strings: with stop
     "END", of the text "the E" only "the " is written. The text ends before the stop string that is complete first; the
-    prompt is not searched for one. After finish(), `text` is what was written.
-    """
+    prompt is not searched for one. After finish(), `text` is what was written."""
 
     def __init__(self, tok, ids, stop=(), write=lambda piece: None):
         if "" in stop:

@@ -37,17 +37,15 @@ class BaseTokenizer:
     tokenizer, kind: what `vocabulary.load` returns for it, and its kind; file, folder: where it stands
     joinable: per id, whether it may be a part of a new token
     frozen: strings that no new token may contain (SentencePiece's user-defined pieces)
-    merges: the pairs of tokens that are joined, where the file lists them (the second and third base of the table)
-    """
+    merges: the pairs of tokens that are joined, where the file lists them (the second and third base of the table)"""
 
     def __init__(self, path):
         self.file = vocabulary.find_file(path)
-        self.folder = self.file.parent
-        self.tokenizer = vocabulary.load(self.file)
-        if Path(path).is_dir() and self.file.name == "tokenizer.json" and (self.folder / "tokenizer.model").is_file():
+        self.folder, self.tokenizer = self.file.parent, vocabulary.load(self.file)
+        original = self.folder / "tokenizer.model"
+        if Path(path).is_dir() and self.file.name == "tokenizer.json" and original.is_file():
             # tokenizer.json is a conversion of tokenizer.model, and only the original says how it joins tokens.
-            converted, self.file = self.tokenizer.vocab_size, self.folder / "tokenizer.model"
-            self.tokenizer = vocabulary.load(self.file)
+            converted, self.file, self.tokenizer = self.tokenizer.vocab_size, original, vocabulary.load(original)
             if converted != (size := self.tokenizer.vocab_size):
                 raise UserError(f"{path} has {converted} ids in tokenizer.json and {size} in tokenizer.model, so that "
                                 f"new ids would meet old ones; remove the file that is not the model's")
@@ -77,15 +75,12 @@ class BaseTokenizer:
 
 def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path) -> None:
     """Write the tokenizer with `tokens` (by id, the old ones first) into `folder`, in every form that its kind has.
-
-    pairs: the two tokens that each new token joins.
-    """
+    pairs: the two tokens that each new token joins."""
     folder.mkdir(parents=True, exist_ok=True)
     backend, first = convert(base, tokens, pairs), base.tokenizer.vocab_size
     # Each new token must come out of its own text by merges alone. tiktoken looks whole words up first, but a
     # tokenizer.json need not: a token that only this look-up finds would be alive in one file and dead in the other.
-    look_up = backend.model.ignore_merges
-    backend.model.ignore_merges = False
+    look_up, backend.model.ignore_merges = backend.model.ignore_merges, False
     dead = [t for i, t in enumerate(tokens[first:], first) if [x.id for x in backend.model.tokenize(t)] != [i]]
     backend.model.ignore_merges = look_up
     assert not dead, f"{len(dead)} new tokens cannot be reached by merges, the first is {dead[0]!r}"
@@ -94,8 +89,7 @@ def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str
         (folder / "tokenizer.model").write_bytes(_append_pieces(base, list(vocab)))
     elif base.kind == "tiktoken":
         new_ranks = {bytes(map(LETTER_BYTES.get, token)): i for i, token in enumerate(tokens[first:], first)}
-        lines = [*base.file.read_bytes().splitlines(), _format_ranks(new_ranks)]
-        (folder / "tokenizer.model").write_bytes(b"\n".join(lines))
+        (folder / "tokenizer.model").write_bytes(base.file.read_bytes().rstrip() + b"\n" + _format_ranks(new_ranks))
     elif not backend.normalizer and all(t.special for t in backend.get_added_tokens_decoder().values()) and (
             ranks := vocabulary.make_tiktoken_ranks(vocab, base.merges + pairs)):
         (folder / "tokenizer.tiktoken").write_bytes(_format_ranks(ranks))
@@ -111,7 +105,7 @@ def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str
 
 
 def convert(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """What `write_extended` writes, in the form of `tokenizers`: the one that every kind of base has."""
+    """The tokenizer that `write_extended` writes, in the form of `tokenizers`, which every kind of base has."""
     old, vocab = base.tokenizer, {token: i for i, token in enumerate(tokens) if token is not None}
     if base.kind == "tokenizers":
         description = read_json(base.file)
@@ -156,21 +150,16 @@ def _convert_pieces(base: BaseTokenizer, tokens: list) -> tokenizers.Tokenizer:
 
 
 def encodes_as(base: BaseTokenizer, backend: tokenizers.Tokenizer, model: vocabulary.Tokenizer) -> bool:
-    """Whether the converted tokenizer gives the same ids as the SentencePiece `model`, whose normaliser may do more.
-
-    The packages differ anyway where a text holds the name of a control token.
-    """
-    converted, special = HuggingFaceTokenizer(backend, base.folder), [model.tokens[i] for i in model.special_ids]
-    texts = [text for text in PROBES if not any(token in text for token in special)]
+    """Whether the converted tokenizer gives the same ids as the SentencePiece `model`, whose normaliser may do more."""
+    converted = HuggingFaceTokenizer(backend, base.folder)
+    # The packages differ anyway where a text holds the name of a control token.
+    texts = [text for text in PROBES if not any(converted.tokens[i] in text for i in converted.special_ids)]
     return all(converted.encode(text) == model.encode(text) for text in texts)
 
 
 def _list_splits(tokens: list[str]) -> list[tuple[str, str]]:
-    """Every pair of tokens that joins to one of `tokens`, in the order of `tokens`.
-
-    As merges they mean "whatever two tokens make the union": ["a", "b", "ab", "abb", "bb"] gives
-    [("a", "b"), ("a", "bb"), ("ab", "b"), ("b", "b")].
-    """
+    """Every pair of tokens that joins to one of `tokens`, in their order. As merges: "whatever two make the union".
+    ["a", "b", "ab", "abb", "bb"] gives [("a", "b"), ("a", "bb"), ("ab", "b"), ("b", "b")]."""
     known = set(tokens)
     return [(token[:k], token[k:]) for token in tokens for k in range(1, len(token))
             if token[:k] in known and token[k:] in known]
@@ -183,11 +172,9 @@ def _format_ranks(ranks: dict[bytes, int]) -> bytes:
 
 
 def _append_pieces(base: BaseTokenizer, tokens: list[str]) -> bytes:
-    """The bytes of the SentencePiece model file, and behind them the tokens that it lacks and the new size.
-
-    Appending is enough: in protobuf a repeated field (the pieces) may go on anywhere, and of a single field (the size)
-    the last value counts. Tokens that stood behind the model, in added_tokens.json, become control pieces of it.
-    """
+    """The bytes of the SentencePiece model file, and behind them the tokens that it lacks and the new size: in protobuf
+    a repeated field (the pieces) may go on anywhere, and of a single field (the size) the last value counts. Tokens
+    that stood behind the model, in added_tokens.json, become control pieces of it."""
     model, data = base.tokenizer.backend, base.file.read_bytes()
     score = np.float32(min(map(model.get_score, range(model.piece_size()))))
     for i in range(model.piece_size(), len(tokens)):
@@ -213,7 +200,6 @@ def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **ro
 
 
 # ---- protobuf's wire format, as far as a SentencePiece model needs it
-#
 # A message is a sequence of fields: the varint (field number << 3 | wire type), then the value. A varint has 7 bits per
 # byte, lowest first; the highest bit of a byte says that another follows. The piece {"ab", score -1.5, type NORMAL} is
 #     0a 02 61 62        field 1, wire type 2 (length, then bytes): 2 bytes, "ab"

@@ -38,7 +38,7 @@ class TestTrain:
             assert theirs.decode(ids) == ours.decode(ids)
         for role in ROLES:
             assert getattr(theirs, f"{role}_token_id") == getattr(ours, f"{role}_id")
-        assert {role: ours.id_to_token(getattr(ours, f"{role}_id")) for role in SPECIALS} == SPECIALS
+        assert {role: ours.tokens[getattr(ours, f"{role}_id")] for role in SPECIALS} == SPECIALS
         assert ours.add_bos
         assert ours.vocab_size == len(theirs) <= 400
         assert ours.special_ids == list(range(len(ours.special_ids)))
@@ -75,7 +75,7 @@ class TestTrain:
                 names = (("##" if pieces else "") + rest[:n] for n in range(len(rest), 0, -1))
                 pieces.append(next(name for name in names if ours.vocab.get(name) is not None))
                 rest = rest[len(pieces[-1].removeprefix("##")):]
-            assert [ours.id_to_token(i) for i in ours.encode(word)] == pieces
+            assert [ours.tokens[i] for i in ours.encode(word)] == pieces
         assert ours.encode("\U0001f642") == [ours.unk_id]
 
     @pytest.mark.parametrize(("texts", "kind", "size", "message"), [
@@ -107,12 +107,13 @@ def test_cut_for_counting():
 
 # ---- the three kinds on the same text
 
-def test_no_model_is_trained_before_every_tokenizer(monkeypatch):
+def test_no_model_is_trained_before_every_tokenizer(tmp_path, monkeypatch):
     """300 ids are enough for BPE; Unigram, which comes second, needs more for its bytes and these letters."""
-    texts = ["".join(map(chr, range(0x4E00, 0x4E80)))] * 20
+    file = tmp_path / "texts.txt"
+    file.write_text("\n\n".join(["".join(map(chr, range(0x4E00, 0x4E80)))] * 20), encoding="utf-8")
     monkeypatch.setattr(V, "measure_small_model", lambda *args: pytest.fail("minutes went into a model first"))
     with pytest.raises(ValueError, match="no unigram vocabulary of 300"):
-        V.compare_kinds(texts[2:], texts[:2], 300, megabytes=0.001)
+        V.compare_command(V.Compare(files=[str(file)], vocab_size=300, bits_per_byte=0.001))
 
 
 @pytest.mark.slow

@@ -181,8 +181,8 @@ class TestIdsOfTheLibrary:
     def test_tokens_and_ids(self, pair):
         ours, _ = pair
         for i in (0, 5, ours.vocab_size - 1, *ours.encode("the cat é 漢")):
-            assert ours.vocab.get(ours.id_to_token(i)) == i
-        assert ours.vocab.get("no such token") is None
+            assert ours.vocab[ours.tokens[i]] == i
+        assert "no such token" not in ours.vocab
         for i in (-1, ours.vocab_size):
             with pytest.raises(ValueError, match=f"id {i} is not in the tokenizer"):
                 ours.decode([i])
@@ -220,9 +220,9 @@ def test_what_the_real_ones_are(real):
     assert facts["gpt2"].library == f"tiktoken {tiktoken.__version__}"         # its ids follow the merges
     assert facts["tokenizers"].library == f"tokenizers {tokenizers.__version__}"
     assert facts["tiktoken"].special_ids == list(range(128000, 128256))
-    assert facts["tiktoken"].id_to_token(128009) == "<|eot_id|>"
-    assert facts["tiktoken"].id_to_token(128255) == "<|reserved_special_token_245|>"
-    assert facts["tiktoken"].id_to_token(facts["tiktoken"].encode(" the")[0]) == "Ġthe"
+    assert facts["tiktoken"].tokens[128009] == "<|eot_id|>"
+    assert facts["tiktoken"].tokens[128255] == "<|reserved_special_token_245|>"
+    assert facts["tiktoken"].tokens[facts["tiktoken"].encode(" the")[0]] == "Ġthe"
     assert facts["tokenizers"].special_ids == [50256]                          # its runs of spaces are ordinary tokens
 
 
@@ -284,7 +284,7 @@ class TestGPT2Files:
         expected, ours = self.ids(gpt2(tmp_path, merges, shuffle=shuffle), text)
         assert ours.library.startswith("tokenizers")
         assert ours.encode(text) == expected == ours.encode_batch([text])[0].tolist()
-        assert ours.special_ids == [ours.eos_id] == [ours.vocab.get("<|endoftext|>")]
+        assert ours.special_ids == [ours.eos_id] == [ours.vocab["<|endoftext|>"]]
         assert ours.decode(expected) == text
 
     def test_without_any_special_token(self, tmp_path):
@@ -349,7 +349,7 @@ def test_sentencepiece_roles_and_order_of_files(tmp_path):
     t = T.load(spm(tmp_path / "t5", bos_id=-1, pad_id=3))
     assert (t.bos_id, t.pad_id, t.add_bos) == (None, 3, False)
     t = T.load(spm(tmp_path / "more", control_symbols=["<sep>"], user_defined_symbols=["res_judicata"]))
-    assert t.special_ids == [0, 1, 2, t.vocab.get("<sep>")]                   # a user's symbol is found in text
+    assert t.special_ids == [0, 1, 2, t.vocab["<sep>"]]                     # a user's symbol is found in text
     write(tmp_path / "llama", tokenizer_config={"add_bos_token": False})
     assert not T.load(tmp_path / "llama").add_bos
     assert T.load(words(tmp_path / "llama", *VOCAB)).kind == "tokenizers"       # tokenizer.json comes first
@@ -371,7 +371,7 @@ def test_added_tokens_of_sentencepiece(tmp_path):
     n, text = plain.vocab_size, "the <pad> cat"
     write(tmp_path, added_tokens={"<pad>": n, "<s>": 1}, tokenizer_config={"pad_token": "<pad>"})
     t = T.load(tmp_path)
-    assert (t.pad_id, t.vocab_size, t.special_ids, t.id_to_token(n)) == (n, n + 1, [0, 1, 2, n], "<pad>")
+    assert (t.pad_id, t.vocab_size, t.special_ids, t.tokens[n]) == (n, n + 1, [0, 1, 2, n], "<pad>")
     assert t.encode(text) == plain.encode(text)                                 # never found in text
     assert t.decode([*t.encode("the cat"), n, t.eos_id]) == "the cat"
     write(tmp_path, added_tokens={"<pad>": n, "res_judicata": n + 1})
