@@ -37,7 +37,7 @@ from core.devices import pick_device, pick_dtype
 from core.errors import UserError
 from core.files import new_file, refuse_existing
 from generate import Settings, decode, end_ids, first_ids
-from learn.adaptive import AdaptiveConfig, AdaptiveReplay
+from learn.adaptive import Adaptive, AdaptiveConfig
 from learn.ema import EMA, EMAConfig
 from learn.ewc import EWC, EWCConfig
 from learn.freeze import Freeze, FreezeConfig
@@ -61,7 +61,7 @@ class ForgetConfig:
 SWITCHES = {"freeze": "schedule", "ewc": "strength", "lwf": "alpha", "adaptive": "policy", "ema": "decay",
             "merge": "method"}
 # In the order in which the loop calls their hooks; merge has none, it comes after the run.
-METHODS = (Freeze, EWC, LwF, AdaptiveReplay, EMA)
+METHODS = (Freeze, EWC, LwF, Adaptive, EMA)
 
 
 def build(config: ForgetConfig, learning: Learning) -> list[Method]:

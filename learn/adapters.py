@@ -51,8 +51,7 @@ class LowRank(nn.Module):
         out, width = layer.kept.shape
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.A = new_parameter(layer, rank, width)
-        self.B = new_parameter(layer, out, rank)
+        self.A, self.B = new_parameter(layer, rank, width), new_parameter(layer, out, rank)
         self.magnitude = new_parameter(layer, out) if dora else None
 
     def initialise(self, layer: "Linear", generator: torch.Generator, layout):
@@ -182,7 +181,7 @@ def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:
     In a block whose largest absolute weight is 0.7, the weight 0.7 has code 15, 0 has code 8, and 0.23 has code
     round(0.23 / 0.7 * 7) + 8 = 10, which is read back as (10 - 8) / 7 * 0.7 = 0.2.
     """
-    # For the largest absolute weight of each block.
+    # NF4's record keeps the largest absolute weight of each block; only codes and levels are others.
     record = quantise(weight, double_quant)
     flat = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
     largest = flat.abs().amax(1, keepdim=True).clamp(min=TINY)
@@ -243,8 +242,7 @@ class Linear(Adapted):
         self.register_parameter("bias", old.bias)
 
     def compress(self, kind: str, double_quant: bool, device=None):
-        """Quantise the weight, in fp32, bf16 or fp16, as `kind` (nf4, int4 or int8), after moving it to `device` if one
-        is given; UserError on NaN."""
+        """Quantise the weight as `kind` (nf4, int4 or int8), on `device` if one is given; UserError on NaN."""
         weight = self.weight.detach().to(device or self.device)
         if kind == "int8":
             self.quantised = EightBit(weight)

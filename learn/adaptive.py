@@ -44,14 +44,12 @@ class AdaptiveConfig:
                             f"between 0 and 1")
 
 
-class AdaptiveReplay(Method):
+class Adaptive(Method):
     """The first evaluation is the baseline, and each later one makes a decision, a JSON object with the new
     "replay_share" and its "reason". Decisions are a function of the evaluations alone: a new controller that is shown
     the same ones decides the same. The data schedule holds, and "replay_share" is None, until a decision first wants a
     change; from then on the decisions hold.
     """
-
-    name = "adaptive"
 
     def __init__(self, config: AdaptiveConfig, learning: Learning):
         super().__init__(config, learning)

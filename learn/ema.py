@@ -24,8 +24,6 @@ class EMAConfig:
 class EMA(Method):
     """Keeps the mean of each trainable parameter in fp32 or wider, laid out over the ranks like the parameter."""
 
-    name = "ema"
-
     def model_built(self, model):
         self.mean = {name: p.detach().to(upcast_dtype(p), copy=True) for name, p in trainable_parameters(model).items()}
         self.tensors = self.mean
@@ -39,13 +37,13 @@ class EMA(Method):
     @contextlib.contextmanager
     def exported(self, model):
         """Inside, the model holds the means; afterwards it has its weights back, bit for bit."""
-        parameters = {name: p for name, p in model.named_parameters() if name in self.mean}
-        weights = {name: p.detach().clone() for name, p in parameters.items()}
+        averaged = [(p, p.detach().clone(), self.mean[name]) for name, p in model.named_parameters()
+                    if name in self.mean]
         with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(self.mean[name])
+            for p, _, mean in averaged:
+                p.copy_(mean)
             try:
                 yield model
             finally:
-                for name, p in parameters.items():
-                    p.copy_(weights[name])
+                for p, weights, _ in averaged:
+                    p.copy_(weights)

@@ -46,30 +46,24 @@ class EWC(Method):
     """Holds the base's values of the trainable parameters (`anchor`) and their F (`fisher`, empty for l2sp). F is
     estimated once and kept in the run folder, under a digest of what it was made from, for a resumed run to read."""
 
-    name = "ewc"
-
-    def __init__(self, config: EWCConfig, learning: Learning):
-        super().__init__(config, learning)
+    def model_built(self, model):
+        config, learning, parameters = self.config, self.learning, trainable_parameters(model)
         if learning.adapters:
             raise UserError("forget.ewc ties the base's weights down, and with adapters these do not move, so it "
                             "protects nothing; use --forget.lwf.alpha 0.5, whose base is the same network with its "
                             "adapters off")
+        if not parameters:
+            raise UserError("forget.ewc ties down weights that train, and none does; leave it out, or freeze less")
         self.fisher = {}
         # Base and F do not change during a run, so a checkpoint only says what they were made from.
         self.values["fingerprint"] = json.dumps([learning.fingerprint, config.fisher, config.samples, learning.seed])
-
-    def model_built(self, model):
-        parameters = trainable_parameters(model)
-        if not parameters:
-            raise UserError("forget.ewc ties down weights that train, and none does; leave it out, or freeze less")
         self.anchor = {name: p.detach().clone() for name, p in parameters.items()}
         text = "no text"
-        if self.config.fisher != "l2sp":
+        if config.fisher != "l2sp":
             found = self.load_or_estimate(model, parameters)
-            text = (f"{found['sequences']:,} of {self.config.samples:,} sequences, {found['tokens']:,} tokens of "
-                    f"general text")
+            text = f"{found['sequences']:,} of {config.samples:,} sequences, {found['tokens']:,} tokens of general text"
         gigabytes = sum(x.nbytes for x in [*self.anchor.values(), *self.fisher.values()]) / 1e9
-        self.notes = [f"ewc: {self.config.fisher} from {text}; its copies take {gigabytes:.2f} GB over all ranks"]
+        self.notes = [f"ewc: {config.fisher} from {text}; its copies take {gigabytes:.2f} GB over all ranks"]
 
     def load_or_estimate(self, model, parameters: dict) -> dict:
         """Sets self.fisher, and returns {"sequences", "tokens"} of the text that it was estimated on."""

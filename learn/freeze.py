@@ -11,7 +11,7 @@ from typing import Literal
 
 from core.config import setting
 from core.errors import UserError, nearest
-from learn.method import Learning, Method, trainable_parameters
+from learn.method import Method, trainable_parameters
 
 
 @dataclass
@@ -56,17 +56,13 @@ class Freeze(Method):
     at the start, so the gradients of frozen parameters are computed and then dropped.
     """
 
-    name = "freeze"
-
-    def __init__(self, config: FreezeConfig, learning: Learning):
+    def model_built(self, model):
+        learning = self.learning
         if learning.adapters:
             raise UserError("forget.freeze chooses which of the base's weights train, and with adapters none does; "
                             "put adapters on fewer modules instead")
-        super().__init__(config, learning)
-        self.steps, self.stages = learning.steps, config.parse_stages()
+        self.steps, self.stages = learning.steps, self.config.parse_stages()
         self.replicated = learning.world.size > 1 and not learning.sharded
-
-    def model_built(self, model):
         names, parameters = list(trainable_parameters(model)), dict(model.named_parameters())
         self.blocks = 1 + max(map(block_number, parameters), default=-1)
         if self.config.schedule != "stages" and self.config.blocks > self.blocks:

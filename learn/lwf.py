@@ -19,7 +19,7 @@ from core.config import setting
 from core.errors import UserError
 from kernels import linear_kl
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
-from learn.method import Learning, Method, take_sequences
+from learn.method import Method, take_sequences
 
 
 @dataclass
@@ -36,17 +36,12 @@ class LwF(Method):
     """Runs the teacher over each micro-batch and mixes the KL into the loss. The teacher is what the run hands in (the
     model with its adapters off, or a sharded base), or else a frozen copy of the base."""
 
-    name = "lwf"
-
-    def __init__(self, config: LwFConfig, learning: Learning):
-        super().__init__(config, learning)
-        if config.tokens == "replay" and not learning.general_sources:
+    def model_built(self, model):
+        if self.config.tokens == "replay" and not self.learning.general_sources:
             raise UserError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
                             "LwF out with --forget.lwf.alpha 0")
-        self.base, self.divergence, self.targets = learning.base, 0.0, 0
-
-    def model_built(self, model):
+        self.base, self.divergence, self.targets = self.learning.base, 0.0, 0
         if self.base is None:
             assert not self.learning.sharded, "FSDP cannot copy a model: the run must hand in a base"
             teacher = copy.deepcopy(model).requires_grad_(False)

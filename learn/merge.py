@@ -91,8 +91,7 @@ class Pair:
 
     def __init__(self, base, result):
         self.folders = [hf.open_base(base).folder, hf.open_base(result).folder]
-        self.files = [hf.tensor_files(folder) for folder in self.folders]
-        in_base, in_result = self.files
+        in_base, in_result = self.files = [hf.tensor_files(folder) for folder in self.folders]
         for names, other, folder in ((in_result, in_base, base), (in_base, in_result, result)):
             lacking = [n for n in names if n not in other and hf.from_hf_name(n) and n != "lm_head.weight"]
             if lacking:

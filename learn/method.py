@@ -54,9 +54,11 @@ class Method:
     a resumed run needs to go on bit for bit stands in `tensors`, sharded or not, and in `values`, which JSON can hold.
     """
 
-    name: str
-    """of the method's section in forget.*"""
     notes: tuple | list = ()
+
+    def __init_subclass__(cls):
+        # That of the method's section in forget.*: EWC has ewc.
+        cls.name = cls.__name__.lower()
 
     def __init__(self, config, learning: Learning):
         self.config, self.learning, self.tensors, self.values = config, learning, {}, {}

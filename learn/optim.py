@@ -187,9 +187,3 @@ class LossScale:
             elif self.good_steps % 2000 == 0:
                 self.scale *= 2
         return finite
-
-    def state_dict(self) -> dict:
-        return {"scale": self.scale, "good_steps": self.good_steps}
-
-    def load_state_dict(self, state: dict):
-        self.scale, self.good_steps = state["scale"], state["good_steps"]

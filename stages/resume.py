@@ -58,7 +58,8 @@ def save(run: Run, step: int):
         moments |= {f"{method.name}:{name}": tensor for name, tensor in tensors.items()}
     if run.world.main:
         base = run.base.pinned if run.base else ""
-        state = {"identity": identity(run, step), "loss_scale": run.scale.state_dict(), "methods": values,
+        loss_scale = {"scale": run.scale.scale, "good_steps": run.scale.good_steps}
+        state = {"identity": identity(run, step), "loss_scale": loss_scale, "methods": values,
                  "decisions": run.decisions, "base": base, "optim": dataclasses.asdict(run.c.optim),
                  "tokenizer": run.c.model.tokenizer or base}
         checkpoint.save(run.folder / "checkpoints", step, weights, moments, state, run.c.train.keep)
@@ -75,7 +76,7 @@ def resume(run: Run) -> int:
     refuse_other_run(run, found, state)
     parallel.load_model_state(run.inner, weights, run.trained)
     parallel.load_optimizer_state(run.inner, run.optimizer, moments)
-    run.scale.load_state_dict(state["loss_scale"])
+    vars(run.scale).update(state["loss_scale"])
     for method in run.methods:
         prefix = f"{method.name}:"
         own = {name.removeprefix(prefix): tensor for name, tensor in moments.items() if name.startswith(prefix)}

@@ -7,11 +7,11 @@ import random
 import pytest
 from retention import learning
 
-from learn.adaptive import AdaptiveConfig, AdaptiveReplay
+from learn.adaptive import Adaptive, AdaptiveConfig
 
 
-def controller_of(policy, **settings) -> AdaptiveReplay:
-    return AdaptiveReplay(AdaptiveConfig(policy, **settings), learning())
+def controller_of(policy, **settings) -> Adaptive:
+    return Adaptive(AdaptiveConfig(policy, **settings), learning())
 
 
 def general(bits_per_byte=None, **more) -> dict:

@@ -384,7 +384,7 @@ def test_loss_scale():
     assert all(scale.update(1.0) for _ in range(1999))
     assert scale.scale == 16384
     other = LossScale(enabled=True)
-    other.load_state_dict(scale.state_dict())
+    vars(other).update(vars(scale))
     for both in (scale, other):
         assert both.update(1.0)
         assert both.scale == 32768
@@ -393,7 +393,7 @@ def test_loss_scale():
         assert both.scale == 16384
         assert all(both.update(1.0) for _ in range(1999))
         assert both.scale == 16384
-    assert scale.state_dict() == other.state_dict() == {"scale": 16384, "good_steps": 1999}
+    assert vars(scale) == vars(other) == {"enabled": True, "scale": 16384, "good_steps": 1999}
 
 
 def test_no_loss_scale():
