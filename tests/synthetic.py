@@ -95,6 +95,12 @@ def source(folder: Path, lengths, shard_tokens: int = 10**8, ids=None) -> Shards
     return Shards(folder)
 
 
+def document(shards: Shards, index: int) -> tuple[np.ndarray, int]:
+    """(tokens, bytes of text) of one document, its BOS and EOS included."""
+    begin, end = [0, *shards.document_ends()][index:index + 2]
+    return shards.read(begin, end - begin)[0], shards.text_document(index)[1]
+
+
 def counts_of(*per_step) -> np.ndarray:
     return np.concatenate([[np.zeros(len(per_step[0]), np.int64)], np.cumsum(per_step, 0)])
 

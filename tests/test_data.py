@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic import Bytes, counts_of, loader_of, run, scored, some_texts, source
+from synthetic import Bytes, counts_of, document, loader_of, run, scored, some_texts, source
 
 import data
 import tokenizer as tokenizers
@@ -176,7 +176,7 @@ def test_command_line(tmp_path, tiny_bpe, monkeypatch, capsys):
     assert manifest["inputs"][0]["bytes"] == (tmp_path / "in.txt").stat().st_size
     assert sum(manifest["splits"][s]["documents"] for s in SPLITS) == 301
     assert manifest["bos"]
-    assert Shards(out).document(0)[0][0] == tokenizers.load(tiny_bpe).bos_id
+    assert document(Shards(out), 0)[0][0] == tokenizers.load(tiny_bpe).bos_id
     assert run(monkeypatch, "verify", out) == 0
     assert "have the hashes" in capsys.readouterr().out
     assert run(monkeypatch, "info", out, "--json", tmp_path / "i.json") == 0
@@ -221,7 +221,7 @@ def test_no_bos_and_a_warning_where_nothing_is_held_out(tmp_path, tiny_bpe, monk
                "--heldout", "0.0001", tmp_path / "in.txt") == 0
     assert "no document fell into the held-out share" in capsys.readouterr().err
     tokenizer = tokenizers.load(tiny_bpe)
-    assert Shards(tmp_path / "s").document(0)[0].tolist() == tokenizer.encode("one document", eos=True)
+    assert document(Shards(tmp_path / "s"), 0)[0].tolist() == tokenizer.encode("one document", eos=True)
     shutil.rmtree(tmp_path / "s")
     assert run(monkeypatch, "pack", "--tokenizer", tiny_bpe, "--out", tmp_path / "s", "--heldout", "0", "--bos",
                tmp_path / "in.txt") == 0

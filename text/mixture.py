@@ -7,7 +7,7 @@ score bucket counts as a source.
 import bisect
 import functools
 import itertools
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,19 +39,9 @@ class SourceConfig:
     """capability that a general source keeps; where all general sources name theirs, data.strata weighs them"""
     max_epochs: float = setting(16.0, above=0)
     """a plan that reads the source more often is refused; above 4 there is a warning"""
-    # No settings: what a Bucket says.
-    of, low, high = "", 0.0, 1.0
-
-
-@dataclass
-class Bucket(SourceConfig):
-    """One score bucket of the source named `of`: the documents between two quantiles of that one's order, as a source
-    of its own with a share of the weight. Made by open_buckets."""
-
-    of: str = ""
-    low: float = 0.0
-    high: float = 1.0
-    tokens: int = 0
+    # No settings. open_buckets makes a source of each score bucket, the `tokens` tokens between the quantiles `low` and
+    # `high` of the source named `of`.
+    of, low, high, tokens = "", 0.0, 1.0, 0
 
 
 Strata = make_dataclass(
@@ -112,9 +102,9 @@ def open_buckets(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
     for name, source in sources.items():
         index = read_buckets(source.path) if source.path else None
         for k, bucket in enumerate(index["buckets"] if index else []):
-            K, path = len(index["buckets"]), str(Path(source.path, bucket["name"]))
-            found[f"{name}/{k}"] = Bucket(**{**vars(source), "path": path}, of=name, low=k / K, high=(k + 1) / K,
-                                          tokens=bucket["tokens"])
+            K, part = len(index["buckets"]), replace(source, path=str(Path(source.path, bucket["name"])))
+            part.of, part.low, part.high, part.tokens = name, k / K, (k + 1) / K, bucket["tokens"]
+            found[f"{name}/{k}"] = part
         if not index:
             found[name] = source
     return found
@@ -177,7 +167,7 @@ def source_weights(sources: dict[str, SourceConfig], share: float, opened: tuple
     return np.array(list(weights.values()))
 
 
-def _open_tokens(bucket: Bucket, opened: tuple) -> float:
+def _open_tokens(bucket: SourceConfig, opened: tuple) -> float:
     """How many of a bucket's tokens are open, times their emphasis."""
     low, high, emphasis = opened
     begin, end = max(low, bucket.low), min(high, bucket.high)

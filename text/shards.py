@@ -353,17 +353,12 @@ class Shards:
             start += len(part)
         return (tokens[0], begins[0]) if len(begins) == 1 else (np.concatenate(tokens), np.concatenate(begins))
 
-    def document(self, index: int) -> tuple[np.ndarray, int]:
-        """(tokens, bytes of text) of one document, its BOS and EOS included."""
+    def text_document(self, index: int) -> tuple[np.ndarray, int]:
+        """(tokens, bytes of text) of one document, without its BOS and EOS."""
         shard = bisect.bisect_right(self.first_document, index) - 1
         local, ends = index - self.first_document[shard], self.end_maps[shard]
-        begin = int(ends[local - 1]) if local else 0
-        return self.token_maps[shard][begin:int(ends[local])], int(self.byte_maps[shard][local])
-
-    def text_document(self, index: int) -> tuple[np.ndarray, int]:
-        """(tokens of the text alone, bytes of text) of one document."""
-        ids, nbytes = self.document(index)
-        return ids[int(self.manifest["bos"]):len(ids) - 1], nbytes
+        begin = (int(ends[local - 1]) if local else 0) + self.manifest["bos"]
+        return self.token_maps[shard][begin:int(ends[local]) - 1], int(self.byte_maps[shard][local])
 
 
 def read_manifest(folder: Path) -> dict:
@@ -404,9 +399,8 @@ def read_index(path: Path, kind: str, entries_of) -> dict:
 
 
 def _describe_fault(folder: Path, record: dict, suffix: str, fault: str) -> UserError:
-    remedy = f"pack {folder} again"
-    if "/" in record["name"]:
-        remedy = f"pack that part again if it is damaged, then data.py manifest --merge {folder}"
+    remedy = f"pack that part again if it is damaged, then data.py manifest --merge {folder}"
+    remedy = remedy if "/" in record["name"] else f"pack {folder} again"
     return UserError(f"shard file {folder}/{record['name']}.{suffix} {fault}; {remedy}")
 
 
@@ -442,8 +436,7 @@ def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
         tokens, ends, _ = arrays = open_shard(folder, manifest, record)
         for (suffix, *_, key), array in zip(FILES, arrays):
             if hashlib.sha256(array).hexdigest() != record[key]:
-                fault = "does not have the content it was written with (its hash differs)"
-                raise _describe_fault(folder, record, suffix, fault)
+                raise _describe_fault(folder, record, suffix, "has another content than was written (its hash differs)")
             read += array.nbytes
         if len(ends) and (int(ends[-1]) != len(tokens) or (np.diff(ends.astype(np.int64)) <= 0).any()):
             raise UserError(f"shard {folder}/{record['name']} has document ends that do not rise to its length")

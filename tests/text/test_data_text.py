@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+from synthetic import document
 
 import clean
 import tokenizer as T
@@ -82,7 +83,7 @@ def test_shards_decode_to_the_cleaned_corpus(name, domain, cleaned, data_dir, tm
             ids, size = shards.text_document(i)
             assert tokenizer.decode(ids) == decoded(text)
             assert size == len(utf8(text))
-            whole = shards.document(i)[0]
+            whole = document(shards, i)[0]
             bos = [tokenizer.bos_id] if tokenizer.add_bos else []
             assert np.array_equal(whole, [*bos, *ids, tokenizer.eos_id])
 

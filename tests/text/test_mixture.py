@@ -11,7 +11,6 @@ import pytest
 
 from core.config import check_limits
 from text.mixture import (
-    Bucket,
     DataConfig,
     LengthConfig,
     SourceConfig,
@@ -38,8 +37,9 @@ def share_at(config, progress, steps) -> float:
 
 def bucketed(K: int = 10, tokens=None, **more) -> dict:
     """A domain source of K buckets, of one document in K each, and one general source."""
-    buckets = {f"law/{k}": Bucket(of="law", low=k / K, high=(k + 1) / K, tokens=(tokens or [100] * K)[k], **more)
-               for k in range(K)}
+    buckets = {f"law/{k}": SourceConfig(**more) for k in range(K)}
+    for k, bucket in enumerate(buckets.values()):
+        bucket.of, bucket.low, bucket.high, bucket.tokens = "law", k / K, (k + 1) / K, (tokens or [100] * K)[k]
     return {**buckets, "wiki": SourceConfig(role="general")}
 
 

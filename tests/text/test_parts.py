@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from synthetic import Bytes, run, scored, some_texts
+from synthetic import Bytes, document, run, scored, some_texts
 
 from text.mixture import SourceConfig, open_buckets
 from text.shards import (
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("fast_disk")
 
 def all_documents(folder) -> list[tuple]:
     return sorted((split, ids.tobytes(), nbytes) for split in SPLITS for shards in [Shards(folder, split)]
-                  for ids, nbytes in map(shards.document, range(shards.documents)))
+                  for ids, nbytes in (document(shards, i) for i in range(shards.documents)))
 
 
 @pytest.mark.parametrize("files", [1, 5])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import Bytes, counts_of, loader_of, naive_write, some_texts, source
+from synthetic import Bytes, counts_of, document, loader_of, naive_write, some_texts, source
 
 import tokenizer as tokenizers
 from core import files
@@ -57,7 +57,7 @@ def test_bos_equal_to_eos_and_specials_in_the_text(tmp_path):
     texts = ["a\x07b", "\x07", "c\x07\x07"]                          # byte 7 is BOS and EOS here
     pack(texts, Bytes(bos_id=7, eos_id=7), tmp_path / "s", heldout=0.0, bos=True)
     shards = Shards(tmp_path / "s")
-    assert [shards.document(i)[0].tolist() for i in range(3)] == [
+    assert [document(shards, i)[0].tolist() for i in range(3)] == [
         [7, 97, 7, 98, 7], [7, 7, 7], [7, 99, 7, 7, 7]]
     assert [shards.text_document(i)[0].tolist() for i in range(3)] == [[97, 7, 98], [7], [99, 7, 7]]
     assert [shards.text_document(i)[1] for i in range(3)] == [3, 1, 3]
@@ -172,7 +172,7 @@ def test_the_width_of_a_token(tmp_path, vocab_size, dtype, magic):
     pack(["a"], Bytes(vocab_size=vocab_size, eos_id=vocab_size - 1), tmp_path / "s", heldout=0.0)
     shards, raw = Shards(tmp_path / "s"), (tmp_path / "s" / "train_000000.bin").read_bytes()
     assert shards.manifest["dtype"] == dtype
-    assert shards.document(0)[0].tolist() == [97, vocab_size - 1]
+    assert document(shards, 0)[0].tolist() == [97, vocab_size - 1]
     assert np.frombuffer(raw, "<i4", 3).tolist() == [*magic, 2]      # as llm.c reads it
     assert len(raw) == 1024 + 2 * np.dtype(dtype).itemsize
     batch = loader_of({"s": shards}, counts_of([1]), 4, seed=0).batch(0)
@@ -368,8 +368,8 @@ def test_pack_against_the_naive_writer(tmp_path, shard_tokens, bos, heldout, voc
         shards = Shards(tmp_path / "s", split)
         assert shards.documents == len(documents)
         for i, (ids, nbytes) in enumerate(documents):
-            assert shards.document(i)[0].tolist() == ids
-            assert shards.document(i)[1] == nbytes
+            assert document(shards, i)[0].tolist() == ids
+            assert document(shards, i)[1] == nbytes
     assert json.loads((tmp_path / "s" / "manifest.json").read_text()) == manifest
     assert not heldout or sides["heldout"]
 
@@ -409,7 +409,7 @@ def test_real_text_comes_back(tmp_path, data_dir, name):
         ids, nbytes = shards.text_document(i)
         assert tokenizer.decode(ids) == text
         assert nbytes == len(text.encode())
-        whole = shards.document(i)[0].tolist()
+        whole = document(shards, i)[0].tolist()
         assert whole == tokenizer.encode(text, bos=tokenizer.add_bos, eos=True)
     assert manifest["splits"]["train"]["tokens"] == shards.tokens
     assert verify(tmp_path / "s")
