@@ -259,11 +259,7 @@ def run_verify(options: Verify) -> dict:
 
 @dataclass(kw_only=True)
 class Mix:
-    """Show what a recipe draws over a run, or write a mixed JSONL for other tools.
-
-    python data.py mix RECIPE --preview [--data.schedule staged --train.steps 1000 ...]
-    python data.py mix --domain FILE ... --general FILE ... --out FILE
-    """
+    """Show what a recipe draws over a run, or write a mixed JSONL for other tools."""
 
     recipe: Positional[str | None] = None
     """A recipe of train.py; settings of its [data] and [train], --data.* and --train.*, may stand at the end."""
@@ -308,17 +304,15 @@ def run_mix(options: Mix, settings: list[str]) -> dict:
 
 
 def main() -> int:
-    argv, settings = sys.argv[1:], []
-    if argv[:1] == ["mix"]:
-        # What follows the first --data.KEY or --train.KEY is for the recipe and not an option of the command.
-        keys = (i for i, word in enumerate(argv) if word.startswith(("--data.", "--train.")))
-        at = next(keys, len(argv))
-        argv, settings = argv[:at], argv[at:]
+    argv = sys.argv[1:]
+    # What follows the first --data.KEY or --train.KEY of `mix` is for the recipe and not an option of the command.
+    keys = (i for i, word in enumerate(argv) if argv[0] == "mix" and word.startswith(("--data.", "--train.")))
+    at = next(keys, len(argv))
     return cli.run("data.py", __doc__, {
         "pack": (Pack, run_pack), "verify": (Verify, run_verify),
         "manifest": (Manifest, lambda options: print_info(shards.merge_parts(options.merge))),
         "info": (Folder, lambda options: print_info(options.dir)),
-        "mix": (Mix, functools.partial(run_mix, settings=settings))}, argv=argv)
+        "mix": (Mix, functools.partial(run_mix, settings=argv[at:]))}, argv=argv[:at])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ score bucket counts as a source.
 import bisect
 import functools
 import itertools
+import math
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,6 @@ from text.shards import Shards, read_buckets
 WARN_EPOCHS = 4
 # (low, high, emphasis) where all documents are open and come equally often.
 ALL = (0.0, 1.0, 1.0)
-INFINITY = float("inf")
 STRATA = ("reasoning", "knowledge", "language", "coding", "math", "instruction_following", "safety")
 
 
@@ -33,7 +33,7 @@ class SourceConfig:
     """folder made by data.py pack"""
     role: Literal["domain", "general"] = "domain"
     """domain: text to be learned; general: replay, which keeps what the model knows"""
-    weight: float = setting(1.0, at_least=0, below=INFINITY)
+    weight: float = setting(1.0, at_least=0, below=math.inf)
     """share among the sources of the same role (of the same stratum, where replay is stratified)"""
     stratum: Literal["", *STRATA] = ""
     """capability that a general source keeps; where all general sources name theirs, data.strata weighs them"""
@@ -45,7 +45,7 @@ class SourceConfig:
 
 
 Strata = make_dataclass(
-    "Strata", [(name, float, setting(1.0, at_least=0, below=INFINITY)) for name in STRATA], namespace={
+    "Strata", [(name, float, setting(1.0, at_least=0, below=math.inf)) for name in STRATA], namespace={
         "__doc__": "Weights of the capabilities within the replay; used where the general sources name their stratum."})
 
 
@@ -179,8 +179,7 @@ def _open_tokens(bucket: SourceConfig, opened: tuple) -> float:
 def _scale(weights: dict[str, float], names: list[str], total: float):
     """Scale the weights of `names` so that they sum to `total`; where all are 0 they stay 0."""
     before = sum(weights[name] for name in names)
-    for name in names:
-        weights[name] = total * weights[name] / before if before else 0.0
+    weights |= {name: total * weights[name] / before if before else 0.0 for name in names}
 
 
 def replay_strata(sources: dict[str, SourceConfig], strata: Strata) -> tuple[dict[str, float], list[str]]:
@@ -271,8 +270,7 @@ def _count_steps_of_epochs(config, length, sources, rows_per_epoch) -> int:
     return steps
 
 
-def replan(plan: np.ndarray, step: int, config: DataConfig, sources: dict[str, SourceConfig], share: float
-           ) -> np.ndarray:
+def replan(plan: np.ndarray, step: int, config: DataConfig, sources: dict, share: float) -> np.ndarray:
     """The plan as it is before `step`, and from there on with `share` of domain sequences."""
     steps, batch_size = len(plan) - 1, int(plan[1].sum())
     if step >= steps:

@@ -49,10 +49,9 @@ class Sequences:
         return {name: torch.from_numpy(array[:B]) for name, array in arrays.items()}
 
 
-# ---- for training: a source's sequences, the same number of them in every epoch
-
 class Packing:
-    """A source cut into sequences as config.packing (config: mixture.DataConfig) says.
+    """A source cut into sequences, the same number of them in every epoch, as config.packing (of mixture.DataConfig)
+    says.
 
     A document of more than T + 1 tokens is cut into pieces of T + 1 at a stride of T, so that each token but a
     document's first is a target exactly once per epoch. With T = 8, one of 20 tokens becomes 0..8, 8..16 and 16..19.
@@ -135,10 +134,9 @@ def pack_sources(sources: dict[str, Shards], config) -> dict[str, Packing]:
     return {name: Packing(shards, config) for name, shards in sources.items()}
 
 
-# ---- for evaluation: segments in their order
-
 def pack_in_order(segments, context: int, B: int):
-    """Yield Sequences [B, T + 1] (the last may be filled in part) of segments (tokens [n], labels [n]) of n <= T.
+    """For evaluation: yield Sequences [B, T + 1] (the last may be filled in part) of segments (tokens [n], labels [n])
+    of n <= T.
 
     A segment that does not fit beside the one before it begins a sequence. The last position of each stays padding.
     """

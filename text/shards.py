@@ -260,7 +260,6 @@ def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: st
                  overwrite: bool = False, **options) -> dict:
     """Pack the documents into `buckets` folders of equally many documents, by their metadata.scores[score]; returns
     what buckets.json says. A curriculum reads bucket 0 first: that of the `first` ("low" or "high") scores.
-
     `records()` yields (where, record) and is called twice: for the scores, then for the texts. Equal scores keep the
     order of the input. `options` are those of `write_folders`.
     """
@@ -290,11 +289,11 @@ def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: st
 def _score_of(record: dict, score: str, where: str) -> float:
     metadata = record.get("metadata")
     scores = metadata.get("scores") if isinstance(metadata, dict) else None
-    value = scores.get(score) if isinstance(scores, dict) else None
+    scores = scores if isinstance(scores, dict) else {}
+    value = scores.get(score)
     if type(value) not in (int, float) or not math.isfinite(value):
-        known = ", ".join(scores) if isinstance(scores, dict) else "no scores"
-        raise UserError(f"{where} has no number under metadata.scores.{score} (it has: {known}); clean.py writes "
-                        f"scores")
+        raise UserError(f"{where} has no number under metadata.scores.{score} (it has: "
+                        f"{', '.join(scores) or 'no scores'}); clean.py writes scores")
     return float(value)
 
 
@@ -313,10 +312,7 @@ def packed_folders(folder) -> list[Path]:
 # ---- reading
 
 class Shards:
-    """The documents of one split of a packed folder as one virtual array of L tokens; nothing of it is in memory.
-
-    Opening it checks the size of every file and every header against the manifest (UserError), and reads no token.
-    """
+    """The documents of one split of a packed folder as one virtual array of L tokens; nothing of it is in memory."""
 
     def __init__(self, folder, split: str = "train"):
         self.folder, self.split = Path(folder), split
@@ -382,9 +378,7 @@ def list_shards(manifest: dict) -> list[dict]:
 
 def read_index(path: Path, kind: str, entries_of) -> dict:
     """The JSON object in a file of this format, in which each of entries_of(object) names a file or a folder beside it.
-
-    UserError where it is another, and where a name leads out of the folder: the index may be a downloaded one.
-    """
+    UserError where it is another, and where a name leads out of the folder: the index may be a downloaded one."""
     try:
         index = read_json(path)
         names, found = [entry["name"] for entry in entries_of(index)], (index["format"], index["version"])
@@ -424,9 +418,7 @@ def open_shard(folder: Path, manifest: dict, record: dict) -> tuple[np.ndarray, 
 
 def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
     """Hash a folder's shards against its manifest and return the bytes read; UserError for the first that differs.
-
-    Within a budget it reads a random choice of the shards, at least one.
-    """
+    Within a budget it reads a random choice of the shards, at least one."""
     folder, manifest, read = Path(folder), read_manifest(folder), 0
     records = list_shards(manifest)
     for position in np.random.default_rng(seed).permutation(len(records)):
