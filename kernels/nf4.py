@@ -44,29 +44,21 @@ QUANTISE = {"ROWS": 32, "BLOCK": BLOCK, "SMALLEST": SMALLEST, "num_warps": 4}
 
 @dataclass(frozen=True, eq=False)
 class NF4:
-    """A quantised weight. Beside a parameter `NAME`, bitsandbytes and transformers write these tensors:
+    """A quantised weight of N elements. Without double quantisation absmax is fp32 and the last three tensors are None.
 
-    packed   uint8 [ceil(N / 2)]       NAME (as [ceil(N / 2), 1])     two indices a byte, the first in the high half
-    absmax   uint8 or fp32 [N / 64]    NAME.absmax                    uint8: double quantisation
-    code     fp32 [16]                 NAME.quant_map                 the levels
-    absmax2  fp32 [N / 64 / 256]       NAME.nested_absmax             this and the next two: None without it
-    code2    fp32 [256]                NAME.nested_quant_map
-    offset   fp32 []                   nested_offset in the JSON
-    shape    of the weight             shape in the JSON
-    dtype    the weight's before       dtype in the JSON ("bfloat16")
-
-    (N elements, divisions rounded up). The JSON is NAME.quant_state.bitsandbytes__nf4, its UTF-8 bytes as a uint8
-    tensor, with quant_type "nf4", blocksize 64 and, with double quantisation, nested_blocksize 256 and nested_dtype
-    "float32" as well. These kernels know no other block sizes.
+    Each field says where bitsandbytes and transformers keep it beside a parameter `NAME`; divisions are rounded up. A
+    byte of `packed` holds two indices, the first in its high half. The JSON is NAME.quant_state.bitsandbytes__nf4, its
+    UTF-8 bytes as a uint8 tensor, with quant_type "nf4", blocksize 64 and, with double quantisation, nested_blocksize
+    256 and nested_dtype "float32" as well. These kernels know no other block sizes.
     """
-    packed: torch.Tensor
-    absmax: torch.Tensor
-    code: torch.Tensor
-    absmax2: torch.Tensor | None
-    code2: torch.Tensor | None
-    offset: torch.Tensor | None
-    shape: torch.Size
-    dtype: torch.dtype
+    packed: torch.Tensor                # uint8 [N / 2]: NAME, as [N / 2, 1]
+    absmax: torch.Tensor                # uint8 [N / 64]: NAME.absmax
+    code: torch.Tensor                  # fp32 [16], the levels: NAME.quant_map
+    absmax2: torch.Tensor | None        # fp32 [N / 64 / 256]: NAME.nested_absmax
+    code2: torch.Tensor | None          # fp32 [256]: NAME.nested_quant_map
+    offset: torch.Tensor | None         # fp32 []: nested_offset in the JSON
+    shape: torch.Size                   # shape in the JSON
+    dtype: torch.dtype                  # dtype in the JSON, as "bfloat16"
 
 
 def dynamic_levels() -> torch.Tensor:

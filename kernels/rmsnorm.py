@@ -137,9 +137,7 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
         ctx.triton, add = use_triton(x), residual is not None
-        if ctx.triton:
-            x, weight = x.contiguous(), weight.contiguous()
-            residual = residual.contiguous() if add else None
+        x, weight, residual = x.contiguous(), weight.contiguous(), residual.contiguous() if add else None
         y, s, rstd = (rmsnorm_forward if ctx.triton else reference_forward)(x, residual, weight, eps)
         ctx.save_for_backward(s if add else x, weight, rstd)
         return (y, s) if add else y
@@ -148,8 +146,7 @@ class RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dstream=None):
         want_dw, add = ctx.needs_input_grad[2], dstream is not None
-        if ctx.triton:
-            dy, dstream = dy.contiguous(), dstream.contiguous() if add else None
+        dy, dstream = dy.contiguous(), dstream.contiguous() if add else None
         ds, dw = (rmsnorm_backward if ctx.triton else reference_backward)(dy, dstream, *ctx.saved_tensors, want_dw)
         return ds, ds if add else None, dw if want_dw else None, None
 

@@ -77,18 +77,14 @@ def swiglu_backward(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> t
 class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        ctx.triton = use_triton(gate)
-        if ctx.triton:
-            gate, up = gate.contiguous(), up.contiguous()
+        gate, up, ctx.triton = gate.contiguous(), up.contiguous(), use_triton(gate)
         ctx.save_for_backward(gate, up)
         return (swiglu_forward if ctx.triton else reference_forward)(gate, up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        if ctx.triton:
-            return swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
-        return reference_backward(dy, *ctx.saved_tensors)
+        return (swiglu_backward if ctx.triton else reference_backward)(dy.contiguous(), *ctx.saved_tensors)
 
 
 # ---- public op

@@ -216,14 +216,6 @@ def device_limits() -> dict:
     return {"copy_gb_per_second": copy / 1e6, "bf16_tflops": matmul / 1e9}
 
 
-def providers(case) -> dict:
-    """{name: op} of the implementations that are timed side by side."""
-    ops = {"reference": case.op, "compiled": torch.compile(case.op, dynamic=False), "torch": case.torch,
-           "compiled torch": torch.compile(case.torch, dynamic=False)}
-    names = (*case.beside, "torch") if case.torch else case.beside
-    return {"triton": case.op, **{name: ops[name] for name in names}}
-
-
 def time_case(case, tokens: int, limits: dict, rounds: int = 3) -> list[dict]:
     """Milliseconds of each provider's passes on the GPU, in turn: medians over `rounds` of do_bench's medians.
 
@@ -243,11 +235,13 @@ def time_case(case, tokens: int, limits: dict, rounds: int = 3) -> list[dict]:
     def on_its_backend(name, call):
         with backend.using("triton" if name == "triton" else "reference"):
             return call()
+    providers = {"triton": case.op, "reference": case.op, "compiled": torch.compile(case.op, dynamic=False),
+                 "torch": case.torch, "compiled torch": torch.compile(case.torch, dynamic=False)}
     calls, memory, failed = {}, {}, {}
-    for name, op in providers(case).items():
+    for name in ("triton", *case.beside, *["torch"] * bool(case.torch)):
         own = tree_map_only(torch.Tensor, lambda x: x.detach().clone().requires_grad_(x.requires_grad), inputs)
         try:
-            calls[name], memory[name] = on_its_backend(name, partial(prepare, op, own, passes))
+            calls[name], memory[name] = on_its_backend(name, partial(prepare, providers[name], own, passes))
         except Exception as error:
             # The others keep their figures when one provider fails.
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -75,19 +75,14 @@ def random(device, dtype, *shape, scale=1.0, train=True) -> torch.Tensor:
 
 def attention_case(name, H, K, d, window=None, length=None) -> Case:
     """Causal; a sequence of documents of `length` tokens (None: one document)."""
-    def visible_pairs(n) -> int:
-        """Pairs of a query and a key in a document of n tokens; a window of 2 over 4 of them: 1 + 2 + 2 + 2."""
-        w = min(n, window or n)
-        return w * (w + 1) // 2 + (n - w) * w
-
     def inputs(device, dtype, tokens):
         q, k, v = (random(device, dtype, 1, tokens, heads, d) for heads in (H, K, K))
         at = torch.arange(tokens, dtype=torch.int32, device=device)[None]
         return q, k, v, True, window, None if length is None else at - at % length
 
     def cost(tokens):
-        documents, rest = divmod(tokens, length or tokens)
-        matmul = 2 * H * d * (documents * visible_pairs(length or tokens) + visible_pairs(rest))
+        # Of its document, a token sees itself and what came before, at most `window` tokens.
+        matmul = 2 * H * d * sum(min(at % (length or tokens) + 1, window or tokens) for at in range(tokens))
         return 4 * tokens * d * (H + K), 8 * tokens * d * (H + K), 2 * matmul, 5 * matmul
 
     def dense(q, k, v, causal, window, doc_start):
@@ -110,8 +105,8 @@ def cross_entropy_case(D, V, frozen=False) -> Case:
 
     def own(x, weight, labels):
         return F.cross_entropy((x @ weight.T).float(), labels, reduction="sum")
-    return Case(f"cross_entropy {D}x{V}{', frozen' * frozen}", lambda *given: linear_cross_entropy(*given)[0], inputs,
-                cost, own, beside=("compiled torch",), one_shot=True)
+    name = f"cross_entropy {D}x{V}{', frozen' * frozen}"
+    return Case(name, linear_cross_entropy, inputs, cost, own, ("compiled torch",), one_shot=True)
 
 
 def linear_kl_case(D, teacher_D, V) -> Case:
@@ -128,16 +123,15 @@ def linear_kl_case(D, teacher_D, V) -> Case:
     def own(x, weight, teacher_x, teacher_weight, labels):
         log_q, log_p = (F.log_softmax((a @ b.T).float(), -1) for a, b in ((x, weight), (teacher_x, teacher_weight)))
         return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-    return Case(f"linear_kl {D} from {teacher_D}", lambda *given: linear_kl(*given)[0], inputs, cost, own,
-                beside=("compiled torch",), one_shot=True)
+    return Case(f"linear_kl {D} from {teacher_D}", linear_kl, inputs, cost, own, ("compiled torch",), one_shot=True)
 
 
 # ---- layers
 
 def rmsnorm_case(width, heads=1, add=False) -> Case:
     def inputs(device, dtype, tokens):
-        shape = (tokens, heads, width) if heads > 1 else (tokens, width)
-        return *(random(device, dtype, *shape) for _ in range(1 + add)), random(device, dtype, width), 1e-5
+        streams = [random(device, dtype, tokens, heads, width) for _ in range(1 + add)]
+        return *streams, random(device, dtype, width), 1e-5
 
     def cost(tokens):
         one_pass = tokens * heads * width * 2
