@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
-from itertools import cycle, zip_longest
+from itertools import cycle
 from pathlib import Path
 
 import jinja2
@@ -45,13 +45,14 @@ class Run:
     notes: list = field(default_factory=list)
     number: int = 1                                # its place on the page
 
-    @property
-    def name(self) -> str:
-        return str(self.start.get("run") or self.folder.resolve().name)
-
-    @property
-    def step(self) -> int:
-        return max([row["step"] for row in self.train[-1:] + self.evals[-1:]], default=0)
+    name = property(lambda run: str(run.start.get("run") or run.folder.resolve().name))
+    step = property(lambda run: max([row["step"] for row in run.train[-1:] + run.evals[-1:]], default=0))
+    colour = property(lambda run: RUNS[(run.number - 1) % len(RUNS)])
+    # The metric in words, and three fractions; None where they cannot be known.
+    unit = property(lambda run: UNITS[run.metric])
+    domain_gain = property(lambda run: run.comparison["domain_gain"])
+    forgetting = property(lambda run: run.comparison["forgetting"])
+    overall = property(lambda run: run.comparison["score"])
 
     @cached_property
     def metric(self) -> str:
@@ -86,13 +87,6 @@ class Run:
     def comparison(self) -> dict:
         """measure/verdict.py's comparison of the last evaluation with the one at step 0."""
         return verdict.compare(self.before, self.after, self.names_of("general"), self.names_of("domain"), self.metric)
-
-    colour = property(lambda run: RUNS[(run.number - 1) % len(RUNS)])
-    # The metric in words, and three fractions; None where they cannot be known.
-    unit = property(lambda run: UNITS[run.metric])
-    domain_gain = property(lambda run: run.comparison["domain_gain"])
-    forgetting = property(lambda run: run.comparison["forgetting"])
-    overall = property(lambda run: run.comparison["score"])
 
 
 def read_run(folder) -> Run:
@@ -241,17 +235,15 @@ def sample_pairs(run: Run) -> list:
     """[(prompt, [first continuation, last continuation])]; one text each when only one step was sampled."""
     sides = []
     for row in run.samples:
-        side = {}
-        for sample in row["samples"] if isinstance(row.get("samples"), list) else []:
-            prompt, text = (str(dict_or_empty(sample).get(key, "")) for key in ("prompt", "text"))
-            # The prompt stands once above both continuations.
-            text = text.removeprefix(prompt).rstrip()
-            text = text if len(text) <= 3000 else f"{text[:3000]} … ({len(text) - 3000:,} more characters)"
-            side.setdefault(prompt, []).append(text)
-        sides.append(side)
-    prompts = dict.fromkeys(prompt for side in sides for prompt in side)
-    return [(prompt, texts) for prompt in prompts
-            for texts in zip_longest(*(side.get(prompt, []) for side in sides), fillvalue="–")]
+        samples = map(dict_or_empty, row["samples"] if isinstance(row.get("samples"), list) else [])
+        sides.append({str(sample.get("prompt", "")): str(sample.get("text", "")) for sample in samples})
+    pairs = []
+    for prompt in dict.fromkeys(prompt for side in sides for prompt in side):
+        # The prompt stands once above both continuations.
+        texts = [side.get(prompt, "–").removeprefix(prompt).rstrip() for side in sides]
+        pairs.append((prompt, [text if len(text) <= 3000 else f"{text[:3000]} … ({len(text) - 3000:,} more characters)"
+                               for text in texts]))
+    return pairs
 
 
 # ---- command

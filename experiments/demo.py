@@ -265,8 +265,8 @@ def demo(options: Demo) -> dict:
         run("train.py", "recipes/demo.toml", "--model.path", out / "base/final", *domain, *general,
             "--data.domain-share", share, "--train.steps", STEPS, "--out", out / name)
     run("report.py", *(out / name for name in RUNS), "--out", out / "report.html")
-    results = {name: read_json(out / name / "eval.json") for name in RUNS}
-    texts = {"base": results["replay"]["before"], **{name: result["after"] for name, result in results.items()}}
+    texts = {"base": read_json(out / "replay/eval.json")["before"],
+             **{name: read_json(out / name / "eval.json")["after"] for name in RUNS}}
     runs = {name: {f"{side}_bpb": scores[side]["bits_per_byte"] for side in sides} for name, scores in texts.items()}
     seconds = time.perf_counter() - began
     summary = {"seconds": round(seconds, 1), "runs": runs}

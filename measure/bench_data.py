@@ -243,11 +243,9 @@ def bench_cleaning(documents, folder, rounds) -> list:
     """Clean on one core: clean.py's web preset from a jsonl file to kept.jsonl, dropped.jsonl.gz and drops.json.
 
     Against datatrove from jsonl to jsonl with the filters of the same rules (Gopher, C4 as FineWeb uses it, FineWeb)
-    and its PIIFormatter.
-
-    datatrove stops at the first rule that a document breaks and writes nothing of it. Ours takes every score of every
-    document, repairs Unicode, drops boilerplate, guesses the language and looks for more kinds of personal data. C4's
-    list of bad words, which would have to be fetched, is on neither side.
+    and its PIIFormatter, which stops at the first rule that a document breaks and writes nothing of it. Ours takes
+    every score of every document, repairs Unicode, drops boilerplate, guesses the language and looks for more kinds of
+    personal data. C4's list of bad words, which would have to be fetched, is on neither side.
     """
     source, settings = write_jsonl(folder / "clean/documents.jsonl", documents), clean.Settings("web")
 
@@ -282,10 +280,9 @@ def with_copies(documents) -> list:
 def bench_dedup(documents, folder, rounds) -> list:
     """Remove near-duplicates on one core, from jsonl to jsonl, against datatrove's four stages and datasketch.
 
-    All with the words of fold_words, sets of 5-word shingles and 14 bands of 8 hashes.
-
-    Ours decides each proposed pair by its true Jaccard similarity, 0.8 or more, keeps the best and lists what it
-    removed. The peers believe the bands; datatrove also joins chains of pairs, and writes only what is kept.
+    All use the words of fold_words, sets of 5-word shingles and 14 bands of 8 hashes. Ours decides each proposed pair
+    by its true Jaccard similarity, 0.8 or more, keeps the best and lists what it removed. The peers believe the bands;
+    datatrove also joins chains of pairs, and writes only what is kept.
     """
     source = write_jsonl(folder / "dedup/documents.jsonl", documents)
 

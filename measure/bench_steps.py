@@ -31,7 +31,6 @@ import lora
 import train
 from core import parallel
 from core.devices import peak_bytes
-from core.errors import UserError
 from kernels.cross_entropy import IGNORE, chunk_rows
 from learn.adapters import adapted_layers
 from learn.objectives import Causal
@@ -54,10 +53,7 @@ class StepCase:
     """Model width, MLP width, blocks, heads, key-value heads."""
     bf16: bool = False
     """Weights in bf16 and 8-bit moments, torch's fused AdamW in bf16 on the other side; else fp32."""
-
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.context
+    tokens = property(lambda case: case.sequences * case.context)
 
 
 CASES = {
@@ -82,8 +78,9 @@ OPENMP_AS_IT_COMES = {"GOMP_SPINCOUNT": "300000"}
 @dataclass
 class TrainOptions:
     """Time training steps beside transformers'."""
-    cases: list[str] = field(default_factory=lambda: ["vocab_8k", "vocab_32k", "packed_2k", "busy_machine"])
-    """What to time: vocab_8k, vocab_32k, packed_2k, busy_machine; on a GPU also 8b and 1b."""
+    cases: list[Literal["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "8b", "1b"]] = field(
+        default_factory=lambda: ["vocab_8k", "vocab_32k", "packed_2k", "busy_machine"])
+    """What to time; 8b and 1b are for a GPU."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
     steps: int = 12
@@ -100,17 +97,15 @@ class LoraOptions:
 # ---- one side of a case, in a process of its own
 
 def worker(name: str, side: str, device: str):
-    """Answer each line on stdin with the seconds of one training step, or of the step's matmuls alone.
-
-    At the end of stdin one more line: {"losses", "peak_bytes", ...} as JSON.
-    """
+    """Answer each line on stdin with the seconds of one training step, or of the step's matmuls alone, and the end of
+    stdin with {"losses", "peak_bytes", ...} as JSON."""
     case, kind = CASES[name], side.partition("_")[0]
     if kind in OURS or side.endswith("_allocator"):
         parallel.start(device)
     model = random_model(case, device)
     result = {"losses": [], "matmul_flops_per_token": matmul_flops_per_token(model.config, case.context)}
-    objective = Causal(mask_documents=case.packed)
-    batches = [objective.corrupt(batch, None).to(device) for batch in make_batches(case, 8)]
+    objective, rng = Causal(mask_documents=case.packed), np.random.default_rng(0)
+    batches = [objective.corrupt(make_batch(case, rng), None).to(device) for _ in range(8)]
     for batch in batches:
         batch.labels[:, -1] = IGNORE
     adapted = kind in ("lora", "qlora", "peft")
@@ -160,23 +155,17 @@ def random_model(case: StepCase, device) -> Model:
     return model
 
 
-def make_batches(case: StepCase, count: int) -> list:
-    """Batches of random tokens [B, T + 1]."""
+def make_batch(case: StepCase, rng: np.random.Generator) -> data.Batch:
+    """A batch of random tokens [B, T + 1]."""
     B, T = case.sequences, case.context
-    rng, batches = np.random.default_rng(0), []
-    for _ in range(count):
-        tokens = torch.from_numpy(rng.integers(0, case.vocab, (B, T + 1)).astype(np.int32))
-        doc_start = np.zeros((B, T + 1), np.int32)
-        for b in range(B if case.packed else 0):
-            at = 0
-            while at < T + 1:
-                length = int(np.exp(rng.uniform(np.log(32), np.log(640))))
-                doc_start[b, at:at + length] = at
-                at += length
-        doc_start = torch.from_numpy(doc_start)
-        positions = torch.arange(T + 1, dtype=torch.int32) - doc_start
-        batches.append(data.Batch(tokens, tokens, positions, doc_start, np.zeros(B, np.int64), None))
-    return batches
+    tokens = torch.from_numpy(rng.integers(0, case.vocab, (B, T + 1)).astype(np.int32))
+    doc_start = torch.zeros_like(tokens)
+    if case.packed:
+        lengths = np.exp(rng.uniform(np.log(32), np.log(640), (B, T // 32 + 1))).astype(int)
+        starts = [np.repeat(np.cumsum(own) - own, own)[:T + 1] for own in lengths]
+        doc_start = torch.from_numpy(np.array(starts, np.int32))
+    positions = torch.arange(T + 1, dtype=torch.int32) - doc_start
+    return data.Batch(tokens, tokens, positions, doc_start, np.zeros(B, np.int64), None)
 
 
 def our_step(model, objective, optim, rates, case, device):
@@ -209,13 +198,10 @@ def peer_step(model, optim):
 
 @torch.no_grad()
 def adapt(model, quantised: bool) -> dict:
-    """Give the model an adapter on every linear layer of its blocks; return the multiples of the learning rate.
-
-    Both of an adapter's matrices are random: with B = 0, as training starts, the first loss would be the same for any
-    adapter.
-    """
+    """Give the model an adapter on every linear layer of its blocks; return the multiples of the learning rate."""
     config = lora.LoraConfig(rank=RANK, alpha=ALPHA, base="nf4" if quantised else "plain")
     lora.attach(model, config, seed=0)
+    # With B = 0, as training starts, the first loss would be the same for any adapter.
     generator = torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
         if name.endswith(".B"):
@@ -297,7 +283,6 @@ def in_turn(case: str, sides: tuple, steps: int, device: str, matmuls: str = "")
         raise RuntimeError(f"the {sides[0]} side of {case} failed; its error stands above")
     seconds = take_turns({side: partial(ask, side, "step") for side in fit}, steps)
     shares = [(ask(matmuls, "matmuls"), ask(matmuls, "step")) for _ in range(3 if matmuls else 0)]
-    # At the end of its stdin a worker answers once more, and ends.
     return seconds, {side: json.loads(workers[side].communicate()[0]) for side in fit}, shares
 
 
@@ -317,12 +302,7 @@ def bench_train(options: TrainOptions) -> list:
     """Steps of the whole model against transformers', peak memory, and the matmuls' share of the time."""
     rows = []
     for case in options.cases:
-        if case == "busy_machine":
-            rows += busy_rows(options.steps)
-        elif case in CASES:
-            rows += train_rows(case, options)
-        else:
-            raise UserError(f"--cases {case} is unknown; choose from {', '.join(CASES)}, busy_machine")
+        rows += busy_rows(options.steps) if case == "busy_machine" else train_rows(case, options)
     return rows
 
 
@@ -387,7 +367,7 @@ def bench_lora(options: LoraOptions) -> list:
         rate_row("qlora", "tokens/s", CASES[case].tokens, seconds["qlora"], seconds["lora"], own),
         row("qlora_memory", "bytes of base weights", four["base_bytes"], plain["base_bytes"], own, **four),
         row("qlora_matrix_memory", "bytes of its 4-bit matrices", four["quantised_bytes"],
-            4 * four["quantised_numbers"], own, bits=8 * four["quantised_bytes"] / four["quantised_numbers"]),
+            4 * four["quantised_numbers"], own, bits=8 * four["quantised_bytes"] / four["quantised_elements"]),
         row("qlora_peak_memory", "bytes", peak["qlora"], peak["lora"], own)]
 
 

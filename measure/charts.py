@@ -185,8 +185,7 @@ def chart_evaluations(run, axes) -> tuple | None:
     """The held-out score of each source, and the base model's as a dashed line."""
     curves = series_by_source(run, run.evals, run.metric)
     for name, (x, y) in curves.items():
-        base = finite(run.before.get(name, {}).get(run.metric))
-        if base is not None:
+        if (base := finite(run.before.get(name, {}).get(run.metric))) is not None:
             axes.axhline(base, color=HEX[run.colours[name]], linewidth=0.9, linestyle=DASHED, alpha=0.6)
         draw_curve(axes, x, y, run.colours[name])
     caption = f"{run.unit.capitalize()} by step, lower is better"

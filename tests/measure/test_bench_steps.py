@@ -4,18 +4,20 @@ import io
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
+from core import cli
 from core.errors import UserError
 from learn.objectives import Causal
 from learn.optim import OptimConfig
 from measure import bench_steps
-from measure.bench_steps import CASES, LoraOptions, TrainOptions, environment_of, in_turn, make_batches
+from measure.bench_steps import CASES, LoraOptions, TrainOptions, environment_of, in_turn, make_batch
 
 
 def test_packed_cases_hold_documents_and_the_others_do_not():
-    packed, plain = make_batches(CASES["packed_2k"], 1)[0], make_batches(CASES["vocab_8k"], 1)[0]
+    packed, plain = (make_batch(CASES[name], np.random.default_rng(0)) for name in ("packed_2k", "vocab_8k"))
     lengths = packed.doc_start[0].unique().diff()
     assert 32 <= lengths.min() <= lengths.max() <= 640
     assert not plain.doc_start.any()
@@ -26,7 +28,7 @@ def test_our_side_is_a_step_of_train_py():
     """The loss by PyTorch on all logits, and a second step on the same batch that is better."""
     case, objective = CASES["tiny"], Causal(mask_documents=False)
     model = bench_steps.random_model(case, "cpu")
-    batch, = [objective.corrupt(b, None) for b in make_batches(case, 1)]
+    batch = objective.corrupt(make_batch(case, np.random.default_rng(0)), None)
     logits = model.head(model(batch.tokens, batch.position_ids))
     truth = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten().long()).item()
     optim = OptimConfig(lr=1e-3, min_lr=0.0, schedule="constant", warmup_steps=0)
@@ -87,8 +89,8 @@ def test_train_rows_carry_the_names_that_others_read(monkeypatch, capsys):
     assert (rows["peak_memory_32k"]["ours"], rows["peak_memory_32k"]["peer"]) == (40, 120)
     assert rows["matmul_share"]["ours"] == 0.5
     assert (rows["busy_machine"]["ratio"], rows["busy_machine"]["busy_loops"]) == (8, os.cpu_count())
-    with pytest.raises(UserError, match="--cases tall is unknown"):
-        bench_steps.bench_train(TrainOptions(cases=["tall"]))
+    with pytest.raises(UserError, match="tall"):
+        cli.parse(TrainOptions, ["--cases", "tall"])
 
 
 def test_a_peer_that_does_not_fit_leaves_our_figures(monkeypatch, capsys):
