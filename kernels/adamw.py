@@ -1,7 +1,8 @@
 """AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101) in place over a whole list of tensors.
 
-    m += (1 - b1) (g - m)              v = b2 v + (1 - b2) g^2
-    w -= lr decay w + lr / (1 - b1^step) m / (sqrt(v / (1 - b2^step)) + eps)
+    m += fresh1 (g - m)                             fresh1 = 1 - beta1       fresh2 = 1 - beta2
+    v = beta2 v + fresh2 g^2                        rate = lr / (1 - beta1^step)
+    w -= lr decay w + rate m / (root2 sqrt(v) + eps)     root2 = 1 / sqrt(1 - beta2^step)
 
 The moments m and v are fp32 or 8-bit codes. Groups of 32 consecutive elements share a scale, the largest value of the
 group. Linear int8 diverges in the first steps (FlashOptim, 2026, arXiv 2602.23349), so a root gives small values more
@@ -71,8 +72,8 @@ def init_state(param: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
              "v": zeros(param.shape, dtype=torch.uint8 if eight else moments)}
     if eight:
         by_row = param.ndim > 0 and param.shape[-1] % GROUP == 0
-        groups = (*param.shape[:-1], param.shape[-1] // GROUP) if by_row else (-(-param.numel() // GROUP),)
-        state |= {"m_scale": zeros(groups, dtype=torch.bfloat16), "v_scale": zeros(groups, dtype=torch.float32)}
+        shape = (*param.shape[:-1], param.shape[-1] // GROUP) if by_row else (-(-param.numel() // GROUP),)
+        state |= {"m_scale": zeros(shape, dtype=torch.bfloat16), "v_scale": zeros(shape, dtype=torch.float32)}
     if kind.endswith("ecc"):
         state["ecc"] = zeros(param.shape, dtype=torch.int8)
     return state
@@ -111,11 +112,6 @@ def groups(x):
     return torch.nn.functional.pad(x, (0, -len(x) % GROUP)).view(-1, GROUP)
 
 
-def inverse(scale):
-    """1 / scale, but finite for a group of zeros, whose codes would be 0 / 0."""
-    return 1 / scale.clamp(min=1e-30)
-
-
 def decode_m(code, scale):
     code = groups(code.float())
     return (code * code.abs() * (scale.float() * (1 / 127**2))[:, None]).view(-1)
@@ -126,7 +122,8 @@ def encode_m(m):
     m = groups(m)
     # The scale in bf16, rounded up (see the kernel).
     scale = ((m.abs().amax(1).view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
-    code = ((m.abs() * inverse(scale.float())[:, None]).sqrt() * 127 + 0.5).to(torch.int8)
+    # The scale of a group of zeros is 0, and 0 / 0 would be NaN.
+    code = ((m.abs() * (1 / scale.float().clamp(min=1e-30))[:, None]).sqrt() * 127 + 0.5).to(torch.int8)
     return torch.where(m < 0, -code, code).view(-1), scale
 
 
@@ -140,12 +137,13 @@ def encode_v(v):
     """-> uint8 codes [32 ceil(n / 32)], fp32 scales [ceil(n / 32)]."""
     root = groups(v.sqrt())
     scale = root.amax(1)
-    return ((root * inverse(scale)[:, None]).sqrt() * 255 + 0.5).clamp(min=1).to(torch.uint8).view(-1), scale
+    code = ((root * (1 / scale.clamp(min=1e-30))[:, None]).sqrt() * 255 + 0.5).clamp(min=1).to(torch.uint8)
+    return code.view(-1), scale
 
 
 def reference_(param, grad, state, scalars):
     """Update one tensor in fp32, in the kernel's order of roundings; float64 weights in float64."""
-    lr, decay, one_minus_beta1, beta2, one_minus_beta2, rate, inverse_root, eps = scalars
+    lr, decay, fresh1, beta2, fresh2, rate, root2, eps = scalars
     weights, grad = param.detach().view(-1), grad.detach().reshape(-1)
     kept, eight = {name: x.view(-1) for name, x in state.items()}, "m_scale" in state
     compute = torch.promote_types(weights.dtype, torch.float32)
@@ -157,13 +155,13 @@ def reference_(param, grad, state, scalars):
         m, v = kept["m"][part], kept["v"][part]
         if eight:
             m, v = decode_m(m, kept["m_scale"][group])[:len(g)], decode_v(v, kept["v_scale"][group])[:len(g)]
-        m += (g - m) * one_minus_beta1
+        m += (g - m) * fresh1
         v *= beta2
-        v += g * g * one_minus_beta2
+        v += g * g * fresh2
         if eight:
             for name, (code, scale) in {"m": encode_m(m), "v": encode_v(v)}.items():
                 kept[name][part], kept[f"{name}_scale"][group] = code[:len(g)], scale
-        update = m * rate / (v.sqrt() * inverse_root + eps)
+        update = m * rate / (v.sqrt() * root2 + eps)
         w = weights[part]
         if "ecc" in kept:
             w = join(w, kept["ecc"][part])
@@ -181,7 +179,7 @@ def address(ROW, column: tl.constexpr, kind: tl.constexpr, ALIGN: tl.constexpr):
 
 @jit
 def adamw_tile(P, G, M, V, MSCALE, VSCALE, ECC, left, lr_decay, fresh1, beta2, fresh2, rate, root2, eps,
-               EIGHT: tl.constexpr, WEIGHTS: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr):
+               EIGHT: tl.constexpr, WITH_ECC: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr):
     """Update ROWS groups of 32 elements, or the `left` elements up to the tensor's end. The pointers stand at the first
     of them: P, G, M, V, ECC at an element, MSCALE, VSCALE at a group."""
     group = tl.arange(0, ROWS)
@@ -206,12 +204,12 @@ def adamw_tile(P, G, M, V, MSCALE, VSCALE, ECC, left, lr_decay, fresh1, beta2, f
     else:
         m = tl.load(M + at, mask=mask, other=0.0)
         v = tl.load(V + at, mask=mask, other=0.0)
-    if WEIGHTS == "fp32":
-        w = tl.load(P + at, mask=mask, other=0.0)
-    else:
+    if WITH_ECC:
         bits = tl.load(P + at, mask=mask, other=0).to(tl.int32) * 256
         bits = (bits + tl.load(ECC + at, mask=mask, other=0).to(tl.int32)) * 256
         w = bits.to(tl.float32, bitcast=True)
+    else:
+        w = tl.load(P + at, mask=mask, other=0.0)
 
     m += (g - m) * fresh1
     v *= beta2
@@ -234,24 +232,24 @@ def adamw_tile(P, G, M, V, MSCALE, VSCALE, ECC, left, lr_decay, fresh1, beta2, f
     else:
         tl.store(M + at, m, mask=mask)
         tl.store(V + at, v, mask=mask)
-    if WEIGHTS == "fp32":
-        tl.store(P + at, w, mask=mask)
-    else:
+    if WITH_ECC:
         bits = (w.to(tl.int32, bitcast=True) + 0x80) >> 8
         high = (bits + 0x80) >> 8
         tl.store(P + at, high.to(tl.int16), mask=mask)
         tl.store(ECC + at, (bits - high * 256).to(tl.int8), mask=mask)
+    else:
+        tl.store(P + at, w, mask=mask)
 
 
 @jit
 def adamw_kernel(TABLE, OWNER, lr, decay, fresh1, beta2, fresh2, rate, root2, eps, GRAD: tl.constexpr,
-                 EIGHT: tl.constexpr, WEIGHTS: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+                 EIGHT: tl.constexpr, WITH_ECC: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
                  ROWS: tl.constexpr, CHUNK: tl.constexpr):
     """TABLE [tensors, COLUMNS] int64, OWNER [chunks] int32; a program updates a chunk."""
     row = TABLE + tl.load(OWNER + tl.program_id(0)) * COLUMNS
     n = tl.load(row)
     start = (tl.program_id(0) - tl.load(row + 1)) * CHUNK
-    P = address(row, 2, tl.float32 if WEIGHTS == "fp32" else tl.int16, ALIGN)      # bf16 is moved as its bits
+    P = address(row, 2, tl.int16 if WITH_ECC else tl.float32, ALIGN)      # bf16 is moved as its bits
     G = address(row, 3, GRAD, ALIGN)
     M = address(row, 4, tl.int8 if EIGHT else tl.float32, ALIGN)
     V = address(row, 5, tl.uint8 if EIGHT else tl.float32, ALIGN)
@@ -263,10 +261,10 @@ def adamw_kernel(TABLE, OWNER, lr, decay, fresh1, beta2, fresh2, rate, root2, ep
         group = begin // 32
         if begin + ROWS * 32 <= n:
             adamw_tile(P + begin, G + begin, M + begin, V + begin, MSCALE + group, VSCALE + group, ECC + begin,
-                       n - begin, lr_decay, fresh1, beta2, fresh2, rate, root2, eps, EIGHT, WEIGHTS, False, ROWS)
+                       n - begin, lr_decay, fresh1, beta2, fresh2, rate, root2, eps, EIGHT, WITH_ECC, False, ROWS)
         else:
             adamw_tile(P + begin, G + begin, M + begin, V + begin, MSCALE + group, VSCALE + group, ECC + begin,
-                       n - begin, lr_decay, fresh1, beta2, fresh2, rate, root2, eps, EIGHT, WEIGHTS, True, ROWS)
+                       n - begin, lr_decay, fresh1, beta2, fresh2, rate, root2, eps, EIGHT, WITH_ECC, True, ROWS)
 
 
 def send_table(kept: dict, key, rows: list, device):
@@ -303,10 +301,10 @@ def launch_updates_(params, grads, states, scalars, kept):
             launches.setdefault((kind_of(state), grad.dtype, align), []).append((param.numel(), *addresses))
     for (kind, dtype, align), rows in launches.items():
         table, owner = send_table(kept, (kind, dtype, align), rows, params[0].device)
-        weights = "ecc" if kind.endswith("ecc") else "fp32"
+        with_ecc = kind.endswith("ecc")
         launch(adamw_kernel, (owner.numel(),), table, owner, *scalars, GRAD=TRITON_DTYPE[dtype],
-               EIGHT=kind.startswith("int8"), WEIGHTS=weights, ALIGN=align, COLUMNS=COLUMNS, ROWS=BLOCK // GROUP,
-               CHUNK=CHUNK, num_warps=8 if weights == "fp32" else 4)
+               EIGHT=kind.startswith("int8"), WITH_ECC=with_ecc, ALIGN=align, COLUMNS=COLUMNS, ROWS=BLOCK // GROUP,
+               CHUNK=CHUNK, num_warps=4 if with_ecc else 8)
     # A launch does not tell autograd that it wrote.
     torch.autograd.graph.increment_version(params)
 
@@ -323,21 +321,6 @@ def adamw_(params: list, grads: list, states: list, lr: float, betas: tuple, eps
     spares the copy of the addresses to the device. Whether the gradients are finite is for the caller to check.
     ValueError where the lists, shapes or dtypes do not fit.
     """
-    check_arguments(params, grads, states, step)
-    if not params:
-        return
-    # The complements are taken in float64 here: 1 - 0.999 in fp32 has a relative error of 5e-5.
-    rate, inverse_root = lr / (1 - betas[0]**step), 1 / math.sqrt(1 - betas[1]**step)
-    scalars = (lr, decay, 1 - betas[0], betas[1], 1 - betas[1], rate, inverse_root, eps)
-    if use_triton(params[0]):
-        grads = [grad.contiguous() for grad in grads]
-        launch_updates_(params, grads, states, scalars, {} if table is None else table)
-    else:
-        for param, grad, state in zip(params, grads, states):
-            reference_(param, grad, state, scalars)
-
-
-def check_arguments(params, grads, states, step):
     if not len(params) == len(grads) == len(states):
         raise ValueError(f"adamw_ got {len(params)} parameters, {len(grads)} gradients and {len(states)} states; give "
                          "one of each for every parameter")
@@ -352,3 +335,14 @@ def check_arguments(params, grads, states, step):
         if grad.shape != param.shape or state["m"].shape != param.shape:
             raise ValueError(f"parameter {i} is {tuple(param.shape)}, its gradient {tuple(grad.shape)}, its state "
                              f"{tuple(state['m'].shape)}; they must agree")
+    if not params:
+        return
+    # The complements are taken in float64 here: 1 - 0.999 in fp32 has a relative error of 5e-5.
+    rate, root2 = lr / (1 - betas[0]**step), 1 / math.sqrt(1 - betas[1]**step)
+    scalars = (lr, decay, 1 - betas[0], betas[1], 1 - betas[1], rate, root2, eps)
+    if use_triton(params[0]):
+        grads = [grad.contiguous() for grad in grads]
+        launch_updates_(params, grads, states, scalars, {} if table is None else table)
+    else:
+        for param, grad, state in zip(params, grads, states):
+            reference_(param, grad, state, scalars)

@@ -30,8 +30,7 @@ from kernels.flash import Flash
 # (github.com/pytorch/pytorch/issues/142132).
 HOPPER_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                 SDPBackend.MATH]
-# Of flash.py.
-LARGEST_HEAD = 256
+LARGEST_HEAD = 256                # of flash.py
 
 
 def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc_start=None, device=None):
@@ -53,7 +52,7 @@ def interval_mask(queries: int, keys: int, causal: bool, window: int | None, doc
 # ---- PyTorch's scaled_dot_product_attention: the reference, and the fastest for sequences that are one document
 
 def _sdpa(q, k, v, causal, window, doc_start=None):
-    """q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d]; documents through a dense mask."""
+    """q [B, T, H, d], k and v [B, S, K, d] -> [B, T, H, d]; a dense mask keeps documents apart."""
     queries, keys = q.shape[1], k.shape[1]
     if q.is_cuda and q.dtype == torch.float32:
         # The only fused kernel for fp32 needs as many key-value heads as heads.
@@ -112,8 +111,8 @@ def attention(q, k, v, causal: bool = True, window: int | None = None, doc_start
                          "says of each query's position where its document begins, and there must be as many keys")
     if window is not None and window < 1:
         raise ValueError(f"attention with a window of {window}: a query sees at least itself, say 1 or more or None")
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if dtype := backend.autocast_dtype(q):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention of q, k, v in {q.dtype}, {k.dtype}, {v.dtype}: give all three one dtype")
     if window is not None and window >= S:

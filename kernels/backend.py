@@ -8,7 +8,7 @@
 
 import functools
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -31,14 +31,16 @@ get_properties = functools.cache(torch.cuda.get_device_properties)
 
 
 @contextmanager
-def using(name: str):
-    """Force a backend for the ops inside: `reference` or `triton`."""
-    global choice
-    before, choice = choice, name
+def using(name: str | None = None, send_to=None):
+    """Inside, force a backend, `reference` or `triton`; give launches to send_to(kernel, grid, args, options)."""
+    global choice, receiver
+    before = choice, receiver
+    choice = choice if name is None else name
+    receiver = receiver if send_to is None else send_to
     try:
         yield
     finally:
-        choice = before
+        choice, receiver = before
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -65,17 +67,6 @@ def launch(kernel, grid: tuple, *args, **options):
             kernel[grid](*args, **options)
 
 
-@contextmanager
-def sending_to(function):
-    """Give launches to function(kernel, grid, args, options) instead of the device."""
-    global receiver
-    before, receiver = receiver, function
-    try:
-        yield
-    finally:
-        receiver = before
-
-
 def op(function):
     """What the autograd functions call: the Python function in eager mode, a registered op under torch.compile.
 
@@ -91,7 +82,7 @@ def op(function):
 
     @registered.register_fake
     def _(*args):
-        with sending_to(lambda *launched: None):
+        with using(send_to=lambda *launched: None):
             return function(*args)
 
     @functools.wraps(function)
@@ -118,6 +109,18 @@ def table(by_architecture: dict, device: torch.device):
     """The entry for the newest architecture that is not newer than the device's, else for the oldest one."""
     mine = architecture(device)
     return by_architecture[max((a for a in by_architecture if a <= mine), default=min(by_architecture))]
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Autocast's dtype where it is on for x, else None. It leaves float64 alone and does not know meta tensors."""
+    kind = x.device.type
+    on = kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def without_autocast(x: torch.Tensor):
+    """A context in which operations on x keep its dtype."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def power_of_two(n: int) -> int:

@@ -21,7 +21,7 @@ of dW once more: on an H200 chunks of 256 rows were measured at 53 ms for the ab
 import torch
 
 from kernels import backend
-from kernels.backend import jit, launch, op, power_of_two, tl, use_triton
+from kernels.backend import autocast_dtype, jit, launch, op, power_of_two, tl, use_triton, without_autocast
 from kernels.rmsnorm import upcast
 
 # Bytes of logits held at a time. On a CPU matmuls slow down below about 1,000 rows.
@@ -31,8 +31,6 @@ ROWS = 128                        # a chunk is a multiple of this, the tile heig
 BLOCK = 8192                      # logits a program holds
 # The label of a token that is not to be learned, as in PyTorch and transformers; the rest of the project imports it.
 IGNORE = -100
-# A probability below this has lost its precision to underflow.
-TINY = 1e-30
 
 
 # ---- what the fused losses share
@@ -49,20 +47,8 @@ def chunk_rows(count: int, row_bytes: int, device: torch.device) -> int:
     return max(1, min(count, -(-count // (chunks * unit)) * unit))
 
 
-def compute_dtype(x, weight) -> torch.dtype:
-    """Of the matmul x W^T: autocast's where that is on, else the wider of the two."""
-    kind = autocast_device(x)
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return torch.promote_types(x.dtype, weight.dtype)
-
-
-def autocast_device(x) -> str:
-    return "cuda" if x.is_meta else x.device.type            # autocast does not know meta tensors
-
-
 def make_logits(x, weight, out):
-    """x W^T into the first rows of `out`, rounded to x's dtype whatever out's."""
+    """x W^T in the first rows of `out`, rounded to x's dtype, whatever dtype `out` has."""
     out = out[:len(x)]
     return torch.mm(x, weight.T, out=out) if out.dtype == x.dtype else out.copy_(x @ weight.T)
 
@@ -72,8 +58,8 @@ def add_matmul(total, a, b, first: bool):
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif a.is_cuda:
-        # The matmul's own fp32 sums go into the total, with no rounding and no copy between. An fp32 total beside half
-        # factors is possible since PyTorch 2.10 (github.com/pytorch/pytorch/pull/167931).
+        # The matmul's own fp32 sums go into the total, with no rounding and no copy between. PyTorch can do that since
+        # 2.10 (github.com/pytorch/pytorch/pull/167931).
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(a @ b)
@@ -96,7 +82,7 @@ def loss_by_chunks(heads, labels, want_dx: bool, want_dw: bool, chunk_loss):
     if backend.receiver is not None and x.device.type != "meta":
         # torch.compile asks what the outputs look like; its tensors have no values and perhaps no sizes.
         return token_loss, dx, dw
-    # nonzero is the one wait for a GPU. Meta tensors have no values, and all of their tokens count as labelled.
+    # On a GPU nonzero is the one wait for the device. Meta tensors have no values: all of their tokens count.
     labelled = torch.arange(len(labels), device="meta") if x.is_meta else (labels != IGNORE).nonzero().flatten()
     if not len(labelled):
         dw.zero_()
@@ -126,18 +112,18 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, op, x, weight, *more):
         token_loss, dx, dw, *others = op(x, weight.to(x.dtype), *more)
         ctx.save_for_backward(dx, dw)
-        ctx.name, ctx.weight_dtype, ctx.more, ctx.spent = op.__name__, weight.dtype, len(more), False
+        ctx.name, ctx.spent = op.__name__.removesuffix("_forward"), False
+        ctx.weight_dtype, ctx.more = weight.dtype, len(more)
         ctx.mark_non_differentiable(token_loss, *others)
         return token_loss.sum(), token_loss, *others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        if not torch.compiler.is_compiling():
-            # A compiled graph has its own rules about a second backward pass.
-            if ctx.spent:
-                raise RuntimeError(f"{ctx.name} keeps its gradients for one backward pass only; call it again")
-            ctx.spent = True
+        # A compiled graph has its own rules about a second backward pass.
+        if ctx.spent and not torch.compiler.is_compiling():
+            raise RuntimeError(f"{ctx.name} keeps its gradients for one backward pass only; call it again for another")
+        ctx.spent = True
         grads = [scale_(gradient, scale, dtype) if wanted else None for gradient, dtype, wanted in zip(
             ctx.saved_tensors, (None, ctx.weight_dtype), ctx.needs_input_grad[1:3])]
         return None, *grads, *[None] * ctx.more
@@ -153,9 +139,9 @@ def scale_(gradient, scale, dtype):
 
 
 def apply_to_head(op, x, weight, *more):
-    """-> the sum of op's token_loss [M], token_loss, and what else op returns. x [..., D], weight [V, D]."""
-    grad, dtype = torch.is_grad_enabled(), compute_dtype(x, weight)
-    with torch.autocast(autocast_device(x), enabled=False):
+    """HeadLoss of x [..., D] and weight [V, D], whose matmuls are in autocast's dtype, else in the wider of the two."""
+    grad, dtype = torch.is_grad_enabled(), autocast_dtype(x) or torch.promote_types(x.dtype, weight.dtype)
+    with without_autocast(x):
         return HeadLoss.apply(op, x.flatten(0, -2).to(dtype), weight, grad and x.requires_grad,
                               grad and weight.requires_grad, *more)
 
@@ -173,7 +159,7 @@ def reference_rows(z, label, exact, want_hits, want_dz, z_loss):
     # The softmax in place: a log-softmax would have to be exponentiated once more.
     torch.softmax(z, -1, out=z)
     p = z.gather(1, label)[:, 0]
-    loss, rare = -p.log(), p < TINY
+    loss, rare = -p.log(), p < 1e-30
     if rare.any():
         # The probability of a hopeless label underflows, but its loss must not.
         again = upcast(exact(rare))
@@ -192,7 +178,7 @@ def reference_rows(z, label, exact, want_hits, want_dz, z_loss):
 
 @jit
 def load_row(Z, col, V, stride):
-    """Columns of a row in fp32, 0 from V on. The row's padding may be read: only so does an odd V have wide loads."""
+    """Columns of a row in fp32, 0 from V on. The padding is read too: only then are the loads wide for an odd V."""
     z = tl.load(Z + col, mask=col < stride, other=0.0).to(tl.float32)
     return tl.where(col < V, z, 0.0)
 
@@ -200,10 +186,10 @@ def load_row(Z, col, V, stride):
 @jit
 def row_kernel(Z, LABELS, LOSS, HITS, V, stride, z_loss, DZ: tl.constexpr, WANT_HITS: tl.constexpr,
                BLOCK: tl.constexpr):
-    """A program takes a row of Z [M, V], whose rows are `stride` elements apart, in two passes of BLOCK columns.
+    """A program takes a row of Z [M, V], whose rows are `stride` elements apart, in two passes over its columns.
 
-    LABELS, LOSS, HITS [M]. The second pass puts the gradient in place of the logits; it runs backwards, over what the
-    cache still holds.
+    LABELS, LOSS, HITS [M]. The second pass puts the gradient in place of the logits. It begins with the last columns,
+    which the cache still holds.
     """
     row = tl.program_id(0)
     Z += row.to(tl.int64) * stride

@@ -158,8 +158,7 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
     END += b * S
 
     j = start + tl.arange(0, BLOCK_N)
-    # Query i is at position past + i.
-    past = S - T
+    past = S - T                               # query i is at position past + i
     first, last = interval(tl.minimum(j, S - 1), START, END, S, CAUSAL, DOCS, WINDOW, KEYS=False)
     first -= past
     last -= past

@@ -8,9 +8,10 @@ tau^2 keeps the gradients' size at any temperature tau (Hinton et al., 2015, arX
 W [V, D], x' [M, D'], W' [V, D'].
 
 It is built like cross_entropy.py: chunks of tokens, gradients found in the forward pass in place of the student's
-logits, a backward pass that only scales them. A chunk counts both logits. The matmuls cost 6 M V D operations (4 with a
-frozen head) and 2 M V D' for the teacher; the Triton kernel reads both logits twice and writes one, 10 M V bytes.
-No log-probability is ever stored: one pass finds the maxima and sums of both softmaxes and the mean of t - s, and
+logits, a backward pass that only scales them. The logits of both heads count in a chunk's bytes. The matmuls cost
+6 M V D operations (4 with a frozen head) and 2 M V D' for the teacher; the Triton kernel reads both logits twice and
+writes one, 10 M V bytes in bf16. No log-probability is ever stored: one pass finds the maxima and sums of both
+softmaxes and the mean of t - s, and
     KL(p || q) = E_p[t - s] + logsumexp(s) - logsumexp(t)
 The last two nearly cancel when the student is close, so maximum is subtracted from maximum and sum divided by sum.
 """
@@ -18,7 +19,7 @@ The last two nearly cancel when the student is close, so maximum is subtracted f
 import torch
 
 from kernels import cross_entropy as shared
-from kernels.backend import jit, launch, op, power_of_two, tl, use_triton
+from kernels.backend import autocast_dtype, jit, launch, op, power_of_two, tl, use_triton
 from kernels.cross_entropy import load_row
 
 BLOCK = 4096                      # logits of each row that a program holds
@@ -49,8 +50,8 @@ def reference_rows(z, teacher_z, temperature, want_dz):
 def row_kernel(S, T, LOSS, V, stride, temperature, DZ: tl.constexpr, BLOCK: tl.constexpr):
     """A program takes a row of the student's logits S [M, V] and the teacher's T [M, V], in two passes.
 
-    Rows are `stride` elements apart; LOSS [M]. The second pass puts the gradient in place of S; it runs backwards, over
-    what the cache still holds.
+    Rows are `stride` elements apart; LOSS [M]. The second pass puts the gradient in place of S. It begins with the last
+    columns, which the cache still holds.
     """
     row = tl.program_id(0)
     S += row.to(tl.int64) * stride
@@ -136,7 +137,7 @@ def linear_kl(x: torch.Tensor, weight: torch.Tensor, teacher_x: torch.Tensor, te
                          "all but the last size must agree: run both on the same tokens")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it divides the logits, say 1.0")
-    teacher_dtype = shared.compute_dtype(teacher_x, teacher_weight)
+    teacher_dtype = autocast_dtype(teacher_x) or torch.promote_types(teacher_x.dtype, teacher_weight.dtype)
     loss, token_loss = shared.apply_to_head(
         linear_kl_forward, x, weight, teacher_x.detach().flatten(0, -2).to(teacher_dtype),
         teacher_weight.detach().to(teacher_dtype), labels.flatten(), float(temperature))

@@ -4,12 +4,12 @@
     dS_i = scale_i dy_i B_i          dx = sum_i dy_i W_i + dS [A_1; A_2; ...]
     d[A_1; A_2; ...] = dS^T x        dB_i = scale_i dy_i^T S_i
 
-M tokens, x [M, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i], S [M, sum of r_i], n bytes per element. Beside a
-plain linear layer's matmuls (2 M in out_i operations each way, no weight gradient) the adapters cost 2 M r (in + out_i)
-forward, twice that backward, which is nothing for r << in, and memory traffic, which is not: S has to read x again, and
-S_i B_i^T has to be added into y_i, n M (in + 2 sum out_i) forward; at 8192 tokens a tenth of the matmuls' time in a
-layer of Llama-3-8B. So q/k/v and gate/up read x once for all of their A's, the addition happens inside the matmul
-(addmm), and so does every factor. Kept for the backward pass are x, which the layer before kept anyway, and S.
+M tokens, x [M, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i], S [M, sum of r_i], n bytes per element. A plain
+linear layer takes 2 M in out_i operations each way, with no gradient of the weight. The adapters add 2 M r (in + out_i)
+forward and twice that backward, which is nothing for r << in. Their memory traffic is not: S reads x again, and
+S_i B_i^T is added into y_i, n M (in + 2 sum out_i) bytes forward; at 8192 tokens a tenth of the matmuls' time in a
+layer of Llama-3-8B. So q/k/v and gate/up read x once for all of their A's, and the matmul itself (addmm) does the
+addition and applies scale_i. Kept for the backward pass are x, which the layer before kept anyway, and S.
 
 There is no Triton here. The time is the matmuls with W, where the library runs at the card's rate and a Triton matmul
 does not on Hopper; a kernel that adds S B^T in the epilogue of the base matmul would save 2 n M out bytes, 6 % of it,
@@ -19,11 +19,10 @@ and lose more than that to the library (LoRAFusion, arXiv 2510.00206, measures s
 allocator gives the memory of one to the next.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 
+from kernels.backend import autocast_dtype, without_autocast
 from kernels.nf4 import NF4, dequantise
 
 
@@ -46,8 +45,7 @@ class LoraLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         low = rows @ torch.cat(a).to(dtype).T                                       # S [M, sum of r_i]
         outputs = []
-        parts = low.split([len(each) for each in a], 1)
-        for weight, bias, part, each, scale in zip(weights, biases, parts, b, scales):
+        for weight, bias, part, each, scale in zip(weights, biases, low.split([len(each) for each in a], 1), b, scales):
             y = F.linear(rows, weight_for_matmul(weight, dtype), None if bias is None else bias.to(dtype))
             y.addmm_(part, each.to(dtype).T, alpha=scale)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
@@ -63,7 +61,7 @@ class LoraLinear(torch.autograd.Function):
         a, b = saved[:count], saved[count:]
         need_x, *needs = ctx.needs_input_grad[3:]
         need_bias, need_a, need_b = (needs[i * count:(i + 1) * count] for i in range(3))
-        with nullcontext() if rows.is_meta else torch.autocast(rows.device.type, enabled=False):
+        with without_autocast(rows):
             dy = [y.reshape(-1, y.shape[-1]) for y in upstream]
             ranks = [len(each) for each in a]
             dbias = [y.sum(0) if need else None for y, need in zip(dy, need_bias)]
@@ -102,9 +100,8 @@ def lora_linear(x: torch.Tensor, weights, biases, a, b, scales) -> tuple[torch.T
     if not count or {len(biases), len(a), len(b), len(scales)} != {count}:
         raise ValueError(f"lora_linear needs one weight, bias (or None), A, B and scale per layer, not {count}, "
                          f"{len(biases)}, {len(a)}, {len(b)} and {len(scales)}")
-    kind, dtype = x.device.type, x.dtype
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64
-    dtype = torch.get_autocast_dtype(kind) if autocast else dtype
+    autocast = autocast_dtype(x)
+    dtype = autocast or x.dtype
     for weight in weights:
         if isinstance(weight, NF4):
             continue

@@ -125,7 +125,7 @@ def compile_all(kernels=tuple(CASES), architectures=ARCHITECTURES, tokens: int =
     for name in kernels:
         for architecture in architectures:
             compiler = Compiler(architecture)
-            with backend.using("triton"), backend.sending_to(compiler):
+            with backend.using("triton", compiler):
                 for case in CASES[name]:
                     compiler.case = case.name
                     run(case.op, case.inputs("meta", torch.bfloat16, tokens))

@@ -47,7 +47,7 @@ def test_tables_and_powers():
     receiver = SimpleNamespace()
     for architecture, entry in ((75, "a"), (80, "a"), (86, "a"), (90, "b"), (120, "b")):
         receiver.architecture = architecture
-        with backend.sending_to(receiver):
+        with backend.using(send_to=receiver):
             assert backend.table(table, torch.device("meta")) == entry
     assert [backend.power_of_two(n) for n in (0, 1, 2, 3, 4, 5, 4096, 4097)] == [1, 1, 2, 4, 4, 8, 4096, 8192]
 

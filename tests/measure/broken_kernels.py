@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from kernels.backend import jit, launch, sending_to, tl, using
+from kernels.backend import jit, launch, tl, using
 from measure import bench_kernels
 
 
@@ -76,7 +76,7 @@ if __name__ == "__main__":
     for name, broken in BROKEN.items():
         for architecture in map(int, sys.argv[1:]):
             compiler = bench_kernels.Compiler(architecture)
-            with using("triton"), sending_to(compiler):
+            with using("triton", compiler):
                 broken()
             found.setdefault(name, {})[architecture] = [f for row in compiler.rows for f in bench_kernels.faults(row)]
     print(json.dumps(found))
