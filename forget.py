@@ -49,6 +49,8 @@ from measure import verdict
 
 @dataclass
 class ForgetConfig:
+    """Of each section the first setting turns the method on."""
+
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     ewc: EWCConfig = field(default_factory=EWCConfig)
     lwf: LwFConfig = field(default_factory=LwFConfig)
@@ -57,16 +59,13 @@ class ForgetConfig:
     merge: MergeConfig = field(default_factory=MergeConfig)
 
 
-# The setting that turns each section on.
-SWITCHES = {"freeze": "schedule", "ewc": "strength", "lwf": "alpha", "adaptive": "policy", "ema": "decay",
-            "merge": "method"}
 # In the order in which the loop calls their hooks; merge has none, it comes after the run.
 METHODS = (Freeze, EWC, LwF, Adaptive, EMA)
 
 
 def build(config: ForgetConfig, learning: Learning) -> list[Method]:
     """The methods that are on. UserError where one of them keeps what a base knows and there is no base."""
-    on = [name for name, switch in SWITCHES.items() if getattr(getattr(config, name), switch) not in (0, "none")]
+    on = [name for name, section in vars(config).items() if next(iter(vars(section).values())) not in (0, "none")]
     if not learning.pretrained and (keeps := [name for name in on if name not in ("freeze", "ema")]):
         raise UserError(f"forget.{keeps[0]} keeps what a base knows, and model.init scratch has none; leave it out, or "
                         f"start from a model with --model.init pretrained")

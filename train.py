@@ -32,7 +32,7 @@ from core.hashing import mix_keys
 from core.log import LogConfig
 from core.parallel import ParallelConfig
 from data import Batch
-from forget import SWITCHES, ForgetConfig
+from forget import ForgetConfig
 from learn import schedules
 from learn.objectives import IGNORE, ObjectiveConfig, sum_by_source
 from learn.optim import OptimConfig
@@ -68,9 +68,9 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self):
-        refuse_unused(self.lora, "lora", "rank")
-        for name, switch in SWITCHES.items():
-            refuse_unused(getattr(self.forget, name), f"forget.{name}", switch)
+        refuse_unused(self.lora, "lora")
+        for name, section in vars(self.forget).items():
+            refuse_unused(section, f"forget.{name}")
 
 
 def micro_batches(run: Run, step: int) -> list[Batch]:

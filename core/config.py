@@ -49,10 +49,10 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
                 raise UserError(f"{option_of(prefix + item.name)} is {each}, but must be {wanted}")
 
 
-def refuse_unused(section, name: str, switch: str) -> None:
-    """UserError where settings of `section` were changed while its `switch` has the default, which turns it off."""
+def refuse_unused(section, name: str) -> None:
+    """UserError where settings of `section` were changed while its first one has the default, which turns it off."""
     changed = [key for key, value in vars(type(section)()).items() if getattr(section, key) != value]
-    if changed and switch not in changed:
+    if changed and changed[0] != (switch := next(iter(vars(section)))):
         raise UserError(f"{name}.{changed[0]} is {getattr(section, changed[0])}, but {name} is off, so it would do "
                         f"nothing; set {name}.{switch}, or leave it out")
 

@@ -1,7 +1,7 @@
 """A retention method keeps what the base knows while a domain is learned: its hooks, and what it may know of a run.
 
-To add one, write learn/NAME.py with a dataclass of settings and a subclass of Method, and add them to ForgetConfig and
-METHODS in forget.py. To remove one, delete those three. [B, T, D]: sequences, tokens, model width.
+To add one, write learn/NAME.py with a dataclass of settings, of which the first turns it on, and a subclass of Method,
+and add both to ForgetConfig and METHODS in forget.py. To remove one, delete those. B sequences, T tokens, D width.
 """
 
 import contextlib

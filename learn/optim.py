@@ -134,16 +134,13 @@ class Muon(torch.optim.Optimizer):
     def update(self, p, lr: float, decay: float):
         if not self.state[p]:
             self.state[p]["momentum"] = torch.zeros_like(p)
-        grad, momentum = local(p.grad), local(self.state[p]["momentum"])
-        momentum.lerp_(grad, 1 - self.MOMENTUM)
+        momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
         # Nesterov's look ahead.
-        step = grad.lerp(momentum, self.MOMENTUM)
-        if isinstance(p, DTensor):
-            step = DTensor.from_local(step, p.device_mesh, p.placements, run_check=False, shape=p.shape,
-                                      stride=p.stride()).full_tensor()
+        step = p.grad.lerp(momentum, self.MOMENTUM)
+        step = step.full_tensor() if isinstance(step, DTensor) else step
         # Every rank has the full matrix, so taking this rank's rows of it sends nothing.
-        step = local(distribute_like(orthogonalise(step), p, step.dtype))
-        local(p).mul_(1 - lr * decay).add_(step, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
+        step = distribute_like(orthogonalise(step), p, step.dtype)
+        p.mul_(1 - lr * decay).add_(step, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
