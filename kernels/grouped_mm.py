@@ -161,19 +161,16 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
     """x [N, D] sorted by expert, weight [E, F, D], offsets [E] int32: where each expert's rows end -> [N, F].
 
     The same as torch's F.grouped_mm(x, weight.transpose(1, 2), offs=offsets), for any sizes and in every dtype; sums
-    are fp32. Under autocast x and weight are taken in its dtype. Offsets must rise; they are on x's device and not
-    looked at here, those beyond N count as N.
+    are fp32. Under autocast x and weight are taken in its dtype. Offsets must rise and be on x's device; their values
+    are not checked, and those beyond N count as N. ValueError where shapes or dtypes do not fit.
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x, weight = x.to(dtype), weight.to(dtype)
-    if x.dtype != weight.dtype:
-        raise ValueError(f"grouped_mm got {x.dtype} rows and {weight.dtype} weights; cast one to the other's dtype")
     fits = x.ndim == 2 and weight.ndim == 3 and x.shape[1] == weight.shape[2] and offsets.shape == weight.shape[:1]
-    if not fits or not len(weight):
-        raise ValueError(f"grouped_mm got x {tuple(x.shape)}, weight {tuple(weight.shape)}, offsets "
-                         f"{tuple(offsets.shape)}; they must be [N, D], [E, F, D] and [E], E at least 1")
-    if offsets.dtype != torch.int32:
-        raise ValueError(f"grouped_mm got offsets in {offsets.dtype}; they must be torch.int32")
+    if not fits or not len(weight) or x.dtype != weight.dtype or offsets.dtype != torch.int32:
+        got = ", ".join(f"{tuple(given.shape)} {given.dtype}" for given in (x, weight, offsets))
+        raise ValueError(f"grouped_mm got x, weight and offsets of {got}; they must be [N, D], [E, F, D] in x's dtype "
+                         "and [E] torch.int32, E at least 1")
     return (GroupedMM.apply if use_triton(x) else reference)(x, weight, offsets.clamp(max=len(x)))

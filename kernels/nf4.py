@@ -62,7 +62,7 @@ class NF4:
 
 
 def dynamic_levels() -> torch.Tensor:
-    """-> fp32 [256], sorted: a sign, then 0 to 6 zeros that are an exponent of ten, a one, and a linear fraction.
+    """-> fp32 [256], sorted: what 8 bits mean as a sign, 0 to 6 zeros (the exponent of ten), a one, a linear fraction.
 
     The smaller the value, the more bits its exponent takes: for 10^(i - 6) there are 2^i fractions between 0.1 and 1,
     each in the middle of its interval, so 0.55e-6; 3.25e-6, 7.75e-6; and so on. 0 and 1 are added.
@@ -107,7 +107,7 @@ def reference_quantise(weight, code, packed, absmax):
         w = F.pad(w.float(), (0, -len(w) % BLOCK)).view(-1, BLOCK)
         torch.amax(w.abs(), 1, out=largest)
         x = w * reciprocal(largest)[:, None]
-        # NaN has no cell. quantise refuses it by the absmax.
+        # NaN would have no cell. quantise refuses the weight for its absmax, which is not finite.
         index = nearest_level(x.flatten().nan_to_num_(), code).view(-1, 2)
         into.copy_(((index[:, 0] << 4) | index[:, 1])[:len(into)])
 
@@ -130,7 +130,7 @@ def reference_dequantise(packed, absmax, code, absmax2, code2, offset, out):
 
 
 def split(weight, absmax, packed):
-    """The pieces of CHUNK blocks of each."""
+    """Cut each into pieces of CHUNK blocks."""
     return weight.split(CHUNK * BLOCK), absmax.split(CHUNK), packed.split(CHUNK * BLOCK // 2)
 
 

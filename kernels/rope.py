@@ -69,7 +69,7 @@ def share(N, H: tl.constexpr, KH: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.co
 
 @jit
 def rows_of(first, is_k, T, H: tl.constexpr, KH: tl.constexpr, ROWS: tl.constexpr):
-    """-> number, sequence, position and head of each row, all [ROWS, 1] int64. Divisions by constants are cheap."""
+    """-> number, sequence, position and head of each row, [ROWS, 1] int64. Divisions by the constants are cheap."""
     row = first + tl.arange(0, ROWS)[:, None]
     token = tl.where(is_k, row // KH, row // H)
     head = row - token * tl.where(is_k, KH, H)

@@ -78,5 +78,6 @@ if __name__ == "__main__":
             compiler = bench_kernels.Compiler(architecture)
             with using("triton", compiler):
                 broken()
-            found.setdefault(name, {})[architecture] = [f for row in compiler.rows for f in bench_kernels.faults(row)]
+            rows = compiler.rows.values()
+            found.setdefault(name, {})[architecture] = [f for row in rows for f in bench_kernels.faults(row)]
     print(json.dumps(found))
