@@ -76,9 +76,8 @@ class Batch:
 class Loader:
     """batch(step): the step's sequences, a pure function of (seed, step), the plan and the shards' manifests.
 
-    packings: the sources in sequences (text/packing.py), in the order of the plan's columns. plan: int64 [steps + 1,
-    S], how many sequences of each source come before each step (text/mixture.py). A source's sequences come in another
-    order in every epoch.
+    packings: the sources in sequences, in the order of the plan's columns. plan: int64 [steps + 1, S], how many
+    sequences of each source come before each step. A source's sequences come in another order in every epoch.
     """
 
     def __init__(self, packings: dict[str, Packing], plan: np.ndarray, config: DataConfig, seed: int):
@@ -99,9 +98,7 @@ class Loader:
         source, ordinal = source[order], ordinal[order]
 
         sequences = Sequences(len(order), self.config.context + 1)
-        for i in np.unique(source):
-            name = self.names[i]
-            packing = self.packings[name]
+        for i, (name, packing) in enumerate(self.packings.items()):
             rows = np.flatnonzero(source == i)
             epoch, position = np.divmod(ordinal[rows], packing.sequences)
             place = permute(position, packing.sequences, mix_keys(self.seed, name, "window", epoch))
@@ -117,8 +114,7 @@ class Loader:
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been read before `step`."""
-        return {name: float(n / packing.sequences)
-                for (name, packing), n in zip(self.packings.items(), self.plan[step])}
+        return {name: float(n / self.packings[name].sequences) for name, n in zip(self.names, self.plan[step])}
 
 
 # ---- pack, info, verify, manifest

@@ -1,9 +1,8 @@
 """Randomness without state, keyed permutations and digests: pure functions, the same on every platform.
 
 A random choice of a run is a function of what it is for (seed, step, source, ...): `mix_keys` makes one 64-bit key of
-those parts, `fmix64` makes more values from a key, and `permute` shuffles by one. All of it is arithmetic on unsigned
-64-bit integers in numpy, and it decides the order of the data: a change here changes every run, and then ORDER_VERSION
-in data.py must be raised.
+those parts, `fmix64` makes more values from a key, and `permute` shuffles by one. They decide the order of the data: a
+change here changes every run, and then ORDER_VERSION in data.py must be raised.
 """
 
 import hashlib

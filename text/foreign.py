@@ -67,8 +67,7 @@ def _open_tokens(file: Path, dtype: str | None, usual: str):
         raise UserError(f"input file {file} does not exist or is no file")
     header, is_bin = np.fromfile(file, "<i4", 256), file.suffix == ".bin"
     kind, skip, ends = dtype or usual, 0, None
-    sizes = {magic: itemsize for itemsize, (magic, _) in MAGIC.items()}
-    size = sizes.get(header[0]) if len(header) == 256 else None
+    size = {magic: size for size, (magic, _) in MAGIC.items()}.get(header[0]) if len(header) == 256 else None
     if size and header[3] == OUR_MAGIC:
         raise UserError(f"{file} is a packed shard already; name its folder as a source")
     index = file.with_suffix(".idx") if is_bin else file.with_name(file.name + ".index")
@@ -96,8 +95,7 @@ def _map(file: Path, kind: str, skip: int = 0) -> np.ndarray:
 
 
 def _read_megatron_index(index: Path) -> tuple[str, np.ndarray]:
-    """(dtype of the tokens, int64 document ends) of a Megatron dataset: its index has the length of each sequence, and
-    which sequence is the first of each document."""
+    """(dtype of the tokens, int64 document ends): the index has the lengths of sequences and where documents begin."""
     raw = index.read_bytes()
     try:
         version, code, sequences, documents = struct.unpack_from("<QBQQ", raw, len(MEGATRON))

@@ -254,8 +254,7 @@ def _count_steps_of_epochs(config, length, sources, rows_per_epoch) -> int:
     wanted = length.epochs * sum(rows_per_epoch[name] for name, s in sources.items() if s.role == role)
 
     def mean_share(steps: int) -> float:
-        weights = weights_at(config, sources, steps, np.arange(201) / 200)
-        return sum(row[chosen].sum() for row in weights) / 201
+        return sum(row[chosen].sum() for row in weights_at(config, sources, steps, np.arange(201) / 200)) / 201
 
     if mean_share(1) <= 0:
         raise UserError(f"data.domain_share {config.domain_share} never draws a domain sequence, so an epoch of them "

@@ -50,8 +50,7 @@ class Sequences:
 
 
 class Packing:
-    """A source cut into sequences, the same number of them in every epoch, as config.packing (of mixture.DataConfig)
-    says.
+    """A source cut into sequences as config.packing (mixture.DataConfig) says, the same number of them in every epoch.
 
     A document of more than T + 1 tokens is cut into pieces of T + 1 at a stride of T, so that each token but a
     document's first is a target exactly once per epoch. With T = 8, one of 20 tokens becomes 0..8, 8..16 and 16..19.
@@ -97,21 +96,15 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """
     order = np.argsort(-sizes, kind="stable")
     bins = np.empty(len(sizes), np.int64)
-    opened = 0
-    # The bins by the room that they have left, and how many these are.
-    bins_with = [[] for _ in range(capacity + 1)]
-    count = np.zeros(capacity + 1, np.int64)
+    # The bins by the room that they have left, and how many these are. At first all are empty.
+    bins_with = [*([] for _ in range(capacity)), [np.arange(len(sizes))]]
+    count = np.append(np.zeros(capacity, np.int64), len(sizes))
     for items in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
         size = int(sizes[items[0]])
         while len(items):
             room = size + int((count[size:] > 0).argmax())
-            if not count[room]:
-                # No bin has room: open as many as the rest of these items needs.
-                room = capacity
-                needed = -(-len(items) // (capacity // size))
-                bins_with[room] = [np.arange(opened, opened + needed)]
-                opened += needed
-            those = np.concatenate(bins_with[room])
+            # The many bins that are still empty are one array, which is not copied.
+            those = np.concatenate(bins_with[room]) if room < capacity else bins_with[room][0]
             # A bin that takes one of the items is then the fullest with room, so it takes as many as it can hold.
             each = room // size
             filled, rest = divmod(min(len(items), len(those) * each), each)
@@ -135,8 +128,7 @@ def pack_sources(sources: dict[str, Shards], config) -> dict[str, Packing]:
 
 
 def pack_in_order(segments, context: int, B: int):
-    """For evaluation: yield Sequences [B, T + 1] (the last may be filled in part) of segments (tokens [n], labels [n])
-    of n <= T.
+    """Yield Sequences [B, T + 1] to score, the last perhaps not full, of segments (tokens [n], labels [n]), n <= T.
 
     A segment that does not fit beside the one before it begins a sequence. The last position of each stays padding.
     """

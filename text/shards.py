@@ -7,8 +7,7 @@
     heldout_000000.*    documents whose text hash falls in the held-out share; never trained on
 
 A folder appears whole or not at all. Nothing is mapped for writing, where a full disk would be a signal and no error.
-What is opened is checked first: each size against the manifest, and by `verify` each hash. A source may also be several
-such folders:
+What is opened is checked first: each size and header, and by `verify` each hash. Some sources are several such folders:
 
     part_0001_of_0008/ ...   packed by as many machines; a manifest beside them joins them into one source
     bucket_00/ ...           equally many documents each, by a score; buckets.json has the order of a curriculum
@@ -35,8 +34,8 @@ MAGIC = {2: (20240520, 1), 4: (20240801, 7)}
 # "nCPT" in llm.c's first spare word
 OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1
 SPLITS = ("train", "heldout")
-# The files of a shard: (suffix, bytes before the array, its type or None for that of the tokens, what the manifest
-# says of its length and of its hash)
+# The files of a shard: (suffix, bytes before the array, its type or None for the tokens' own, the manifest's keys of
+# its length and its hash)
 FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
          ("bytes", 0, "<u4", "documents", "bytes_sha256"))
 # Documents of one file that go to the same part.
@@ -335,9 +334,9 @@ class Shards:
         them at which a document begins. The end of the source is followed by its beginning."""
         tokens, begins, at = [], [], 0
         while at < n:
-            start %= self.tokens
-            shard = bisect.bisect_right(self.first_token, start) - 1
-            local, ends = start - self.first_token[shard], self.end_maps[shard]
+            place = (start + at) % self.tokens
+            shard = bisect.bisect_right(self.first_token, place) - 1
+            local, ends = place - self.first_token[shard], self.end_maps[shard]
             part = self.token_maps[shard][local:local + n - at]
             tokens.append(part)
             # Within a shard a document begins where the one before it ends; the shard's first one begins at 0.
@@ -346,7 +345,6 @@ class Shards:
                 begins.append(np.array([at]))
             begins.append(ends[low:high].astype(np.int64) + (at - local))
             at += len(part)
-            start += len(part)
         return (tokens[0], begins[0]) if len(begins) == 1 else (np.concatenate(tokens), np.concatenate(begins))
 
     def text_document(self, index: int) -> tuple[np.ndarray, int]:
