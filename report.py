@@ -41,8 +41,7 @@ class Run:
     protocol: dict = field(default_factory=dict)
     config: str = ""
     finished: bool = False
-    # What is wrong with the files, one sentence each.
-    notes: list = field(default_factory=list)
+    notes: list = field(default_factory=list)      # what is wrong with the files, in sentences
     number: int = 1                                # its place on the page
 
     name = property(lambda run: str(run.start.get("run") or run.folder.resolve().name))
@@ -245,8 +244,6 @@ def sample_pairs(run: Run) -> list:
                                for text in texts]))
     return pairs
 
-
-# ---- command
 
 @dataclass(kw_only=True)
 class Report:

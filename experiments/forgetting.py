@@ -176,8 +176,7 @@ def draw_chart(rows: list[dict]) -> Figure:
         axes.scatter(*zip(*map(place, row["runs"])), s=12, color=colour, alpha=0.4)
         axes.scatter(*place(row), s=40, color=colour, marker="o" if row["pareto"] else "x")
         axes.annotate(METHODS[row["method"]][0], place(row), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    front = sorted(place(row) for row in rows if row["pareto"])
-    axes.plot(*zip(*front), color="grey", linewidth=0.8, zorder=0)
+    axes.plot(*zip(*sorted(place(row) for row in rows if row["pareto"])), color="grey", linewidth=0.8, zorder=0)
     axes.axhline(0, color="black", linewidth=0.6)
     axes.set(xlabel="domain gain: bits per byte, % below the base",
              ylabel="forgetting: general bits per byte, % above it",

@@ -55,28 +55,27 @@ class Study:
     """One seed of two methods; the results stay in --out."""
 
 
-def prepare(data: Path, out: Path) -> tuple[dict, dict]:
-    """Write the extended tokenizer, learned without held-out documents, and shards for both vocabularies into `out`.
-
-    Returns ({vocabulary: how its domain shards split}, {new id: old ids}).
-    """
+def prepare(data: Path, out: Path) -> dict:
+    """Write the extended tokenizer, learned without held-out documents, and shards for both vocabularies into `out`;
+    returns {new id: old ids}."""
     general = read_documents([str(data / STORIES)], cli.Reading(separator="<|endoftext|>"))
     domain = read_documents([str(data / file) for file in LEGAL])
     texts = {"domain": list(domain), "general": list(filter(None, general))}
     learn = [text for text in texts["domain"] if not is_held_out(utf8(text), HELDOUT)]
-    parts, splits = extend(data / BASE, learn, NEW_TOKENS, out / "tokenizer"), {}
+    parts = extend(data / BASE, learn, NEW_TOKENS, out / "tokenizer")
     for vocabulary, folder in (("base", data / BASE), ("extended", out / "tokenizer")):
-        packed = {side: pack(documents, tokenizer.load(folder), out / f"shards/{vocabulary}/{side}", heldout=HELDOUT)
-                  for side, documents in texts.items()}
-        splits[vocabulary] = packed["domain"]["splits"]
-    return splits, parts
+        for side, documents in texts.items():
+            pack(documents, tokenizer.load(folder), out / f"shards/{vocabulary}/{side}", heldout=HELDOUT)
+    return parts
 
 
-def continue_base(data: Path, out: Path, method: str, size: dict, splits: dict, parts: dict) -> dict:
+def continue_base(data: Path, out: Path, method: str, size: dict, parts: dict) -> dict:
     """Train part 1's runs of a method: a row of means over the seeds, with the bits per byte and the curve of each."""
     vocabulary, model = "base" if method == "unextended" else "extended", data / BASE
-    per_byte = splits[vocabulary]["train"]["tokens"] / splits[vocabulary]["train"]["bytes"]
-    steps, shards = max(1, round(size["megabytes"] * 1e6 * per_byte / STEP_TOKENS)), out / f"shards/{vocabulary}"
+    shards = out / f"shards/{vocabulary}"
+    packed = read_json(shards / "domain/manifest.json")["splits"]["train"]
+    per_byte = packed["tokens"] / packed["bytes"]
+    steps = max(1, round(size["megabytes"] * 1e6 * per_byte / STEP_TOKENS))
     runs, curves = [], []
     for seed in size["seeds"]:
         folder = out / f"runs/{method}_{seed}"
@@ -131,8 +130,8 @@ def study(options: Study) -> None:
     for name in ("shards", "tokenizer", "models", "runs"):
         shutil.rmtree(out / name, ignore_errors=True)
     size, results = (QUICK, out) if options.quick else (FULL, RESULTS)
-    splits, parts = prepare(data, out)
-    rows = [continue_base(data, out, method, size, splits, parts) for method in size["methods"]]
+    parts = prepare(data, out)
+    rows = [continue_base(data, out, method, size, parts) for method in size["methods"]]
     if not options.quick:
         # Part 2, by the command that a user would type.
         cli.run_command("tokenizer.py", "compare", "--vocab-size", 2000, "--bits-per-byte", 0.4, "--seeds", 2,

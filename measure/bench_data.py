@@ -71,7 +71,13 @@ def bench_data(options: DataOptions) -> list:
         texts *= max(1, int(options.mbytes / size))
 
         source = write_jsonl(folder / "in/corpus.jsonl", texts)
-        paths = options.tokenizer or [train_tokenizer(texts, folder)]
+        paths = options.tokenizer or [folder / "tokenizer"]
+        if not options.tokenizer:
+            # A byte-level BPE as GPT-2's two files.
+            (folder / "tokenizer").mkdir()
+            own = ByteLevelBPETokenizer()
+            own.train_from_iterator(texts[:20000], 8192, special_tokens=["<|endoftext|>"], show_progress=False)
+            own.save_model(str(folder / "tokenizer"))
         for path in paths:
             rows += bench_packing(path, source, texts, folder, options.rounds)
         rows += bench_reading(folder, options.rounds)
@@ -105,15 +111,6 @@ def one_core():
     finally:
         os.sched_setaffinity(0, cores)
         os.environ["TOKENIZERS_PARALLELISM"] = setting
-
-
-def train_tokenizer(texts, folder) -> Path:
-    """A byte-level BPE of 8,192 ids trained on the text, as GPT-2's two files."""
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator(texts[:20000], vocab_size=8192, special_tokens=["<|endoftext|>"], show_progress=False)
-    (folder / "tokenizer").mkdir()
-    trained.save_model(str(folder / "tokenizer"))
-    return folder / "tokenizer"
 
 
 def load_twin(path, tokenizer, texts):

@@ -41,7 +41,6 @@ DASHED, DOTTED = (0, (4, 3)), (0, (1, 1.7))
 HALF, THIRD, FULL = ("half", (5.2, 2.9)), ("third", (3.45, 2.1)), ("full", (10.7, 2.5))
 # A curve with fewer points than this is drawn as it is and not as a moving mean.
 NOISY = 40
-
 SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 

@@ -77,11 +77,9 @@ def grade_gain(gain: float | None) -> str:
 def describe(comparison: dict) -> str:
     """One line about what `compare` returned: what was gained, what was lost, and what to do about it."""
     gain, loss = comparison["domain_gain"], comparison["forgetting"]
-    parts = [] if gain is None else [f"domain: bits per byte {-100 * gain:+.1f} %"]
+    gained = "" if gain is None else f"domain: bits per byte {-100 * gain:+.1f} %; "
     if loss is None:
-        parts.append("forgetting: unknown (no general text was scored before and after)")
-    else:
-        grade = grade_forgetting(loss)
-        advice = f": {ADVICE['forgetting']}" if grade == "bad" else ""
-        parts.append(f"forgetting: general bits per byte {100 * loss:+.1f} % ({grade}{advice})")
-    return "; ".join(parts)
+        return f"{gained}forgetting: unknown (no general text was scored before and after)"
+    grade = grade_forgetting(loss)
+    advice = f": {ADVICE['forgetting']}" if grade == "bad" else ""
+    return f"{gained}forgetting: general bits per byte {100 * loss:+.1f} % ({grade}{advice})"
