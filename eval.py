@@ -25,19 +25,14 @@ import data
 import hf
 import lora
 import tokenizer as tokenizers
-from core import checkpoint, cli
+from core import checkpoint, cli, devices, hashing, parallel
 from core.config import setting
-from core.devices import pick_device, pick_dtype
 from core.errors import UserError
-from core.hashing import mix_keys
-from generate import Settings, first_ids, generate
 from learn import objectives
 from measure import verdict
 from model import Model, ModelConfig
-from text.corpus import read_documents, utf8
-from text.packing import pack_in_order
+from text import corpus, packing, vocabulary
 from text.shards import Shards, check_tokenizer
-from text.vocabulary import token_before_document
 
 # ---- documents under an objective
 
@@ -56,7 +51,7 @@ def cut_windows(objective, documents: list, prefix: int, context: int):
 def make_batches(objective, documents: list, prefix: int, context: int, B: int) -> list[data.Batch]:
     """Batches [B, T] (the last may have fewer sequences) that are ready for `objective.loss`."""
     windows = cut_windows(objective, documents, prefix, context)
-    batches = [data.Batch(**sequences.finish()) for sequences in pack_in_order(windows, context, B)]
+    batches = [data.Batch(**sequences.finish()) for sequences in packing.pack_in_order(windows, context, B)]
     for i, batch in enumerate(batches):
         if objective.causal:
             # The targets are apart already, so the last of the T + 1 positions, which is padding, goes.
@@ -64,29 +59,25 @@ def make_batches(objective, documents: list, prefix: int, context: int, B: int) 
                 setattr(batch, name, getattr(batch, name)[:, :-1])
         else:
             # The masks are a function of the batch's place, so that every evaluation masks the same positions.
-            keys = mix_keys("eval", i, np.arange(len(batch.tokens)))
+            keys = hashing.mix_keys("eval", i, np.arange(len(batch.tokens)))
             batches[i] = objective.corrupt(batch, data.RowRandom(keys))
     return batches
 
 
 @torch.no_grad()
 def score(model, objective, documents: list, prefix: int, context: int, world=None, B: int = 4, autocast=None) -> dict:
-    """Score documents [(token ids of the text [n], its bytes)]: nats_per_token, perplexity, tokens, bytes, and
-    bits_per_byte (causal) or accuracy (masked).
+    """nats_per_token, perplexity, tokens, bytes and bits_per_byte (masked: accuracy) of [(token ids [n], text bytes)].
 
     prefix: the token before a document. B: sequences per forward pass. autocast: () -> the context of a forward pass;
     without it, the model computes in its own type. With a world, the ranks share the batches and all return the same.
     """
-    device = next(model.parameters()).device
+    device, mode = next(model.parameters()).device, model.training
+    world = world or parallel.World(0, 1, device)
     batches = make_batches(objective, [ids for ids, _ in documents], prefix, context, B)
-    rank, size = (world.rank, world.size) if world else (0, 1)
     nats = tokens = hits = 0.0
-    mode = model.training
     model.eval()
-    # Every rank runs the same number of forward passes, because FSDP gathers in each. A rank that has no batch left
-    # runs the last one again, without targets.
-    for i in range(-(-len(batches) // size)):
-        own = i * size + rank
+    # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again, without targets.
+    for own in range(world.rank, world.rank + len(batches), world.size):
         batch = batches[min(own, len(batches) - 1)].to(device)
         if own >= len(batches):
             batch.labels = torch.full_like(batch.labels, objectives.IGNORE)
@@ -94,25 +85,19 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
             loss, n_valid, metrics = objective.loss(model, batch, want_hits=not objective.causal)
         nats += loss.double().item()
         tokens += n_valid.item()
-        if not objective.causal:
-            hits += metrics["hits"].item()
+        hits += float(metrics.get("hits", 0))
     model.train(mode)
-    if world:
-        nats, tokens, hits = world.sum([nats, tokens, hits])
-    per_token = nats / tokens if tokens else math.nan
+    nats, tokens, hits = world.sum([nats, tokens, hits])
+    per_token, size = nats / tokens if tokens else math.nan, int(sum(nbytes for _, nbytes in documents))
+    by_text = {"bits_per_byte": nats / math.log(2) / max(1, size)}
+    by_token = {"accuracy": hits / tokens if tokens else math.nan}
     # exp overflows above 709.
-    result = {"nats_per_token": per_token, "perplexity": math.exp(min(per_token, 700)), "tokens": int(tokens),
-              "bytes": int(sum(nbytes for _, nbytes in documents))}
-    if objective.causal:
-        result["bits_per_byte"] = nats / math.log(2) / max(1, result["bytes"])
-    else:
-        result["accuracy"] = hits / tokens if tokens else math.nan
-    return result
+    return {"nats_per_token": per_token, "perplexity": math.exp(min(per_token, 700)), "tokens": int(tokens),
+            "bytes": size, **(by_text if objective.causal else by_token)}
 
 
 def heldout_documents(shards: Shards, max_tokens: int) -> list:
-    """The first documents of held-out shards, complete, up to about `max_tokens` tokens (at least one document):
-    [(token ids of the text [n], its bytes)]."""
+    """[(token ids [n], text bytes)] of the first held-out documents, at most `max_tokens` tokens or one document."""
     documents, total = [], 0
     for i in range(shards.documents):
         ids, nbytes = shards.text_document(i)
@@ -143,17 +128,6 @@ def format_table(before: dict | None, after: dict) -> str:
     return "\n".join(lines)
 
 
-def continue_prompts(model, tokenizer, prompts: list[str], max_new_tokens: int, seed: int) -> list[dict]:
-    """[{"prompt", "text"}]: a continuation of each prompt at temperature 0.7, sampled with the same seed every time."""
-    settings = Settings(max_new_tokens=max_new_tokens, temperature=0.7, top_p=0.95, seed=seed)
-    stop = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    out = []
-    for prompt in prompts:
-        new = generate(model, first_ids(tokenizer, prompt), settings, eos_ids=stop)
-        out.append({"prompt": prompt, "text": tokenizer.decode([i for i in new if i not in stop])})
-    return out
-
-
 # ---- files
 
 def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, context: int | None = None) -> tuple:
@@ -162,7 +136,7 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
     context: tokens per window; by default the model's, at most 2,048.
     """
     context = context or min(model.config.max_position_embeddings, 2048)
-    prefix, objective = token_before_document(tokenizer), objectives.Causal(mask_documents=True)
+    prefix, objective = vocabulary.token_before_document(tokenizer), objectives.Causal(mask_documents=True)
     results = {}
     for name, file in texts.items():
         if (Path(file) / "manifest.json").is_file():
@@ -170,30 +144,13 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
         else:
-            raw = [text for text in read_documents([file], reading) if text]
-            documents = [(ids, len(utf8(text))) for text, ids in zip(raw, tokenizer.encode_batch(raw)) if len(ids)]
+            raw = [text for text in corpus.read_documents([file], reading) if text]
+            encoded = zip(raw, tokenizer.encode_batch(raw))
+            documents = [(ids, len(corpus.utf8(text))) for text, ids in encoded if len(ids)]
         if not documents:
             raise UserError(f"text {name} ({file}) is empty")
         results[name] = score(model, objective, documents, prefix, context)
     return results, protocol(prefix, context, next(model.parameters()).dtype)
-
-
-def checkpoints_of(run: Path):
-    """Yield (step, model, tokenizer) of every checkpoint of a run folder, by rising step."""
-    for step in checkpoint.steps(run / "checkpoints"):
-        path = checkpoint.path_of(run / "checkpoints", step)
-        checkpoint.verify(path)
-        tensors, _, state = checkpoint.load(path)
-        adapters = lora.LoraConfig(**state["identity"]["lora"])
-        # A run with adapters saves these alone; all else is the base's.
-        model = hf.load(state["base"]) if adapters.rank else Model(ModelConfig(**state["identity"]["model"]))
-        if adapters.rank:
-            lora.attach(model, adapters, seed=0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name in tensors or not adapters.rank:
-                    parameter.copy_(tensors[name])
-        yield step, model, tokenizers.load(hf.open_base(state["tokenizer"]).folder)
 
 
 # ---- command
@@ -218,29 +175,33 @@ class Eval:
 
 
 def run_eval(options: Eval) -> dict:
-    """Check the options, print the tables, and return what `--json` writes."""
     if bool(options.model) == bool(options.run):
         raise UserError("name one of --model and --run")
     if options.run and (options.baseline or options.general):
         raise UserError("--baseline and --general go with --model; --run scores each checkpoint alone")
-    texts = {}
-    for text in options.text:
-        name, equals, file = text.partition("=")
-        if not equals or not name:
-            raise UserError(f"--text is {text!r}, but must be NAME=FILE")
-        texts[name] = file
+    if wrong := [text for text in options.text if text.find("=") < 1]:
+        raise UserError(f"--text is {wrong[0]!r}, but must be NAME=FILE")
+    texts = dict(text.split("=", 1) for text in options.text)
     if unknown := [name for name in options.general if name not in texts]:
         raise UserError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
     return score_run(options, texts) if options.run else score_model(options, texts)
 
 
 def score_run(options: Eval, texts: dict) -> dict:
-    """Every checkpoint of a run, each with its table."""
+    folder, device = Path(options.run, "checkpoints"), devices.pick_device(options.device.device)
     result = {"run": options.run, "checkpoints": []}
-    device = pick_device(options.device.device)
-    for step, model, tokenizer in checkpoints_of(Path(options.run)):
-        model = model.to(device)
-        scores, result["protocol"] = score_files(model, tokenizer, texts, options.reading, options.context)
+    for step in checkpoint.steps(folder):
+        path = checkpoint.path_of(folder, step)
+        checkpoint.verify(path)
+        tensors, _, state = checkpoint.load(path)
+        adapters = lora.LoraConfig(**state["identity"]["lora"])
+        # A run with adapters saves these alone; all else is the base's.
+        model = hf.load(state["base"]) if adapters.rank else Model(ModelConfig(**state["identity"]["model"]))
+        if adapters.rank:
+            lora.attach(model, adapters, seed=0)
+        parallel.load_model_state(model, tensors, ".adapters." if adapters.rank else "")
+        tokenizer = tokenizers.load(hf.open_base(state["tokenizer"]).folder)
+        scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, options.reading, options.context)
         result["checkpoints"].append({"step": step, "texts": scores})
         print(f"step {step}\n{format_table(None, scores)}")
     if not result["checkpoints"]:
@@ -249,23 +210,18 @@ def score_run(options: Eval, texts: dict) -> dict:
 
 
 def score_model(options: Eval, texts: dict) -> dict:
-    """A model, beside its baseline where one is named."""
-    device, dtype = pick_device(options.device.device), pick_dtype(options.device.dtype)
-
-    def score_folder(path):
+    device, dtype, found = devices.pick_device(options.device.device), devices.DTYPES[options.device.dtype], []
+    for path in filter(None, (options.model, options.baseline)):
         base = hf.open_base(path)
-        model = hf.load(base, dtype, device)
-        return score_files(model, tokenizers.load(base.folder), texts, options.reading, options.context)
-
-    scores, used = score_folder(options.model)
-    result = {"model": options.model, "texts": scores, "protocol": used}
-    before = None
+        scores, used = score_files(hf.load(base, dtype, device), tokenizers.load(base.folder), texts, options.reading,
+                                   options.context)
+        found.append({"model": path, "texts": scores, "protocol": used})
+    result, before = found[0], None
     if options.baseline:
-        before, baseline_protocol = score_folder(options.baseline)
-        result["baseline"] = {"model": options.baseline, "texts": before, "protocol": baseline_protocol}
-        result |= verdict.compare(before, scores, options.general)
-    print(format_table(before, scores))
-    print(f"windows of {used['context']} tokens, prefix token {used['prefix_token_id']}, {used['dtype']}")
+        result["baseline"], before = found[1], found[1]["texts"]
+        result |= verdict.compare(before, result["texts"], options.general)
+    print(format_table(before, result["texts"]))
+    print("windows of {context} tokens, prefix token {prefix_token_id}, {dtype}".format(**result["protocol"]))
     if before:
         print(verdict.describe(result))
     return result

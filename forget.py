@@ -33,7 +33,7 @@ import hf
 import tokenizer
 from core import cli
 from core.config import setting
-from core.devices import pick_device, pick_dtype
+from core.devices import DTYPES, pick_device
 from core.errors import UserError
 from core.files import new_file, refuse_existing
 from generate import Settings, decode, end_ids, first_ids
@@ -145,7 +145,7 @@ def merge_command(c: Merge) -> dict:
     if c.alpha is not None:
         found = merge(c.base, c.model, out, c.alpha, c.merging, overwrite=overwrite)
     else:
-        found = merge_best(c.base, c.model, out, score, c.general, c.merging, pick_dtype(c.computing.dtype),
+        found = merge_best(c.base, c.model, out, score, c.general, c.merging, DTYPES[c.computing.dtype],
                            pick_device(c.computing.device), overwrite=overwrite)
     print(f"{out}: {c.merging.method}, {found['alpha']:g} of the way from {c.base} to {c.model}")
     return found
@@ -193,7 +193,7 @@ def replay_command(c: Replay) -> dict:
                         "the same")
     folder, lengths = hf.open_base(c.model).folder, []
     tok = tokenizer.load(folder)
-    model = hf.load(folder, pick_dtype(c.computing.dtype), pick_device(c.computing.device))
+    model = hf.load(folder, DTYPES[c.computing.dtype], pick_device(c.computing.device))
     longest = min(c.sampling.max_new_tokens, model.config.max_position_embeddings - 1)
     settings = replace(c.sampling, max_new_tokens=longest)
     # BOS ends a document too, because it begins the next one.

@@ -20,12 +20,9 @@ import torch
 
 import hf
 import tokenizer
-from core import cli
-from core.cli import Device
+from core import cli, devices, files
 from core.config import setting
-from core.devices import pick_device, pick_dtype
 from core.errors import UserError
-from core.files import read_json
 from model import KVCache
 from text.vocabulary import TextStream, token_before_document
 
@@ -48,13 +45,13 @@ class Settings:
     """Above 1, tokens of the prompt and of the new text become less likely."""
     seed: int = setting(0, at_least=0, below=2**63)
     """The same seed gives the same text."""
+    cache: bool = True
+    """Keep keys and values; --no-cache puts the whole text through the model for every token."""
 
     def __post_init__(self):
         # Logits are divided by the temperature, and must stay finite.
         if 0 < self.temperature < 1e-6:
             raise UserError(f"temperature is {self.temperature}, but must be 0 (greedy) or at least 1e-6")
-    cache: bool = True
-    """Keep keys and values; --no-cache puts the whole text through the model for every token."""
 
 
 def penalised(logits, settings: Settings, seen_ids) -> torch.Tensor:
@@ -170,7 +167,7 @@ def end_ids(folder: Path, tok) -> tuple[int, ...]:
     """The end tokens: eos_token_id of generation_config.json, else of config.json, else the tokenizer's."""
     ids = tok.eos_id
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).exists() and (found := read_json(folder / name).get("eos_token_id")) is not None:
+        if (folder / name).exists() and (found := files.read_json(folder / name).get("eos_token_id")) is not None:
             ids = found
     return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
 
@@ -188,7 +185,7 @@ class Generate:
     stop: list[str] = field(default_factory=list)
     """Strings before which the text ends."""
     settings: Settings = field(default_factory=Settings)
-    device: Device = field(default_factory=Device)
+    device: cli.Device = field(default_factory=cli.Device)
 
 
 def run(options: Generate) -> dict:
@@ -200,10 +197,10 @@ def run(options: Generate) -> dict:
         prompt = (Path(file).read_bytes() if file else options.prompt.encode()).decode()
     except UnicodeError:
         raise UserError(f"the prompt {file or ''} is not UTF-8; convert it, e.g. with iconv") from None
-    device = pick_device(options.device.device)
+    device = devices.pick_device(options.device.device)
     base = hf.open_base(options.model)
     tok = tokenizer.load(base.folder)
-    model = hf.load(base, pick_dtype(options.device.dtype), device)
+    model = hf.load(base, devices.DTYPES[options.device.dtype], device)
     length = len(first_ids(tok, prompt)) + settings.max_new_tokens
     if length > model.config.max_position_embeddings:
         print(f"warning: prompt and new tokens make up to {length}, but the model was trained for "

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from core.devices import DTYPES
 from core.errors import UserError
@@ -35,8 +34,7 @@ DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_
             "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
 FAMILIES = {
     "llama": {"architecture": "LlamaForCausalLM"},
-    "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "sliding_window": 4096,
-                "max_position_embeddings": 131072},
+    "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "max_position_embeddings": 131072},
     "qwen2": {"architecture": "Qwen2ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
               "max_window_layers": 28},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
@@ -105,18 +103,17 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
 def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> list[int | None] | None:
     """Each layer's sliding window in tokens, which the families give in three ways; None: no layer has one."""
     layers = range(known["num_hidden_layers"])
-    if family == "mistral":
-        # Without the key the family's default holds; a null means no window.
-        window = values.get("sliding_window", known["sliding_window"])
-        return [window for _ in layers] if window else None
-    if family == "llama" or not values.get("use_sliding_window"):
+    if family == "llama" or (family != "mistral" and not values.get("use_sliding_window")):
         return None
-    if kinds := values.get("layer_types"):
+    if family == "mistral":
+        slides = [True for _ in layers]
+    elif kinds := values.get("layer_types"):
         slides = [kind == "sliding_attention" for kind in kinds]
     elif family == "smollm3":
         slides = [i in no_rope for i in layers]
     else:
         slides = [i >= known["max_window_layers"] for i in layers]
+    # Without the key the families' default holds; a null means no window.
     windows = [values.get("sliding_window", 4096) if slide else None for slide in slides]
     return windows if any(windows) else None
 
@@ -150,15 +147,10 @@ def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
 
 @dataclass(frozen=True)
 class Base:
-    """A model folder that is opened once and handed on, so that every reader sees the same files.
-
-    name      as the user wrote it: a folder, or hf://org/name[@revision]
-    folder    the local folder
-    revision  the commit on the Hub (40 hex digits); None for a plain folder
-    """
-    name: str
-    folder: Path
-    revision: str | None
+    """A model folder that is opened once and handed on, so that every reader sees the same files."""
+    name: str                   # as the user wrote it: folder or hf:// id
+    folder: Path                # where its files are on this machine
+    revision: str | None        # its commit on the Hub; None: a plain folder
 
     def __str__(self) -> str:
         return self.name
@@ -206,11 +198,10 @@ class Base:
         return {"license": next(filter(None, [*stated[:1], *files]), "not stated"), "chat_template": has_template}
 
 
-def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
+def open_base(path: "str | Path | Base") -> Base:
     """Open the model folder `path`; `hf://org/name@revision` is downloaded to, or found in, the Hub's cache.
 
-    revision: a commit to open instead of the one in `path`; give every rank the one that rank 0 found. A Base is
-    returned as it is. UserError where there is no such folder, or the Hub does not answer and its cache lacks it.
+    A Base is returned as it is. UserError where there is no such folder, or neither Hub nor cache gives it.
     """
     if isinstance(path, Base):
         return path
@@ -219,20 +210,18 @@ def open_base(path: "str | Path | Base", revision: str | None = None) -> Base:
         if not Path(path).is_dir():
             raise UserError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
         return Base(path, Path(path), None)
-    name, _, named = path.removeprefix("hf://").partition("@")
-    wanted = ["*.json", "*.jinja", "README.md", *VOCABULARIES, *LICENCES]
-
-    def download(revision, weights):
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=[*wanted, weights]))
-
-    try:
-        folder = download(revision or named or None, "*.safetensors")
-        if not any(folder.glob("*.safetensors")):
-            # A branch may move between two requests to the Hub: the second names the commit that the first one found.
-            folder = download(folder.name, "*.bin")
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
+    name, _, revision = path.removeprefix("hf://").partition("@")
+    for weights in ("*.safetensors", "*.bin"):
+        wanted = ["*.json", "*.jinja", "README.md", *VOCABULARIES, *LICENCES, weights]
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+        except (OSError, ValueError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
+        if any(folder.glob(weights)):
+            break
+        # A branch may move between two requests to the Hub: the second names the commit that the first one found.
+        revision = folder.name
     return Base(path, folder, folder.name)
 
 
@@ -279,40 +268,36 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
     """The model of a Base, a Hugging Face folder or an hf:// id, in `dtype` on `device`; UserErrors as in `fill`."""
     base = open_base(path)
     with torch.device("meta"):
-        model = Model(base.config)
-    fill(model, base.folder, dtype, device)
+        model = Model(base.config).to(dtype)
+    model.to_empty(device=device).tie()
+    fill(model, base.folder)
     return model
 
 
-def fill(model: Model, folder: Path, dtype: torch.dtype = torch.float32, device="cpu", layout=None):
-    """Give every parameter of the base its tensor in `folder`; UserError where one is missing, left over or of another
-    shape. Without `layout` the parameters, on the meta device until now, are replaced by new ones in `dtype` on
-    `device`. With it they stay, already on their devices, and take layout(full, parameter), the rank's part."""
+@torch.no_grad()
+def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
+    """Copy its tensor in `folder` into every parameter of the base; UserError where one is missing, left over or of
+    another shape. layout(full, parameter) gives the part of a full tensor that a shard holds."""
     files = {from_hf_name(hf_name): (hf_name, file) for hf_name, file in tensor_files(folder).items()}
     files.pop(None, None)
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
     tied_head = {"head.weight"} if model.config.tie_word_embeddings else set()
     if left_over := [hf_name for name, (hf_name, _) in files.items() if name not in wanted]:
-        raise UserError(f"{folder} holds tensors this model has no place for: {list_some(left_over)}")
+        raise UserError(f"{folder} holds tensors this model has no place for, among them {', '.join(left_over[:5])}")
     if missing := [to_hf_name(name) for name in wanted if name not in files.keys() | tied_head]:
-        raise UserError(f"{folder} lacks tensors the model needs: {list_some(missing)}")
-    for name, (hf_name, file) in files.items():
-        tensor = read_tensor(file, hf_name, wanted[name].shape)
-        if layout:
-            with torch.no_grad():
-                wanted[name].copy_(layout(tensor, wanted[name]))
-        else:
-            value = torch.empty(tensor.shape, dtype=dtype, device=device).copy_(tensor)
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-        del tensor
-    if tied_head & files.keys() and not layout and not torch.equal(model.embed_tokens.weight, model.head.weight):
-        raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
-                        f"embedding; set tie_word_embeddings to false there")
-    model.tie()
+        raise UserError(f"{folder} lacks tensors the model needs, among them {', '.join(missing[:5])}")
+    if tied_head & files.keys():
+        table = model.embed_tokens.weight
+        head, embedding = (read_tensor(*files[name], table.shape) for name in ("head.weight", "embed_tokens.weight"))
+        if not torch.equal(head.to(embedding.dtype), embedding):
+            raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
+                            f"embedding; set tie_word_embeddings to false there")
+    for name, parameter in wanted.items():
+        if name in files:
+            parameter.copy_(layout(read_tensor(*files[name], parameter.shape), parameter))
 
 
-def read_tensor(file: Path, name: str, shape: torch.Size) -> torch.Tensor:
+def read_tensor(name: str, file: Path, shape: torch.Size) -> torch.Tensor:
     """One tensor of a file. The file is opened for each tensor, because closing it frees the pages of the last one."""
     with open_tensors(file) as opened:
         if name not in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
@@ -321,10 +306,6 @@ def read_tensor(file: Path, name: str, shape: torch.Size) -> torch.Tensor:
     if tensor.shape != shape:
         raise UserError(f"{name} in {file} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}")
     return tensor
-
-
-def list_some(names) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ---- saving
@@ -373,13 +354,10 @@ def copy_files(folder: Path, patterns, out: Path):
 
 def copy_tokenizer(source: Path, out: Path):
     """Copy the tokenizer of a folder, or a tokenizer file (under the usual name) with the settings beside it."""
-    if source.is_dir():
-        copy_files(source, VOCABULARIES + TOKENIZER_SETTINGS, out)
-        return
-    copy_files(source.parent, TOKENIZER_SETTINGS, out)
-    if source.name in ("vocab.json", "merges.txt"):
-        copy_files(source.parent, ("vocab.json", "merges.txt"), out)
-    else:
+    pair = ("vocab.json", "merges.txt")
+    vocabulary = VOCABULARIES if source.is_dir() else pair if source.name in pair else ()
+    copy_files(source if source.is_dir() else source.parent, TOKENIZER_SETTINGS + vocabulary, out)
+    if not vocabulary:
         shutil.copyfile(source, out / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
 
 

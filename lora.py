@@ -27,7 +27,7 @@ import hf
 from core import cli
 from core.cli import Dtype, Output
 from core.config import setting
-from core.devices import pick_dtype
+from core.devices import DTYPES
 from core.errors import UserError, nearest
 from core.files import new_folder, read_json, refuse_existing, write_json
 from learn import adapters
@@ -382,7 +382,7 @@ class Merge:
 def merge_command(options: Merge) -> dict:
     out = options.output.out
     refuse_existing(out, options.output.overwrite)
-    result = merge_folders(options.base, options.adapter, out, options.dtype and pick_dtype(options.dtype))
+    result = merge_folders(options.base, options.adapter, out, options.dtype and DTYPES[options.dtype])
     print(f"{result['trained']}\n{out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")
     print("the adapter by itself:", *result["handoff"], sep="\n  ")

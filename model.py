@@ -122,12 +122,7 @@ def yarn_frequencies(config: ModelConfig, frequency, factor: float, original: in
     return frequency * (1 - ramp) + frequency / factor * ramp, amplitude
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return kernels.rmsnorm(x, self.weight, self.eps)
 
@@ -208,8 +203,7 @@ class KVCache:
     def append(self, layer, k, v):
         """Store k and v [B, T, K, d] of new tokens; -> those of all tokens of the layer, [B, length + T, K, d]."""
         end = self.length + k.shape[1]
-        if end > self.capacity:
-            raise UserError(f"the cache holds {self.capacity} tokens, but {end} are needed")
+        assert end <= self.capacity, f"the cache holds {self.capacity} tokens, but {end} are needed"
         if layer not in self.layers:
             self.layers[layer] = [x.new_empty(x.shape[0], self.capacity, *x.shape[2:]) for x in (k, v)]
         for store, new in zip(self.layers[layer], (k, v)):
@@ -273,8 +267,7 @@ class Model(nn.Module):
         return max(sequence_length, self.config.max_position_embeddings)
 
     def angles(self, length: int, device):
-        """Cosine and sine [length, d/2] in fp32; kept until a longer sequence comes, or with `dynamic` scaling one of
-        another length."""
+        """Cosine and sine [length, d/2] in fp32, kept until a longer sequence comes (`dynamic`: another length)."""
         dynamic = self.config.rope_scaling.get("rope_type") == "dynamic"
         wanted = max(length, self.config.max_position_embeddings) if dynamic else length
         have, cos, sin = self._angles
@@ -288,9 +281,10 @@ class Model(nn.Module):
         return cos[:length], sin[:length]
 
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(self, seed: int, layout=lambda full, parameter: full):
         """Fresh weights, as in GPT-2: normal with standard deviation initializer_range, divided by sqrt(2 * layers) in
-        the matrices that write into the residual stream; norms 1, biases 0."""
+        the matrices that write into the residual stream; norms 1, biases 0. They are drawn on the CPU, the same on
+        every rank; layout(full, parameter) gives the part of a full tensor that a shard holds."""
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
@@ -301,7 +295,8 @@ class Model(nn.Module):
             assert kind.endswith("_proj") or kind in ("embed_tokens", "head"), f"no rule initialises {name}"
             into_residual = kind in ("o_proj", "down_proj")
             scale = std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
+            full = torch.empty(parameter.shape, device="cpu").normal_(0.0, scale, generator=generator)
+            parameter.copy_(layout(full, parameter))
 
     def count_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

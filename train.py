@@ -14,7 +14,10 @@ step, after the step, evaluated, exported (learn/method.py).
 
 import core.threads
 
+import contextlib
 import dataclasses
+import math
+import signal
 import sys
 import tempfile
 import time
@@ -24,11 +27,9 @@ from pathlib import Path
 
 import torch
 
-from core import cli, guard, parallel
+from core import cli, devices, files, hashing, parallel
 from core.config import refuse_unused, setting
-from core.devices import peak_bytes
-from core.files import read_json
-from core.hashing import mix_keys
+from core.errors import UserError
 from core.log import LogConfig
 from core.parallel import ParallelConfig
 from data import Batch
@@ -38,8 +39,7 @@ from learn.objectives import IGNORE, ObjectiveConfig, sum_by_source
 from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import ModelSection, Run, TrainSection, build
-from stages.describe import begin, describe, log_step, show_sequences
-from stages.evaluate import EvalSection, evaluate, finish, score_heldout
+from stages.evaluate import EvalSection, begin, describe, evaluate, finish, log_step, score_heldout
 from stages.resume import resume, save
 from text.mixture import DataConfig
 
@@ -73,6 +73,31 @@ class Config:
             refuse_unused(section, f"forget.{name}")
 
 
+@contextlib.contextmanager
+def note_signals():
+    """A context in which SIGTERM and the first Ctrl-C only add their names to the list that it yields, so that the loop
+    can save and leave after its step. A second Ctrl-C stops at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def require_finite(what: str, value: float, step: int, sources) -> None:
+    """UserError where `value` of `step` (counted from 0) is NaN or infinite: the update would spoil the weights."""
+    if not math.isfinite(value):
+        raise UserError(f"the {what} of step {step + 1} is {value} (sources in the step: {', '.join(sources)}); the "
+                        f"update was not made: lower --optim.lr, or look at those documents")
+
+
 def micro_batches(run: Run, step: int) -> list[Batch]:
     """This rank's share of the step's global batch, corrupted, in micro-batches of at most train.micro_batch_size."""
     share, size = run.c.train.batch_size // run.world.size, run.c.train.micro_batch_size
@@ -91,7 +116,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     c, world, scale = run.c, run.world, run.scale
     targets = max(1.0, world.sum([sum((batch.labels != IGNORE).sum().item() for batch in batches)])[0])
     # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
-    torch.manual_seed(int(mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
+    torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
     scored = []
     for i, batch in enumerate(batches):
         with parallel.accumulate(run.model, last=i == len(batches) - 1):
@@ -114,9 +139,9 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     # The one point of a step at which the CPU waits for the device.
     sources, norm = sum_by_source(run.loader.names, scored, norm, world)
     loss = sum(nats for nats, _ in sources.values()) / targets
-    guard.require_finite("loss", loss, step, sources)
+    require_finite("loss", loss, step, sources)
     if not scale.enabled:
-        guard.require_finite("gradient norm", norm, step, sources)
+        require_finite("gradient norm", norm, step, sources)
     lr = schedules.set_learning_rate(run.optimizer, step, run.steps, c.optim)
     if scale.update(norm):
         run.optimizer.step()
@@ -129,7 +154,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
 def train(c: Config, world) -> int:
     """The whole run; exit status 0, also where a signal ended it after a save."""
     # Until the run is built there is nothing to save, so that Ctrl-C ends it at once.
-    with guard.run_folder(c.out, world) as folder, build(c, world, folder) as run, guard.StopSignal() as stop, \
+    with files.run_folder(c.out, world) as folder, build(c, world, folder) as run, note_signals() as signals, \
             ThreadPoolExecutor(1) as pool:
         describe(run)
         start = resume(run)
@@ -155,12 +180,12 @@ def train(c: Config, world) -> int:
             else:
                 run.log.show_step(step + 1)
 
-            # once in a while: save, and leave when asked to
-            asked = stop.on_any_rank(world)
+            # once in a while: save, and leave when asked to: all ranks after the same step, whichever got the signal
+            asked = world.sum([len(signals)])[0] > 0
             if (step + 1) % c.train.save_every == 0 or step + 1 == run.steps or asked:
                 save(run, step + 1)
             if asked and step + 1 < run.steps:
-                run.log.say(f"{stop.received or 'a signal'}: saved at step {step + 1} of {run.steps}; "
+                run.log.say(f"{signals[-1] if signals else 'a signal'}: saved at step {step + 1} of {run.steps}; "
                             f"the same command resumes it")
                 return 0
         finish(run)
@@ -181,11 +206,20 @@ def dry_run(c: Config, world) -> int:
         hours = (step * run.steps + evaluation * (2 + run.steps // c.eval.every)) / 3600
         size = sum(file.stat().st_size for file in Path(folder, "checkpoints").rglob("*") if file.is_file())
         run.log.say(f"dry run: step {step:.2f} s, evaluation {evaluation:.1f} s, save {saving:.1f} s; "
-                    f"peak memory {peak_bytes(world.device) / 1e9:.2f} GB, a checkpoint {size / 1e6:,.0f} MB")
+                    f"peak memory {devices.peak_bytes(world.device) / 1e9:.2f} GB, a checkpoint {size / 1e6:,.0f} MB")
         run.log.say(f"dry run: the whole run takes about {hours:.2f} hours; nothing was kept")
         if run.tokenizer:
             show_sequences(run, batches[0])
     return 0
+
+
+def show_sequences(run: Run, batch):
+    """The first two packed sequences of a batch as text, a line per document."""
+    for row, tokens in enumerate(batch.tokens[:2]):
+        starts = batch.doc_start[row].unique().tolist()
+        run.log.say(f"--- a packed sequence of source {run.loader.names[batch.source[row]]}, {len(starts)} documents")
+        for start, end in zip(starts, [*starts[1:], len(tokens)]):
+            run.log.say(f"[{start}:{end}] {run.tokenizer.decode(tokens[start:end].tolist())!r}")
 
 
 def run_command(c: Config) -> int | dict:
@@ -196,7 +230,7 @@ def run_command(c: Config) -> int | dict:
         # No rank leaves while another still waits for it.
         world.barrier()
         results = Path(c.out, "eval.json")
-        return read_json(results) if world.main and not c.dry_run and results.exists() else status
+        return files.read_json(results) if world.main and not c.dry_run and results.exists() else status
     finally:
         parallel.stop()
 

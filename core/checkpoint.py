@@ -6,7 +6,6 @@ A checkpoint is written under another name, synced, and renamed: the rename is t
 bytes, hashes are checked before a run resumes, and the newest checkpoint that passes is used.
 """
 
-import re
 import shutil
 from pathlib import Path
 
@@ -44,12 +43,11 @@ def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dic
 
 def steps(folder) -> list[int]:
     """The steps of the checkpoints under `folder`, ascending."""
-    found = (re.fullmatch(r"step_(\d+)", path.name) for path in Path(folder).glob("step_*"))
-    return sorted(int(match[1]) for match in found if match)
+    numbers = (path.name.removeprefix("step_") for path in Path(folder).glob("step_*"))
+    return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 def path_of(folder, step: int) -> Path:
-    """The folder of the checkpoint of `step`."""
     return Path(folder) / f"step_{step:08d}"
 
 

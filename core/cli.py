@@ -4,15 +4,14 @@
     class Pack:
         \"\"\"Tokenise files into shards.\"\"\"
         files: Positional[list[str]]
-        tokenizer: str
-        \"\"\"A model folder or a tokenizer file.\"\"\"
+        \"\"\"Text files, or Hub datasets.\"\"\"
         reading: Reading = field(default_factory=Reading)
 
     def main() -> int:
         return cli.run("data.py", __doc__, {"pack": (Pack, pack), "verify": (Verify, verify)})
 
-The function takes the options and returns the value that `--json FILE` writes, or its exit status. Options that several
-commands share are dataclasses of this file, so that they have the same names and defaults everywhere.
+The function takes the options and returns the value that `--json FILE` writes, or an integer, its exit status. Options
+that several commands share are dataclasses of this file, so that they have the same names and defaults everywhere.
 """
 
 import contextlib
@@ -27,7 +26,6 @@ import textwrap
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from safetensors import SafetensorError
@@ -44,7 +42,7 @@ Repeated = tyro.conf.UseAppendAction
 # How tyro spells a flag: `--train.compile True` where options are a recipe's keys; else `--overwrite` and `--no-pii`.
 RECIPE_MARKS = (tyro.conf.FlagConversionOff,)
 COMMAND_MARKS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
-Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+Dtype = typing.Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 
 
 # ---- options that several commands share
@@ -53,7 +51,7 @@ Dtype = Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
 class Reading:
     """How text is read."""
 
-    documents: Literal["line", "blank", "file"] = "blank"
+    documents: typing.Literal["line", "blank", "file"] = "blank"
     """What a document of a text file is: a line, a block between blank lines, or the file."""
     separator: str | None = None
     """The string that stands between the documents of a text file, instead of --documents."""
@@ -90,9 +88,8 @@ class Output:
 def run(program: str, description: str, commands, recipe: bool = False, argv: list[str] | None = None) -> int:
     """Parse the command line, call the command's function and return the exit status.
 
-    `commands` is one (options class, function) or {"name": (options class, function)}. An integer that the function
-    returns is the status, else it is 0. A mistake of the user's prints one line and gives 2, Ctrl-C gives 130. Other
-    exceptions pass through, because they are bugs of ours.
+    `commands` is one (options class, function) or {"name": (options class, function)}. A mistake of the user's prints
+    one line and gives 2, Ctrl-C gives 130. Other exceptions pass through, because they are bugs of ours.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -17,17 +17,15 @@ from pathlib import Path
 
 from core.errors import UserError, nearest
 
-
-def setting(default, *, above=None, at_least=None, below=None, at_most=None):
-    """A dataclass field with its limits beside it: `keep: int = setting(3, above=0)`. A list or dict is copied."""
-    limits = {"above": above, "at_least": at_least, "below": below, "at_most": at_most}
-    metadata = {"limits": {rule: limit for rule, limit in limits.items() if limit is not None}}
-    if isinstance(default, (list, dict)):
-        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
 RULES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+
+
+def setting(default, **limits):
+    """A dataclass field with its limits, which are RULES, beside it: `keep: int = setting(3, above=0)`."""
+    assert limits.keys() <= RULES.keys(), f"no rule is called {limits.keys() - RULES.keys()}"
+    # Each instance gets a list of its own.
+    start = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**start, metadata={"limits": limits})
 
 
 def check_limits(config, prefix: str = "", option_of=str) -> None:
@@ -80,13 +78,13 @@ def merge(default, values: dict, prefix: str = ""):
 
 def _convert(value, hint, current, name):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{name} is a section, but its value is {value!r}")
+    is_section = dataclasses.is_dataclass(hint)
+    if (is_section or origin is dict) and not isinstance(value, dict):
+        kind = "section" if is_section else "table of named sections"
+        raise UserError(f"{name} is a {kind}, but its value is {value!r}")
+    if is_section:
         return merge(current if dataclasses.is_dataclass(current) else hint(), value, name + ".")
     if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{name} is a table of named sections, but its value is {value!r}")
         return {**current, **{k: _convert(v, arguments[1], current.get(k), f"{name}.{k}") for k, v in value.items()}}
     if origin is typing.Literal:
         if value not in arguments:
@@ -95,13 +93,12 @@ def _convert(value, hint, current, name):
     if origin in (tuple, list) and isinstance(value, list):
         return origin(_convert(v, arguments[0], None, name) for v in value)
     allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
-    for option in allowed:
-        if option is float and type(value) in (int, float):
-            return float(value)
-        if type(value) is option:
-            return value
-    wanted = " or ".join(option.__name__ for option in allowed if option is not type(None))
-    raise UserError(f"{name} is {value!r}, but must be of type {wanted}")
+    if type(value) is int and float in allowed:
+        return float(value)
+    if type(value) not in allowed:
+        wanted = " or ".join(option.__name__ for option in allowed if option is not type(None))
+        raise UserError(f"{name} is {value!r}, but must be of type {wanted}")
+    return value
 
 
 def open_sections(config, keys) -> None:
@@ -118,10 +115,6 @@ def open_sections(config, keys) -> None:
             section = getattr(section, name)
 
 
-def _toml_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
-
-
 def _toml_value(value) -> str:
     """`value` as JSON, which TOML reads, but infinity, NaN and the one control character that JSON does not escape."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -133,9 +126,9 @@ def to_toml(config, prefix: str = "") -> str:
     """The dataclass as TOML text that `parse` reads back to an equal one (a None is left out: it is the default)."""
     lines, sections = [], []
     for key, value in (config if isinstance(config, dict) else vars(config)).items():
+        name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
-            name = prefix + _toml_key(key)
-            sections.append(f"\n[{name}]\n{to_toml(value, name + '.')}")
+            sections.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
         elif value is not None:
-            lines.append(f"{_toml_key(key)} = {_toml_value(value)}\n")
+            lines.append(f"{name} = {_toml_value(value)}\n")
     return "".join(lines) + "".join(sections)

@@ -8,18 +8,8 @@ import torch
 
 from core.errors import UserError
 
-DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "float": torch.float32,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16, "half": torch.float16,
-}
-
-
-def pick_dtype(name: str) -> torch.dtype:
-    """The torch type of a name such as bf16, bfloat16, fp32 or float32."""
-    if name not in DTYPES:
-        raise UserError(f"dtype is {name!r}, but must be one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1,10 +1,12 @@
-"""Files and folders that appear complete or not at all: written under another name, synced to disk, then renamed.
+"""Files and folders that appear complete or not at all, written under another name, synced to disk, then renamed; and
+the folder of a run, which one process at a time may write.
 
 A killed process leaves at most a `.NAME.partial` (or `.NAME.old`) beside the file or folder it wrote; the next write of
 the same name removes it. It is beside its target because renaming is atomic within one file system alone.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -48,9 +50,8 @@ def new_file(path, mode: str = "w"):
         with open(path, mode, encoding=None if "b" in mode else "utf-8") as handle:
             yield handle
         return
-    if path.is_symlink():
-        # The file that the link names is replaced, and the link stays.
-        path = path.resolve()
+    # Where a link names a file, that file is replaced, and the link stays.
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -93,16 +94,42 @@ def new_folder(path, overwrite: bool = False):
         sync(partial)
         if path.exists():
             path.rename(old)
-        try:
-            partial.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        partial.rename(path)
     finally:
         remove(partial)
+        if old.exists() and not path.exists():
+            # The second of the two renames failed.
+            old.rename(path)
     sync(path.parent)
     remove(old)
+
+
+@contextlib.contextmanager
+def run_folder(path, world):
+    """The folder of a run, locked for this process by rank 0 until the context or the process ends.
+
+    UserError where it holds a finished run, or another process writes it. A run that wrote nothing leaves no folder.
+    """
+    folder = Path(path)
+    # eval.json is the last file that a run writes.
+    if (folder / "eval.json").exists():
+        raise UserError(f"{folder} holds a finished run; choose another --out, or remove it to run again")
+    if not world.main:
+        yield folder
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is writing the run folder {folder}; wait for it or choose another "
+                            f"--out") from None
+        try:
+            yield folder
+        except BaseException:
+            if [file.name for file in folder.iterdir()] == [".lock"]:
+                remove(folder)
+            raise
 
 
 def remove(path: Path) -> None:

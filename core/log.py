@@ -1,10 +1,10 @@
 """What a run reports: metrics.jsonl, a console line or progress bar on rank 0, and on request TensorBoard and W&B."""
 
+import contextlib
 import importlib
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,35 +25,38 @@ class LogConfig:
 
 
 class Logger:
-    """Writes metrics.jsonl, one JSON object per line, and shows the run to the user. On ranks that are not `main` its
-    methods do nothing."""
+    """metrics.jsonl, one JSON object per line, and the console; nothing on ranks not `main`, nor after close()."""
 
     def __init__(self, folder: Path | None, config: LogConfig, total_steps: int, main: bool = True,
                  settings: dict | None = None):
-        self.main, self.total = main, total_steps
-        self.file = self.bar = self.board = self.tracker = None
+        self.main, self.total, self.trackers, self.opened = main, total_steps, [], contextlib.ExitStack()
+        # None: without a terminal the bar does nothing.
+        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, disable=None if main else True)
+        self.opened.callback(self.bar.close)
         if not main:
             return
         path = Path(folder) / "metrics.jsonl"
         # A killed run may leave half a line, which must not swallow the next record.
         is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.file = open(path, "a", encoding="utf-8")      # noqa: SIM115  (open for the life of the run)
+        self.file = self.opened.enter_context(open(path, "a", encoding="utf-8"))    # noqa: SIM115
         self.file.write("\n" if is_cut else "")
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
         if config.tensorboard:
-            self.board = _import_extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+            board = _import_extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+            self.trackers.append(lambda values, step: [board.add_scalar(*item, step) for item in values.items()])
+            self.opened.callback(board.close)
         if config.wandb:
             # Without a key wandb would ask for one and wait.
             mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-            self.tracker = _import_extra("wandb", "wandb").init(
+            tracker = _import_extra("wandb", "wandb").init(
                 project=config.wandb, name=Path(folder).name, dir=str(folder), config=settings, mode=mode,
                 resume="allow")
+            self.trackers.append(tracker.log)
+            self.opened.callback(tracker.finish)
 
     def say(self, text: str):
         """A plain line, above the progress bar where there is one."""
         if self.main:
-            tqdm.write(text) if self.bar else print(text, flush=True)
+            print(text, flush=True) if self.bar.disable else tqdm.write(text)
 
     def record(self, kind: str, step: int, **values):
         """Write and flush a line of metrics.jsonl; of "train" and "eval" lines the trackers get the values."""
@@ -61,38 +64,19 @@ class Logger:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
-        if kind not in ("train", "eval"):
-            return
-        numbers = dict(_flatten_numbers(values, f"{kind}/"))
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, step)
-        if self.tracker:
-            self.tracker.log(numbers, step=step)
-
-    def start_at(self, step: int):
-        """Set the progress bar to the steps that a resumed run has already done."""
-        if self.bar:
-            self.bar.update(step)
+        for track in self.trackers if kind in ("train", "eval") else ():
+            track(dict(_flatten_numbers(values, f"{kind}/")), step=step)
 
     def show_step(self, step: int, values: dict | None = None):
         """Move the progress bar on by one step; where its `values` are given, show them as a line."""
-        if not self.main:
-            return
-        if self.bar:
-            self.bar.update(1)
-        if values:
+        self.bar.update(1)
+        if values and self.main:
             line = format_line(step, self.total, values)
-            self.bar.set_postfix_str(line.partition(" | ")[2]) if self.bar else print(line, flush=True)
+            print(line, flush=True) if self.bar.disable else self.bar.set_postfix_str(line.partition(" | ")[2])
 
     def close(self):
-        """Flush and close everything. A second call does nothing."""
-        for opened in (self.file, self.bar, self.board):
-            if opened:
-                opened.close()
-        if self.tracker:
-            self.tracker.finish()
-        self.main, self.bar, self.board, self.tracker = False, None, None, None
+        self.opened.close()
+        self.main = False
 
 
 def format_line(step: int, total: int, values: dict) -> str:

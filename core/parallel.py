@@ -103,8 +103,7 @@ def stop():
 def shard(model: nn.Module, world: World, dtype: torch.dtype | None = None) -> nn.Module:
     """FSDP2 over each block of model.shard_plan() and over the rest. To be called before the weights are loaded.
 
-    dtype: the type in which weights are gathered for the matmuls, fp32 by default. The weights themselves, their
-    gradients and the reduction stay fp32.
+    dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)

@@ -26,8 +26,8 @@ class Learning:
     forward: Callable
     """forward(model, batch) -> hidden states [B, T, D], computed in the run's precision on the model's device"""
     general_text: Iterable | None = None
-    """batches of general text, corrupted by the objective, the same on every rank and in every iteration; None: the
-    run has no general source"""
+    """batches of general text, corrupted by the objective, the same on every rank, to be read once; None: the run has
+    no general source"""
     general_sources: frozenset[int] = frozenset()
     """the general sources that the plan draws from, as numbers in batch.source"""
     base: Callable | None = None

@@ -20,19 +20,14 @@ import forget
 import hf
 import lora
 import tokenizer as tokenizers
-from core import checkpoint, parallel
-from core.cli import Dtype
+from core import checkpoint, cli, devices, hashing, parallel
 from core.config import setting
-from core.devices import pick_dtype
 from core.errors import UserError
-from core.hashing import short_digest
 from core.log import Logger
 from learn import adapters, objectives, optim
 from learn.method import Learning
 from model import Model, ModelConfig
-from text import mixture
-from text.mixture import LengthConfig, open_buckets
-from text.packing import pack_sources
+from text import mixture, packing
 from text.shards import Shards, check_tokenizer, verify
 
 # ---- settings
@@ -62,10 +57,10 @@ class ModelSection:
 
 
 @dataclass
-class TrainSection(LengthConfig):
+class TrainSection(mixture.LengthConfig):
     micro_batch_size: int = setting(2, above=0)
     """sequences a device holds at once; the rest of its share is accumulated"""
-    precision: Dtype = "bf16"
+    precision: cli.Dtype = "bf16"
     """type in which matmuls are computed"""
     save_every: int = setting(1000, above=0)
     """steps between checkpoints"""
@@ -77,7 +72,7 @@ class TrainSection(LengthConfig):
 
     def __post_init__(self):
         # One spelling in what a run writes, however the user spelt it: bfloat16 is bf16.
-        self.precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(pick_dtype(self.precision), "fp16")
+        self.precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(devices.DTYPES[self.precision], "fp16")
 
 
 # ---- the run
@@ -129,9 +124,8 @@ class Run(contextlib.AbstractContextManager):
 
     def autocast(self):
         """The context of a forward pass in the run's precision."""
-        if self.c.train.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, pick_dtype(self.c.train.precision))
+        dtype = devices.DTYPES[self.c.train.precision]
+        return torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32)
 
     def forward(self, model, batch):
         """Hidden states [B, T, D] of a corrupted batch under any model, computed as the run computes."""
@@ -145,15 +139,17 @@ class Run(contextlib.AbstractContextManager):
 def build(c, world, folder: Path | None = None) -> Run:
     """The run that the settings `c` describe, ready for its first step.
 
-    base -> tokenizer -> data plan -> model -> adapters -> methods -> shards -> optimizer. Only FSDP shards before the
-    weights come (see `make_sharded_model`).
+    base -> tokenizer -> data plan -> model -> adapters -> methods -> shards (FSDP: in `build_model`) -> optimizer.
     """
     refuse_combinations(c, world)
     # TF32 on GPUs for what stays in fp32; a CPU computes as before.
     torch.set_float32_matmul_precision("high")
     base = open_base(c, world)
     tokenizer = open_tokenizer(c, base)
-    config = base.config if base else fresh_config(c, tokenizer)
+    # A model without a base has the sizes of the settings.
+    sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
+    config = base.config if base else ModelConfig(
+        vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
     run = plan_data(c, world, folder, base, tokenizer, config)
     run.inner = build_model(c, config, base, world)
     run.methods = forget.build(c.forget, describe_learning(run))
@@ -173,7 +169,6 @@ def build(c, world, folder: Path | None = None) -> Run:
 
 
 def refuse_combinations(c, world):
-    """UserError for settings that exclude each other."""
     if c.optim.name == "muon" and c.lora.rank:
         raise UserError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
                         "use --optim.name adamw with adapters")
@@ -189,15 +184,14 @@ def refuse_combinations(c, world):
 # ---- base, tokenizer and data
 
 def open_base(c, world) -> hf.Base | None:
-    """model.path, opened once in a run. A branch of the Hub may move at any time, so every rank takes the commit that
-    rank 0 found."""
+    """model.path, opened once in a run; every rank takes the commit that rank 0 found, as branches of the Hub move."""
     if not c.model.path:
         return None
-    if world.size == 1 or not c.model.path.startswith("hf://"):
+    if not c.model.path.startswith("hf://"):
         return hf.open_base(c.model.path)
     found = hf.open_base(c.model.path) if world.main else None
-    revision = world.broadcast(found.revision if found else None)
-    return found or hf.open_base(c.model.path, revision)
+    pinned = world.broadcast(found.pinned if found else "")
+    return found or hf.open_base(pinned)
 
 
 def open_tokenizer(c, base: hf.Base | None):
@@ -209,12 +203,6 @@ def open_tokenizer(c, base: hf.Base | None):
                         "--model.tokenizer")
     has = any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return tokenizers.load(base.folder) if has else None
-
-
-def fresh_config(c, tokenizer) -> ModelConfig:
-    """The sizes that the settings give to a model without a base."""
-    sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
-    return ModelConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
 
 
 def plan_data(c, world, folder, base, tokenizer, config) -> Run:
@@ -229,7 +217,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
         if not source.path or not Path(source.path).is_dir():
             wrong = f"{source.path} does not exist" if source.path else "is not set"
             raise UserError(f"data.sources.{name}.path {wrong}; name a folder made by data.py pack")
-    sources, shards, heldout = open_buckets(c.data.sources), {}, {}
+    sources, shards, heldout = mixture.open_buckets(c.data.sources), {}, {}
     for name, source in sources.items():
         shards[name] = Shards(source.path)
         check_tokenizer(name, shards[name], tokenizer, config.vocab_size)
@@ -240,7 +228,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
         if found := evaluation.heldout_documents(Shards(source.path, "heldout"), tokens):
             heldout[name] = found
 
-    packings = pack_sources(shards, c.data)
+    packings = packing.pack_sources(shards, c.data)
     plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
     loader = data.Loader(packings, plan, c.data, seed=c.seed)
     objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
@@ -262,18 +250,34 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
 # ---- model
 
 def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
-    """The model on its device, with its weights and its adapters, and with FSDP sharded."""
-    if world.size > 1 and c.parallel.strategy == "fsdp":
-        model = make_sharded_model(c, config, base, world)
+    """The model on its device, with its weights and its adapters, and with FSDP sharded.
+
+    Shapes without memory -> with FSDP adapters and shards -> weights -> without FSDP adapters. No rank ever holds the
+    full weights of a sharded model.
+    """
+    sharded = world.size > 1 and c.parallel.strategy == "fsdp"
+    # A base that is to be quantised goes to the device tensor by tensor: its plain weights need not fit there.
+    quantised = c.lora.rank > 0 and c.lora.base != "plain"
+    # bf16 halves the memory of weights that do not train (under adapters) and of those whose optimizer keeps what bf16
+    # rounds away (adamw_8bit). With any other optimizer bf16 weights would lose small updates.
+    bf16 = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or c.lora.rank > 0)
+    with torch.device("meta"):
+        model = Model(config).to(torch.bfloat16 if bf16 else torch.float32)
+        if c.lora.rank and sharded:
+            lora.attach(model, c.lora, c.seed)
+    if sharded:
+        # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
+        gathered = None if c.lora.rank or c.train.precision == "fp32" else devices.DTYPES[c.train.precision]
+        parallel.shard(model, world, gathered)
+    model.to_empty(device="cpu" if quantised else world.device).tie()
+    if c.model.init == "scratch":
+        model.initialise(c.seed, parallel.distribute_like)
     else:
-        # A base that is to be quantised goes to the device tensor by tensor: its plain weights need not fit there.
-        quantise = c.lora.rank > 0 and c.lora.base != "plain"
-        if c.model.init == "scratch":
-            model = make_fresh_model(c, config)
-        else:
-            model = hf.load(base, weight_dtype(c), "cpu" if quantise else world.device)
-        if c.lora.rank:
-            lora.attach(model, c.lora, c.seed, device=world.device)
+        hf.fill(model, base.folder, parallel.distribute_like)
+    if c.lora.rank and sharded:
+        lora.initialise(model, c.seed, parallel.distribute_like)
+    elif c.lora.rank:
+        lora.attach(model, c.lora, c.seed, device=world.device)
         model.to(world.device)
     model.checkpoint_blocks = c.model.activation_checkpointing
     model.train()
@@ -282,61 +286,20 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     return model
 
 
-def make_sharded_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
-    """Shapes without memory -> adapters -> shards -> weights, so that no rank ever holds the full model."""
-    with torch.device("meta"):
-        model = Model(config).to(weight_dtype(c))
-        if c.lora.rank:
-            lora.attach(model, c.lora, c.seed)
-    # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
-    gathered = None if c.lora.rank or c.train.precision == "fp32" else pick_dtype(c.train.precision)
-    parallel.shard(model, world, gathered)
-    model.to_empty(device=world.device)
-    model.tie()
-    if c.model.init == "scratch":
-        parallel.load_model_state(model, parallel.model_state(make_fresh_model(c, config)))
-    else:
-        hf.fill(model, base.folder, layout=parallel.distribute_like)
-    if c.lora.rank:
-        lora.initialise(model, c.seed, parallel.distribute_like)
-    return model
-
-
-def make_fresh_model(c, config: ModelConfig) -> Model:
-    """Random weights on the CPU, the same on every rank."""
-    model = Model(config).to(weight_dtype(c))
-    model.initialise(c.seed)
-    return model
-
-
-def weight_dtype(c) -> torch.dtype:
-    """bf16 halves the memory of weights that do not train (under adapters) and of those whose optimizer keeps what
-    bf16 rounds away (adamw_8bit). With any other optimizer bf16 weights would lose small updates."""
-    bf16 = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or c.lora.rank > 0)
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 # ---- methods
 
-@dataclass
-class GeneralText:
-    """Corrupted batches of the general sources alone, enough for EWC's samples, the same on every rank and at each
-    iteration."""
-
-    run: Run
-
-    def __iter__(self):
-        c, run, names = self.run.c, self.run, self.run.names_of("general")
-        weights = mixture.source_weights({name: run.sources[name] for name in names}, 0.0, strata=c.data.strata)
-        # Batches of 8 sequences.
-        plan = mixture.plan_counts(np.tile(weights, (-(-c.forget.ewc.samples // 8), 1)), 8)
-        loader = data.Loader({name: run.loader.packings[name] for name in names}, plan, c.data, seed=c.seed)
-        for batch in map(loader.batch, range(len(plan) - 1)):
-            yield run.objective.corrupt(batch, batch.rng)
+def draw_general_text(run: Run):
+    """Yield corrupted batches of the general sources alone, enough for EWC's samples, the same on every rank."""
+    c, names = run.c, run.names_of("general")
+    weights = mixture.source_weights({name: run.sources[name] for name in names}, 0.0, strata=c.data.strata)
+    # Batches of 8 sequences.
+    plan = mixture.plan_counts(np.tile(weights, (-(-c.forget.ewc.samples // 8), 1)), 8)
+    loader = data.Loader({name: run.loader.packings[name] for name in names}, plan, c.data, seed=c.seed)
+    for batch in map(loader.batch, range(len(plan) - 1)):
+        yield run.objective.corrupt(batch, batch.rng)
 
 
 def describe_learning(run: Run) -> Learning:
-    """What the retention methods may know of this run."""
     c, world, loader, general = run.c, run.world, run.loader, run.names_of("general")
     base, sharded = None, world.size > 1 and c.parallel.strategy == "fsdp"
     if c.lora.rank:
@@ -347,13 +310,12 @@ def describe_learning(run: Run) -> Learning:
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
     # What an estimate from general text, such as EWC's, depends on.
     tokens = [record["sha256"] for name in loader.names if name in general for record in loader.shards[name].records]
-    made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens]
-    if c.data.drop_last:
-        made_of.append("drop_last")
+    made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens,
+               *(["drop_last"] if c.data.drop_last else [])]
     return Learning(
         steps=run.steps, seed=c.seed, world=world, sharded=sharded, forward=run.forward,
-        general_text=GeneralText(run) if general else None,
+        general_text=draw_general_text(run) if general else None,
         general_sources=frozenset(i for i, name in enumerate(loader.names) if name in general and loader.plan[-1][i]),
         base=base, pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
-        precision=None if c.train.precision == "fp32" else pick_dtype(c.train.precision),
-        folder=run.folder, fingerprint=short_digest(json.dumps(made_of).encode()))
+        precision=None if c.train.precision == "fp32" else devices.DTYPES[c.train.precision],
+        folder=run.folder, fingerprint=hashing.short_digest(json.dumps(made_of).encode()))

@@ -1,27 +1,30 @@
-"""What a run is worth: score the held-out text once in a while and let the methods answer; in the end also export the
-model, merge it with its base, and write eval.json and the report."""
+"""What a run says: what is about to run, a line per step, evaluations, and at its end the model and its worth."""
 
 import contextlib
 import json
 import shutil
+import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 import eval as evaluation
 import forget
 import hf
 import lora
-from core import parallel
+from core import checkpoint, devices, parallel
 from core.cli import run_command
-from core.config import setting
-from core.devices import pick_dtype
+from core.config import setting, to_toml
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
-from learn import adaptive
+from generate import Settings, first_ids, generate
+from learn import adaptive, schedules
 from measure import verdict
+from model import matmul_flops_per_token
 from stages.build import Run
-from text import mixture
-from text.vocabulary import token_before_document
+from text import mixture, vocabulary
 
 
 @dataclass
@@ -36,6 +39,95 @@ class EvalSection:
     """tokens of each continuation; 0: none"""
 
 
+# Dense bf16 per second, from the vendors' data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+
+
+# ---- before the run
+
+def describe(run: Run):
+    """What is about to be run, in a few lines, with the warnings that a user wants before the run and not after it."""
+    c, loader, say = run.c, run.loader, run.log.say
+    parameters, epochs = run.inner.count_parameters(), loader.epochs(run.steps)
+    say(f"model: {parameters / 1e6:.1f}M parameters, {run.config.family}, vocabulary {run.config.vocab_size:,}")
+    if c.model.init == "pretrained":
+        say(f"base: {run.base}, licence: {run.base.facts['license']}")
+        if run.base.facts["chat_template"]:
+            say("warning: the base carries a chat template; continuing the pretraining of a chat model costs it its "
+                "chat ability, its base model is the better start")
+        if c.lora.rank:
+            say(f"lora: {lora.trainable_share(run.inner)}")
+        say(schedules.hint(parameters, "lora" if c.lora.rank else "full", c.optim))
+    for note in (note for method in run.methods for note in method.notes):
+        say(note)
+    if schedules.warmup_length(run.steps, c.optim) >= run.steps:
+        say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
+    for name, shards in loader.shards.items():
+        scored = sum(len(ids) for ids, _ in run.heldout.get(name, []))
+        say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs[name]:.2f} times; "
+            f"{scored:,} held-out tokens scored")
+        if not scored:
+            say(f"warning: source {name} has no held-out documents, so it is not evaluated")
+    for line in mixture.describe_mix(c.data, run.sources) + mixture.judge_epochs(epochs, run.sources)[1]:
+        say(line)
+    say(f"run: {run.steps:,} steps of {c.train.batch_size} x {c.data.context} = {run.tokens_per_step:,} tokens, "
+        f"seed {c.seed}, {c.train.precision}, {run.world.size} x {run.world.device.type}")
+    lost = [f"{name} {abs(packing.padded):,} {'padded' if packing.padded > 0 else 'dropped'}"
+            for name, packing in loader.packings.items() if packing.padded]
+    say(f"packing: {c.data.packing}; positions an epoch without a token: {', '.join(lost) or 'none'}")
+
+
+def begin(run: Run, start: int):
+    """Write the first files of the run folder, unless the run goes on from a checkpoint of its own."""
+    c, device = run.c, run.world.device
+    # The bar of a resumed run begins at the steps it has already done.
+    run.log.bar.update(start)
+    if not run.world.main or (start and checkpoint.steps(run.folder / "checkpoints")):
+        return
+    write_text(run.folder / "config.toml", to_toml(c))
+    if start:
+        # A branch: what the model knew before is what its trunk measured.
+        first = Path(c.train.branch_from).parent.parent / "eval_step_0.json"
+        write_text(run.folder / first.name, first.read_text(encoding="utf-8"))
+    write_plan(run)
+    run.log.record("start", 0, time=time.time(), run=run.folder.name, parameters=run.inner.count_parameters(),
+                   trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
+                   tokens_per_step=run.tokens_per_step, total_steps=run.steps, device=str(device),
+                   world_size=run.world.size, precision=c.train.precision,
+                   sources={name: {"role": run.sources[name].role, "tokens": shards.tokens,
+                                   "documents": shards.documents} for name, shards in run.loader.shards.items()},
+                   versions={"torch": torch.__version__, "python": sys.version.split()[0]})
+
+
+# ---- a step
+
+def log_step(run: Run, step: int, result: dict, seconds: float):
+    """The metrics and console line after `step` steps. result: what train_step returned for the last of them; seconds:
+    the mean time of a step since the line before."""
+    c, device, tokens = run.c, run.world.device, run.tokens_per_step
+    values = {"loss": result["loss"], "lr": result["lr"], "grad_norm": result["grad_norm"], "tokens": step * tokens,
+              "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds,
+              "peak_gb": devices.peak_bytes(device) / 1e9}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in gpu), None)
+    if peak:
+        values["mfu"] = matmul_flops_per_token(run.config, c.data.context) * tokens / run.world.size / seconds / peak
+
+    epochs, drawn = run.loader.epochs(step), dict(zip(run.loader.names, run.loader.plan[step].tolist()))
+    values["replay_share"] = sum(drawn[name] for name in run.names_of("general")) / sum(drawn.values())
+    # The share of domain sequences that this step, the run's number `step` - 1 from 0, was meant to have.
+    replay = adaptive.share_in_force(run.decisions, step - 1)
+    scheduled = mixture.schedule_at(c.data, (step - 1) / max(1, run.steps - 1), run.steps)[0]
+    values["domain_share"] = scheduled if replay is None else 1 - replay
+    values |= result["methods"]
+    values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
+                         for name, (nats, n) in result["sources"].items()}
+    run.log.record("train", step, **values)
+    run.log.show_step(step, values)
+
+
+# ---- an evaluation
+
 def evaluate(run: Run, step: int):
     """The evaluation before `step`: scores, the methods' decisions about the plan, before the first step samples."""
     scores = score_heldout(run, step)
@@ -45,7 +137,7 @@ def evaluate(run: Run, step: int):
             continue
         apply_decision(run, decision)
         share = "as scheduled" if decision["replay_share"] is None else decision["replay_share"]
-        run.log.record("replay", step, **{key: value for key, value in decision.items() if key != "step"})
+        run.log.record("replay", **decision)
         run.log.say(f"replay at step {step}: {decision['reason']}; share {share}")
         # A plan that reads a source too often is refused before a run. Within a run it is better to go on.
         for refusal in mixture.judge_epochs(run.loader.epochs(run.steps), run.sources)[0][:1]:
@@ -58,13 +150,13 @@ def evaluate(run: Run, step: int):
 
 def score(run: Run, model, world) -> tuple[dict, dict]:
     """({source: {"role", "bits_per_byte", ...}}, protocol) of the held-out documents under any model, computed as the
-    run computes; the ranks of `world` share the batches."""
-    c, prefix = run.c, token_before_document(run.tokenizer) if run.tokenizer else 0
+    run computes; the ranks of `world` share the batches. None: this rank alone scores them."""
+    c, prefix = run.c, vocabulary.token_before_document(run.tokenizer) if run.tokenizer else 0
     scores = {name: {"role": run.sources[name].role,
                      **evaluation.score(model, run.objective, documents, prefix, c.data.context, world,
                                         c.train.micro_batch_size, run.autocast)}
               for name, documents in run.heldout.items()}
-    return scores, evaluation.protocol(prefix, c.data.context, pick_dtype(c.train.precision))
+    return scores, evaluation.protocol(prefix, c.data.context, devices.DTYPES[c.train.precision])
 
 
 def score_heldout(run: Run, step: int) -> dict:
@@ -81,12 +173,16 @@ def score_heldout(run: Run, step: int) -> dict:
 
 def draw_samples(run: Run, step: int):
     """Continue the run's prompts, so that a reader of the report sees what changed."""
-    c = run.c
-    if not run.objective.causal or run.tokenizer is None or not c.eval.sample_tokens:
+    c, tok = run.c, run.tokenizer
+    if not run.objective.causal or tok is None or not c.eval.sample_tokens:
         return
-    prompts = c.eval.prompts or [run.tokenizer.decode(ids[:12].tolist()) for documents in run.heldout.values()
+    prompts = c.eval.prompts or [tok.decode(ids[:12].tolist()) for documents in run.heldout.values()
                                  for ids, _ in documents[:2]]
-    samples = evaluation.continue_prompts(run.inner, run.tokenizer, prompts, c.eval.sample_tokens, c.seed)
+    settings = Settings(max_new_tokens=c.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=c.seed)
+    ends, samples = {tok.eos_id} - {None}, []
+    for prompt in prompts:
+        new = generate(run.inner, first_ids(tok, prompt), settings, ends)
+        samples.append({"prompt": prompt, "text": tok.decode([i for i in new if i not in ends])})
     run.log.record("samples", step, samples=samples)
 
 
@@ -109,8 +205,7 @@ def write_plan(run: Run):
 # ---- the end of a run
 
 def finish(run: Run):
-    """Evaluate what the run leaves, export it, merge it with the base where that is set, and report. eval.json says
-    that the run is finished."""
+    """Evaluate, export, merge with the base where that is set, and report; eval.json says that the run is finished."""
     c, out, say = run.c, run.folder, run.log.say
     with contextlib.ExitStack() as stack:
         for method in run.methods:
@@ -167,13 +262,9 @@ def merge_with_base(run: Run) -> dict:
     export(run, out / "trained", "The result of a run before it was merged with its base.")
     if not run.world.main:
         return {}
-
-    def score_alone(model, folder):
-        return score(run, model.eval(), parallel.World(0, 1, run.world.device))[0]
-
     # A run that died before its eval.json may have left one.
     shutil.rmtree(out / "final", ignore_errors=True)
-    found = forget.merge_best(run.base, out / "trained", out / "final", score_alone, run.names_of("general"),
-                              c.forget.merge, device=run.world.device, say=run.log.say)
+    found = forget.merge_best(run.base, out / "trained", out / "final", lambda model, _: score(run, model, None)[0],
+                              run.names_of("general"), c.forget.merge, device=run.world.device, say=run.log.say)
     write_json(out / "merge.json", found)
     return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])

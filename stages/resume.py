@@ -5,9 +5,8 @@ import json
 from pathlib import Path
 
 import data
-from core import checkpoint, parallel
+from core import checkpoint, hashing, parallel
 from core.errors import UserError
-from core.hashing import short_digest
 from learn import schedules
 from stages.build import Run
 from stages.evaluate import apply_decision
@@ -15,8 +14,7 @@ from text.shards import SPLITS
 
 
 def identity(run: Run, step: int) -> dict:
-    """What must be equal for a run resumed at `step` to be the same run. All else may change: ranks, micro-batch,
-    logging.
+    """What must be equal for a run resumed at `step` to be the same; ranks, micro-batch and logging may change.
 
     Of the plan and the learning rates only the past counts. A schedule whose past does not depend on the run's length
     (static mix; infinite, constant or wsd rates) can therefore be prolonged, or annealed from any of its checkpoints.
@@ -27,10 +25,8 @@ def identity(run: Run, step: int) -> dict:
     rates = [schedules.learning_rate(s, run.steps, c.optim) for s in range(step)]
     optimizer = {key: value for key, value in dataclasses.asdict(c.optim).items()
                  if key not in schedules.SCHEDULE_FIELDS}
-    objective = dataclasses.asdict(c.objective)
-    if not c.objective.z_loss:
-        # Checkpoints from before there was a z-loss go on.
-        del objective["z_loss"]
+    # Without z_loss where it is off, so that checkpoints from before there was one go on.
+    objective = {key: value for key, value in dataclasses.asdict(c.objective).items() if key != "z_loss" or value}
     known = {
         "seed": c.seed, "order_version": data.ORDER_VERSION, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
@@ -38,11 +34,11 @@ def identity(run: Run, step: int) -> dict:
         "eval_tokens": c.eval.tokens,
         # Where adaptive replay is on, evaluations decide the order of the data.
         "eval_every": c.eval.every if c.forget.adaptive.policy != "none" else None,
-        "mix": short_digest(run.planned[:step + 1].tobytes()),
+        "mix": hashing.short_digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.steps if c.forget.freeze.schedule != "none" else None,
-        "rates": short_digest(repr(rates).encode()),
+        "rates": hashing.short_digest(repr(rates).encode()),
         "base": run.base_fingerprint, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
-        "tokens": short_digest(json.dumps(tokens).encode()),
+        "tokens": hashing.short_digest(json.dumps(tokens).encode()),
         "optim": optimizer, "objective": objective, "model": dataclasses.asdict(run.config),
     }
     # As it comes back from a checkpoint: tuples as lists.

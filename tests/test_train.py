@@ -470,3 +470,25 @@ def test_json_is_the_final_evaluation(lab, tmp_path, monkeypatch, quick):
     monkeypatch.setattr("sys.argv", ["train.py", *words])
     assert train.main() == 0
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads((tmp_path / "run/eval.json").read_text())
+
+
+# ---- what protects a run
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_noted_and_a_second_interrupt_stops_at_once(number):
+    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with train.note_signals() as received:
+        assert received == []
+        os.kill(os.getpid(), number)
+        assert received == [number.name]
+        os.kill(os.getpid(), signal.SIGTERM)          # a second polite request changes nothing
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert before == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_named(value):
+    with pytest.raises(ValueError, match=rf"the loss of step 8 is {value} \(sources in the step: a, b\); the upd"):
+        train.require_finite("loss", value, 7, {"a": 1, "b": 2})
+    train.require_finite("loss", 1e308, 7, ())

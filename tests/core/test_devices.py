@@ -3,20 +3,21 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from core.devices import pick_device, pick_dtype
+from core.cli import Dtype
+from core.devices import DTYPES, pick_device
 from core.errors import UserError
 
 
 def test_both_spellings_of_a_type():
-    assert pick_dtype("bf16") is pick_dtype("bfloat16") is torch.bfloat16
-    assert pick_dtype("fp32") is pick_dtype("float32") is torch.float32
-    assert pick_dtype("fp16") is pick_dtype("float16") is torch.float16
-    with pytest.raises(UserError, match="dtype is 'int3', but must be one of float32"):
-        pick_dtype("int3")
+    assert DTYPES["bf16"] is DTYPES["bfloat16"] is torch.bfloat16
+    assert DTYPES["fp32"] is DTYPES["float32"] is torch.float32
+    assert DTYPES["fp16"] is DTYPES["float16"] is torch.float16
+    assert DTYPES.keys() == set(get_args(Dtype))
 
 
 def test_devices():

@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 from core.errors import UserError
-from core.files import new_file, new_folder, read_json, write_json, write_text
+from core.files import new_file, new_folder, read_json, run_folder, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -164,3 +165,51 @@ def test_a_file_in_the_place_of_a_folder_is_replaced_on_purpose(tmp_path):
     with new_folder(tmp_path / "model", overwrite=True) as partial:
         fill(partial, "text")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# ---- the folder of a run
+
+ONE = types.SimpleNamespace(main=True)
+HOLD = """
+import sys; sys.path.insert(0, sys.argv[2])
+import types; from core.files import run_folder
+with run_folder(sys.argv[1], types.SimpleNamespace(main=True)): print("held", flush=True); sys.stdin.read()
+"""
+
+
+def test_lock_is_one_processes_and_dies_with_it(tmp_path):
+    folder = tmp_path / "new/run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder, ROOT], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"another process is writing the run folder {folder}"), \
+            run_folder(folder, ONE):
+        pass
+    holder.kill()                                     # no clean-up of its own
+    holder.communicate()
+    for _ in range(2):
+        with run_folder(folder, ONE):
+            (folder / "metrics.jsonl").touch()
+
+
+def test_a_run_folder_is_locked_and_goes_again_where_nothing_was_written(tmp_path):
+    folder = tmp_path / "run"
+
+    def fail(*written):
+        with run_folder(folder, ONE):
+            with pytest.raises(ValueError, match="another process"), run_folder(folder, ONE):
+                pass
+            assert folder.exists()                    # the one that holds the lock still needs it
+            for name in written:
+                (folder / name).touch()
+            raise ValueError("a mistake")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        fail()
+    assert not folder.exists()
+    with pytest.raises(ValueError, match="a mistake"):
+        fail("metrics.jsonl")
+    assert (folder / "metrics.jsonl").exists()
+    (folder / "eval.json").touch()
+    with pytest.raises(ValueError, match="holds a finished run"), run_folder(folder, ONE):
+        pass

@@ -77,7 +77,7 @@ def test_progress_bar_on_a_terminal_goes_on_where_the_run_does(tmp_path, monkeyp
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
     logger = Logger(tmp_path, LogConfig(), 10)
-    logger.start_at(6)
+    logger.bar.update(6)
     logger.show_step(7, VALUES)
     assert logger.bar.n == 7
     logger.close()

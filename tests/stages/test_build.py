@@ -30,10 +30,10 @@ def test_the_base_is_opened_once_in_a_run(base, tmp_path, monkeypatch, words):
     _, folder = base
     opened, real = [], hf.open_base
 
-    def count(path, revision=None):
+    def count(path):
         if not isinstance(path, hf.Base):
             opened.append(str(path))
-        return real(path, revision)
+        return real(path)
     monkeypatch.setattr(hf, "open_base", count)
     train.train(run_of(base, tmp_path / "run", *words), one())
     assert opened.count(str(folder)) == 1
@@ -44,8 +44,8 @@ def test_every_rank_opens_the_commit_that_rank_0_found(monkeypatch):
     """A branch of the Hub that moves at every question; the ranks exchange values through a box."""
     commits, box = iter(["first", "second"]), []
 
-    def open_base(path, revision=None):
-        return hf.Base(path, Path("cache"), revision or next(commits))
+    def open_base(path):
+        return hf.Base(path, Path("cache"), path.partition("@")[2] or next(commits))
 
     def world(rank):
         return types.SimpleNamespace(size=2, main=rank == 0,

@@ -32,7 +32,8 @@ from synthetic import texts
 import hf
 import tokenizer
 import train
-from core import checkpoint, guard
+from core import checkpoint
+from core.files import run_folder
 from text.shards import pack
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -147,7 +148,7 @@ def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, cap
     status, _, errors = command(monkeypatch, capsys, arguments(lab, whole[0]))
     assert (status, errors.count("\n")) == (2, 1)
     assert "holds a finished run" in errors
-    with guard.run_folder(tmp_path / "run", one()):
+    with run_folder(tmp_path / "run", one()):
         status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
     assert (status, errors.count("\n")) == (2, 1)
     assert "another process is writing the run folder" in errors

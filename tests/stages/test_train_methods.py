@@ -13,7 +13,7 @@ import hf
 import tokenizer
 import train
 from core import checkpoint, cli
-from stages.build import build
+from stages.build import build, draw_general_text
 from text import corpus, shards
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -84,7 +84,7 @@ def test_the_fisher_reads_general_text_as_the_run_does(base, tmp_path, drop_last
     """With data.drop_last no sequence is padded, in the mix and in the Fisher's text."""
     words = ("--data.drop-last", drop_last, "--data.mask-documents", False, *METHODS["ewc"], "--forget.ewc.samples", 60)
     run = build(run_of(base, tmp_path / "run", *words), one())
-    batches = list(run.methods[0].learning.general_text)
+    batches = list(draw_general_text(run))
     padded = [bool((batch.labels == -100).any()) for batch in batches]
     assert sum(len(batch.tokens) for batch in batches) >= 60
     assert any(padded) != drop_last
