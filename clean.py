@@ -68,9 +68,11 @@ class Settings:
     lingua: bool = False
     """Identify languages with lingua, instead of a light guess by script and stop words."""
 
-    # What was read of the domain. Without a type they are no fields, and so no options of the command line.
+    # What was read of the domain, and the weights of the composite quality. Without a type they are no fields, and so
+    # no options of the command line.
     keywords = None
     log_odds = None
+    weights = gate.WEIGHTS
 
     def __post_init__(self):
         if self.preset not in gate.PRESETS:
@@ -98,6 +100,7 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
     foreign = metadata["scores"] if isinstance(metadata.get("scores"), dict) else {}
     if metadata.get("cleaned"):
         if _is_scored(record["text"], metadata):
+            foreign["quality"] = gate.compute_quality(foreign, settings.weights)
             return [record]
         foreign = {name: value for name, value in foreign.items() if name not in gate.NAMES}
     text, lost = corpus.utf8(record["text"] or "").decode(), 0.0
@@ -116,7 +119,7 @@ def clean_document(record: dict, settings: Settings) -> list[dict]:
         scores = score_text(part, settings.lingua, settings.keywords, settings.log_odds)
         scores |= {"boilerplate": round(lost, 4), "pii": sum(counts.values())}
         scores |= {f"pii_{name}": n for name, n in counts.items()}
-        scores["quality"] = gate.compute_quality(scores)
+        scores["quality"] = gate.compute_quality(scores, settings.weights)
         place = {"part": number, "parts": len(parts)} if len(parts) > 1 else {}
         out.append({**record, "text": part, "id": f"{record['id']}/{number}" if place else record["id"], "metadata": {
             **metadata, **place, "domain": metadata.get("domain") or settings.domain or settings.preset,
@@ -140,8 +143,8 @@ def _is_scored(text, metadata):
 
 # ---- the whole corpus
 
-def clean_corpus(records, settings: Settings, out, rules: dict | None = None, weights: dict = gate.WEIGHTS,
-                 workers: int = 1, perplexity=None, overwrite: bool = False) -> dict:
+def clean_corpus(records, settings: Settings, out, rules: dict | None = None, workers: int = 1, perplexity=None,
+                 overwrite: bool = False) -> dict:
     """Clean `records` into the folder `out`; returns what drops.json holds, and the rate.
 
     rules: {score: (low, high)}, by default the preset's. perplexity: text -> a float or None, called in this process.
@@ -157,14 +160,18 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, we
         with WorkerPool(workers, settings) as pool, tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
             batches = batches_by_size(records, lambda record: len(record["text"] or "") + 100, BATCH_CHARS)
             for lines, chars in pool.map(_clean_batch, batches):
-                scored.writelines((_add_perplexity(line, perplexity) for line in lines) if perplexity else lines)
+                if perplexity:
+                    lines = [_add_perplexity(line, perplexity, settings.weights) for line in lines]
+                scored.writelines(lines)
                 done += chars
                 bar.update(chars)
         rules = gate.PRESETS[settings.preset] if rules is None else rules
-        rules = gate.resolve_percentiles(rules, _read_scored(scored, weights))
+        scored.seek(0)
+        rules = gate.resolve_percentiles(rules, map(json.loads, scored))
+        scored.seek(0)
         with gzip.GzipFile("", "wb", 1, compressed, mtime=0) as dropped:
-            report = gate.gate_records(_read_scored(scored, weights), rules, kept, dropped)
-        report = {"preset": settings.preset, "weights": weights, **report}
+            report = gate.gate_records(map(json.loads, scored), rules, kept, dropped)
+        report = {"preset": settings.preset, "weights": settings.weights, **report}
         json.dump(report, report_file, indent=1, ensure_ascii=False)
         report_file.write("\n")
         # The report on the old files may not stand beside new ones.
@@ -178,22 +185,14 @@ def _clean_batch(settings, records):
     return lines, sum(len(record["text"] or "") for record in records)
 
 
-def _add_perplexity(line, perplexity):
+def _add_perplexity(line, perplexity, weights):
     """The line with the perplexity of its text, and the score of that: 1 - perplexity / 100, and 0 above 100."""
     record = json.loads(line)
     value, scores = perplexity(record["text"]), record["metadata"]["scores"]
     if value is not None and math.isfinite(value):
         scores |= {"perplexity": round(value, 4), "perplexity_score": round(max(0.0, 1 - value / 100), 4)}
-    return corpus.to_line(record)
-
-
-def _read_scored(file, weights):
-    """The scored records, each with its composite quality."""
-    file.seek(0)
-    for record in map(json.loads, file):
-        scores = record["metadata"]["scores"]
         scores["quality"] = gate.compute_quality(scores, weights)
-        yield record
+    return corpus.to_line(record)
 
 
 def load_perplexity(folder: str, context: int = 512):
@@ -249,7 +248,7 @@ def clean_command(options: Clean) -> dict:
     if text.max_chars < options.min_chars:
         raise UserError(f"--max-chars {text.max_chars} is below --min-chars {options.min_chars}, so every document "
                         f"would be dropped; raise the one or lower the other")
-    rules, weights = gate.parse_rules(text.preset, options.rule), gate.parse_weights(options.weights)
+    rules, text.weights = gate.parse_rules(text.preset, options.rule), gate.parse_weights(options.weights)
     if rules.get("chars") == gate.COMMON["chars"]:
         rules["chars"] = (options.min_chars, None)
     if options.language:
@@ -270,7 +269,7 @@ def clean_command(options: Clean) -> dict:
         domain = [options.domain_seed] if options.domain_seed else files
         text.log_odds = estimate_log_odds(read_texts(domain), read_texts([options.general]))
     perplexity = load_perplexity(options.perplexity) if options.perplexity else None
-    report = clean_corpus(corpus.read_input(files, reading), text, options.output.out, rules, weights, options.workers,
+    report = clean_corpus(corpus.read_input(files, reading), text, options.output.out, rules, options.workers,
                           perplexity, options.output.overwrite)
     gate.print_report(report, options.output.out)
     return report
@@ -290,7 +289,7 @@ def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.
     from datatrove.pipeline.base import PipelineStep
     options, rules = Settings(preset, **settings), gate.PRESETS[preset] if rules is None else rules
     check_limits(options)
-    options.keywords, options.log_odds = compile_keywords(keywords), log_odds
+    options.keywords, options.log_odds, options.weights = compile_keywords(keywords), log_odds, weights
     for name in gate.find_percentiles(rules):
         raise UserError(f"the limits of {name} are {rules[name]}, but a task sees no percentile of the whole corpus; "
                         f"give the numbers that drops.json of a sample shows")
@@ -305,9 +304,7 @@ def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.
                     parts = clean_document({"text": document.text, "id": document.id, "metadata": document.metadata},
                                            options)
                 for part in parts:
-                    scores = part["metadata"]["scores"]
-                    scores["quality"] = gate.compute_quality(scores, weights)
-                    broken = gate.find_broken(scores, rules)
+                    broken = gate.find_broken(part["metadata"]["scores"], rules)
                     self.stat_update(*([f"dropped_{name}" for name in broken] or ["forwarded"]))
                     if not broken:
                         yield dataclasses.replace(document, **part)

@@ -120,16 +120,13 @@ def compute_quality(scores: dict, weights: dict = WEIGHTS) -> float:
 
 def parse_weights(text: str) -> dict:
     """WEIGHTS with NAME=WEIGHT,... laid over them; perplexity stands for perplexity_score."""
-    weights = dict(WEIGHTS)
-    wrong = UserError(f"--weights {text}: write perplexity=0.3,format=0.2,content=0.3,relevance=0.2; none below 0, and "
-                      f"not all of them 0")
-    for item in filter(None, text.split(",")):
-        name, _, value = item.replace("perplexity=", "perplexity_score=").partition("=")
-        if name not in WEIGHTS or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", value):
-            raise wrong
-        weights[name] = float(value)
-    if not sum(weights.values()):
-        raise wrong
+    form = rf"({'|'.join(WEIGHTS)})=(\d+\.?\d*|\.\d+)"
+    changes = [re.fullmatch(form, change.replace("perplexity=", "perplexity_score="))
+               for change in text.split(",") if change]
+    weights = WEIGHTS | {change[1]: float(change[2]) for change in changes if change}
+    if None in changes or not sum(weights.values()):
+        raise UserError(f"--weights {text}: write perplexity=0.3,format=0.2,content=0.3,relevance=0.2; none below 0, "
+                        f"and not all of them 0")
     return weights
 
 
