@@ -8,7 +8,7 @@ exact | near | paragraph | contaminated) and, last, dedup.json (counts and setti
 
 1. A document that shares 13 words in a row with an item of a benchmark goes; its row in removed.jsonl lists the items.
 2. Words are NFC, casefolded, split at white space; documents of equal words are exact copies.
-3. Near-duplicates: MinHash proposes pairs, the Jaccard similarity of their 5-word shingles decides (text/minhash.py).
+3. Near-duplicates: MinHash proposes pairs, the Jaccard similarity of their 5-word shingles decides.
 4. Documents are walked from best to worst (the longest first; ties by the hash of the text, then of the record), and
    one goes if it is at least --threshold similar to a kept one. What is kept depends neither on the order of files and
    records nor on the workers; kept.jsonl follows the files, sorted by name.
@@ -27,7 +27,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from core import cli
@@ -37,9 +36,8 @@ from core.errors import UserError
 from core.files import new_file, refuse_existing, write_json
 from core.hashing import short_digest
 from core.pool import WorkerPool
+from text import duplicates
 from text.corpus import read_records, utf8
-from text.minhash import BANDS, ROWS, SHINGLE, keep_best, link_band
-from text.units import NGRAM, Benchmarks, Store, find_exact, read_identified, sign_file, split_paragraphs
 
 # Raise it when the same input gives another result, and LAYOUT when the files in --out/.dedup change.
 VERSION, LAYOUT = 1, 3
@@ -73,23 +71,24 @@ def dedup(options: Dedup) -> dict:
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
         next(read_records([path], reading), None)
-    benchmarks = Benchmarks(against) if against else None
+    benchmarks = duplicates.Benchmarks(against) if against else None
     work = _open_folder(out, options.output.overwrite, files + against)
     # Other inputs or settings give other names, so what a stopped run made of them is not found.
     settings = [VERSION, LAYOUT, vars(reading), paragraphs, *map(_stamp, against)]
     folders = [work / short_digest(json.dumps([settings, _stamp(path)]).encode()) for path in files]
     with WorkerPool(options.workers or os.cpu_count(), (benchmarks, reading.column, paragraphs)) as pool, \
             tqdm(unit=" documents", disable=None, desc="read") as bar:
-        if not sum(sign_file(path, folder, reading, pool, bar) for path, folder in zip(files, folders)):
+        if not sum(duplicates.sign_file(path, folder, reading, pool, bar) for path, folder in zip(files, folders)):
             raise UserError(f"no document in {', '.join(files)}")
-    store = Store(folders)
-    *verdict, compared = find_duplicates(store, options.threshold)
+    store = duplicates.Store(folders)
+    *verdict, compared = duplicates.find_duplicates(store, options.threshold)
     counts = write_results(files, out, store, reading, paragraphs, *verdict)
-    report = {"version": VERSION, "threshold": options.threshold, "bands": BANDS, "rows": ROWS,
-              "shingle_words": SHINGLE, "paragraphs": paragraphs, "files": files, "pairs_compared": compared, **counts}
+    report = {"version": VERSION, "threshold": options.threshold, "bands": duplicates.BANDS, "rows": duplicates.ROWS,
+              "shingle_words": duplicates.SHINGLE, "paragraphs": paragraphs, "files": files,
+              "pairs_compared": compared, **counts}
     if benchmarks:
         found = {overlap["item"] for overlaps in store.hits.values() for overlap in overlaps}
-        report |= {"ngram_words": NGRAM, "against": {
+        report |= {"ngram_words": duplicates.NGRAM, "against": {
             path: {**items, "found": sum(name.rpartition(":")[0] == path for name in found)}
             for path, items in benchmarks.files.items()}}
     write_json(out / "dedup.json", report)
@@ -119,28 +118,12 @@ def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
     return work
 
 
-# ---- which units go
-
-def find_duplicates(store: Store, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """(stays int64 [U]: the unit that stays in the place of each, perhaps itself; similarity float64 [U] to that one;
-    pairs compared). Exact copies come first, then the candidates of each band, then the verdict on them."""
-    first, best = find_exact(store.units)
-    # An empty text has no shingles, and can only be an exact copy.
-    ranked = best[store.units["length"][best] > 0]
-    bands = [link_band(store.read_band(band)[ranked]) for band in range(BANDS)]
-    kept, similar, compared = keep_best(bands, len(ranked), lambda rank: store.read_shingles(ranked[rank]), threshold)
-    stays, similarity = np.arange(len(first)), np.ones(len(first))
-    stays[ranked], similarity[ranked] = ranked[kept], similar
-    # A copy goes where the best of its copies goes.
-    return stays[first], similarity[first], compared
-
-
 # ---- writing
 
-def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: bool, stays, similarity) -> dict:
+def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, stays, similarity) -> dict:
     """Read the files again and write kept.jsonl and removed.jsonl; returns the counts of dedup.json.
 
-    stays, similarity: what `find_duplicates` says of each unit.
+    stays, similarity: what duplicates.find_duplicates says of each unit.
     """
     column, counts, unit = reading.column, dict.fromkeys(("documents", "kept", *REASONS), 0), 0
     with new_file(out / "kept.jsonl", "wb") as kept, new_file(out / "removed.jsonl", "wb") as removed, \
@@ -152,8 +135,8 @@ def write_results(files, out: Path, store: Store, reading: Reading, paragraphs: 
             counts[reason] += 1
 
         for path, end in zip(files, store.base[1:]):
-            for ident, record in read_identified(path, reading):
-                parts = split_paragraphs(record[column]) if paragraphs else [record[column]]
+            for ident, record in duplicates.read_identified(path, reading):
+                parts = duplicates.split_paragraphs(record[column]) if paragraphs else [record[column]]
                 following = unit + (len(parts) + 1) // 2
                 if following > end:
                     break
@@ -192,7 +175,7 @@ def dedup_command(options: Dedup) -> dict:
           + ("  (paragraph counts paragraphs)" if options.paragraphs else ""))
     for path, items in report.get("against", {}).items():
         print(f"  {path}: {items['found']:,} of {items['items']:,} items found in the corpus"
-              + (f"; {items['too_short']:,} have no field of {NGRAM} words" if items["too_short"] else ""))
+              + (f"; {items['too_short']:,} have no field of {duplicates.NGRAM} words" if items["too_short"] else ""))
     return report
 
 

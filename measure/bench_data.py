@@ -26,7 +26,7 @@ from core.files import write_text
 from measure.bench_rows import compare_in_turn, row
 from text import vocabulary
 from text.corpus import read_documents, read_input, read_records, utf8
-from text.minhash import BANDS, ROWS, SHINGLE, fold_words
+from text.duplicates import BANDS, ROWS, SHINGLE, fold_words
 from text.mixture import DataConfig
 from text.packing import pack_sources
 from text.repair import SENTENCE_END

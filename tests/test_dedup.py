@@ -30,7 +30,7 @@ from similar_texts import (
 
 import dedup as module
 from core.cli import Reading
-from text.minhash import compute_band_keys, fold_words, hash_ngrams
+from text.duplicates import compute_band_keys, fold_words, hash_ngrams
 
 ROOT = Path(__file__).parent.parent
 
