@@ -103,11 +103,8 @@ def compute_signatures(sets: list[np.ndarray]) -> np.ndarray:
     for group in batches_by_size(filled, lambda i: len(sets[i]), 1 << 15):
         flat = np.concatenate([sets[i] for i in group])
         starts = np.cumsum([0] + [len(sets[i]) for i in group[:-1]])
-        buffer = np.empty_like(flat)
         for k in range(BANDS * ROWS):
-            np.multiply(flat, SCALE[k], out=buffer)
-            np.add(buffer, SHIFT[k], out=buffer)
-            out[group, k] = np.minimum.reduceat(buffer, starts)
+            out[group, k] = np.minimum.reduceat(flat * SCALE[k] + SHIFT[k], starts)
     return out
 
 
@@ -126,28 +123,22 @@ class Benchmarks:
     """
 
     def __init__(self, paths: list[str]):
-        self.names, self.sizes, self.files = [], [], {}
-        grams = []
+        self.names, self.files, grams = [], {}, []
         for path in paths:
-            first = len(self.names)
-            for number, (_, item) in enumerate(read_values(path, Reading(), lists=True), 1):
-                fields = [words for words in map(plain_words, find_strings(item)) if words.count(" ") >= NGRAM - 1]
-                grams.append(np.unique(np.concatenate([np.zeros(0, np.uint64), *hash_ngrams(fields, NGRAM)])))
-                self.sizes.append(len(grams[-1]))
-                self.names.append(f"{path}:{number}")
-            if len(self.names) == first:
+            of_file = [hash_plain(find_strings(item)) for _, item in read_values(path, Reading(), lists=True)]
+            if not of_file:
                 raise UserError(f"benchmark file {path} holds no item")
-            self.files[path] = {"items": len(self.sizes) - first, "too_short": self.sizes[first:].count(0)}
+            grams += of_file
+            self.names += [f"{path}:{number}" for number in range(1, len(of_file) + 1)]
+            self.files[path] = {"items": len(of_file), "too_short": list(map(len, of_file)).count(0)}
+        self.sizes = list(map(len, grams))
         owners, grams = np.repeat(np.arange(len(grams), dtype=np.uint32), self.sizes), np.concatenate(grams)
         order = grams.argsort(kind="stable")
         self.grams, self.owners = grams[order], owners[order]
 
     def find_overlaps(self, text: str) -> list[dict]:
         """The ten items that share most 13-grams with a text: the "item", "ngrams" and their "share" of the item's."""
-        text = plain_words(text)
-        if text.count(" ") < NGRAM - 1:
-            return []
-        own = np.unique(hash_ngrams([text], NGRAM)[0])
+        own = hash_plain([text])
         low, high = self.grams.searchsorted(own), self.grams.searchsorted(own, "right")
         owners = [self.owners[start:end] for start, end in zip(low, high) if start < end]
         items, shared = np.unique(np.concatenate([self.owners[:0], *owners]), return_counts=True)
@@ -156,9 +147,12 @@ class Benchmarks:
                 for i, n in zip(items[best].tolist(), shared[best].tolist())]
 
 
-def plain_words(text: str) -> str:
-    """Folded words without punctuation, which benchmarks and their copies write in many ways."""
-    return " ".join(re.findall(r"\w+", fold_words(text)))
+def hash_plain(texts) -> np.ndarray:
+    """uint64, sorted, without repeats: hashes of all 13-grams of some texts, without their punctuation, which benchmarks
+    and their copies write in many ways."""
+    plain = (" ".join(re.findall(r"\w+", fold_words(text))) for text in texts)
+    grams = hash_ngrams([words for words in plain if words.count(" ") >= NGRAM - 1], NGRAM)
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *grams]))
 
 
 def find_strings(value):

@@ -40,7 +40,6 @@ CODE_LINE = re.compile(r"""(?x)\s*(?: (?:async\ )?def\ \w+\( | class\ \w+\s*[(:{
   | (?:if|elif|for|while|except|with|switch|catch)\b[^(\[=<>_]*[(\[=<>_].*[:{]\Z
   | </?[a-z][^<>]*>\s*\Z | .*(?:[{}]|\)\;|\}[;,)])\Z )""")
 COMMENT_LINE = re.compile(r"\s*(?:#|//|/\*|\*|--|<!--|\"\"\"|''')")
-ASCII_LETTERS, ASCII_DIGITS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", b"0123456789"
 # Hashed words and word pairs of the log-odds fall into so many buckets, counted over so many characters of each side.
 BUCKETS, SAMPLE_CHARS = 1 << 20, 20 << 20
 
@@ -93,13 +92,8 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
 
 def _score_form(text, lines, n_words) -> dict:
     """Scores on the marks, the characters and the lines of a text; `lines` are those that are not empty."""
-    raw = text.encode()
-    # ASCII letters and digits are counted in the UTF-8 bytes, which is fast.
-    letters, digits = (len(raw) - len(raw.translate(None, chars)) for chars in (ASCII_LETTERS, ASCII_DIGITS))
-    if not text.isascii():
-        other = "".join(re.findall(r"[^\x00-\x7f]+", text))
-        letters += sum(map(str.isalpha, other))
-        digits += sum(map(str.isdigit, other))
+    raw, counts = text.encode(), Counter(text)
+    letters, digits = (sum(n for sign, n in counts.items() if is_one(sign)) for is_one in (str.isalpha, str.isdigit))
     lengths = list(map(len, lines))
     n_chars, n_lines, in_lines = max(1, len(text)), max(1, len(lines)), max(1, sum(lengths))
     return {
@@ -119,9 +113,8 @@ def _score_form(text, lines, n_words) -> dict:
 
 def _share_repeated(items, n_chars):
     """(share of items that occurred before, their characters as a share of the text's)."""
-    repeats = {item: n - 1 for item, n in Counter(items).items() if n > 1}
-    chars = sum(n * len(item) for item, n in repeats.items())
-    return sum(repeats.values()) / max(1, len(items)), chars / n_chars
+    repeats = Counter(items) - Counter(set(items))
+    return repeats.total() / max(1, len(items)), sum(n * len(item) for item, n in repeats.items()) / n_chars
 
 
 def score_ngrams(words: list[str], n_chars: int) -> dict:
