@@ -70,8 +70,7 @@ class Settings:
 
     # What was read of the domain, and the weights of the composite quality. Without a type they are no fields, and so
     # no options of the command line.
-    keywords = None
-    log_odds = None
+    keywords = log_odds = None
     weights = gate.WEIGHTS
 
     def __post_init__(self):
@@ -172,8 +171,7 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, wo
         with gzip.GzipFile("", "wb", 1, compressed, mtime=0) as dropped:
             report = gate.gate_records(map(json.loads, scored), rules, kept, dropped)
         report = {"preset": settings.preset, "weights": settings.weights, **report}
-        json.dump(report, report_file, indent=1, ensure_ascii=False)
-        report_file.write("\n")
+        report_file.write(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         # The report on the old files may not stand beside new ones.
         (out / "drops.json").unlink(missing_ok=True)
     return report | {"megabytes_per_second": done / 1e6 / (time.perf_counter() - start), "workers": workers}
@@ -290,9 +288,10 @@ def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.
     options, rules = Settings(preset, **settings), gate.PRESETS[preset] if rules is None else rules
     check_limits(options)
     options.keywords, options.log_odds, options.weights = compile_keywords(keywords), log_odds, weights
-    for name in gate.find_percentiles(rules):
-        raise UserError(f"the limits of {name} are {rules[name]}, but a task sees no percentile of the whole corpus; "
-                        f"give the numbers that drops.json of a sample shows")
+    for name, limits in gate.resolve_percentiles(rules, ()).items():
+        if limits != rules[name]:
+            raise UserError(f"the limits of {name} are {rules[name]}, but a task sees no percentile of the whole "
+                            f"corpus; give the numbers that drops.json of a sample shows")
 
     class CleanStep(PipelineStep):
         name, type = f"nanoCPT, {preset}", "CLEAN"

@@ -121,10 +121,8 @@ def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
 # ---- writing
 
 def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, stays, similarity) -> dict:
-    """Read the files again and write kept.jsonl and removed.jsonl; returns the counts of dedup.json.
-
-    stays, similarity: what duplicates.find_duplicates says of each unit.
-    """
+    """Read the files again and write kept.jsonl and removed.jsonl, by what `find_duplicates` says of each unit; returns
+    the counts of dedup.json."""
     column, counts, unit = reading.column, dict.fromkeys(("documents", "kept", *REASONS), 0), 0
     with new_file(out / "kept.jsonl", "wb") as kept, new_file(out / "removed.jsonl", "wb") as removed, \
             tqdm(unit=" documents", disable=None, desc="write") as bar:

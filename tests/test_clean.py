@@ -102,8 +102,8 @@ def test_a_killed_run_is_completed_to_the_same_bytes(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         clean_corpus(broken_off(), Settings("legal"), tmp_path / "again")
     assert not list((tmp_path / "again").iterdir())
-    # Killed between the last line and the first file that takes its name.
-    monkeypatch.setattr(clean.json, "dump", lambda *_, **__: os._exit(9))
+    # Killed before the first file takes its name.
+    monkeypatch.setattr(clean.gate, "gate_records", lambda *_: os._exit(9))
     if (child := os.fork()) == 0:
         clean_corpus(texts, Settings("legal"), tmp_path / "again")
     os.waitpid(child, 0)

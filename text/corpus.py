@@ -3,8 +3,7 @@
     for where, record in read_records(["legal.jsonl.gz", "hf://org/dataset@v1"]):
         record["text"]
 
-A record is datatrove's: {"text", "id", "metadata"}; whatever else it says is kept. The options of reading are those of
-core/cli.py's `Reading`, with the same defaults in every command.
+A record is datatrove's: {"text", "id", "metadata"}; whatever else it says is kept.
 """
 
 import csv

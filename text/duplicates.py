@@ -148,8 +148,8 @@ class Benchmarks:
 
 
 def hash_plain(texts) -> np.ndarray:
-    """uint64, sorted, without repeats: hashes of all 13-grams of some texts, without their punctuation, which benchmarks
-    and their copies write in many ways."""
+    """uint64, sorted, without repeats: hashes of the 13-grams of some texts. Punctuation does not count, because
+    benchmarks and their copies write it in many ways."""
     plain = (" ".join(re.findall(r"\w+", fold_words(text))) for text in texts)
     grams = hash_ngrams([words for words in plain if words.count(" ") >= NGRAM - 1], NGRAM)
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *grams]))
@@ -298,11 +298,10 @@ def link_band(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A group is the texts that share a key, two or more of them, best first: keys 7 7 9 7 give members 0 1 3.
     """
     order = keys.argsort(kind="stable")
-    same = np.diff(keys[order]) == 0
-    # Without a key, both are empty.
-    before, after = np.append(False, same)[:len(keys)], np.append(same, False)[:len(keys)]
-    shared = before | after
-    return order[shared].astype(np.uint32), ~before[shared]
+    # Without a key, it is empty.
+    begins = np.append(True, np.diff(keys[order]) != 0)[:len(keys)]
+    shared = ~(begins & np.append(begins[1:], True)[:len(keys)])
+    return order[shared].astype(np.uint32), begins[shared]
 
 
 def keep_best(bands: list, n: int, shingles, threshold: float) -> tuple[np.ndarray, np.ndarray, int]:

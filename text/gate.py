@@ -66,18 +66,13 @@ def find_broken(scores: dict, rules: dict) -> list[str]:
     return [name for name, limits in rules.items() if breaks(name, limits)]
 
 
-def find_percentiles(rules: dict) -> list[str]:
-    """The names of the rules of which a limit is a percentile of the corpus."""
-    return [name for name, limits in rules.items()
-            if name != "language" and any(isinstance(limit, str) for limit in limits)]
-
-
 def resolve_percentiles(rules: dict, records) -> dict:
     """Rules with numbers for the limits that are percentiles, taken over the `records` that have text.
 
     Such a limit is None where no record has the score. `records` is read only if there is a percentile.
     """
-    values = {name: [] for name in find_percentiles(rules)}
+    values = {name: [] for name, limits in rules.items()
+              if name != "language" and any(isinstance(limit, str) for limit in limits)}
     for record in records if values else ():
         scores = record["metadata"]["scores"] if record["text"] else {}
         for name in values.keys() & scores.keys():

@@ -19,7 +19,6 @@ from text.repair import SENTENCE_END, SPACELESS_SIGN
 # Raise it when a score changes its meaning: records that were scored before are then scored anew.
 SCORES_VERSION = 2
 GOPHER_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
-# A light guess at a text's language is the one whose stop words it has most of.
 STOP_WORDS = {
     language: frozenset(words.split()) for language, words in {
         "en": "the be to of and that have with is in for by was are it", "es": "el los las y es una que por con del se",
@@ -68,9 +67,11 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
         scores["alpha_words"] = sum(alphabetic.values()) / n_words
     if language in ("en", "unknown"):
         scores["stop_words"] = sum(word in GOPHER_STOP_WORDS for word in vocabulary)
-    scores["dup_lines"], scores["dup_line_chars"] = _share_repeated(lines, n_chars)
     paragraphs = [paragraph for paragraph in map(str.strip, text.split("\n\n")) if paragraph]
-    scores["dup_paragraphs"], scores["dup_paragraph_chars"] = _share_repeated(paragraphs, n_chars)
+    for kind, items in (("line", lines), ("paragraph", paragraphs)):
+        repeats = Counter(items) - Counter(set(items))
+        scores[f"dup_{kind}s"] = repeats.total() / max(1, len(items))
+        scores[f"dup_{kind}_chars"] = sum(n * len(item) for item, n in repeats.items()) / n_chars
     scores |= score_ngrams(words, n_chars)
     # Unique words are counted in windows of 100 words, because in any long text most words occur again.
     windows = [lower[i:i + 100] for i in range(0, max(1, len(lower) - 50), 100)]
@@ -109,12 +110,6 @@ def _score_form(text, lines, n_words) -> dict:
         "code_ratio": sum(len(line) for line in lines if CODE_LINE.match(line[:500])) / in_lines,
         "comment_ratio": sum(len(line) for line in lines if COMMENT_LINE.match(line)) / in_lines,
         "compression": len(zlib.compress(raw, 1)) / max(1, len(raw))}
-
-
-def _share_repeated(items, n_chars):
-    """(share of items that occurred before, their characters as a share of the text's)."""
-    repeats = Counter(items) - Counter(set(items))
-    return repeats.total() / max(1, len(items)), sum(n * len(item) for item, n in repeats.items()) / n_chars
 
 
 def score_ngrams(words: list[str], n_chars: int) -> dict:

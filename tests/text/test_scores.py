@@ -80,6 +80,7 @@ def test_relevance_by_keywords_and_by_log_odds():
     law, medicine = (scores_of(text, log_odds=odds) for text in (STATUTE[60:300], NOTE[60:300]))
     assert law["log_odds"] > 1 > -1 > medicine["log_odds"]
     assert law["relevance"] > 0.7 > 0.3 > medicine["relevance"]
+    assert len(hash_features(["half", "\ud800"])) == 3
     one = estimate_log_odds(["a"], ["b"])                          # by hand: one word, no pair
     total = 1 + scores.BUCKETS / 2
     assert one[hash_features(["a"])[0]] == pytest.approx(np.log(1.5 / total) - np.log(0.5 / total), rel=1e-5)
