@@ -68,7 +68,7 @@ def _sdpa(q, k, v, causal, window, doc_start=None):
 
 
 def sdpa(q, k, v, causal, window, doc_start):
-    """Arguments as `attention`'s, checked already."""
+    """`attention` by PyTorch's kernels; its arguments are checked already."""
     if doc_start is not None and q.device.type == "cpu" and q.numel():
         position = torch.arange(q.shape[1], dtype=doc_start.dtype)
         starts = (doc_start == position).flatten().nonzero().flatten()
@@ -87,7 +87,7 @@ def sdpa(q, k, v, causal, window, doc_start):
 # ---- public op
 
 def runs_flash(q, k, causal, window, doc_start) -> bool:
-    """Whether flash.py takes the call, by what is static about it."""
+    """Whether flash.py takes the call; options, shapes and dtype decide, never values."""
     if not use_triton(q) or q.shape[-1] > LARGEST_HEAD:
         return False
     plain = doc_start is None and window is None and (q.shape[1] in (1, k.shape[1]) or not causal)

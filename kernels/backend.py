@@ -92,7 +92,7 @@ def op(function):
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability of a CUDA device, as 80, 90, 100, ...; in the static check, of the card compiled for."""
+    """A CUDA device's compute capability, as 80, 90, 100, ...; in the static check that of the card it compiles for."""
     if device.type == "cuda":
         return 10 * get_properties(device).major + get_properties(device).minor
     return getattr(receiver, "architecture", 90)

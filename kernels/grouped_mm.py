@@ -18,7 +18,7 @@ belong to no expert: their y and dx are zero, and they reach no dW.
 
 import torch
 
-from kernels.backend import jit, launch, op, power_of_two, table, tl, use_triton
+from kernels.backend import autocast_dtype, jit, launch, op, power_of_two, table, tl, use_triton
 
 # Tiles of rows that run beside each other, for the same columns.
 GROUP = 8
@@ -164,9 +164,7 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
     are fp32. Under autocast x and weight are taken in its dtype. Offsets must rise and be on x's device; their values
     are not checked, and those beyond N count as N. ValueError where shapes or dtypes do not fit.
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if dtype := autocast_dtype(x):
         x, weight = x.to(dtype), weight.to(dtype)
     fits = x.ndim == 2 and weight.ndim == 3 and x.shape[1] == weight.shape[2] and offsets.shape == weight.shape[:1]
     if not fits or not len(weight) or x.dtype != weight.dtype or offsets.dtype != torch.int32:

@@ -11,9 +11,9 @@ S_i B_i^T is added into y_i, n M (in + 2 sum out_i) bytes forward; at 8192 token
 layer of Llama-3-8B. So q/k/v and gate/up read x once for all of their A's, and the matmul itself (addmm) does the
 addition and applies scale_i. Kept for the backward pass are x, which the layer before kept anyway, and S.
 
-There is no Triton here. The time is the matmuls with W, where the library runs at the card's rate and a Triton matmul
-does not on Hopper; a kernel that adds S B^T in the epilogue of the base matmul would save 2 n M out bytes, 6 % of it,
-and lose more than that to the library (LoRAFusion, arXiv 2510.00206, measures such kernels).
+There is no Triton here. The time goes to the matmuls with W, where the library reaches the card's rate and a Triton
+matmul on Hopper does not. A kernel that adds S B^T in the epilogue of the matmul with W would save 2 n M out bytes, 6 %
+of the time, and lose more than that to the library (LoRAFusion, arXiv 2510.00206, measures such kernels).
 
 4-bit weights (kernels/nf4.py) are dequantised just before their matmul, one at a time and in each pass anew; torch's
 allocator gives the memory of one to the next.
