@@ -276,13 +276,12 @@ def find_exact(units: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The best is the longest; of equal ones, that with the least hash of the text, then of the record. Units "x", "a b"
     and "X" give best [1, 0] and first [0, 1, 0], if the hash of "x" is less than that of "X".
     """
-    first = np.arange(len(units))
-    which = np.flatnonzero(units["candidate"])
+    first, which = np.arange(len(units)), np.flatnonzero(units["candidate"])
     exact, tie = units["exact"], units["tie"]
     order = which[np.lexsort((tie[which, 1], tie[which, 0], exact[which, 1], exact[which, 0]))]
     new = np.append(True, (exact[order[1:]] != exact[order[:-1]]).any(1))[:len(order)]
-    first[order] = order[new][np.cumsum(new) - 1]
     best = order[new]
+    first[order] = best[np.cumsum(new) - 1]
     return first, best[np.lexsort((tie[best, 1], tie[best, 0], -units["length"][best]))]
 
 
