@@ -69,6 +69,11 @@ def _sdpa(q, k, v, causal, window, doc_start=None):
 
 def sdpa(q, k, v, causal, window, doc_start):
     """`attention` by PyTorch's kernels; its arguments are checked already."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        # PyTorch's half precision on CPUs makes and keeps code for each shape, that is for each length of a document,
+        # so that memory grows with the steps; in fp32 it does not, and the call is faster (docs/RESULTS.md).
+        with backend.without_autocast(q):
+            return sdpa(q.float(), k.float(), v.float(), causal, window, doc_start).to(q.dtype)
     if doc_start is not None and q.device.type == "cpu" and q.numel():
         position = torch.arange(q.shape[1], dtype=doc_start.dtype)
         starts = (doc_start == position).flatten().nonzero().flatten()

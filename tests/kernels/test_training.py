@@ -138,3 +138,36 @@ def test_train_py_on_two_ranks(runs, strategy):
         pytest.skip("two ranks on CUDA need two GPUs")
     found = run_train(folder, lab, strategy, "triton", "--parallel.strategy", strategy, ranks=2)
     assert np.allclose(found, truth, rtol=1e-4)
+
+
+RANDOM_LENGTHS = """
+import sys
+import numpy as np, torch
+from eval import make_batches
+from learn.objectives import Causal
+from model import Model, ModelConfig
+
+rng, kind = np.random.default_rng(0), sys.argv[1]
+model = Model(ModelConfig(vocab_size=53, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                          num_attention_heads=4, num_key_value_heads=2))
+model.initialise(0)
+documents = [rng.integers(0, 53, n) for n in rng.integers(2, 90, 500)]
+for batch in make_batches(Causal(True), documents, 1, 256, 2)[:-1]:
+    if kind == "few labels":
+        batch.labels[torch.rand(batch.labels.shape) < 0.85] = -100
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind != "half weights"):
+        Causal(True).loss(model.to(torch.bfloat16) if kind == "half weights" else model, batch)[0].backward()
+    print("a step", flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["autocast", "few labels", "half weights"])
+def test_half_precision_on_a_cpu_keeps_no_code_for_each_length(kind):
+    """Truth: oneDNN's own log. Each primitive that it makes is kept (up to 1,024 of them, of up to 1 MB), so that
+    memory grew with the lengths of documents and with the counts of labels."""
+    variables = os.environ | {"ONEDNN_VERBOSE": "profile_create", "NANOCPT_KERNELS": "reference"}
+    out = subprocess.run([sys.executable, "-c", RANDOM_LENGTHS, kind], cwd=ROOT, capture_output=True, text=True,
+                         check=True, env=variables).stdout
+    steps = [step.count("create:cache_miss") for step in out.split("a step")]
+    assert len(steps) > 40
+    assert sum(steps[10:]) == 0
