@@ -115,7 +115,7 @@ def worker(name: str, side: str, device: str):
     four = [layer.quantised for _, layer in adapted_layers(model) if layer.quantised is not None]
     # Bytes of the base's weights, and of those that are kept in 4 bits, with their number of elements.
     result["held"] = {"base_bytes": sum(x.nbytes for name, x in model.state_dict().items() if ".adapters." not in name),
-                      "quantised_numbers": sum(record.shape.numel() for record in four),
+                      "quantised_elements": sum(record.shape.numel() for record in four),
                       "quantised_bytes": sum(x.nbytes for record in four for x in record.buffers())}
     if kind in PEERS:
         model, result["peer"] = peer_of(model, kind)
@@ -367,7 +367,7 @@ def bench_lora(options: LoraOptions) -> list:
         rate_row("qlora", "tokens/s", CASES[case].tokens, seconds["qlora"], seconds["lora"], own),
         row("qlora_memory", "bytes of base weights", four["base_bytes"], plain["base_bytes"], own, **four),
         row("qlora_matrix_memory", "bytes of its 4-bit matrices", four["quantised_bytes"],
-            4 * four["quantised_numbers"], own, bits=8 * four["quantised_bytes"] / four["quantised_elements"]),
+            4 * four["quantised_elements"], own, bits=8 * four["quantised_bytes"] / four["quantised_elements"]),
         row("qlora_peak_memory", "bytes", peak["qlora"], peak["lora"], own)]
 
 
