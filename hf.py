@@ -1,12 +1,10 @@
-"""Hugging Face checkpoints <-> model.py: one rename rule and one table of families, used in both directions.
+"""Hugging Face checkpoints <-> model.py: one rename rule, used in both directions.
 
     model = hf.load("path/to/folder", dtype=torch.bfloat16)        a folder, or hf://org/name@revision
     hf.save(model, "out/final", base="path/to/folder")             a folder that transformers and vLLM read
 
 Tensors are copied one at a time into a model built on the meta device, so that the peak is the weights and one tensor.
 No file is unpickled: a .bin is read through torch.load's weights_only, which refuses everything but tensors.
-Configs are written in both dialects (`rope_theta`, `rope_scaling`, `torch_dtype` of transformers 4; `rope_parameters`,
-`dtype` of 5): of a config with the new keys alone, transformers 4 takes a rope_theta of 10000 without a warning.
 """
 
 import core.threads
@@ -24,28 +22,12 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
+from core.architecture import ModelConfig, make_config, parse_config
 from core.devices import DTYPES
 from core.errors import UserError
 from core.files import new_folder, read_json, write_json, write_text
-from model import Model, ModelConfig
+from model import Model
 
-# What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
-DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "rope_theta": 10000.0,
-            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
-FAMILIES = {
-    "llama": {"architecture": "LlamaForCausalLM"},
-    "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "qwen2": {"architecture": "Qwen2ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
-              "max_window_layers": 28},
-    "qwen3": {"architecture": "Qwen3ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
-              "head_dim": 128, "max_window_layers": 28},
-    "smollm3": {"architecture": "SmolLM3ForCausalLM", "num_key_value_heads": 4, "max_position_embeddings": 32768,
-                "rope_theta": 2e6, "tie_word_embeddings": True},
-}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Settings that a config.json and a ModelConfig call the same.
-SHARED = (*SIZES, "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
-          "attention_bias", "mlp_bias")
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -62,85 +44,6 @@ def from_hf_name(name: str) -> str | None:
     if name.endswith("rotary_emb.inv_freq"):
         return None
     return name.removeprefix("lm_") if name.partition(".")[0] == "lm_head" else name.removeprefix("model.")
-
-
-# ---- config.json
-
-def parse_config(values: dict, folder: Path) -> ModelConfig:
-    """The values of `folder`/config.json as a ModelConfig; an architecture we do not have is refused by name."""
-    family = values.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"{folder}/config.json has model_type {family!r}, which is not supported; known are "
-                        f"{', '.join(FAMILIES)} (Llama 1 to 3.2, TinyLlama, SmolLM2 and Falcon3 are llama)")
-    known = {**DEFAULTS, **FAMILIES[family], **{key: value for key, value in values.items() if value is not None}}
-    if missing := [name for name in SIZES if type(known.get(name)) is not int or known[name] < 1]:
-        raise UserError(f"{folder}/config.json has no usable {', '.join(missing)}; a model needs at least 1")
-    if known["hidden_act"] != "silu":
-        raise UserError(f"{folder}/config.json has hidden_act {known['hidden_act']!r}; only silu (SwiGLU) is known")
-    rope = {**(known.get("rope_scaling") or {}), **(known.get("rope_parameters") or {})}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{folder}/config.json gives rope parameters by layer type; that is not supported")
-    theta = rope.pop("rope_theta", None) or known["rope_theta"]
-    # Old configs call the key `type`.
-    old_kind = rope.pop("type", "default")
-    rope["rope_type"] = rope.pop("rope_type", None) or old_kind
-    no_rope, interval = [], values.get("no_rope_layer_interval", 4)
-    if family == "smollm3":
-        # A config without the list means that every fourth layer has no rotation.
-        uses_rope = values.get("no_rope_layers") or [(i + 1) % interval for i in range(known["num_hidden_layers"])]
-        no_rope = [i for i, uses in enumerate(uses_rope) if not uses]
-    config = {name: known.get(name) for name in SHARED}
-    if family == "qwen2":
-        # Its q, k and v always have a bias (qkv_bias), its o never.
-        config["attention_bias"] = False
-    # A null means as many key-value heads as heads; a config without the key means the family's default.
-    config["num_key_value_heads"] = values.get("num_key_value_heads", known.get("num_key_value_heads"))
-    return ModelConfig(**config, rope_theta=theta, rope_scaling={} if rope["rope_type"] == "default" else rope,
-                       qkv_bias=family == "qwen2", qk_norm=family == "qwen3", no_rope_layers=no_rope, family=family,
-                       windows=find_windows(family, values, known, no_rope))
-
-
-def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> list[int | None] | None:
-    """Each layer's sliding window in tokens, which the families give in three ways; None: no layer has one."""
-    layers = range(known["num_hidden_layers"])
-    if family == "llama" or (family != "mistral" and not values.get("use_sliding_window")):
-        return None
-    if family == "mistral":
-        slides = [True for _ in layers]
-    elif kinds := values.get("layer_types"):
-        slides = [kind == "sliding_attention" for kind in kinds]
-    elif family == "smollm3":
-        slides = [i in no_rope for i in layers]
-    else:
-        slides = [i >= known["max_window_layers"] for i in layers]
-    # Without the key the families' default holds; a null means no window.
-    windows = [values.get("sliding_window", 4096) if slide else None for slide in slides]
-    return windows if any(windows) else None
-
-
-def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
-    """config.json of a model with this `config`. The keys of the base's own that we do not know are kept."""
-    name = str(dtype).removeprefix("torch.")
-    windows, layers = config.windows, range(config.num_hidden_layers)
-    made = {
-        **base,
-        **{key: getattr(config, key) for key in (*SHARED, "num_key_value_heads", "rope_theta")},
-        "architectures": [FAMILIES[config.family]["architecture"]], "model_type": config.family,
-        "hidden_act": "silu", "use_cache": True, "torch_dtype": name, "dtype": name,
-        "rope_scaling": config.rope_scaling or None,
-        "rope_parameters": {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta},
-    }
-    if config.family == "mistral":
-        made["sliding_window"] = windows[0] if windows else None
-    elif config.family != "llama":
-        made["use_sliding_window"] = windows is not None
-        made["sliding_window"] = next((window for window in windows or [] if window), None)
-        made["layer_types"] = ["sliding_attention" if windows and windows[i] else "full_attention" for i in layers]
-        if windows and config.family != "smollm3":
-            made["max_window_layers"] = next(i for i in layers if windows[i])
-    if config.family == "smollm3":
-        made["no_rope_layers"] = [int(i not in config.no_rope_layers) for i in layers]
-    return made
 
 
 # ---- folders

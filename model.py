@@ -9,66 +9,13 @@ Shapes: B sequences, T tokens, D model width, H heads, K key-value heads, d head
 """
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from core.config import check_limits, setting
-from core.errors import UserError
-
-
-@dataclass
-class ModelConfig:
-    vocab_size: int = setting(32000, at_least=1)
-    hidden_size: int = setting(512, at_least=1)
-    intermediate_size: int = setting(1376, at_least=1)
-    num_hidden_layers: int = setting(8, at_least=1)
-    num_attention_heads: int = setting(8, at_least=1)
-    num_key_value_heads: int | None = setting(None, at_least=1)      # None: as many as attention heads
-    head_dim: int | None = None                  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = setting(2048, at_least=1)
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: dict = field(default_factory=dict)           # {"rope_type": a key of ROPE_TYPES, ...}
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False                       # Qwen2
-    attention_bias: bool = False                 # Llama: q, k, v and o
-    mlp_bias: bool = False
-    qk_norm: bool = False                        # Qwen3: RMSNorm over each head's d
-    # Per layer: how many tokens a query sees, itself included; None: all.
-    windows: list[int | None] | None = None
-    no_rope_layers: list[int] = field(default_factory=list)    # indices of layers without rotation (SmolLM3)
-    initializer_range: float = 0.02
-    family: str = "llama"                        # Hugging Face's model_type, see hf.py
-
-    def __post_init__(self):
-        # The command line checks limits, but does not read a config.json.
-        check_limits(self)
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise UserError(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                                f"{self.num_attention_heads}; change one of them or give head_dim")
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.head_dim % 2:
-            raise UserError(f"head_dim is {self.head_dim}, but rotary positions turn pairs: it must be even")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                            f"num_key_value_heads {self.num_key_value_heads}")
-        if self.windows is not None and len(self.windows) != self.num_hidden_layers:
-            raise UserError(f"windows names {len(self.windows)} layers of {self.num_hidden_layers}")
-        if (kind := self.rope_scaling.get("rope_type", "default")) not in ROPE_TYPES:
-            raise UserError(f"rope_type {kind!r} is not known; known are {', '.join(ROPE_TYPES)}")
-        if missing := [key for key in ROPE_TYPES[kind] if key not in self.rope_scaling]:
-            raise UserError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_scaling")
-
-
-# {kind of scaling: the keys it needs}
-ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+from core.architecture import ModelConfig
 
 
 def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, float]:

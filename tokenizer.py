@@ -115,8 +115,8 @@ def write_change(options: Change, change) -> dict[int, str]:
     else:
         refuse_existing(out, overwrite)
         base = hf.open_base(options.model)
-        hf.parse_config(base.settings, base.folder)
-        hf.tensor_files(base.folder)
+        # Both are read for what is wrong with them.
+        _ = base.config, hf.tensor_files(base.folder)
         with tempfile.TemporaryDirectory() as folder:
             parts = change(base.folder, folder)
             save_model(base, folder, parts, out, options.rows)

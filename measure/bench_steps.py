@@ -30,6 +30,7 @@ import hf
 import lora
 import train
 from core import parallel
+from core.architecture import make_config
 from core.devices import peak_bytes
 from kernels.cross_entropy import IGNORE, chunk_rows
 from learn.adapters import adapted_layers
@@ -213,7 +214,7 @@ def peer_of(model, side: str):
     """Return transformers' model with our weights, or PEFT's with our adapters too, and its name and version."""
     import transformers
     who = f"transformers {transformers.__version__}"
-    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf.make_config(model.config, torch.float32, {})))
+    peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**make_config(model.config, torch.float32, {})))
     peer.load_state_dict({hf.to_hf_name(k): v for k, v in model.state_dict().items() if ".adapters." not in k})
     if side == "peft":
         import peft
