@@ -54,6 +54,8 @@ class StepCase:
     """Model width, MLP width, blocks, heads, key-value heads."""
     bf16: bool = False
     """Weights in bf16 and 8-bit moments, torch's fused AdamW in bf16 on the other side; else fp32."""
+    batches: int = 8
+    """Different batches, which come in turn."""
     tokens = property(lambda case: case.sequences * case.context)
 
 
@@ -63,6 +65,8 @@ CASES = {
     "packed_2k": StepCase(8192, 2048, 2, packed=True),
     # 1.3M parameters, to see what waiting threads cost.
     "small": StepCase(1024, 128, 4, sizes=(128, 384, 5, 4, 2)),
+    # Many lengths of documents in half precision, to see what stays in memory of each.
+    "short_documents": StepCase(256, 512, 2, packed=True, sizes=(128, 256, 1, 4, 2), bf16=True, batches=500),
     # The sizes of Llama-3-8B and Llama-3.2-1B, for a GPU.
     "8b": StepCase(128256, 8192, 1, sizes=(4096, 14336, 32, 32, 8), bf16=True),
     "1b": StepCase(128256, 8192, 2, sizes=(2048, 8192, 16, 32, 8), bf16=True),
@@ -79,8 +83,8 @@ OPENMP_AS_IT_COMES = {"GOMP_SPINCOUNT": "300000"}
 @dataclass
 class TrainOptions:
     """Time training steps beside transformers'."""
-    cases: list[Literal["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "8b", "1b"]] = field(
-        default_factory=lambda: ["vocab_8k", "vocab_32k", "packed_2k", "busy_machine"])
+    cases: list[Literal["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "memory_growth", "8b", "1b"]] = field(
+        default_factory=lambda: ["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "memory_growth"])
     """What to time; 8b and 1b are for a GPU."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
@@ -104,9 +108,9 @@ def worker(name: str, side: str, device: str):
     if kind in OURS or side.endswith("_allocator"):
         parallel.start(device)
     model = random_model(case, device)
-    result = {"losses": [], "matmul_flops_per_token": matmul_flops_per_token(model.config, case.context)}
+    result = {"losses": [], "peaks": [], "matmul_flops_per_token": matmul_flops_per_token(model.config, case.context)}
     objective, rng = Causal(mask_documents=case.packed), np.random.default_rng(0)
-    batches = [objective.corrupt(make_batch(case, rng), None).to(device) for _ in range(8)]
+    batches = [objective.corrupt(make_batch(case, rng), None).to(device) for _ in range(case.batches)]
     for batch in batches:
         batch.labels[:, -1] = IGNORE
     adapted = kind in ("lora", "qlora", "peft")
@@ -132,9 +136,9 @@ def worker(name: str, side: str, device: str):
             continue
         batch = batches[len(result["losses"]) % len(batches)]
         print(time_call(lambda batch: result["losses"].append(step(batch)), batch), flush=True)
-        # Only steps have asked for memory so far.
-        if len(result["losses"]) <= 3:
-            result["peak_bytes"] = peak_bytes(torch.device(device))
+        result["peaks"].append(peak_bytes(torch.device(device)))
+    # After three steps: only steps have asked for memory until then, and no matmuls alone.
+    result["peak_bytes"] = result["peaks"][:3][-1]
     print(json.dumps(result))
 
 
@@ -303,7 +307,12 @@ def bench_train(options: TrainOptions) -> list:
     """Steps of the whole model against transformers', peak memory, and the matmuls' share of the time."""
     rows = []
     for case in options.cases:
-        rows += busy_rows(options.steps) if case == "busy_machine" else train_rows(case, options)
+        if case == "busy_machine":
+            rows += busy_rows(options.steps)
+        elif case == "memory_growth":
+            rows.append(memory_row(options.device))
+        else:
+            rows += train_rows(case, options)
     return rows
 
 
@@ -324,6 +333,13 @@ def train_rows(case: str, options: TrainOptions) -> list:
         done = results["ours"]["matmul_flops_per_token"] * rows[0]["ours"] / 1e12
         rows.append(row(f"matmul_rate_{case}", "TFLOP/s", done, device_limits()["bf16_tflops"], "8192 x 8192 matmul"))
     return rows
+
+
+def memory_row(device: str) -> dict:
+    """What 500 steps on packed documents of many lengths leave in memory that 20 steps do not."""
+    _, results, _ = in_turn("short_documents", ("ours",), 500, device)
+    peaks = results["ours"]["peaks"]
+    return row("memory_growth", "bytes, peak of 500 steps", peaks[-1], peaks[19], "of 20 steps")
 
 
 def busy_rows(steps: int) -> list:

@@ -59,7 +59,8 @@ class FakeProcess:
     """A busy loop, or a side that answers these seconds, one a step, and then its result."""
 
     def __init__(self, side, seconds):
-        result = {"losses": [1.0], "peak_bytes": 10 * len(side), "peer": "transformers 5", "matmul_flops_per_token": 1}
+        result = {"losses": [1.0], "peak_bytes": 10 * len(side), "peer": "transformers 5", "matmul_flops_per_token": 1,
+                  "peaks": [*range(1, 501)]}
         self.stdin, self.stdout, self.seconds = io.StringIO(), self, list(seconds)
         self.communicate = lambda: (json.dumps(result), None)
 
@@ -83,12 +84,13 @@ def test_train_rows_carry_the_names_that_others_read(monkeypatch, capsys):
     rows = {r["name"]: r for r in bench_steps.bench_train(TrainOptions(steps=2))}
     assert list(rows) == ["vocab_8k", "vocab_8k_their_allocator_too", "vocab_32k", "vocab_32k_their_allocator_too",
                           "peak_memory_32k", "matmul_share", "packed_2k", "packed_2k_their_allocator_too",
-                          "busy_machine_quiet", "busy_machine", "busy_machine_crowded"]
+                          "busy_machine_quiet", "busy_machine", "busy_machine_crowded", "memory_growth"]
     assert rows["vocab_8k"]["ours"] == 8 * 512
     assert (rows["vocab_8k"]["ratio"], rows["vocab_8k_their_allocator_too"]["ratio"]) == (2, 4)
     assert (rows["peak_memory_32k"]["ours"], rows["peak_memory_32k"]["peer"]) == (40, 120)
     assert rows["matmul_share"]["ours"] == 0.5
     assert (rows["busy_machine"]["ratio"], rows["busy_machine"]["busy_loops"]) == (8, os.cpu_count())
+    assert (rows["memory_growth"]["ours"], rows["memory_growth"]["peer"]) == (500, 20)
     with pytest.raises(UserError, match="tall"):
         cli.parse(TrainOptions, ["--cases", "tall"])
 
