@@ -37,13 +37,12 @@ from core.files import new_file, refuse_existing, write_json
 from core.hashing import short_digest
 from core.pool import WorkerPool
 from text import duplicates
-from text.corpus import read_records, utf8
+from text.corpus import read_records, to_line
 
 # Raise it when the same input gives another result, and LAYOUT when the files in --out/.dedup change.
 VERSION, LAYOUT = 1, 3
 OUTPUTS = ("dedup.json", "kept.jsonl", "removed.jsonl")
 REASONS = ("exact", "near", "paragraph", "contaminated")
-_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 @dataclass(kw_only=True)
@@ -129,7 +128,7 @@ def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, s
 
         def remove(ident, of, similarity, reason, **more):
             row = {"id": ident, "duplicate_of": of, "similarity": similarity, "reason": reason, **more}
-            removed.write(utf8(_to_json(row) + "\n"))
+            removed.write(to_line(row))
             counts[reason] += 1
 
         for path, end in zip(files, store.base[1:]):
@@ -152,7 +151,7 @@ def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, s
                 left = [piece for i in range(0, len(parts), 2) if parts[i] is not None for piece in parts[i:i + 2]]
                 if left:
                     text = "".join(left if len(left) % 2 else left[:-1])
-                    kept.write(utf8(_to_json({**record, "id": ident, column: text}) + "\n"))
+                    kept.write(to_line({**record, "id": ident, column: text}))
                     counts["kept"] += 1
                 unit = following
                 bar.update()

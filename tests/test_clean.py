@@ -16,13 +16,15 @@ import pytest
 from documents import NOTE, STATUTE, command, read, records, scores_of, some_documents, write_jsonl
 
 import clean
+import dedup
 import eval as evaluation
 import hf
 import tokenizer as tokenizers
 from clean import Settings, clean_corpus, clean_document
-from core.cli import Reading
+from core.cli import Output, Reading
 from learn import objectives
 from text.corpus import read_input
+from text.foreign import mix_files
 from text.gate import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -83,13 +85,25 @@ def test_every_key_of_a_record_is_kept(tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", [row, {"body": "no text"}][:1])
     clean_corpus(read_input([str(source)], Reading()), Settings("legal"), tmp_path / "out")
     (kept,), _, report = read(tmp_path / "out")
-    row = json.loads(json.dumps(row))
+    row["odd"] = "\ufffd"
     assert all(kept[key] == row[key] for key in row.keys() - {"text", "metadata"})
     assert kept["metadata"]["url"] == "x"
     assert kept["metadata"]["scores"]["edu"] == 3, "a score of somebody else's is kept beside ours"
     assert list(report["statistics"]["source"]) == ["dc"]
     assert list(report["statistics"]["domain"]) == ["statutes"]
     assert len(kept["metadata"]["content_hash"]) == 32
+
+
+def test_every_command_writes_half_a_surrogate_pair_in_the_same_way(tmp_path, monkeypatch):
+    row = {"text": STATUTE + " \ud800", "id": "a\udfff", "metadata": {"odd": ["\ud83d\ude00", "\udc00"]}}
+    source = write_jsonl(tmp_path / "in.jsonl", [row])
+    assert command(monkeypatch, source, "--preset", "legal", "--no-repair", "--out", tmp_path / "clean") == 0
+    dedup.dedup(dedup.Dedup(files=[str(source)], workers=1, output=Output(out=str(tmp_path / "dedup"))))
+    mix_files([row], [], tmp_path / "mixed.jsonl", ratio=1.0)
+    for path in ("clean/kept.jsonl", "dedup/kept.jsonl", "mixed.jsonl"):
+        (found,) = map(json.loads, (tmp_path / path).read_bytes().splitlines())
+        assert (found["text"], found["id"]) == (STATUTE + " \ufffd", "a\ufffd"), path
+        assert found["metadata"]["odd"] == ["\U0001f600", "\ufffd"], path
 
 
 def test_a_killed_run_is_completed_to_the_same_bytes(tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ NOT_TEXT = (*LISTS, ".html", ".htm", ".xml", ".pdf", ".docx", ".zip")
 SEPARATED_CHUNK = 1 << 20
 # What clean.py leaves in a folder beside its drops.json: every document that it has scored.
 CLEANED = ("kept.jsonl", "dropped.jsonl.gz")
+_to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 
 
 def read_documents(files: list[str], reading: Reading | None = None):
@@ -187,8 +188,6 @@ def read_input(files: list[str], reading: Reading):
 
 
 def to_line(record: dict) -> bytes:
-    """A line of a .jsonl file, in UTF-8; half a surrogate pair stays escaped, as it came."""
-    try:
-        return (json.dumps(record, ensure_ascii=False, default=str) + "\n").encode()
-    except UnicodeEncodeError:
-        return (json.dumps(record, default=str) + "\n").encode()
+    """A line of a .jsonl file, in UTF-8, as every command writes it: `utf8`, because not every reader takes half a
+    surrogate pair."""
+    return utf8(_to_json(record)) + b"\n"

@@ -9,7 +9,6 @@ says where documents end, they end at each BOS or EOS.
 """
 
 import itertools
-import json
 import struct
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from core.errors import UserError
 from core.files import new_file
 from core.hashing import mix_keys, permute
-from text.corpus import utf8
+from text.corpus import to_line
 from text.mixture import SourceConfig, judge_epochs
 from text.shards import HEADER_BYTES, MAGIC, OUR_MAGIC
 
@@ -133,8 +132,7 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
             for side, records in (("domain", domain), ("general", general)):
                 for record in records:
                     places[side].append(spool.tell())
-                    line = json.dumps({**record, "source_type": side}, ensure_ascii=False, default=str)
-                    spool.write(utf8(line) + b"\n")
+                    spool.write(to_line({**record, "source_type": side}))
             total = round(len(places["domain"]) / ratio) if total is None else total
             written = {"domain": round(total * ratio), "general": total - round(total * ratio)}
             for side, n in written.items():

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 
 from core.errors import UserError, nearest
-from text.corpus import to_line, utf8
+from text.corpus import to_line
 
 # The report shows so many records of each reason, and of those that were kept, with the beginning of their text.
 SAMPLES = 5
@@ -130,8 +130,7 @@ def parse_weights(text: str) -> dict:
 def gate_records(records, rules: dict, kept, dropped) -> dict:
     """Write each scored record to the file `kept` or `dropped`, by the rules that it breaks; returns the report.
 
-    The report says why documents were dropped, what was kept by source and domain, and shows samples to look at. In
-    its names, U+FFFD stands for half surrogate pairs, which drops.json cannot hold.
+    The report says why documents were dropped, what was kept by source and domain, and shows samples to look at.
     """
     reasons = {name: {"limits": list(limits), "dropped": 0, "only_reason": 0} for name, limits in rules.items()}
     totals, pii, cleaned_by, samples = Counter(), Counter(), Counter(), {}
@@ -148,10 +147,10 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
             reasons[name]["dropped"] += 1
             reasons[name]["only_reason"] += len(broken) == 1
         # The records with the lowest hashes are a fair sample, whatever the order of the records.
-        key = f"{record['id']} {metadata['content_hash']}".encode(errors="replace")
-        order, ident = hashlib.blake2b(key, digest_size=8).hexdigest(), utf8(str(record["id"])).decode()
+        order = hashlib.blake2b(f"{record['id']} {metadata['content_hash']}".encode(), digest_size=8).hexdigest()
         for name in broken or ["kept"]:
-            row = {"id": ident, "score": scores.get(name if broken else "quality"), "text": record["text"][:300]}
+            row = {"id": str(record["id"]), "score": scores.get(name if broken else "quality"),
+                   "text": record["text"][:300]}
             samples[name] = sorted([*samples.get(name, []), (order, row)], key=lambda pair: pair[0])[:SAMPLES]
         kept_by_preset.update(name for name in PRESETS if not find_broken(scores, PRESETS[name]))
         pii.update({name[4:]: n for name, n in scores.items() if name.startswith("pii_")})
@@ -163,7 +162,7 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
                "estimated_tokens_kept": size // 4 * stays}
         totals.update(row)
         for key, table in statistics.items():
-            table.setdefault(utf8(str(metadata.get(key) or "unknown")).decode(), Counter()).update(row)
+            table.setdefault(str(metadata.get(key) or "unknown"), Counter()).update(row)
     if not totals:
         raise UserError("nothing to clean: the input holds no document")
     return {**totals, "reasons": reasons, "pii": dict(sorted(pii.items())), "kept_by_preset": kept_by_preset,

@@ -143,5 +143,5 @@ def test_half_a_surrogate_pair_in_id_source_or_domain_stops_no_report(tmp_path):
     row = {"text": STATUTE, "id": "\ud800", "metadata": {"source": "a\udfff", "domain": "\ud800"}}
     clean_corpus([row], Settings("legal"), tmp_path)
     kept, _, report = read(tmp_path)
-    assert kept[0]["id"] == "\ud800"
+    assert kept[0]["id"] == "\ufffd"
     assert list(report["statistics"]["source"]) == ["a\ufffd"]
