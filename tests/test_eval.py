@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from runs import make_lab, one, settings
-from synthetic import texts
+from synthetic import naive_write, texts
 
 import data
 import eval as evaluation
@@ -20,10 +20,12 @@ import hf
 import tokenizer
 import train
 from core import checkpoint
+from core.cli import Reading
 from core.hashing import mix_keys
 from core.parallel import World
 from learn import objectives
 from text.packing import pack_in_order
+from text.shards import Shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CAUSAL = objectives.Causal(mask_documents=True)
@@ -137,6 +139,27 @@ def test_masked_loss_and_accuracy(tiny_model):
     assert 0.3 < n / sum(len(d) for d, _ in documents) < 0.7
     assert (result["tokens"], result["accuracy"]) == (n, pytest.approx(hits / n))
     assert result["nats_per_token"] == pytest.approx(nats / n, rel=1e-5)
+
+
+def test_held_out_documents_end_before_the_limit(tmp_path):
+    """Documents of 4, 3 and 2 tokens beside their EOS. The first is taken whatever its length."""
+    naive_write(tmp_path / "s", [([1] * n + [257], 10 * n) for n in (4, 3, 2)], split="heldout")
+    shards = Shards(tmp_path / "s", "heldout")
+    for limit, taken in ((1, 1), (4, 1), (6, 1), (7, 2), (8, 2), (9, 3), (99, 3)):
+        found = evaluation.heldout_documents(shards, limit)
+        assert [(len(ids), nbytes) for ids, nbytes in found] == [(4, 40), (3, 30), (2, 20)][:taken], limit
+
+
+def test_a_text_is_as_long_as_its_bytes(tiny_model, tiny_bpe, tmp_path):
+    lines = ["naïve café", "漢字 🙂", "e"]
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    tok = tokenizer.load(tiny_bpe)
+    found, _ = evaluation.score_files(tiny_model(vocab_size=tok.vocab_size), tok, {"t": str(file)},
+                                      Reading(documents="line"), 16)
+    assert found["t"]["bytes"] == 12 + 11 + 1 == sum(len(line.encode()) for line in lines)
+    nats = found["t"]["nats_per_token"] * found["t"]["tokens"]
+    assert found["t"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / 24)
 
 
 def test_table():

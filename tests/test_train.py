@@ -10,10 +10,11 @@ import os
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import ROOT, arguments, command, crash_at, lines, one, process, same_checkpoint, settings, spy, trace
+from runs import ROOT, arguments, command, crash_at, lines, one, process, run_of, same_checkpoint, settings, spy, trace
 from synthetic import KINDS, texts
 
 import data
@@ -167,6 +168,40 @@ def test_gradient_is_that_of_the_mean_over_all_targets(lab, whole, tmp_path, mic
         torch.testing.assert_close(grad, theirs[name], rtol=2e-4, atol=2e-6, msg=name)
     norm = torch.stack([g.norm() for g in theirs.values()]).norm().item()
     assert done["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 4), (2, 2), (2, 6), (3, 3), (6, 5)])
+def test_the_ranks_share_a_step_and_no_sequence_is_read_twice(lab, tmp_path, ranks, micro):
+    """Also where a micro-batch is larger than what is left of a rank's share."""
+    run = build(settings(lab, tmp_path / "run", "--train.batch-size", 6, "--train.micro-batch-size", micro), one())
+    whole = run.loader.batch(3)
+    whole, parts = run.objective.corrupt(whole, whole.rng), []
+    for rank in range(ranks):
+        run.world = parallel.World(rank, ranks, torch.device("cpu"))
+        own = train.micro_batches(run, 3)
+        assert sum(len(batch.tokens) for batch in own) == 6 // ranks
+        assert max(len(batch.tokens) for batch in own) <= micro
+        parts += own
+    for name in ("tokens", "labels", "position_ids", "doc_start"):
+        assert torch.equal(torch.cat([getattr(batch, name) for batch in parts]), getattr(whole, name)), name
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank(base, tmp_path):
+    """At a learning rate of 0 nothing else differs between two steps on the same text."""
+    def loss(step, rank=0, seed=0):
+        run = build(run_of(base, tmp_path / "run", "--lora.rank", 4, "--lora.dropout", 0.5, "--seed", seed,
+                           "--optim.lr", 0, "--optim.min-lr", 0), one())
+        for name, p in run.inner.named_parameters():
+            if name.endswith(".B"):
+                p.data.fill_(0.3)                                      # at first 0, which hides what was dropped
+            elif name.endswith(".A"):
+                p.data.fill_(0.1)
+        run.world = SimpleNamespace(rank=rank, size=1, device=torch.device("cpu"), sum=list)
+        return train.train_step(run, step, batches)["loss"]
+    plain = build(run_of(base, tmp_path / "run"), one())
+    batches = train.micro_batches(plain, 0)
+    assert loss(0) == loss(0)
+    assert len({loss(0), loss(1), loss(2), loss(0, rank=1), loss(0, seed=1)}) == 5
 
 
 def test_padding_of_the_last_window_is_no_target(lab, tmp_path):

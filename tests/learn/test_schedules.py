@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import typing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,16 @@ from core import cli
 from core import config as settings
 from core.errors import UserError
 from learn.optim import OptimConfig
-from learn.schedules import DECAYS, SCHEDULES, decay_start, hint, learning_rate, recommended, warmup_length
+from learn.schedules import (
+    DECAYS,
+    SCHEDULES,
+    decay_start,
+    hint,
+    learning_rate,
+    recommended,
+    set_learning_rate,
+    warmup_length,
+)
 
 FALLING = ("cosine", "cosine_restarts", "linear", "wsd", "infinite")       # those that end at min_lr
 IN_STEPS = {"warmup_steps": 4, "cooldown_steps": 9}
@@ -253,6 +263,22 @@ def test_settings_from_the_command_line_and_back(tmp_path):
 def test_wrong_schedules(wrong, words):
     with pytest.raises(UserError, match=words):
         settings.check_limits(OptimConfig(**wrong), "optim.")
+
+
+def test_each_group_gets_its_multiple_of_the_rate():
+    """20 steps, 4 of warm-up from 0: step 1 has half of lr."""
+    optimizer = SimpleNamespace(param_groups=[{"lr": 9.0, "lr_scale": scale} for scale in (1.0, 16.0, 0.1)])
+    assert set_learning_rate(optimizer, 1, 20, of("cosine", warmup_steps=4)) == 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 8.0, 0.05]
+
+
+def test_the_last_fall_begins_where_the_cooldown_stands():
+    """20 steps: 4 of warm-up, a cooldown of 16 that would last to the end, and the fall over the last 4. After step 15
+    three quarters of the cooldown are done; the fall goes on from there, a quarter of the way with each step."""
+    config = of("infinite", warmup_steps=4, cooldown_steps=16, decay="linear", decay_ratio=0.2)
+    last = 0.55 + 0.225 * (1 - math.sqrt(0.5))
+    wanted = [last, *(0.1 + (last - 0.1) * left for left in (0.75, 0.5, 0.25, 0))]
+    assert [learning_rate(step, 20, config) for step in range(15, 20)] == pytest.approx(wanted, rel=1e-12)
 
 
 # ---- recommended rates

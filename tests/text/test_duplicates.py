@@ -29,6 +29,7 @@ from core.pool import WorkerPool
 from text.duplicates import (
     BANDS,
     ROWS,
+    Benchmarks,
     Store,
     compute_band_keys,
     compute_signatures,
@@ -190,6 +191,21 @@ def test_decontamination_by_file_type_and_edge(tmp_path):
         assert row["overlaps"] == [{"item": row["duplicate_of"], "ngrams": 1, "share": round(1 / grams, 4)}]
         assert report["against"][str(file)]["found"] == 1
     assert report["against"][str(tmp_path / "b0.jsonl")] == {"items": 2, "too_short": 1, "found": 1}
+
+
+def test_thirteen_words_are_enough_and_twelve_are_not(tmp_path):
+    """The item, the document, or both have just so many words."""
+    words = [f"w{i}" for i in range(13)]
+    write_jsonl(tmp_path / "thirteen.jsonl", [{"q": " ".join(words)}])
+    write_jsonl(tmp_path / "twelve.jsonl", [{"q": " ".join(words[:12])}])
+    write_jsonl(tmp_path / "more.jsonl", [{"q": f"before {' '.join(words)} after"}])
+    for name, items, found in (("thirteen", 1, True), ("more", 1, True), ("twelve", 0, False)):
+        benchmarks = Benchmarks([str(tmp_path / f"{name}.jsonl")])
+        assert benchmarks.files[str(tmp_path / f"{name}.jsonl")] == {"items": 1, "too_short": 1 - items}
+        for text in (" ".join(words), f"x {' '.join(words)}", f"x {' '.join(words)} y"):
+            assert bool(benchmarks.find_overlaps(text)) == found, (name, text)
+        assert not benchmarks.find_overlaps(" ".join(words[:12]))
+        assert not benchmarks.find_overlaps(f"x {' '.join(words[1:])}")
 
 
 def test_decontamination_against_real_benchmarks(data_dir, tmp_path):

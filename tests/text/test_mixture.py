@@ -22,6 +22,7 @@ from text.mixture import (
     make_plan,
     measure_shares,
     plan_counts,
+    replan,
     replay_strata,
     schedule_at,
     source_weights,
@@ -251,6 +252,23 @@ def test_a_schedule_that_finds_no_buckets_to_order_says_so(schedule):
     said = describe_mix(DataConfig(schedule=schedule), plain)
     assert bool(said) == (schedule in ("quality_first", "curriculum")) == ("data.py pack --buckets" in "".join(said))
     assert describe_mix(DataConfig(schedule=schedule), bucketed()) == []
+
+
+def test_a_changed_share_leaves_the_schedule_where_it_is():
+    """101 steps of 8, staged: of ten buckets the last four open at progress 0.3. What was drawn stays drawn."""
+    config, sources = DataConfig(schedule="staged", domain_share=0.5), bucketed(10)
+    plan = make_plan(config, LengthConfig(steps=101, batch_size=8), sources, {})
+    for step in (5, 20, 50):
+        changed = replan(plan, step, config, sources, 0.75)
+        assert (changed[:step + 1] == plan[:step + 1]).all()
+        assert (np.diff(changed, axis=0).sum(1) == 8).all()
+        assert changed[-1, -1] - changed[step, -1] == pytest.approx(8 * 0.25 * (101 - step), abs=1)
+        opens = max(step, 30)
+        assert not (changed[opens] - changed[step])[6:10].any()                       # closed as long as they were
+        each = (changed[-1] - changed[opens])[:10]                                    # and all alike from then on
+        assert each == pytest.approx(8 * 0.75 / 10 * (101 - opens), abs=2)
+    for step in (101, 102):
+        assert replan(plan, step, config, sources, 0.75) is plan
 
 
 # ---- length

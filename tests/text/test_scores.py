@@ -42,6 +42,17 @@ def test_repetition_scores_match_the_naive_count():
             assert found[name] == pytest.approx(value), (name, text[:60])
 
 
+def test_repeated_lines_and_paragraphs_by_hand():
+    """Gopher's: every occurrence after the first, of all lines (of all characters). Five lines, of which "aa" stands
+    three times: 2 of 5 lines, 4 of 17 characters."""
+    found = scores.score_text("aa\nbb\n\naa\nbbb\n\naa")
+    assert (found["lines"], found["chars"]) == (5, 17)
+    assert (found["dup_lines"], found["dup_line_chars"]) == (0.4, round(4 / 17, 4))
+    assert (found["dup_paragraphs"], found["dup_paragraph_chars"]) == (0, 0)
+    found = scores.score_text("a b\n\na b\n\nc\n\na b")
+    assert (found["dup_paragraphs"], found["dup_paragraph_chars"]) == (0.5, round(6 / 16, 4))
+
+
 @pytest.mark.parametrize(("text", "language"), [
     (NOTE, "en"), ("Das Gericht hat den Antrag mit der Begründung abgelehnt, dass er nicht von der Partei ist.", "de"),
     ("Le tribunal est saisi par une des parties et la demande est jugée dans les deux mois.", "fr"),
