@@ -122,7 +122,9 @@ def format_table(before: dict | None, after: dict) -> str:
     for name, now in after.items():
         was = (before or {}).get(name, {})
         change = f"{100 * (now[unit] / was[unit] - 1):+.1f} %" if was.get(unit) else ""
-        cells = [name, f"{was[unit]:.4f}" if was else "", f"{now[unit]:.4f}", change,
+        # A name is the user's and may hold what ends a cell or a line.
+        shown = " ".join(name.split()).replace("|", "\\|")
+        cells = [shown, f"{was[unit]:.4f}" if was else "", f"{now[unit]:.4f}", change,
                  f"{was['perplexity']:.2f}" if was else "", f"{now['perplexity']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ that several commands share are dataclasses of this file, so that they have the 
 """
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import io
@@ -30,7 +31,7 @@ from pathlib import Path
 import tyro
 from safetensors import SafetensorError
 
-from core.config import check_limits, merge, open_sections, read_toml
+from core.config import check_limits, merge, quote_key, read_toml, setting_names, tables, unquote_key
 from core.errors import UserError, nearest
 from core.files import write_json
 
@@ -120,35 +121,72 @@ def parse(cls, argv: list[str], program: str = "", description: str = "", recipe
     after it; options are prefixed by their sections (`--train.steps 10`). Without it, nested options have no prefix.
     `default`: an instance of `cls` with other defaults, as from a recipe that was read elsewhere.
     """
-    argv = list(argv)
-    if recipe:
-        default = cls() if default is None else default
-        if argv and not argv[0].startswith("-"):
-            default = merge(default, read_toml(argv.pop(0)))
-        open_sections(default, [word[2:].partition("=")[0] for word in argv if word.startswith("--")])
-    known = _find_options(cls if default is None else default, recipe)
+    argv, aliases = list(argv), {}
     words = argv[:argv.index("--")] if "--" in argv else argv
     asks_for_help = bool({"-h", "--help"} & set(words))
-    if not asks_for_help:
-        argv = _spell(argv, known, recipe)
-    # In UTF-8, because tyro draws its boxes with the characters of its output's encoding.
-    screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    if recipe:
+        default = cls() if default is None else copy.deepcopy(default)
+        if argv and not argv[0].startswith("-"):
+            default = merge(default, read_toml(argv.pop(0)))
+        if asks_for_help:
+            for _, sections, section in tables(default):
+                sections.clear()
+                sections["NAME"] = section()
+        else:
+            aliases = _alias_names(default, argv)
+    known = _find_options(cls if default is None else default, recipe)
     try:
+        # In UTF-8, because tyro draws its boxes with the characters of its output's encoding.
+        screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+        argv = ["--help"] if asks_for_help else _spell(argv, known, setting_names(cls) if recipe else None)
         with contextlib.redirect_stderr(screen), contextlib.redirect_stdout(screen):
-            options = tyro.cli(cls, args=["--help"] if asks_for_help else argv, prog=program or None,
-                               description="DESCRIPTION", config=RECIPE_MARKS if recipe else COMMAND_MARKS,
+            options = tyro.cli(cls, args=argv, prog=program or None, description="DESCRIPTION",
+                               config=RECIPE_MARKS if recipe else COMMAND_MARKS,
                                **({"default": default} if recipe else {}))
+    except UserError as error:
+        raise UserError(_restore_names(str(error), aliases)) from None
     except SystemExit as stop:
         screen.seek(0)
         if not stop.code:
             print(_tidy_help(screen.read(), recipe).replace("DESCRIPTION", _shorten(description), 1), end="")
             raise
-        raise UserError(_read_error(screen.read())) from None
+        raise UserError(_restore_names(_read_error(screen.read()), aliases)) from None
     for name, (kind, value) in known.items():
         if kind == "positional" and value is dataclasses.MISSING and not getattr(options, name):
             raise UserError(f"name at least one {name.upper().removesuffix('S')} ({program} --help shows how)")
+    for table, sections, _ in tables(options) if aliases else ():
+        named = {aliases[f"{table}.{alias}"]: section for alias, section in sections.items()}
+        sections.clear()
+        sections.update(named)
     check_limits(options, option_of=str if recipe else lambda name: _spell_flag(name.rpartition(".")[2]))
     return options
+
+
+def _alias_names(config, argv: list[str]) -> dict[str, str]:
+    """Call the named sections of `config` n0, n1, ... there and in the words `argv` that set them, `--TABLE.NAME.key`,
+    because names are the user's and the parser would spell them as options. NAME stands in a word as it is, or quoted
+    as a key of TOML; a name that only words have gets a section. -> {TABLE.ALIAS: name}."""
+    aliases, end = {}, argv.index("--") if "--" in argv else len(argv)
+    for table, sections, section in tables(config):
+        option = re.compile(rf"--{re.escape(table).replace('_', '[-_]')}"
+                            r"""\.("(?:[^"\\]|\\.)*"|'[^']*'|[^=]*)\.([^.=]+(?:=.*)?)""", re.S)
+        found = {i: match for i, word in enumerate(argv[:end]) if (match := option.fullmatch(word))}
+        names = {name: f"n{i}" for i, name in enumerate(dict.fromkeys(
+            [*sections, *(unquote_key(match[1]) for match in found.values())]))}
+        for i, match in found.items():
+            argv[i] = f"--{table}.{names[unquote_key(match[1])]}.{match[2]}"
+        aliased = {alias: sections.get(name) or section() for name, alias in names.items()}
+        sections.clear()
+        sections.update(aliased)
+        aliases |= {f"{table}.{alias}": name for name, alias in names.items()}
+    return aliases
+
+
+def _restore_names(text: str, aliases: dict[str, str]) -> str:
+    """A message of the parser with the user's names in place of their aliases."""
+    for alias, name in reversed(aliases.items()):
+        text = text.replace(f"{alias}.", f"{alias.rpartition('.')[0]}.{quote_key(name)}.")
+    return text
 
 
 def _choose(program: str, description: str, commands: dict, argv: list[str]) -> str:
@@ -230,11 +268,12 @@ def _find_options(value, recipe: bool, prefix: str = "") -> dict[str, tuple[str,
     return out
 
 
-def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
+def _spell(argv: list[str], known: dict, settings: list[str] | None) -> list[str]:
     """The words as tyro expects them; UserError with the nearest name for an unknown option.
 
-    A recipe's `--flag` becomes `--flag True`. The values of a list that is given in several places are gathered at the
-    first: `--text a --out x --text b` becomes `--text a b --out x`.
+    settings: all names of a recipe; None where the options are a command's. A recipe's `--flag` becomes `--flag True`.
+    The values of a list that is given in several places are gathered at the first: `--text a --out x --text b` becomes
+    `--text a b --out x`.
     """
     kinds = {name: kind for name, (kind, _) in known.items() if kind != "positional"}
     groups, lists = [[]], {}
@@ -254,15 +293,15 @@ def _spell(argv: list[str], known: dict, recipe: bool) -> list[str]:
         option, equals, value = word.partition("=")
         name = option[2:].replace("-", "_")
         if name not in kinds:
-            if recipe:
-                raise UserError(f"unknown key {name}{nearest(name, kinds)}")
+            if settings:
+                raise UserError(f"unknown key {name}{nearest(name, [*kinds, *settings])}")
             raise UserError(f"unknown option {option}{nearest(option, [*map(_spell_flag, kinds), '--json'])}")
         if kinds[name] == "list" and name in lists:
             group = lists[name]
         else:
             group = lists[name] = [f"--{name}"]
             groups.append(group)
-        is_flag, is_value = recipe and kinds[name] == "flag", kinds[name] == "value" and not equals
+        is_flag, is_value = bool(settings) and kinds[name] == "flag", kinds[name] == "value" and not equals
         if is_flag:
             following = argv[position + 1].lower() if position + 1 < len(argv) else ""
             if equals or following not in ("true", "false"):

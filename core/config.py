@@ -35,7 +35,7 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
     """
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
-        nested = {f".{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {"": value}
+        nested = {f".{quote_key(key)}": each for key, each in value.items()} if isinstance(value, dict) else {"": value}
         for key, entry in nested.items():
             if dataclasses.is_dataclass(entry):
                 check_limits(entry, f"{prefix}{item.name}{key}.", option_of)
@@ -57,41 +57,46 @@ def refuse_unused(section, name: str) -> None:
 
 def read_toml(path: str) -> dict:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        # Editors on Windows put a byte order mark first.
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"recipe {path} does not exist; recipes/ holds complete ones") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
 
 
-def merge(default, values: dict, prefix: str = ""):
-    """A copy of the dataclass `default` with the nested `values` in it; UserError for unknown keys and wrong types."""
-    result = copy.deepcopy(default)
+def merge(default, values: dict, prefix: str = "", known=None):
+    """A copy of the dataclass `default` with the nested `values` in it; UserError for unknown keys and wrong types.
+
+    known: the dotted names of all settings, from which the nearest to an unknown one is named; default: of `default`.
+    """
+    result, known = copy.deepcopy(default), known or setting_names(type(default))
     hints = typing.get_type_hints(type(result))
     for key, value in values.items():
-        name = prefix + key
+        name = prefix + quote_key(key)
         if key not in hints:
-            raise UserError(f"unknown key {name}{nearest(key, hints)}")
-        setattr(result, key, _convert(value, hints[key], getattr(result, key), name))
+            raise UserError(f"unknown key {name}{nearest(name, known)}")
+        setattr(result, key, _convert(value, hints[key], getattr(result, key), name, known))
     return result
 
 
-def _convert(value, hint, current, name):
+def _convert(value, hint, current, name, known):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     is_section = dataclasses.is_dataclass(hint)
     if (is_section or origin is dict) and not isinstance(value, dict):
         kind = "section" if is_section else "table of named sections"
         raise UserError(f"{name} is a {kind}, but its value is {value!r}")
     if is_section:
-        return merge(current if dataclasses.is_dataclass(current) else hint(), value, name + ".")
+        return merge(current if dataclasses.is_dataclass(current) else hint(), value, name + ".", known)
     if origin is dict:
-        return {**current, **{k: _convert(v, arguments[1], current.get(k), f"{name}.{k}") for k, v in value.items()}}
+        return current | {key: _convert(entry, arguments[1], current.get(key), f"{name}.{quote_key(key)}", known)
+                          for key, entry in value.items()}
     if origin is typing.Literal:
         if value not in arguments:
             raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(str, arguments))}")
         return value
     if origin in (tuple, list) and isinstance(value, list):
-        return origin(_convert(v, arguments[0], None, name) for v in value)
+        return origin(_convert(v, arguments[0], None, name, known) for v in value)
     allowed = arguments if origin in (typing.Union, types.UnionType) else (hint,)
     if type(value) is int and float in allowed:
         return float(value)
@@ -101,18 +106,40 @@ def _convert(value, hint, current, name):
     return value
 
 
-def open_sections(config, keys) -> None:
-    """Make the entries of tables that the dotted `keys` name: `data.sources.NEW.path` makes NEW."""
-    for key in keys:
-        section, hint = config, None
-        for name in key.replace("-", "_").split("."):
-            if isinstance(section, dict):
-                section.setdefault(name, typing.get_args(hint)[1]())
-                break
-            hint = typing.get_type_hints(type(section)).get(name)
-            if hint is None:
-                break
-            section = getattr(section, name)
+def setting_names(cls, prefix: str = "") -> list[str]:
+    """The dotted names of the sections and settings of a dataclass; NAME stands for the names of named sections."""
+    names = []
+    for key, hint in typing.get_type_hints(cls).items():
+        section, inner = (typing.get_args(hint)[1], ".NAME") if typing.get_origin(hint) is dict else (hint, "")
+        names.append(prefix + key)
+        if dataclasses.is_dataclass(section):
+            names += setting_names(section, f"{prefix}{key}{inner}.")
+    return names
+
+
+def tables(config, prefix: str = ""):
+    """Yield (dotted name, {name: section}, class of a section) of each table of named sections."""
+    hints = typing.get_type_hints(type(config))
+    for key, value in vars(config).items():
+        if isinstance(value, dict):
+            yield prefix + key, value, typing.get_args(hints[key])[1]
+        elif dataclasses.is_dataclass(value):
+            yield from tables(value, f"{prefix}{key}.")
+
+
+def quote_key(name: str) -> str:
+    """A name as a key of TOML: in quotes where it holds more than A-Z, a-z, 0-9, `_` and `-`."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _toml_value(name)
+
+
+def unquote_key(text: str) -> str:
+    """The name that a key of TOML stands for; a text that is no key in quotes stands for itself."""
+    if not re.fullmatch(r"""(["']).*\1""", text, re.S):
+        return text
+    try:
+        return tomllib.loads(f"name = {text}")["name"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _toml_value(value) -> str:
@@ -126,7 +153,7 @@ def to_toml(config, prefix: str = "") -> str:
     """The dataclass as TOML text that `parse` reads back to an equal one (a None is left out: it is the default)."""
     lines, sections = [], []
     for key, value in (config if isinstance(config, dict) else vars(config)).items():
-        name = key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
+        name = quote_key(key)
         if dataclasses.is_dataclass(value) or isinstance(value, dict):
             sections.append(f"\n[{prefix}{name}]\n{to_toml(value, f'{prefix}{name}.')}")
         elif value is not None:

@@ -166,6 +166,7 @@ def test_table():
     was, now = {"bits_per_byte": 2.0, "perplexity": 8.0}, {"bits_per_byte": 1.5, "perplexity": 4.0}
     assert evaluation.format_table({"law": was}, {"law": now}).splitlines()[-1] == (
         "| law | 2.0000 | 1.5000 | -25.0 % | 8.00 | 4.00 |")
+    assert evaluation.format_table(None, {"a|b\nc": now}).splitlines()[2:] == ["| a\\|b c |  | 1.5000 |  |  | 4.00 |"]
     assert evaluation.format_table(None, {"law": now}).splitlines()[-1] == "| law |  | 1.5000 |  |  | 4.00 |"
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from core import cli
-from core.config import merge, read_toml, setting
+from core.config import merge, quote_key, read_toml, setting
 from core.errors import UserError
 from text.packing import pack_sources
 from text.shards import Shards, read_buckets
@@ -102,6 +102,8 @@ def open_buckets(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
     for name, source in sources.items():
         index = read_buckets(source.path) if source.path else None
         for k, bucket in enumerate(index["buckets"] if index else []):
+            if f"{name}/{k}" in sources:
+                raise UserError(f"a source is called {name}/{k}, as a score bucket of source {name}; rename one")
             K, part = len(index["buckets"]), replace(source, path=str(Path(source.path, bucket["name"])))
             part.of, part.low, part.high, part.tokens = name, k / K, (k + 1) / K, bucket["tokens"]
             found[f"{name}/{k}"] = part
@@ -344,7 +346,7 @@ def judge_epochs(epochs: dict[str, float], sources: dict[str, SourceConfig],
         if times > source.max_epochs:
             refusals.append(f"source {name} would be read {times:.1f} times, above its max_epochs of "
                             f"{source.max_epochs:g}: repeats teach next to nothing by then; shorten the run, lower its "
-                            f"weight, or allow it with {option.format(source.of or name, int(times) + 1)}")
+                            f"weight, or allow it with {option.format(quote_key(source.of or name), int(times) + 1)}")
         elif times > WARN_EPOCHS:
             warnings.append(f"warning: source {name} is read {times:.1f} times; above {WARN_EPOCHS} repeats teach less "
                             f"and less")
@@ -422,7 +424,7 @@ def measure_shares(config: DataConfig, sources: dict[str, SourceConfig], plan: n
 def draw_shares(path, title: str, sources: dict[str, SourceConfig], rows: list[dict]):
     """Draw the share of each source over the run as a PNG: domain sources at the bottom in warm colours, general text
     above them in cold ones, and a line for the domain share that was wanted."""
-    from matplotlib import colormaps
+    from matplotlib import colormaps, rc_context
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained", dpi=120)
@@ -434,9 +436,12 @@ def draw_shares(path, title: str, sources: dict[str, SourceConfig], rows: list[d
     # A step plot ends where its last value begins, so the last row stands twice.
     steps = [*(row["first_step"] for row in rows), rows[-1]["last_step"] + 1]
     rows = [*rows, rows[-1]]
-    axes.stackplot(steps, [[row["sources"][name] for row in rows] for name in colours], colors=list(colours.values()),
-                   labels=colours, step="post", linewidth=0)
-    axes.step(steps, [row["wanted"] for row in rows], "k--", where="post", linewidth=1, label="domain, wanted")
+    areas = axes.stackplot(steps, [[row["sources"][name] for row in rows] for name in colours],
+                           colors=list(colours.values()), step="post", linewidth=0)
+    lines = axes.step(steps, [row["wanted"] for row in rows], "k--", where="post", linewidth=1)
     axes.set(xlim=(0, steps[-1]), ylim=(0, 1), xlabel="step", ylabel="share of the sequences drawn", title=title)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path)
+    # Names are the user's: no formulas between dollar signs, and none is left out because it begins with "_".
+    with rc_context({"text.parse_math": False}):
+        figure.legend([*areas, *lines], [*colours, "domain, wanted"], loc="outside right upper", fontsize=8,
+                      frameon=False)
+        figure.savefig(path)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from core import cli
-from core.config import to_toml
+from core.config import quote_key, to_toml
 
 
 @dataclass
@@ -117,13 +119,66 @@ def test_new_sections_open_on_the_command_line(recipe):
     assert both == {"old": Source("o"), "NEW": Source("x", "general"), "other": Source(weight=3.0)}
 
 
+NAMES = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)
+
+
+@given(st.lists(NAMES, min_size=2, max_size=4, unique=True), st.booleans())
+@example(["pubmed-abstracts", "pubmed_abstracts", "n0", "NAME"], True)
+@example(["", ".", "a.path", "a=b", '"a"', "'", "-", "--out", "true"], False)
+def test_every_key_of_toml_is_a_name_that_a_flag_finds(tmp_path_factory, names, equals):
+    """Truth: tomllib, and what the recipe says of a source; a flag changes its one setting and no other source."""
+    path = tmp_path_factory.mktemp("names") / "recipe.toml"
+    config = Config(data=Data(sources={name: Source(f"p{i}", "general", 2.0) for i, name in enumerate(names[:-1])}))
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert list(tomllib.loads(path.read_text(encoding="utf-8"))["data"]["sources"]) == names[:-1]
+    words = []
+    for name in names[1:]:
+        # A name stands as it is, or quoted where it holds what would end it.
+        plain = name if "=" not in name and name[:1] not in ('"', "'") else quote_key(name)
+        for key, value in (("weight", "5"), ("path", "-new=x.y")):
+            option = f"--data.sources.{plain if key == 'path' else quote_key(name)}.{key}"
+            words += [f"{option}={value}"] if equals else [option, value]
+    got = parse(Config, [str(path), *words])
+    assert got.data.sources == {name: Source("-new=x.y" if i else "p0", "general" if i < len(names) - 1 else "domain",
+                                             5.0 if i else 2.0) for i, name in enumerate(names)}
+    assert list(got.data.sources) == names
+    path.write_text(to_toml(got), encoding="utf-8")
+    assert parse(Config, [str(path)]) == got
+
+
+def test_messages_name_a_source_as_the_user_does(recipe):
+    path = recipe('[data.sources."a.b"]\n[data.sources.c-d]\n')
+    for word, value, message in (
+            ("a.b.pth", "1", 'unknown key data.sources."a.b".pth; did you mean data.sources."a.b".path?'),
+            ("c-d.role", "bad", "invalid choice 'bad' for argument '--data.sources.c-d.role'. Expected one of "
+                                "('domain', 'general')."),
+            ("new-one.weight", "x", "--data.sources.new-one.weight: 'x' is no FLOAT")):
+        with pytest.raises(ValueError) as error:
+            parse(Config, [path, f"--data.sources.{word}", value])
+        assert one_line(error) == message
+
+
+def test_help_shows_what_a_named_section_holds(recipe, capsys):
+    for argv in ([], [recipe('[data.sources.a-b]\nrole = "general"\n')]):
+        with pytest.raises(SystemExit):
+            parse(Config, [*argv, "--help"])
+        shown = capsys.readouterr().out
+        assert "data.sources.NAME options:" in shown
+        assert "--data.sources.NAME.role {domain,general}\n" in shown
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "r.toml").write_bytes(b"\xef\xbb\xbflr = 2.0\r\n")
+    assert parse(Config, [str(tmp_path / "r.toml")]).lr == 2.0
+
+
 # ---- mistakes
 
 @pytest.mark.parametrize(("text", "message"), [
     ("lrr = 1\n", "unknown key lrr; did you mean lr?"),
-    ("[data]\ncontxt = 1\n", "unknown key data.contxt; did you mean context?"),
+    ("[data]\ncontxt = 1\n", "unknown key data.contxt; did you mean data.context?"),
     ("[dta]\ncontext = 1\n", "unknown key dta; did you mean data?"),
-    ("[data.sources.a]\npth = 'x'\n", "unknown key data.sources.a.pth; did you mean path?"),
+    ("[data.sources.a]\npth = 'x'\n", "unknown key data.sources.a.pth; did you mean data.sources.NAME.path?"),
     ("zzzzzz = 1\n", "unknown key zzzzzz"),
     ("[data]\ncontext = '1'\n", "data.context is '1', but must be of type int"),
     ("[data]\ncontext = 1.5\n", "data.context is 1.5, but must be of type int"),

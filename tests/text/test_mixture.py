@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from core.config import check_limits
+from text import mixture
 from text.mixture import (
     DataConfig,
     LengthConfig,
@@ -182,6 +183,14 @@ def test_buckets_share_their_sources_weight_by_what_is_open_of_them():
     assert source_weights(sources, 0.8, (0, 0.5, 1)).round(9).tolist() == [0.6, 0, 0.2, 0.2]
     sources = bucketed(2, role="general") | {"a": SourceConfig()}
     assert source_weights(sources, 0.5, (0, 0.5, 1)).round(9).tolist() == [0.125, 0.125, 0.25, 0.5]
+
+
+def test_a_source_called_as_a_bucket_is_refused(monkeypatch):
+    monkeypatch.setattr(mixture, "read_buckets", lambda path: {"buckets": [{"name": "b", "tokens": 1}] * 2}
+                        if path == "scored" else None)
+    named = {"law/1": SourceConfig("plain"), "law": SourceConfig("scored")}
+    with pytest.raises(ValueError, match="a source is called law/1, as a score bucket of source law; rename one"):
+        mixture.open_buckets(named)
 
 
 def test_one_bucket_of_all_documents_is_the_source():
@@ -369,5 +378,9 @@ def test_measured_shares_are_the_counts(tmp_path):
         assert abs(row["wanted"] - row["domain"]) < 0.02
     assert [round(rows[i]["wanted"], 3) for i in (0, 1, 2, 3, 9)] == [0.21, 0.42, 0.42, 0.7, 0.7]
     assert [len(measure_shares(config, sources, counts[:n + 1], 10)) for n in (1, 3, 10)] == [1, 3, 10]
+    # Names are the user's: this one is no formula.
+    for row in rows:
+        row["sources"]["$\\foo{$"] = row["sources"].pop("wiki")
+    sources["$\\foo{$"] = sources.pop("wiki")
     draw_shares(tmp_path / "mix.png", "title", sources, rows)
     assert (tmp_path / "mix.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
