@@ -280,7 +280,7 @@ def test_mistakes_end_in_one_line(small_bases, tmp_path, command):
                                                  minloglevel=2)
     tok, law, out = small_bases["small bytes"], tmp_path / "law.txt", tmp_path / "out"
     for line, message in (
-            (f"extend --tokenizer {tmp_path}/wordpiece --out {out} {law}", "is no byte-level BPE; extend can continue"),
+            (f"extend --tokenizer {tmp_path}/wordpiece --out {out} {law}", "is neither a byte-level BPE nor a BPE"),
             (f"extend --tokenizer {tmp_path}/unigram --out {out} {law}", "is no BPE: a Unigram model's scores are"),
             (f"extend --tokenizer {tok} --out {tok} {law}", "exists already; choose another folder, or"),
             (f"extend --tokenizer {tok} --out {out} --min-count 999 {law}", "may be joined and occurs 999 times"),

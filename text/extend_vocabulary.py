@@ -32,7 +32,7 @@ from core.files import write_text
 from text.corpus import read_documents
 from text.train_vocabulary import count_text, cut_for_counting, hold_out
 from text.vocabulary import TiktokenTokenizer, Tokenizer, load, replace_surrogates
-from text.vocabulary_files import BaseTokenizer, convert, encodes_as, write_extended, write_settings
+from text.vocabulary_files import BaseTokenizer, convert, encodes_as, keep_text_around, write_extended, write_settings
 
 # The longest new token: bytes of a byte-level one, characters of a piece (SentencePiece's max_sentencepiece_length)
 MAX_BYTES, MAX_CHARACTERS = 32, 16
@@ -94,7 +94,7 @@ def count_words(base: BaseTokenizer, texts) -> collections.Counter:
         ids_of_words = tokenizer.encode_batch(list(strings))
         return collections.Counter({tuple(ids.tolist()): n for ids, n in zip(ids_of_words, strings.values())})
     for text in texts:
-        if base.kind == "sentencepiece":
+        if base.has_pieces:
             ids = tokenizer.encode(text)
             starts = [k for k, i in enumerate(ids) if k == 0 or tokenizer.tokens[i].startswith("▁")]
         else:
@@ -108,7 +108,7 @@ def count_words(base: BaseTokenizer, texts) -> collections.Counter:
 def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
     """The number of tokens of `texts` if everything that may ever become one token were one."""
     words = count_words(base, texts)
-    if base.kind != "sentencepiece":
+    if not base.has_pieces:
         return sum(words.values())
     # A digit stands for what cannot be joined: SP_UNIT never puts it together with anything.
     spelt = [token if joinable else "0" for token, joinable in zip(base.tokenizer.tokens, base.joinable)]
@@ -116,7 +116,7 @@ def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
 
 
 def may_become_token(base: BaseTokenizer, token: str) -> bool:
-    if base.kind != "sentencepiece":
+    if not base.has_pieces:
         return len(token) <= MAX_BYTES
     frozen = any(piece in token for piece in base.frozen)
     return not frozen and len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token) is not None
@@ -187,8 +187,7 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
     """Give `terms`, and the padding token `pad`, one id each behind all others; -> {new id: the old ids of its text}.
     special: the terms are control tokens, as `pad` always is.
     Only tokenizer.json is written into `folder`: it alone can say how an added token is found, which is as it is spelt,
-    anywhere in the text, before anything else, and so even inside words. A SentencePiece base sees the text behind a
-    term as a new beginning and puts its prefix space there, as transformers does."""
+    anywhere in the text, before anything is joined, and so even inside words. The text around it stays as it is."""
     base = BaseTokenizer(path)
     old, wanted = base.tokenizer, terms if pad is None else [*terms, pad]
     if pad is not None and old.pad_id is not None:
@@ -202,23 +201,34 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
             raise UserError(f"the term {term!a} holds half a surrogate pair; spell it in UTF-8")
         if term in wanted[:n]:
             raise UserError(f"the term {term!r} is named twice")
-        if term in old.vocab:
-            raise UserError(f"{term!r} has the id {old.vocab[term]} already; leave it out")
+        for spelling in (term, base.spell(term)):
+            if spelling in old.vocab:
+                raise UserError(f"the vocabulary spells the token {old.vocab[spelling]} as {spelling!r}, so that "
+                                f"{term!r} has the id {old.vocab[spelling]} already; leave it out")
     backend = convert(base, old.tokens, [])
     if base.kind == "sentencepiece" and not encodes_as(base, backend, old):
         raise UserError(f"{base.file} has a normaliser that tokenizer.json cannot express here; nothing was added")
     description, ids = json.loads(backend.to_str()), {term: i for i, term in enumerate(wanted, old.vocab_size)}
+    keep_text_around(base, description, wanted)
     description["model"]["vocab"] |= ids
-    as_spelt = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    as_spelt = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    as_spelt["normalized"] = description["normalizer"] is not None
     description["added_tokens"] += [{"id": i, "content": term, **as_spelt, "special": special or term == pad}
                                     for term, i in ids.items()]
     write_text(Path(folder, "tokenizer.json"), json.dumps(description, ensure_ascii=False))
     write_settings(base, Path(folder), "PreTrainedTokenizerFast", **({} if pad is None else {"pad_token": pad}))
     new = load(folder)
     for term, i in ids.items():
+        if new.backend.normalizer and (read := new.backend.normalizer.normalize_str(term)) not in (
+                term, term.replace(" ", "▁")):
+            raise UserError(f"this tokenizer reads the term {term!r} as {read.replace('▁', ' ')!r}; spell it so, "
+                            f"without blanks around it")
         for text in (term, f"a{term}b", f"the {term} is"):
             if new.encode(text).count(i) != 1:
                 raise UserError(f"{term!r} is not one token in {text!r}: another token takes a part of it first")
+            if (read := new.decode(new.encode(text))) not in (text, old.decode(old.encode(text))):
+                raise UserError(f"with {term!r} as a token, {text!r} would come back as {read!r}: this tokenizer "
+                                f"changes the text around its added tokens")
     return {i: old.encode(term) for term, i in ids.items()}
 
 

@@ -13,6 +13,7 @@ tokenizer.tiktoken and the SentencePiece base's tokenizer.json are written only 
 import base64
 import io
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -25,10 +26,11 @@ from core.errors import UserError
 from core.files import read_json, write_text
 from text import vocabulary
 from text.train_vocabulary import put_bos_first, split_as_llama3
-from text.vocabulary import LETTER_BYTES, PROBES, ROLES, HuggingFaceTokenizer, read_settings
+from text.vocabulary import BYTE_LETTERS, LETTER_BYTES, PROBES, ROLES, HuggingFaceTokenizer, read_settings
 
 # Types of a SentencePiece piece, as sentencepiece_model.proto numbers them
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+BYTE_NAME = re.compile("<0x([0-9A-F]{2})>")
 
 
 class BaseTokenizer:
@@ -36,6 +38,7 @@ class BaseTokenizer:
 
     tokenizer, kind: what `vocabulary.load` returns for it, and its kind; file, folder: where it stands
     joinable: per id, whether it may be a part of a new token
+    has_pieces: tokens are SentencePiece's pieces, "▁" for a space; else the letters of bytes
     frozen: strings that no new token may contain (SentencePiece's user-defined pieces)
     merges: the pairs of tokens that are joined, where the file lists them (the second and third base of the table)"""
 
@@ -50,7 +53,7 @@ class BaseTokenizer:
                 raise UserError(f"{path} has {converted} ids in tokenizer.json and {size} in tokenizer.model, so that "
                                 f"new ids would meet old ones; remove the file that is not the model's")
         self.kind, tokens, fixed = self.tokenizer.kind, self.tokenizer.tokens, set(self.tokenizer.special_ids)
-        self.frozen, self.merges = [], []
+        self.frozen, self.merges, self.has_pieces = [], [], self.kind == "sentencepiece"
         if self.kind == "sentencepiece":
             model = read_fields(self.file.read_bytes())
             trainer = read_fields(b"".join(value for number, value in model if number == 2))
@@ -65,12 +68,20 @@ class BaseTokenizer:
         elif self.kind == "tokenizers":
             description = read_json(self.file)
             byte_level = '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
-            if description["model"]["type"] != "BPE" or not byte_level:
-                raise UserError(f"{self.file} is no byte-level BPE; extend can continue those and SentencePiece BPE "
-                                f"(put its tokenizer.model beside it)")
+            # Llama's and Phi-3's form of a SentencePiece BPE
+            self.has_pieces = not byte_level and bool(description["model"].get("byte_fallback"))
+            if description["model"]["type"] != "BPE" or not (byte_level or self.has_pieces):
+                raise UserError(f"{self.file} is neither a byte-level BPE nor a BPE that falls back to bytes, as "
+                                f"SentencePiece's does; extend can continue only those")
             self.merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in description["model"]["merges"]]
             fixed |= {entry["id"] for entry in description["added_tokens"]}
+            fixed |= {self.tokenizer.unk_id} if self.has_pieces else set()
+            fixed |= {i for i, token in enumerate(tokens) if self.has_pieces and BYTE_NAME.fullmatch(token or "")}
         self.joinable = [token is not None and i not in fixed for i, token in enumerate(tokens)]
+
+    def spell(self, text: str) -> str:
+        """`text` as the vocabulary spells it: in letters for bytes, or with "▁" for spaces."""
+        return text.replace(" ", "▁") if self.has_pieces else "".join(map(BYTE_LETTERS.get, text.encode()))
 
 
 def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path) -> None:
@@ -147,6 +158,39 @@ def _convert_pieces(base: BaseTokenizer, tokens: list) -> tokenizers.Tokenizer:
     strip = [decoders.Strip(" ", 10**9 if removes_spaces else 1, 0)] if steps else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend
+
+
+def keep_text_around(base: BaseTokenizer, description: dict, terms: list[str]) -> None:
+    """Change a tokenizer.json so that `terms`, once added, leave the text around them as the base reads it.
+
+    `tokenizers` cuts a text at its added tokens. What a normaliser does at the beginning and end of a text (a prefix,
+    dropped blanks) would then be done on both sides of each term: they are found in the normalised text instead. A
+    prefix that a pre-tokenizer puts before each part becomes a step of the normaliser, and a text (or a term) that
+    begins with a term gets none. Byte-level decoders take letters of Latin-1 for bytes: they get the term's bytes."""
+    steps = _list_steps(description["normalizer"], "normalizers")
+    no_prefix = [re.escape(term) for term in terms if not term.startswith((" ", "▁"))]
+    for step in _list_steps(description["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace" and step["prepend_scheme"] == "always":
+            step["prepend_scheme"], prefix, blanks = "never", "▁", "[▁ ]"
+        elif step["type"] == "ByteLevel" and step["add_prefix_space"]:
+            step["add_prefix_space"], prefix, blanks = False, " ", " "
+        else:
+            continue
+        steps, no_prefix = [*steps, {"type": "Prepend", "prepend": prefix}], [*no_prefix, blanks]
+    for k in [k for k, step in enumerate(steps) if step["type"] == "Prepend"][:1 if no_prefix else 0]:
+        before_term = {"Regex": rf"\A{steps[k]['prepend']}(?={'|'.join(no_prefix)})"}
+        steps.insert(k + 1, {"type": "Replace", "pattern": before_term, "content": ""})
+    if steps:
+        description["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    spelt = [{"type": "Replace", "pattern": {"Regex": rf"\A{re.escape(term)}\z"}, "content": base.spell(term)}
+             for term in terms if not term.isascii() and not base.has_pieces]
+    if spelt:
+        description["decoder"] = {"type": "Sequence", "decoders": [*spelt, description["decoder"]]}
+
+
+def _list_steps(part: dict | None, key: str) -> list[dict]:
+    """The steps of a normaliser or pre-tokenizer in a tokenizer.json, which may be none, one or a Sequence."""
+    return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
 
 
 def encodes_as(base: BaseTokenizer, backend: tokenizers.Tokenizer, model: vocabulary.Tokenizer) -> bool:

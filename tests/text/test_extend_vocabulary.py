@@ -9,6 +9,8 @@ import collections
 import itertools
 import json
 import random
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ import tiktoken
 import tokenizers
 import torch
 from tokenizers import models
-from vocabularies import BASES, LATIN, SMALL, fuzz
+from vocabularies import BASES, LATIN, SMALL, fuzz, save_as_phi3
 
 from text import extend_vocabulary as X
 from text import vocabulary as T
@@ -141,7 +143,7 @@ class TestExtension:
         base, _, new, _, held = extended(kind)
         for text in [*fuzz(200, seed=1), *held[:20]]:
             ids = new.encode(text)
-            if base.kind == "sentencepiece":            # its normaliser adds and drops spaces
+            if base.has_pieces:            # its normaliser adds and drops spaces
                 assert new.decode(ids) == base.tokenizer.decode(base.tokenizer.encode(text))
             else:
                 assert new.decode(ids) == T.replace_surrogates(text)
@@ -177,12 +179,13 @@ class TestExtension:
         expected = [lib.encode(text, add_special_tokens=False).ids for text in texts]
         files = {file.name for file in out.iterdir()} - {"tokenizer_config.json", "generation_config.json"}
         assert files == {"gpt2": {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer.tiktoken"},
-                         "phi2": {"tokenizer.json"}, "small bytes": {"tokenizer.json", "tokenizer.tiktoken"}
+                         "phi2": {"tokenizer.json"}, "small json": {"tokenizer.json"},
+                         "small bytes": {"tokenizer.json", "tokenizer.tiktoken"}
                          }.get(kind, {"tokenizer.json", "tokenizer.model"})
         if base.kind == "sentencepiece":
             theirs = sentencepiece.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
             assert [theirs.encode(text) for text in texts] == expected
-        elif kind != "phi2":
+        elif kind not in ("phi2", "small json"):
             ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for name in files - {"tokenizer.json"}
                      if name.startswith("tokenizer.") for line in (out / name).read_bytes().splitlines()}
             pattern = T.GPT2_SPLIT if kind == "gpt2" else T.LLAMA3_SPLIT
@@ -210,6 +213,15 @@ def test_the_same_text_gives_the_same_files(small_bases, tmp_path):
     for name in ("a", "b"):
         X.extend(small_bases["small bytes"], [LATIN] * 20, 30, tmp_path / name)
     assert all((tmp_path / "a" / f.name).read_bytes() == f.read_bytes() for f in (tmp_path / "b").iterdir())
+
+
+def test_a_tokenizer_json_of_pieces_learns_what_its_tokenizer_model_does(small_bases, tmp_path):
+    for kind in ("small pieces", "small json"):
+        X.extend(small_bases[kind], [LATIN] * 20, 30, tmp_path / kind)
+    pieces, converted = T.load(tmp_path / "small pieces"), T.load(tmp_path / "small json")
+    assert converted.tokens == pieces.tokens
+    texts = [text for text in [LATIN, *fuzz(200)] if not any(pieces.tokens[i] in text for i in pieces.special_ids)]
+    assert [i.tolist() for i in converted.encode_batch(texts)] == [i.tolist() for i in pieces.encode_batch(texts)]
 
 
 def test_an_extension_can_be_extended(small_bases, tmp_path):
@@ -251,6 +263,80 @@ def test_add(kind, small_bases, request, tmp_path):
     if not has_pad:
         assert new.pad_id == ids["<|the pad|>"]
         assert new.pad_id in new.special_ids
+
+
+def with_terms(terms: list[str], n: int) -> list[str]:
+    """Texts with terms at every position: at the ends, next to each other, within words, and next to white space."""
+    around = ["", " ", "  ", "\n", "the", " the ", " Maß", "ä", "漢字", "\t", "a  b", "x\u2581y"]
+    rng = random.Random(4)
+    texts = [" ".join(["the", *terms, "Maß"]), *terms]
+    texts += [a + term + b for term in terms for a in around for b in around]
+    wild = fuzz(3)
+    return texts + ["".join(rng.choice(rng.choice((around, terms, wild))) for _ in range(9)) for _ in range(n)]
+
+
+POSITIONS = ["<legal_case>", "res judicata", "Verkäufer", "Maß", "Ġx", "案件", "§ 823", "<legal", "<|r|>", "\n¶\n"]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("kind", [*SMALL, "stories", *(pytest.param(kind, marks=pytest.mark.slow) for kind in
+                                                      ("gpt2", "phi2", "llama3", "llama2", "llama2 json"))])
+def test_add_leaves_the_text_around_a_term(kind, special, small_bases, request, tmp_path):
+    """Truth: the base's own decode and, where nothing spans two parts, its ids of each part; transformers' ids."""
+    if kind in SMALL:
+        path = small_bases[kind]
+    else:
+        path = request.getfixturevalue("data_dir") / BASES[kind.split()[0]]
+        if kind == "llama2 json":
+            save_as_phi3(path, path := tmp_path / "json")
+    old = T.load(path)
+    terms = [term for term in POSITIONS if term not in old.vocab]
+    X.add(path, terms, tmp_path / "out", special, pad=None if old.pad_id is not None else "<|the pad|>")
+    new = T.load(tmp_path / "out")
+    texts = [text for text in map(T.replace_surrogates, with_terms(terms, 300))
+             if not any(old.tokens[i] in text for i in old.special_ids)]
+    ids = [i.tolist() for i in new.encode_batch(texts)]
+    assert {old.vocab_size + n for n in range(len(terms))} <= set(itertools.chain(*ids))
+    for text, some in zip(texts, ids):
+        assert new.decode(some) == old.decode(old.encode(text)), text
+    cut = re.compile("|".join(map(re.escape, sorted(terms, key=len, reverse=True))))
+    if not BaseTokenizer(path).has_pieces and kind != "phi2":           # phi2 has added tokens of its own
+        for text, some in zip(texts, ids):
+            parts, found = map(old.encode, cut.split(text)), [new.vocab[term] for term in cut.findall(text)]
+            assert some == [i for part, term in itertools.zip_longest(parts, found) for i in (*part, term)][:-1]
+    transformers = pytest.importorskip("transformers", minversion="5", reason="the truth is transformers 5")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [theirs.encode(text, add_special_tokens=False) for text in texts] == ids
+    if kind in ("llama2", "gpt2", "phi2"):
+        shutil.copytree(path, tmp_path / "native")
+        named = {"llama2": "LlamaTokenizer", "gpt2": "GPT2Tokenizer"}
+        if kind in named:
+            (tmp_path / "native/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named[kind]}))
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "native")
+        theirs.add_tokens([transformers.AddedToken(term, normalized=kind == "llama2") for term in terms])
+        # transformers drops one of the blanks that a text begins with, and joins two blanks that SentencePiece keeps
+        # apart, in any text.
+        for text, some in zip(texts, ids):
+            if kind != "llama2" or not re.search("^[ \u2581]|[ \u2581]{2}", text):
+                assert theirs.encode(text, add_special_tokens=False) == some
+
+
+@pytest.mark.parametrize(("kind", "cutter"), [
+    ("small json", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}),
+    ("small json", {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
+    ("small bytes", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True})])
+def test_add_where_a_pre_tokenizer_puts_the_prefix(kind, cutter, small_bases, tmp_path):
+    shutil.copytree(small_bases[kind], tmp_path / "base")
+    file = tmp_path / "base/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": cutter, "normalizer": None}))
+    old, terms = T.load(file), ["<legal_case>", "res judicata"]
+    X.add(file, terms, tmp_path / "out")
+    new = T.load(tmp_path / "out")
+    for text in map(T.replace_surrogates, [*fuzz(30), *with_terms(terms, 30)]):
+        if text in terms or not text.startswith(tuple(terms)):
+            assert new.decode(new.encode(text)).lstrip() == old.decode(old.encode(text)).lstrip()
+        if not any(term in text for term in terms):
+            assert new.encode(text) == old.encode(text)
 
 
 def test_add_refuses(small_bases, tmp_path):
