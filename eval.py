@@ -13,6 +13,7 @@ not. Windows of several documents share a sequence and cannot see each other. Sh
 
 import core.threads
 
+import copy
 import math
 import sys
 from dataclasses import dataclass, field
@@ -58,8 +59,9 @@ def make_batches(objective, documents: list, prefix: int, context: int, B: int) 
             for name in ("tokens", "labels", "position_ids", "doc_start"):
                 setattr(batch, name, getattr(batch, name)[:, :-1])
         else:
-            # The masks are a function of the batch's place, so that every evaluation masks the same positions.
-            keys = hashing.mix_keys("eval", i, np.arange(len(batch.tokens)))
+            # The masks are a function of the sequence's number, so that every evaluation masks the same positions,
+            # however many sequences it computes at a time.
+            keys = hashing.mix_keys("eval", i * B + np.arange(len(batch.tokens)))
             batches[i] = objective.corrupt(batch, data.RowRandom(keys))
     return batches
 
@@ -70,7 +72,10 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
 
     prefix: the token before a document. B: sequences per forward pass. autocast: () -> the context of a forward pass;
     without it, the model computes in its own type. With a world, the ranks share the batches and all return the same.
+    Documents of one sequence do not see each other, whatever they do in training.
     """
+    objective = copy.copy(objective)
+    objective.mask_documents = True
     device, mode = next(model.parameters()).device, model.training
     world = world or parallel.World(0, 1, device)
     batches = make_batches(objective, [ids for ids, _ in documents], prefix, context, B)
@@ -108,10 +113,11 @@ def heldout_documents(shards: Shards, max_tokens: int) -> list:
     return documents
 
 
-def protocol(prefix: int, context: int, dtype) -> dict:
+def protocol(objective, prefix: int, context: int, dtype) -> dict:
     """How a result was measured; results compare where their protocols are equal."""
+    masked = {} if objective.causal else {"mask_ratio": objective.mask_ratio, "mask_token_id": objective.mask_id}
     return {"prefix_token_id": prefix, "context": context, "stride": context, "bos_eos_scored": False,
-            "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False}
+            "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False, **masked}
 
 
 def format_table(before: dict | None, after: dict) -> str:
@@ -152,7 +158,7 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
         if not documents:
             raise UserError(f"text {name} ({file}) is empty")
         results[name] = score(model, objective, documents, prefix, context)
-    return results, protocol(prefix, context, next(model.parameters()).dtype)
+    return results, protocol(objective, prefix, context, next(model.parameters()).dtype)
 
 
 # ---- command

@@ -156,7 +156,7 @@ def score(run: Run, model, world) -> tuple[dict, dict]:
                      **evaluation.score(model, run.objective, documents, prefix, c.data.context, world,
                                         c.train.micro_batch_size, run.autocast)}
               for name, documents in run.heldout.items()}
-    return scores, evaluation.protocol(prefix, c.data.context, devices.DTYPES[c.train.precision])
+    return scores, evaluation.protocol(run.objective, prefix, c.data.context, devices.DTYPES[c.train.precision])
 
 
 def score_heldout(run: Run, step: int) -> dict:

@@ -2,6 +2,7 @@
 drawn, and all of it is written down; what a run leaves is what it trained, also where it died on the way."""
 
 import json
+import math
 import re
 import shutil
 
@@ -16,8 +17,10 @@ import tokenizer
 import train
 from core import checkpoint
 from lora import load_adapter
+from stages import evaluate
 from stages.build import build
 from text.shards import pack
+from text.vocabulary import token_before_document
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -107,6 +110,58 @@ def test_an_evaluation_is_a_file_a_line_and_for_the_user(base, tmp_path, capsys)
     first, last = (record["samples"] for record in lines(out, "samples"))
     assert [sample["prompt"] for sample in first] == [sample["prompt"] for sample in last]
     assert len(first) == 4                                                          # two documents of each source
+
+
+@torch.no_grad()
+def score_alone(folder, run, source: str) -> float:
+    """Bits per byte of a source's held-out documents by transformers, window by window and nothing beside it."""
+    transformers = pytest.importorskip("transformers")
+    model, nats, size = transformers.AutoModelForCausalLM.from_pretrained(folder), 0.0, 0
+    for ids, nbytes in run.heldout[source]:
+        ids = torch.tensor([token_before_document(run.tokenizer), *ids.tolist()])
+        for start in range(0, len(ids) - 1, run.c.data.context):
+            window = ids[start:start + run.c.data.context + 1]
+            logits = model(window[None, :-1]).logits[0].double()
+            nats += torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum").item()
+        size += nbytes
+    return nats / math.log(2) / size
+
+
+OPEN = ["--data.mask-documents", False, "--data.reset-positions", False]
+
+
+def test_an_evaluation_does_not_follow_the_mask_of_the_training(base, tmp_path):
+    """Truth: transformers, document by document; before the run, at a decision of adaptive replay, in the merge."""
+    out = tmp_path / "run"
+    words = (*OPEN, *METHODS["merge"], "--forget.adaptive.policy", "degradation", "--eval.every", 4)
+    run = build(run_of(base, out, *words), one())
+    true = {name: pytest.approx(score_alone(base[1], run, name), rel=1e-5) for name in run.heldout}
+    train.train(run_of(base, out, *words), one())
+
+    def bits(texts):
+        return {name: found["bits_per_byte"] for name, found in texts.items()}
+    assert bits(json.loads((out / "eval_step_0.json").read_text())["texts"]) == true
+    assert bits(json.loads((out / "merge.json").read_text())["rows"][0]["texts"]) == true       # alpha 0 is the base
+    scored = json.loads((out / "eval_step_4.json").read_text())["texts"]["story"]["bits_per_byte"]
+    decided = json.loads((out / "plan.jsonl").read_text().splitlines()[1])
+    base_bits = true["story"].expected
+    assert decided["lost"] == pytest.approx(scored / base_bits - 1, abs=1e-5)
+    assert json.loads((out / "eval.json").read_text())["protocol"]["documents_see_each_other"] is False
+
+
+def test_a_masked_evaluation_depends_on_the_text_alone(base, tmp_path):
+    """Neither on what documents see in training nor on how many sequences a step computes at a time."""
+    masked = ["--objective.name", "masked", "--objective.mask-token-id", 5]
+    found = []
+    for more in ([], OPEN, ["--train.micro-batch-size", 1], ["--train.micro-batch-size", 4]):
+        run = build(run_of(base, tmp_path / "run", *masked, *more), one())
+        scores, protocol = evaluate.score(run, run.inner, one())
+        found.append({name: (texts["tokens"], texts["nats_per_token"], texts["accuracy"])
+                      for name, texts in scores.items()})
+        assert protocol["mask_ratio"] == 0.15
+    for other in found[1:]:
+        for name, values in found[0].items():
+            assert other[name] == pytest.approx(values, rel=1e-5)
 
 
 # ---- the end of a run
