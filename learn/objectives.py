@@ -37,6 +37,11 @@ class Objective:
     causal: bool
     """whether attention sees only the tokens before"""
 
+    @property
+    def shift(self) -> int:
+        """How far a target stands behind the input that predicts it."""
+        return int(self.causal)
+
     def __init__(self, mask_documents: bool, z_loss: float = 0.0):
         self.mask_documents, self.z_loss = mask_documents, z_loss
 

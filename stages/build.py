@@ -228,10 +228,10 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
         if found := evaluation.heldout_documents(Shards(source.path, "heldout"), tokens):
             heldout[name] = found
 
-    packings = packing.pack_sources(shards, c.data)
+    objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
+    packings = packing.pack_sources(shards, c.data, objective.shift)
     plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
     loader = data.Loader(packings, plan, c.data, seed=c.seed)
-    objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout)
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:

@@ -28,7 +28,8 @@ def identity(run: Run, step: int) -> dict:
     # Without z_loss where it is off, so that checkpoints from before there was one go on.
     objective = {key: value for key, value in dataclasses.asdict(c.objective).items() if key != "z_loss" or value}
     known = {
-        "seed": c.seed, "order_version": data.ORDER_VERSION, "context": c.data.context,
+        # A masked run's sequences are cut in another way since its second version.
+        "order_version": data.ORDER_VERSION + (not run.objective.causal), "seed": c.seed, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
         "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last, "packing": c.data.packing,
         "eval_tokens": c.eval.tokens,

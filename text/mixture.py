@@ -378,7 +378,8 @@ def preview_mix(recipe: str, words: list[str], picture: Path) -> dict:
         raise UserError(f"data.sources.{missing[0]}.path is no folder, so an epoch has no length; make it with data.py "
                         f"pack, or give --train.steps")
     sources = open_buckets(config.sources)
-    packings = pack_sources({name: Shards(s.path) for name, s in sources.items() if name not in missing}, config)
+    shift = int(values.get("objective", {}).get("name") != "masked")
+    packings = pack_sources({name: Shards(s.path) for name, s in sources.items() if name not in missing}, config, shift)
     rows_per_epoch = {name: packing.sequences for name, packing in packings.items()}
     plan = make_plan(config, settings.train, sources, rows_per_epoch)
     drawn = dict(zip(sources, plan[-1].tolist()))

@@ -52,31 +52,33 @@ class Sequences:
 class Packing:
     """A source cut into sequences as config.packing (mixture.DataConfig) says, the same number of them in every epoch.
 
-    A document of more than T + 1 tokens is cut into pieces of T + 1 at a stride of T, so that each token but a
-    document's first is a target exactly once per epoch. With T = 8, one of 20 tokens becomes 0..8, 8..16 and 16..19.
+    shift: how far a target stands behind its input: 1 where the next token is predicted, 0 where a token itself is
+    (masked). A document of more than T + shift tokens is cut into pieces of T + shift at a stride of T, so that each
+    token, with a shift of 1 but for a document's first, is a target exactly once per epoch. With T = 8, one of 20
+    tokens becomes 0..8, 8..16 and 16..19, or 0..7, 8..15 and 16..19.
 
-    window: the source is one document of L + 1 tokens, which ends with its first token again and begins at another
-    place in every epoch. Only its last piece is short; with drop_last it is left out. Otherwise the sequences are the
-    same in every epoch. About 40 bytes of memory per document.
+    window: the source is one document of L + shift tokens, which with a shift ends with its first token again. It
+    begins at another place in every epoch. Only its last piece is short; with drop_last it is left out. Otherwise the
+    sequences are the same in every epoch. About 40 bytes of memory per document.
     """
 
-    def __init__(self, shards: Shards, config):
+    def __init__(self, shards: Shards, config, shift: int = 1):
         self.shards, self.is_circle = shards, config.packing == "window"
         T, L = config.context, shards.tokens
-        ends = np.array([L + 1]) if self.is_circle else shards.document_ends()
+        ends = np.array([L + shift]) if self.is_circle else shards.document_ends()
         lengths = np.diff(ends, prepend=0)
-        parts = np.maximum(1, (lengths - 1) // T if config.drop_last else -(-(lengths - 1) // T))
+        parts = np.maximum(1, (lengths - shift) // T if config.drop_last else -(-(lengths - shift) // T))
         part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
         begin = np.repeat(ends - lengths, parts) + part * T
-        length = np.minimum(np.repeat(lengths, parts) - part * T, T + 1)
-        sequence = best_fit_decreasing(length, T + 1) if config.packing == "best_fit" else np.arange(len(length))
+        length = np.minimum(np.repeat(lengths, parts) - part * T, T + shift)
+        sequence = best_fit_decreasing(length, T + shift) if config.packing == "best_fit" else np.arange(len(length))
         order = np.argsort(sequence, kind="stable")
         # [pieces, 3], sequence after sequence; sequence n has the pieces from first[n] to before first[n + 1]
-        self.table = np.stack([begin, length, (part > 0) & (not self.is_circle)], axis=1)[order]
+        self.table = np.stack([begin, length, (part > 0) & (shift and not self.is_circle)], axis=1)[order]
         self.first = np.cumsum([0, *np.bincount(sequence)])
         self.sequences = len(self.first) - 1
         # Positions of an epoch without a token; below 0, the tokens that drop_last leaves out.
-        self.padded = self.sequences * T - L if self.is_circle else self.sequences * (T + 1) - int(length.sum())
+        self.padded = self.sequences * T - L if self.is_circle else self.sequences * (T + shift) - int(length.sum())
 
     def pieces(self, number: int, key: int) -> list[list[int]]:
         """[where in the source it begins, its tokens, whether its first token is a target in another piece] of each
@@ -119,12 +121,13 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bins
 
 
-def pack_sources(sources: dict[str, Shards], config) -> dict[str, Packing]:
-    """Cut each source into sequences. The plan comes after it: it must know how many `sequences` one pass has."""
+def pack_sources(sources: dict[str, Shards], config, shift: int = 1) -> dict[str, Packing]:
+    """Cut each source into sequences for an objective of this `shift`. The plan comes after it: it must know how many
+    `sequences` one pass has."""
     for name, shards in sources.items():
         if not shards.tokens:
             raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
-    return {name: Packing(shards, config) for name, shards in sources.items()}
+    return {name: Packing(shards, config, shift) for name, shards in sources.items()}
 
 
 def pack_in_order(segments, context: int, B: int):

@@ -6,7 +6,9 @@ Laws: a base is opened once in a run, and is one commit of the Hub on every rank
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from runs import lines, one, run_of
 
 import hf
@@ -54,3 +56,19 @@ def test_every_rank_opens_the_commit_that_rank_0_found(monkeypatch):
     c = types.SimpleNamespace(model=stage.ModelSection(path="hf://org/name"))
     assert [stage.open_base(c, world(rank)).revision for rank in (0, 1)] == ["first", "first"]
     assert stage.open_base(c, world(0)).pinned == "hf://org/name@second"
+
+
+@pytest.mark.parametrize("packing", ["window", "best_fit", "document"])
+def test_a_masked_run_asks_for_every_token_of_an_epoch(base, tmp_path, packing):
+    run = stage.build(run_of(base, tmp_path / "run", "--objective.name", "masked", "--objective.mask-token-id", 5,
+                             "--objective.mask-ratio", 1, "--data.packing", packing, "--data.sources.story.weight", 0,
+                             "--data.domain-share", 1, "--data.schedule", "static", "--train.batch-size", 1,
+                             "--train.micro-batch-size", 1, "--train.steps", 1), one())
+    shards, kept = run.loader.shards["legal"], run.objective.special
+    tokens = torch.from_numpy(shards.read(0, shards.tokens)[0].astype("int32"))
+    run.loader.plan = run.loader.plan[:1] + np.arange(2)[:, None] * [[run.loader.packings["legal"].sequences, 0]]
+    batch = run.loader.batch(0)
+    targets = run.objective.corrupt(batch, batch.rng).labels
+    asked = torch.bincount(targets[targets != -100].long(), minlength=300)
+    there = torch.bincount(tokens[~torch.isin(tokens, kept)].long(), minlength=300)
+    assert torch.equal(asked, there)

@@ -10,6 +10,7 @@ import pytest
 from synthetic import counts_of, loader_of, source
 
 import data
+from learn.objectives import Masked
 from text.mixture import DataConfig
 from text.packing import best_fit_decreasing, pack_in_order, pack_sources
 from text.shards import Shards
@@ -151,6 +152,27 @@ def test_a_long_documents_pieces_share_a_token_that_is_a_target_once(tmp_path):
     assert [labels for _, labels in rows] == [
         [*range(7), -100, -100], [*range(7, 16)], [-100, *range(16, 24)], [-100, 24, 25, 26, *[-100] * 5]]
     assert [tokens[:4] for tokens, _ in rows] == [[0, 1, 2, 3], [7, 8, 9, 10], [15, 16, 17, 18], [23, 24, 25, 26]]
+
+
+@pytest.mark.parametrize("packing", ["window", "best_fit", "document"])
+@pytest.mark.parametrize("shard_tokens", [10**8, 30])
+def test_a_masked_epoch_asks_for_every_token_once(tmp_path, packing, shard_tokens):
+    """With a mask ratio of 1 each token of the source is a target: also the last of a full sequence."""
+    T = 12
+    lengths = [1, 2, T - 1, T, T + 1, T + 2, 2 * T, 2 * T + 1, 40, *(3 * i % 17 + 1 for i in range(40))]
+    total = sum(lengths)
+    shards = source(tmp_path / "s", lengths, shard_tokens, ids=list(range(1, total + 1)))
+    config, objective = DataConfig(context=T, packing=packing), Masked(True, total + 1, [0], total + 2, mask_ratio=1.0)
+    packings = pack_sources({"s": shards}, config, objective.shift)
+    rows = packings["s"].sequences
+    loader = data.Loader(packings, counts_of([rows], [rows]), config, seed=4)
+    for epoch in range(2):
+        batch = loader.batch(epoch)
+        targets = objective.corrupt(batch, batch.rng).labels
+        assert sorted(targets[targets != -100].tolist()) == list(range(1, total + 1))
+        assert rows * T - total == packings["s"].padded
+    if packing == "document":
+        assert rows == sum(-(-n // T) for n in lengths)
 
 
 # ---- segments in their order
