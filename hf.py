@@ -181,7 +181,9 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
 def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
     """Copy its tensor in `folder` into every parameter of the base; UserError where one is missing, left over or of
     another shape. layout(full, parameter) gives the part of a full tensor that a shard holds."""
-    files = {from_hf_name(hf_name): (hf_name, file) for hf_name, file in tensor_files(folder).items()}
+    stored = tensor_files(folder)
+    check_tied_head(model.config, stored, folder)
+    files = {from_hf_name(hf_name): (hf_name, file) for hf_name, file in stored.items()}
     files.pop(None, None)
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
     tied_head = {"head.weight"} if model.config.tie_word_embeddings else set()
@@ -189,15 +191,19 @@ def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
         raise UserError(f"{folder} holds tensors this model has no place for, among them {', '.join(left_over[:5])}")
     if missing := [to_hf_name(name) for name in wanted if name not in files.keys() | tied_head]:
         raise UserError(f"{folder} lacks tensors the model needs, among them {', '.join(missing[:5])}")
-    if tied_head & files.keys():
-        table = model.embed_tokens.weight
-        head, embedding = (read_tensor(*files[name], table.shape) for name in ("head.weight", "embed_tokens.weight"))
-        if not torch.equal(head.to(embedding.dtype), embedding):
-            raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
-                            f"embedding; set tie_word_embeddings to false there")
     for name, parameter in wanted.items():
         if name in files:
             parameter.copy_(layout(read_tensor(*files[name], parameter.shape), parameter))
+
+
+def check_tied_head(config: ModelConfig, stored: dict[str, Path], folder) -> None:
+    """UserError where the config ties the head to the embedding and `stored` {tensor name: file} has another head."""
+    names, shape = ("lm_head.weight", "model.embed_tokens.weight"), (config.vocab_size, config.hidden_size)
+    if config.tie_word_embeddings and set(names) <= stored.keys():
+        head, embedding = (read_tensor(name, stored[name], torch.Size(shape)) for name in names)
+        if not torch.equal(head.to(embedding.dtype), embedding):
+            raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
+                            f"embedding; set tie_word_embeddings to false there")
 
 
 def read_tensor(name: str, file: Path, shape: torch.Size) -> torch.Tensor:

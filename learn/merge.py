@@ -90,8 +90,11 @@ class Pair:
     that can be merged, as Hugging Face calls them."""
 
     def __init__(self, base, result):
-        self.folders = [hf.open_base(base).folder, hf.open_base(result).folder]
+        bases = hf.open_base(base), hf.open_base(result)
+        self.folders = [each.folder for each in bases]
         in_base, in_result = self.files = [hf.tensor_files(folder) for folder in self.folders]
+        for each, files in zip(bases, self.files):
+            hf.check_tied_head(each.config, files, each.folder)
         for names, other, folder in ((in_result, in_base, base), (in_base, in_result, result)):
             lacking = [n for n in names if n not in other and hf.from_hf_name(n) and n != "lm_head.weight"]
             if lacking:
