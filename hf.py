@@ -188,9 +188,11 @@ def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
     tied_head = {"head.weight"} if model.config.tie_word_embeddings else set()
     if left_over := [hf_name for name, (hf_name, _) in files.items() if name not in wanted]:
-        raise UserError(f"{folder} holds tensors this model has no place for, among them {', '.join(left_over[:5])}")
+        raise UserError(f"{folder} holds tensors this model has no place for, among them {', '.join(left_over[:5])}"
+                        + f" and {len(left_over) - 5} more" * (len(left_over) > 5))
     if missing := [to_hf_name(name) for name in wanted if name not in files.keys() | tied_head]:
-        raise UserError(f"{folder} lacks tensors the model needs, among them {', '.join(missing[:5])}")
+        raise UserError(f"{folder} lacks tensors the model needs, among them {', '.join(missing[:5])}"
+                        + f" and {len(missing) - 5} more" * (len(missing) > 5))
     for name, parameter in wanted.items():
         if name in files:
             parameter.copy_(layout(read_tensor(*files[name], parameter.shape), parameter))

@@ -96,6 +96,7 @@ def test_a_tied_model_with_another_head_is_refused_in_every_layout(tiny_model, t
             patch.setattr(parallel, "init_device_mesh", lambda kind, _: init_device_mesh(kind, (1,)))
             if layout == "merged":
                 forget.merge(tmp_path / "base", base, tmp_path / "merged", 0.5, forget.MergeConfig("linear"))
-            stage.build_model(c, base.config, base, dataclasses.replace(world, size=size))
+            else:
+                stage.build_model(c, base.config, base, dataclasses.replace(world, size=size))
     finally:
         torch.distributed.destroy_process_group()
