@@ -3,7 +3,6 @@
 Laws: a base is opened once in a run, and is one commit of the Hub on every rank.
 """
 
-import dataclasses
 import types
 from pathlib import Path
 
@@ -80,23 +79,25 @@ def test_a_masked_run_asks_for_every_token_of_an_epoch(base, tmp_path, packing):
 
 
 @pytest.mark.parametrize("layout", ["whole", "sharded", "adapters", "sharded adapters", "merged"])
-def test_a_tied_model_with_another_head_is_refused_in_every_layout(tiny_model, tmp_path, layout):
+def test_a_tied_model_with_another_head_is_refused_in_every_layout(tiny_model, tmp_path, monkeypatch, layout):
     for name in ("base", "out"):
         hf.save(tiny_model(tie_word_embeddings=True), tmp_path / name)
     tensors = load_file(tmp_path / "out/model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, tmp_path / "out/model.safetensors")
-    # The layouts of train.py: shards of a group of one rank, which says that it has two.
+    base, world = hf.open_base(tmp_path / "out"), parallel.World(0, 2 if "sharded" in layout else 1, torch.device("cpu"))
+    c = train.Config(lora=lora.LoraConfig(rank=2 * ("adapters" in layout)), parallel=parallel.ParallelConfig("fsdp"))
+
+    def read():
+        if layout == "merged":
+            forget.merge(tmp_path / "base", base, tmp_path / "merged", 0.5, forget.MergeConfig("linear"))
+        else:
+            stage.build_model(c, base.config, base, world)
+    # A group of one rank, which takes all shards.
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, _: init_device_mesh(kind, (1,)))
     try:
-        size = 2 if "sharded" in layout else 1
-        c = train.Config(lora=lora.LoraConfig(rank=2 * ("adapters" in layout)), parallel=parallel.ParallelConfig("fsdp"))
-        world, base = parallel.World(0, 1, torch.device("cpu")), hf.open_base(tmp_path / "out")
-        with pytest.raises(ValueError, match="set tie_word_embeddings to false"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(parallel, "init_device_mesh", lambda kind, _: init_device_mesh(kind, (1,)))
-            if layout == "merged":
-                forget.merge(tmp_path / "base", base, tmp_path / "merged", 0.5, forget.MergeConfig("linear"))
-            else:
-                stage.build_model(c, base.config, base, dataclasses.replace(world, size=size))
+        with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+            read()
     finally:
         torch.distributed.destroy_process_group()
