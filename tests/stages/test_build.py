@@ -85,7 +85,8 @@ def test_a_tied_model_with_another_head_is_refused_in_every_layout(tiny_model, t
     tensors = load_file(tmp_path / "out/model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     save_file(tensors, tmp_path / "out/model.safetensors")
-    base, world = hf.open_base(tmp_path / "out"), parallel.World(0, 2 if "sharded" in layout else 1, torch.device("cpu"))
+    base = hf.open_base(tmp_path / "out")
+    world = parallel.World(0, 2 if "sharded" in layout else 1, torch.device("cpu"))
     c = train.Config(lora=lora.LoraConfig(rank=2 * ("adapters" in layout)), parallel=parallel.ParallelConfig("fsdp"))
 
     def read():
