@@ -151,6 +151,19 @@ def test_held_out_documents_end_before_the_limit(tmp_path):
         assert [(len(ids), nbytes) for ids, nbytes in found] == [(4, 40), (3, 30), (2, 20)][:taken], limit
 
 
+def test_a_packed_folder_is_its_held_out_documents(tiny_model, lab, tmp_path):
+    """In windows of what the model was trained for, here 64; with another tokenizer's ids it is refused."""
+    tok, model, shards = tokenizer.load(lab / "tok"), tiny_model(vocab_size=300), Shards(lab / "legal", "heldout")
+    found, protocol = evaluation.score_files(model, tok, {"law": str(lab / "legal")}, Reading())
+    documents = [shards.text_document(i) for i in range(shards.documents)]
+    wanted = evaluation.score(model, CAUSAL, documents, tok.bos_id, 64)
+    assert (found["law"], protocol["context"]) == (wanted, 64)
+    assert found["law"]["bytes"] < 0.3 * Shards(lab / "legal").manifest["splits"]["train"]["bytes"]
+    other = tokenizer.train(texts("legal"), "bpe", 280, tmp_path / "other")
+    with pytest.raises(ValueError, match="packed with another tokenizer"):
+        evaluation.score_files(model, other, {"law": str(lab / "legal")}, Reading())
+
+
 def test_a_text_is_as_long_as_its_bytes(tiny_model, tiny_bpe, tmp_path):
     lines = ["naïve café", "漢字 🙂", "e"]
     file = tmp_path / "text.txt"

@@ -317,6 +317,18 @@ def test_model_card(folder, tmp_path):
     assert "from scratch" in ModelCard.load(tmp_path / "scratch/README.md").text
 
 
+def test_the_fingerprint_sees_both_ends_of_a_file(tmp_path):
+    """3 MB of which the first or the last bytes change, at the same size."""
+    found = set()
+    for changed in (None, 0, -1):
+        weights = torch.zeros(3_000_000, dtype=torch.uint8)
+        if changed is not None:
+            weights[changed] = 1
+        save_file({"a": weights}, tmp_path / "model.safetensors")
+        found.add(hf.Base("x", tmp_path, None).fingerprint)
+    assert len(found) == 3
+
+
 def test_facts(folder):
     assert hf.open_base(folder).facts == {"license": "not stated", "chat_template": False}
     (folder / "LICENSE.txt").write_text("...")

@@ -186,6 +186,27 @@ def test_the_ranks_share_a_step_and_no_sequence_is_read_twice(lab, tmp_path, ran
         assert torch.equal(torch.cat([getattr(batch, name) for batch in parts]), getattr(whole, name)), name
 
 
+def test_gradients_that_ddp_averages_over_ranks_are_of_the_mean_over_all_targets(lab, tmp_path):
+    """Two ranks that hold the same sequences: the mean over their targets is that over one's, and so is the gradient,
+    if what DDP averages has been multiplied by the number of ranks."""
+    found = []
+    for size in (1, 2):
+        run = build(settings(lab, tmp_path / "run", "--optim.clip", 0), one())
+        run.world = SimpleNamespace(rank=0, size=size, device=torch.device("cpu"),
+                                    sum=lambda values, size=size: [size * value for value in values])
+        batch = run.loader.batch(0)
+        kept, real = {}, parallel.clip_gradients
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "clip_gradients", lambda model, limit, kept=kept, real=real: (
+                kept.update({n: p.grad.clone() for n, p in model.named_parameters()}), real(model, limit))[1])
+            done = train.train_step(run, 0, [run.objective.corrupt(batch, batch.rng)])
+        found.append((done["loss"], kept))
+    (loss, one_rank), (same, two_ranks) = found
+    assert loss == pytest.approx(same)
+    for name, gradient in one_rank.items():
+        torch.testing.assert_close(gradient, two_ranks[name], rtol=1e-5, atol=1e-8, msg=name)
+
+
 def test_dropout_is_a_function_of_seed_step_and_rank(base, tmp_path):
     """At a learning rate of 0 nothing else differs between two steps on the same text."""
     def loss(step, rank=0, seed=0):
@@ -389,6 +410,16 @@ def test_not_a_number_stops_before_the_step(lab, tmp_path, monkeypatch, capsys):
     status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
     assert status == 2
     assert re.fullmatch(r"error: the loss of step 1 is \w+ .*lower --optim.lr.*\n", errors)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(lab, tmp_path):
+    """The loss is in order, and what went wrong in the backward pass would spoil the weights all the same."""
+    run = build(settings(lab, tmp_path / "r"), one())
+    run.inner.layers[0].mlp.down_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = {k: v.clone() for k, v in parallel.model_state(run.inner).items()}
+    with pytest.raises(ValueError, match=r"the gradient norm of step 1 is nan \(sources in the step: .*legal"):
+        train.train_step(run, 0, train.micro_batches(run, 0))
+    assert all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
 
 
 def mistakes(lab, tmp_path):

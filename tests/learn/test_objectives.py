@@ -182,6 +182,20 @@ def test_masked_loss_against_torch(tiny_model, documents):
     assert metrics["hits"] == (logits.argmax(-1)[kept] == batch.labels[kept]).sum()
 
 
+@pytest.mark.parametrize("name", ["causal", "masked"])
+def test_the_z_loss_of_the_settings_is_in_training_losses_alone(tiny_model, name):
+    model = tiny_model()
+    objective = make_objective(ObjectiveConfig(name, mask_token_id=MASK, z_loss=0.3), True, None, 97)
+    batch = batch_of(random_tokens(2, 21))
+    batch = objective.corrupt(batch, batch.rng)
+    kept = batch.labels != IGNORE
+    logits = logits_of(model, batch, name == "causal", True)[kept]
+    plain = F.cross_entropy(logits, batch.labels[kept].long(), reduction="sum").item()
+    penalty = 0.3 * logits.logsumexp(-1).square().sum().item()
+    assert objective.loss(model.eval(), batch)[0].item() == pytest.approx(plain, rel=1e-5)
+    assert objective.loss(model.train(), batch)[0].item() == pytest.approx(plain + penalty, rel=1e-5)
+
+
 def test_the_loss_is_on_masked_positions_alone(tiny_model):
     model, objective = tiny_model(), masked()
     batch = batch_of(random_tokens(2, 41))

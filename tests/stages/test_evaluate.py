@@ -19,7 +19,7 @@ from core import checkpoint
 from lora import load_adapter
 from stages import evaluate
 from stages.build import build
-from text.shards import pack
+from text.shards import Shards, pack
 from text.vocabulary import token_before_document
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -162,6 +162,25 @@ def test_a_masked_evaluation_depends_on_the_text_alone(base, tmp_path):
     for other in found[1:]:
         for name, values in found[0].items():
             assert other[name] == pytest.approx(values, rel=1e-5)
+
+
+def test_a_line_of_the_metrics_says_what_the_steps_were(lab, tmp_path):
+    """Truth: the sources of the sequences that were read, counted. warmup_cooldown goes from 0.3 up to 0.7 in the first
+    tenth of the run, here one step, and down to 0.5 in the last."""
+    c = settings(lab, tmp_path / "run", "--log.every", 4, "--data.domain-share", 0.7, steps=11)
+    loader = build(c, one()).loader
+    train.train(c, one())
+    records = lines(tmp_path / "run", "train")
+    assert {r["step"]: round(r["domain_share"], 12) for r in records} == {1: 0.3, 4: 0.7, 8: 0.7, 11: 0.5}
+    for record in records:
+        step = record["step"]
+        read = [loader.names[i] for s in range(step) for i in loader.batch(s).source]
+        assert record["tokens"] == step * 4 * 32
+        assert record["replay_share"] == read.count("story") / len(read)
+        assert {loader.names[i] for i in loader.batch(step - 1).source} == record["sources"].keys()
+        for name, found in record["sources"].items():
+            assert found["tokens"] == 32 * read.count(name)
+            assert found["epochs"] == read.count(name) / -(-Shards(lab / name).tokens // 32)
 
 
 # ---- the end of a run

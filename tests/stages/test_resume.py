@@ -34,6 +34,8 @@ import tokenizer
 import train
 from core import checkpoint
 from core.files import run_folder
+from stages import resume
+from stages.build import build
 from text.shards import pack
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -142,6 +144,30 @@ def test_resume_under_other_settings_is_refused_with_what_differs(lab, tmp_path,
     c = settings(lab, out, "--train.micro-batch-size", 4, "--log.every", 5)      # these may change
     assert train.train(c, one()) == 0
     assert "at step 2" in capsys.readouterr().out
+
+
+OTHER_RUNS = [
+    ["--data.packing", "document"], ["--data.mask-documents", False], ["--data.reset-positions", False],
+    ["--data.drop-last", True], ["--data.context", 16], ["--train.precision", "bf16"], ["--eval.tokens", 500],
+    ["--forget.ema.decay", 0.9], ["--forget.ewc.strength", 0.5, "--forget.ewc.samples", 4], ["--lora.rank", 2],
+    ["--objective.z-loss", 0.1], ["--objective.name", "masked", "--objective.mask-token-id", 7], ["--seed", 3],
+    ["--optim.weight-decay", 0.2], ["--data.domain-share", 0.5], ["--optim.warmup-steps", 5]]
+
+
+def test_whatever_changes_the_steps_makes_it_another_run(base, tmp_path):
+    """And what only changes how they are computed, written or looked at does not."""
+    def known(*words):
+        return resume.identity(build(run_of(base, tmp_path / "run", *words), one()), 4)
+    plain = known()
+    for words in OTHER_RUNS:
+        assert known(*words) != plain, words
+    assert known("--train.micro-batch-size", 1, "--log.every", 3, "--eval.every", 2, "--train.save-every", 2,
+                 "--train.keep", 1, "--eval.sample-tokens", 5, "--model.activation-checkpointing") == plain
+    # Where evaluations decide the data, and where blocks thaw by the run's share, these count.
+    for words, more in ((["--forget.adaptive.policy", "budget", "--eval.every", 2], ["--eval.every", 3]),
+                        (["--forget.freeze.schedule", "progressive", "--data.schedule", "static",
+                          "--optim.schedule", "constant"], ["--train.steps", 9])):
+        assert known(*words) != known(*words, *more), words
 
 
 def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, capsys, whole):

@@ -148,6 +148,21 @@ def test_paragraphs_are_units_and_short_ones_are_no_candidates(tmp_path):
     assert [store.read_id(unit) for unit in (0, 1)] == ["d0#0", "d0#1"]
 
 
+def test_a_paragraph_of_five_words_is_a_candidate(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", records_of(["has just five words here\n\nthis has only four"]))
+    with WorkerPool(1, (None, "text", True)) as pool, tqdm(disable=True) as bar:
+        sign_file(path, tmp_path / "a", Reading(), pool, bar)
+    assert Store([tmp_path / "a"]).units["candidate"].tolist() == [True, False]
+
+
+def test_a_pair_at_the_threshold_itself_is_a_pair():
+    """8 of 10 shingles in common."""
+    sets = [np.arange(9, dtype=np.uint64), np.arange(1, 10, dtype=np.uint64)]
+    bands = [link_band(np.array([7, 7], np.uint64))]
+    assert keep_best(bands, 2, sets.__getitem__, 0.8)[0].tolist() == [0, 0]
+    assert keep_best(bands, 2, sets.__getitem__, 0.81)[0].tolist() == [0, 1]
+
+
 def test_paragraphs_and_their_breaks_join_to_the_text():
     for text in ("a\n\nb\n \n\t\nc", "\n\na\n", "", "a\nb"):
         assert "".join(split_paragraphs(text)) == text
@@ -191,6 +206,16 @@ def test_decontamination_by_file_type_and_edge(tmp_path):
         assert row["overlaps"] == [{"item": row["duplicate_of"], "ngrams": 1, "share": round(1 / grams, 4)}]
         assert report["against"][str(file)]["found"] == 1
     assert report["against"][str(tmp_path / "b0.jsonl")] == {"items": 2, "too_short": 1, "found": 1}
+
+
+def test_the_ten_items_of_which_a_text_holds_most(tmp_path):
+    """Item i has 30 words, and the text the first 13 + i of them: i + 1 of its 18 grams."""
+    items = [[f"i{i}w{j}" for j in range(30)] for i in range(12)]
+    write_jsonl(tmp_path / "b.jsonl", [{"q": " ".join(words)} for words in items])
+    text = " - ".join(" ".join([*words[:13 + i], f"end{i}"]) for i, words in enumerate(items))
+    found = Benchmarks([str(tmp_path / "b.jsonl")]).find_overlaps(text)
+    assert found == [{"item": f"{tmp_path / 'b.jsonl'}:{i + 1}", "ngrams": i + 1, "share": round((i + 1) / 18, 4)}
+                     for i in range(11, 1, -1)]
 
 
 def test_thirteen_words_are_enough_and_twelve_are_not(tmp_path):

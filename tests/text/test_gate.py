@@ -60,6 +60,13 @@ def test_every_rule_of_the_web_and_code_presets_has_a_negative_case():
     assert {name for preset, name in BAD} >= set(PRESETS["web"]) | set(PRESETS["code"]) | {"code_ratio"}
 
 
+def test_a_limit_itself_is_within_the_limits():
+    rules = {"words": (50, 100), "quality": (0.5, None), "pii": (None, 5)}
+    for words, quality, pii, broken in ((50, 0.5, 5, []), (100, 1.0, 0, []), (49, 0.4999, 6, list(rules)),
+                                        (101, 0.5, 5, ["words"])):
+        assert find_broken({"words": words, "quality": quality, "pii": pii}, rules) == broken
+
+
 def test_quality_is_the_weighted_mean_of_what_was_computed():
     parts = {"format": 0.8, "content": 0.5}
     assert compute_quality(parts) == pytest.approx((0.2 * 0.8 + 0.3 * 0.5) / 0.5, abs=1e-4)
