@@ -164,13 +164,12 @@ def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
 
 def trainable_share(model: nn.Module) -> str:
     """ "65,536 of 16,777,216 parameters trained (0.39 %)" of an adapted model: the base's are the 100 %."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained, total = adapters.count_elements(model)
     quantised = [layer.quantised for _, layer in adapters.adapted_layers(model) if layer.quantised is not None]
-    elements = sum(weight.shape.numel() for weight in quantised)
-    total = elements + sum(p.numel() for name, p in model.named_parameters() if ".adapters." not in name)
     text = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
     if quantised:
         size = sum(buffer.nbytes for weight in quantised for buffer in weight.buffers())
+        elements = sum(weight.shape.numel() for weight in quantised)
         text += f"; {size / 1e6:,.1f} MB of quantised weights, {8 * size / elements:.2f} bits each"
     return text
 

@@ -340,6 +340,13 @@ def active_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
     return [(path, layer) for path, layer in adapted_layers(model) if layer.adapter is not None]
 
 
+def count_elements(model: nn.Module) -> tuple[int, int]:
+    """(elements that train, elements of the base). A weight in few bits counts as the elements that it stands for."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(p.numel() for name, p in model.named_parameters() if ".adapters." not in name)
+    return trained, base + sum(layer.kept.shape.numel() for _, layer in adapted_layers(model) if layer.quantised)
+
+
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of what can have a low-rank adapter: not the head, whose forward is not called in training."""
     return {path: module for path, module in model.named_modules()

@@ -31,16 +31,17 @@ class AdaptiveConfig:
     """budget: bits per byte that general text may lose"""
     smoothing: float = setting(0.5, above=0, at_most=1)
     """budget: weight of the newest evaluation against the forecast of the ones before. 1: no memory"""
-    start: float = 0.3
-    """replay share that the first decision changes"""
+    start: float | None = setting(None, at_least=0, at_most=1)
+    """replay share that the first decision changes; default: that of the schedule at its step"""
     least: float = 0.2
     """lowest replay share"""
     most: float = 0.6
     """highest replay share"""
 
     def __post_init__(self):
-        if not 0 <= self.least <= self.start <= self.most <= 1:
-            raise UserError(f"forget.adaptive: least {self.least}, start {self.start} and most {self.most} must rise "
+        start = self.least if self.start is None else self.start
+        if not 0 <= self.least <= start <= self.most <= 1:
+            raise UserError(f"forget.adaptive: least {self.least}, start {start} and most {self.most} must rise "
                             f"between 0 and 1")
 
 
@@ -57,7 +58,7 @@ class Adaptive(Method):
             raise UserError("forget.adaptive moves the share of general text, and the run draws none; add a source "
                             "with the role general (forget.py replay makes one from the base), or use "
                             "--forget.lwf.alpha 0.5 --forget.lwf.tokens all, which needs none")
-        self.values = {"baseline": None, "share": config.start, "acted": False, "level": 0.0, "trend": 0.0}
+        self.values = {"baseline": None, "share": None, "acted": False, "level": 0.0, "trend": 0.0}
 
     def evaluated(self, step, texts):
         config, memory = self.config, self.values
@@ -77,6 +78,9 @@ class Adaptive(Method):
         lost = {name: value - memory["baseline"][name] for name, value in now.items()}
         if config.policy == "degradation":
             lost = {name: rise / (memory["baseline"][name] or 1.0) for name, rise in lost.items()}
+        if not memory["acted"]:
+            # The schedule is in force until a decision first wants a change.
+            memory["share"] = self.learning.replay_share(step) if config.start is None else config.start
         source = max(lost, key=lost.get)
         decision = {"step": step, "policy": config.policy, "source": source, "metric": metric, "lost": lost[source],
                     "before": memory["share"]}
@@ -102,7 +106,9 @@ class Adaptive(Method):
             change, where = RAISE, f"above {high:g}"
         elif judged < low:
             change, where = -LOWER, f"below {low:g}"
-        share = round(min(config.most, max(config.least, memory["share"] + change)), 9)
+        # A schedule's share may be outside the bounds: then a rise never lowers it, nor a fall raises it.
+        least, most = min(config.least, memory["share"]), max(config.most, memory["share"])
+        share = round(min(most, max(least, memory["share"] + change)), 9)
         reason = f"{judged:.4f} is {where}"
         if change and share == memory["share"]:
             reason += f", but replay is at its bound of {share:g}"

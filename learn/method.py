@@ -30,6 +30,8 @@ class Learning:
     no general source"""
     general_sources: frozenset[int] = frozenset()
     """the general sources that the plan draws from, as numbers in batch.source"""
+    replay_share: Callable = lambda step: 0.3
+    """replay_share(step) -> the share of general sequences that the data schedule has at that step"""
     base: Callable | None = None
     """base(model) -> context manager that yields a module which computes as the base does, e.g. the model with its
     adapters switched off. None: a method that needs the base copies the model before the first step"""

@@ -122,6 +122,10 @@ class Run(contextlib.AbstractContextManager):
         """The sources of a role, domain or general."""
         return [name for name, source in self.sources.items() if source.role == role]
 
+    def domain_share_at(self, step: int) -> float:
+        """The share of domain sequences that the data schedule has at a step."""
+        return mixture.schedule_at(self.c.data, step / max(1, self.steps - 1), self.steps)[0]
+
     def autocast(self):
         """The context of a forward pass in the run's precision."""
         dtype = devices.DTYPES[self.c.train.precision]
@@ -316,6 +320,7 @@ def describe_learning(run: Run) -> Learning:
         steps=run.steps, seed=c.seed, world=world, sharded=sharded, forward=run.forward,
         general_text=draw_general_text(run) if general else None,
         general_sources=frozenset(i for i, name in enumerate(loader.names) if name in general and loader.plan[-1][i]),
-        base=base, pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
+        replay_share=lambda step: round(1 - run.domain_share_at(step), 9), base=base,
+        pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
         precision=None if c.train.precision == "fp32" else devices.DTYPES[c.train.precision],
         folder=run.folder, fingerprint=hashing.short_digest(json.dumps(made_of).encode()))

@@ -20,7 +20,7 @@ from core.config import setting, to_toml
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
 from generate import Settings, first_ids, generate
-from learn import adaptive, schedules
+from learn import adapters, adaptive, schedules
 from measure import verdict
 from model import matmul_flops_per_token
 from stages.build import Run
@@ -48,7 +48,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 def describe(run: Run):
     """What is about to be run, in a few lines, with the warnings that a user wants before the run and not after it."""
     c, loader, say = run.c, run.loader, run.log.say
-    parameters, epochs = run.inner.count_parameters(), loader.epochs(run.steps)
+    parameters, epochs = adapters.count_elements(run.inner)[1], loader.epochs(run.steps)
     say(f"model: {parameters / 1e6:.1f}M parameters, {run.config.family}, vocabulary {run.config.vocab_size:,}")
     if c.model.init == "pretrained":
         say(f"base: {run.base}, licence: {run.base.facts['license']}")
@@ -80,6 +80,7 @@ def describe(run: Run):
 def begin(run: Run, start: int):
     """Write the first files of the run folder, unless the run goes on from a checkpoint of its own."""
     c, device = run.c, run.world.device
+    trained, parameters = adapters.count_elements(run.inner)
     # The bar of a resumed run begins at the steps it has already done.
     run.log.bar.update(start)
     if not run.world.main or (start and checkpoint.steps(run.folder / "checkpoints")):
@@ -90,8 +91,8 @@ def begin(run: Run, start: int):
         first = Path(c.train.branch_from).parent.parent / "eval_step_0.json"
         write_text(run.folder / first.name, first.read_text(encoding="utf-8"))
     write_plan(run)
-    run.log.record("start", 0, time=time.time(), run=run.folder.name, parameters=run.inner.count_parameters(),
-                   trainable_parameters=sum(p.numel() for p in run.inner.parameters() if p.requires_grad),
+    run.log.record("start", 0, time=time.time(), run=run.folder.name, parameters=parameters,
+                   trainable_parameters=trained,
                    tokens_per_step=run.tokens_per_step, total_steps=run.steps, device=str(device),
                    world_size=run.world.size, precision=c.train.precision,
                    sources={name: {"role": run.sources[name].role, "tokens": shards.tokens,
@@ -117,8 +118,7 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
     values["replay_share"] = sum(drawn[name] for name in run.names_of("general")) / sum(drawn.values())
     # The share of domain sequences that this step, the run's number `step` - 1 from 0, was meant to have.
     replay = adaptive.share_in_force(run.decisions, step - 1)
-    scheduled = mixture.schedule_at(c.data, (step - 1) / max(1, run.steps - 1), run.steps)[0]
-    values["domain_share"] = scheduled if replay is None else 1 - replay
+    values["domain_share"] = run.domain_share_at(step - 1) if replay is None else 1 - replay
     values |= result["methods"]
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
                          for name, (nats, n) in result["sources"].items()}

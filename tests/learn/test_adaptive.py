@@ -132,6 +132,24 @@ def test_a_controller_that_starts_at_its_bound_takes_over_from_the_schedule(star
         assert found == [start], policy
 
 
+SHARES = [0.7, 0.65, 0.5, 0.15, 0.1, 0.05]
+
+
+def test_the_first_decision_starts_from_the_share_in_force():
+    """By hand: 0.1 more or 0.05 less than the schedule's share of that step, of which no earlier one is remembered."""
+    def first(bits, **settings):
+        controller = Adaptive(AdaptiveConfig("degradation", **settings), learning(replay_share=SHARES.__getitem__))
+        decisions = map(controller.evaluated, range(len(bits)), map(general, bits))
+        return [d and (d["before"], d["replay_share"]) for d in decisions]
+    assert first([1.0, 1.03, 1.06, 1.06, 1.0, 1.0]) == [
+        None, (0.65, None), (0.5, 0.6), (0.6, 0.6), (0.6, 0.55), (0.55, 0.5)]
+    # Where the schedule is beyond a bound, no rise takes replay away and no fall adds any.
+    assert first([1.0, 1.06])[1] == (0.65, 0.65)
+    assert first([1.0, 1.03, 1.03, 1.03, 1.0])[4] == (0.1, 0.1)
+    assert first([1.0, 1.03, 1.03, 1.0])[3] == (0.15, 0.15)
+    assert first([1.0, 1.06], start=0.3)[1] == (0.3, 0.4)
+
+
 def test_a_bound_is_said():
     controller = controller_of("degradation", start=0.6)
     controller.evaluated(0, general(1.0))

@@ -96,6 +96,32 @@ def test_a_plan_that_adaptive_replay_changed_is_what_was_drawn(base, tmp_path):
             if json.loads(line)["kind"] == "replay"] == [0.4, 0.5, 0.6, 0.6, 0.6]
 
 
+def test_adaptive_replay_goes_on_from_the_share_of_the_schedule(base, tmp_path):
+    """Half of the mix is replay, and every evaluation finds general text much worse."""
+    out = tmp_path / "run"
+    words = ("--forget.adaptive.policy", "degradation", "--eval.every", 2, "--data.schedule", "static",
+             "--data.domain-share", 0.5, "--optim.lr", 0.1, "--train.batch-size", 10)
+    train.train(run_of(base, out, *words, "--train.steps", 5), one())
+    plan = [json.loads(line) for line in (out / "plan.jsonl").read_text().splitlines()]
+    assert [(d["before"], d["replay_share"]) for d in plan[1:]] == [(0.5, 0.6), (0.6, 0.6)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4", "int4", "int8"])
+def test_a_weight_in_few_bits_counts_as_the_elements_that_it_stands_for(base, tmp_path, capsys, kind):
+    """Truth: transformers' count of the base, and r (in + out) of every linear layer."""
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base[1])
+    linear = [m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    counts = model.num_parameters(), 4 * sum(m.in_features + m.out_features for m in linear)
+    train.train(run_of(base, tmp_path / "run", "--lora.rank", 4, "--lora.base", kind, "--train.steps", 1), one())
+    start = lines(tmp_path / "run", "start")[0]
+    assert (start["parameters"], start["trainable_parameters"]) == counts
+    said = capsys.readouterr().out
+    assert f"model: {counts[0] / 1e6:.1f}M parameters" in said
+    assert f"{counts[1]:,} of {counts[0]:,} parameters trained" in said
+    assert f"recommended for {counts[0] / 1e9:.3g}B parameters (lora)" in said
+
+
 def test_an_evaluation_is_a_file_a_line_and_for_the_user(base, tmp_path, capsys):
     out = tmp_path / "run"
     train.train(run_of(base, out, "--eval.every", 5, "--eval.sample-tokens", 4), one())
