@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 train.py recipes/llama2_7b_cpt.toml
 
 A run leaves everything in its folder: config.toml (which reruns it), metrics.jsonl, plan.jsonl, eval_step_N.json,
-checkpoints/, eval.json, final/ (a Hugging Face folder), report.html. The same command again resumes it, bit for bit.
+checkpoints/, eval.json, final/ (a Hugging Face folder), report.html. A signal (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1) stops
+it after a save, with exit status 128 + its number. The same command again resumes it, bit for bit.
 
 This file is the loop. What it is made of stands in stages/, and how a batch is made and scored in data.py and
 learn/objectives.py. A feature enters the loop as one call at one of six points: model built, loss computed, before the
@@ -14,7 +15,6 @@ step, after the step, evaluated, exported (learn/method.py).
 
 import core.threads
 
-import contextlib
 import dataclasses
 import math
 import signal
@@ -32,6 +32,7 @@ from core.config import refuse_unused, setting
 from core.errors import UserError
 from core.log import LogConfig
 from core.parallel import ParallelConfig
+from core.signals import agree_on_stop, note_signals
 from data import Batch
 from forget import ForgetConfig
 from learn import schedules
@@ -71,24 +72,6 @@ class Config:
         refuse_unused(self.lora, "lora")
         for name, section in vars(self.forget).items():
             refuse_unused(section, f"forget.{name}")
-
-
-@contextlib.contextmanager
-def note_signals():
-    """A context in which SIGTERM and the first Ctrl-C only add their names to the list that it yields, so that the loop
-    can save and leave after its step. A second Ctrl-C stops at once."""
-    received = []
-
-    def note(number, frame):
-        received.append(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def require_finite(what: str, value: float, step: int, sources) -> None:
@@ -152,9 +135,9 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
 
 
 def train(c: Config, world) -> int:
-    """The whole run; exit status 0, also where a signal ended it after a save."""
+    """The whole run; the exit status: 0, or 128 + the number of the signal that ended it after a save."""
     # Until the run is built there is nothing to save, so that Ctrl-C ends it at once.
-    with files.run_folder(c.out, world) as folder, build(c, world, folder) as run, note_signals() as signals, \
+    with files.run_folder(c.out, world) as folder, build(c, world, folder) as run, note_signals() as received, \
             ThreadPoolExecutor(1) as pool:
         describe(run)
         start = resume(run)
@@ -181,13 +164,13 @@ def train(c: Config, world) -> int:
                 run.log.show_step(step + 1)
 
             # once in a while: save, and leave when asked to: all ranks after the same step, whichever got the signal
-            asked = world.sum([len(signals)])[0] > 0
+            asked = agree_on_stop(received, world)
             if (step + 1) % c.train.save_every == 0 or step + 1 == run.steps or asked:
                 save(run, step + 1)
             if asked and step + 1 < run.steps:
-                run.log.say(f"{signals[-1] if signals else 'a signal'}: saved at step {step + 1} of {run.steps}; "
-                            f"the same command resumes it")
-                return 0
+                run.log.say(f"{signal.Signals(asked).name}: saved at step {step + 1} of {run.steps}; the same command "
+                            f"resumes it")
+                return 128 + asked
         finish(run)
     return 0
 

@@ -21,9 +21,11 @@ import inspect
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from pathlib import Path
 import tyro
 from safetensors import SafetensorError
 
+from core import signals
 from core.config import check_limits, merge, quote_key, read_toml, setting_names, tables, unquote_key
 from core.errors import UserError, nearest
 from core.files import write_json
@@ -90,7 +93,7 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
     """Parse the command line, call the command's function and return the exit status.
 
     `commands` is one (options class, function) or {"name": (options class, function)}. A mistake of the user's prints
-    one line and gives 2, Ctrl-C gives 130. Other exceptions pass through, because they are bugs of ours.
+    one line and gives its status, mostly 2; Ctrl-C gives 130. Other exceptions pass through: they are bugs of ours.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -108,7 +111,7 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
         # The user can mend the last two as well: the disk is full, a file may not be read or is damaged.
         text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
         print("error:", *text.split(), file=sys.stderr)
-        return 2
+        return getattr(error, "status", 2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
@@ -223,18 +226,31 @@ def _take_json(argv: list[str]) -> str | None:
 def run_command(program: str, *words, threads: int | None = None, show: bool = False) -> None:
     """Run a command of this checkout in a process of its own, with OMP_NUM_THREADS of `threads` if given.
 
-    With `show` the command and all that it prints are shown. A failure is a UserError with the last line that the
-    command printed.
+    With `show` the command and all that it prints are shown. A signal to this process is passed on, and the command is
+    waited for, so that it can save. A failure is a UserError with the command's exit status (128 + number where a
+    signal ended it) and the last line that it printed.
     """
     words = list(map(str, words))
     if show:
         print(f"\n$ python {' '.join([program, *words])}", flush=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run([sys.executable, ROOT / program, *words], capture_output=not show, text=True,
-                          errors="replace", env=environment)
-    if done.returncode:
-        said = (done.stderr or done.stdout or "its error stands above").strip().splitlines()
-        raise UserError(f"{program} failed: {''.join(said[-1:])}")
+    pipes = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # A terminal sends Ctrl-C to all of a group. A group of its own gets it once, from us. Threads get no signals.
+    passes_on, received = threading.current_thread() is threading.main_thread(), []
+    with subprocess.Popen([sys.executable, ROOT / program, *words], text=True, errors="replace", env=environment,
+                          process_group=0 if passes_on else None, **pipes) as child, \
+            (signals.handle(lambda number: (received.append(number), child.send_signal(number))) if passes_on
+             else contextlib.nullcontext()):
+        out, err = child.communicate()
+    status = 128 - child.returncode if child.returncode < 0 else child.returncode
+    if status == 0 and received:
+        # It ended before the signal reached it; what was to follow does not begin.
+        status = 128 + received[0]
+    if status > 128:
+        raise UserError(f"{program} was stopped by {signal.Signals(status - 128).name}", status)
+    if status:
+        said = (err or out or "its error stands above").strip().splitlines()
+        raise UserError(f"{program} failed: {''.join(said[-1:])}", status)
 
 
 # ---- the words of a command line

@@ -46,10 +46,14 @@ FAMILIAR = {theirs: ours for ours, names in {
 
 
 class UserError(ValueError):
-    """A mistake of the user's. A command prints its text as one line and exits with status 2.
+    """A mistake of the user's. A command prints its text as one line and exits with `status`.
 
     Any other exception that reaches the command line is a bug of ours: it shows its traceback and exits with 1.
     """
+
+    def __init__(self, text: str, status: int = 2):
+        super().__init__(text)
+        self.status = status
 
 
 def nearest(word: str, known) -> str:

@@ -4,7 +4,8 @@
 
 It makes two corpora, trains a tokenizer, pretrains a small base on the general side, and continues from it three times
 at the same budget: on the domain alone, with replay, and with a little replay. Each stage is a command of the project
-that a user would type, printed before it runs.
+that a user would type, printed before it runs. Where one fails or is stopped the demo ends with its exit status, and
+the same command goes on from there.
 
 General is the prose of docstrings and of the topics of `help()`; domain is Python code without docstrings and comments,
 of the standard library first. Files are read, never imported; one installation always gives the same bytes.
@@ -24,7 +25,6 @@ import tokenize
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -239,7 +239,29 @@ BASE_STEPS, STEPS = 450, 180
 @dataclass
 class Demo:
     out: str = "out/demo"
-    """The folder to write; what it held is removed."""
+    """The folder to write; a demo in it that was stopped goes on, and anything else that it held is removed."""
+
+
+def plan_commands(out: Path, sides: dict[str, Path]) -> list[tuple[Path, list[str]]]:
+    """The demo's commands, each with the file or folder that is there once it is done."""
+    commands = [(out / "tokenizer/tokenizer.json", [
+        "tokenizer.py", "train", "--kind", "bpe", "--vocab-size", 2048, "--out", out / "tokenizer", *sides.values()])]
+    for side, path in sides.items():
+        commands.append((out / "shards" / side / "manifest.json", [
+            "data.py", "pack", "--tokenizer", out / "tokenizer", "--out", out / "shards" / side, path,
+            "--heldout", 0.04]))
+    general = ("--data.sources.general.path", out / "shards/general", "--data.sources.general.role", "general")
+    domain = ("--data.sources.domain.path", out / "shards/domain")
+    commands.append((out / "base/eval.json", [
+        "train.py", "recipes/demo.toml", "--model.init", "scratch", "--model.tokenizer", out / "tokenizer", *general,
+        "--train.steps", BASE_STEPS, "--eval.every", 150, "--optim.lr", 4e-3, "--optim.min-lr", 4e-4,
+        "--out", out / "base"]))
+    for name, share in RUNS.items():
+        commands.append((out / name / "eval.json", [
+            "train.py", "recipes/demo.toml", "--model.path", out / "base/final", *domain, *general,
+            "--data.domain-share", share, "--train.steps", STEPS, "--out", out / name]))
+    commands.append((out / "report.html", ["report.py", *(out / name for name in RUNS), "--out", out / "report.html"]))
+    return [(done, list(map(str, words))) for done, words in commands]
 
 
 def demo(options: Demo) -> dict:
@@ -248,23 +270,19 @@ def demo(options: Demo) -> dict:
     # Relative paths keep the commands that are shown short.
     out = Path(os.path.relpath(Path(options.out).resolve(), cli.ROOT))
     os.chdir(cli.ROOT)
-    run = partial(cli.run_command, show=True)
     began = time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)
-    sides = {side: made["path"] for side, made in make_corpora(out).items()}
-    run("tokenizer.py", "train", "--kind", "bpe", "--vocab-size", 2048, "--out", out / "tokenizer", *sides.values())
-    for side, path in sides.items():
-        run("data.py", "pack", "--tokenizer", out / "tokenizer", "--out", out / "shards" / side, path,
-            "--heldout", 0.04)
-    general = ("--data.sources.general.path", out / "shards/general", "--data.sources.general.role", "general")
-    domain = ("--data.sources.domain.path", out / "shards/domain")
-    run("train.py", "recipes/demo.toml", "--model.init", "scratch", "--model.tokenizer", out / "tokenizer", *general,
-        "--train.steps", BASE_STEPS, "--eval.every", 150, "--optim.lr", 4e-3, "--optim.min-lr", 4e-4,
-        "--out", out / "base")
-    for name, share in RUNS.items():
-        run("train.py", "recipes/demo.toml", "--model.path", out / "base/final", *domain, *general,
-            "--data.domain-share", share, "--train.steps", STEPS, "--out", out / name)
-    run("report.py", *(out / name for name in RUNS), "--out", out / "report.html")
+    sides = {side: out / f"{side}.jsonl" for side in ("general", "domain")}
+    commands, plan = plan_commands(out, sides), out / "plan.json"
+    stated = [words for _, words in commands]
+    if (out / "summary.json").exists() or not (plan.exists() and read_json(plan) == stated):
+        shutil.rmtree(out, ignore_errors=True)
+        make_corpora(out)
+        write_json(plan, stated)
+    for done, words in commands:
+        if done.exists():
+            print(f"done before: python {' '.join(words)}", flush=True)
+        else:
+            cli.run_command(*words, show=True)
     texts = {"base": read_json(out / "replay/eval.json")["before"],
              **{name: read_json(out / name / "eval.json")["after"] for name in RUNS}}
     runs = {name: {f"{side}_bpb": scores[side]["bits_per_byte"] for side in sides} for name, scores in texts.items()}

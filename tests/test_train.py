@@ -540,18 +540,6 @@ def test_json_is_the_final_evaluation(lab, tmp_path, monkeypatch, quick):
 
 # ---- what protects a run
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_is_noted_and_a_second_interrupt_stops_at_once(number):
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-    with train.note_signals() as received:
-        assert received == []
-        os.kill(os.getpid(), number)
-        assert received == [number.name]
-        os.kill(os.getpid(), signal.SIGTERM)          # a second polite request changes nothing
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert before == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_named(value):

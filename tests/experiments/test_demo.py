@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from core.errors import UserError
+
 SCRIPT = Path(__file__).parents[2] / "experiments" / "demo.py"
 spec = importlib.util.spec_from_file_location("experiments_demo", SCRIPT)
 demo = importlib.util.module_from_spec(spec)
@@ -305,3 +307,47 @@ def test_command_line():
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
     assert wrong.stderr.count("\n") == 1
+
+
+def test_a_stopped_demo_ends_with_the_status_of_its_part_and_goes_on_from_there(tmp_path, monkeypatch, capsys):
+    """Truth: the parts that ran, counted; a part is stopped once, as by SIGTERM."""
+    out, calls, stops = tmp_path / "demo", [], ["little_replay", "replay", "base"]
+
+    def run_command(program, *words, show):
+        name = Path(words[words.index("--out") + 1]).name
+        calls.append(name)
+        if stops and name == stops[-1]:
+            stops.pop()
+            raise UserError("train.py was stopped by SIGTERM", 143)
+        folder = out / Path(words[words.index("--out") + 1]).name
+        score = {side: {"bits_per_byte": {"domain_only": 3.0}.get(name, 2.0)} for side in ("general", "domain")}
+        folder = out / "shards" / name if program == "data.py" else folder
+        if program == "report.py":
+            folder.write_text("page")
+            return
+        folder.mkdir(parents=True)
+        (folder / ("tokenizer.json" if name == "tokenizer" else "manifest.json")).write_text("{}")
+        if program == "train.py":
+            (folder / "eval.json").write_text(json.dumps({"before": score, "after": score}))
+
+    def make_corpora(folder):
+        calls.append("corpora")
+        folder.mkdir(parents=True)
+    monkeypatch.setattr(demo.cli, "run_command", run_command)
+    monkeypatch.setattr(demo, "make_corpora", make_corpora)
+    monkeypatch.chdir(tmp_path)
+
+    def run() -> tuple:
+        calls.clear()
+        return demo.cli.run("demo.py", "", (demo.Demo, demo.demo), argv=["--out", str(out)]), calls.copy()
+    first = ["corpora", "tokenizer", "general", "domain", "base"]
+    assert run() == (143, first)
+    assert run() == (143, ["base", "domain_only", "replay"])
+    assert run() == (143, ["replay", "little_replay"])
+    assert "done before: python train.py recipes/demo.toml --model.init scratch" in capsys.readouterr().out
+    assert run() == (0, ["little_replay", "report.html"])
+    whole = [*first, "domain_only", "replay", "little_replay", "report.html"]
+    assert run() == (0, whole)                                  # a demo that ended begins anew
+    (out / "summary.json").unlink()
+    (out / "plan.json").write_text("[]")
+    assert run() == (0, whole)                                  # and so does one of other commands

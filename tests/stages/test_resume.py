@@ -41,7 +41,7 @@ from text.shards import pack
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(lab, tmp_path, monkeypatch, whole, stop):
     out, c = tmp_path / "run", settings(lab, tmp_path / "run")
     steps = sorted(random.Random(stop).sample(range(7), 3))       # stopped three times in a row
@@ -49,7 +49,7 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(lab, tmp_path, monkeyp
     for at in steps:
         with monkeypatch.context() as patch:
             spy(patch, at, lambda: os.kill(os.getpid(), stop), tokens)
-            assert train.train(c, one()) == 0
+            assert train.train(c, one()) == 128 + stop
         assert checkpoint.steps(out / "checkpoints")[-1] == at + 1
         assert not (out / "final").exists()
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_signals_to_a_real_process(lab, tmp_path):
     out, reference = tmp_path / "run", tmp_path / "reference"
     words = arguments(lab, out, steps=150)
     reached = 0
-    for stop in (signal.SIGTERM, signal.SIGINT):
+    for stop, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         running = subprocess.Popen([sys.executable, ROOT / "train.py", *words], env=ENV, text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         end = time.monotonic() + 60
@@ -114,7 +114,7 @@ def test_signals_to_a_real_process(lab, tmp_path):
             time.sleep(0.01)
         running.send_signal(stop)
         said, errors = running.communicate(timeout=60)
-        assert (running.returncode, errors) == (0, ""), errors
+        assert (running.returncode, errors) == (status, ""), errors
         assert re.search(rf"{stop.name}: saved at step \d+ of 150; the same command resumes it", said)
         before, reached = reached, checkpoint.steps(out / "checkpoints")[-1]
         assert before < reached < 150
