@@ -20,9 +20,10 @@ import torch
 
 import hf
 import tokenizer
-from core import cli, devices, files
+from core import cli, devices
 from core.config import setting
 from core.errors import UserError
+from core.settings_files import read_settings
 from model import KVCache
 from text.vocabulary import TextStream, token_before_document
 
@@ -167,7 +168,7 @@ def end_ids(folder: Path, tok) -> tuple[int, ...]:
     """The end tokens: eos_token_id of generation_config.json, else of config.json, else the tokenizer's."""
     ids = tok.eos_id
     for name in ("config.json", "generation_config.json"):
-        if (folder / name).exists() and (found := files.read_json(folder / name).get("eos_token_id")) is not None:
+        if (found := read_settings(folder / name).get("eos_token_id")) is not None:
             ids = found
     return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if i is not None)
 

@@ -9,12 +9,13 @@ No file is unpickled: a .bin is read through torch.load's weights_only, which re
 
 import core.threads
 
+import functools
 import hashlib
 import os
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from core.architecture import ModelConfig, make_config, parse_config
 from core.devices import DTYPES
 from core.errors import UserError
 from core.files import new_folder, read_json, write_json, write_text
+from core.settings_files import read_settings
 from model import Model
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
@@ -40,8 +42,8 @@ def to_hf_name(name: str) -> str:
 
 
 def from_hf_name(name: str) -> str | None:
-    """Our name; None for the rotary frequencies that old checkpoints hold, which are computed here."""
-    if name.endswith("rotary_emb.inv_freq"):
+    """Our name; None for the rotary frequencies and angles that old checkpoints hold, which are computed here."""
+    if re.search(r"\brotary_emb\.\w+$", name):
         return None
     return name.removeprefix("lm_") if name.partition(".")[0] == "lm_head" else name.removeprefix("model.")
 
@@ -63,21 +65,21 @@ class Base:
         """The name with the commit that was opened, so that the same files can be opened again."""
         return self.name if self.revision is None else f"{self.name.partition('@')[0]}@{self.revision}"
 
-    @cached_property
+    @functools.cached_property
     def settings(self) -> dict:
-        """config.json as it stands."""
-        return read_json(self.folder / "config.json", dict)
+        """config.json, its known fields typed."""
+        return read_settings(self.folder / "config.json", needed=True)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the stored weights by config.json; fp32 where it names none."""
         return DTYPES.get(self.settings.get("dtype") or self.settings.get("torch_dtype"), torch.float32)
 
-    @cached_property
+    @functools.cached_property
     def config(self) -> ModelConfig:
         return parse_config(self.settings, self.folder)
 
-    @cached_property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """16 hex digits that tell these weights from others: a digest of each file's name, size, first and last MB."""
         digest = hashlib.sha256()
@@ -89,7 +91,7 @@ class Base:
                 digest.update(opened.read())
         return digest.hexdigest()[:16]
 
-    @cached_property
+    @functools.cached_property
     def facts(self) -> dict:
         """What a user should know before training the base: {"license": text, "chat_template": whether it has one}."""
         template, settings = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
@@ -119,8 +121,8 @@ def open_base(path: "str | Path | Base") -> Base:
         try:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=wanted))
         except (OSError, ValueError) as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} could not be fetched from the Hub and is not in its cache: {first}") from None
+            raise UserError(f"{path} could not be fetched from the Hub and is not in its cache: "
+                            f"{first_line(error)}") from None
         if any(folder.glob(weights)):
             break
         # A branch may move between two requests to the Hub: the second names the commit that the first one found.
@@ -128,12 +130,17 @@ def open_base(path: "str | Path | Base") -> Base:
     return Base(path, folder, folder.name)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ---- loading
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """{tensor name: file} of model.safetensors, of pytorch_model.bin, or of the shards that the index of one names.
 
-    UserError where there is none of them, or the index names what is not there.
+    UserError where there is none of them, where the index names what is not there (but the head, which a tied model
+    lacks), and where a single file stands beside the index of others: only one of them is the model.
     """
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index, single = folder / f"{stem}.index.json", folder / stem
@@ -141,16 +148,28 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             files = read_json(index, dict).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
                 raise UserError(f"{index} has no weight_map from tensor names to file names")
-            for name in set(files.values()):
+            names = sorted(set(files.values()))
+            for name in names:
                 if Path(name).name != name or name in (".", ".."):
                     raise UserError(f"{index} points outside its folder: {name!r}")
                 if not (folder / name).is_file():
                     raise UserError(f"{index} names {name}, which is missing; the download is incomplete")
-            return {tensor: folder / name for tensor, name in files.items()}
+            if single.exists() and stem not in names:
+                raise UserError(f"{folder} holds {stem} and {index.name}, which names other files: two models in one "
+                                f"folder; remove the one that is not meant")
+            held = {name: set(list_tensors(folder / name)) for name in names}
+            lost = [tensor for tensor, name in files.items() if tensor not in held[name] and from_hf_name(tensor)]
+            if odd := [tensor for tensor in lost if tensor != "lm_head.weight"]:
+                raise UserError(f"{folder / files[odd[0]]} does not hold {odd[0]}, though the index says so")
+            return {tensor: folder / name for tensor, name in files.items() if tensor in held[name]}
         if single.exists():
-            with open_tensors(single) as file:
-                return dict.fromkeys(file.keys(), single)
+            return dict.fromkeys(list_tensors(single), single)
     raise UserError(f"{folder} holds no model.safetensors, no index of one and no pytorch_model.bin")
+
+
+def list_tensors(path: Path) -> list[str]:
+    with open_tensors(path) as file:
+        return list(file.keys())
 
 
 def open_tensors(path: Path):
@@ -158,13 +177,24 @@ def open_tensors(path: Path):
     try:
         if path.suffix != ".bin":
             return safe_open(path, framework="pt")
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = load_pickle(path, path.stat().st_mtime_ns)
+        if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+            raise TypeError(f"{odd[0]} is a {type(tensors[odd[0]]).__name__}")
         return nullcontext(SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__))
     except (SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is damaged or cut short: {first_line(error)}") from None
     except Exception as error:
         # weights_only met code and raised pickle.UnpicklingError, or a broken pickle raised what it likes.
-        raise UserError(f"{path} is refused, it holds more than tensors: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is refused, it holds more than tensors: {first_line(error)}") from None
+
+
+# One file: `fill` asks for each tensor by itself, and a file of torch before 1.6 is read as a whole each time.
+@functools.lru_cache(maxsize=1)
+def load_pickle(path: Path, changed: int) -> dict:
+    """The tensors of a .bin, mapped where its format allows that; changed: when the file was, for the cache."""
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
@@ -188,14 +218,21 @@ def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
     wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
     tied_head = {"head.weight"} if model.config.tie_word_embeddings else set()
     if left_over := [hf_name for name, (hf_name, _) in files.items() if name not in wanted]:
-        raise UserError(f"{folder} holds tensors this model has no place for, among them {', '.join(left_over[:5])}"
-                        + f" and {len(left_over) - 5} more" * (len(left_over) > 5))
+        raise UserError(f"{folder} holds tensors this model has no place for, among them {name_some(left_over)}")
     if missing := [to_hf_name(name) for name in wanted if name not in files.keys() | tied_head]:
-        raise UserError(f"{folder} lacks tensors the model needs, among them {', '.join(missing[:5])}"
-                        + f" and {len(missing) - 5} more" * (len(missing) > 5))
+        raise UserError(f"{folder} lacks tensors the model needs, among them {name_some(missing)}")
     for name, parameter in wanted.items():
         if name in files:
             parameter.copy_(layout(read_tensor(*files[name], parameter.shape), parameter))
+    load_pickle.cache_clear()
+
+
+def name_some(names: list[str]) -> str:
+    """The first five of the names, and of how many; with what it means that some belong to quantised weights."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    quantised = any(re.search(r"(qweight|SCB|absmax|weight_packed|weight_scale\w*)$", name) for name in names)
+    hint = "; these are quantised weights: take the full-precision model that they were made from" if quantised else ""
+    return ", ".join(names[:5]) + rest + hint
 
 
 def check_tied_head(config: ModelConfig, stored: dict[str, Path], folder) -> None:
@@ -211,9 +248,10 @@ def check_tied_head(config: ModelConfig, stored: dict[str, Path], folder) -> Non
 def read_tensor(name: str, file: Path, shape: torch.Size) -> torch.Tensor:
     """One tensor of a file. The file is opened for each tensor, because closing it frees the pages of the last one."""
     with open_tensors(file) as opened:
-        if name not in opened.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            raise UserError(f"{file} does not hold {name}, though the index says so")
         tensor = opened.get_tensor(name)
+    if not tensor.is_floating_point():
+        raise UserError(f"{name} in {file} is {str(tensor.dtype).removeprefix('torch.')}, as quantised weights are; "
+                        f"take the full-precision model that they were made from")
     if tensor.shape != shape:
         raise UserError(f"{name} in {file} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}")
     return tensor
@@ -246,8 +284,8 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
         known = make_config(config, dtype, base.settings if base else {}) | pad
         write_json(out / "config.json", known)
         # Only the token ids: servers take sampling values found here as their defaults, and a base model has none.
-        if base and (base.folder / "generation_config.json").exists():
-            known |= read_json(base.folder / "generation_config.json", dict) | pad
+        if base:
+            known |= read_settings(base.folder / "generation_config.json") | pad
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: known[name] for name in names if known.get(name) is not None}
         write_json(out / "generation_config.json", {"_from_model_config": True, **ids})

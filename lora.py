@@ -29,7 +29,8 @@ from core.cli import Dtype, Output
 from core.config import setting
 from core.devices import DTYPES
 from core.errors import UserError, nearest
-from core.files import new_folder, read_json, refuse_existing, write_json
+from core.files import new_folder, refuse_existing, write_json
+from core.settings_files import read_settings
 from learn import adapters
 
 PREFIX = "base_model.model."                 # of every key in PEFT's files
@@ -265,10 +266,10 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     head.
     """
     folder, tied = hf.open_base(folder).folder, adapters.is_tied(model)
-    settings = read_json(folder / CONFIG, dict)
+    settings = read_settings(folder / CONFIG, needed=True)
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
-    if missing := [name for name in ("r", "lora_alpha") if type(settings.get(name)) not in (int, float)]:
+    if missing := [name for name in ("r", "lora_alpha") if settings.get(name) is None]:
         raise UserError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
     for key, allowed in HARMLESS.items():
         if settings.get(key) not in allowed:
@@ -346,8 +347,6 @@ def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **option
     in fp32 and rounded to `dtype`, the base's by default. options: of hf.save, such as card and tokenizer. The result
     says how far the rounding moved the logits of 64 random tokens, and which servers take the adapter by itself."""
     base = hf.open_base(base)
-    if "quantization_config" in base.settings:
-        raise UserError(f"{base.folder} is quantised; merge into the full-precision base it was made from")
     dtype = dtype or base.dtype
     model = hf.load(base).eval()
     settings = load_adapter(model, adapter)

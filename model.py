@@ -17,11 +17,14 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from core.architecture import ModelConfig
 
+# Scalings whose frequencies depend on the length of the sequence.
+BY_LENGTH = ("dynamic", "longrope")
+
 
 def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, float]:
     """(fp32 [d/2]: by how much the angle of each pair grows per position, factor on cosine and sine).
 
-    length: of the sequence, which `dynamic` scaling depends on.
+    length: of the sequence, which the scalings depend on that are in BY_LENGTH.
     """
     d, base, scaling = config.head_dim, config.rope_theta, config.rope_scaling
     kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
@@ -40,6 +43,9 @@ def rope_frequencies(config: ModelConfig, length: int) -> tuple[torch.Tensor, fl
         turns = original * frequency / (2 * math.pi)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return frequency * (keep + (1 - keep) / factor), 1.0
+    if kind == "longrope":         # arXiv 2402.13753
+        factors = scaling["long_factor" if length > original else "short_factor"]
+        return frequency / torch.tensor(factors), scaling["attention_factor"]
     if kind == "yarn":
         return yarn_frequencies(config, frequency, factor or config.max_position_embeddings / original, original)
     return frequency, 1.0
@@ -209,16 +215,20 @@ class Model(nn.Module):
         read it would wait for a GPU and break a compiled graph. There it is enough that positions are below
         sequence_length or, from a caller who passes larger ones, within the trained length."""
         is_free = position_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_free or self.config.rope_scaling.get("rope_type") == "dynamic":
+        if is_free or self.config.rope_scaling.get("rope_type") in BY_LENGTH:
             return int(position_ids.max()) + 1
         return max(sequence_length, self.config.max_position_embeddings)
 
     def angles(self, length: int, device):
-        """Cosine and sine [length, d/2] in fp32, kept until a longer sequence comes (`dynamic`: another length)."""
-        dynamic = self.config.rope_scaling.get("rope_type") == "dynamic"
-        wanted = max(length, self.config.max_position_embeddings) if dynamic else length
+        """Cosine and sine [length, d/2] in fp32, kept until a longer sequence comes (BY_LENGTH: another length)."""
+        scaling, longest = self.config.rope_scaling, self.config.max_position_embeddings
+        by_length = scaling.get("rope_type") in BY_LENGTH
+        # The longest sequence that has the same frequencies as one of this length.
+        wanted = max(length, longest) if by_length else length
+        if scaling.get("rope_type") == "longrope" and length <= scaling["original_max_position_embeddings"]:
+            wanted = scaling["original_max_position_embeddings"]
         have, cos, sin = self._angles
-        if (have != wanted if dynamic else have < wanted) or cos.device != device:
+        if (have != wanted if by_length else have < wanted) or cos.device != device:
             # A tensor made in inference mode could not be used in a later backward pass.
             with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
                 frequency, amplitude = rope_frequencies(self.config, wanted)

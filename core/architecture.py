@@ -5,6 +5,7 @@ dialects (`rope_theta`, `rope_scaling`, `torch_dtype` of transformers 4; `rope_p
 with the new keys alone, transformers 4 takes a rope_theta of 10000 without a warning.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from core.errors import UserError
 
 # What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "rope_theta": 10000.0,
-            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+            "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+            "no_rope_layer_interval": 4}
 FAMILIES = {
     "llama": {"architecture": "LlamaForCausalLM"},
     "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "max_position_embeddings": 131072},
@@ -31,9 +33,16 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 SHARED = (*SIZES, "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
           "attention_bias", "mlp_bias")
 
+# Names of one function; transformers knows both.
+SILU = ("silu", "swish")
 # {kind of scaling: the keys it needs}
 ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+              "longrope": ("short_factor", "long_factor", "attention_factor", "original_max_position_embeddings")}
+# Keys of a base's config.json that are not true of an exported model: its weights are plain, remote code is not copied,
+# and the original length of a scaled rotation stands with the scaling.
+LEFT_OVERS = ("quantization_config", "compression_config", "auto_map", "_attn_implementation", "attn_implementation",
+              "original_max_position_embeddings")
 
 
 @dataclass
@@ -44,10 +53,10 @@ class ModelConfig:
     num_hidden_layers: int = setting(8, at_least=1)
     num_attention_heads: int = setting(8, at_least=1)
     num_key_value_heads: int | None = setting(None, at_least=1)      # None: as many as attention heads
-    head_dim: int | None = None                  # None: hidden_size / num_attention_heads
+    head_dim: int | None = setting(None, at_least=2)               # None: hidden_size / num_attention_heads
     max_position_embeddings: int = setting(2048, at_least=1)
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    rms_norm_eps: float = setting(1e-5, at_least=0)
+    rope_theta: float = setting(10000.0, above=1, below=math.inf)
     rope_scaling: dict = field(default_factory=dict)           # {"rope_type": a key of ROPE_TYPES, ...}
     tie_word_embeddings: bool = False
     qkv_bias: bool = False                       # Qwen2
@@ -76,46 +85,92 @@ class ModelConfig:
                             f"num_key_value_heads {self.num_key_value_heads}")
         if self.windows is not None and len(self.windows) != self.num_hidden_layers:
             raise UserError(f"windows names {len(self.windows)} layers of {self.num_hidden_layers}")
+        if any(window is not None and window < 1 for window in self.windows or ()):
+            raise UserError(f"a sliding window is {min(filter(None, self.windows))}, but must be at least 1")
         if (kind := self.rope_scaling.get("rope_type", "default")) not in ROPE_TYPES:
             raise UserError(f"rope_type {kind!r} is not known; known are {', '.join(ROPE_TYPES)}")
         if missing := [key for key in ROPE_TYPES[kind] if key not in self.rope_scaling]:
             raise UserError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_scaling")
+        for key in ("short_factor", "long_factor") if kind == "longrope" else ():
+            if len(factors := self.rope_scaling[key]) != self.head_dim // 2:
+                raise UserError(f"rope_scaling has {len(factors)} values of {key}, but a head of {self.head_dim} has "
+                                f"{self.head_dim // 2} pairs")
+        for key in ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+                    "beta_slow"):
+            if not (self.rope_scaling.get(key) or 1) > 0:
+                raise UserError(f"rope_scaling has {key} {self.rope_scaling[key]}, but it must be above 0")
 
 
 # ---- config.json
 
 def parse_config(values: dict, folder: Path) -> ModelConfig:
-    """The values of `folder`/config.json as a ModelConfig; an architecture we do not have is refused by name."""
+    """The typed values of `folder`/config.json as a ModelConfig; an architecture that we lack is refused by name."""
     family = values.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{folder}/config.json has model_type {family!r}, which is not supported; known are "
                         f"{', '.join(FAMILIES)} (Llama 1 to 3.2, TinyLlama, SmolLM2 and Falcon3 are llama)")
     known = {**DEFAULTS, **FAMILIES[family], **{key: value for key, value in values.items() if value is not None}}
-    if missing := [name for name in SIZES if type(known.get(name)) is not int or known[name] < 1]:
+    if missing := [name for name in (*SIZES, "no_rope_layer_interval") if (known.get(name) or 0) < 1]:
         raise UserError(f"{folder}/config.json has no usable {', '.join(missing)}; a model needs at least 1")
-    if known["hidden_act"] != "silu":
+    if known["hidden_act"] not in SILU:
         raise UserError(f"{folder}/config.json has hidden_act {known['hidden_act']!r}; only silu (SwiGLU) is known")
-    rope = {**(known.get("rope_scaling") or {}), **(known.get("rope_parameters") or {})}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError(f"{folder}/config.json gives rope parameters by layer type; that is not supported")
-    theta = rope.pop("rope_theta", None) or known["rope_theta"]
-    # Old configs call the key `type`.
-    old_kind = rope.pop("type", "default")
-    rope["rope_type"] = rope.pop("rope_type", None) or old_kind
-    no_rope, interval = [], values.get("no_rope_layer_interval", 4)
+    layers, no_rope, interval = known["num_hidden_layers"], [], known["no_rope_layer_interval"]
     if family == "smollm3":
         # A config without the list means that every fourth layer has no rotation.
-        uses_rope = values.get("no_rope_layers") or [(i + 1) % interval for i in range(known["num_hidden_layers"])]
+        uses_rope = values.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]
         no_rope = [i for i, uses in enumerate(uses_rope) if not uses]
+    for name in ("no_rope_layers", "layer_types"):
+        if len(values.get(name) or range(layers)) != layers:
+            raise UserError(f"{folder}/config.json names {len(values[name])} {name} of {layers} layers")
+    if odd := set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{folder}/config.json has layer_types {min(odd)}, which is not supported")
     config = {name: known.get(name) for name in SHARED}
     if family == "qwen2":
         # Its q, k and v always have a bias (qkv_bias), its o never.
         config["attention_bias"] = False
     # A null means as many key-value heads as heads; a config without the key means the family's default.
     config["num_key_value_heads"] = values.get("num_key_value_heads", known.get("num_key_value_heads"))
-    return ModelConfig(**config, rope_theta=theta, rope_scaling={} if rope["rope_type"] == "default" else rope,
-                       qkv_bias=family == "qwen2", qk_norm=family == "qwen3", no_rope_layers=no_rope, family=family,
+    theta, scaling = parse_rope(values, known, folder)
+    return ModelConfig(**config, rope_theta=theta, rope_scaling=scaling, qkv_bias=family == "qwen2",
+                       qk_norm=family == "qwen3", no_rope_layers=no_rope, family=family,
                        windows=find_windows(family, values, known, no_rope))
+
+
+def parse_rope(values: dict, known: dict, folder: Path) -> tuple[float, dict]:
+    """(rope_theta, rope_scaling) as transformers 5 takes them: rope_scaling before rope_parameters, in either of them
+    rope_theta before the one at the top, but original_max_position_embeddings at the top before the one in them.
+    What would follow from max_position_embeddings is filled in, so that it stays when a run sets that to something
+    else. UserError where two keys contradict each other, and so transformers 4 and 5, and for heads that are rotated
+    in part."""
+    file, scaling, parameters = f"{folder}/config.json", values.get("rope_scaling"), values.get("rope_parameters") or {}
+    rope = dict(scaling or parameters)
+    if any(isinstance(value, dict) for value in (*rope.values(), *parameters.values())):
+        raise UserError(f"{file} gives rope parameters by layer type; that is not supported")
+    theta, longest = rope.pop("rope_theta", None) or known["rope_theta"], known["max_position_embeddings"]
+    # Old configs call the key `type`.
+    kind, named = rope.get("rope_type") or rope.get("type") or "default", {"rope_type", "type"} & rope.keys()
+    if rope.get("factor") is not None and not named:
+        raise UserError(f"{file} has a rope factor and no rope_type; name it, e.g. linear")
+    used = {**rope, "rope_theta": theta, "rope_type": kind, "type": kind}
+    for part in (rope, parameters, {"rope_theta": values.get("rope_theta")}):
+        if wrong := [key for key, value in part.items() if value not in (None, used.get(key))]:
+            raise UserError(f"{file} says {wrong[0]} {part[wrong[0]]} and {used.get(wrong[0])}, and versions of "
+                            f"transformers differ in which they take; keep what the model was trained with")
+    for part in (values, rope):
+        if part.get("partial_rotary_factor") not in (None, 1):
+            raise UserError(f"{file} has partial_rotary_factor {part['partial_rotary_factor']}; only heads that are "
+                            f"rotated as a whole are supported")
+    rope = {"rope_type": kind} | {key: rope[key] for key in rope if key not in ("type", "partial_rotary_factor")}
+    if kind in ("llama3", "yarn", "longrope"):
+        original = known.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = original = original or longest
+        if original < 2:
+            raise UserError(f"{file} has original_max_position_embeddings {original}, but it must be at least 2")
+        if (kind == "longrope" or (kind == "yarn" and "factor" in rope)) and rope.get("factor") is None:
+            rope["factor"] = longest / original
+    if kind == "longrope" and rope.get("attention_factor") is None:
+        rope["attention_factor"] = math.sqrt(1 + math.log(max(rope["factor"], 1)) / math.log(original))
+    return theta, {} if kind == "default" else rope
 
 
 def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> list[int | None] | None:
@@ -140,13 +195,16 @@ def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
     """config.json of a model with this `config`. The keys of the base's own that we do not know are kept."""
     name = str(dtype).removeprefix("torch.")
     windows, layers = config.windows, range(config.num_hidden_layers)
+    # transformers 4 finds longrope's original length at the top of a config alone.
+    rope, is_longrope = config.rope_scaling, config.rope_scaling.get("rope_type") == "longrope"
     made = {
-        **base,
+        **{key: value for key, value in base.items() if key not in LEFT_OVERS},
+        **({"original_max_position_embeddings": rope["original_max_position_embeddings"]} if is_longrope else {}),
         **{key: getattr(config, key) for key in (*SHARED, "num_key_value_heads", "rope_theta")},
         "architectures": [FAMILIES[config.family]["architecture"]], "model_type": config.family,
         "hidden_act": "silu", "use_cache": True, "torch_dtype": name, "dtype": name,
-        "rope_scaling": config.rope_scaling or None,
-        "rope_parameters": {"rope_type": "default", **config.rope_scaling, "rope_theta": config.rope_theta},
+        "rope_scaling": rope or None,
+        "rope_parameters": {"rope_type": "default", **rope, "rope_theta": config.rope_theta},
     }
     if config.family == "mistral":
         made["sliding_window"] = windows[0] if windows else None

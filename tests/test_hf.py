@@ -426,6 +426,72 @@ def test_old_rotary_tensors_are_ignored(folder):
     assert hf.load(folder).count_parameters() == sum(t.numel() for name, t in tensors.items() if "rotary" not in name)
 
 
+def test_old_angle_buffers_are_ignored(folder):
+    truth, tensors = hf.load(folder).state_dict(), load_file(folder / "model.safetensors")
+    for name in ("model.layers.0.self_attn.rotary_emb.cos_cached", "model.layers.0.self_attn.rotary_emb.sin_cached",
+                 "model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"):
+        tensors[name] = torch.ones(4)
+    save_file(tensors, folder / "model.safetensors")
+    same_bytes(hf.load(folder).state_dict(), truth)
+
+
+def test_an_index_may_name_a_tied_head_that_no_file_holds(tiny_model, tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    hf.save(model, tmp_path / "out", shard_bytes=20_000)
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = index["weight_map"]["model.norm.weight"]
+    (tmp_path / "out/model.safetensors.index.json").write_text(json.dumps(index))
+    same_bytes(hf.load(tmp_path / "out").state_dict(), model.state_dict())
+    edit_json(tmp_path / "out/config.json", tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"lacks tensors the model needs, among them lm_head\.weight$"):
+        hf.load(tmp_path / "out")
+
+
+def test_two_models_in_one_folder_are_refused(tiny_model, folder):
+    """transformers takes the single file, other readers the index, and neither says so."""
+    shutil.copytree(folder, folder.parent / "sharded")
+    hf.save(tiny_model(seed=3), folder.parent / "sharded", shard_bytes=20_000)
+    for file in (folder.parent / "sharded").glob("model*"):
+        shutil.copy(file, folder)
+    with pytest.raises(ValueError, match=r"model\.safetensors and model\.safetensors\.index\.json, .* two models"):
+        hf.load(folder)
+    (folder / "model.safetensors").unlink()
+    same_bytes(hf.load(folder).state_dict(), tiny_model(seed=3).state_dict())
+
+
+def test_a_bin_of_the_oldest_format_loads(folder):
+    truth, tensors = hf.load(folder).state_dict(), load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    same_bytes(hf.load(folder).state_dict(), truth)
+    assert len(hf.open_base(folder).fingerprint) == 16
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"model.norm.weight": torch.ones(32)}}, [torch.ones(2)], {"a": 1}])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bin_that_is_no_table_of_tensors_is_refused(folder, content, zipped):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is refused, it holds more than tensors"):
+        hf.load(folder)
+
+
+@pytest.mark.parametrize("change", [
+    lambda name, tensor: {name: tensor.to(torch.int8), name.replace("weight", "SCB"): torch.ones(1)},
+    lambda name, tensor: {name.replace("weight", "qweight"): tensor.int()},
+    lambda name, tensor: {name: tensor.to(torch.uint8)},
+    lambda name, tensor: {name: tensor.to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)},
+])
+def test_quantised_weights_are_called_so(folder, change):
+    edit_json(folder / "config.json", quantization_config={"quant_method": "any"})
+    tensors = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors |= change(name, tensor) if "_proj" in name else {name: tensor}
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"quantised weights.*[;:] take the full-precision model"):
+        hf.load(folder)
+
+
 def test_tied_head_stored_twice_loads(tiny_model, tmp_path):
     """Some exporters store lm_head beside the embedding although they are one; equal numbers are welcome."""
     hf.save(tiny_model(tie_word_embeddings=True), tmp_path / "out")
@@ -503,8 +569,9 @@ def test_truncated_pickles_are_named(folder, length):
     ({"model_type": None}, "None, which is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu"),
     ({"hidden_size": None}, "no usable hidden_size"),
-    ({"num_hidden_layers": 0, "vocab_size": "97"}, "no usable vocab_size, num_hidden_layers"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope' is not known"),
+    ({"num_hidden_layers": 0, "vocab_size": -97}, "no usable vocab_size, num_hidden_layers"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' needs short_factor, long_factor"),
+    ({"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional' is not known"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor, high_freq_factor"),
     ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "by layer type"),
     ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
@@ -538,12 +605,14 @@ def test_an_index_cannot_point_outside_its_folder(folder, outside):
 
 @pytest.mark.parametrize(("index", "message"), [
     ({"weight_map": {"model.norm.weight": "gone.safetensors"}}, r"names gone\.safetensors, which is missing"),
-    ({"weight_map": {"model.nowhere.weight": "model.safetensors"}}, "no place for, among them model.nowhere.weight"),
+    ({"weight_map": {"model.nowhere.weight": "model.safetensors"}}, r"does not hold model\.nowhere\.weight, though"),
     ({"metadata": {}}, "has no weight_map"),
     ({"weight_map": {"model.norm.weight": 3}}, "has no weight_map"),
 ])
 def test_broken_indices_say_why(folder, index, message):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if "gone" in message:
+        (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=message):
         hf.load(folder)
 

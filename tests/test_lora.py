@@ -391,9 +391,11 @@ def test_the_merge_command_keeps_the_bases_dtype_and_refuses_a_quantised_one(ada
     assert not run_main(monkeypatch, *again, "--overwrite")
     assert "written in float32" in capsys.readouterr().out
     assert {t.dtype for t in load_file(tmp_path / "out/model.safetensors").values()} == {torch.float32}
-    edit_json(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    tensors = load_file(base / "model.safetensors")
+    quantised = {name: t.to(torch.int8) if name.endswith("q_proj.weight") else t for name, t in tensors.items()}
+    save_file(quantised, base / "model.safetensors")
     assert run_main(monkeypatch, "merge", "--base", base, "--adapter", folder, "--out", tmp_path / "no") == 2
     error = capsys.readouterr().err
-    assert "merge into the full-precision base" in error
+    assert "take the full-precision model" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "no").exists()

@@ -278,7 +278,7 @@ def test_cache_equals_uncached(tiny_model, windows):
             parts.append(model(piece, cache=cache))
         assert cache.length == 40
         assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-5, cuts
-    with pytest.raises(ValueError, match="holds 40 tokens, but 41 are needed"):
+    with pytest.raises(AssertionError, match="holds 40 tokens, but 41 are needed"):
         model(x[:, :1], cache=cache)
 
 
@@ -344,7 +344,12 @@ def test_autocast_keeps_positions_exact(tiny_model):
     ({"head_dim": 7}, "head_dim is 7.*even"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ({"windows": [4]}, "windows names 1 layers of 3"),
-    ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not known; known are default, linear"),
+    ({"rope_scaling": {"rope_type": "su"}}, "rope_type 'su' is not known; known are default, linear"),
+    ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "attention_factor": 1.0,
+                       "original_max_position_embeddings": 8}},
+     "1 values of short_factor, but a head of 8 has 4 pairs"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": -2.0}}, "rope_scaling has factor -2.0, but it must be above 0"),
+    ({"rope_theta": float("nan")}, "rope_theta is nan, but must be above 1"),
 ])
 def test_impossible_configs_say_why(tiny_config, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -31,10 +31,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from core.errors import UserError
-from core.files import read_json
+from core.settings_files import read_settings
 from text.corpus import utf8
 
 ROLES = ("bos", "eos", "pad", "unk", "mask")        # SentencePiece knows the first four
+# The settings files that name the token of a role, and those that give its id.
+ROLE_TOKENS, ROLE_IDS = ("tokenizer_config.json", "special_tokens_map.json"), ("config.json", "generation_config.json")
 
 # The split pattern and the special tokens, which the ranks file does not hold: llama-models, models/llama3/tokenizer.py
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -86,9 +88,10 @@ class Tokenizer:
         self.vocab, self.vocab_size = vocab, max(vocab.values()) + 1
         by_id = {i: token for token, i in vocab.items()}
         self.tokens: list[str | None] = [by_id.get(i) for i in range(self.vocab_size)]
-        roles = [self._find_role(role, folder, vocab.get(defaults.get(role))) for role in ROLES]
+        files = {name: read_settings(folder / name) for name in (*ROLE_TOKENS, *ROLE_IDS)}
+        roles = [self._find_role(role, files, vocab.get(defaults.get(role))) for role in ROLES]
         self.bos_id, self.eos_id, self.pad_id, self.unk_id, self.mask_id = roles
-        config = read_settings(folder / "tokenizer_config.json")
+        config = files["tokenizer_config.json"]
         # Llama's models were trained with BOS and GPT-2 without it; a tokenizer.json may put it before each text.
         is_llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
         add_bos = (is_llama or kind in ("sentencepiece", "tiktoken")
@@ -97,20 +100,19 @@ class Tokenizer:
         self.add_bos = self.bos_id is not None and bool(add_bos if named is None else named)
         self.special_ids = sorted({*roles, *control} - {None})
 
-    def _find_role(self, role: str, folder: Path, default: int | None) -> int | None:
-        """The id of a role, from the first file in `folder` that gives its token or its id."""
+    def _find_role(self, role: str, files: dict[str, dict], default: int | None) -> int | None:
+        """The id of a role, from the first of the settings `files` that gives its token or its id."""
         key = f"{role}_token"
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            settings = read_settings(folder / file)
-            if key in settings:
-                token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
+        for file in ROLE_TOKENS:
+            if key in files[file]:
+                token = files[file][key]
                 if token is None or token in self.vocab:
                     return self.vocab.get(token)
                 if role in ("bos", "eos"):
                     raise UserError(f"{file} names {token!r} as {key}, but the vocabulary beside it has no such "
                                     f"token; correct {key}, or bring the tokenizer file that belongs to it")
-        for file in ("config.json", "generation_config.json"):
-            i = read_settings(folder / file).get(f"{key}_id")
+        for file in ROLE_IDS:
+            i = files[file].get(f"{key}_id")
             i = i[0] if isinstance(i, list) and i else i
             if isinstance(i, int) and 0 <= i < self.vocab_size:
                 return i
@@ -330,13 +332,12 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
     """{token: id} of the control tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary. They
     are never found in text; ordinary added tokens would have to be, by rules that only a tokenizer.json states."""
     config = read_settings(folder / "tokenizer_config.json")
-    entries = config.get("added_tokens_decoder", {})
+    entries = config.get("added_tokens_decoder") or {}
     added = {entry["content"]: int(i) for i, entry in entries.items()} | read_settings(folder / "added_tokens.json")
     added = {token: i for token, i in added.items() if vocab.get(token) != i}
     control = {entry["content"] for entry in entries.values() if entry.get("special")}
     for values in (config, read_settings(folder / "special_tokens_map.json")):
-        listed = [values.get(f"{role}_token") for role in ROLES] + (values.get("additional_special_tokens") or [])
-        control |= {value["content"] if isinstance(value, dict) else value for value in listed}
+        control |= {values.get(f"{role}_token") for role in ROLES} | {*(values.get("additional_special_tokens") or [])}
     for token, i in added.items():
         if token in vocab or i in vocab.values():
             raise UserError(f"added token {token!r} of {folder} has id {i}, but the vocabulary beside it says "
@@ -345,11 +346,6 @@ def _read_added_tokens(folder: Path, vocab: dict[str, int]) -> dict[str, int]:
             raise UserError(f"added_tokens.json or tokenizer_config.json in {folder} adds the ordinary token "
                             f"{token!r}; how to find it in text stands in tokenizer.json: save one with transformers")
     return added
-
-
-def read_settings(path: Path) -> dict:
-    """The JSON object in a settings file, {} if the file is missing."""
-    return read_json(path, dict) if path.is_file() else {}
 
 
 def token_before_document(tokenizer: Tokenizer) -> int:

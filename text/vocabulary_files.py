@@ -24,9 +24,10 @@ from tokenizers import decoders, models, normalizers
 
 from core.errors import UserError
 from core.files import read_json, write_text
+from core.settings_files import read_settings
 from text import vocabulary
 from text.train_vocabulary import put_bos_first, split_as_llama3
-from text.vocabulary import BYTE_LETTERS, LETTER_BYTES, PROBES, ROLES, HuggingFaceTokenizer, read_settings
+from text.vocabulary import BYTE_LETTERS, LETTER_BYTES, PROBES, ROLES, HuggingFaceTokenizer
 
 # Types of a SentencePiece piece, as sentencepiece_model.proto numbers them
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

@@ -1,8 +1,14 @@
-"""config.json against transformers: what each family's silence means, and what its older keys say."""
+"""config.json against transformers: what each family's silence means, what its older keys say, and each way of scaling
+rotary positions: transformers' logits from the file as it is, and from what we make of it in both versions."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import hf
 from core.architecture import FAMILIES
@@ -47,3 +53,132 @@ def test_layers_are_counted_where_they_are_not_named(hf_model, family, options):
     (original / "config.json").write_text(json.dumps(
         {key: value for key, value in values.items() if key not in ("layer_types", "no_rope_layers")}))
     assert hf.open_base(original).config == named
+
+
+# ---- rotary positions
+
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+AT_TOP = {"original_max_position_embeddings": 16}
+ROPES = {
+    "linear as text": {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 5000},
+    "both the same": {"rope_scaling": {"type": "linear", "factor": 2.0},
+                      "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e3}, "rope_theta": 5e3},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0, **AT_TOP}, "max_position_embeddings": 16},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "yarn at the top": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, **AT_TOP},
+    "yarn at the top of 5": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e3}, **AT_TOP},
+    "yarn twice": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+                   **AT_TOP},
+    "yarn without a factor": {"rope_scaling": {"rope_type": "yarn", "factor": None, **AT_TOP}},
+    "yarn in full": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 20, "beta_slow": 2,
+                                      "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False, **AT_TOP}},
+    "yarn, truncate null": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": None, **AT_TOP}},
+    "llama3 at the top": {"rope_scaling": LLAMA3, **AT_TOP},
+    "llama3 without a length": {"rope_scaling": LLAMA3},
+    "longrope": {"rope_scaling": {"type": "longrope", **FACTORS}, **AT_TOP},
+    "longrope, long": {"rope_scaling": {"type": "longrope", **FACTORS}, "original_max_position_embeddings": 60},
+    "longrope, its factor": {"rope_parameters": {"rope_type": "longrope", "factor": 2.5, "rope_theta": 1e4, **FACTORS},
+                             **AT_TOP},
+    "longrope, attention": {"rope_scaling": {"type": "longrope", "attention_factor": 0.8, **FACTORS}, **AT_TOP},
+}
+TOKENS = torch.randint(0, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def write_variant(folder, changes: dict):
+    """`folder` with its rope keys replaced by `changes`."""
+    values = json.loads((folder / "config.json").read_text())
+    values = {key: value for key, value in values.items() if not key.startswith("rope_")}
+    (folder / "config.json").write_text(json.dumps(values | changes))
+
+
+@torch.no_grad()
+def our_logits(folder):
+    model = hf.load(folder)
+    return model.head(model(TOKENS))
+
+
+def export_all(hf_model, transformers, folder) -> dict:
+    """{name: transformers' logits} of every variant of ROPES; our export of each is in `folder`/number."""
+    expected = {}
+    for number, (name, changes) in enumerate(ROPES.items()):
+        _, original = hf_model("llama")
+        write_variant(original, changes)
+        with torch.no_grad():
+            expected[name] = transformers.AutoModelForCausalLM.from_pretrained(original).eval()(TOKENS).logits
+        assert (our_logits(original) - expected[name]).abs().max() < 1e-4, name
+        hf.save(hf.load(original), folder / str(number), base=original)
+        assert hf.open_base(folder / str(number)).config == hf.open_base(original).config, name
+    return expected
+
+
+def test_every_way_to_say_rope_is_read_and_written_as_transformers_5_does(hf_model, transformers, tmp_path):
+    expected = export_all(hf_model, transformers, tmp_path / "out")
+    assert len({round(logits.std().item(), 6) for logits in expected.values()}) > 9
+    for number, logits in enumerate(expected.values()):
+        exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / str(number)).eval()
+        with torch.no_grad():
+            assert (exported(TOKENS).logits - logits).abs().max() < 1e-4, list(ROPES)[number]
+
+
+@pytest.mark.slow
+def test_transformers_4_reads_every_exported_rope(hf_model, transformers, tmp_path):
+    older = os.environ.get("NANOCPT_TRANSFORMERS4")
+    if not older:
+        pytest.skip("NANOCPT_TRANSFORMERS4 is not set; see tests/test_hf.py")
+    save_file(export_all(hf_model, transformers, tmp_path / "out"), tmp_path / "expected.safetensors")
+    code = """if True:
+        import sys, torch, transformers
+        from safetensors.torch import load_file
+        assert transformers.__version__.startswith("4."), transformers.__version__
+        x, names = torch.load(sys.argv[1] + "/tokens.pt")
+        for number, name in enumerate(names):
+            model = transformers.AutoModelForCausalLM.from_pretrained(f"{sys.argv[1]}/out/{number}").eval()
+            with torch.no_grad():
+                error = (model(x).logits - load_file(sys.argv[1] + "/expected.safetensors")[name]).abs().max()
+            assert error < 1e-4, (name, error)
+    """
+    torch.save((TOKENS, list(ROPES)), tmp_path / "tokens.pt")
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": older}, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+     "says rope_type default and linear"),
+    ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2.0}}, "says type linear and dynamic"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_theta": 123.0},
+     "says rope_theta 123.0 and 500000.0"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 5e5}},
+     "says rope_theta 500000.0 and 10000.0"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"factor": 3.0}},
+     "says factor 3.0 and 2.0"),
+    ({"rope_scaling": {"factor": 2.0}}, "a rope factor and no rope_type"),
+    ({"partial_rotary_factor": 0.5}, "has partial_rotary_factor 0.5"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor 0.5"),
+    ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "rope_type 'mrope' is not known"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 1}, "must be at least 2"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -1}}, "has beta_fast -1.0"),
+    ({"layer_types": ["full_attention"]}, "names 1 layer_types of 3 layers"),
+    ({"layer_types": ["chunked_attention"] * 3}, "layer_types chunked_attention, which is not supported"),
+])
+def test_what_would_be_read_in_two_ways_is_refused(hf_model, changes, message):
+    _, original = hf_model("llama")
+    write_variant(original, changes)
+    with pytest.raises(ValueError, match=message):
+        _ = hf.open_base(original).config
+
+
+def test_swish_is_silu_and_left_overs_are_not_exported(hf_model, transformers, tmp_path):
+    _, original = hf_model("llama")
+    write_variant(original, {"hidden_act": "swish", "quantization_config": {"quant_method": "bitsandbytes"},
+                             "auto_map": {"AutoModelForCausalLM": "modeling_x.X"}, "of_theirs": 1})
+    hf.save(hf.load(original), tmp_path / "out", base=original)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["of_theirs"] == 1
+    assert not {"quantization_config", "auto_map"} & written.keys()
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert (exported(TOKENS).logits - our_logits(original)).abs().max() < 1e-4
