@@ -40,7 +40,7 @@ from core.errors import UserError, nearest
 from core.files import new_file, refuse_existing
 from core.pool import WorkerPool, batches_by_size
 from learn import objectives
-from text import corpus, gate, pii, repair, vocabulary
+from text import corpus, gate, kinds, pii, repair, vocabulary
 from text.scores import SCORES_VERSION, compile_keywords, estimate_log_odds, score_text
 
 # About so many characters are sent to a worker process at a time.
@@ -151,11 +151,11 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, wo
     """
     out, start, done = Path(out), time.perf_counter(), 0
     # A run that was killed at its very end leaves this partial, and outputs without their drops.json may be its own.
-    for name in ("drops.json", *(() if (out / ".drops.json.partial").exists() else corpus.CLEANED)):
+    for name in ("drops.json", *(() if (out / ".drops.json.partial").exists() else kinds.CLEANED)):
         refuse_existing(out / name, overwrite)
     # The files take their names in the opposite order.
-    with new_file(out / "drops.json") as report_file, new_file(out / corpus.CLEANED[1], "wb") as compressed, \
-            new_file(out / corpus.CLEANED[0], "wb") as kept, tempfile.TemporaryFile(dir=out) as scored:
+    with new_file(out / "drops.json") as report_file, new_file(out / kinds.CLEANED[1], "wb") as compressed, \
+            new_file(out / kinds.CLEANED[0], "wb") as kept, tempfile.TemporaryFile(dir=out) as scored:
         with WorkerPool(workers, settings) as pool, tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
             batches = batches_by_size(records, lambda record: len(record["text"] or "") + 100, BATCH_CHARS)
             for lines, chars in pool.map(_clean_batch, batches):
@@ -216,7 +216,7 @@ class Clean:
     """Options of clean.py."""
 
     files: Positional[list[str]]
-    """.jsonl[.gz|.zst], .parquet, text, a folder of them, or hf://org/dataset."""
+    """Files, folders, patterns, @LIST or hf://org/dataset: text, .jsonl or .parquet, also .gz and .zst."""
     text: Settings
     rule: Repeated[list[str]] = field(default_factory=list)
     """NAME=LOW:HIGH, another limit for a score, such as dup_lines=:0.5, perplexity=p5:p95 or sentences=off."""
@@ -253,13 +253,13 @@ def clean_command(options: Clean) -> dict:
         rules["language"] = tuple(options.language.lower().split(","))
     if options.perplexity:
         rules.setdefault("perplexity", (None, "p95"))
-    files = corpus.list_files(options.files)
+    files = kinds.list_files(options.files, dropped=True)
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
         next(corpus.read_input([path], reading), None)
 
     def read_texts(paths):
-        return (record["text"] or "" for record in corpus.read_input(corpus.list_files(paths), reading))
+        return (record["text"] for record in corpus.read_input(kinds.list_files(paths, dropped=True), reading))
 
     if options.keywords:
         text.keywords = compile_keywords(corpus.read_documents([options.keywords], Reading(documents="line")))

@@ -33,6 +33,7 @@ from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
 from text import foreign, mixture, shards
 from text.corpus import read_records
+from text.kinds import TEXTS, identify, list_files
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
 
@@ -124,7 +125,8 @@ class Pack:
     """Tokenise files into shards."""
 
     files: Positional[list[str]]
-    """.txt, .jsonl[.gz|.zst], .parquet, hf://org/dataset, or token files of datatrove, Megatron, llm.c and nanoGPT."""
+    """Files, folders, patterns, @LIST or hf://org/dataset: text, .jsonl or .parquet, also .gz and .zst; or token files
+    of datatrove, Megatron, llm.c and nanoGPT."""
     tokenizer: str
     """A model folder or a tokenizer file."""
     output: Output
@@ -159,17 +161,18 @@ def run_pack(options: Pack) -> dict:
         raise UserError("--buckets K and --score NAME go together, and --first with them")
     if options.part and options.buckets:
         raise UserError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
-    if options.buckets and any(map(foreign.holds_tokens, options.files)):
-        raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
     part = shards.read_part(options.part or "1/1")
+    inputs = list_files(options.files, (*TEXTS, "tokens"))
+    if options.buckets and "tokens" in map(identify, inputs):
+        raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
     out = shards.part_folder(options.output.out, *part) if options.part else options.output.out
     tokenizer, column = tokenizers.load(options.tokenizer), options.reading.column
     bar = tqdm(unit=" documents", disable=None, desc="pack")
 
-    def records(files: list[str] = options.files):
+    def records(files: list[str] = inputs):
         """(where, record) of each document; the text of a document of a token file is its ids."""
         for path in files:
-            if foreign.holds_tokens(path):
+            if identify(path) == "tokens":
                 found = ((path, {column: ids}) for ids in foreign.read_token_documents(path, tokenizer, options.dtype))
             else:
                 found = read_records([path], options.reading, text_only=not options.score)
@@ -177,19 +180,20 @@ def run_pack(options: Pack) -> dict:
                 bar.update()
                 yield where, record
 
-    for path in options.files:
+    for path in inputs:
         # A file that cannot be read should be known before hours of work.
         next(records([path]), None)
     start = time.perf_counter()
-    inputs = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
-              for path in options.files]
-    settings = {"heldout": options.heldout, "bos": options.bos or (False if options.no_bos else None), "inputs": inputs,
-                "shard_tokens": options.shard_tokens, "workers": options.workers, "overwrite": options.output.overwrite}
+    described = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
+                 for path in inputs]
+    settings = {"heldout": options.heldout, "bos": options.bos or (False if options.no_bos else None),
+                "inputs": described, "shard_tokens": options.shard_tokens, "workers": options.workers,
+                "overwrite": options.output.overwrite}
     if options.buckets:
         settings["first"] = options.first or ("high" if "quality" in options.score else "low")
         shards.pack_buckets(records, tokenizer, out, options.buckets, options.score, column=column, **settings)
     else:
-        texts = (record[column] for _, record in shards.deal_documents(options.files, records, *part))
+        texts = (record[column] for _, record in shards.deal_documents(inputs, records, *part))
         shards.pack(texts, tokenizer, out, allow_empty=bool(options.part), **settings)
     bar.close()
     seconds = time.perf_counter() - start
@@ -262,9 +266,9 @@ class Mix:
     preview: bool = False
     """Print and draw how much of each source the recipe's schedule draws over the run."""
     domain: list[str] = field(default_factory=list)
-    """Files of the domain."""
+    """Files, folders, patterns or @LIST of the domain."""
     general: list[str] = field(default_factory=list)
-    """Files of general text."""
+    """Files, folders, patterns or @LIST of general text."""
     out: str | None = None
     """The mixed JSONL; with --preview the picture, by default out/mix.png."""
     overwrite: bool = False
@@ -286,13 +290,20 @@ def run_mix(options: Mix, settings: list[str]) -> dict:
         return mixture.preview_mix(options.recipe, settings, Path(options.out or "out/mix.png"))
     if options.recipe or options.preview or settings or not (options.domain and options.general and options.out):
         raise UserError("mix wants either RECIPE --preview, or --domain, --general and --out")
-    sides = ((record for _, record in read_records(files, options.reading))
-             for files in (options.domain, options.general))
-    done = foreign.mix_files(*sides, options.out, ratio=options.domain_ratio, total=options.total_samples,
-                             seed=options.seed, max_epochs=options.max_epochs, overwrite=options.overwrite)
+    sides, empty = [list_files(files) for files in (options.domain, options.general)], {"domain": 0, "general": 0}
+
+    def records(side: str, files: list[str]):
+        for _, record in read_records(files, options.reading):
+            empty[side] += not record[options.reading.column]
+            yield record
+
+    done = foreign.mix_files(*map(records, empty, sides), options.out, ratio=options.domain_ratio,
+                             total=options.total_samples, seed=options.seed, max_epochs=options.max_epochs,
+                             overwrite=options.overwrite)
     for side in ("domain", "general"):
-        print(f"{side}: {done[side]['written']:,} of {done['total']:,} samples from {done[side]['records']:,} records, "
-              f"read {done[side]['epochs']:.2f} times")
+        done[side]["empty"] = empty[side]
+        print(f"{side}: {done[side]['written']:,} of {done['total']:,} samples from {done[side]['records']:,} records"
+              f"{f' ({empty[side]:,} of them empty)' if empty[side] else ''}, read {done[side]['epochs']:.2f} times")
     for warning in done["warnings"]:
         print(warning, file=sys.stderr)
     print(f"mixed into {options.out}, seed {options.seed}")

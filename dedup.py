@@ -38,6 +38,7 @@ from core.hashing import short_digest
 from core.pool import WorkerPool
 from text import duplicates
 from text.corpus import read_records, to_line
+from text.kinds import LISTS, TEXTS, list_files
 
 # Raise it when the same input gives another result, and LAYOUT when the files in --out/.dedup change.
 VERSION, LAYOUT = 1, 3
@@ -50,7 +51,7 @@ class Dedup:
     """Options of dedup.py."""
 
     files: Positional[list[str]]
-    """.jsonl[.gz|.zst], .parquet or text."""
+    """Files, folders, patterns, @LIST or hf://org/dataset: text, .jsonl or .parquet, also .gz and .zst."""
     against: list[str] = field(default_factory=list)
     """Benchmark files whose items must not be in the corpus: .jsonl, .json, .csv, .tsv, .parquet, text."""
     threshold: float = setting(0.8, above=0, at_most=1)
@@ -65,7 +66,8 @@ class Dedup:
 
 def dedup(options: Dedup) -> dict:
     """Deduplicate files into a folder, as the head of this file says; returns what dedup.json holds."""
-    files, against = sorted(set(map(str, options.files))), sorted(set(map(str, options.against)))
+    files, against = (sorted(set(list_files(paths, wanted)))
+                      for paths, wanted in ((options.files, TEXTS), (options.against, TEXTS + LISTS)))
     out, reading, paragraphs = Path(options.output.out), options.reading, options.paragraphs
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
@@ -122,7 +124,7 @@ def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
 def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, stays, similarity) -> dict:
     """Read the files again and write kept.jsonl and removed.jsonl, by what `find_duplicates` says of each unit; returns
     the counts of dedup.json."""
-    column, counts, unit = reading.column, dict.fromkeys(("documents", "kept", *REASONS), 0), 0
+    column, counts, unit = reading.column, dict.fromkeys(("documents", "empty", "kept", *REASONS), 0), 0
     with new_file(out / "kept.jsonl", "wb") as kept, new_file(out / "removed.jsonl", "wb") as removed, \
             tqdm(unit=" documents", disable=None, desc="write") as bar:
 
@@ -138,6 +140,7 @@ def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, s
                 if following > end:
                     break
                 counts["documents"] += 1
+                counts["empty"] += not record[column]
                 if overlaps := store.hits.get(unit):
                     remove(ident, overlaps[0]["item"], overlaps[0]["share"], "contaminated", overlaps=overlaps)
                     parts = []
@@ -167,7 +170,8 @@ def dedup_command(options: Dedup) -> dict:
     start, report = time.perf_counter(), dedup(options)
     seconds = time.perf_counter() - start
     print(f"{report['documents']:,} documents in {seconds:.1f} s ({report['documents'] / seconds:,.0f} a second), "
-          f"{report['kept']:,} kept in {Path(options.output.out) / 'kept.jsonl'}")
+          f"{report['kept']:,} kept in {Path(options.output.out) / 'kept.jsonl'}"
+          + (f"; {report['empty']:,} are empty" if report["empty"] else ""))
     print("removed: " + ", ".join(f"{report[reason]:,} {reason}" for reason in REASONS)
           + ("  (paragraph counts paragraphs)" if options.paragraphs else ""))
     for path, items in report.get("against", {}).items():

@@ -151,13 +151,16 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
             shards = Shards(file, "heldout")
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
+            counted = {}
         else:
-            raw = [text for text in corpus.read_documents([file], reading) if text]
+            texts_of_file = corpus.read_documents([file], reading)
+            raw = [text for text in texts_of_file if text]
+            counted = {"documents": texts_of_file.documents, "empty_documents": texts_of_file.empty}
             encoded = zip(raw, tokenizer.encode_batch(raw))
             documents = [(ids, len(corpus.utf8(text))) for text, ids in encoded if len(ids)]
         if not documents:
             raise UserError(f"text {name} ({file}) is empty")
-        results[name] = score(model, objective, documents, prefix, context)
+        results[name] = score(model, objective, documents, prefix, context) | counted
     return results, protocol(objective, prefix, context, next(model.parameters()).dtype)
 
 
@@ -173,7 +176,7 @@ class Eval:
     run: str | None = None
     """A run folder: score each of its checkpoints instead."""
     text: list[str]
-    """NAME=FILE ...: texts to score; of a packed folder, its held-out documents."""
+    """NAME=FILE ...: texts to score, also a folder, a pattern or @LIST; of a packed folder, its held-out documents."""
     general: list[str] = field(default_factory=list)
     """Names of the texts that are general: their rise is forgetting, the fall of the others the domain gain."""
     context: int | None = setting(None, at_least=1)

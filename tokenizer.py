@@ -57,7 +57,7 @@ class Extend(Change):
     """Learn new tokens from text, in continuation of the base's BPE."""
 
     files: Positional[list[str]]
-    """Text: .txt, .jsonl or .parquet, also .gz and .zst, or hf://org/dataset."""
+    """Files, folders, patterns, @LIST or hf://org/dataset: text, .jsonl or .parquet, also .gz and .zst."""
     learning: Learning = field(default_factory=Learning)
     reading: Reading = field(default_factory=Reading)
 
@@ -88,8 +88,10 @@ def extend_command(options: Extend) -> dict:
     new = write_change(options, lambda base, folder: extend(base, texts, wanted.new_tokens, folder, wanted.min_count))
     first, last = min(new), max(new)
     fewer = f" of {wanted.new_tokens}: no other pair that may be joined occurs {wanted.min_count} times"
-    print(f"{out}: {len(new)} new tokens{fewer if len(new) < wanted.new_tokens else ''}, ids {first} to {last}")
-    return {"out": out, "new_tokens": len(new), "first_id": first, "vocab_size": last + 1, "tokens": [*new.values()]}
+    print(f"{out}: {len(new)} new tokens{fewer if len(new) < wanted.new_tokens else ''}, ids {first} to {last}, from "
+          f"{texts.describe()}")
+    return {"out": out, "new_tokens": len(new), "first_id": first, "vocab_size": last + 1, "tokens": [*new.values()],
+            "documents": texts.documents, "empty_documents": texts.empty}
 
 
 def add_command(options: Add) -> dict:

@@ -60,7 +60,7 @@ class Reading:
     separator: str | None = None
     """The string that stands between the documents of a text file, instead of --documents."""
     column: str = "text"
-    """The field of a record that holds its text."""
+    """The field of a record that holds its text; content.text is the field text of the object content."""
     config: str | None = None
     """The configuration of a Hub dataset."""
     split: str = "train"

@@ -309,7 +309,6 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / "folder").mkdir()
     for name, data, word in (("no.jsonl", b'{"text": \n', "line 1 is not JSON"),
                              ("column.jsonl", b'{"body": "x"}\n', "'text'"),
-                             ("null.jsonl", b'{"text": null}\n', "'text'"),
                              ("list.jsonl", b"[1]\n", "list"), ("latin.jsonl", b'{"text": "\xe9"}\n', "utf-8"),
                              ("deep.jsonl", b"[" * 200_000 + b"\n", "recursion"),
                              ("big.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}\n", "big.jsonl"),
@@ -321,11 +320,11 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
         (tmp_path / name).write_bytes(data)
         assert word in no(tmp_path / name, "--out", tmp_path / "out"), name
         assert not (tmp_path / "out" / "kept.jsonl").exists()
-        if name not in ("column.jsonl", "null.jsonl", "list.jsonl", "a.csv"):
+        if name not in ("column.jsonl", "list.jsonl", "a.csv"):
             assert name in no(good, "--out", tmp_path / "o", "--against", tmp_path / name)
-    assert "is a folder" in no(tmp_path / "folder", "--out", tmp_path / "out")
+    assert "no file to read" in no(tmp_path / "folder", "--out", tmp_path / "out")
     assert "does not exist" in no(tmp_path / "nothing", "--out", tmp_path / "out")
-    assert "is a folder" in no(good, "--out", tmp_path / "out", "--against", tmp_path / "folder", "--overwrite")
+    assert "no file to read" in no(good, "--out", tmp_path / "out", "--against", tmp_path / "folder", "--overwrite")
     assert "--threshold is 1.5" in no(good, "--out", tmp_path / "out", "--threshold", 1.5)
     assert "--workers is 0, but must be at least 1" in no(good, "--out", tmp_path / "out", "--workers", 0)
     assert "--against" in no(good, "--out", tmp_path / "out", "--againts", good)

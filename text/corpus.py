@@ -10,121 +10,170 @@ import csv
 import io
 import itertools
 import json
-import os
-import re
 from pathlib import Path
 
 from core.cli import Reading
 from core.errors import UserError
+from text.kinds import KNOWN, LISTS, identify, list_files, name_faults, open_bytes
 
-# Files that hold a list of anything, such as the items of a benchmark. No corpus is read from them.
-LISTS = (".json", ".csv", ".tsv")
-# Suffixes that hold no plain text; read as text they would give nonsense without an error.
-NOT_TEXT = (*LISTS, ".html", ".htm", ".xml", ".pdf", ".docx", ".zip")
 # Characters read at a time where a separator stands between documents.
 SEPARATED_CHUNK = 1 << 20
-# What clean.py leaves in a folder beside its drops.json: every document that it has scored.
-CLEANED = ("kept.jsonl", "dropped.jsonl.gz")
 _to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
+# What may stand where a text or a record should, in the words of JSON.
+FOUND = {bool: "true or false", int: "a number", float: "a number", bytes: "bytes", str: "a string", list: "a list",
+         dict: "an object", type(None): "null"}
 
 
-def read_documents(files: list[str], reading: Reading | None = None):
-    """Yield the text of each document of the files; what `read_records` says holds."""
-    reading = reading or Reading()
-    return (record[reading.column] for _, record in read_records(files, reading, text_only=True))
+class Documents:
+    """The text of each document of some files, once; `documents` and `empty` count what was read so far. A null is an
+    empty text. files: as for `list_files`."""
+
+    def __init__(self, files: list[str], reading: Reading | None = None):
+        self.documents = self.empty = 0
+        reading = reading or Reading()
+        self._texts = (record[reading.column] for _, record in read_records(files, reading, text_only=True))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> str:
+        text = next(self._texts)
+        self.documents += 1
+        self.empty += not text
+        return text
+
+    def describe(self) -> str:
+        return f"{self.documents:,} documents" + (f", {self.empty:,} of them empty" if self.empty else "")
 
 
-def read_records(files: list[str], reading: Reading | None = None, text_only: bool = False, allow_null: bool = False):
+read_documents = Documents
+
+
+def read_records(files: list[str], reading: Reading | None = None, text_only: bool = False):
     """Yield (where it stands, record) of each document of the files, an hf://org/dataset[@revision] being one too.
 
-    .jsonl[.gz|.zst] and .parquet hold one record per document. Anything else is text, cut into documents as
-    reading.documents or reading.separator says. Each record has a string under reading.column, or with `allow_null`
-    perhaps None. With `text_only`, no other column of a parquet file is read.
-    A file that cannot be read is a UserError with its name, and a record without text one with its place.
+    What a file is, text/kinds.py decides. Lines of JSON and parquet hold one record per document, text is cut into
+    documents as reading.documents or reading.separator says. Each record has a string under reading.column, "" where
+    the file has null; a column `content.text` is taken out of the object `content`. With `text_only`, no other column
+    of a parquet file is read. A record without text is a UserError with its place.
     """
     assert not isinstance(files, str), "files is a list of paths"
     reading = reading or Reading()
-    for path in files:
+    for path in list_files(files):
         for where, record in read_values(path, reading, text_only):
+            record = _flatten(record, reading.column)
             text = record.get(reading.column, 0) if isinstance(record, dict) else 0
-            if not isinstance(text, str) and not (text is None and allow_null):
-                known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise UserError(f"{where} has no text under {reading.column!r} (it has: {known}); name the column with "
-                                f"--column")
+            if text is None:
+                record[reading.column] = ""
+            elif not isinstance(text, str):
+                raise _describe_record(where, record, reading.column)
             yield where, record
+
+
+def _flatten(record, column: str):
+    """The record with what stands under the dotted `column` moved to its top."""
+    outer, _, inner = column.partition(".")
+    if not inner or not isinstance(record, dict) or column in record or not isinstance(record.get(outer), dict):
+        return record
+    part = _flatten(record[outer], inner)
+    if inner not in part:
+        return record
+    return {**record, outer: {key: value for key, value in part.items() if key != inner}, column: part[inner]}
+
+
+def _describe_record(where: str, record, column: str) -> UserError:
+    """What a record has in the place of its text, and what to do."""
+    if not isinstance(record, dict):
+        return UserError(f"{where} has no text under {column!r}: it is {FOUND[type(record)]}, and not an object of "
+                         f"named fields")
+    strings = [f"{key}.{name}" for key, value in record.items() if isinstance(value, dict)
+               for name, part in value.items() if isinstance(part, str)]
+    if column in record:
+        strings = [name for name in strings if name.startswith(f"{column}.")]
+        what = f"but {FOUND.get(type(record[column]), type(record[column]).__name__)}"
+        remedy = "" if strings else "make it a string (bytes: decode them), or "
+    else:
+        what, remedy = f"(it has: {', '.join(record)})", ""
+    such = f", such as --column {strings[0]}" if strings else ""
+    return UserError(f"{where} has no text under {column!r} {what}; {remedy}name the column with --column{such}")
 
 
 def read_values(path: str, reading: Reading, text_only: bool = False, lists: bool = False):
     """Yield (where it stands, value) as `read_records` does, but a line of JSON may hold anything; with `lists` also
     the entries of a .json file and the rows of .csv and .tsv, their header among them."""
-    is_hub, suffix = path.startswith("hf://"), Path(path).suffix.lower()
-    if not is_hub and not os.path.isfile(path):
-        raise UserError(f"input file {path} " + ("is a folder; name the files in it" if os.path.isdir(path)
-                                                 else "does not exist"))
-    if not is_hub and suffix in NOT_TEXT and not (lists and suffix in LISTS):
-        raise UserError(f"input file {path} is no plain text; make it .txt or .jsonl (one {{\"text\": ...}} a line)")
-    stem, fault = re.sub(r"\.(gz|zst)$", "", path), "cannot be read as UTF-8 text (convert it or fetch it again)"
-    try:
-        if is_hub:
+    kind = identify(path, lists)
+    if kind == "tokens":
+        raise UserError(f"input file {path} has the name of token ids, no plain text; data.py pack alone reads it")
+    if kind in LISTS and not lists:
+        remedy = f"make one object a line of it: jq -c '.[]' {path} > NAME.jsonl" if kind == "json" else \
+            "make it .jsonl, one {\"text\": ...} a line"
+        raise UserError(f"input file {path} is a list in {kind.upper()}, no plain text; known are {KNOWN}; {remedy}")
+    fault = {"hub": "cannot be read from the Hub", "parquet": "is not a readable parquet file (fetch it again)",
+             "json": "is not a list in JSON (convert it or fetch it again)"}
+    with name_faults(path, fault.get(kind, "cannot be read; fetch it again")):
+        if kind == "hub":
             from datasets import load_dataset
-            fault = "cannot be read from the Hub"
             name, _, revision = path.removeprefix("hf://").partition("@")
             rows = load_dataset(name, reading.config, split=reading.split, streaming=True, revision=revision or None)
             yield from ((f"{path} record {number}", row) for number, row in enumerate(rows, 1))
-        elif stem.endswith(".parquet"):
-            from pyarrow import parquet
-            fault = "is not a readable parquet file (fetch it again)"
-            file = parquet.ParquetFile(path)
-            # All columns where the wanted one is missing, so that the message can name them.
-            columns = [reading.column] if text_only and reading.column in file.schema_arrow.names else None
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                yield from ((path, record) for record in batch.to_pylist())
-        elif stem.endswith((".jsonl", ".ndjson")):
+        elif kind == "parquet":
+            yield from _parquet_rows(path, reading.column if text_only else None)
+        elif kind == "lines":
             yield from _json_lines(path)
-        elif suffix == ".json":
-            fault = "is not a list in JSON (convert it or fetch it again)"
-            items = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        elif kind == "json":
+            with open_bytes(path) as file:
+                items = json.loads(file.read().decode("utf-8-sig"))
             if not isinstance(items, (list, dict)):
                 raise ValueError(f"it holds one {type(items).__name__}")
             yield from ((path, item) for item in (items.values() if isinstance(items, dict) else items))
-        elif suffix in LISTS:
+        elif kind in LISTS:
             csv.field_size_limit(2**31 - 1)
-            with open(path, encoding="utf-8-sig", newline="") as file:
-                yield from ((path, cells) for cells in csv.reader(file, delimiter="\t" if suffix == ".tsv" else ","))
+            with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+                yield from ((path, cells) for cells in csv.reader(file, delimiter="\t" if kind == "tsv" else ","))
         else:
             yield from ((path, {reading.column: text}) for text in _text_documents(path, reading))
-    except UserError:
-        raise
-    except (ValueError, OSError, RecursionError, csv.Error) as error:
-        # These errors do not name the file, and the user may have given a hundred.
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} {fault}: {reason}") from None
+
+
+def _parquet_rows(path: str, column: str | None):
+    """(place, record) of each row; with `column` that alone, unless it is missing: a message names the others."""
+    from pyarrow import parquet
+    file = parquet.ParquetFile(path)
+    has = column and {column, column.partition(".")[0]} & set(file.schema_arrow.names)
+    batches = file.iter_batches(batch_size=1024, columns=[column] if has else None)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    yield from ((f"{path} row {number}", record) for number, record in enumerate(rows, 1))
+
+
+def _lines(path: str):
+    """(number, line) of a file of UTF-8 text; a byte order mark is skipped, and only a line feed ends a line."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} line {number} cannot be read as text in utf-8 (byte {error.start + 1} of it); "
+                                f"convert it: iconv -f LATIN1 -t UTF-8, or the encoding it has") from None
 
 
 def _json_lines(path: str):
-    with _open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                # Also an integer of more than 4,300 digits, and brackets a thousand deep.
-                raise UserError(f"{path} line {number} is not JSON: {error}") from None
-            yield f"{path} line {number}", value
-
-
-def _open_text(path: str):
-    """A file of UTF-8 text, decompressed; a byte order mark is skipped, and only a line feed ends a line."""
-    import pyarrow
-    file = pyarrow.input_stream(path) if path.endswith((".gz", ".zst")) else open(path, "rb")       # noqa: SIM115
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            # Also an integer of more than 4,300 digits, and brackets a thousand deep.
+            raise UserError(f"{path} line {number} is not JSON: {error}") from None
+        yield f"{path} line {number}", value
 
 
 def _text_documents(path: str, reading: Reading):
     """The texts of a plain file, without line ends around them."""
-    with _open_text(path) as file:
-        if reading.separator:
+    if reading.separator or reading.documents == "file":
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="\n") as file:
+            if not reading.separator:
+                yield file.read()
+                return
             rest = ""
             while part := file.read(SEPARATED_CHUNK):
                 # The separator may lie across two chunks, so the last text waits for the next chunk.
@@ -132,14 +181,14 @@ def _text_documents(path: str, reading: Reading):
                 yield from (text.strip("\r\n") for text in complete)
             if rest.strip("\r\n"):
                 yield rest.strip("\r\n")
-        elif reading.documents == "file":
-            yield file.read()
-        elif reading.documents == "line":
-            yield from (line.rstrip("\r\n") for line in file)
-        else:
-            for is_blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
-                if not is_blank:
-                    yield "".join(lines).rstrip("\r\n")
+        return
+    lines = (line for _, line in _lines(path))
+    if reading.documents == "line":
+        yield from (line.rstrip("\r\n") for line in lines)
+        return
+    for is_blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
+        if not is_blank:
+            yield "".join(block).rstrip("\r\n")
 
 
 def utf8(text: str) -> bytes:
@@ -152,31 +201,15 @@ def utf8(text: str) -> bytes:
 
 # ---- records as clean.py takes and leaves them
 
-def list_files(paths: list[str]) -> list[str]:
-    """The files that `paths` name. A folder stands for the files in it by name, clean.py's for its two outputs."""
-    files = []
-    for path in paths:
-        if not os.path.isdir(path):
-            files.append(path)
-            continue
-        inside = sorted(str(p) for p in Path(path).rglob("*") if p.is_file() and p.suffix.lower() not in NOT_TEXT
-                        and not any(part.startswith(".") for part in p.relative_to(path).parts))
-        if not inside:
-            raise UserError(f"{path} holds no file to read; .jsonl[.gz|.zst], .parquet or text is wanted")
-        files += [str(Path(path, name)) for name in CLEANED] if Path(path, "drops.json").is_file() else inside
-    return files
-
-
 def read_input(files: list[str], reading: Reading):
     """Yield the record of each document of files and Hub datasets: {"text", "id", "metadata": {"source", ...}}.
 
-    The text may be null, which stands for an empty one. A record without an id gets SOURCE/NUMBER; the source of a
-    record that names none is the name of its file.
+    A record without an id gets SOURCE/NUMBER; the source of a record that names none is the name of its file.
     """
     column = reading.column
-    for path in files:
+    for path in list_files(files):
         source = path if path.startswith("hf://") else Path(path).name
-        for number, (_, record) in enumerate(read_records([path], reading, allow_null=True), 1):
+        for number, (_, record) in enumerate(read_records([path], reading), 1):
             metadata = record.get("metadata")
             if not isinstance(metadata, dict):
                 metadata = {} if metadata is None else {"metadata": metadata}

@@ -325,7 +325,8 @@ def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], cor
 def report_command(options: Report) -> dict:
     base, wanted = BaseTokenizer(options.tokenizer), options.learning
     files = {"domain": options.domain, "general": options.general, "code": options.code}
-    texts = {key: list(read_documents(some, options.reading)) for key, some in files.items() if some or key == "domain"}
+    found = {key: read_documents(some, options.reading) for key, some in files.items() if some or key == "domain"}
+    texts = {key: list(documents) for key, documents in found.items()}
     corpus_tokens = options.corpus_tokens or sum(map(len, base.tokenizer.encode_batch(texts["domain"])))
     if options.extended:
         new = load(options.extended)
@@ -337,6 +338,7 @@ def report_command(options: Report) -> dict:
             extend(options.tokenizer, learn, wanted.new_tokens, folder, wanted.min_count)
             new = load(folder)
     result = report(base, new, texts, corpus_tokens)
+    print("; ".join(f"{key}: {documents.describe()}" for key, documents in found.items()))
     print(f"{'text':8} {'bytes':>12} {'tokens':>11} {'extended':>11} {'change':>7} {'possible':>8} {'per byte':>15} "
           f"{'per word':>13} {'touched':>8}")
     for name, row in result["texts"].items():

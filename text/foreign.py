@@ -29,11 +29,6 @@ MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
 CHUNK = 1 << 24
 
 
-def holds_tokens(path: str) -> bool:
-    """Whether a file's name says that it holds token ids and not text."""
-    return path.endswith((".bin", ".ds"))
-
-
 def read_token_documents(path: str, tokenizer, dtype: str | None = None):
     """Yield uint32 [n], the ids of each document of a token file, without BOS and EOS at its ends.
 

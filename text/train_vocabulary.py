@@ -43,7 +43,7 @@ class Train:
     """Train a new tokenizer on text."""
 
     files: Positional[list[str]]
-    """Text: .txt, .jsonl or .parquet, also .gz and .zst, or hf://org/dataset."""
+    """Files, folders, patterns, @LIST or hf://org/dataset: text, .jsonl or .parquet, also .gz and .zst."""
     vocab_size: int
     """Ids in all, special tokens included."""
     kind: Kind = "bpe"
@@ -57,7 +57,7 @@ class Compare:
     """Train BPE, Unigram and WordPiece on the same text and compare them."""
 
     files: Positional[list[str]]
-    """Text: .txt, .jsonl or .parquet, also .gz and .zst, or hf://org/dataset."""
+    """Files, folders, patterns, @LIST or hf://org/dataset: text, .jsonl or .parquet, also .gz and .zst."""
     vocab_size: int = 8000
     """Ids in all, special tokens included."""
     bits_per_byte: float = setting(0.0, at_least=0, below=math.inf)
@@ -71,10 +71,12 @@ def train_command(options: Train) -> dict:
     out = Path(options.output.out)
     if (out / "tokenizer.json").exists() and not options.output.overwrite:
         raise UserError(f"{out} holds a tokenizer already; choose another --out or add --overwrite")
-    size = train(read_documents(options.files, options.reading), options.kind, options.vocab_size, out).vocab_size
+    texts = read_documents(options.files, options.reading)
+    size = train(texts, options.kind, options.vocab_size, out).vocab_size
     fewer = f" of {options.vocab_size}: the text gave no more" if size < options.vocab_size else ""
-    print(f"{out}: {options.kind} tokenizer with {size} ids{fewer}")
-    return {"out": str(out), "kind": options.kind, "vocab_size": size}
+    print(f"{out}: {options.kind} tokenizer with {size} ids{fewer}, from {texts.describe()}")
+    return {"out": str(out), "kind": options.kind, "vocab_size": size, "documents": texts.documents,
+            "empty_documents": texts.empty}
 
 
 def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokenizer:
@@ -193,7 +195,8 @@ def _check_size(vocab_size: int, what: str, needed: int) -> None:
 
 
 def compare_command(options: Compare) -> list[dict]:
-    learn, held_out = hold_out(list(read_documents(options.files, options.reading)))
+    texts = read_documents(options.files, options.reading)
+    learn, held_out = hold_out(list(texts))
     megabytes, available = options.bits_per_byte, count_text(learn)[0] / 1e6
     if megabytes > MOST_EPOCHS * available:
         raise UserError(f"{megabytes:g} megabytes are more than {MOST_EPOCHS} times the text's {available:.3g}; "
@@ -206,6 +209,7 @@ def compare_command(options: Compare) -> list[dict]:
             for seed in range(options.seeds):
                 bits.append(measure_small_model(Path(home, row["kind"]), learn, held_out, megabytes, seed))
                 print(f"{row['kind']}, seed {seed}: {bits[-1]:.4f} bits per byte", file=sys.stderr, flush=True)
+    print(texts.describe())
     print(f"{'kind':10} {'ids':>6} {'tokens/byte':>11} {'tokens/word':>11} {'exact':>7} {'covered':>7} {'unknown':>7} "
           f"{'train s':>8} {'MB/s':>6}" + "   bits/byte (seeds)" * bool(megabytes))
     for row in rows:

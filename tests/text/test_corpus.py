@@ -7,7 +7,8 @@ import random
 import pytest
 
 from core.cli import Reading
-from text.corpus import list_files, read_documents, read_input
+from text.corpus import read_documents, read_input
+from text.kinds import list_files
 
 
 def test_text_files(tmp_path):
@@ -59,7 +60,9 @@ def test_records(tmp_path, suffix):
 def test_records_that_are_wrong_name_file_and_line(tmp_path):
     path = tmp_path / "x.jsonl"
     for line, match in (('{"text": 3}', "line 2 has no text"), ('{"a": "b"}', r"line 2 .*it has: a\)"),
-                        ("[1]", "line 2 .*list"), ("{", "line 2 is not JSON"), ('{"text": null}', "line 2 has no"),
+                        ("[1]", "line 2 .*list"),
+                        ('{"text": ["a"]}', "line 2 has no text under 'text' but a list"),
+                        ("{", "line 2 is not JSON"), ("null", "line 2 .*null"),
                         ("garbage", "line 2 is not JSON")):
         path.write_text('{"text": "a"}\n' + line + "\n")
         with pytest.raises(ValueError, match=match) as error:
