@@ -7,7 +7,7 @@ import random
 import pytest
 from retention import learning
 
-from learn.adaptive import Adaptive, AdaptiveConfig
+from learn.adaptive import Adaptive, AdaptiveConfig, share_in_force
 
 
 def controller_of(policy, **settings) -> Adaptive:
@@ -148,6 +148,14 @@ def test_the_first_decision_starts_from_the_share_in_force():
     assert first([1.0, 1.03, 1.03, 1.03, 1.0])[4] == (0.1, 0.1)
     assert first([1.0, 1.03, 1.03, 1.0])[3] == (0.15, 0.15)
     assert first([1.0, 1.06], start=0.3)[1] == (0.3, 0.4)
+
+
+def test_which_share_holds_for_a_batch():
+    """Batch 4 has been read when the evaluation before step 4 decides. Until a first change the schedule holds."""
+    decisions = [{"step": 2, "replay_share": None}, {"step": 4, "replay_share": 0.4}, {"step": 8, "replay_share": 0.5}]
+    assert [share_in_force(decisions, batch) for batch in (0, 4, 5, 8, 9, 99)] == [None, None, 0.4, 0.4, 0.5, 0.5]
+    assert share_in_force(decisions) == 0.5
+    assert share_in_force(decisions[:1]) is share_in_force([]) is None
 
 
 def test_a_bound_is_said():

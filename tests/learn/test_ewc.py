@@ -159,7 +159,9 @@ def test_bf16_weights_are_pulled_in_fp32():
 
 def test_the_fisher_is_kept_with_the_run_and_only_for_what_it_was_made_of(tmp_path):
     def build(fingerprint="base a, text b", settings=None, **more):
-        made, = methods(built=toy(dtype=torch.float32), ewc=EWCConfig(0.1, **(settings or {})), folder=tmp_path,
+        model = toy(dtype=torch.float32)
+        model.embed_tokens.requires_grad_(more.pop("embeddings", True))
+        made, = methods(built=model, ewc=EWCConfig(0.1, **(settings or {})), folder=tmp_path,
                         fingerprint=fingerprint, **more)
         return made
 
@@ -169,7 +171,8 @@ def test_the_fisher_is_kept_with_the_run_and_only_for_what_it_was_made_of(tmp_pa
     assert {k: v.shape for k, v in load_file(stored / "fisher.safetensors").items()} == \
         {k: v.shape for k, v in first.fisher.items()}
     assert "4 of 1,000 sequences" in again.notes[0]
-    for other in ({"fingerprint": "base a, text c"}, {"settings": {"samples": 2}}, {"settings": {"fisher": "true"}}):
+    for other in ({"fingerprint": "base a, text c"}, {"settings": {"samples": 2}}, {"settings": {"fisher": "true"}},
+                  {"seed": 1}, {"embeddings": False}):
         with pytest.raises(AssertionError, match="stored"):
             build(general_text=UnreadText(), **other)
     build("base a, text c")

@@ -73,6 +73,18 @@ def test_any_schedule_is_as_if_each_parameter_had_an_optimizer_of_its_own():
         assert held == now & following, "what froze has no optimizer state left"
 
 
+def test_a_stage_may_be_the_last_step_alone():
+    model = toy(blocks=2, dtype=torch.float32)
+    freeze, = methods(steps=10, built=model, freeze=FreezeConfig("stages", stages=["0 norm", "0.9 head"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for step in range(10):
+        before = bits(model)
+        step_of(model, optimizer, [freeze], step, some_batch(step))
+        moved = {name.split(".")[0] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == ({"head"} if step == 9 else {"norm"}), step
+    assert trains(model) == {"head.weight"}
+
+
 def test_the_first_step_after_a_resume_freezes_what_it_should():
     model = toy(dtype=torch.float32)
     freeze, = methods(steps=10, built=model, freeze=FreezeConfig("stages", stages=STAGES))

@@ -95,6 +95,18 @@ def test_a_base_kept_in_half_precision_computes_what_the_whole_one_does_under_au
     assert sizes[0] - sizes[1] == 2 * blocks
 
 
+def test_the_teacher_drops_nothing():
+    """A student that computes as the base does is at no distance from it, whatever the model drops in training."""
+    model, batch = toy(blocks=2), some_batch(3)
+    model.layers.append(nn.Dropout(0.5))
+    lwf, = methods(built=model, lwf=LwFConfig(0.3, tokens="all"))
+    hidden = forward(model.eval(), batch)
+    model.train()
+    assert lwf.loss_computed(model, batch, torch.zeros(()), {"hidden": hidden}).item() == 0
+    with lwf.base(model) as teacher:
+        assert teacher.training
+
+
 def test_lwf_leaves_a_batch_without_replay_alone():
     model, batch = toy(blocks=2), some_batch(3)
     lwf, = methods(built=model, lwf=LwFConfig(0.3, tokens="replay"))

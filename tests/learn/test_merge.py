@@ -48,6 +48,14 @@ def test_between_the_ends():
     np.testing.assert_allclose(ours["ties"], wanted.reshape(base.shape), rtol=1e-13)
 
 
+def test_ties_keeps_the_nearest_number_of_changes_and_at_least_one():
+    """Of 13 changes a share of 0.2 is 2.6, so 3; a share of 0.01 is none, so 1."""
+    change = torch.arange(13.0) + 1
+    for density, kept in ((0.2, 3), (0.19, 2), (0.01, 1)):
+        merged = merge.merge_tensor(torch.zeros(13), change, 1.0, "ties", density)
+        assert torch.equal(merged, torch.where(change > 13 - kept, change, 0)), density
+
+
 def test_slerp_keeps_the_length_and_goes_straight_where_there_is_no_arc():
     a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 3.0])
     middle = merge.merge_tensor(a, b, 0.5, "slerp")

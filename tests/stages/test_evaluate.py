@@ -19,6 +19,7 @@ from core import checkpoint
 from lora import load_adapter
 from stages import evaluate
 from stages.build import build
+from stages.evaluate import score
 from text.shards import Shards, pack
 from text.vocabulary import token_before_document
 
@@ -243,6 +244,27 @@ def test_the_adapter_on_its_base_is_the_exported_model(base, tmp_path, name):
     tensors = checkpoint.load(checkpoint.path_of(out / "checkpoints", 8))[0]
     assert tensors
     assert all(".adapters." in key for key in tensors)     # the base is where it was
+
+
+def test_what_is_exported_after_an_average_or_a_merge_is_what_was_scored(base, tmp_path):
+    """Truth: the mean of the checkpoints' weights by hand; the score of the folder that was written."""
+    words = {"ema": ["--forget.ema.decay", 0.5, "--train.save-every", 1, "--train.keep", 9],
+             "merge": ["--forget.merge.method", "linear", "--forget.merge.alphas", 0.0, 1.0, "--optim.lr", 0.3]}
+    for name, more in words.items():
+        c = run_of(base, tmp_path / name, *more, "--train.steps", 3)
+        train.train(c, one())
+        final = hf.load(tmp_path / name / "final")
+        scored = score(build(c, one()), final, None)[0]
+        after = json.loads((tmp_path / name / "eval.json").read_text())["after"]
+        for text, found in scored.items():
+            assert found["bits_per_byte"] == pytest.approx(after[text]["bits_per_byte"], rel=1e-6), name
+    assert json.loads((tmp_path / "merge/merge.json").read_text())["alpha"] == 0       # at this rate nothing was gained
+    mean = {key: p.detach().double() for key, p in hf.load(base[1]).named_parameters()}
+    for step in (1, 2, 3):
+        weights = checkpoint.load(checkpoint.path_of(tmp_path / "ema/checkpoints", step))[0]
+        mean = {key: (old + weights[key].double()) / 2 for key, old in mean.items()}
+    for key, p in hf.load(tmp_path / "ema/final").named_parameters():
+        torch.testing.assert_close(p.detach().double(), mean[key], rtol=1e-5, atol=1e-7, msg=key)
 
 
 def test_a_run_that_died_between_its_export_and_its_last_file_is_finished(base, tmp_path):

@@ -107,6 +107,8 @@ def test_the_teacher_is_the_base(base, tmp_path, words):
     (["--lora.dropout", 0.1], "lora is off.*set lora.rank"), (["--lora.base", "nf4"], "set lora.rank"),
     (["--forget.lwf.tokens", "all"], "set forget.lwf.alpha"), (["--forget.freeze.blocks", 2], "freeze.schedule"),
     (["--forget.adaptive.policy", "budget", "--eval.every", 8], "--eval.every 1"),
+    (["--forget.lwf.alpha", 0.5, "--data.sources.story.weight", 0], "the run draws none"),
+    (["--forget.adaptive.policy", "budget", "--eval.every", 2, "--data.sources.story.weight", 0], "the run draws none"),
     (["--forget.merge.method", "linear", "--data.sources.legal.role", "general"], "forget.py merge --alpha 0.5")])
 def test_combinations_that_make_no_sense_name_the_alternative(base, tmp_path, words, match):
     with pytest.raises(ValueError, match=match):
