@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from runs import make_lab, one, settings
-from synthetic import naive_write, texts
+from synthetic import Bytes, naive_write, texts
 
 import data
 import eval as evaluation
@@ -162,6 +162,21 @@ def test_a_packed_folder_is_its_held_out_documents(tiny_model, lab, tmp_path):
     other = tokenizer.train(texts("legal"), "bpe", 280, tmp_path / "other")
     with pytest.raises(ValueError, match="packed with another tokenizer"):
         evaluation.score_files(model, other, {"law": str(lab / "legal")}, Reading())
+
+
+def test_a_document_without_tokens_has_no_bytes_to_divide_by(tiny_model, tmp_path):
+    """SentencePiece makes nothing of a blank, and so does this tokenizer of bytes."""
+    class Blanks(Bytes):
+        def encode_batch(self, texts):
+            return [ids[ids != 32] for ids in super().encode_batch(texts)]
+    found = []
+    for name, text in (("a", "abc\n"), ("b", "abc\n     \n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        texts = {"t": str(tmp_path / f"{name}.txt")}
+        model = tiny_model(vocab_size=259)
+        found.append(evaluation.score_files(model, Blanks(), texts, Reading(documents="line"), 16)[0]["t"])
+    assert found[0] == found[1]
+    assert (found[0]["tokens"], found[0]["bytes"]) == (3, 3)
 
 
 def test_a_text_is_as_long_as_its_bytes(tiny_model, tiny_bpe, tmp_path):

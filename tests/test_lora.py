@@ -96,6 +96,13 @@ def test_the_share_that_is_trained():
     assert lora.trainable_share(model) == "65,536 of 16,777,216 parameters trained (0.39 %)"
 
 
+def test_of_several_ranks_for_a_layer_the_last_counts(tiny_model):
+    config = LoraConfig(rank=4, targets=["up_proj", "down_proj"], ranks=["down_proj=5", "layers.1.*=2", "q_proj=9"])
+    assert lora.choose_ranks(tiny_model(), config) == {
+        f"layers.{i}.mlp.{name}": 2 if i == 1 else 5 if name == "down_proj" else 4
+        for i in range(3) for name in ("up_proj", "down_proj")}
+
+
 def test_rates_of_their_own(tiny_model):
     config = LoraConfig(rank=2, b_lr_ratio=16, embeddings="full", targets=["q_proj"])
     model = adapted(tiny_model, config)

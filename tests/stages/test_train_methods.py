@@ -90,6 +90,15 @@ def test_the_fisher_reads_general_text_as_the_run_does(base, tmp_path, drop_last
     assert any(padded) != drop_last
 
 
+def test_the_fishers_text_is_mixed_as_replay_is(base, tmp_path):
+    """Two general sources, of which one has three quarters by its stratum."""
+    words = ("--data.sources.legal.role", "general", "--data.sources.legal.stratum", "math",
+             "--data.sources.story.stratum", "coding", "--data.strata.math", 3)
+    run = build(run_of(base, tmp_path / "run", *words, *METHODS["ewc"], "--forget.ewc.samples", 80), one())
+    read = [int(i) for batch in draw_general_text(run) for i in batch.source]
+    assert {run.loader.names[i]: read.count(i) for i in set(read)} == {"legal": 60, "story": 20}
+
+
 @pytest.mark.parametrize("words", [["--forget.lwf.alpha", 0.5], ["--forget.lwf.alpha", 0.5, "--lora.rank", 4]])
 def test_the_teacher_is_the_base(base, tmp_path, words):
     train.train(run_of(base, tmp_path / "run", *words), one())

@@ -326,6 +326,14 @@ def test_strata_hold_whatever_is_in_them():
     assert source_weights(sources, 0.6).round(12).tolist() == [0.6, 0.1, 0.3, 0]           # all alike by default
 
 
+def test_the_strata_of_the_settings_weigh_every_step():
+    sources = {"law": SourceConfig(), "a": SourceConfig(role="general", stratum="math"),
+               "b": SourceConfig(role="general", stratum="coding")}
+    config = DataConfig(schedule="static", domain_share=0.6, strata=Strata(math=3.0))
+    assert weights_at(config, sources, 2).round(12).tolist() == [[0.6, 0.3, 0.1]] * 2
+    assert weights_at(config, sources, 2, share=0.2).round(12).tolist() == [[0.2, 0.6, 0.2]] * 2
+
+
 def test_a_stratum_without_weight_is_not_drawn():
     sources = {"a": SourceConfig(role="general", stratum="math"), "b": SourceConfig(role="general", stratum="coding")}
     assert source_weights(sources, 0.5, strata=Strata(math=0.0)).tolist() == [0, 1]

@@ -88,7 +88,8 @@ def test_personal_data_is_replaced_by_its_type(text, wanted):
     "4.359 744 722 2071 e-18 and 483 597.8525", "415 555 0132", "12 (415) 300",
     "call on 12/12/2012, call 12/12/2012 or 2012-12-12, fax 2012-12-12",
     "std::vector<int>::size, a::b::c, ::", "git@github.com:org/repo.git", "@app.route('/x')", "x = +1.23456789012",
-    "4111 1111 1111 1112 and 1234567890123456", "DE89 3704 0044 0532 0130 01", "token = os.environ['TOKEN']",
+    "4111 1111 1111 1112 and 1234567890123456", "9111 1111 1111 1110 and 1111-1111-1111-1117",
+    "DE89 3704 0044 0532 0130 01", "token = os.environ['TOKEN']",
     "the social security act of 1935; patient 12 of 40", "skip-link sk-learn AKIA", "2**52 == 4503599627370496",
 ])
 def test_text_that_only_looks_like_personal_data_survives(text):

@@ -53,6 +53,14 @@ def test_repeated_lines_and_paragraphs_by_hand():
     assert (found["dup_paragraphs"], found["dup_paragraph_chars"]) == (0.5, round(6 / 16, 4))
 
 
+def test_unique_words_are_counted_in_windows_of_100():
+    """A last window of 50 words or fewer does not count: it would be more unique than the others. Case is no matter."""
+    once = [f"word{i}" for i in range(51)]
+    for more, wanted in (([], 0.01), (once[:50], 0.01), (once, (0.01 + 1) / 2)):
+        assert scores.score_text(" ".join(["law", "Law"] * 50 + more))["unique_words"] == round(wanted, 4), len(more)
+    assert scores.score_text("THE END OF ALL")["stop_words"] == 2
+
+
 @pytest.mark.parametrize(("text", "language"), [
     (NOTE, "en"), ("Das Gericht hat den Antrag mit der Begründung abgelehnt, dass er nicht von der Partei ist.", "de"),
     ("Le tribunal est saisi par une des parties et la demande est jugée dans les deux mois.", "fr"),

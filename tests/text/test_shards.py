@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from text.shards import (
     SPLITS,
     Shards,
     check_tokenizer,
+    is_held_out,
     pack,
     verify,
 )
@@ -164,6 +166,24 @@ def test_the_model_must_fit_the_shards(tmp_path):
         check_tokenizer("law", shards, Bytes(), 257)
     with pytest.raises(ValueError, match=r"another tokenizer \(bytes 1, 259 entries\) than the model's \(other 2"):
         check_tokenizer("law", shards, Bytes(fingerprint="1e" * 32, library="other 2"), 5000)
+
+
+def test_held_out_ids_must_fit_the_model_too():
+    splits = {split: {"shards": [{"name": split, "max_id": largest}]}
+              for split, largest in (("train", 5), ("heldout", 9))}
+    shards = SimpleNamespace(folder="law", manifest={"tokenizer": {}, "splits": splits},
+                             records=splits["train"]["shards"])
+    check_tokenizer("law", shards, None, 10)
+    with pytest.raises(ValueError, match="holds token id 9, but the model's vocabulary has 9 entries"):
+        check_tokenizer("law", shards, None, 9)
+
+
+def test_the_held_out_share_is_as_large_as_it_says():
+    """A text whose hash is k of 10,000 is held out by every share above k / 10,000 and by no other."""
+    for text in (b"", b"lien", "漢字".encode()):
+        k = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 10_000
+        assert not is_held_out(text, k / 10_000)
+        assert is_held_out(text, (k + 1) / 10_000)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype", "magic"), [(65536, "uint16", (20240520, 1)),
