@@ -1,9 +1,11 @@
 """A larger vocabulary for a base model: new tokens behind all old ones, learned or named, their rows, and their worth.
 
 `extend` continues BPE where the base stopped: the text is cut by the base tokenizer, and the most frequent adjacent
-pair becomes one token, again and again. Each new merge ranks behind every old one, so that new ones only join what the
-old ones left. Hence, for any text: every boundary between new tokens is a boundary between old tokens, and text without
-new tokens keeps its ids. (A second tokenizer trained on the text, minus the common tokens, has neither property: arXiv
+pair becomes one token, again and again. A character that SentencePiece's pieces lack, one token per byte until then,
+becomes a token of its own as if its bytes were merged: it counts once for each token that it saves. Each new token
+ranks behind every old one, so that new ones only join what the old ones left. Hence, for any text: every boundary
+between new tokens is a boundary between old tokens, and text without new tokens keeps its ids. (A second tokenizer
+trained on the text, minus the common tokens, has neither property: arXiv
 2512.03989.) New ids begin behind the last special token; no old id moves.
 
     text "abab abab abc"   base: a b a b | a b a b | a b c      pairs: (a, b) 5, (b, a) 2, (b, c) 1
@@ -32,7 +34,15 @@ from core.files import write_text
 from text.corpus import read_documents
 from text.train_vocabulary import count_text, cut_for_counting, hold_out
 from text.vocabulary import TiktokenTokenizer, Tokenizer, load, replace_surrogates
-from text.vocabulary_files import BaseTokenizer, convert, encodes_as, keep_text_around, write_extended, write_settings
+from text.vocabulary_files import (
+    BaseTokenizer,
+    convert,
+    encodes_as,
+    keep_text_around,
+    keeps_ids,
+    write_extended,
+    write_settings,
+)
 
 # The longest new token: bytes of a byte-level one, characters of a piece (SentencePiece's max_sentencepiece_length)
 MAX_BYTES, MAX_CHARACTERS = 32, 16
@@ -40,6 +50,8 @@ MAX_BYTES, MAX_CHARACTERS = 32, 16
 SP_PIECE = regex.compile(r"▁?(?:\p{Latin}+|\p{Cyrillic}+|\p{Greek}+|[\p{L}\p{M}--\p{Latin}--\p{Cyrillic}--\p{Greek}]+"
                          r"|[^\p{L}\p{M}\p{N}▁\s]+)", regex.V1)
 SP_UNIT = regex.compile(f"{SP_PIECE.pattern}|▁+|.", regex.V1 | regex.DOTALL)
+# As many as there are code points: where words are strings, the symbol of -ord(c) is chr(SYMBOLS - ord(c)).
+SYMBOLS = 0x110000
 # Judgements: the least saving of tokens that pays for a new vocabulary, and how often a trained row has been seen
 WORTH_IT, TIMES_SEEN = 0.15, 100
 
@@ -50,8 +62,8 @@ class Learning:
 
     new_tokens: int = setting(2000, at_least=1)
     """How many new tokens to learn."""
-    min_count: int = setting(10, at_least=1)
-    """How often a pair of tokens must occur to be joined."""
+    min_count: int = setting(4, at_least=1)
+    """How often a pair must occur to be joined; a new character counts once per token that it saves."""
 
 
 @dataclass
@@ -85,7 +97,8 @@ class Report:
 
 
 def count_words(base: BaseTokenizer, texts) -> collections.Counter:
-    """How often each word occurs: {ids of the word: count}. A word is what the tokenizer's own pattern cuts."""
+    """How often each word occurs: {ids of the word: count}. A word is what the tokenizer's own pattern cuts, and for
+    SentencePiece's pieces a unit; in it a character c that the base spells in bytes is one entry, -ord(c)."""
     counts, tokenizer = collections.Counter(), base.tokenizer
     texts = itertools.chain.from_iterable(map(cut_for_counting, texts))
     if isinstance(tokenizer, TiktokenTokenizer):
@@ -95,42 +108,57 @@ def count_words(base: BaseTokenizer, texts) -> collections.Counter:
         return collections.Counter({tuple(ids.tolist()): n for ids, n in zip(ids_of_words, strings.values())})
     for text in texts:
         if base.has_pieces:
-            ids = tokenizer.encode(text)
-            starts = [k for k, i in enumerate(ids) if k == 0 or tokenizer.tokens[i].startswith("▁")]
+            ids = base.name_characters(tokenizer.encode(text))
+            starts = [k for k, i in enumerate(ids) if k == 0 or (i >= 0 and tokenizer.tokens[i].startswith("▁"))]
         else:
             encoding = tokenizer.backend.encode(text, add_special_tokens=False)
             ids, word_of = encoding.ids, encoding.word_ids
             starts = [k for k in range(len(ids)) if k == 0 or word_of[k] != word_of[k - 1] or word_of[k] is None]
-        counts.update(tuple(ids[a:b]) for a, b in itertools.pairwise([*starts, len(ids)]))
+        words = collections.Counter(tuple(ids[a:b]) for a, b in itertools.pairwise([*starts, len(ids)]))
+        for word, n in words.items():
+            for part in cut_into_units(base, word) if base.has_pieces else [word]:
+                counts[part] += n
     return counts
 
 
+def cut_into_units(base: BaseTokenizer, word: tuple[int, ...]):
+    """Cut a word of pieces where no new piece can span: at old boundaries that are those of SP_UNIT too. In a script
+    without spaces a word is a line, of which each merge would read all."""
+    spelt = [base.spell_id(i) for i in word]
+    ends = set(itertools.accumulate(map(len, SP_UNIT.findall("".join(spelt)))))
+    cuts = [k for k, end in enumerate(itertools.accumulate(map(len, spelt)), 1) if end in ends]
+    return (word[a:b] for a, b in itertools.pairwise([0, *cuts]))
+
+
 def count_fewest_tokens(base: BaseTokenizer, texts) -> int:
-    """The number of tokens of `texts` if everything that may ever become one token were one."""
-    words = count_words(base, texts)
-    if not base.has_pieces:
-        return sum(words.values())
-    # A digit stands for what cannot be joined: SP_UNIT never puts it together with anything.
-    spelt = [token if joinable else "0" for token, joinable in zip(base.tokenizer.tokens, base.joinable)]
-    return sum(n * len(SP_UNIT.findall("".join(spelt[i] for i in word))) for word, n in words.items())
+    """The fewest tokens that any extension can make of `texts`: old tokens are joined within a word of `count_words`,
+    never cut, and new ones are at most MAX_BYTES or MAX_CHARACTERS long."""
+    fewest, most = 0, MAX_CHARACTERS if base.has_pieces else MAX_BYTES
+    for word, n in count_words(base, texts).items():
+        lengths = [len(base.spell_id(i)) for i in word]
+        fewest += n * -(-sum(lengths) // max(most, *lengths))
+    return fewest
 
 
 def may_become_token(base: BaseTokenizer, token: str) -> bool:
     if not base.has_pieces:
         return len(token) <= MAX_BYTES
     frozen = any(piece in token for piece in base.frozen)
-    return not frozen and len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token) is not None
+    fits = len(token) == 1 or (len(token) <= MAX_CHARACTERS and SP_PIECE.fullmatch(token) is not None)
+    return fits and not frozen
 
 
 def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_become, new_tokens: int,
-                 min_count: int) -> list[tuple[int, int]]:
+                 min_count: int) -> list[tuple[int, ...]]:
     """Learn merges; return the pairs of ids that become the ids len(tokens), len(tokens) + 1, ...: each time the most
     frequent adjacent pair within a word, and among equals the one with the lowest ids, while one occurs `min_count`
-    times. `tokens` and `joinable` grow too. words: {ids: count}. may_become: (string) -> whether it may be a token."""
+    times. A character c that the base spells in bytes stands in a word as -ord(c), and is itself a "merge" (-ord(c),).
+    `tokens`, `joinable` grow too. words: {ids: count}. may_become: (string) -> whether it may be a token."""
     known = set(filter(None, tokens))
-    # A word is a string with a character per id, so that str.replace joins a pair, from the left, as BPE does.
-    lists, weights = ["".join(map(chr, word)) for word in words], list(words.values())
-    # Per pair of characters: how often it occurs, and in which words it is or was
+    # A word is a string with a symbol per id, so that str.replace joins a pair, from the left, as BPE does. Symbols of
+    # characters count down from the last code point, far above any id.
+    lists, weights = ["".join(chr(i % SYMBOLS) for i in word) for word in words], list(words.values())
+    # Per pair of symbols: how often it occurs, and in which words it is or was
     counts, where = collections.Counter(), collections.defaultdict(set)
 
     def count_pairs(w: int, sign: int):
@@ -138,8 +166,12 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
             counts[pair] += sign * weights[w]
             where[pair].add(w)
 
-    for w in range(len(lists)):
+    for w, word in enumerate(words):
         count_pairs(w, 1)
+        for i in word:
+            if i < 0:
+                counts[symbol := (chr(i % SYMBOLS),)] += weights[w] * (len(chr(-i).encode()) - 1)
+                where[symbol].add(w)
     # A pair's count only falls after it was pushed, so an entry is at worst too high: then it is pushed anew.
     heap, merges = [(-n, pair) for pair, n in counts.items()], []
     heapq.heapify(heap)
@@ -148,15 +180,18 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
         if counts[pair] != -pushed:
             heapq.heappush(heap, (-counts[pair], pair))
             continue
-        left, right = map(ord, pair)
-        union = tokens[left] + tokens[right]
-        if not (joinable[left] and joinable[right]) or union in known or not may_become(union):
+        # Once a character is a token it has another symbol.
+        parts = tuple(ord(symbol) - SYMBOLS * (ord(symbol) >= len(tokens)) for symbol in pair)
+        if len(parts) > 1 and not all(i >= 0 and joinable[i] for i in parts):
+            continue
+        union = "".join(tokens[i] if i >= 0 else chr(-i) for i in parts)
+        if union in known or not may_become(union):
             continue
         new = chr(len(tokens))
         tokens.append(union)
         joinable.append(True)
         known.add(union)
-        merges.append((left, right))
+        merges.append(parts)
         appeared = set()
         for w in where.pop(pair):
             count_pairs(w, -1)
@@ -168,7 +203,7 @@ def continue_bpe(words: collections.Counter, tokens: list, joinable: list, may_b
     return merges
 
 
-def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[int, tuple[int, ...]]:
+def extend(path, texts, new_tokens: int, folder, min_count: int = 4) -> dict[int, tuple[int, ...]]:
     """Write the tokenizer at `path`, continued on `texts`, into `folder`; -> {new id: the old ids that it joins}.
     UserError if the tokenizer cannot be continued or the texts hold no pair that occurs `min_count` times."""
     base, parts = BaseTokenizer(path), {}
@@ -178,8 +213,9 @@ def extend(path, texts, new_tokens: int, folder, min_count: int = 10) -> dict[in
         raise UserError(f"the text has no pair of tokens that may be joined and occurs {min_count} times; give more "
                         f"text or a lower --min-count")
     for i, pair in enumerate(merges, base.tokenizer.vocab_size):
-        parts[i] = tuple(old for half in pair for old in parts.get(half, (half,)))
-    write_extended(base, tokens, [(tokens[left], tokens[right]) for left, right in merges], Path(folder))
+        parts[i] = tuple(old for half in pair for old in parts.get(half) or base.list_old_ids(half))
+    pairs = [(tokens[pair[0]], tokens[pair[1]]) for pair in merges if len(pair) == 2]
+    write_extended(base, tokens, pairs, Path(folder))
     return parts
 
 
@@ -330,7 +366,7 @@ def report_command(options: Report) -> dict:
     corpus_tokens = options.corpus_tokens or sum(map(len, base.tokenizer.encode_batch(texts["domain"])))
     if options.extended:
         new = load(options.extended)
-        if new.tokens[:base.tokenizer.vocab_size] != base.tokenizer.tokens:
+        if not keeps_ids(base.tokenizer, new):
             raise UserError(f"{options.extended} is no extension of {options.tokenizer}: their old ids differ")
     else:
         learn, texts["domain"] = hold_out(texts["domain"])

@@ -40,6 +40,7 @@ class BaseTokenizer:
     tokenizer, kind: what `vocabulary.load` returns for it, and its kind; file, folder: where it stands
     joinable: per id, whether it may be a part of a new token
     has_pieces: tokens are SentencePiece's pieces, "▁" for a space; else the letters of bytes
+    byte_ids: {byte: id} of the pieces that spell characters for which there is no piece
     frozen: strings that no new token may contain (SentencePiece's user-defined pieces)
     merges: the pairs of tokens that are joined, where the file lists them (the second and third base of the table)"""
 
@@ -55,6 +56,9 @@ class BaseTokenizer:
                                 f"new ids would meet old ones; remove the file that is not the model's")
         self.kind, tokens, fixed = self.tokenizer.kind, self.tokenizer.tokens, set(self.tokenizer.special_ids)
         self.frozen, self.merges, self.has_pieces = [], [], self.kind == "sentencepiece"
+        named = {i: BYTE_NAME.fullmatch(token or "") for i, token in enumerate(tokens)}
+        self.byte_ids = {int(name[1], 16): i for i, name in named.items() if name}
+        self._bytes = {i: byte for byte, i in self.byte_ids.items()}
         if self.kind == "sentencepiece":
             model = read_fields(self.file.read_bytes())
             trainer = read_fields(b"".join(value for number, value in model if number == 2))
@@ -77,12 +81,32 @@ class BaseTokenizer:
             self.merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in description["model"]["merges"]]
             fixed |= {entry["id"] for entry in description["added_tokens"]}
             fixed |= {self.tokenizer.unk_id} if self.has_pieces else set()
-            fixed |= {i for i, token in enumerate(tokens) if self.has_pieces and BYTE_NAME.fullmatch(token or "")}
+            fixed |= {*self.byte_ids.values()}
         self.joinable = [token is not None and i not in fixed for i, token in enumerate(tokens)]
 
     def spell(self, text: str) -> str:
         """`text` as the vocabulary spells it: in letters for bytes, or with "▁" for spaces."""
         return text.replace(" ", "▁") if self.has_pieces else "".join(map(BYTE_LETTERS.get, text.encode()))
+
+    def name_characters(self, ids: list[int]) -> list[int]:
+        """`ids` with -ord(c) for each character c of two bytes or more that they spell in bytes. Characters behind the
+        third plane, where no letter is, stay bytes."""
+        named, k = [], 0
+        while k < len(ids):
+            first = self._bytes.get(ids[k], 0)
+            size = 1 + (first >= 0xC2) + (first >= 0xE0) + (first >= 0xF0)
+            c = bytes(map(self._bytes.get, ids[k:k + size])).decode() if size > 1 else ""
+            named += [-ord(c)] if c and c < "\U00040000" else ids[k:k + size]
+            k += size
+        return named
+
+    def list_old_ids(self, i: int) -> tuple[int, ...]:
+        """The ids of the base for an entry of `name_characters`: itself, or the bytes of the character."""
+        return (i,) if i >= 0 else tuple(map(self.byte_ids.get, chr(-i).encode()))
+
+    def spell_id(self, i: int) -> str:
+        """The letters of an entry of `name_characters`. A digit, which nothing joins, stands for what is not joined."""
+        return chr(-i) if i < 0 else self.tokenizer.tokens[i] if self.joinable[i] or not self.has_pieces else "0"
 
 
 def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]], folder: Path) -> None:
@@ -113,7 +137,12 @@ def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str
         backend.save(str(folder / "tokenizer.json"))
     # transformers takes the tokenizer.json of a PreTrainedTokenizerFast as it is.
     write_settings(base, folder, "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast")
-    assert vocabulary.load(folder).tokens[:first] == base.tokenizer.tokens, "an old id moved"
+    assert keeps_ids(base.tokenizer, vocabulary.load(folder)), "an old id moved"
+
+
+def keeps_ids(old: vocabulary.Tokenizer, new: vocabulary.Tokenizer) -> bool:
+    """Whether each token of `old` has the same id in `new`, where an id that `old` does not use may have a name."""
+    return old.vocab_size <= new.vocab_size and all(a in (None, b) for a, b in zip(old.tokens, new.tokens))
 
 
 def convert(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -226,7 +255,8 @@ def _append_pieces(base: BaseTokenizer, tokens: list[str]) -> bytes:
         # Each score is 1 below the last, or one step of float32 if that is more: Llama 2 has pieces at -1e9, where
         # neighbouring values are 64 apart.
         score = min(score - np.float32(1), np.nextafter(score, np.float32(-np.inf)))
-        kind = NORMAL if i >= base.tokenizer.vocab_size else CONTROL
+        is_old = i < base.tokenizer.vocab_size
+        kind = NORMAL if not is_old else CONTROL if base.tokenizer.tokens[i] is not None else UNUSED
         piece = write_field(1, tokens[i].encode()) + write_field(2, float(score)) + write_field(3, kind)
         data += write_field(1, piece)
     return data + write_field(2, write_field(4, len(tokens)))           # trainer_spec.vocab_size

@@ -97,10 +97,16 @@ def extended(request, tmp_path_factory, small_bases):
     return make
 
 
+def spell(tok, ids) -> str:
+    """The letters of `ids`, with the characters that byte pieces spell."""
+    tokens = [tok.tokens[i] for i in ids]
+    return b"".join(bytes([int(t[3:5], 16)]) if t.startswith("<0x") else t.encode() for t in tokens).decode()
+
+
 def boundaries(tok, ids) -> list[int]:
-    """Ends of the tokens, in units that no extension changes: letters of the piece, one for a byte piece."""
+    """Ends of the tokens, in units that no extension changes: bytes of what is spelt, one for a byte piece."""
     special = set(tok.special_ids)
-    lengths = [1 if i in special or tok.tokens[i].startswith("<0x") else len(tok.tokens[i]) for i in ids]
+    lengths = [1 if i in special or tok.tokens[i].startswith("<0x") else len(tok.tokens[i].encode()) for i in ids]
     return np.cumsum(lengths).tolist()
 
 
@@ -169,7 +175,7 @@ class TestExtension:
                 k = min(ranked)[1]
                 pieces[k:k + 2] = [pieces[k] + pieces[k + 1]]
             assert pieces == [token]
-            assert "".join(base.tokenizer.tokens[i] for i in parts[first + n]) == token
+            assert spell(base.tokenizer, parts[first + n]) == token
 
     def test_all_forms_agree(self, extended, kind):
         base, out, _, _, held = extended(kind)
@@ -234,9 +240,80 @@ def test_an_extension_can_be_extended(small_bases, tmp_path):
 
 @pytest.mark.parametrize(("text", "pieces"), [
     ("The estate, 16", ["▁The", "▁estate", ",", "▁", "<0x31>", "<0x36>"]),             # no digit was trained
-    ("the\nbe   liable", ["▁the", "<0x0A>", "be", "▁", "▁", "▁liable"])])
+    ("the\nbe   liable", ["▁the", "<0x0A>", "be", "▁", "▁", "▁liable"]),
+    # Characters that the base spells in bytes
+    ("漢字法律，第1条", ["▁漢字法律", "，", "第", "<0x31>", "条"]), ("über漢", ["▁über", "漢"]),
+    ("a" * 40, ["▁" + "a" * 15, "a" * 16, "a" * 9])])
 def test_fewest_tokens_of_a_sentencepiece_text(small_bases, text, pieces):
     assert X.count_fewest_tokens(BaseTokenizer(small_bases["small pieces"]), [text]) == len(pieces)
+
+
+CHINESE = "第一条 为了保护民事主体的合法权益，调整民事关系，制定本法。\u3000第１２条 自然人从出生时起到死亡时止。\n"
+
+
+@pytest.mark.parametrize("kind", ["small pieces", "small json", "stories"])
+def test_new_characters_become_tokens_before_what_joins_them(kind, small_bases, request, tmp_path):
+    path = small_bases[kind] if kind in SMALL else request.getfixturevalue("data_dir") / BASES[kind]
+    old = T.load(path)
+    parts = X.extend(path, [CHINESE * 9, "Straße, Größe, Öl. Привет, мир! " * 9], 200, tmp_path / "out")
+    lacking = {c for c in CHINESE + "ßöÖПривет" if c not in old.vocab and ord(c) > 127}
+    new = T.load(tmp_path / "out")
+    assert lacking <= new.vocab.keys()
+    for c in lacking:
+        assert [old.tokens[i] for i in parts[new.vocab[c]]] == [f"<0x{byte:02X}>" for byte in c.encode()]
+        assert new.encode("a" + c).count(new.vocab[c]) == 1
+    for i, old_ids in parts.items():
+        assert spell(old, old_ids) == new.tokens[i]
+        assert {c for c in new.tokens[i] if c in lacking} <= set(map(new.tokens.__getitem__, range(i + 1)))
+    assert len(new.encode(CHINESE)) < len(old.encode(CHINESE)) / 5
+    assert new.decode(new.encode(CHINESE)) == old.decode(old.encode(CHINESE))
+    for text in [LATIN, *fuzz(100)]:
+        before, after = old.encode(text), new.encode(text)
+        if max(after, default=0) < old.vocab_size:
+            assert after == before
+        else:
+            assert [old_id for i in after for old_id in parts.get(i, (i,))] == before
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "out/tokenizer.model")) \
+        if kind != "small json" else tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+    ids = theirs.encode(CHINESE) if kind != "small json" else theirs.encode(CHINESE, add_special_tokens=False).ids
+    assert ids == new.encode(CHINESE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "most"), [("llama2", 1.1 * 0.2695), ("llama3", 0.23)])
+def test_a_new_language_is_as_short_as_with_a_vocabulary_of_its_own(kind, most, data_dir, tmp_path):
+    """A SentencePiece BPE of 4,000 pieces trained on the civil code has 0.2695 tokens per byte of the criminal law."""
+    learn, held_out = ((data_dir / f"corpora/legal_zh/{name}.txt").read_text(encoding="utf-8")
+                       for name in ("civil_code", "criminal_law"))
+    X.extend(data_dir / BASES[kind], [learn], 4000, tmp_path / "out")
+    size, after = len(held_out.encode()), len(T.load(tmp_path / "out").encode(held_out))
+    assert X.count_fewest_tokens(BaseTokenizer(data_dir / BASES[kind]), [held_out]) < after < most * size
+
+
+@pytest.mark.parametrize("kind", ["small pieces", "small json"])
+def test_a_base_with_an_unused_id(kind, small_bases, tmp_path):
+    """A hole before an added token, as older Llama fine-tunes have it, is no token of the extension either."""
+    shutil.copytree(small_bases[kind], tmp_path / "base")
+    size = T.load(tmp_path / "base").vocab_size
+    if kind == "small pieces":
+        (tmp_path / "base/tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+        (tmp_path / "base/added_tokens.json").write_text(json.dumps({"<pad>": size + 2}))
+    else:
+        file = tmp_path / "base/tokenizer.json"
+        description = json.loads(file.read_text())
+        description["model"]["vocab"]["<pad>"] = size + 2
+        description["added_tokens"].append(description["added_tokens"][0] | {"id": size + 2, "content": "<pad>"})
+        file.write_text(json.dumps(description))
+    old = T.load(tmp_path / "base")
+    assert old.tokens[size:] == [None, None, "<pad>"]
+    parts = X.extend(tmp_path / "base", [LATIN] * 20, 10, tmp_path / "out")
+    new = T.load(tmp_path / "out")
+    assert min(parts) == new.vocab["<pad>"] + 1 == size + 3
+    assert new.special_ids == old.special_ids
+    texts = [LATIN, *fuzz(50), "<unused_310>"]
+    assert not {size, size + 1} & {i for text in texts for i in new.encode(text)}
+    assert X.keeps_ids(old, new)
+    assert not X.keeps_ids(new, old)
 
 
 TERMS = ["<legal_case>", "res_judicata", "force_majeure"]
