@@ -32,7 +32,7 @@ from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
 from text import foreign, mixture, shards
-from text.corpus import read_records
+from text.corpus import read_cleaning, read_records
 from text.kinds import TEXTS, identify, list_files
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
@@ -184,8 +184,8 @@ def run_pack(options: Pack) -> dict:
         # A file that cannot be read should be known before hours of work.
         next(records([path]), None)
     start = time.perf_counter()
-    described = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None}
-                 for path in inputs]
+    described = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None,
+                  "cleaning": read_cleaning(path)} for path in inputs]
     settings = {"heldout": options.heldout, "bos": options.bos or (False if options.no_bos else None),
                 "inputs": described, "shard_tokens": options.shard_tokens, "workers": options.workers,
                 "overwrite": options.output.overwrite}

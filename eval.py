@@ -49,10 +49,17 @@ def cut_windows(objective, documents: list, prefix: int, context: int):
             yield inputs[start:start + context], ids[start:start + context]
 
 
-def make_batches(objective, documents: list, prefix: int, context: int, B: int) -> list[data.Batch]:
-    """Batches [B, T] (the last may have fewer sequences) that are ready for `objective.loss`."""
+def make_batches(objective, documents: list, prefix: int, context: int, B: int) -> list[tuple]:
+    """[(batch, owner)] of the documents [its tokens]: a batch [B, T] (the last may have fewer sequences) that is ready
+    for `objective.loss`, and the number of the document that each of its tokens belongs to, int64 [B, T]; 0 in padding.
+    """
     windows = cut_windows(objective, documents, prefix, context)
     batches = [data.Batch(**sequences.finish()) for sequences in packing.pack_in_order(windows, context, B)]
+    # Windows are packed in order: read row after row, the tokens are those of the documents, one after another.
+    numbers = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(ids) for ids in documents]))
+    filled = [batch.labels[:, :context] != objectives.IGNORE for batch in batches]
+    owners = [torch.zeros_like(is_token, dtype=torch.int64).masked_scatter_(is_token, part) for is_token, part in
+              zip(filled, numbers.split([int(is_token.sum()) for is_token in filled]))]
     for i, batch in enumerate(batches):
         if objective.causal:
             # The targets are apart already, so the last of the T + 1 positions, which is padding, goes.
@@ -63,12 +70,13 @@ def make_batches(objective, documents: list, prefix: int, context: int, B: int) 
             # however many sequences it computes at a time.
             keys = hashing.mix_keys("eval", i * B + np.arange(len(batch.tokens)))
             batches[i] = objective.corrupt(batch, data.RowRandom(keys))
-    return batches
+    return list(zip(batches, owners))
 
 
 @torch.no_grad()
 def score(model, objective, documents: list, prefix: int, context: int, world=None, B: int = 4, autocast=None) -> dict:
-    """nats_per_token, perplexity, tokens, bytes and bits_per_byte (masked: accuracy) of [(token ids [n], text bytes)].
+    """nats_per_token, perplexity, tokens, bytes and bits_per_byte (masked: accuracy) of [(token ids [n], text bytes)];
+    also the number of documents, and the nats of each, from which measure/verdict.py finds how sure a change is.
 
     prefix: the token before a document. B: sequences per forward pass. autocast: () -> the context of a forward pass;
     without it, the model computes in its own type. With a world, the ranks share the batches and all return the same.
@@ -80,10 +88,12 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     world = world or parallel.World(0, 1, device)
     batches = make_batches(objective, [ids for ids, _ in documents], prefix, context, B)
     nats = tokens = hits = 0.0
+    by_document = torch.zeros(len(documents), dtype=torch.float64)
     model.eval()
     # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again, without targets.
     for own in range(world.rank, world.rank + len(batches), world.size):
-        batch = batches[min(own, len(batches) - 1)].to(device)
+        batch, owner = batches[min(own, len(batches) - 1)]
+        batch = batch.to(device)
         if own >= len(batches):
             batch.labels = torch.full_like(batch.labels, objectives.IGNORE)
         with autocast() if autocast else torch.autocast(device.type, enabled=False):
@@ -91,14 +101,16 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
         nats += loss.double().item()
         tokens += n_valid.item()
         hits += float(metrics.get("hits", 0))
+        by_document.index_add_(0, owner.flatten(), metrics["token_loss"].double().cpu().flatten())
     model.train(mode)
-    nats, tokens, hits = world.sum([nats, tokens, hits])
+    nats, tokens, hits, *by_document = world.sum([nats, tokens, hits, *by_document.tolist()])
     per_token, size = nats / tokens if tokens else math.nan, int(sum(nbytes for _, nbytes in documents))
     by_text = {"bits_per_byte": nats / math.log(2) / max(1, size)}
     by_token = {"accuracy": hits / tokens if tokens else math.nan}
     # exp overflows above 709.
     return {"nats_per_token": per_token, "perplexity": math.exp(min(per_token, 700)), "tokens": int(tokens),
-            "bytes": size, **(by_text if objective.causal else by_token)}
+            "bytes": size, **(by_text if objective.causal else by_token), "documents": len(documents),
+            "nats_by_document": [round(value, 4) for value in by_document]}
 
 
 def heldout_documents(shards: Shards, max_tokens: int) -> list:
@@ -121,17 +133,24 @@ def protocol(objective, prefix: int, context: int, dtype) -> dict:
 
 
 def format_table(before: dict | None, after: dict) -> str:
-    """Markdown table of scores {text: {...}}: bits per byte (masked LM: accuracy) and perplexity, before and after."""
+    """Markdown table of scores {text: {...}}: bits per byte (masked LM: accuracy) and perplexity, before and after, and
+    on how much text; where the scores of the documents are known, with the 95 % interval of the change."""
     unit = "accuracy" if any("accuracy" in scores for scores in after.values()) else "bits_per_byte"
-    lines = [f"| text | {unit.replace('_', ' ')} before | after | change | perplexity before | after |",
-             "|" + "---|" * 6]
+    heads = ["text", f"{unit.replace('_', ' ')} before", "after", "change", "perplexity before", "after", "documents",
+             "tokens"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * 8]
     for name, now in after.items():
         was = (before or {}).get(name, {})
         change = f"{100 * (now[unit] / was[unit] - 1):+.1f} %" if was.get(unit) else ""
+        # The interval is that of the loss, which accuracy is not.
+        if unit == "bits_per_byte" and (interval := verdict.middle(verdict.draw_changes(name, was, now))):
+            change += " (95 %: {:+.1f} to {:+.1f})".format(*(100 * end for end in interval))
         # A name is the user's and may hold what ends a cell or a line.
         shown = " ".join(name.split()).replace("|", "\\|")
-        cells = [shown, f"{was[unit]:.4f}" if was else "", f"{now[unit]:.4f}", change,
-                 f"{was['perplexity']:.2f}" if was else "", f"{now['perplexity']:.2f}"]
+        perplexities = [f"{side['perplexity']:{'.2f' if side['perplexity'] < 1e6 else '.1e'}}" if side else ""
+                        for side in (was, now)]
+        cells = [shown, f"{was[unit]:.4f}" if was else "", f"{now[unit]:.4f}", change, *perplexities,
+                 f"{now['documents']:,}", f"{now['tokens']:,}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -234,7 +253,7 @@ def score_model(options: Eval, texts: dict) -> dict:
     print(format_table(before, result["texts"]))
     print("windows of {context} tokens, prefix token {prefix_token_id}, {dtype}".format(**result["protocol"]))
     if before:
-        print(verdict.describe(result))
+        print(verdict.describe(result, result["texts"]))
     return result
 
 

@@ -3,12 +3,16 @@
     python report.py out/legal                                  writes out/legal/report.html
     python report.py out/replay out/lora --out compare.html     several runs on one page
 
-Read from each folder: metrics.jsonl (required), eval.json, config.toml. A run that is still going, was killed or was
-resumed is shown as far as it got. Gain, forgetting and overall score are those of measure/verdict.py.
+Read from each folder: metrics.jsonl (required), eval.json, eval_step_N.json, config.toml. A run that is still going,
+was killed or was resumed is shown as far as it got. Gain, forgetting, overall score, how sure they are and the advice
+are those of measure/verdict.py.
 """
 
+import contextlib
 import json
+import math
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -23,7 +27,7 @@ from core.errors import UserError
 from core.files import write_text
 from measure import charts, verdict
 from measure.charts import DOMAIN, GENERAL, RUNS, decimal, short
-from measure.verdict import ADVICE, UNITS, finite, mean
+from measure.verdict import UNITS, finite, mean
 
 # ---- reading a run folder
 
@@ -36,10 +40,12 @@ class Run:
     evals: list = field(default_factory=list)      # lines of kind "eval"
     samples: list = field(default_factory=list)    # the first and the last line of kind "samples"
     events: list = field(default_factory=list)     # kinds "event" and "resume", in the order of the file
+    decisions: list = field(default_factory=list)  # lines of kind "replay": what adaptive replay decided
     before: dict = field(default_factory=dict)     # {source: scores} at step 0; empty: no baseline
     after: dict = field(default_factory=dict)      # {source: scores} of the last evaluation
     protocol: dict = field(default_factory=dict)
     config: str = ""
+    settings: dict = field(default_factory=dict)   # the same, parsed
     finished: bool = False
     notes: list = field(default_factory=list)      # what is wrong with the files, in sentences
     number: int = 1                                # its place on the page
@@ -52,6 +58,12 @@ class Run:
     domain_gain = property(lambda run: run.comparison["domain_gain"])
     forgetting = property(lambda run: run.comparison["forgetting"])
     overall = property(lambda run: run.comparison["score"])
+    interval = property(lambda run: run.comparison["interval"])
+    # Runs are ranked where they began from the same base and were evaluated on the same texts.
+    base = property(lambda run: dict_or_empty(run.start.get("base")))
+    origin = property(lambda run: run.base.get("fingerprint") or dict_or_empty(run.settings.get("model")).get("path"))
+    texts = property(lambda run: sorted((role, str((run.after or run.before).get(name, {}).get("bytes")))
+                                        for name, role in run.sources.items()))
 
     @cached_property
     def metric(self) -> str:
@@ -80,12 +92,58 @@ class Run:
 
     def mean_over(self, role: str, scores: dict, column: str) -> float | None:
         """Mean of one column of an evaluation {source: scores} over the sources of a role that have it."""
-        return mean(finite(scores.get(name, {}).get(column)) for name in self.names_of(role))
+        values = [finite(scores.get(name, {}).get(column)) for name in self.names_of(role)]
+        return mean([value for value in values if value is not None])
+
+    @cached_property
+    def trained(self) -> dict:
+        """{source: fields} of the last line of the training log that each source stands in."""
+        return {name: fields for row in self.train for name, fields in row["sources"].items()}
+
+    @cached_property
+    def seconds(self) -> float:
+        """Time that the steps took. A line holds the mean since the line before it, the first that of one step."""
+        steps, means = charts.logged(self, "step_ms")
+        return float(np.sum(np.diff(steps, prepend=steps[0] - 1) * means)) / 1000 if len(steps) else 0.0
 
     @cached_property
     def comparison(self) -> dict:
         """measure/verdict.py's comparison of the last evaluation with the one at step 0."""
         return verdict.compare(self.before, self.after, self.names_of("general"), self.names_of("domain"), self.metric)
+
+    @cached_property
+    def score_draws(self):
+        """The draws of the overall score; None where they are unknown."""
+        drawn = {name: verdict.draw_changes(name, self.before[name], self.after[name])
+                 for name in self.comparison["change"]}
+        return verdict.summarise(drawn, self.names_of("general"), self.names_of("domain"))["score"]
+
+    @cached_property
+    def evidence(self) -> verdict.Evidence:
+        """What the advice is made from."""
+        domain, tokens = self.names_of("domain"), {name: finite(self.trained.get(name, {}).get("tokens")) or 0
+                                                   for name in self.sources}
+        epochs = [finite(self.trained.get(name, {}).get("epochs")) for name in domain]
+        losses = [math.nan if finite(row["loss"]) is None else self.mean_over("domain", row["sources"], "loss")
+                  for row in self.train if "loss" in row]
+        scores = {row["step"]: self.mean_over("domain", row["sources"], self.metric) for row in self.evals}
+        return verdict.Evidence(
+            settings=self.settings, recommended_lr=finite(self.start.get("recommended_lr")),
+            replay_share=sum(tokens[name] for name in self.names_of("general")) / sum(tokens.values())
+            if sum(tokens.values()) else None,
+            epochs=max((read for read in epochs if read is not None), default=None),
+            history={step: score for step, score in scores.items() if score is not None},
+            losses=[loss for loss in losses if loss is not None])
+
+    @cached_property
+    def failure(self) -> str | None:
+        """What went wrong, by measure/verdict.py; a run that is still going is not called flat."""
+        found = verdict.find_failure(self.comparison, self.after, self.evidence)
+        return None if found == "flat" and not self.finished else found
+
+    @property
+    def advice(self) -> list:
+        return verdict.advise(self.failure, self.evidence)
 
 
 def read_run(folder) -> Run:
@@ -104,6 +162,8 @@ def read_run(folder) -> Run:
     read_metrics(run, path)
     if (folder / "config.toml").is_file():
         run.config = (folder / "config.toml").read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(tomllib.TOMLDecodeError):
+            run.settings = tomllib.loads(run.config)
     read_evaluation(run, folder / "eval.json")
     if not (run.train or run.evals or run.after):
         raise UserError(f"nothing to show: '{path}' holds no training step and no evaluation yet; "
@@ -112,8 +172,8 @@ def read_run(folder) -> Run:
 
 
 def read_metrics(run: Run, path: Path) -> None:
-    """Fill start, train, evals, samples and events from metrics.jsonl."""
-    kinds, unreadable = {"train": {}, "eval": {}, "samples": {}}, []
+    """Fill start, train, evals, samples, decisions and events from metrics.jsonl."""
+    kinds, unreadable = {"train": {}, "eval": {}, "samples": {}, "replay": {}}, []
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
@@ -134,7 +194,7 @@ def read_metrics(run: Run, path: Path) -> None:
         if kind == "resume" and (resumed_at := finite(row.get("step"))) is not None:
             kinds = {name: {step: row for step, row in rows.items() if step <= resumed_at}
                      for name, rows in kinds.items()}
-    run.train, run.evals, samples = ([rows[step] for step in sorted(rows)] for rows in kinds.values())
+    run.train, run.evals, samples, run.decisions = ([rows[step] for step in sorted(rows)] for rows in kinds.values())
     run.samples = samples[:1] + samples[1:][-1:]
     if unreadable == [len(lines)]:
         run.notes.append("The last line of metrics.jsonl is cut (a run stopped while writing it) and was ignored.")
@@ -144,16 +204,13 @@ def read_metrics(run: Run, path: Path) -> None:
 
 
 def read_evaluation(run: Run, path: Path) -> None:
-    """Fill before, after and protocol from eval.json, else from the first and the last evaluation in the metrics."""
-    stated = {}
-    if path.is_file():
-        try:
-            stated = dict_or_empty(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:
-            run.notes.append("eval.json is not valid JSON and was ignored; the evaluations in metrics.jsonl are shown.")
+    """Fill before, after and protocol from eval.json, else from the first and the last evaluation in the metrics, with
+    the scores of the documents from eval_step_N.json."""
+    stated = read_dict(run, path)
     measured = {row["step"]: row["sources"] for row in run.evals}
-    run.before = sources_in(stated.get("before")) or measured.get(0, {})
-    run.after = sources_in(stated.get("after")) or next((measured[step] for step in reversed(measured) if step), {})
+    last = max(measured, default=0)
+    run.before = sources_in(stated.get("before")) or detailed(run, 0, measured.get(0, {}))
+    run.after = sources_in(stated.get("after")) or (detailed(run, last, measured[last]) if last else {})
     protocols = [dict_or_empty(where.get("protocol")) for where in (stated, *reversed(run.evals))]
     run.protocol = next((protocol for protocol in protocols if protocol), {})
     total = finite(run.start.get("total_steps"))
@@ -164,6 +221,21 @@ def read_evaluation(run: Run, path: Path) -> None:
         if None not in (theirs, ours) and abs(theirs - ours) > 5e-4:
             run.notes.append(f"eval.json states a {key.replace('_', ' ')} of {percent(theirs)}; its values before and "
                              f"after give {percent(ours)}, which is what this page shows.")
+
+
+def read_dict(run: Run, path: Path) -> dict:
+    """The object in a JSON file; an empty one where there is no file or no object, with a note where it is no JSON."""
+    try:
+        return dict_or_empty(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except ValueError:
+        run.notes.append(f"{path.name} is not valid JSON and was ignored; the evaluations in metrics.jsonl are shown.")
+        return {}
+
+
+def detailed(run: Run, step: int, measured: dict) -> dict:
+    """An evaluation as metrics.jsonl has it, {source: scores}, with what eval_step_N.json has beside it."""
+    texts = sources_in(read_dict(run, run.folder / f"eval_step_{step}.json").get("texts"))
+    return {name: {**texts.get(name, {}), **scores} for name, scores in measured.items()}
 
 
 def dict_or_empty(value) -> dict:
@@ -183,8 +255,16 @@ def percent(value, signed: bool = False) -> str:
     value = finite(value)
     if value is None:
         return "–"
-    text = f"{value * 100:{'+' if signed else ''}.1f}"
+    text = f"{value * 100:{'+' if signed else ''}.{'1f' if abs(value) < 1e5 else '1e'}}"
     return ("0.0" if float(text) == 0 else text.replace("-", "−")) + " %"
+
+
+def span(interval, signed: bool = False) -> str:
+    """[0.121, 0.139] -> '12.1 to 13.9 %'; nothing where it is unknown."""
+    if interval is None:
+        return ""
+    low, high = (percent(end, signed) for end in interval)
+    return f"{low.removesuffix(' %')} to {high}"
 
 
 def utc(seconds) -> str:
@@ -201,31 +281,79 @@ def render(runs: list):
     # Autoescape: whatever stands in a run's files reaches the page as text, never as markup.
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True)
-    filters = (finite, percent, decimal, short, utc, verdict.grade_gain, verdict.grade_forgetting, np.median,
-               charts.logged, charts.draw_run, source_table, sample_pairs)
+    filters = (finite, percent, span, decimal, short, utc, verdict.grade_gain, verdict.grade_forgetting, np.median,
+               charts.logged, charts.draw_run, source_table, sample_pairs, describe_data, judge_budget, dict_or_empty)
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
     for number, run in enumerate(runs, 1):
         run.number = number
+    ranked = len({run.origin for run in runs}) == len({str(run.texts) for run in runs}) == 1
     return environment.get_template("report.html.j2").make_module({
-        "runs": runs, "advice": ADVICE, "flat": verdict.FLAT,
-        "across": charts.draw_comparison(runs) if len(runs) > 1 else []})
+        "runs": runs, "ranked": ranked, "best": find_best(runs) if ranked else [],
+        "across": charts.draw_comparison(runs, ranked) if len(runs) > 1 else []})
+
+
+def find_best(runs: list) -> list:
+    """The run with the best overall score, and those whose score cannot be told from it: the documents are drawn in the
+    same way for all, and the middle 95 % of the differences hold 0. Empty where no score is known."""
+    best = max((run for run in runs if run.overall is not None), key=lambda run: run.overall, default=None)
+    if best is None:
+        return []
+    others = [run for run in runs if run is not best and run.score_draws is not None and best.score_draws is not None]
+    return [best, *(run for run in others
+                    if verdict.is_unclear(verdict.middle(best.score_draws - run.score_draws)))]
+
+
+def describe_data(run: Run) -> list[tuple[str, str]]:
+    """[(source, what it trained on, what was cleaned away before, what was held out)] of a run."""
+    rows = []
+    for name, role in run.sources.items():
+        start, scored = (dict_or_empty(side.get(name)) for side in (run.start["sources"], run.after or run.before))
+        said = [f"{start[key]:,} {key}" for key in ("documents", "bytes", "tokens") if finite(start.get(key))]
+        steps = start["cleaning"] if isinstance(start.get("cleaning"), list) else []
+        said += [f"{step.get('by')} kept {short(step.get('kept'))} of {short(step.get('documents'))}"
+                 for step in map(dict_or_empty, steps)]
+        if "cleaning" in start and not steps:
+            said.append("what was cleaned away before is not known")
+        held = [f"{scored[key]:,} {key}" for key in ("documents", "tokens") if finite(scored.get(key)) is not None]
+        said.append(f"held out and scored: {', '.join(held)}" if held else "nothing held out was scored")
+        if "documents" in scored and run.interval["change"].get(name) is None and run.before and run.after:
+            said.append(f"no interval: it needs {verdict.FEWEST} documents, the same before and after")
+        rows.append((f"{name} ({role})" if role and role != name else name, "; ".join(said)))
+    return rows
+
+
+def judge_budget(run: Run) -> str:
+    """A sentence about a run whose replay was adaptive: what general text might lose, what it lost; else nothing."""
+    config = dict_or_empty(dict_or_empty(run.settings.get("forget")).get("adaptive"))
+    policy, changes = config.get("policy", run.decisions[-1].get("policy") if run.decisions else None), []
+    if policy in (None, "none"):
+        return ""
+    budget = finite(config.get("epsilon")) if policy == "budget" else verdict.GOOD
+    for name in run.names_of("general"):
+        was, now = (finite(side.get(name, {}).get(run.metric)) for side in (run.before, run.after))
+        if was and now is not None:
+            changes.append((now - was if policy == "budget" else now / was - 1, name))
+    shown = percent if policy == "degradation" else lambda value: f"{decimal(value)} {run.unit}"
+    if budget is None or not changes:
+        return f"Policy {policy}; what general text lost is unknown."
+    lost, name = max(changes)
+    return (f"Policy {policy}: general text may lose {shown(budget)}. {name} lost most, {shown(lost)}: the budget was "
+            + ("broken." if lost > budget else "kept."))
 
 
 def source_table(run: Run) -> tuple[list, set]:
     """([{column: value} of each source], columns with a value); None or [] where the files do not say."""
-    trained = {}
-    for row in run.train:
-        trained |= row["sources"]
     rows = []
     for name, role in run.sources.items():
         sides = [side.get(name, {}) for side in (run.before, run.after)]
         rows.append({
             "name": name, "role": role, "change": run.comparison["change"].get(name),
+            "interval": run.interval["change"].get(name),
             **{side: finite(scores.get(run.metric)) for side, scores in zip(("before", "after"), sides)},
             **{column: [side[column] for side in sides if finite(side.get(column)) is not None]
                for column in ("perplexity", "accuracy")},
-            **{column: finite(trained.get(name, {}).get(column)) for column in ("tokens", "epochs")},
+            **{column: finite(run.trained.get(name, {}).get(column)) for column in ("tokens", "epochs")},
         })
     return rows, {key for row in rows for key, value in row.items() if value not in (None, [])}
 
@@ -262,8 +390,11 @@ def write_report(options: Report) -> dict:
     write_text(out, str(page))
     for run in runs:
         print(f"{run.name}: {page.headline(run).striptags()}")
+        if run.failure:
+            print(f"{run.failure}; what helps: {'; '.join(run.advice)}")
     print(f"wrote {out} ({len(str(page)) / 1e6:.2f} MB)")
-    return {"out": str(out), "runs": [{"run": run.name, **run.comparison} for run in runs]}
+    return {"out": str(out), "runs": [{"run": run.name, **run.comparison, "failure": run.failure,
+                                         "advice": run.advice} for run in runs]}
 
 
 def main() -> int:

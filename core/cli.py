@@ -223,12 +223,13 @@ def _take_json(argv: list[str]) -> str | None:
     return None
 
 
-def run_command(program: str, *words, threads: int | None = None, show: bool = False) -> None:
-    """Run a command of this checkout in a process of its own, with OMP_NUM_THREADS of `threads` if given.
+def run_command(program: str, *words, threads: int | None = None, show: bool = False) -> str:
+    """Run a command of this checkout in a process of its own, with OMP_NUM_THREADS of `threads` if given; returns what
+    it printed.
 
-    With `show` the command and all that it prints are shown. A signal to this process is passed on, and the command is
-    waited for, so that it can save. A failure is a UserError with the command's exit status (128 + number where a
-    signal ended it) and the last line that it printed.
+    With `show` the command and all that it prints are shown instead. A signal to this process is passed on, and the
+    command is waited for, so that it can save. A failure is a UserError with the command's exit status (128 + number
+    where a signal ended it) and the last line that it printed.
     """
     words = list(map(str, words))
     if show:
@@ -251,6 +252,7 @@ def run_command(program: str, *words, threads: int | None = None, show: bool = F
     if status:
         said = (err or out or "its error stands above").strip().splitlines()
         raise UserError(f"{program} failed: {''.join(said[-1:])}", status)
+    return out or ""
 
 
 # ---- the words of a command line

@@ -84,7 +84,9 @@ def format_line(step: int, total: int, values: dict) -> str:
     sources = " ".join(f"{name} {source['loss']:.3f}" for name, source in values["sources"].items())
     seconds_left = int((total - step) * values["step_ms"] / 1000)
     mfu = [f"mfu {100 * values['mfu']:.0f}%"] if values.get("mfu") else []
-    parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}", f"ppl {math.exp(min(values['loss'], 99)):.1f}",
+    perplexity = math.exp(min(values["loss"], 99))
+    parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}",
+             f"ppl {perplexity:{'.1f' if perplexity < 1e6 else '.1e'}}",
              sources, f"replay {100 * values['replay_share']:.0f}%", f"lr {values['lr']:.2e}",
              f"gnorm {values['grad_norm']:.2f}", f"{values['tokens_per_second'] / 1000:.1f}k tok/s", *mfu,
              f"mem {values['peak_gb']:.1f}G",

@@ -53,8 +53,9 @@ class Objective:
     def loss(self, model, batch, want_hits: bool = False):
         """(nats summed over the targets, their number, metrics) of a corrupted batch.
 
-        metrics: "sequence_loss" [B] and "sequence_targets" [B], the same two per sequence; "hidden" [B, T, D], part of
-        the graph; with want_hits "hits", the number of targets that have the largest logit.
+        metrics: "token_loss" [B, T], 0 where there is no target; "sequence_loss" [B] and "sequence_targets" [B], the
+        sums per sequence; "hidden" [B, T, D], part of the graph; with want_hits "hits", the number of targets that have
+        the largest logit.
         """
         hidden = self.hidden_states(model, batch)
         # Under DDP the model stands inside its wrapper.
@@ -62,7 +63,8 @@ class Objective:
         loss, token_loss, hits = linear_cross_entropy(hidden, head.weight, batch.labels, want_hits,
                                                       z_loss=self.z_loss if model.training else 0.0)
         valid = batch.labels != IGNORE
-        metrics = {"sequence_loss": token_loss.sum(1), "sequence_targets": valid.sum(1), "hidden": hidden}
+        metrics = {"token_loss": token_loss, "sequence_loss": token_loss.sum(1), "sequence_targets": valid.sum(1),
+                   "hidden": hidden}
         if want_hits:
             metrics["hits"] = hits.sum()
         return loss, valid.sum(), metrics

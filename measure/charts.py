@@ -37,8 +37,9 @@ STYLE = {
     "path.simplify_threshold": 0.3,
 }
 DASHED, DOTTED = (0, (4, 3)), (0, (1, 1.7))
-# (class in the page's style sheet, width and height in inches)
-HALF, THIRD, FULL = ("half", (5.2, 2.9)), ("third", (3.45, 2.1)), ("full", (10.7, 2.5))
+# Inches: so that on a phone, where a picture is as wide as the page, its text has ten pixels. The style sheet has it
+# smaller where there is more room.
+SIZE = (3.6, 2.2)
 # A curve with fewer points than this is drawn as it is and not as a moving mean.
 NOISY = 40
 SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -49,7 +50,7 @@ SIZES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 def decimal(value, digits: int = 3) -> str:
     """1234.5 -> '1,234.500'; a dash where the value is unknown."""
     value = finite(value)
-    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−")
+    return "–" if value is None else f"{value:,.{digits}f}".replace("-", "−") if abs(value) < 1e7 else f"{value:.1e}"
 
 
 def short(value) -> str:
@@ -102,17 +103,17 @@ def smooth(y):
 # ---- what all charts share
 
 def draw_charts(charts: list, salt: str, x_name: str = "step", end: float | None = None) -> list:
-    """What the page shows of each chart [(size, chart_ function of the axes alone)] that has anything to draw.
+    """What the page shows of each chart [chart_ function of the axes alone] that has anything to draw.
 
     x runs from 0 to `end` where that is given. `salt` makes the ids inside a picture differ from those of all other
     pictures on the page.
     """
     shown = []
-    for i, (size, chart) in enumerate(charts):
+    for i, chart in enumerate(charts):
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": f"{salt}-{i}"}):
-            figure = Figure(figsize=size[1], layout="constrained")
+            figure = Figure(figsize=SIZE, layout="constrained")
             axes = figure.add_subplot(xlabel=x_name)
-            axes.xaxis.set_major_locator(MaxNLocator(4 if size is THIRD else 6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 2.5, 5, 10]))
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
             axes.xaxis.set_major_formatter(tick_text)
             axes.ticklabel_format(axis="y", style="plain", useOffset=False)
@@ -120,7 +121,7 @@ def draw_charts(charts: list, salt: str, x_name: str = "step", end: float | None
             if end:
                 axes.set_xlim(-0.015 * end, 1.015 * end)
             if drawn := chart(axes):
-                shown.append(dict(zip(("title", "caption", "legend"), drawn), size=size[0], svg=to_svg(figure)))
+                shown.append(dict(zip(("title", "caption", "legend"), drawn), svg=to_svg(figure)))
     return shown
 
 
@@ -172,12 +173,11 @@ def use_log_if_spiky(axes, y) -> str:
 
 def draw_run(run) -> list:
     """The charts of one run, as `draw_charts` returns them."""
-    charts = [(HALF, chart_evaluations), (HALF, chart_loss), (FULL, chart_mix),
-              (THIRD, chart_column, "lr", "Learning rate", "Learning rate by step, no unit"),
-              (THIRD, chart_column, "grad_norm", "Gradient norm", "Norm of the gradient before clipping, no unit"),
-              (THIRD, chart_column, "tokens_per_second", "Throughput", "Tokens per second")]
-    return draw_charts([(size, partial(chart, run, *column)) for size, chart, *column in charts], f"run{run.number}",
-                       end=run.step)
+    charts = [(chart_evaluations,), (chart_loss,), (chart_mix,),
+              (chart_column, "lr", "Learning rate", "Learning rate by step, no unit"),
+              (chart_column, "grad_norm", "Gradient norm", "Norm of the gradient before clipping, no unit"),
+              (chart_column, "tokens_per_second", "Throughput", "Tokens per second")]
+    return draw_charts([partial(chart, run, *column) for chart, *column in charts], f"run{run.number}", end=run.step)
 
 
 def chart_evaluations(run, axes) -> tuple | None:
@@ -261,7 +261,7 @@ def chart_column(run, name: str, title: str, caption: str, axes) -> tuple | None
 
 # ---- charts of several runs
 
-def draw_comparison(runs: list) -> list:
+def draw_comparison(runs: list, ranked: bool = True) -> list:
     """Gain against forgetting, then held-out scores and losses over each other by tokens trained (else by step)."""
     by_tokens = all(finite(run.start.get("tokens_per_step")) is not None for run in runs)
     units = " or ".join(sorted({run.unit for run in runs})).capitalize()
@@ -280,18 +280,19 @@ def draw_comparison(runs: list) -> list:
         return lambda run: series(run.evals, lambda row: run.mean_over(role, row["sources"], run.metric))
 
     charts = [
-        partial(chart_gain_against_forgetting, runs),
+        partial(chart_gain_against_forgetting, runs, ranked),
         partial(overlay, "Domain, held out", f"{units}, mean over domain sources; lower is better.",
                 held_out("domain")),
         partial(overlay, "General, held out", f"{units}, mean over general sources; its rise is forgetting.",
                 held_out("general")),
         partial(overlay, "Training loss", "Nats per token over all sources, moving mean; mixes may differ, so this "
                 "shows the course of a run and not its merit.", partial(logged, column="loss"), smoothed=True)]
-    return draw_charts([(HALF, chart) for chart in charts], "across", "tokens trained" if by_tokens else "step")
+    return draw_charts(charts, "across", "tokens trained" if by_tokens else "step")
 
 
-def chart_gain_against_forgetting(runs: list, axes) -> tuple | None:
-    """A dot per run whose gain and forgetting are known, over bands of the grades of forgetting."""
+def chart_gain_against_forgetting(runs: list, ranked: bool, axes) -> tuple | None:
+    """A dot per run whose gain and forgetting are known, over bands of the grades of forgetting; a cross as long as the
+    95 % intervals where these are known."""
     known = [run for run in runs if run.overall is not None]
     if not known:
         return None
@@ -303,11 +304,16 @@ def chart_gain_against_forgetting(runs: list, axes) -> tuple | None:
         axes.axvspan(start, end, color=HEX[grade], alpha=0.08, linewidth=0)
     # Runs with the overall score of the best one: a constant gain up to 5 % of forgetting, then one more % a %.
     best = max(run.overall for run in known) * 100
-    axes.plot([left, 5, right], [best, best, best + right - 5], color=HEX["muted"], linewidth=0.9, linestyle=DASHED)
+    if ranked:
+        axes.plot([left, 5, right], [best, best, best + right - 5], color=HEX["muted"], linewidth=0.9, linestyle=DASHED)
     for run, *place in zip(known, xs, ys):
+        for name, ends in (("forgetting", lambda low, high, at: ([low, high], [at[1]] * 2)),
+                           ("domain_gain", lambda low, high, at: ([at[0]] * 2, [low, high]))):
+            if interval := run.interval[name]:
+                axes.plot(*ends(*(100 * end for end in interval), place), color=HEX[run.colour], linewidth=1.2)
         axes.plot(*place, "o", markersize=11, color=HEX[run.colour], markeredgecolor="none")
         axes.annotate(str(run.number), place, color=HEX["card"], ha="center", va="center_baseline", fontsize=7,
                       weight="bold")
     return ("Domain gain against forgetting", "Per cent; up and to the left is better. Bands: good, warning, bad. "
-            "Dashed: as good an overall score as the best run's.",
+            "Lines: 95 % intervals." + " Dashed: as good an overall score as the best run's." * ranked,
             [(run.colour, f"{run.number} {run.name}") for run in known])

@@ -154,6 +154,8 @@ def build(c, world, folder: Path | None = None) -> Run:
     sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
     config = base.config if base else ModelConfig(
         vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
+    # What the run writes of its settings has the model's own sizes, also where they are the base's.
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, **{name: getattr(config, name) for name in sizes}))
     run = plan_data(c, world, folder, base, tokenizer, config)
     run.inner = build_model(c, config, base, world)
     run.methods = forget.build(c.forget, describe_learning(run))

@@ -94,10 +94,28 @@ def begin(run: Run, start: int):
     run.log.record("start", 0, time=time.time(), run=run.folder.name, parameters=parameters,
                    trainable_parameters=trained,
                    tokens_per_step=run.tokens_per_step, total_steps=run.steps, device=str(device),
-                   world_size=run.world.size, precision=c.train.precision,
-                   sources={name: {"role": run.sources[name].role, "tokens": shards.tokens,
-                                   "documents": shards.documents} for name, shards in run.loader.shards.items()},
+                   world_size=run.world.size, precision=c.train.precision, **describe_origin(run),
+                   sources={name: describe_source(run.sources[name].role, shards.manifest)
+                            for name, shards in run.loader.shards.items()},
                    versions={"torch": torch.__version__, "python": sys.version.split()[0]})
+
+
+def describe_source(role: str, manifest: dict) -> dict:
+    """What a source trains on, and the steps of its cleaning that data.py pack knew of."""
+    return {"role": role, **{key: manifest["splits"]["train"][key] for key in ("tokens", "documents", "bytes")},
+            "cleaning": [step for file in manifest["inputs"] for step in file.get("cleaning", [])]}
+
+
+def describe_origin(run: Run) -> dict:
+    """What the run began from, for a reader who has the run folder alone."""
+    c, pretrained, tokenizer = run.c, run.c.model.init == "pretrained", run.tokenizer
+    rate = schedules.recommended(run.inner.count_parameters(), "lora" if c.lora.rank else "full")[0]
+    return {"family": run.config.family, "vocab_size": run.config.vocab_size,
+            "base": {"name": run.base.name, "license": run.base.facts["license"],
+                     "fingerprint": run.base_fingerprint} if pretrained else None,
+            "tokenizer": {"name": c.model.tokenizer or c.model.path, "vocab_size": tokenizer.vocab_size,
+                          "fingerprint": tokenizer.fingerprint} if tokenizer else None,
+            "recommended_lr": rate if pretrained else schedules.SCRATCH}
 
 
 # ---- a step
@@ -160,9 +178,11 @@ def score(run: Run, model, world) -> tuple[dict, dict]:
 
 
 def score_heldout(run: Run, step: int) -> dict:
-    """{source: {"role", "bits_per_byte", ...}} of the held-out documents; also in eval_step_N.json and metrics.jsonl"""
+    """{source: {"role", "bits_per_byte", ...}} of the held-out documents; also in eval_step_N.json and,
+    without the nats of each document, in metrics.jsonl"""
     scores, protocol = score(run, run.inner, run.world)
-    run.log.record("eval", step, sources=scores, protocol=protocol)
+    run.log.record("eval", step, protocol=protocol, sources={name: {
+        key: value for key, value in found.items() if key != "nats_by_document"} for name, found in scores.items()})
     unit = "bits_per_byte" if run.objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
     run.log.say(f"eval at step {step}: {shown} ({unit.replace('_', ' ')})")
@@ -225,15 +245,14 @@ def finish(run: Run):
     comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.causal else {}
     write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
     say(evaluation.format_table(before, after))
-    if comparison:
-        say(verdict.describe(comparison))
     run.log.close()
     try:
-        run_command("report.py", out)
+        # The report reads all that the folder holds of the run, so its verdict is the one that is shown.
+        words = run_command("report.py", out).splitlines()[:-1]
         report = f"report: {out}/report.html"
     except UserError as error:
-        report = f"no report: {error}"
-    print(f"model: {out}/final   {report}", flush=True)
+        words, report = [], f"no report: {error}"
+    print(*words, f"model: {out}/final   {report}", sep="\n", flush=True)
 
 
 def export(run: Run, folder: Path, card: str):

@@ -92,7 +92,7 @@ def quick(monkeypatch):
     """One thread, so that sums have one order here and in the processes started here; and no report for each run."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr("stages.evaluate.run_command", lambda *words: None)
+    monkeypatch.setattr("stages.evaluate.run_command", lambda *words: "")
     yield
     torch.set_num_threads(before)
 
@@ -102,7 +102,7 @@ def whole(lab, tmp_path_factory):
     """A run of 8 steps that nothing interrupted, and the hash of the tokens of each step."""
     out = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.evaluate.run_command", lambda *words: None)
+        patch.setattr("stages.evaluate.run_command", lambda *words: "")
         seen = spy(patch)
         torch.set_num_threads(1)
         assert train.train(settings(lab, out), one()) == 0
@@ -114,7 +114,7 @@ def base(lab, tmp_path_factory):
     """(lab, a base in Hugging Face's format that knows the general source), read only."""
     folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.evaluate.run_command", lambda *words: None)
+        patch.setattr("stages.evaluate.run_command", lambda *words: "")
         torch.set_num_threads(1)
         train.train(settings(lab, folder, "--data.domain-share", 0, "--data.schedule", "static", steps=20), one())
     return lab, folder / "final"

@@ -34,17 +34,26 @@ CAUSAL = objectives.Causal(mask_documents=True)
 @torch.no_grad()
 def truth(model, documents, prefix: int, context: int) -> dict:
     """Each document alone: windows of `context` targets, the first after the prefix token, no packing."""
-    nats, tokens = 0.0, 0
+    by_document, tokens = [], 0
     for ids, _ in documents:
-        ids = torch.tensor([prefix, *ids.tolist()])
+        nats, ids = 0.0, torch.tensor([prefix, *ids.tolist()])
         for i in range(0, len(ids) - 1, context):
             window = ids[i:i + context + 1]
             log_p = model(window[None, :-1]).logits[0].double().log_softmax(-1)
             nats -= log_p.gather(1, window[1:, None]).sum().item()
             tokens += len(window) - 1
-    nbytes = sum(n for _, n in documents)
+        by_document.append(nats)
+    nats, nbytes = sum(by_document), sum(n for _, n in documents)
     return {"nats_per_token": nats / tokens, "perplexity": math.exp(nats / tokens), "tokens": tokens,
-            "bytes": nbytes, "bits_per_byte": nats / math.log(2) / nbytes}
+            "bytes": nbytes, "bits_per_byte": nats / math.log(2) / nbytes, "documents": len(documents),
+            "nats_by_document": by_document}
+
+
+def same(found: dict, expected: dict, rel: float = 1e-6) -> bool:
+    """Whether two results are equal, the nats of each document too, which are written with four decimals."""
+    lists = [dict(scores)["nats_by_document"] for scores in (found, expected)]
+    rest = [{key: value for key, value in scores.items() if key != "nats_by_document"} for scores in (found, expected)]
+    return rest[0] == pytest.approx(rest[1], rel=rel) and lists[0] == pytest.approx(lists[1], rel=1e-5, abs=2e-4)
 
 
 def random_documents(n: int, longest: int, seed: int = 0) -> list:
@@ -60,8 +69,7 @@ def test_same_numbers_as_a_loop_over_documents_in_transformers(hf_model, family,
     # transformers makes one forward pass per window, so short windows get short documents.
     documents, model = random_documents(14, 150 if context > 7 else 12 * context), hf.load(folder)
     ours = evaluation.score(model, CAUSAL, documents, 5, context)
-    for key, value in truth(theirs, documents, 5, context).items():
-        assert ours[key] == pytest.approx(value, rel=1e-5), key
+    assert same(ours, truth(theirs, documents, 5, context), 1e-5)
 
 
 def test_packing_changes_nothing_and_each_token_counts_once(tiny_model):
@@ -71,9 +79,10 @@ def test_packing_changes_nothing_and_each_token_counts_once(tiny_model):
     assert whole["tokens"] == sum(len(ids) for ids, _ in documents) == sum(r["tokens"] for r in alone)
     nats = sum(r["nats_per_token"] * r["tokens"] for r in alone)
     assert whole["nats_per_token"] * whole["tokens"] == pytest.approx(nats, rel=1e-6)
-    shuffled = random.Random(0).sample(documents, len(documents))
+    order = random.Random(0).sample(range(len(documents)), len(documents))
+    shuffled = whole | {"nats_by_document": [whole["nats_by_document"][i] for i in order]}
     for B in (1, 3, 100):
-        assert evaluation.score(model, CAUSAL, shuffled, 1, 32, B=B) == pytest.approx(whole, rel=1e-6)
+        assert same(evaluation.score(model, CAUSAL, [documents[i] for i in order], 1, 32, B=B), shuffled)
 
 
 def test_model_comes_back_in_its_mode_and_without_gradients(tiny_model):
@@ -114,7 +123,7 @@ def test_shared_by_ranks_it_equals_one(tiny_model, size, causal):
     for thread in threads:
         thread.join()
     assert all(results[r] == results[0] for r in range(size))
-    assert results[0] == pytest.approx(alone, rel=1e-6)
+    assert same(results[0], alone)
     assert len(set(forwards.values())) == 1                # FSDP gathers in every forward: all ranks make as many
 
 
@@ -124,7 +133,7 @@ def test_masked_loss_and_accuracy(tiny_model):
     documents = random_documents(6, 30)
     result = evaluation.score(model, objective, documents, 0, 32)
     for B in (1, 3, 4):                                                             # the same masks every time
-        assert evaluation.score(model, objective, documents, 0, 32, B=B) == pytest.approx(result, rel=1e-6)
+        assert same(evaluation.score(model, objective, documents, 0, 32, B=B), result)
     nats, hits, n = 0.0, 0, 0
     segments = evaluation.cut_windows(objective, [d for d, _ in documents], 0, 32)
     for i, sequences in enumerate(pack_in_order(segments, 32, 4)):
@@ -140,6 +149,7 @@ def test_masked_loss_and_accuracy(tiny_model):
     assert 0.3 < n / sum(len(d) for d, _ in documents) < 0.7
     assert (result["tokens"], result["accuracy"]) == (n, pytest.approx(hits / n))
     assert result["nats_per_token"] == pytest.approx(nats / n, rel=1e-5)
+    assert sum(result["nats_by_document"]) == pytest.approx(nats, rel=1e-5)
 
 
 def test_held_out_documents_end_before_the_limit(tmp_path):
@@ -192,11 +202,16 @@ def test_a_text_is_as_long_as_its_bytes(tiny_model, tiny_bpe, tmp_path):
 
 
 def test_table():
-    was, now = {"bits_per_byte": 2.0, "perplexity": 8.0}, {"bits_per_byte": 1.5, "perplexity": 4.0}
+    size = {"documents": 1200, "tokens": 5000}
+    was, now = {"bits_per_byte": 2.0, "perplexity": 8.0}, {"bits_per_byte": 1.5, "perplexity": 4.0} | size
     assert evaluation.format_table({"law": was}, {"law": now}).splitlines()[-1] == (
-        "| law | 2.0000 | 1.5000 | -25.0 % | 8.00 | 4.00 |")
-    assert evaluation.format_table(None, {"a|b\nc": now}).splitlines()[2:] == ["| a\\|b c |  | 1.5000 |  |  | 4.00 |"]
-    assert evaluation.format_table(None, {"law": now}).splitlines()[-1] == "| law |  | 1.5000 |  |  | 4.00 |"
+        "| law | 2.0000 | 1.5000 | -25.0 % | 8.00 | 4.00 | 1,200 | 5,000 |")
+    sure = [side | {"nats_by_document": [share] * 6} for side, share in ((was, 4.0), (now, 3.0))]
+    assert "| -25.0 % (95 %: -25.0 to -25.0) |" in evaluation.format_table({"law": sure[0]}, {"law": sure[1]})
+    assert evaluation.format_table(None, {"a|b\nc": now}).splitlines()[2:] == [
+        "| a\\|b c |  | 1.5000 |  |  | 4.00 | 1,200 | 5,000 |"]
+    assert evaluation.format_table(None, {"law": now}).splitlines()[-1] == (
+        "| law |  | 1.5000 |  |  | 4.00 | 1,200 | 5,000 |")
 
 
 # ---- command line
@@ -206,7 +221,7 @@ def runs(tmp_path_factory):
     """A lab, a run with checkpoints at 2, 4 and 5 of 5 steps, and a text file of the domain."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.evaluate.run_command", lambda *words: None)
+        patch.setattr("stages.evaluate.run_command", lambda *words: "")
         make_lab(folder / "lab")
         train.train(settings(folder / "lab", folder / "run", "--train.save-every", 2, steps=5), one())
     (folder / "legal.txt").write_text("\n\n".join(texts("legal")[:20]))
@@ -236,7 +251,7 @@ def test_model_against_its_baseline(pair, monkeypatch, capsys, tmp_path):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
         for name, file in (("law", law), ("tales", tales)):
             docs = [(np.array(tok.encode(t)), len(t.encode())) for t in file.read_text().splitlines()]
-            assert scores[name] == pytest.approx(truth(theirs, docs, tok.bos_id, 16), rel=1e-5)
+            assert same(scores[name], truth(theirs, docs, tok.bos_id, 16), 1e-5)
     bits = [r["tales"]["bits_per_byte"] for r in (result["baseline"]["texts"], result["texts"])]
     assert result["forgetting"] == pytest.approx(bits[1] / bits[0] - 1)
     assert result["protocol"] == {"prefix_token_id": tok.bos_id, "context": 16, "stride": 16, "bos_eos_scored": False,
@@ -275,7 +290,7 @@ def test_every_checkpoint_of_a_run_by_number(runs, monkeypatch, capsys, tmp_path
     tok = tokenizer.load(runs / "lab/tok")
     docs = [(np.array(tok.encode(t)), len(t.encode())) for t in texts("legal")[:20]]
     alone = evaluation.score(final, CAUSAL, docs, tok.bos_id, 32)
-    assert rows[1]["texts"]["law"] == pytest.approx(alone)
+    assert same(rows[1]["texts"]["law"], alone)
     assert said.index("step 4") < said.index("step 5") < said.index("step 100000000")
     path = checkpoint.path_of(run / "checkpoints", 5) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])

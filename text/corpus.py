@@ -14,7 +14,7 @@ from pathlib import Path
 
 from core.cli import Reading
 from core.errors import UserError
-from text.kinds import KNOWN, LISTS, identify, list_files, name_faults, open_bytes
+from text.kinds import CLEANED, KNOWN, LISTS, identify, list_files, name_faults, open_bytes
 
 # Characters read at a time where a separator stands between documents.
 SEPARATED_CHUNK = 1 << 20
@@ -224,3 +224,15 @@ def to_line(record: dict) -> bytes:
     """A line of a .jsonl file, in UTF-8, as every command writes it: `utf8`, because not every reader takes half a
     surrogate pair."""
     return utf8(_to_json(record)) + b"\n"
+
+
+def read_cleaning(path) -> list[dict]:
+    """What clean.py and dedup.py did to what became the file `path`, by the reports that they left beside it, the first
+    step first: [{"by", "documents", "kept"}]; of clean.py, documents are the parts that it cut them into."""
+    steps, folder = [], Path(path).parent
+    for by, name, total in (("clean.py", "drops.json", "parts"), ("dedup.py", "dedup.json", "documents")):
+        if Path(path).name == CLEANED[0] and (folder / name).is_file():
+            report = json.loads((folder / name).read_text(encoding="utf-8"))
+            steps += [step for file in report.get("files", ()) for step in read_cleaning(file)]
+            steps.append({"by": by, "documents": report[total], "kept": report["kept"]})
+    return steps

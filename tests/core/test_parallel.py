@@ -103,7 +103,7 @@ def half_way(folder, name, out) -> list:
 def as_rank(folder: Path):
     """What each of the two ranks does."""
     torch.set_num_threads(1)
-    evaluate.run_command = lambda *words: None
+    evaluate.run_command = lambda *words: ""
     lab, world = folder / "lab", parallel.start("cpu")
     results = {str(k): steps_of(case(lab, *k), world) for k in CASES}
     results |= {strategy: steps_of(half(folder, strategy), world) for strategy in ("ddp", "fsdp")}
@@ -151,7 +151,7 @@ def ranks(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.evaluate.run_command", lambda *words: None)
+        patch.setattr("stages.evaluate.run_command", lambda *words: "")
         for strategy in ("ddp", "fsdp"):
             stop_after(settings(lab, folder / f"{strategy}_one_two", steps=6), one(), 3)
         for tied in (True, False):

@@ -152,7 +152,7 @@ model = Model(ModelConfig(vocab_size=53, hidden_size=32, intermediate_size=64, n
                           num_attention_heads=4, num_key_value_heads=2))
 model.initialise(0)
 documents = [rng.integers(0, 53, n) for n in rng.integers(2, 90, 500)]
-for batch in make_batches(Causal(True), documents, 1, 256, 2)[:-1]:
+for batch, _ in make_batches(Causal(True), documents, 1, 256, 2)[:-1]:
     if kind == "few labels":
         batch.labels[torch.rand(batch.labels.shape) < 0.85] = -100
     with torch.autocast("cpu", torch.bfloat16, enabled=kind != "half weights"):

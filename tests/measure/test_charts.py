@@ -36,7 +36,7 @@ def test_a_smooth_curve_of_many_points_is_drawn_with_few():
     def draw(axes):
         charts.draw_curve(axes, np.arange(20_000), np.cos(np.arange(20_000) / 2_000), "g0")
         return "", "", []
-    svg = charts.draw_charts([(charts.HALF, draw)], "salt")[0]["svg"]
+    svg = charts.draw_charts([draw], "salt")[0]["svg"]
     assert 20 < max(re.findall(r' d="([^"]*)"', svg), key=len).count("L") < 400
 
 

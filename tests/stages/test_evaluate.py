@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import tomllib
 
 import pytest
 import torch
@@ -129,7 +130,11 @@ def test_an_evaluation_is_a_file_a_line_and_for_the_user(base, tmp_path, capsys)
     said = capsys.readouterr().out
     for record in lines(out, "eval"):
         found = json.loads((out / f"eval_step_{record['step']}.json").read_text())
+        by_document = [scores.pop("nats_by_document") for scores in found["texts"].values()]
         assert found == {"step": record["step"], "texts": record["sources"], "protocol": record["protocol"]}
+        for nats, scores in zip(by_document, found["texts"].values()):
+            assert len(nats) == scores["documents"]
+            assert sum(nats) == pytest.approx(scores["nats_per_token"] * scores["tokens"], rel=1e-5)
         scores = ", ".join(f"{name} {texts['bits_per_byte']:.4f}" for name, texts in found["texts"].items())
         assert f"eval at step {record['step']}: {scores} (bits per byte)" in said
     assert [record["step"] for record in lines(out, "eval")] == [0, 5, 8]
@@ -208,6 +213,24 @@ def test_a_line_of_the_metrics_says_what_the_steps_were(lab, tmp_path):
         for name, found in record["sources"].items():
             assert found["tokens"] == 32 * read.count(name)
             assert found["epochs"] == read.count(name) / -(-Shards(lab / name).tokens // 32)
+
+
+def test_the_run_folder_says_what_the_run_began_from(base, tmp_path):
+    """Truth: the base's config.json, its card and the sources' manifests."""
+    lab, folder = base
+    out = tmp_path / "run"
+    train.train(run_of(base, out, "--lora.rank", 4), one())
+    (start,), config = lines(out, "start"), json.loads((folder / "config.json").read_text())
+    written = tomllib.loads((out / "config.toml").read_text())["model"]
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "tie_word_embeddings"):
+        assert written[name] == config[name], name
+    assert start["base"]["fingerprint"] == hf.open_base(folder).fingerprint
+    assert start["vocab_size"] == start["tokenizer"]["vocab_size"] == config["vocab_size"]
+    assert start["recommended_lr"] == 3e-3                         # of a small model, ten times that of full training
+    split = json.loads((lab / "legal/manifest.json").read_text())["splits"]["train"]
+    assert start["sources"]["legal"] == {
+        "role": "domain", "cleaning": [], **{key: split[key] for key in ("tokens", "documents", "bytes")}}
 
 
 # ---- the end of a run

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from core.cli import Reading
-from text.corpus import read_documents, read_input
+from text.corpus import read_cleaning, read_documents, read_input
 from text.kinds import list_files
 
 
@@ -149,3 +149,17 @@ def test_every_kind_of_input_reads_the_same(tmp_path, kind):
     if kind not in ("txt", "folder"):
         assert [row["n"] for row in rows] == [0, 1]
         assert "body" not in rows[0]
+
+
+def test_what_was_cleaned_away_is_read_along_the_way(tmp_path):
+    clean, dedup = tmp_path / "clean", tmp_path / "dedup"
+    for folder, name, report in ((clean, "drops.json", {"documents": 9, "parts": 10, "kept": 8}),
+                                 (dedup, "dedup.json", {"documents": 8, "kept": 7, "files": [f"{clean}/kept.jsonl"]})):
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(report))
+        (folder / "kept.jsonl").touch()
+    steps = [{"by": "clean.py", "documents": 10, "kept": 8}, {"by": "dedup.py", "documents": 8, "kept": 7}]
+    assert read_cleaning(dedup / "kept.jsonl") == steps
+    assert read_cleaning(clean / "kept.jsonl") == steps[:1]
+    # Another file of the folder is not what was kept.
+    assert read_cleaning(clean / "dropped.jsonl.gz") == read_cleaning(tmp_path / "kept.jsonl") == []
