@@ -178,10 +178,9 @@ def sample_documents(model, tok, settings: Settings, ends: set[int], documents: 
     for first in range(0, documents, batch):
         numbers = range(first, min(first + batch, documents))
         generators = [torch.Generator().manual_seed((settings.seed * 1_000_003 + i) % 2**63) for i in numbers]
-        for i, ids in zip(numbers, decode(model, [first_ids(tok, "")] * len(numbers), settings, generators, ends)):
+        for i, ids in zip(numbers, decode(model, tok, [first_ids(tok, "")] * len(numbers), settings, generators, ends)):
             ended = ids[-1] in ends
-            # An id beyond the tokenizer's vocabulary is a row that only pads the model's embedding: it has no text.
-            text = tok.decode([t for t in ids[:len(ids) - ended] if t < tok.vocab_size]).strip()
+            text = tok.decode(ids[:len(ids) - ended]).strip()
             if text:
                 yield {"text": text, "id": f"self-{settings.seed}-{i}",
                        "metadata": {"source": "self-generated", "ended": ended, "tokens": len(ids)}}

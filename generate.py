@@ -107,9 +107,10 @@ def sample_logits(logits, settings: Settings, seen_ids, generators) -> list[int]
 
 # Not inference_mode, because training may go on with the same parameters.
 @torch.no_grad()
-def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=None) -> list[list[int]]:
+def decode(model, tok, prompts, settings: Settings, generators, eos_ids=(), on_token=None) -> list[list[int]]:
     """The decode loop: B sequences of one length, continued side by side -> the new ids of each.
 
+    tok: the tokenizer, of whose ids and `eos_ids` alone the new ones are; None: any row of the model's embedding.
     prompts: B lists of ids. generators: as in `sample_logits`. A sequence ends with an id of `eos_ids`, which is
     included, or where on_token(sequence, id), called with each other new id, returns True. The loop ends with the last
     sequence. The model is in eval mode meanwhile. With FSDP every rank must call this with the same arguments.
@@ -118,6 +119,7 @@ def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=
     capacity = len(ids[0]) + settings.max_new_tokens
     new, running = [[] for _ in ids], set(range(len(ids)))
     cache = KVCache(capacity) if settings.cache else None
+    missing = [i for i in tok.missing_ids(model.config.vocab_size) if i not in eos_ids] if tok else []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -127,6 +129,7 @@ def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=
             past = cache.length if cache else 0
             tokens = torch.tensor([sequence[past:] for sequence in ids], device=device)          # [B, T]
             logits = model.head(model(tokens, cache=cache)[:, -1])                               # [B, V]
+            logits[:, missing] = -math.inf
             for i, token in enumerate(sample_logits(logits, settings, ids, generators)):
                 # A sequence that has ended gets ids too, which nobody reads, so that all keep one length.
                 ids[i].append(token)
@@ -140,15 +143,17 @@ def decode(model, prompts, settings: Settings, generators, eos_ids=(), on_token=
     return new
 
 
-def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None) -> list[int]:
-    """The ids that follow `prompt_ids`. on_token(id) gets each but an end token and ends the text by returning True."""
+def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None, tok=None) -> list[int]:
+    """The ids that follow `prompt_ids`, with `tok` as in `decode`. on_token(id) gets each but an end token, and
+    ends the text by returning True."""
     vocab_size = model.config.vocab_size
     if not len(prompt_ids):
         raise UserError("the prompt has no tokens; begin with the tokenizer's BOS")
     if not 0 <= min(prompt_ids) <= max(prompt_ids) < vocab_size:
         raise UserError(f"the prompt holds id {max(prompt_ids)} of {vocab_size} rows; is this the model's tokenizer?")
     seen = (lambda i, token: on_token(token)) if on_token else None
-    return decode(model, [prompt_ids], settings, [torch.Generator().manual_seed(settings.seed)], eos_ids, seen)[0]
+    generators = [torch.Generator().manual_seed(settings.seed)]
+    return decode(model, tok, [prompt_ids], settings, generators, eos_ids, seen)[0]
 
 
 def first_ids(tok, prompt: str) -> list[int]:
@@ -160,7 +165,7 @@ def complete(model, tok, prompt: str, settings: Settings, eos_ids=(), stop=(), w
     """{"prompt_ids", "new_ids", "text"}: text is prompt and continuation, without BOS, end token and stop string."""
     prompt_ids = first_ids(tok, prompt)
     stream = TextStream(tok, tok.encode(prompt), stop, write)
-    new_ids = generate(model, prompt_ids, settings, eos_ids, stream.push)
+    new_ids = generate(model, prompt_ids, settings, eos_ids, stream.push, tok)
     return {"prompt_ids": prompt_ids, "new_ids": new_ids, "text": stream.finish()}
 
 

@@ -125,7 +125,9 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
                         "not use, e.g. --objective.mask-token-id 0")
     if not 0 <= mask_id < vocab_size:
         raise UserError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
-    special = [i for i in tokenizer.special_ids if i < vocab_size] if tokenizer is not None else ()
+    # Rows that only pad the embedding are no more drawn at random than special tokens are.
+    special = {*tokenizer.special_ids, *tokenizer.missing_ids(vocab_size)} if tokenizer is not None else ()
+    special = [i for i in special if i < vocab_size]
     return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss)
 
 

@@ -201,7 +201,7 @@ def draw_samples(run: Run, step: int):
     settings = Settings(max_new_tokens=c.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=c.seed)
     ends, samples = {tok.eos_id} - {None}, []
     for prompt in prompts:
-        new = generate(run.inner, first_ids(tok, prompt), settings, ends)
+        new = generate(run.inner, first_ids(tok, prompt), settings, ends, tok=tok)
         samples.append({"prompt": prompt, "text": tok.decode([i for i in new if i not in ends])})
     run.log.record("samples", step, samples=samples)
 

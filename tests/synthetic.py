@@ -130,6 +130,9 @@ class ByteTokenizer:
 
     vocab_size, bos_id, eos_id, add_bos = 258, 256, 257, True
 
+    def missing_ids(self, rows):
+        return list(range(258, rows))
+
     def encode(self, text, bos=False, eos=False):
         return [256] * bos + list(text.encode()) + [257] * eos
 

@@ -1,6 +1,7 @@
 """Truths: a scripted model, and the model's own softmax."""
 
 import json
+from types import SimpleNamespace
 
 import torch
 from synthetic import texts
@@ -38,6 +39,7 @@ class Scripted(torch.nn.Module):
         super().__init__()
         self.answers, self.said, self.weight = answers, 0, torch.nn.Parameter(torch.zeros(1))
         self.angles = lambda length, device: None
+        self.config = SimpleNamespace(vocab_size=20)
 
     def forward(self, tokens, cache):
         self.said += 1
@@ -76,3 +78,12 @@ def test_stories_come_out_of_a_story_teller(data_dir, tmp_path, forget_py, one_t
                "--max-new-tokens", 40, "--temperature", 0.5) == 0
     first = json.loads(out.read_text().splitlines()[0])["text"]
     assert first.startswith(("Once upon a time", "One day")), first
+
+
+def test_an_id_that_the_tokenizer_lacks_ends_no_document(tiny_model, pair):
+    """A model of more rows than the tokenizer has ids, and an id in its middle that stands for nothing."""
+    tok, model = tokenizer.load(pair[0]), tiny_model(vocab_size=900)
+    tok.tokens[50] = None
+    records = list(sample_documents(model, tok, Settings(max_new_tokens=20, temperature=5.0), {2}, 40))
+    assert len(records) > 30
+    assert sum(record["metadata"]["tokens"] for record in records) > 600

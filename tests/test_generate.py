@@ -268,12 +268,29 @@ def test_prompts_begin_with_bos_where_the_model_was_trained_so():
         complete(Scripted([65, 66], 258, 1), tok, "", settings)
 
 
-def test_rows_that_pad_the_embedding_are_no_text():
-    tok = ByteTokenizer()
-    tok.decode = lambda ids: bytes(ids).decode()                    # raises for ids that are no bytes
-    tok.add_bos, tok.vocab_size = False, 256
-    out = complete(Scripted([65, 300, 66], 320, 1), tok, "x", Settings(3, 0.0))
-    assert out == {"prompt_ids": [120], "new_ids": [65, 300, 66], "text": "xAB"}
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_no_id_is_chosen_that_the_tokenizer_lacks(tiny_model, tiny_bpe, temperature):
+    """Rows that pad the embedding, and a hole; the truth is a model whose head cannot choose them."""
+    tok, model, settings = tokenizer.load(tiny_bpe), tiny_model(vocab_size=900), Settings(60, temperature, seed=3)
+    tok.tokens[50] = None
+    lacking = [50, *range(tok.vocab_size, 900)]
+    assert tok.missing_ids(900) == lacking
+    assert tok.missing_ids(40) == []
+    assert set(generate(model, [1, 2], settings)) & set(lacking)
+    result = complete(model, tok, "a", settings)
+    assert not set(result["new_ids"]) & set(lacking)
+    assert result["text"] == tok.decode([*tok.encode("a"), *result["new_ids"]])
+    barred = torch.isin(torch.arange(900), torch.tensor(lacking))
+    model.head.register_forward_hook(lambda module, inputs, logits: logits.masked_fill(barred, -1e30))
+    assert generate(model, result["prompt_ids"], settings) == result["new_ids"]
+
+
+def test_an_end_token_that_the_tokenizer_lacks_still_ends(tiny_model, tiny_bpe):
+    tok, model = tokenizer.load(tiny_bpe), tiny_model(vocab_size=900)
+    free = generate(model, [1, 2], Settings(60, 3.0, seed=3))
+    end = next(i for i in free if i >= tok.vocab_size)
+    result = complete(model, tok, "", Settings(4000, 3.0, seed=3, cache=False), (end,))
+    assert result["new_ids"][-1] == end
 
 
 def test_end_ids_from_the_files(tmp_path):

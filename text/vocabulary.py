@@ -121,6 +121,10 @@ class Tokenizer:
                                 f"{self.vocab_size - 1}; the two files belong to different models")
         return default
 
+    def missing_ids(self, rows: int) -> list[int]:
+        """The ids below `rows`, of a model's embedding, that the tokenizer lacks: rows that pad it, and holes."""
+        return [i for i in range(rows) if i >= len(self.tokens) or self.tokens[i] is None]
+
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Ids of `text`; BOS and EOS only if asked for. UserError if one is asked for that the tokenizer lacks."""
         for wanted, role, i in ((bos, "bos", self.bos_id), (eos, "eos", self.eos_id)):
@@ -385,9 +389,7 @@ class TextStream:
 
     def push(self, token: int) -> bool:
         """Add one id; True once a stop string is complete."""
-        # An id that the tokenizer does not have is a row that pads the model's embedding, and has no text.
-        if token < self.tok.vocab_size:
-            self.ids.append(token)
+        self.ids.append(token)
         text = self.tok.decode(self.ids).rstrip("\ufffd")
         held_back = [n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n])]
         self._write(text, len(text) - max(held_back, default=0))
