@@ -39,6 +39,16 @@ def test_silent_configs_mean_what_transformers_assumes(transformers, tmp_path, f
     assert ours.no_rope_layers == []                           # SmolLM3's every fourth: none among three
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_null_means_as_many_key_value_heads_as_heads(transformers, tmp_path, family):
+    sizes = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3,
+             "num_attention_heads": 6, "num_key_value_heads": None}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+    assert hf.open_base(tmp_path).config.num_key_value_heads == 6
+    if family == "llama":                                       # of the others transformers 5 refuses the null
+        assert transformers.AutoConfig.from_pretrained(tmp_path).num_key_value_heads == 6
+
+
 @pytest.mark.parametrize(("family", "options"), [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     ("qwen3", {"head_dim": 24, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core import cli
-from core.config import quote_key, to_toml
+from core.config import check_limits, quote_key, setting, to_toml
 
 
 @dataclass
@@ -183,6 +183,8 @@ def test_a_recipe_may_begin_with_a_byte_order_mark(tmp_path):
     ("[data]\ncontext = '1'\n", "data.context is '1', but must be of type int"),
     ("[data]\ncontext = 1.5\n", "data.context is 1.5, but must be of type int"),
     ("[data]\ncontext = true\n", "data.context is True, but must be of type int"),
+    ("lr = true\n", "lr is True, but must be of type float"),
+    ("steps = true\n", "steps is True, but must be of type int"),
     ("[data]\npacked = 1\n", "data.packed is 1, but must be of type bool"),
     ("steps = 'x'\n", "steps is 'x', but must be of type int"),
     ("data = 3\n", "data is a section, but its value is 3"),
@@ -195,6 +197,31 @@ def test_mistakes_in_a_recipe(recipe, text, message):
     with pytest.raises(ValueError) as error:
         parse(Config, [recipe(text)])
     assert one_line(error) == message
+
+
+@dataclass
+class Limited:
+    weight: float = setting(1.0, at_least=0)
+    shares: list[float] = setting([0.5], at_most=1)
+
+
+@dataclass
+class Table:
+    inner: Limited = field(default_factory=Limited)
+    sources: dict[str, Limited] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(("table", "message"), [
+    (Table(Limited(-1.0)), "data.inner.weight is -1.0, but must be at least 0"),
+    (Table(Limited(float("nan"))), "data.inner.weight is nan, but must be at least 0"),
+    (Table(Limited(shares=[0.1, 1.5])), "data.inner.shares is 1.5, but must be at most 1"),
+    (Table(sources={"a": Limited(), "b": Limited(-0.5)}), "data.sources.b.weight is -0.5, but must be at least 0"),
+])
+def test_limits_hold_in_sections_lists_and_tables(table, message):
+    with pytest.raises(ValueError) as error:
+        check_limits(table, "data.")
+    assert str(error.value) == message
+    check_limits(Table(Limited(0.0), {"a": Limited(0.0, [1.0, None])}), "data.")
 
 
 @pytest.mark.parametrize(("argv", "message"), [
