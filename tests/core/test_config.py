@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from core import cli
@@ -122,6 +122,7 @@ def test_new_sections_open_on_the_command_line(recipe):
 NAMES = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12)
 
 
+@settings(deadline=None)
 @given(st.lists(NAMES, min_size=2, max_size=4, unique=True), st.booleans())
 @example(["pubmed-abstracts", "pubmed_abstracts", "n0", "NAME"], True)
 @example(["", ".", "a.path", "a=b", '"a"', "'", "-", "--out", "true"], False)
