@@ -14,9 +14,10 @@ IBAN_LENGTH = dict(re.findall(r"([A-Z]{2})(\d\d)", (
     "AD24AE23AL28AT20AZ28BA20BE16BG22BH22BR29CH21CR22CY28CZ24DE22DK18DO28EE20ES24FI18FO18FR27GB22GE22GI23GL18GR27"
     "HR21HU28IE22IL23IS26IT27JO30KW30KZ20LB28LI21LT20LU20LV21MC27MD24ME22MK19MT31NL18NO15PK24PL28PS29PT25QA29RO24"
     "RS22SA24SE24SI19SK24SM27TN24TR26UA29VG24XK20")))
-# Literal prefix -> pattern of the key. The prefixes are searched first, because that is fast.
+# Literal prefix -> pattern of the key. The prefixes are searched first, because that is fast where they are rare.
 KEY_MARKS = {
-    "AKIA": r"AKIA[0-9A-Z]{16}", "ASIA": r"ASIA[0-9A-Z]{16}", "gh": r"gh[pousr]_[A-Za-z0-9]{36}",
+    "AKIA": r"AKIA[0-9A-Z]{16}", "ASIA": r"ASIA[0-9A-Z]{16}",
+    **{f"gh{kind}_": rf"gh{kind}_[A-Za-z0-9]{{36}}" for kind in "pousr"},
     "github_pat_": r"github_pat_\w{22,90}", "glpat-": r"glpat-[\w-]{20}", "xox": r"xox[abprs]-[\w-]{10,80}",
     "AIza": r"AIza[\w-]{35}", "hf_": r"hf_[A-Za-z0-9]{34}", "npm_": r"npm_[A-Za-z0-9]{36}",
     "sk_live_": r"sk_live_[A-Za-z0-9]{24,99}", "sk-": r"sk-(?:proj-|ant-)?[A-Za-z0-9_-]{32,200}",

@@ -119,11 +119,17 @@ def test_every_top_level_domain_ends_an_address():
     assert not [name for name in domains if pii.NO_TLD.fullmatch(name.lower())]
 
 
-KEYS = {"AKIA": "AKIAIOSFODNN7EXAMPLE", "ASIA": "ASIAIOSFODNN7EXAMPLE", "gh": "ghp_" + "a1B2c3" * 6,
+KEYS = {"AKIA": "AKIAIOSFODNN7EXAMPLE", "ASIA": "ASIAIOSFODNN7EXAMPLE",
+        **{f"gh{kind}_": f"gh{kind}_" + "a1B2c3" * 6 for kind in "pousr"},
         "github_pat_": "github_pat_" + "a1B2_6" * 3 + "a1B2", "glpat-": "glpat-" + "a1B_-" * 4,
         "xox": "xoxb-" + "12-aB" * 2, "AIza": "AIza" + "Sy-_9" * 7, "hf_": "hf_" + "aB" * 17,
         "npm_": "npm_" + "a1B2c3" * 6, "sk_live_": "sk_live_" + "a1B2" * 6, "sk-": "sk-" + "a1B2" * 8,
         "eyJ": "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMj.dozjgNryP4"}
+
+
+def test_no_mark_of_a_key_is_in_plain_english():
+    text = "Through the night the highest court weighed the rights of eight neighbours, though enough was brought to light."
+    assert not [mark for mark in pii.KEY_MARKS if mark in text + text.lower()]
 
 
 @pytest.mark.parametrize("mark", pii.KEY_MARKS)
