@@ -41,7 +41,7 @@ from core.files import new_file, refuse_existing
 from core.pool import WorkerPool, batches_by_size
 from learn import objectives
 from text import corpus, gate, kinds, pii, repair, vocabulary
-from text.scores import SCORES_VERSION, compile_keywords, estimate_log_odds, score_text
+from text.scores import SCORES_VERSION, compile_keywords, estimate_log_odds, parse_languages, score_text
 
 # About so many characters are sent to a worker process at a time.
 BATCH_CHARS = 1 << 20
@@ -250,7 +250,7 @@ def clean_command(options: Clean) -> dict:
     if rules.get("chars") == gate.COMMON["chars"]:
         rules["chars"] = (options.min_chars, None)
     if options.language:
-        rules["language"] = tuple(options.language.lower().split(","))
+        rules["language"] = parse_languages(options.language, text.lingua)
     if options.perplexity:
         rules.setdefault("perplexity", (None, "p95"))
     files = kinds.list_files(options.files, dropped=True)
@@ -287,6 +287,8 @@ def datatrove_step(preset: str, rules: dict | None = None, weights: dict = gate.
     from datatrove.pipeline.base import PipelineStep
     options, rules = Settings(preset, **settings), gate.PRESETS[preset] if rules is None else rules
     check_limits(options)
+    if "language" in rules:
+        parse_languages(",".join(rules["language"]), options.lingua)
     options.keywords, options.log_odds, options.weights = compile_keywords(keywords), log_odds, weights
     for name, limits in gate.resolve_percentiles(rules, ()).items():
         if limits != rules[name]:

@@ -252,7 +252,10 @@ def test_hostile_files_end_in_one_line(tmp_path, monkeypatch, capsys, name, cont
     (("--rule", "words=p101:"), "p0 to p100"),
     (("--weights", "beauty=1"), "--weights"), (("--weights", "format=-1"), "none below 0"),
     (("--workers", "0"), "--workers is 0"), (("--max-chars", "50"), "--max-chars 50"),
-    (("--keywords", "nowhere.txt"), "does not exist"), (("--perset", "legal"), "did you mean --preset"),
+    (("--language", "german"), "german is no code that can be found; did you mean de?"),
+    (("--language", "en,zh-CN"), "did you mean zh?"), (("--language", "klingon"), "finds am, ar, bg,"),
+    (("--language", ","), "nothing is no code"), (("--keywords", "nowhere.txt"), "does not exist"),
+    (("--perset", "legal"), "did you mean --preset"),
 ])
 def test_wrong_options_end_in_one_line(tmp_path, monkeypatch, capsys, option, say):
     source = write_jsonl(tmp_path / "in.jsonl", records([STATUTE]))
@@ -363,6 +366,8 @@ def test_a_datatrove_step_is_refused_where_it_is_made(monkeypatch):
     pytest.importorskip("datatrove", reason="the extra `datatrove` is not installed")
     with pytest.raises(ValueError, match="did you mean legal"):
         clean.datatrove_step("legl")
+    with pytest.raises(ValueError, match="did you mean de"):
+        clean.datatrove_step("legal", {"language": ("german",)})
     with pytest.raises(ValueError, match="percentile"):
         clean.datatrove_step("legal", {"words": ("p5", None)})
     monkeypatch.setitem(sys.modules, "datatrove", None)

@@ -35,11 +35,9 @@ from core.files import new_folder, read_json, write_json
 from core.hashing import fmix64
 from core.pool import WorkerPool, batches_by_size
 from text.corpus import read_records, read_values, utf8
+from text.repair import SPACELESS_SIGN
 
 BANDS, ROWS, SHINGLE = 14, 8, 5
-# Thai, Lao, Myanmar, Khmer, kana and Han are written without spaces.
-SPACELESS = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf"
-                       "\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
 # A random value for each byte, the base of the polynomial hash, and the 112 hash functions x -> SCALE x + SHIFT.
 BYTE_VALUES, BASE = fmix64(np.arange(1, 257)), 0x9E3779B97F4A7C15
 SCALE, SHIFT = fmix64(np.arange(101, 101 + BANDS * ROWS)) | np.uint64(1), fmix64(np.arange(301, 301 + BANDS * ROWS))
@@ -62,7 +60,7 @@ def fold_words(text: str) -> str:
     if text.isascii():
         return " ".join(text.lower().split())
     text = unicodedata.normalize("NFC", utf8(text).decode()).casefold()
-    return " ".join(SPACELESS.sub(r" \g<0> ", text).split())
+    return " ".join(SPACELESS_SIGN.sub(r" \g<0> ", text).split())
 
 
 @functools.lru_cache(maxsize=2)

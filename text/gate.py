@@ -135,7 +135,7 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
     reasons = {name: {"limits": list(limits), "dropped": 0, "only_reason": 0} for name, limits in rules.items()}
     totals, pii, cleaned_by, samples = Counter(), Counter(), Counter(), {}
     kept_by_preset = Counter(dict.fromkeys(PRESETS, 0))
-    statistics = {"source": {}, "domain": {}}
+    statistics, not_applied = {"source": {}, "domain": {}}, {}
     for record in records:
         metadata, scores = record["metadata"], record["metadata"]["scores"]
         broken = find_broken(scores, rules)
@@ -146,6 +146,8 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
         for name in broken:
             reasons[name]["dropped"] += 1
             reasons[name]["only_reason"] += len(broken) == 1
+        if missing := rules.keys() - scores.keys():
+            not_applied.setdefault(scores["language"], Counter()).update(missing)
         # The records with the lowest hashes are a fair sample, whatever the order of the records.
         order = hashlib.blake2b(f"{record['id']} {metadata['content_hash']}".encode(), digest_size=8).hexdigest()
         for name in broken or ["kept"]:
@@ -167,6 +169,7 @@ def gate_records(records, rules: dict, kept, dropped) -> dict:
         raise UserError("nothing to clean: the input holds no document")
     return {**totals, "reasons": reasons, "pii": dict(sorted(pii.items())), "kept_by_preset": kept_by_preset,
             "cleaned_by": cleaned_by,
+            "not_applied": {code: dict(sorted(table.items())) for code, table in sorted(not_applied.items())},
             "statistics": {key: dict(sorted(table.items())) for key, table in statistics.items()},
             "samples": {name: [row for _, row in rows] for name, rows in sorted(samples.items())}}
 
@@ -184,6 +187,11 @@ def print_report(report: dict, out):
             limits = ",".join(row["limits"]) if name == "language" else " to ".join(
                 "any" if x is None else f"{x:g}" for x in row["limits"])
             print(f"  {name:20} {limits:>18}   dropped {row['dropped']:>9,}   as only reason {row['only_reason']:>9,}")
+    for language, table in report["not_applied"].items():
+        print(f"  not applied in {language} ({max(table.values()):,} parts), for want of such scores: "
+              + ", ".join(table))
+    if not report["kept"]:
+        print("  NOTHING WAS KEPT; look at the samples in drops.json, and try other limits with --rule")
     if report["pii"]:
         print("  personal data replaced: " + ", ".join(f"{name} {n:,}" for name, n in report["pii"].items()))
     for key, table in report["statistics"].items():

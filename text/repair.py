@@ -16,8 +16,10 @@ SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
 INNER_SPACES = re.compile(r"(?<=[^ \t\n])[ \t]{2,}")
 # Lines of fenced code with the line breaks around them; without a second fence, up to the end.
 FENCED_CODE = re.compile(r"(?ms)(\n?^[^\S\n]*```.*?(?:\n[^\S\n]*```[^\n]*(?:\n|\Z)|\Z))")
-# Kana, Han, Thai: each character counts as a word, because no spaces stand between words.
-SPACELESS_SIGN = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f\uf900-\ufaff]")
+# Thai, Lao, Myanmar, Khmer, kana and Han are written without spaces between words.
+SPACELESS_SIGN = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+                            "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff]")
+WORD_OR_SIGN = re.compile(rf"{SPACELESS_SIGN.pattern}|[^\W{SPACELESS_SIGN.pattern[1:]}+")
 
 
 def repair_unicode(text: str) -> str:
@@ -46,6 +48,29 @@ def normalise(text: str, code: bool = False) -> str:
     parts = FENCED_CODE.split(text) if "```" in text else [text]
     parts[::2] = [re.sub(r"\n{3,}", "\n\n", INNER_SPACES.sub(" ", prose)) for prose in parts[::2]]
     return "".join(parts).strip("\n")
+
+
+# ---- words
+
+# A heading's marks at the beginning of a line, and the rows of a table: markdown's own signs are no words.
+HEADING, TABLE_ROW = re.compile(r"(?m)^[ \t>]*#{1,6}(?=\s|\Z)"), re.compile(r"(?m)^[ \t]*\|.*$")
+TABLE_MARK = re.compile(r"\||(?<![^\s|])[:-]++(?![^\s|])")
+
+
+def drop_markup(text: str) -> str:
+    """The text without the marks of markdown's headings and tables: "## § 5" becomes " § 5"."""
+    text = HEADING.sub("", text) if "#" in text else text
+    return TABLE_ROW.sub(lambda row: TABLE_MARK.sub(" ", row[0]), text) if "|" in text else text
+
+
+def is_spaceless(text: str) -> bool:
+    """Whether no spaces stand between the words of a text, such as one in Chinese, Japanese or Thai."""
+    return not text.isascii() and len(SPACELESS_SIGN.findall(text)) > 0.3 * len(text)
+
+
+def split_words(text: str, spaceless: bool) -> list[str]:
+    """What stands between white space; with `spaceless` each sign, and the words of other scripts, no punctuation."""
+    return WORD_OR_SIGN.findall(text) if spaceless else text.split()
 
 
 # ---- boilerplate lines
@@ -86,10 +111,11 @@ def is_boilerplate(line: str) -> bool:
 def passes_c4(line: str) -> bool:
     """Whether a line keeps C4's rules (Raffel et al. 2020) as FineWeb uses them, without the one on its last character.
 
-    It is empty, or has at least 3 words, none above 1,000 characters, and no phrase of a policy or about scripts.
+    It is empty, or has at least 3 words (signs, where no spaces stand between words), none above 1,000 characters, and
+    no phrase of a policy or about scripts.
     """
-    lower, words = line.lower(), line.split()
-    return not words or (len(words) + len(SPACELESS_SIGN.findall(line)) >= 3 and max(map(len, words)) <= 1000
+    lower, words = line.lower(), SPACELESS_SIGN.sub(r" \g<0> ", line).split()
+    return not words or (len(words) >= 3 and max(map(len, words)) <= 1000
                          and not any(phrase in lower for phrase in POLICY))
 
 
@@ -100,7 +126,8 @@ def drop_boilerplate(text: str, c4: bool = False) -> tuple[str, float]:
     if len(kept) == len(lines):
         return text, 0.0
     after = re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).strip("\n")
-    return after, 1 - len(after.split()) / max(1, len(text.split()))
+    spaceless = is_spaceless(text)
+    return after, 1 - len(split_words(after, spaceless)) / max(1, len(split_words(text, spaceless)))
 
 
 # ---- domain forms
@@ -148,7 +175,10 @@ def expand_abbreviations(text: str) -> str:
 
 # ---- parts of bounded length
 
-SENTENCE_END = re.compile(r"(?<![.!?…])(?:[.!?…]++[\"')\]”’»]*+(?=\s|\Z)|[。！？]++)")
+# Marks of scripts that need no space behind them: Chinese, Hindi, Arabic, Urdu, Armenian, Amharic, Myanmar, Khmer.
+SENTENCE_MARKS = "。！？｡।॥؟۔։።။។"
+SENTENCE_END = re.compile(
+    rf"""(?<![.!?…])(?:[.!?…]++["')\]”’“»]*+(?=\s|\Z)|[{SENTENCE_MARKS}]++["')\]”’“»」』）》]*+)""")
 # Where a part may end, the best place first: before a section or paragraph, behind a line, a sentence or a word.
 PART_ENDS = (re.compile(r"\n\n+(?=\S)"), re.compile(r"\n"), SENTENCE_END, re.compile(" "))
 

@@ -3,12 +3,13 @@ Law: every document that goes in is accounted for.
 """
 
 import json
+import re
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
-from documents import CODE, NOTE, STATUTE, read, records, scores_of, some_documents
+from documents import CODE, NOTE, STATUTE, command, read, records, scores_of, some_documents, write_jsonl
 
 from clean import Settings, clean_corpus
 from core.cli import Reading
@@ -23,7 +24,8 @@ BAD = {     # preset, score: a text that breaks it
     ("web", "hash_ratio"): BASE + " #tag" * 40, ("web", "ellipsis_ratio"): BASE + " well..." * 40,
     ("web", "bullet_lines"): "\n".join("- " + s for s in BASE.split(". ")),
     ("web", "ellipsis_lines"): "\n".join(s + "..." for s in BASE.split(". ")),
-    ("web", "alpha_words"): BASE + " 12 34 56" * 40, ("web", "stop_words"): "Lorry driver sought London. " * 20,
+    ("web", "alpha_words"): BASE + " 12 34 56" * 40,
+    ("web", "stop_words"): "Is it for London? Lorry driver sought. " * 20,
     ("web", "dup_lines"): "\n".join([NOTE] * 3), ("web", "dup_paragraphs"): "\n\n".join([NOTE] * 3),
     ("web", "dup_line_chars"): "\n".join([NOTE] * 2), ("web", "dup_paragraph_chars"): "\n\n".join([NOTE] * 2),
     ("web", "top_2gram"): "the court " * 60, ("web", "top_3gram"): "the court of " * 60,
@@ -105,6 +107,57 @@ def kept_share(folder, texts, preset) -> float:
 def test_domain_presets_keep_95_percent_of_statutes(tmp_path, data_dir):
     texts = [t["text"] for t in read_input([str(data_dir / "corpora/legal_en_dc/dc_code_title16.txt")], Reading())]
     assert kept_share(tmp_path, texts, "legal") >= 0.95 > 0.5 > kept_share(tmp_path, texts, "web")
+
+
+def sections(path, mark: str) -> list[str]:
+    """The parts of a file that begin with a mark and have 300 characters or more."""
+    parts = re.split(rf"\n+(?={mark})", path.read_text(encoding="utf-8"))
+    return [part.strip() for part in parts if len(part.strip()) >= 300]
+
+
+def test_legal_keeps_95_percent_of_german_law_in_markdown(tmp_path):
+    # Sections of the Civil and the Criminal Code and of an ordinance, which as official works are nobody's (§ 5 UrhG).
+    texts = sections(Path(__file__).parent / "german_law.md", "#+ § ")
+    assert len(texts) > 10
+    assert kept_share(tmp_path, texts, "legal") >= 0.95
+    assert kept_share(tmp_path, texts, "medical") >= 0.95
+    # The marks of the headings change no score that counts words.
+    for text in texts:
+        bare = re.sub(r"(?m)^#+ ", "", text)
+        assert [scores_of(text, "legal")[n] for n in COUNTED] == [scores_of(bare, "legal")[n] for n in COUNTED]
+
+
+COUNTED = ("words", "hash_ratio", "mean_word_length", "alpha_words", "unique_words", "stop_words")
+
+
+@pytest.mark.parametrize("mark", ["第[^条]+条 ", "##+ "])
+def test_legal_keeps_95_percent_of_chinese_law(tmp_path, data_dir, mark):
+    texts = [text for name in ("civil_code", "criminal_law")
+             for text in sections(data_dir / f"corpora/legal_zh/{name}.txt", mark)]
+    assert len(texts) > 40
+    assert kept_share(tmp_path, texts, "legal") >= 0.95
+
+
+def test_tables_in_markdown_are_counted_by_their_words():
+    rows = [("metformin", "500 mg"), ("lisinopril", "10 mg"), ("atorvastatin", "20 mg"), ("amlodipine", "5 mg")]
+    table = "| drug | dose |\n|:---|---:|\n" + "\n".join(f"| {drug} | {dose} |" for drug, dose in rows)
+    found = scores_of(f"## Drugs\n\n{table}", "medical")
+    assert found["words"] == 1 + 2 + 3 * len(rows)
+    assert found["alpha_words"] == pytest.approx((3 + 2 * len(rows)) / found["words"], abs=1e-4)
+    assert "alpha_words" not in find_broken(found, PRESETS["medical"])
+
+
+def test_rules_without_meaning_for_a_language_are_named_and_not_applied(tmp_path, monkeypatch, capsys):
+    chinese = "第六百零七条 出卖人按照约定将标的物运送至买受人指定地点并交付给承运人后，风险由买受人承担。" * 3
+    lithuanian = "Visi žmonės gimsta laisvi ir lygūs savo orumu ir teisėmis. Jiems suteiktas protas ir sąžinė. " * 3
+    source = write_jsonl(tmp_path / "in.jsonl", records([chinese, lithuanian, BASE]))
+    assert command(monkeypatch, source, "--preset", "web", "--out", tmp_path / "out") == 0
+    off = read(tmp_path / "out")[2]["not_applied"]
+    assert set(off["zh"]) == {"mean_word_length", "alpha_words", "stop_words", "top_2gram", "top_3gram", "top_4gram",
+                              *(f"dup_{n}gram" for n in range(5, 10))}
+    assert off["unknown"] == {"stop_words": 1}
+    assert "en" not in off
+    assert "not applied in unknown (1 parts), for want of such scores: stop_words" in capsys.readouterr().out
 
 
 def test_domain_presets_keep_95_percent_of_abstracts(tmp_path, data_dir):

@@ -128,7 +128,7 @@ KEYS = {"AKIA": "AKIAIOSFODNN7EXAMPLE", "ASIA": "ASIAIOSFODNN7EXAMPLE",
 
 
 def test_no_mark_of_a_key_is_in_plain_english():
-    text = "Through the night the highest court weighed the rights of eight neighbours, though enough was brought to light."
+    text = "Through the night the highest court weighed the rights of eight neighbours, though little came to light."
     assert not [mark for mark in pii.KEY_MARKS if mark in text + text.lower()]
 
 

@@ -141,3 +141,10 @@ def test_five_megabytes_of_one_character():
         start = time.process_time()
         scrub(unit * 5 * 10**6)
         assert time.process_time() - start < 10
+
+
+def test_text_without_spaces_is_no_single_word():
+    line = "出卖人应当履行向买受人交付标的物或者交付提取标的物的单证，并转移标的物所有权的义务。"
+    assert repair.passes_c4(line * 40)
+    text, lost = repair.drop_boilerplate("\n".join([line] * 3 + ["Page 1 of 2"]))
+    assert (text, lost) == ("\n".join([line] * 3), pytest.approx(4 / (3 * (len(line) - 2) + 4)))
