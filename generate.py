@@ -211,8 +211,6 @@ def run(options: Generate) -> dict:
     if length > model.config.max_position_embeddings:
         print(f"warning: prompt and new tokens make up to {length}, but the model was trained for "
               f"{model.config.max_position_embeddings}; the text may fall apart beyond", file=sys.stderr)
-    # For a terminal that is not UTF-8.
-    sys.stdout.reconfigure(errors="replace")
     ends = end_ids(base.folder, tok)
     result = complete(model, tok, prompt, settings, ends, options.stop, lambda piece: print(piece, end="", flush=True))
     print()

@@ -37,6 +37,7 @@ from core import signals
 from core.config import check_limits, merge, quote_key, read_toml, setting_names, tables, unquote_key
 from core.errors import UserError, nearest
 from core.files import write_json
+from core.output import keep_printing
 
 ROOT = Path(__file__).resolve().parent.parent
 # Words without an option's name: FILE...
@@ -94,8 +95,18 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
 
     `commands` is one (options class, function) or {"name": (options class, function)}. A mistake of the user's prints
     one line and gives its status, mostly 2; Ctrl-C gives 130. Other exceptions pass through: they are bugs of ours.
+    Where standard output could not be written the work is done all the same, and the status is 2.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with keep_printing() as find_loss:
+        status = _run(program, description, commands, recipe, list(sys.argv[1:] if argv is None else argv))
+        if status == 0 and (lost := find_loss()):
+            print(f"error: the output could not be written ({lost.strerror}); what goes to files is complete",
+                  file=sys.stderr)
+            return 2
+        return status
+
+
+def _run(program: str, description: str, commands, recipe: bool, argv: list[str]) -> int:
     try:
         if isinstance(commands, dict):
             name = _choose(program, description, commands, argv)

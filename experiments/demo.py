@@ -273,7 +273,9 @@ def demo(options: Demo) -> dict:
     began = time.perf_counter()
     sides = {side: out / f"{side}.jsonl" for side in ("general", "domain")}
     commands, plan = plan_commands(out, sides), out / "plan.json"
-    stated = [words for _, words in commands]
+    # A demo of another checkout begins anew: what it left may not fit.
+    code = b"".join(file.read_bytes() for file in sorted([*Path().glob("*.py"), *Path().glob("*/*.py")]))
+    stated = {"code": short_digest(code), "commands": [words for _, words in commands]}
     if (out / "summary.json").exists() or not (plan.exists() and read_json(plan) == stated):
         shutil.rmtree(out, ignore_errors=True)
         make_corpora(out)

@@ -349,5 +349,5 @@ def test_a_stopped_demo_ends_with_the_status_of_its_part_and_goes_on_from_there(
     whole = [*first, "domain_only", "replay", "little_replay", "report.html"]
     assert run() == (0, whole)                                  # a demo that ended begins anew
     (out / "summary.json").unlink()
-    (out / "plan.json").write_text("[]")
+    (out / "plan.json").write_text("{}")
     assert run() == (0, whole)                                  # and so does one of other commands
