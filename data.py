@@ -133,6 +133,8 @@ class Pack:
     reading: Reading = field(default_factory=Reading)
     heldout: float = setting(0.02, at_least=0, below=1)
     """Share of the documents kept for evaluation."""
+    heldout_hash: Literal["normal", "exact"] = "normal"
+    """What chooses them: the text without differences of line ends and outer spaces, or (as before) its very bytes."""
     bos: bool = False
     """Put a BOS before each document, whatever the tokenizer says."""
     no_bos: bool = False
@@ -186,7 +188,8 @@ def run_pack(options: Pack) -> dict:
     start = time.perf_counter()
     described = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None,
                   "cleaning": read_cleaning(path)} for path in inputs]
-    settings = {"heldout": options.heldout, "bos": options.bos or (False if options.no_bos else None),
+    settings = {"heldout": options.heldout, "heldout_hash": options.heldout_hash,
+                "bos": options.bos or (False if options.no_bos else None),
                 "inputs": described, "shard_tokens": options.shard_tokens, "workers": options.workers,
                 "overwrite": options.output.overwrite}
     if options.buckets:

@@ -174,7 +174,7 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
         else:
             texts_of_file = corpus.read_documents([file], reading)
             raw = [text for text in texts_of_file if text]
-            counted = {"documents": texts_of_file.documents, "empty_documents": texts_of_file.empty}
+            counted = {"empty_documents": texts_of_file.empty} if texts_of_file.empty else {}
             encoded = zip(raw, tokenizer.encode_batch(raw))
             documents = [(ids, len(corpus.utf8(text))) for text, ids in encoded if len(ids)]
         if not documents:

@@ -249,7 +249,7 @@ def plan_commands(out: Path, sides: dict[str, Path]) -> list[tuple[Path, list[st
     for side, path in sides.items():
         commands.append((out / "shards" / side / "manifest.json", [
             "data.py", "pack", "--tokenizer", out / "tokenizer", "--out", out / "shards" / side, path,
-            "--heldout", 0.04]))
+            "--heldout", 0.04, "--heldout-hash", "exact"]))
     general = ("--data.sources.general.path", out / "shards/general", "--data.sources.general.role", "general")
     domain = ("--data.sources.domain.path", out / "shards/domain")
     commands.append((out / "base/eval.json", [

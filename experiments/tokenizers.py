@@ -35,7 +35,8 @@ from core.errors import UserError  # noqa: E402
 from core.files import read_json  # noqa: E402
 from text.corpus import read_documents, utf8  # noqa: E402
 from text.extend_vocabulary import NewRows, extend  # noqa: E402
-from text.shards import is_held_out, pack  # noqa: E402
+from text.heldout import is_held_out  # noqa: E402
+from text.shards import pack  # noqa: E402
 
 LEGAL = ("corpora/legal_en_dc/dc_code_title16.txt", "corpora/legal_en_dc/dc_code_title28.txt")
 STORIES, BASE = "corpora/tinystories/tinystories_sample_2MiB.txt", "models/stories260K"

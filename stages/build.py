@@ -28,6 +28,7 @@ from learn import adapters, objectives, optim
 from learn.method import Learning
 from model import Model, ModelConfig
 from text import mixture, packing
+from text.heldout import find_leaks, judge_leaks
 from text.shards import Shards, check_tokenizer, verify
 
 # ---- settings
@@ -92,6 +93,7 @@ class Run(contextlib.AbstractContextManager):
     planned: np.ndarray                     # loader.plan as it was before adaptive replay
     objective: objectives.Objective
     heldout: dict = field(default_factory=dict)         # {source: [(token ids, text bytes)]}
+    leaks: list = field(default_factory=list)           # a line where one source trains on what another holds out
     inner: Model = None                     # the model itself
     model: torch.nn.Module = None           # what the loop calls: inner, or DDP around it
     methods: list = field(default_factory=list)         # the retention methods that are on
@@ -242,6 +244,10 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:
         raise UserError(refusal)
+    if world.main:
+        decode = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
+        drawn = {name: shards[name] for name, n in zip(sources, plan[-1]) if n}
+        run.leaks = judge_leaks(find_leaks(heldout, drawn, decode), heldout)
     both = len({sources[name].role for name in heldout}) == 2
     if c.forget.merge.method != "none" and not (objective.causal and both):
         raise UserError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "

@@ -68,7 +68,7 @@ def describe(run: Run):
             f"{scored:,} held-out tokens scored")
         if not scored:
             say(f"warning: source {name} has no held-out documents, so it is not evaluated")
-    for line in mixture.describe_mix(c.data, run.sources) + mixture.judge_epochs(epochs, run.sources)[1]:
+    for line in mixture.describe_mix(c.data, run.sources) + mixture.judge_epochs(epochs, run.sources)[1] + run.leaks:
         say(line)
     say(f"run: {run.steps:,} steps of {c.train.batch_size} x {c.data.context} = {run.tokens_per_step:,} tokens, "
         f"seed {c.seed}, {c.train.precision}, {run.world.size} x {run.world.device.type}")

@@ -27,6 +27,7 @@ from core.errors import UserError
 from core.files import new_folder, read_json, write_json
 from core.pool import WorkerPool, batches_by_size
 from text.corpus import utf8
+from text.heldout import is_held_out, normalise
 
 HEADER_BYTES = 1024
 # llm.c's magic and version, by bytes per token
@@ -38,6 +39,9 @@ SPLITS = ("train", "heldout")
 # its length and its hash)
 FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
          ("bytes", 0, "<u4", "documents", "bytes_sha256"))
+# How the held-out documents were chosen, as the manifest says it.
+HELDOUT_RULES = {"normal": "blake2b(normalise(text)) mod 10000 < 10000 * heldout",
+                 "exact": "blake2b(text) mod 10000 < 10000 * heldout"}
 # Documents of one file that go to the same part.
 BLOCK = 1024
 
@@ -113,13 +117,14 @@ def pack(texts, tokenizer, out, *, overwrite: bool = False, **options) -> dict:
 
 def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float = 0.02, bos: bool | None = None,
                   shard_tokens: int = 10**8, workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21,
-                  allow_empty: bool = False) -> list[dict]:
+                  allow_empty: bool = False, heldout_hash: str = "normal") -> list[dict]:
     """Tokenise documents (k, text) into shards in folders[k], and write and return the manifest of each folder.
 
     Every document gets an EOS at its end, and a BOS at its start where the tokenizer says that the model was trained so
-    (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text. A text
-    may be given as its ids instead (uint32 [n], without BOS and EOS). `inputs` is what the manifest says of the files.
-    No training document is an error, unless `allow_empty`: a part of a source may have none.
+    (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text in its
+    normal form (text/heldout.py), or of its bytes where `heldout_hash` is "exact". A text may be given as its ids
+    instead (uint32 [n], without BOS and EOS). `inputs` is what the manifest says of the files. No training document is
+    an error, unless `allow_empty`: a part of a source may have none.
 
     The result depends neither on `workers` (threads: every tokenizer releases the GIL) nor on `batch_bytes`.
     """
@@ -134,7 +139,7 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
     writers = {(k, split): ShardWriter(folder, split, described, itemsize, shard_tokens)
                for k, folder in enumerate(folders) for split in SPLITS}
     batches = batches_by_size(documents, lambda document: len(document[1]), batch_bytes)
-    with WorkerPool(workers, (tokenizer, bos, heldout), threads=True) as pool:
+    with WorkerPool(workers, (tokenizer, bos, heldout, heldout_hash), threads=True) as pool:
         for encoded, without_text in pool.map(_encode_batch, batches):
             empty.update(without_text)
             for place, arrays in encoded.items():
@@ -149,7 +154,7 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
                             f"{splits['heldout']['documents']} held out")
         manifests.append({"format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
                           "tokenizer": described, "bos": bos, "eos": True, "heldout": heldout,
-                          "heldout_rule": "blake2b(text) mod 10000 < 10000 * heldout", "inputs": inputs or [],
+                          "heldout_rule": HELDOUT_RULES[heldout_hash], "inputs": inputs or [],
                           "empty_documents_dropped": empty[k], "splits": splits})
         write_json(folder / "manifest.json", manifests[k])
     return manifests
@@ -176,27 +181,24 @@ def new_source(out: Path, overwrite: bool):
 def _encode_batch(shared, batch: list):
     """In a worker thread, documents (k, text) -> ({(k, split): (ids [n], tokens of each document, text bytes of each)},
     the k of each empty document)."""
-    tokenizer, bos, heldout = shared
+    tokenizer, bos, heldout, heldout_hash = shared
     start, end = np.array([tokenizer.bos_id] * bos, np.uint32), np.array([tokenizer.eos_id], np.uint32)
     encoded = iter(tokenizer.encode_batch([text for _, text in batch if isinstance(text, str)]))
     documents, empty = collections.defaultdict(lambda: ([], [], [])), []
     for k, text in batch:
         # A document that is given as ids is decoded only for its hash and its bytes.
-        raw, ids = (utf8(text), next(encoded)) if isinstance(text, str) else (utf8(tokenizer.decode(text)), text)
+        text, ids = (text, next(encoded)) if isinstance(text, str) else (tokenizer.decode(text), text)
+        raw = utf8(text)
         if not raw or not len(ids):
             empty.append(k)
             continue
-        pieces, lengths, nbytes = documents[k, "heldout" if is_held_out(raw, heldout) else "train"]
+        hashed = utf8(normalise(text)) if heldout_hash == "normal" else raw
+        pieces, lengths, nbytes = documents[k, "heldout" if is_held_out(hashed, heldout) else "train"]
         pieces += [start, ids, end]
         lengths.append(len(ids) + len(start) + 1)
         nbytes.append(len(raw))
     return {place: (np.concatenate(pieces), np.array(lengths), np.array(nbytes))
             for place, (pieces, lengths, nbytes) in documents.items()}, empty
-
-
-def is_held_out(text: bytes, share: float) -> bool:
-    """Whether the hash of a document's text puts it into the held-out `share`."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % 10000 < round(10000 * share)
 
 
 # ---- parts of one source, packed by many machines
@@ -240,7 +242,7 @@ def merge_parts(out) -> Path:
     parts = {name: read_manifest(out / name) for name in wanted}
     first = parts[wanted[0]]
     for name, manifest in parts.items():
-        for key in ("tokenizer", "bos", "heldout", "dtype", "inputs"):
+        for key in ("tokenizer", "bos", "heldout", "heldout_rule", "dtype", "inputs"):
             if manifest[key] != first[key]:
                 raise UserError(f"{out}/{name} has another {key} than {wanted[0]}: {manifest[key]} and {first[key]}; "
                                 f"pack it again like the others")
