@@ -14,6 +14,7 @@ not. Windows of several documents share a sequence and cannot see each other. Sh
 import core.threads
 
 import copy
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field
@@ -223,20 +224,45 @@ def score_run(options: Eval, texts: dict) -> dict:
     for step in checkpoint.steps(folder):
         path = checkpoint.path_of(folder, step)
         checkpoint.verify(path)
-        tensors, _, state = checkpoint.load(path)
-        adapters = lora.LoraConfig(**state["identity"]["lora"])
-        # A run with adapters saves these alone; all else is the base's.
-        model = hf.load(state["base"]) if adapters.rank else Model(ModelConfig(**state["identity"]["model"]))
-        if adapters.rank:
-            lora.attach(model, adapters, seed=0)
-        parallel.load_model_state(model, tensors, ".adapters." if adapters.rank else "")
-        tokenizer = tokenizers.load(hf.open_base(state["tokenizer"]).folder)
+        model, state, name = load_checkpoint(path)
+        place = state["tokenizer"]
+        tokenizer = tokenizers.load(hf.open_base(place).folder if place.startswith("hf://") else place)
         scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, options.reading, options.context)
-        result["checkpoints"].append({"step": step, "texts": scores})
-        print(f"step {step}\n{format_table(None, scores)}")
+        result["checkpoints"].append({"step": step, "model": name, "texts": scores})
+        print(f"step {step}: {name}\n{format_table(None, scores)}")
     if not result["checkpoints"]:
         raise UserError(f"{options.run} holds no checkpoints")
+    if (final := Path(options.run, "final")).is_dir():
+        scores, _ = score_files(hf.load(final, device=device), tokenizers.load(final), texts, options.reading,
+                                options.context)
+        result["final"] = {"model": "final/", "texts": scores}
+        print(f"final/\n{format_table(None, scores)}")
     return result
+
+
+def load_checkpoint(path) -> tuple[Model, dict, str]:
+    """(what a run that ended at a checkpoint would export, before a merge; the checkpoint's state; what it is)."""
+    tensors, moments, state = checkpoint.load(path)
+    identity, name = state["identity"], "weights in training"
+    if averaged := {key.removeprefix("ema:"): mean for key, mean in moments.items() if key.startswith("ema:")}:
+        tensors, name = tensors | averaged, "moving average of the weights"
+    adapters = lora.LoraConfig(**identity["lora"])
+    # A run with adapters saves these alone; all else is the base's, and never in few bits.
+    if adapters.rank:
+        base, name = hf.open_base(state["base"]), f"base with the adapter ({name})"
+        if base.fingerprint != identity["base"]:
+            raise UserError(f"{base} is not the base that {path} was trained on; put that one back")
+        model = hf.load(base)
+        lora.attach(model, dataclasses.replace(adapters, base="plain"), seed=0)
+    else:
+        model = Model(ModelConfig(**identity["model"]))
+    parallel.load_model_state(model, tensors, ".adapters." if adapters.rank else "")
+    if adapters.rank:
+        lora.merge(model)
+    for weight in model.parameters():
+        weight.data = weight.data.to(devices.DTYPES.get(state.get("dtype"), torch.float32)).float()
+    merge = identity["forget"].get("merge", {}).get("method", "none")
+    return model, state, name + ("" if merge == "none" else ", before the merge with the base")
 
 
 def score_model(options: Eval, texts: dict) -> dict:

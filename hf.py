@@ -62,8 +62,11 @@ class Base:
 
     @property
     def pinned(self) -> str:
-        """The name with the commit that was opened, so that the same files can be opened again."""
-        return self.name if self.revision is None else f"{self.name.partition('@')[0]}@{self.revision}"
+        """The name with the commit that was opened, or the absolute path, so that the same files can be opened again
+        from any folder."""
+        if self.revision is None:
+            return str(self.folder.absolute())
+        return f"{self.name.partition('@')[0]}@{self.revision}"
 
     @functools.cached_property
     def settings(self) -> dict:
@@ -72,8 +75,13 @@ class Base:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the stored weights by config.json; fp32 where it names none."""
-        return DTYPES.get(self.settings.get("dtype") or self.settings.get("torch_dtype"), torch.float32)
+        """The type of the weights by config.json; where it names none, that of the first one stored, or else fp32."""
+        if known := DTYPES.get(self.settings.get("dtype") or self.settings.get("torch_dtype")):
+            return known
+        name, file = next(iter(tensor_files(self.folder).items()))
+        with open_tensors(file) as opened:
+            stored = opened.get_tensor(name).dtype
+        return stored if stored in DTYPES.values() else torch.float32
 
     @functools.cached_property
     def config(self) -> ModelConfig:
@@ -101,6 +109,13 @@ class Base:
         stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
         files = [f"see {file.name}" for file in sorted(self.folder.glob("LICENSE*"))]
         return {"license": next(filter(None, [*stated[:1], *files]), "not stated"), "chat_template": has_template}
+
+
+def split_name(base: "str | Path | Base") -> tuple[str, str]:
+    """(what other libraries call a base: org/name or a path, its commit or nothing)"""
+    name = base.pinned if isinstance(base, Base) else str(base)
+    return tuple(name.removeprefix("hf://").split("@"))[:2] if name.startswith("hf://") and "@" in name else (
+        name.removeprefix("hf://"), "")
 
 
 def open_base(path: "str | Path | Base") -> Base:

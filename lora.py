@@ -166,7 +166,7 @@ def lr_scales(model: nn.Module, config: LoraConfig) -> dict[str, float]:
 def trainable_share(model: nn.Module) -> str:
     """ "65,536 of 16,777,216 parameters trained (0.39 %)" of an adapted model: the base's are the 100 %."""
     trained, total = adapters.count_elements(model)
-    quantised = [layer.quantised for _, layer in adapters.adapted_layers(model) if layer.quantised is not None]
+    quantised = [layer.quantised for _, layer in adapters.adapted_layers(model) if layer.quantised]
     text = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
     if quantised:
         size = sum(buffer.nbytes for weight in quantised for buffer in weight.buffers())
@@ -226,8 +226,9 @@ def shorten_paths(values: dict[str, object]) -> dict[str, object]:
     return {ends[path] if len(values_of[ends[path]]) == 1 else path: value for path, value in values.items()}
 
 
-def peft_config(model: nn.Module, base_name: str) -> dict:
-    """adapter_config.json of the active adapter."""
+def peft_config(model: nn.Module, base) -> dict:
+    """adapter_config.json of the active adapter. base: a Base or a name."""
+    name, revision = hf.split_name(base)
     active = {hf.to_hf_name(path): layer.adapter for path, layer in adapters.active_layers(model)}
     low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, adapters.LowRank)}
     rows = {path.rpartition(".")[2]: adapter.token_ids for path, adapter in active.items() if path not in low_rank}
@@ -243,7 +244,7 @@ def peft_config(model: nn.Module, base_name: str) -> dict:
     targets = shorten_paths({path: path in low_rank for path in map(hf.to_hf_name, adapters.linear_layers(model))})
     one = next(iter(low_rank.values()))
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name), "revision": None,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision or None,
         "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": one.dropout,
         "target_modules": sorted(path for path, is_target in targets.items() if is_target),
         "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_rslora": one.rslora,
@@ -252,11 +253,13 @@ def peft_config(model: nn.Module, base_name: str) -> dict:
         "init_lora_weights": True, "inference_mode": True}
 
 
-def save_adapter(model: nn.Module, folder, base_name: str, weights: dict | None = None):
-    """Write the active adapter as PEFT does, in place of an old `folder`; weights: as in `peft_state`."""
+def save_adapter(model: nn.Module, folder, base, weights: dict | None = None):
+    """Write the active adapter as PEFT does, in place of an old `folder`; weights: as in `peft_state`. base: a name, or
+    a Base, whose fingerprint then stands in the file."""
+    known = {"base_fingerprint": base.fingerprint} if isinstance(base, hf.Base) else {}
     with new_folder(folder, overwrite=True) as out:
-        save_file(peft_state(model, weights), out / TENSORS, metadata={"format": "pt"})
-        write_json(out / CONFIG, peft_config(model, base_name))
+        save_file(peft_state(model, weights), out / TENSORS, metadata={"format": "pt", **known})
+        write_json(out / CONFIG, peft_config(model, base))
 
 
 def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
@@ -342,7 +345,7 @@ def merge(model: nn.Module):
 
 
 @torch.no_grad()
-def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **options) -> dict:
+def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, any_base: bool = False, **options) -> dict:
     """Write a base (a Base, folder or hf:// id) and an adapter (folder or hf:// id) as one Hugging Face folder, summed
     in fp32 and rounded to `dtype`, the base's by default. options: of hf.save, such as card and tokenizer. The result
     says how far the rounding moved the logits of 64 random tokens, and which servers take the adapter by itself."""
@@ -350,17 +353,21 @@ def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, **option
     dtype = dtype or base.dtype
     model = hf.load(base).eval()
     settings = load_adapter(model, adapter)
+    with hf.open_tensors(hf.open_base(adapter).folder / TENSORS) as file:
+        own = (file.metadata() or {}).get("base_fingerprint")
+    if own not in (None, base.fingerprint) and not any_base:
+        raise UserError(f"{adapter} was trained on another base than {base} (fingerprints differ): "
+                        f"{settings.get('base_model_name_or_path')}; merge it there, or add --any-base")
     trained = trainable_share(model)
     tokens = torch.randint(model.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     logits = model.head(model(tokens))
     merge(model)
     for weight in model.parameters():
         weight.copy_(weight.to(dtype))
-    difference = (model.head(model(tokens)) - logits).abs().max()
-    state = {name: weight.to(dtype) for name, weight in model.named_parameters()}
-    hf.save(model, out, base=base, state=state, **options)
-    return {"out": str(out), "trained": trained, "dtype": str(dtype).removeprefix("torch."),
-            "largest_logit_difference": difference.item(), "largest_logit": logits.abs().max().item(),
+    difference = (model.head(model(tokens)) - logits).abs().max().item()
+    hf.save(model, out, base=base, state={name: p.to(dtype) for name, p in model.named_parameters()}, **options)
+    return {"out": str(out), "trained": trained, "dtype": str(dtype).removeprefix("torch."), "largest_logit_difference":
+            difference, "largest_logit": logits.abs().max().item(),
             "handoff": advise_serving(settings, adapter, base.name)}
 
 
@@ -374,13 +381,16 @@ class Merge:
     """A folder in PEFT's format, ours or PEFT's own."""
     dtype: Dtype | None = None
     """The type of the weights written. Default: the base's."""
+    any_base: bool = False
+    """Merge also onto another base than the adapter's own."""
     output: Output
 
 
 def merge_command(options: Merge) -> dict:
     out = options.output.out
     refuse_existing(out, options.output.overwrite)
-    result = merge_folders(options.base, options.adapter, out, options.dtype and DTYPES[options.dtype])
+    dtype = options.dtype and DTYPES[options.dtype]
+    result = merge_folders(options.base, options.adapter, out, dtype, options.any_base)
     print(f"{result['trained']}\n{out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")
     print("the adapter by itself:", *result["handoff"], sep="\n  ")

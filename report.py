@@ -44,6 +44,7 @@ class Run:
     before: dict = field(default_factory=dict)     # {source: scores} at step 0; empty: no baseline
     after: dict = field(default_factory=dict)      # {source: scores} of the last evaluation
     protocol: dict = field(default_factory=dict)
+    scored: dict = field(default_factory=dict)     # {"before", "after": which model was scored}
     config: str = ""
     settings: dict = field(default_factory=dict)   # the same, parsed
     finished: bool = False
@@ -207,6 +208,7 @@ def read_evaluation(run: Run, path: Path) -> None:
     """Fill before, after and protocol from eval.json, else from the first and the last evaluation in the metrics, with
     the scores of the documents from eval_step_N.json."""
     stated = read_dict(run, path)
+    run.scored = dict_or_empty(stated.get("model"))
     measured = {row["step"]: row["sources"] for row in run.evals}
     last = max(measured, default=0)
     run.before = sources_in(stated.get("before")) or detailed(run, 0, measured.get(0, {}))

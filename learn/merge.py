@@ -15,6 +15,7 @@ import re
 import shutil
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 import hf
 from core.config import setting
 from core.errors import UserError
-from core.files import new_folder, read_json, write_json
+from core.files import new_folder, read_json, write_json, write_text
 from learn.method import upcast_dtype
 
 ALPHAS = [i / 10 for i in range(11)]
@@ -113,7 +114,7 @@ class Pair:
         if base.shape != result.shape and not grown:
             raise UserError(f"{name} is {list(base.shape)} in {self.folders[0]} and {list(result.shape)} in "
                             f"{self.folders[1]}; only a vocabulary may have grown, and only in the result")
-        return merge_tensor(base, result, alpha, config.method, config.density)
+        return merge_tensor(base, result, alpha, config.method, config.density).to(result.dtype)
 
 
 def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", overwrite: bool = False) -> dict:
@@ -136,10 +137,13 @@ def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", 
             write_json(partial / "model.safetensors.index.json",
                        {"metadata": {"total_size": size}, "weight_map": weight_map})
         write_json(partial / "config.json", read_json(partial / "config.json") | {"torch_dtype": dtype, "dtype": dtype})
-        with open(partial / "README.md", "a", encoding="utf-8") as readme:
-            readme.write(f"\n## Merged with its base\n\n{config.method}, coefficient {alpha:g} (0 is the base, 1 the "
-                         f"model that was trained).\n{card}\n")
+        text = f"{describe(config.method, alpha)}\n{card}"
+        write_text(partial / "README.md", hf.make_card(hf.open_base(base), Path(out).name, text))
     return {"method": config.method, "alpha": alpha, "rows": [], "out": str(out)}
+
+
+def describe(method: str, alpha: float) -> str:
+    return f"Merged with its base: {method}, coefficient {alpha:g} (0 is the base, 1 the model that was trained)."
 
 
 def draw_table(rows: list[dict], general, best: dict) -> str:

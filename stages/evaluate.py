@@ -1,6 +1,7 @@
 """What a run says: what is about to run, a line per step, evaluations, and at its end the model and its worth."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import sys
@@ -14,13 +15,14 @@ import eval as evaluation
 import forget
 import hf
 import lora
-from core import checkpoint, devices, parallel
+from core import checkpoint, cli, devices, parallel
 from core.cli import run_command
 from core.config import setting, to_toml
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
 from generate import Settings, first_ids, generate
 from learn import adapters, adaptive, schedules
+from learn import merge as merging
 from measure import verdict
 from model import matmul_flops_per_token
 from stages.build import Run
@@ -37,6 +39,12 @@ class EvalSection:
     """texts that the model continues before and after; default: the beginnings of held-out documents"""
     sample_tokens: int = setting(64, at_least=0)
     """tokens of each continuation; 0: none"""
+
+
+@dataclass
+class ExportSection:
+    dtype: cli.Dtype | None = None
+    """type of the weights in final/; default: the base's"""
 
 
 # Dense bf16 per second, from the vendors' data sheets.
@@ -77,6 +85,17 @@ def describe(run: Run):
     say(f"packing: {c.data.packing}; positions an epoch without a token: {', '.join(lost) or 'none'}")
 
 
+def with_full_paths(c):
+    """The settings with what the run reads by absolute paths, so that they rerun it from any folder."""
+    def full(section, *names):
+        paths = {name: getattr(section, name) for name in names}
+        return dataclasses.replace(section, **{name: path if not path or path.startswith("hf://")
+                                               else str(Path(path).absolute()) for name, path in paths.items()})
+    sources = {name: full(source, "path") for name, source in c.data.sources.items()}
+    return dataclasses.replace(c, model=full(c.model, "path", "tokenizer"), train=full(c.train, "branch_from"),
+                               data=dataclasses.replace(c.data, sources=sources))
+
+
 def begin(run: Run, start: int):
     """Write the first files of the run folder, unless the run goes on from a checkpoint of its own."""
     c, device = run.c, run.world.device
@@ -85,7 +104,7 @@ def begin(run: Run, start: int):
     run.log.bar.update(start)
     if not run.world.main or (start and checkpoint.steps(run.folder / "checkpoints")):
         return
-    write_text(run.folder / "config.toml", to_toml(c))
+    write_text(run.folder / "config.toml", to_toml(with_full_paths(c)))
     if start:
         # A branch: what the model knew before is what its trunk measured.
         first = Path(c.train.branch_from).parent.parent / "eval_step_0.json"
@@ -177,21 +196,27 @@ def score(run: Run, model, world) -> tuple[dict, dict]:
     return scores, evaluation.protocol(run.objective, prefix, c.data.context, devices.DTYPES[c.train.precision])
 
 
-def score_heldout(run: Run, step: int) -> dict:
+def score_heldout(run: Run, step: int, model=None, name: str = "") -> dict:
     """{source: {"role", "bits_per_byte", ...}} of the held-out documents; also in eval_step_N.json and,
-    without the nats of each document, in metrics.jsonl"""
-    scores, protocol = score(run, run.inner, run.world)
-    run.log.record("eval", step, protocol=protocol, sources={name: {
+    without the nats of each document, in metrics.jsonl.
+
+    model, name: on rank 0 alone, another model than the one in training, and what it is."""
+    c = run.c
+    adapted = f"{c.lora.base.replace('plain', '')} base with the adapter".strip()
+    name = name or (adapted if c.lora.rank else "weights in training")
+    scores, protocol = score(run, run.inner, run.world) if model is None else score(run, model, None)
+    run.log.record("eval", step, protocol=protocol, model=name, sources={name: {
         key: value for key, value in found.items() if key != "nats_by_document"} for name, found in scores.items()})
     unit = "bits_per_byte" if run.objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
     run.log.say(f"eval at step {step}: {shown} ({unit.replace('_', ' ')})")
     if run.world.main:
-        write_json(run.folder / f"eval_step_{step}.json", {"step": step, "texts": scores, "protocol": protocol})
+        write_json(run.folder / f"eval_step_{step}.json",
+                   {"step": step, "texts": scores, "protocol": protocol, "model": name})
     return scores
 
 
-def draw_samples(run: Run, step: int):
+def draw_samples(run: Run, step: int, model=None):
     """Continue the run's prompts, so that a reader of the report sees what changed."""
     c, tok = run.c, run.tokenizer
     if not run.objective.causal or tok is None or not c.eval.sample_tokens:
@@ -201,7 +226,7 @@ def draw_samples(run: Run, step: int):
     settings = Settings(max_new_tokens=c.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=c.seed)
     ends, samples = {tok.eos_id} - {None}, []
     for prompt in prompts:
-        new = generate(run.inner, first_ids(tok, prompt), settings, ends, tok=tok)
+        new = generate(model or run.inner, first_ids(tok, prompt), settings, ends, tok=tok)
         samples.append({"prompt": prompt, "text": tok.decode([i for i in new if i not in ends])})
     run.log.record("samples", step, samples=samples)
 
@@ -225,25 +250,34 @@ def write_plan(run: Run):
 # ---- the end of a run
 
 def finish(run: Run):
-    """Evaluate, export, merge with the base where that is set, and report; eval.json says that the run is finished."""
-    c, out, say = run.c, run.folder, run.log.say
+    """Export, merge with the base where that is set, evaluate what was exported, and report; eval.json says that the
+    run is finished."""
+    c, out, say, sharded = run.c, run.folder, run.log.say, run.world.size > 1 and run.c.parallel.strategy == "fsdp"
+    merges = c.forget.merge.method != "none"
     with contextlib.ExitStack() as stack:
         for method in run.methods:
             stack.enter_context(method.exported(run.inner))                                 # exported
-        after = score_heldout(run, run.steps)
-        draw_samples(run, run.steps)
-        # Only rank 0 is sure to see the folder.
-        first = read_json(out / "eval_step_0.json") if run.world.main else {"texts": {}, "protocol": {}}
-        before, protocol = first["texts"], first["protocol"]
-        if c.forget.merge.method == "none":
-            table = evaluation.format_table(before, after)
-            export(run, out / "final", f"{table}\n\nHeld-out documents; protocol: {json.dumps(protocol)}")
-        else:
-            after = merge_with_base(run)
+        export(run, out / ("trained" if merges else "final"))
+        if not (run.world.main or sharded):
+            return
+        merged = merge_with_base(run) if merges and run.world.main else ""
+        # No rank holds a sharded model, so what is scored there is the one in memory, before it is rounded or merged.
+        model = None if sharded else load_beside(run, out / "final")
+        after = score_heldout(run, run.steps, model, "final/" if model else "")
+        draw_samples(run, run.steps, model)
     if not run.world.main:
         return
+    first, last = (read_json(out / f"eval_step_{step}.json") for step in (0, run.steps))
+    before, protocol = first["texts"], first["protocol"]
+    names = {"before": first.get("model", ""), "after": last["model"]}
+    if c.lora.base != "plain" and model and (base := load_beside(run, run.base)):
+        # In training the base was in few bits; what it was before is the base itself.
+        before, names["before"] = score(run, base, None)[0], "base"
+    held = f"Held-out documents, {names['before']} against {names['after']}; protocol: {json.dumps(protocol)}"
+    write_card(run, out / "final", f"{evaluation.format_table(before, after)}\n\n{held}{merged}")
     comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.causal else {}
-    write_json(out / "eval.json", {"protocol": protocol, "before": before, "after": after, **comparison})
+    write_json(out / "eval.json",
+               {"protocol": protocol, "model": names, "before": before, "after": after, **comparison})
     say(evaluation.format_table(before, after))
     run.log.close()
     try:
@@ -255,35 +289,57 @@ def finish(run: Run):
     print(*words, f"model: {out}/final   {report}", sep="\n", flush=True)
 
 
-def export(run: Run, folder: Path, card: str):
+def load_beside(run: Run, folder):
+    """The model of a folder, its weights in the type of the run's own; None where the device has no room for it."""
+    try:
+        return hf.load(folder, run.inner.embed_tokens.weight.dtype, run.world.device)
+    except torch.OutOfMemoryError:
+        run.log.say(f"warning: {folder} does not fit beside the model in training, which is scored instead")
+        return None
+
+
+def write_card(run: Run, folder: Path, text: str):
+    base = run.base if run.c.model.init == "pretrained" else None
+    write_text(folder / "README.md", hf.make_card(base, folder.name, text))
+
+
+def export_dtype(run: Run) -> torch.dtype:
+    """The type of the weights in final/: that of the settings, or the base's."""
+    own = run.base.dtype if run.c.model.init == "pretrained" else torch.float32
+    return devices.DTYPES.get(run.c.export.dtype, own)
+
+
+def export(run: Run, folder: Path):
     """Write the trained model as a Hugging Face folder; with adapters, these as a PEFT folder beside it.
 
-    card: Markdown for the model card. A collective, because ranks may hold shares of the weights.
+    A collective, because ranks may hold shares of the weights.
     """
     c, weights = run.c, parallel.model_state(run.inner)
     if not run.world.main:
         return
-    own_tokenizer = c.model.tokenizer or None
+    own_tokenizer, scratch = c.model.tokenizer or None, c.model.init == "scratch"
+    dtype = export_dtype(run)
     if c.lora.rank:
         # Adapters are added to the base as it is on disk, not as it was rounded or quantised for this run.
         adapter = folder.with_name("adapter")
-        lora.save_adapter(run.inner, adapter, run.base.name, weights)
-        lora.merge_folders(run.base, adapter, folder, card=card, tokenizer=own_tokenizer)
+        lora.save_adapter(run.inner, adapter, run.base, weights)
+        lora.merge_folders(run.base, adapter, folder, dtype, tokenizer=own_tokenizer)
     else:
-        hf.save(run.inner, folder, base=run.base, state=weights, tokenizer=own_tokenizer,
-                scratch=c.model.init == "scratch", card=card)
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        hf.save(run.inner, folder, base=run.base, state=weights, tokenizer=own_tokenizer, scratch=scratch)
 
 
-def merge_with_base(run: Run) -> dict:
-    """Write the run's own result to trained/ and the best mean of it and the base to final/; returns the scores of
-    final/ on rank 0, which alone does the work."""
+def merge_with_base(run: Run) -> str:
+    """Write the best mean of the base and trained/, the run's own result, to final/; returns a table of all that were
+    tried. Rank 0 alone does the work."""
     c, out = run.c, run.folder
-    export(run, out / "trained", "The result of a run before it was merged with its base.")
-    if not run.world.main:
-        return {}
+    write_card(run, out / "trained", "The result of a run before it was merged with its base.")
     # A run that died before its eval.json may have left one.
     shutil.rmtree(out / "final", ignore_errors=True)
     found = forget.merge_best(run.base, out / "trained", out / "final", lambda model, _: score(run, model, None)[0],
-                              run.names_of("general"), c.forget.merge, device=run.world.device, say=run.log.say)
+                              run.names_of("general"), c.forget.merge, run.inner.embed_tokens.weight.dtype,
+                              run.world.device, run.log.say)
     write_json(out / "merge.json", found)
-    return next(row["texts"] for row in found["rows"] if row["alpha"] == found["alpha"])
+    best = next(row for row in found["rows"] if row["alpha"] == found["alpha"])
+    table = merging.draw_table(found["rows"], run.names_of("general"), best)
+    return f"\n\n{merging.describe(found['method'], found['alpha'])}\n\n{table}"

@@ -9,7 +9,7 @@ from core import checkpoint, hashing, parallel
 from core.errors import UserError
 from learn import schedules
 from stages.build import Run
-from stages.evaluate import apply_decision
+from stages.evaluate import apply_decision, export_dtype
 from text.shards import SPLITS
 
 
@@ -58,7 +58,8 @@ def save(run: Run, step: int):
         loss_scale = {"scale": run.scale.scale, "good_steps": run.scale.good_steps}
         state = {"identity": identity(run, step), "loss_scale": loss_scale, "methods": values,
                  "decisions": run.decisions, "base": base, "optim": dataclasses.asdict(run.c.optim),
-                 "tokenizer": run.c.model.tokenizer or base}
+                 "tokenizer": str(Path(run.c.model.tokenizer).absolute()) if run.c.model.tokenizer else base,
+                 "dtype": str(export_dtype(run)).removeprefix("torch.")}
         checkpoint.save(run.folder / "checkpoints", step, weights, moments, state, run.c.train.keep)
     run.log.record("event", step, message="checkpoint saved")
     run.world.barrier()

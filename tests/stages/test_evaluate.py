@@ -5,13 +5,16 @@ import json
 import math
 import re
 import shutil
+import sys
 import tomllib
 
 import pytest
 import torch
 from runs import arguments, command, lines, one, run_of, settings
+from safetensors.torch import load_file
 from synthetic import texts
 
+import eval as evaluation
 import hf
 import lora
 import tokenizer
@@ -131,7 +134,8 @@ def test_an_evaluation_is_a_file_a_line_and_for_the_user(base, tmp_path, capsys)
     for record in lines(out, "eval"):
         found = json.loads((out / f"eval_step_{record['step']}.json").read_text())
         by_document = [scores.pop("nats_by_document") for scores in found["texts"].values()]
-        assert found == {"step": record["step"], "texts": record["sources"], "protocol": record["protocol"]}
+        assert found == {"step": record["step"], "texts": record["sources"], "protocol": record["protocol"],
+                         "model": "final/" if record["step"] == 8 else "weights in training"}
         for nats, scores in zip(by_document, found["texts"].values()):
             assert len(nats) == scores["documents"]
             assert sum(nats) == pytest.approx(scores["nats_per_token"] * scores["tokens"], rel=1e-5)
@@ -148,7 +152,8 @@ def test_an_evaluation_is_a_file_a_line_and_for_the_user(base, tmp_path, capsys)
 def score_alone(folder, run, source: str) -> float:
     """Bits per byte of a source's held-out documents by transformers, window by window and nothing beside it."""
     transformers = pytest.importorskip("transformers")
-    model, nats, size = transformers.AutoModelForCausalLM.from_pretrained(folder), 0.0, 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    nats, size = 0.0, 0
     for ids, nbytes in run.heldout[source]:
         ids = torch.tensor([token_before_document(run.tokenizer), *ids.tolist()])
         for start in range(0, len(ids) - 1, run.c.data.context):
@@ -288,6 +293,104 @@ def test_what_is_exported_after_an_average_or_a_merge_is_what_was_scored(base, t
         mean = {key: (old + weights[key].double()) / 2 for key, old in mean.items()}
     for key, p in hf.load(tmp_path / "ema/final").named_parameters():
         torch.testing.assert_close(p.detach().double(), mean[key], rtol=1e-5, atol=1e-7, msg=key)
+
+
+def score_run(monkeypatch, out, lab, *more) -> int:
+    words = ["eval.py", "--run", out, "--text", f"law={lab}/legal", "--device", "cpu", *more]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    return evaluation.main()
+
+
+FINAL = METHODS | {"ema": ["--forget.ema.decay", 0.9], "plain": [], "half": ["--train.precision", "bf16"],
+                   "lora_bf16": ["--lora.rank", 4, "--export.dtype", "bf16"],
+                   "merge_lora": [*METHODS["merge"], *METHODS["qlora"]]}
+
+
+@pytest.mark.parametrize("name", [name for name in FINAL if name not in ("int8", "half")])
+def test_what_is_reported_is_what_is_exported(base, tmp_path, monkeypatch, capsys, name):
+    """Truth: transformers on final/ and on the base, document by document. All checkpoints are scored as exported."""
+    out = tmp_path / "run"
+    train.train(run_of(base, out, *FINAL[name], "--optim.lr", 0.05), one())
+    run = build(run_of(base, tmp_path / "other"), one())
+    result = json.loads((out / "eval.json").read_text())
+    assert result["model"]["after"] == "final/"
+    card = (out / "final/README.md").read_text()
+    assert card.count("\n# ") == 1
+    assert "\n# final\n" in card
+    for source in run.heldout:
+        for side, folder in (("before", base[1]), ("after", out / "final")):
+            found = result[side][source]["bits_per_byte"]
+            assert found == pytest.approx(score_alone(folder, run, source), rel=2e-5), side
+        assert f"| {source} | {result['before'][source]['bits_per_byte']:.4f} | {found:.4f} |" in card
+    assert json.loads((out / "eval_step_8.json").read_text())["texts"] == result["after"]
+    # The last checkpoint and final/ are the same model, but for a merge.
+    monkeypatch.chdir(tmp_path)
+    assert score_run(monkeypatch, out, base[0], "--json", tmp_path / "o.json") == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    last, final = (row["texts"]["law"]["bits_per_byte"] for row in (found["checkpoints"][-1], found["final"]))
+    merged = "merge" in name and json.loads((out / "merge.json").read_text())["alpha"] != 1
+    assert (last == pytest.approx(final, rel=2e-5)) != merged
+    assert "merge" not in name or "before the merge" in found["checkpoints"][-1]["model"]
+
+
+def test_a_final_model_that_does_not_fit_beside_the_run_is_not_what_is_claimed(base, tmp_path, monkeypatch):
+    out, real = tmp_path / "run", hf.load
+
+    def load(path, dtype=torch.float32, device="cpu"):
+        if str(path).endswith("final") and dtype == torch.bfloat16:
+            raise torch.OutOfMemoryError("no room")
+        return real(path, dtype, device)
+    monkeypatch.setattr(hf, "load", load)
+    train.train(run_of(base, out, *METHODS["qlora"], "--train.precision", "bf16"), one())
+    result = json.loads((out / "eval.json").read_text())
+    assert result["model"] == {"before": "nf4 base with the adapter", "after": "nf4 base with the adapter"}
+    assert "nf4 base with the adapter against nf4 base with the adapter" in (out / "final/README.md").read_text()
+
+
+@pytest.mark.parametrize("words", [[], ["--lora.rank", 4], METHODS["merge"], ["--forget.ema.decay", 0.9]])
+@pytest.mark.parametrize("asked", [None, "float16"])
+def test_the_type_of_final_is_that_of_the_base_unless_another_is_named(base, tmp_path, words, asked):
+    hf.save(hf.load(base[1], torch.bfloat16), tmp_path / "half", base=base[1])
+    named = json.loads((tmp_path / "half/config.json").read_text())
+    (tmp_path / "half/config.json").write_text(json.dumps({k: v for k, v in named.items() if "dtype" not in k}))
+    words = [*words, *(["--export.dtype", asked] if asked else [])]
+    train.train(run_of((base[0], tmp_path / "half"), tmp_path / "run", *words), one())
+    tensors = load_file(tmp_path / "run/final/model.safetensors")
+    wanted = getattr(torch, asked or "bfloat16")
+    assert {t.dtype for t in tensors.values()} == {wanted}
+    settings = json.loads((tmp_path / "run/final/config.json").read_text())
+    assert settings["dtype"] == settings["torch_dtype"] == str(wanted).removeprefix("torch.")
+
+
+def test_a_base_is_found_again_from_another_folder(base, tmp_path, monkeypatch, capsys):
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(base[1], tmp_path / "one/base")
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    train.train(run_of((base[0], "base"), "run", "--lora.rank", 4), one())
+    monkeypatch.chdir(tmp_path / "two")
+    out = tmp_path / "one/run"
+    stated = json.loads((out / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(stated), out / "adapter")
+    assert score_run(monkeypatch, out, base[0]) == 0
+    assert command(monkeypatch, capsys, [out / "config.toml", "--out", "again"])[0] == 0
+    # Other weights at that place are not its base.
+    hf.save(hf.load(tmp_path / "one/run/final"), tmp_path / "one/base", base=base[1])
+    assert score_run(monkeypatch, out, base[0]) == 2
+    assert "is not the base that" in capsys.readouterr().err
+
+
+def test_an_adapter_is_merged_onto_its_own_base_unless_told_otherwise(base, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    train.train(run_of(base, out, "--lora.rank", 4), one())
+    shutil.copytree(base[1], tmp_path / "copy")
+    for place, more, status in (("copy", [], 0), ("run/final", [], 2), ("run/final", ["--any-base"], 0)):
+        words = ["lora.py", "merge", "--base", tmp_path / place, "--adapter", out / "adapter", "--out",
+                 tmp_path / f"merged_{place[:3]}_{status}_{len(more)}", *more]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        assert lora.main() == status
+    assert "another base" in capsys.readouterr().err
 
 
 def test_a_run_that_died_between_its_export_and_its_last_file_is_finished(base, tmp_path):
