@@ -13,6 +13,7 @@ B sequences per step, T tokens of context, S sources.
 import core.threads
 
 import functools
+import itertools
 import os
 import sys
 import time
@@ -36,6 +37,7 @@ from text.corpus import read_cleaning, read_records
 from text.kinds import TEXTS, identify, list_files
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
+from text.vocabulary import measure_loss
 
 # Raise it when the same seed gives another order.
 ORDER_VERSION = 1
@@ -182,16 +184,19 @@ def run_pack(options: Pack) -> dict:
                 bar.update()
                 yield where, record
 
+    sample = []
     for path in inputs:
         # A file that cannot be read should be known before hours of work.
-        next(records([path]), None)
+        first = (record[column] for _, record in itertools.islice(records([path]), max(1, 64 // len(inputs))))
+        sample += [text for text in first if isinstance(text, str)]
+    lost = measure_loss(tokenizer, sample)
     start = time.perf_counter()
     described = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None,
                   "cleaning": read_cleaning(path)} for path in inputs]
     settings = {"heldout": options.heldout, "heldout_hash": options.heldout_hash,
                 "bos": options.bos or (False if options.no_bos else None),
-                "inputs": described, "shard_tokens": options.shard_tokens, "workers": options.workers,
-                "overwrite": options.output.overwrite}
+                "inputs": described, "lost_share": lost, "shard_tokens": options.shard_tokens,
+                "workers": options.workers, "overwrite": options.output.overwrite}
     if options.buckets:
         settings["first"] = options.first or ("high" if "quality" in options.score else "low")
         shards.pack_buckets(records, tokenizer, out, options.buckets, options.score, column=column, **settings)
@@ -204,6 +209,9 @@ def run_pack(options: Pack) -> dict:
     splits = [manifest["splits"] for manifest in result.get("manifests", [result])]
     tokens = sum(made[split]["tokens"] for made in splits for split in shards.SPLITS)
     print(f"packed {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds / 1e6:.2f} M tokens/s) into {out}")
+    if lost:
+        print(f"warning: {100 * lost:.2f} % of the bytes of {len(sample)} sampled documents are in no token, so bits "
+              f"per byte are too low and do not compare with another tokenizer's", file=sys.stderr)
     if options.heldout and not any(made["heldout"]["documents"] for made in splits):
         print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
               "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)

@@ -171,11 +171,13 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
             shards = Shards(file, "heldout")
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
-            counted = {}
+            counted = {"lost_share": lost} if (lost := shards.manifest.get("lost_share")) else {}
         else:
             texts_of_file = corpus.read_documents([file], reading)
             raw = [text for text in texts_of_file if text]
             counted = {"empty_documents": texts_of_file.empty} if texts_of_file.empty else {}
+            if lost := vocabulary.measure_loss(tokenizer, raw[:64]):
+                counted["lost_share"] = lost
             encoded = zip(raw, tokenizer.encode_batch(raw))
             documents = [(ids, len(corpus.utf8(text))) for text, ids in encoded if len(ids)]
         if not documents:

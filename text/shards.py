@@ -117,13 +117,14 @@ def pack(texts, tokenizer, out, *, overwrite: bool = False, **options) -> dict:
 
 def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float = 0.02, bos: bool | None = None,
                   shard_tokens: int = 10**8, workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21,
-                  allow_empty: bool = False, heldout_hash: str = "normal") -> list[dict]:
+                  allow_empty: bool = False, heldout_hash: str = "normal",
+                  lost_share: float | None = None) -> list[dict]:
     """Tokenise documents (k, text) into shards in folders[k], and write and return the manifest of each folder.
 
     Every document gets an EOS at its end, and a BOS at its start where the tokenizer says that the model was trained so
     (`bos` overrides). `heldout` is the share of documents kept for evaluation, chosen by the hash of their text in its
     normal form (text/heldout.py), or of its bytes where `heldout_hash` is "exact". A text may be given as its ids
-    instead (uint32 [n], without BOS and EOS). `inputs` is what the manifest says of the files. No training document is
+    instead (uint32 [n], without BOS and EOS). `inputs` and `lost_share` go into the manifest. No training document is
     an error, unless `allow_empty`: a part of a source may have none.
 
     The result depends neither on `workers` (threads: every tokenizer releases the GIL) nor on `batch_bytes`.
@@ -155,6 +156,7 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
         manifests.append({"format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
                           "tokenizer": described, "bos": bos, "eos": True, "heldout": heldout,
                           "heldout_rule": HELDOUT_RULES[heldout_hash], "inputs": inputs or [],
+                          "lost_share": lost_share,
                           "empty_documents_dropped": empty[k], "splits": splits})
         write_json(folder / "manifest.json", manifests[k])
     return manifests

@@ -14,6 +14,7 @@ generation_config.json and the tokenizer file that names it.
 """
 
 import base64
+import collections
 import functools
 import hashlib
 import itertools
@@ -360,6 +361,17 @@ def token_before_document(tokenizer: Tokenizer) -> int:
         raise UserError("the tokenizer has neither BOS nor EOS, and the first token of a text needs one before it; "
                         "name a bos_token in tokenizer_config.json beside it (or give generate.py a prompt)")
     return first
+
+
+def measure_loss(tokenizer: Tokenizer, texts: list[str]) -> float:
+    """The share of the bytes of `texts` that decode(encode(text)) does not give back: characters that are in no token,
+    as runs of blanks where a normaliser drops them, or become the unknown token."""
+    lost = 0
+    for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+        kept = collections.Counter(tokenizer.decode([i for i in ids if i != tokenizer.unk_id]))
+        missing = collections.Counter(replace_surrogates(text)) - kept
+        lost += sum(n * len(character.encode()) for character, n in missing.items())
+    return lost / max(1, sum(len(utf8(text)) for text in texts))
 
 
 def replace_surrogates(text: str) -> str:

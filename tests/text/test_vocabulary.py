@@ -467,3 +467,11 @@ def test_token_before_document():
     assert T.token_before_document(types.SimpleNamespace(bos_id=None, eos_id=2)) == 2
     with pytest.raises(ValueError, match="neither BOS nor EOS"):
         T.token_before_document(types.SimpleNamespace(bos_id=None, eos_id=None))
+
+
+def test_the_share_of_bytes_in_no_token(data_dir):
+    from text.vocabulary import load, measure_loss
+    stories = load(data_dir / "models/stories260K")
+    assert measure_loss(stories, ["one word", "see here"]) == 0
+    assert measure_loss(stories, ["a    b"]) == 3 / 6                  # of four blanks one is kept
+    assert measure_loss(load(data_dir / "tokenizers/gpt2"), ["a    b", "Käufer \u4e2d\n\n"]) == 0
