@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +163,10 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
 
     context: tokens per window; by default the model's, at most 2,048.
     """
-    context = context or min(model.config.max_position_embeddings, 2048)
+    longest = model.config.max_position_embeddings
+    context = context or min(longest, 2048)
+    if context > longest:
+        print(f"warning: --context {context} is beyond the {longest} positions of the model", file=sys.stderr)
     prefix, objective = vocabulary.token_before_document(tokenizer), objectives.Causal(mask_documents=True)
     results = {}
     for name, file in texts.items():
@@ -229,6 +232,15 @@ def score_run(options: Eval, texts: dict) -> dict:
         model, state, name = load_checkpoint(path)
         place = state["tokenizer"]
         tokenizer = tokenizers.load(hf.open_base(place).folder if place.startswith("hf://") else place)
+        tensors, _, state = checkpoint.load(path)
+        adapters = lora.LoraConfig(**state["identity"]["lora"])
+        # A run with adapters saves these alone; all else is the base's.
+        config = ModelConfig(**state["identity"]["model"])
+        model = hf.load(replace(hf.open_base(state["base"]), changed=config)) if adapters.rank else Model(config)
+        if adapters.rank:
+            lora.attach(model, adapters, seed=0)
+        parallel.load_model_state(model, tensors, ".adapters." if adapters.rank else "")
+        tokenizer = tokenizers.load(hf.open_base(state["tokenizer"]).folder)
         scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, options.reading, options.context)
         result["checkpoints"].append({"step": step, "model": name, "texts": scores})
         print(f"step {step}: {name}\n{format_table(None, scores)}")

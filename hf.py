@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,6 +56,8 @@ class Base:
     name: str                   # as the user wrote it: folder or hf:// id
     folder: Path                # where its files are on this machine
     revision: str | None        # its commit on the Hub; None: a plain folder
+    # What a run makes of its config (model.max_positions); None: as config.json has it.
+    changed: ModelConfig | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.name
@@ -85,7 +87,7 @@ class Base:
 
     @functools.cached_property
     def config(self) -> ModelConfig:
-        return parse_config(self.settings, self.folder)
+        return self.changed or parse_config(self.settings, self.folder)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ with the new keys alone, transformers 4 takes a rope_theta of 10000 without a wa
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +99,27 @@ class ModelConfig:
                     "beta_slow"):
             if not (self.rope_scaling.get(key) or 1) > 0:
                 raise UserError(f"rope_scaling has {key} {self.rope_scaling[key]}, but it must be above 0")
+
+
+def set_positions(config: ModelConfig, longest: int | None, scaling: str, theta: float | None) -> ModelConfig:
+    """The config with other positions, as a run wants them; None and "": as they are. A scaling stretches the length
+    that the model was trained for to `longest`; "none" takes one away."""
+    rope, trained = config.rope_scaling, config.max_position_embeddings
+    if scaling and scaling != "none":
+        if rope and "original_max_position_embeddings" not in rope:
+            raise UserError(f"the base's rotation is scaled ({rope['rope_type']}), its config.json does not say from "
+                            f"which length, and so model.rope_scaling {scaling} cannot take its place")
+        original = rope.get("original_max_position_embeddings", trained)
+        if (longest or 0) <= original:
+            raise UserError(f"model.rope_scaling {scaling} stretches the {original} positions of the base; set "
+                            f"--model.max-positions above them, not {longest}")
+        rope = {"rope_type": scaling, "factor": longest / original}
+        if scaling != "linear":
+            rope["original_max_position_embeddings"] = original
+        if scaling == "llama3":
+            rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return replace(config, max_position_embeddings=longest or trained, rope_theta=theta or config.rope_theta,
+                   rope_scaling={} if scaling == "none" else rope)
 
 
 # ---- config.json

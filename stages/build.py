@@ -21,6 +21,7 @@ import hf
 import lora
 import tokenizer as tokenizers
 from core import checkpoint, cli, devices, hashing, parallel
+from core.architecture import set_positions
 from core.config import setting
 from core.errors import UserError
 from core.log import Logger
@@ -53,6 +54,12 @@ class ModelSection:
     """K; fewer than the attention heads: grouped-query attention"""
     tie_word_embeddings: bool = True
     """the head is the embedding"""
+    max_positions: int | None = setting(None, above=0)
+    """max_position_embeddings of the exported model; default: the base's (scratch: data.context)"""
+    rope_scaling: Literal["", "linear", "yarn", "llama3", "none"] = ""
+    """stretch the base's positions to max_positions; none: take the base's scaling away; default: as the base has it"""
+    rope_theta: float | None = setting(None, above=1)
+    """base of the rotary frequencies; default: the base's (scratch: 10000)"""
     activation_checkpointing: bool = False
     """recompute each block in the backward pass: less memory, a third more work"""
 
@@ -153,9 +160,13 @@ def build(c, world, folder: Path | None = None) -> Run:
     base = open_base(c, world)
     tokenizer = open_tokenizer(c, base)
     # A model without a base has the sizes of the settings.
-    sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig) if hasattr(c.model, f.name)}
+    sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig)
+             if hasattr(c.model, f.name) and not f.name.startswith("rope_")}
     config = base.config if base else ModelConfig(
         vocab_size=tokenizer.vocab_size, max_position_embeddings=c.data.context, **sizes)
+    config = set_positions(config, c.model.max_positions, c.model.rope_scaling, c.model.rope_theta)
+    # Whoever opens the base in this run, to merge adapters into it or to export, sees the same positions.
+    base = base and dataclasses.replace(base, changed=config)
     # What the run writes of its settings has the model's own sizes, also where they are the base's.
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, **{name: getattr(config, name) for name in sizes}))
     run = plan_data(c, world, folder, base, tokenizer, config)

@@ -68,6 +68,13 @@ def describe(run: Run):
         say(schedules.hint(parameters, "lora" if c.lora.rank else "full", c.optim))
     for note in (note for method in run.methods for note in method.notes):
         say(note)
+    longest = run.config.max_position_embeddings
+    if c.data.context > longest:
+        say(f"warning: data.context {c.data.context} is beyond the {longest} positions of the model, and its export "
+            f"would still say {longest}; set --model.max-positions {c.data.context}, and for a base "
+            f"--model.rope-scaling yarn or a larger --model.rope-theta")
+    if c.lora.rank and (c.model.max_positions or c.model.rope_scaling or c.model.rope_theta):
+        say("warning: adapter/ does not hold the positions that are set here; use final/, which does")
     if schedules.warmup_length(run.steps, c.optim) >= run.steps:
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards in loader.shards.items():

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import hf
-from core.architecture import FAMILIES
+from core.architecture import FAMILIES, set_positions
 
 SMOL3 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -179,6 +179,30 @@ def test_what_would_be_read_in_two_ways_is_refused(hf_model, changes, message):
     write_variant(original, changes)
     with pytest.raises(ValueError, match=message):
         _ = hf.open_base(original).config
+
+
+@pytest.mark.parametrize(("of_base", "asked", "made"), [
+    ({}, (256, "", None), (256, 1e4, {})),
+    ({}, (None, "", 5e5), (64, 5e5, {})),
+    ({}, (256, "linear", None), (256, 1e4, {"rope_type": "linear", "factor": 4.0})),
+    ({}, (256, "llama3", None), (256, 1e4, {**LLAMA3, "factor": 4.0, "original_max_position_embeddings": 64})),
+    ({**LLAMA3, **AT_TOP}, (128, "yarn", None), (128, 1e4, {"rope_type": "yarn", "factor": 8.0, **AT_TOP})),
+    ({**LLAMA3, **AT_TOP}, (128, "", None), (128, 1e4, {**LLAMA3, **AT_TOP})),
+    ({**LLAMA3, **AT_TOP}, (None, "none", None), (64, 1e4, {})),
+])
+def test_positions_that_a_run_sets(tiny_config, of_base, asked, made):
+    config = set_positions(tiny_config(rope_scaling=of_base), *asked)
+    assert (config.max_position_embeddings, config.rope_theta, config.rope_scaling) == made
+
+
+@pytest.mark.parametrize(("of_base", "asked", "message"), [
+    ({}, (None, "yarn", None), "stretches the 64 positions of the base; set --model.max-positions above them"),
+    ({}, (64, "yarn", None), "above them, not 64"),
+    ({"rope_type": "linear", "factor": 2.0}, (256, "yarn", None), "scaled .linear., its config.json does not say"),
+])
+def test_positions_that_say_nothing_are_refused(tiny_config, of_base, asked, message):
+    with pytest.raises(ValueError, match=message):
+        set_positions(tiny_config(rope_scaling=of_base), *asked)
 
 
 def test_swish_is_silu_and_left_overs_are_not_exported(hf_model, transformers, tmp_path):

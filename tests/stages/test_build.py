@@ -30,6 +30,27 @@ def test_both_spellings_of_a_type_are_one_in_what_a_run_writes(tmp_path):
         assert cli.parse(train.Config, words, recipe=True).train.precision == precision
 
 
+@pytest.mark.parametrize("adapters", [[], ["--lora.rank", 2]])
+def test_positions_are_set_on_purpose_and_exported(base, tmp_path, capsys, adapters):
+    """The truth is transformers' reading of the exported folder: its length, and its logits beyond the base's."""
+    transformers = pytest.importorskip("transformers", minversion="5", reason="the truth is transformers 5")
+    words = ["--model.max-positions", 128, "--model.rope-scaling", "yarn", "--model.rope-theta", 5e4, *adapters]
+    train.train(run_of(base, tmp_path / "run", *words, "--data.context", 64, "--train.steps", 2), one())
+    assert "is beyond the" not in capsys.readouterr().out
+    model, x = hf.load(tmp_path / "run/final"), torch.arange(100).view(1, 100) % 97
+    assert model.config.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert (model.config.max_position_embeddings, model.config.rope_theta) == (128, 5e4)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/final").eval()
+    assert theirs.config.max_position_embeddings == 128
+    with torch.no_grad():
+        assert (theirs(x).logits - model.head(model(x))).abs().max() < 1e-4
+
+
+def test_a_context_beyond_the_positions_warns(base, tmp_path, capsys):
+    train.train(run_of(base, tmp_path / "run", "--data.context", 64, "--train.steps", 2), one())
+    assert "warning: data.context 64 is beyond the 32 positions of the model" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words", [["--lora.rank", 2], ["--forget.merge.method", "linear"],
                                    ["--forget.ewc.strength", 1, "--forget.ewc.samples", 4, "--forget.lwf.alpha", 0.5]])
 def test_the_base_is_opened_once_in_a_run(base, tmp_path, monkeypatch, words):
