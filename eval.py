@@ -14,7 +14,6 @@ not. Windows of several documents share a sequence and cannot see each other. Sh
 import core.threads
 
 import copy
-import dataclasses
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -232,15 +231,6 @@ def score_run(options: Eval, texts: dict) -> dict:
         model, state, name = load_checkpoint(path)
         place = state["tokenizer"]
         tokenizer = tokenizers.load(hf.open_base(place).folder if place.startswith("hf://") else place)
-        tensors, _, state = checkpoint.load(path)
-        adapters = lora.LoraConfig(**state["identity"]["lora"])
-        # A run with adapters saves these alone; all else is the base's.
-        config = ModelConfig(**state["identity"]["model"])
-        model = hf.load(replace(hf.open_base(state["base"]), changed=config)) if adapters.rank else Model(config)
-        if adapters.rank:
-            lora.attach(model, adapters, seed=0)
-        parallel.load_model_state(model, tensors, ".adapters." if adapters.rank else "")
-        tokenizer = tokenizers.load(hf.open_base(state["tokenizer"]).folder)
         scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, options.reading, options.context)
         result["checkpoints"].append({"step": step, "model": name, "texts": scores})
         print(f"step {step}: {name}\n{format_table(None, scores)}")
@@ -266,8 +256,8 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
         base, name = hf.open_base(state["base"]), f"base with the adapter ({name})"
         if base.fingerprint != identity["base"]:
             raise UserError(f"{base} is not the base that {path} was trained on; put that one back")
-        model = hf.load(base)
-        lora.attach(model, dataclasses.replace(adapters, base="plain"), seed=0)
+        model = hf.load(replace(base, changed=ModelConfig(**identity["model"])))
+        lora.attach(model, replace(adapters, base="plain"), seed=0)
     else:
         model = Model(ModelConfig(**identity["model"]))
     parallel.load_model_state(model, tensors, ".adapters." if adapters.rank else "")
