@@ -315,11 +315,13 @@ def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
     """The base in bf16, the adapters in fp32, sharded or not: where FSDP gathered adapters in bf16, the first loss
-    would be off by 1e-4 already. After three steps some product may be rounded to bf16 the other way."""
+    would be off by 1e-4 already. A matmul of other rows may be rounded to bf16 the other way, so that later steps
+    differ by more."""
     mine = json.loads((ranks / "rank0.json").read_text())[strategy]
     true = steps_of(half(ranks, "ddp"), one())
     for name in ("loss", "norm"):
-        assert mine[name][:3] == pytest.approx(true[name][:3], rel=1e-5)
+        assert mine[name][0] == pytest.approx(true[name][0], rel=1e-5)
+        assert mine[name][:3] == pytest.approx(true[name][:3], rel=1e-3)
     assert mine["loss"][1] != pytest.approx(mine["loss"][0], rel=1e-2)
 
 
