@@ -223,7 +223,7 @@ class Clean:
     weights: str = ""
     """NAME=WEIGHT,... of the composite quality: perplexity=0.3,format=0.2,content=0.3,relevance=0.2."""
     min_chars: int = 100
-    """Shorter documents are dropped."""
+    """Shorter documents are dropped; in a text without spaces (Chinese, Japanese, Thai) a sign counts as three."""
     language: str | None = None
     """CODE,... (ISO 639-1), such as en,de: keep these languages."""
     keywords: str | None = None

@@ -19,7 +19,7 @@ from core.errors import UserError
 from text.repair import SENTENCE_END, SENTENCE_MARKS, drop_markup, is_spaceless, split_words
 
 # Raise it when a score changes its meaning: records that were scored before are then scored anew.
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 GOPHER_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 # Frequent words by language, for the light guess, the stop words and the plain words of a text.
 STOP_WORDS = {code: frozenset(words.split()) for code, _, words in (line.partition(" ") for line in """
@@ -93,8 +93,9 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
         vocabulary[word.strip(".,;:!?()[]\"'“”‘’„«»؟،।")] += n
     alphabetic = {word: n for word, n in vocabulary.items() if any(map(str.isalpha, word))}
     language, certainty = identify_language(text, vocabulary, lingua)
-    scores = {"chars": len(text), "words": len(words), "lines": len(lines), "language": language,
-              "language_score": certainty, **_score_form(text, lines, n_words, spaceless),
+    # A sign without spaces around it counts as three letters; see also short_lines.
+    scores = {"chars": len(text) * (3 if spaceless else 1), "words": len(words), "lines": len(lines),
+              "language": language, "language_score": certainty, **_score_form(text, lines, n_words, spaceless),
               "hash_ratio": plain.count("#") / n_words, "mean_word_length": sum(map(len, words)) / n_words,
               "alpha_words": sum(alphabetic.values()) / n_words}
     stop_words = STOP_WORDS.get(language, frozenset())

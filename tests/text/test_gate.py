@@ -127,6 +127,20 @@ def test_legal_keeps_95_percent_of_german_law_in_markdown(tmp_path):
         assert [scores_of(text, "legal")[n] for n in COUNTED] == [scores_of(bare, "legal")[n] for n in COUNTED]
 
 
+def test_chinese_law_is_not_too_short_at_a_third_of_the_length_of_english(tmp_path, data_dir):
+    texts = [record["text"] for name in ("civil_code", "criminal_law")
+             for record in read_input([str(data_dir / f"corpora/legal_zh/{name}.txt")], Reading())]
+    report = clean_corpus(records(texts), Settings("legal"), tmp_path)
+    short = sum(len(text) < 34 for text in texts)
+    assert abs(report["reasons"]["chars"]["dropped"] - short) < 0.01 * len(texts) < 0.2 * short
+    assert report["kept"] >= 0.95 * (len(texts) - short)
+    # 100 letters of English, and of Korean, which has spaces.
+    for text, least in (("the law of the land " * 9, 100), ("법원은 판결을 " * 20, 100), ("法院作出判决。" * 20, 34)):
+        rules = {"chars": PRESETS["legal"]["chars"]}
+        assert find_broken(scores_of(text[:least - 1]), rules) == ["chars"]
+        assert find_broken(scores_of(text[:least]), rules) == []
+
+
 COUNTED = ("words", "hash_ratio", "mean_word_length", "alpha_words", "unique_words", "stop_words")
 
 
