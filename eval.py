@@ -173,7 +173,7 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
             shards = Shards(file, "heldout")
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
-            counted = {"lost_share": lost} if (lost := shards.manifest.get("lost_share")) else {}
+            counted = shards.lost
         else:
             texts_of_file = corpus.read_documents([file], reading)
             raw = [text for text in texts_of_file if text]

@@ -319,6 +319,8 @@ def describe_data(run: Run) -> list[tuple[str, str]]:
             said.append("what was cleaned away before is not known")
         held = [f"{scored[key]:,} {key}" for key in ("documents", "tokens") if finite(scored.get(key)) is not None]
         said.append(f"held out and scored: {', '.join(held)}" if held else "nothing held out was scored")
+        if (lost := finite(scored.get("lost_share"))) is not None:
+            said.append(f"{100 * lost:.2f} % of its bytes are in no token, so bits per byte are too low")
         if "documents" in scored and run.interval["change"].get(name) is None and run.before and run.after:
             said.append(f"no interval: it needs {verdict.FEWEST} documents, the same before and after")
         rows.append((f"{name} ({role})" if role and role != name else name, "; ".join(said)))

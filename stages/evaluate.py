@@ -196,7 +196,7 @@ def score(run: Run, model, world) -> tuple[dict, dict]:
     """({source: {"role", "bits_per_byte", ...}}, protocol) of the held-out documents under any model, computed as the
     run computes; the ranks of `world` share the batches. None: this rank alone scores them."""
     c, prefix = run.c, vocabulary.token_before_document(run.tokenizer) if run.tokenizer else 0
-    scores = {name: {"role": run.sources[name].role,
+    scores = {name: {"role": run.sources[name].role, **run.loader.shards[name].lost,
                      **evaluation.score(model, run.objective, documents, prefix, c.data.context, world,
                                         c.train.micro_batch_size, run.autocast)}
               for name, documents in run.heldout.items()}

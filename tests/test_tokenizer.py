@@ -170,6 +170,17 @@ def test_report_and_compare_from_the_command_line(small_bases, tmp_path, command
     assert all(row["covered"] == 1 and row["unknown"] == 0 for row in rows.values())
 
 
+def test_report_says_what_is_in_no_token(data_dir, tmp_path, command):
+    """Truth: by hand. stories260K drops runs of blanks."""
+    (tmp_path / "law.txt").write_text("\n\n".join(["a    law"] * 20))
+    model = data_dir / "models/stories260K"
+    status, said, _ = command(f"report --tokenizer {model} --extended {model} --domain {tmp_path}/law.txt --json "
+                              f"{tmp_path}/o.json")
+    row = json.loads((tmp_path / "o.json").read_text())["texts"]["domain"]
+    assert (status, row["lost_share_before"], row["lost_share_after"]) == (0, 3 / 8, 3 / 8)
+    assert "domain: 37.50% of its bytes are in no token, and 37.50% extended" in said
+
+
 def test_bits_per_byte_of_a_small_model(tmp_path, command, monkeypatch):
     """Steps are counted in bytes; the number is that of eval.py; a failure is the line that the command ended with."""
     (tmp_path / "law.jsonl").write_text("".join(json.dumps({"text": f"{n}. {LATIN}"}) + "\n" for n in range(600)))

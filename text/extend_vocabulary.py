@@ -33,7 +33,7 @@ from core.errors import UserError
 from core.files import write_text
 from text.corpus import read_documents
 from text.train_vocabulary import count_text, cut_for_counting, hold_out
-from text.vocabulary import TiktokenTokenizer, Tokenizer, load, replace_surrogates
+from text.vocabulary import TiktokenTokenizer, Tokenizer, load, measure_loss, replace_surrogates
 from text.vocabulary_files import (
     BaseTokenizer,
     convert,
@@ -324,6 +324,8 @@ def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> di
     return {"documents": len(texts), "bytes": size, "words": words, "tokens_before": before, "tokens_after": after,
             "tokens_per_byte_before": before / size, "tokens_per_word_before": before / max(1, words),
             "tokens_per_byte_after": after / size, "tokens_per_word_after": after / max(1, words),
+            "lost_share_before": measure_loss(base.tokenizer, texts[:64]),
+            "lost_share_after": measure_loss(new, texts[:64]),
             "change": after / before - 1,
             "largest_possible_change": min(1.0, count_fewest_tokens(base, texts) / before) - 1,
             "documents_touched": sum(bool((i >= first).any()) for i in ids) / len(texts),
@@ -381,6 +383,9 @@ def report_command(options: Report) -> dict:
         print("{:8} {bytes:12,} {tokens_before:11,} {tokens_after:11,} {change:7.1%} {largest_possible_change:8.1%} "
               "{tokens_per_byte_before:.4f} > {tokens_per_byte_after:.4f} {tokens_per_word_before:.2f} > "
               "{tokens_per_word_after:.2f} {documents_touched:8.1%}".format(name, **row))
+        if row["lost_share_before"] or row["lost_share_after"]:
+            print(f"{name}: {row['lost_share_before']:.2%} of its bytes are in no token, and "
+                  f"{row['lost_share_after']:.2%} extended")
     used, even = result["texts"]["domain"]["new_tokens_used"], result["break_even_tokens"]
     print(f"{result['new_tokens']} new tokens, {used:.0%} of them in this domain text; break-even at "
           f"{'no size' if even is None else f'{even:,} tokens'}")

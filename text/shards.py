@@ -320,6 +320,8 @@ class Shards:
     def __init__(self, folder, split: str = "train"):
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder)
+        # What stands with the scores of this text, if there is any.
+        self.lost = {key: share for key, share in self.manifest.items() if key == "lost_share" and share}
         self.records = self.manifest["splits"][split]["shards"]
         opened = [open_shard(self.folder, self.manifest, record) for record in self.records]
         self.token_maps, self.end_maps, self.byte_maps = zip(*opened) if opened else ((), (), ())

@@ -42,6 +42,16 @@ def test_a_chat_model_and_a_source_without_held_out_text_are_warned_of(lab, tmp_
     assert "warning: source legal has no held-out documents" in said
 
 
+def test_what_is_in_no_token_stands_with_the_scores_of_a_run(lab, tmp_path):
+    pack(texts("legal"), tokenizer.load(lab / "tok"), tmp_path / "lossy", heldout=0.1, lost_share=0.25)
+    out = tmp_path / "run"
+    train.train(settings(lab, out, "--data.sources.legal.path", tmp_path / "lossy", steps=2), one())
+    result = json.loads((out / "eval.json").read_text())
+    for scores in (result["before"], result["after"], *(row["sources"] for row in lines(out, "eval"))):
+        assert scores["legal"]["lost_share"] == 0.25
+        assert "lost_share" not in scores["story"]
+
+
 def test_repeats_are_warned_of_and_refused(lab, tmp_path, monkeypatch, capsys):
     status, said, _ = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=700))
     assert (status, "warning: source legal is read" in said) == (0, True)
