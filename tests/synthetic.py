@@ -23,6 +23,7 @@ class Bytes:
     """A tokenizer whose ids are bytes."""
 
     vocab_size, bos_id, eos_id, mask_id, special_ids = 259, 256, 257, 258, [256, 257, 258]
+    unk_id = None
     add_bos, library, fingerprint = False, "bytes 1", "0f" * 32
 
     def __init__(self, **changes):
@@ -30,6 +31,9 @@ class Bytes:
 
     def encode_batch(self, texts):
         return [np.frombuffer(utf8(text), np.uint8).astype(np.uint32) for text in texts]
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
 
 
 def some_texts(n: int, seed: int = 0, longest: int = 40) -> list[str]:

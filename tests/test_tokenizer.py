@@ -94,7 +94,9 @@ def test_new_base_folder(data_dir, tmp_path, command):
     (tmp_path / "legal.txt").write_text("\n\n".join(learn), encoding="utf-8")
     for init in ("subtoken", "random"):
         line = f"extend --model {path} --new-tokens 200 --init {init} --out {tmp_path}/{init} {tmp_path}/legal.txt"
-        assert command(line)[:2] == (0, f"{tmp_path}/{init}: 200 new tokens, ids 512 to {511 + 200}\n")
+        status, said, _ = command(line)
+        assert status == 0
+        assert said.startswith(f"{tmp_path}/{init}: 200 new tokens, ids 512 to {511 + 200}, from ")
     base, model = hf.load(path), hf.load(tmp_path / "subtoken")
     old, new = T.load(path), T.load(tmp_path / "subtoken")
     assert model.config.vocab_size == new.vocab_size == 512 + 200
