@@ -177,8 +177,13 @@ def test_a_packed_folder_is_its_held_out_documents(tiny_model, lab, tmp_path):
 def test_a_document_without_tokens_has_no_bytes_to_divide_by(tiny_model, tmp_path):
     """SentencePiece makes nothing of a blank, and so does this tokenizer of bytes."""
     class Blanks(Bytes):
+        unk_id = None
+
         def encode_batch(self, texts):
             return [ids[ids != 32] for ids in super().encode_batch(texts)]
+
+        def decode(self, ids):
+            return bytes(ids).decode()
     found = []
     for name, text in (("a", "abc\n"), ("b", "abc\n     \n")):
         (tmp_path / f"{name}.txt").write_text(text)
