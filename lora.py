@@ -25,7 +25,6 @@ from torch import nn
 
 import hf
 from core import cli
-from core.cli import Dtype, Output
 from core.config import setting
 from core.devices import DTYPES
 from core.errors import UserError, nearest
@@ -265,9 +264,7 @@ def save_adapter(model: nn.Module, folder, base, weights: dict | None = None):
 def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     """Add the adapter in `folder` or of an hf:// id (ours or PEFT's own) under `name`, active; -> its settings.
 
-    UserError where it is not LoRA alone or not for this model, or trains an embedding that the model shares with its
-    head.
-    """
+    UserError where it is not LoRA alone, not for this model, or trains an embedding that is also the model's head."""
     folder, tied = hf.open_base(folder).folder, adapters.is_tied(model)
     settings = read_settings(folder / CONFIG, needed=True)
     if settings.get("peft_type") != "LORA":
@@ -374,23 +371,21 @@ def merge_folders(base, adapter, out, dtype: torch.dtype | None = None, any_base
 @dataclass(kw_only=True)
 class Merge:
     """Write base and adapter as one Hugging Face folder."""
-
     base: str
     """The full-precision base: a folder or an hf:// id."""
     adapter: str
     """A folder in PEFT's format, ours or PEFT's own."""
-    dtype: Dtype | None = None
+    dtype: cli.Dtype | None = None
     """The type of the weights written. Default: the base's."""
     any_base: bool = False
     """Merge also onto another base than the adapter's own."""
-    output: Output
+    output: cli.Output
 
 
 def merge_command(options: Merge) -> dict:
     out = options.output.out
     refuse_existing(out, options.output.overwrite)
-    dtype = options.dtype and DTYPES[options.dtype]
-    result = merge_folders(options.base, options.adapter, out, dtype, options.any_base)
+    result = merge_folders(options.base, options.adapter, out, DTYPES.get(options.dtype), options.any_base)
     print(f"{result['trained']}\n{out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")
     print("the adapter by itself:", *result["handoff"], sep="\n  ")

@@ -24,12 +24,12 @@ FLOORS = [
 ]
 PLACES = {name: (floor, place) for floor, line in enumerate(FLOORS) for place, name in enumerate(line)}
 
-LINES = {"model": 320, "moe": 250, "hf": 400, "data": 380, "tokenizer": 180, "lora": 406, "eval": 380, "train": 300,
+LINES = {"model": 320, "moe": 250, "hf": 400, "data": 380, "tokenizer": 180, "lora": 400, "eval": 380, "train": 300,
          "generate": 240, "clean": 380, "dedup": 320, "forget": 220, "plan": 420, "report": 480, "bench": 100}
 LINES_OF_ANY_FILE = 480                     # outside kernels/
 LINES_OF_A_FUNCTION = 60                    # but the body of a Triton kernel
 LINES_OF_A_LOOP = {("train", "train"): 45, ("train", "train_step"): 45}
-# The aim is 16,000; this is where the house stands, and it may only fall.
+# Where the house stands. What it could do before it was right for others' text, models and machines took 15,734 lines.
 LINES_OF_THE_PRODUCT = 17_398
 LINES_OF_THE_README = 250
 
