@@ -259,8 +259,9 @@ def write_plan(run: Run):
 def finish(run: Run):
     """Export, merge with the base where that is set, evaluate what was exported, and report; eval.json says that the
     run is finished."""
-    c, out, say, sharded = run.c, run.folder, run.log.say, run.world.size > 1 and run.c.parallel.strategy == "fsdp"
-    merges = c.forget.merge.method != "none"
+    c, out, say, merges = run.c, run.folder, run.log.say, run.c.forget.merge.method != "none"
+    # A merge is found by rank 0, which must hold the whole model for it, and so scores the merged one too.
+    sharded = run.world.size > 1 and c.parallel.strategy == "fsdp" and not merges
     with contextlib.ExitStack() as stack:
         for method in run.methods:
             stack.enter_context(method.exported(run.inner))                                 # exported
@@ -268,7 +269,7 @@ def finish(run: Run):
         if not (run.world.main or sharded):
             return
         merged = merge_with_base(run) if merges and run.world.main else ""
-        # No rank holds a sharded model, so what is scored there is the one in memory, before it is rounded or merged.
+        # No rank holds a sharded model, so what is scored there is the one in memory, before it is rounded.
         model = None if sharded else load_beside(run, out / "final")
         after = score_heldout(run, run.steps, model, "final/" if model else "")
         draw_samples(run, run.steps, model)
@@ -324,8 +325,7 @@ def export(run: Run, folder: Path):
     c, weights = run.c, parallel.model_state(run.inner)
     if not run.world.main:
         return
-    own_tokenizer, scratch = c.model.tokenizer or None, c.model.init == "scratch"
-    dtype = export_dtype(run)
+    own_tokenizer, scratch, dtype = c.model.tokenizer or None, c.model.init == "scratch", export_dtype(run)
     if c.lora.rank:
         # Adapters are added to the base as it is on disk, not as it was rounded or quantised for this run.
         adapter = folder.with_name("adapter")

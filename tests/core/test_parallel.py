@@ -326,6 +326,16 @@ def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_is_scored_after_a_merge_is_the_merged_model(ranks, strategy):
+    out, run = ranks / "methods" / f"everything_{strategy}_two", build(method(ranks, "freeze", "scored"), one())
+    result = json.loads((out / "eval.json").read_text())
+    assert result["model"]["after"] == "final/"
+    for text, scores in evaluate.score(run, hf.load(out / "final"), None)[0].items():
+        assert result["after"][text]["bits_per_byte"] == pytest.approx(scores["bits_per_byte"], rel=1e-6)
+
+
+@pytest.mark.slow
 def test_a_quantised_base_is_not_sharded(ranks):
     c = method(ranks, "qlora", "refused", "--parallel.strategy", "fsdp")
     with pytest.raises(ValueError, match=r"lora\.base nf4: .* use --parallel\.strategy ddp"):
