@@ -217,6 +217,8 @@ def run_eval(options: Eval) -> dict:
     if wrong := [text for text in options.text if text.find("=") < 1]:
         raise UserError(f"--text is {wrong[0]!r}, but must be NAME=FILE")
     texts = dict(text.split("=", 1) for text in options.text)
+    if len(texts) < len(options.text):
+        raise UserError("--text gives one name to two texts; name each once (a folder, a pattern or @LIST joins files)")
     if unknown := [name for name in options.general if name not in texts]:
         raise UserError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
     return score_run(options, texts) if options.run else score_model(options, texts)

@@ -253,11 +253,11 @@ def peft_config(model: nn.Module, base) -> dict:
 
 
 def save_adapter(model: nn.Module, folder, base, weights: dict | None = None):
-    """Write the active adapter as PEFT does, in place of an old `folder`; weights: as in `peft_state`. base: a name, or
-    a Base, whose fingerprint then stands in the file."""
-    known = {"base_fingerprint": base.fingerprint} if isinstance(base, hf.Base) else {}
+    """Write the active adapter as PEFT does over an old `folder`; weights: as in `peft_state`. base: a Base or name."""
+    # One key only: safetensors writes several in a random order, and equal runs are to leave equal files.
+    known = {"base_fingerprint": base.fingerprint} if isinstance(base, hf.Base) else {"format": "pt"}
     with new_folder(folder, overwrite=True) as out:
-        save_file(peft_state(model, weights), out / TENSORS, metadata={"format": "pt", **known})
+        save_file(peft_state(model, weights), out / TENSORS, metadata=known)
         write_json(out / CONFIG, peft_config(model, base))
 
 

@@ -11,6 +11,7 @@ import tomllib
 import pytest
 import torch
 from runs import arguments, command, lines, one, run_of, settings
+from safetensors import safe_open
 from safetensors.torch import load_file
 from synthetic import texts
 
@@ -401,6 +402,9 @@ def test_an_adapter_is_merged_onto_its_own_base_unless_told_otherwise(base, tmp_
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         assert lora.main() == status
     assert "another base" in capsys.readouterr().err
+    with safe_open(out / "adapter" / lora.TENSORS, "pt") as file:
+        # Of several keys safetensors would choose the order at random, and equal runs would leave other files.
+        assert list(file.metadata()) == ["base_fingerprint"]
 
 
 def test_a_run_that_died_between_its_export_and_its_last_file_is_finished(base, tmp_path):
