@@ -302,7 +302,10 @@ def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
         assert my_tensors.keys() == tensors.keys()
         for key, value in tensors.items():
             torch.testing.assert_close(my_tensors[key], value, rtol=1e-3, atol=rel, msg=f"{way} {key}")
-        same(my_rest, rest, rel)
+        # With shards the model in memory may be scored, and the result says so.
+        scored = my_rest.pop("/model/after")
+        assert scored == "final/" or strategy == "fsdp"
+        same(my_rest, {key: value for key, value in rest.items() if key != "/model/after"}, rel)
         assert my_decisions == decisions
     assert len(decisions) == (3 if name in ("replay", "everything") else 0)
     if decisions:

@@ -113,5 +113,5 @@ def test_commands_of_threads_are_waited_for(tmp_path):
     (tmp_path / "child.py").write_text("import time; time.sleep(0.2)")
     start = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(cli.run_command, [str(tmp_path / "child.py")] * 2)) == [None, None]
+        assert list(pool.map(cli.run_command, [str(tmp_path / "child.py")] * 2)) == ["", ""]
     assert time.monotonic() - start > 0.2
