@@ -257,11 +257,11 @@ def flat(value, path="") -> dict:
 
 
 def same(mine: dict, true: dict, rel: float):
-    """Numbers within rel, all else equal."""
+    """Numbers within rel, differences of nearly equal ones within 1e-7, all else equal."""
     assert mine.keys() == true.keys()
     for key, value in true.items():
         number = isinstance(value, (int, float))
-        assert mine[key] == (pytest.approx(value, rel=rel, abs=1e-8) if number else value), key
+        assert mine[key] == (pytest.approx(value, rel=rel, abs=1e-7) if number else value), key
 
 
 def told(out) -> dict:
