@@ -36,20 +36,31 @@ class Run:
     """What a run folder says. The lines of metrics.jsonl stay the dicts they are, one per step, by rising step."""
     folder: Path
     start: dict = field(default_factory=lambda: {"sources": {}})
-    train: list = field(default_factory=list)      # lines of kind "train"
-    evals: list = field(default_factory=list)      # lines of kind "eval"
-    samples: list = field(default_factory=list)    # the first and the last line of kind "samples"
-    events: list = field(default_factory=list)     # kinds "event" and "resume", in the order of the file
-    decisions: list = field(default_factory=list)  # lines of kind "replay": what adaptive replay decided
-    before: dict = field(default_factory=dict)     # {source: scores} at step 0; empty: no baseline
-    after: dict = field(default_factory=dict)      # {source: scores} of the last evaluation
+    # Lines of kind "train".
+    train: list = field(default_factory=list)
+    # Lines of kind "eval".
+    evals: list = field(default_factory=list)
+    # The first and the last line of kind "samples".
+    samples: list = field(default_factory=list)
+    # Lines of the kinds "event" and "resume", in the order of the file.
+    events: list = field(default_factory=list)
+    # What adaptive replay decided: the lines of kind "replay".
+    decisions: list = field(default_factory=list)
+    # {source: scores} at step 0; empty: no baseline.
+    before: dict = field(default_factory=dict)
+    # {source: scores} of the last evaluation.
+    after: dict = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
-    scored: dict = field(default_factory=dict)     # {"before", "after": which model was scored}
+    # Which model was scored: {"before", "after"}.
+    scored: dict = field(default_factory=dict)
     config: str = ""
-    settings: dict = field(default_factory=dict)   # the same, parsed
+    # The text of config.toml, parsed.
+    settings: dict = field(default_factory=dict)
     finished: bool = False
-    notes: list = field(default_factory=list)      # what is wrong with the files, in sentences
-    number: int = 1                                # its place on the page
+    # What is wrong with the files, in sentences.
+    notes: list = field(default_factory=list)
+    # Its place on the page.
+    number: int = 1
 
     name = property(lambda run: str(run.start.get("run") or run.folder.resolve().name))
     step = property(lambda run: max([row["step"] for row in run.train[-1:] + run.evals[-1:]], default=0))

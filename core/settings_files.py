@@ -13,8 +13,10 @@ from core.files import read_json
 
 
 class Kind(NamedTuple):
-    wanted: str             # what the value must be
-    convert: Callable       # value -> typed value; raises one of WRONG where it is not of this kind
+    # What a value must be, in words for a message.
+    wanted: str
+    # From a value to the typed value. It raises one of WRONG where the value is not of this kind.
+    convert: Callable
 
 
 WRONG = (TypeError, ValueError, KeyError, AttributeError, OverflowError)

@@ -124,12 +124,18 @@ def grade_gain(gain: float | None, interval=None) -> str:
 @dataclass
 class Evidence:
     """What is known of a run beside its scores before and after. By default nothing is."""
-    settings: dict = field(default_factory=dict)    # config.toml
-    recommended_lr: float | None = None             # for the model's size and what of it is trained
-    replay_share: float | None = None               # general text's share of the tokens so far
-    epochs: float | None = None                     # how often the domain was read, of the source read most
-    history: dict = field(default_factory=dict)     # {step: the domain's score at that evaluation}
-    losses: list = field(default_factory=list)      # training losses, a value per line of the log
+    # The values of config.toml.
+    settings: dict = field(default_factory=dict)
+    # The learning rate recommended for the size of the model and the part of it that is trained.
+    recommended_lr: float | None = None
+    # General text's share of the tokens so far.
+    replay_share: float | None = None
+    # How often the domain was read, of the source read most.
+    epochs: float | None = None
+    # {step: the score of the domain at that evaluation}.
+    history: dict = field(default_factory=dict)
+    # Training losses, a value per line of the log.
+    losses: list = field(default_factory=list)
 
     def get(self, name: str):
         """The setting of a dotted name; None where it is unknown."""

@@ -100,7 +100,8 @@ class Run(contextlib.AbstractContextManager):
     planned: np.ndarray                     # loader.plan as it was before adaptive replay
     objective: objectives.Objective
     heldout: dict = field(default_factory=dict)         # {source: [(token ids, text bytes)]}
-    leaks: list = field(default_factory=list)           # a line where one source trains on what another holds out
+    # A sentence for each source that trains on what another source holds out.
+    leaks: list = field(default_factory=list)
     inner: Model = None                     # the model itself
     model: torch.nn.Module = None           # what the loop calls: inner, or DDP around it
     methods: list = field(default_factory=list)         # the retention methods that are on

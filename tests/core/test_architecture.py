@@ -135,7 +135,7 @@ def test_every_way_to_say_rope_is_read_and_written_as_transformers_5_does(hf_mod
 def test_transformers_4_reads_every_exported_rope(hf_model, transformers, tmp_path):
     older = os.environ.get("NANOCPT_TRANSFORMERS4")
     if not older:
-        pytest.skip("NANOCPT_TRANSFORMERS4 is not set; see tests/test_hf.py")
+        pytest.skip("NANOCPT_TRANSFORMERS4 is not set; it names a folder with transformers 4 (make test sets it)")
     save_file(export_all(hf_model, transformers, tmp_path / "out"), tmp_path / "expected.safetensors")
     code = """if True:
         import sys, torch, transformers

@@ -32,7 +32,7 @@ def test_the_more_others_run_the_sooner_a_thread_gives_up_its_core(others, turns
     assert threads.choose_spin_turns(others, cores=4) == turns
 
 
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc")
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="what else runs is counted in Linux's /proc/stat")
 def test_busy_processes_are_counted():
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
     try:
