@@ -184,10 +184,10 @@ def run_pack(options: Pack) -> dict:
                 bar.update()
                 yield where, record
 
-    sample = []
-    for path in inputs:
+    sample, mine = [], shards.deal_files(inputs, *part)
+    for path in mine:
         # A file that cannot be read should be known before hours of work.
-        first = (record[column] for _, record in itertools.islice(records([path]), max(1, 64 // len(inputs))))
+        first = (record[column] for _, record in itertools.islice(records([path]), max(1, 64 // len(mine))))
         sample += [text for text in first if isinstance(text, str)]
     lost = measure_loss(tokenizer, sample)
     start = time.perf_counter()

@@ -89,23 +89,31 @@ class TrainSection(mixture.LengthConfig):
 class Run(contextlib.AbstractContextManager):
     """Everything that a step, an evaluation or a save needs; made by `build`."""
 
-    c: object                               # the Config of train.py
+    # The Config of train.py
+    c: object
     world: parallel.World
-    folder: Path | None                     # None: the run leaves nothing and says nothing
-    base: hf.Base | None                    # what model.path names; None: no path
+    # None: the run leaves nothing and says nothing.
+    folder: Path | None
+    # What model.path names; None: no path.
+    base: hf.Base | None
     tokenizer: object
     config: ModelConfig
-    sources: dict                           # {name: SourceConfig}; a score bucket counts as a source
+    # {name: SourceConfig}; a score bucket counts as a source.
+    sources: dict
     loader: data.Loader
-    planned: np.ndarray                     # loader.plan as it was before adaptive replay
+    # loader.plan as it was before adaptive replay
+    planned: np.ndarray
     objective: objectives.Objective
-    heldout: dict = field(default_factory=dict)         # {source: [(token ids, text bytes)]}
+    # {source: [(token ids, text bytes)]}
+    heldout: dict = field(default_factory=dict)
     # A sentence for each source that trains on what another source holds out.
     leaks: list = field(default_factory=list)
-    inner: Model = None                     # the model itself
-    model: torch.nn.Module = None           # what the loop calls: inner, or DDP around it
-    methods: list = field(default_factory=list)         # the retention methods that are on
-    decisions: list = field(default_factory=list)       # what adaptive replay decided so far
+    # The model itself, and what the loop calls: the same, or DDP around it.
+    inner: Model = None
+    model: torch.nn.Module = None
+    # The retention methods that are on, and what adaptive replay decided so far
+    methods: list = field(default_factory=list)
+    decisions: list = field(default_factory=list)
     optimizer: torch.optim.Optimizer = None
     scale: optim.LossScale = None
     log: Logger = None

@@ -218,6 +218,11 @@ def read_part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def deal_files(files: list, k: int, n: int) -> list:
+    """The files that part k of n (from 1) reads; all, where there are fewer files than parts."""
+    return files[k - 1::n] if len(files) >= n else files
+
+
 def deal_documents(files: list, documents, k: int, n: int):
     """The documents of part k of n (from 1); documents(files) yields those of some files.
 
@@ -225,7 +230,7 @@ def deal_documents(files: list, documents, k: int, n: int):
     of 2 parts, part 1 gets the documents 0 to 1023 and 2048 to 3071.
     """
     if len(files) >= n:
-        return documents(files[k - 1::n])
+        return documents(deal_files(files, k, n))
     return (document for i, document in enumerate(documents(files)) if i // BLOCK % n == k - 1)
 
 
@@ -253,7 +258,13 @@ def merge_parts(out) -> Path:
     if not splits["train"]["tokens"]:
         raise UserError(f"nothing to train on: the parts of {out} hold no training documents")
     empty = sum(manifest["empty_documents_dropped"] for manifest in parts.values())
-    write_json(out / "manifest.json", {**first, "empty_documents_dropped": empty, "splits": splits})
+    # What is in no token, each part has measured on files of its own; it counts by its bytes.
+    measured = [(manifest["lost_share"], sum(manifest["splits"][split]["bytes"] for split in SPLITS))
+                for manifest in parts.values() if manifest.get("lost_share") is not None]
+    weight = sum(nbytes for _, nbytes in measured)
+    lost = sum(share * nbytes for share, nbytes in measured) / weight if weight else None
+    write_json(out / "manifest.json",
+               {**first, "lost_share": lost, "empty_documents_dropped": empty, "splits": splits})
     return out
 
 
