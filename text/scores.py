@@ -19,7 +19,7 @@ from core.errors import UserError
 from text.repair import SENTENCE_END, SENTENCE_MARKS, drop_markup, is_spaceless, split_words
 
 # Raise it when a score changes its meaning: records that were scored before are then scored anew.
-SCORES_VERSION = 4
+SCORES_VERSION = 5
 GOPHER_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 # Frequent words by language, for the light guess, the stop words and the plain words of a text.
 STOP_WORDS = {code: frozenset(words.split()) for code, _, words in (line.partition(" ") for line in """
@@ -63,6 +63,10 @@ SCRIPTS = [(int(low, 16), int(high, 16), codes) for low, high, codes in re.finda
 LATIN = [code for code in STOP_WORDS if not any(code in codes.split() for *_, codes in SCRIPTS)]
 # Of English paragraphs 99 in 100 have so large a share of stop words, of Lithuanian ones fewer than 1 in 100.
 LEAST_STOP_WORDS = 0.04
+# Words whose full stop ends no sentence; one letter with a stop is such a word too ("z. B.", "U. S.").
+ABBREVIATIONS = {code: re.compile(rf"(?<!\w)(?:[^\W\d_]|{words})\.(?=\s)") for code, words in {
+    "de": "Abs|Nrn?|Art|bzw|vgl|Vgl|Ziff|Buchst|ggf|sog|zzgl|inkl|Bd|Dr|Prof|St|Str|Anm|Aufl|Hrsg|Rn|gem|lit|ca",
+    "en": "Mrs?|Ms|Dr|Prof|Secs?|Nos|Inc|Corp|Ltd|vs|cf|al|Fig|Vol|Jr|Sr"}.items()}
 BULLETS, TERMINALS = "•●○■□▪▫‣-–*", ".?!\"'”’“»」』" + SENTENCE_MARKS
 # A line of source code in Python, JavaScript, C, Java, Rust, Go or HTML, by how it begins or ends.
 CODE_LINE = re.compile(r"""(?x)\s*(?: (?:async\ )?def\ \w+\( | class\ \w+\s*[(:{] | import\ [\w.]+(?:\ as\ \w+)?;?\Z
@@ -95,7 +99,8 @@ def score_text(text: str, lingua: bool = False, keywords: re.Pattern | None = No
     language, certainty = identify_language(text, vocabulary, lingua)
     # A sign without spaces around it counts as three letters; see also short_lines.
     scores = {"chars": len(text) * (3 if spaceless else 1), "words": len(words), "lines": len(lines),
-              "language": language, "language_score": certainty, **_score_form(text, lines, n_words, spaceless),
+              "language": language, "language_score": certainty,
+              **_score_form(text, lines, n_words, spaceless, language),
               "hash_ratio": plain.count("#") / n_words, "mean_word_length": sum(map(len, words)) / n_words,
               "alpha_words": sum(alphabetic.values()) / n_words}
     stop_words = STOP_WORDS.get(language, frozenset())
@@ -141,7 +146,7 @@ def find_meaningless(language: str, spaceless: bool) -> set[str]:
     return names | {"sentences", "terminal_lines"} if language in ("th", "lo") else names
 
 
-def _score_form(text, lines, n_words, spaceless) -> dict:
+def _score_form(text, lines, n_words, spaceless, language) -> dict:
     """Scores on the marks, the characters and the lines of a text; `lines` are those that are not empty."""
     # Ten Han characters say about as much as thirty letters.
     short = 10 if spaceless else 30
@@ -149,8 +154,9 @@ def _score_form(text, lines, n_words, spaceless) -> dict:
     letters, digits = (sum(n for sign, n in counts.items() if is_one(sign)) for is_one in (str.isalpha, str.isdigit))
     lengths = list(map(len, lines))
     n_chars, n_lines, in_lines = max(1, len(text)), max(1, len(lines)), max(1, sum(lengths))
+    abbreviations = len(ABBREVIATIONS[language].findall(text)) if language in ABBREVIATIONS else 0
     return {
-        "sentences": sum(1 for _ in SENTENCE_END.finditer(text)),
+        "sentences": sum(1 for _ in SENTENCE_END.finditer(text)) - abbreviations,
         "ellipsis_ratio": (text.count("...") + text.count("…")) / n_words,
         "bullet_lines": sum(line.lstrip()[0] in BULLETS for line in lines) / n_lines,
         "ellipsis_lines": sum(line.endswith(("...", "…")) for line in lines) / n_lines,

@@ -138,6 +138,16 @@ def test_sentences_end_with_the_marks_of_their_script():
     assert split_text("他说：“我们走吧！”她走了，没有回来。", 10)[0] == "他说：“我们走吧！”"
 
 
+def test_an_abbreviation_ends_no_sentence():
+    german = ("Der Vertrag ist nach § 14 Abs. 2 Nr. 3 und Art. 6 der Verordnung, d. h. auf Antrag bzw. von Amts wegen, "
+              "z. B. bei Verzug, nichtig. Das gilt auch für den Erben.")
+    english = "Mr. J. R. Smith of the U.S. Army v. Dr. Lee, i.e. the plaintiff, is heard. It is so."
+    for language, text in (("de", german), ("en", english)):
+        assert (scores_of(text)["language"], scores_of(text)["sentences"]) == (language, 2)
+    # An abbreviation that ends the text ends a sentence.
+    assert scores_of("Das ist der erste Satz. Und das ist der zweite nach Art.")["sentences"] == 2
+
+
 def test_repetition_without_spaces_is_counted_in_signs():
     for text in (RIGHTS["zh"] * 2, RIGHTS["ja"] + RIGHTS["zh"] + RIGHTS["ja"][5:], RIGHTS["th"] * 3, RIGHTS["zh"]):
         signs = re.findall(r"\w", text) if "人" in text else [sign for sign in text if "\u0e00" <= sign <= "\u0eff"]
