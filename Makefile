@@ -4,7 +4,7 @@ BIN := .venv/bin
 REQUIREMENTS = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*p["dependencies"], *(d for e in sys.argv[1:] for d in p["optional-dependencies"][e]), sep="\n")
 
-.PHONY: setup demo test test-all bench lint clean
+.PHONY: setup demo test test-all faults bench lint clean
 
 setup: .venv/core
 
@@ -44,6 +44,10 @@ test: .venv/test .venv/transformers4
 
 test-all: .venv/test .venv/transformers4
 	$(PYTEST) --cov --cov-report=term:skip-covered
+
+# kills, signals, damages, full disks, files of strangers: at most half an hour, as a table
+faults: .venv/test
+	$(BIN)/python -m tests.faults --json out/faults.json
 
 bench: .venv/test
 	$(BIN)/python bench.py data --json out/bench_data.json
