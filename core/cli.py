@@ -121,7 +121,7 @@ def _run(program: str, description: str, commands, recipe: bool, argv: list[str]
     except (UserError, OSError, SafetensorError) as error:
         # The user can mend the last two as well: the disk is full, a file may not be read or is damaged.
         text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
-        print("error:", *text.split(), file=sys.stderr)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return getattr(error, "status", 2)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

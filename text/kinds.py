@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from core.errors import UserError
+from core.output import escape
 
 KNOWN = ("text in UTF-8 (.txt, .md, source code, or without a suffix), one JSON object a line (.jsonl, or any other "
          "name), and .parquet; each but parquet may be compressed by gzip, zstd, bzip2 or xz")
@@ -208,6 +209,7 @@ def _list_folder(folder: Path, wanted: tuple, dropped: bool) -> list[str]:
     if not found:
         raise UserError(f"{folder} is a folder that holds no file to read; known are {KNOWN}")
     if left_out:
-        names = ", ".join(Path(path).name for path in left_out[:3]) + (", ..." if left_out[3:] else "")
-        print(f"{folder}: {len(left_out)} files left out, of other kinds or about the folder: {names}", file=sys.stderr)
+        names = [escape(Path(path).name, line=True) for path in left_out[:3]] + ["..."] * bool(left_out[3:])
+        print(f"in {folder}: {len(left_out)} files left out, of other kinds or about the folder: {', '.join(names)}",
+              file=sys.stderr)
     return found

@@ -4,9 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
+
+from core import cli
+from core.errors import UserError
+from core.output import escape, keep_printing
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = """
@@ -24,6 +30,11 @@ def work(options):
     return {"text": "Müller 法典"}
 sys.exit(cli.run("work.py", "What it does.", (Options, work)))
 """
+
+
+@dataclass
+class Options:
+    times: int = 1
 
 
 def run(*words, **more) -> subprocess.CompletedProcess:
@@ -79,3 +90,39 @@ def test_a_stdout_that_is_not_there(tmp_path):
     line = f'exec "$0" -c "$1" --json {tmp_path}/x.json >&- 2>&-'
     assert subprocess.run(["sh", "-c", line, sys.executable, COMMAND], cwd=ROOT, check=False).returncode == 0
     assert (tmp_path / "x.json").exists()
+
+
+STRANGE = "a\x1b[2Jb\rc\bd\x07e\x9bf\u202eg\u2066h\u2028i\tj\nk"
+
+
+def test_control_characters_are_shown_and_not_obeyed(capsys):
+    shown = r"a\x1b[2Jb\rc\x08d\x07e\x9bf\u202eg\u2066h\u2028i" + "\tj\nk"
+    with keep_printing():
+        print(STRANGE)
+        print(STRANGE, file=sys.stderr)
+    assert capsys.readouterr() == (f"{shown}\n", f"{shown}\n")
+    assert escape(STRANGE, line=True) == shown.replace("\t", r"\t").replace("\n", r"\n")
+    # Honest text of any script passes, its joiners and direction marks too.
+    assert escape("Müller 法典 👩\u200d💻 می\u200cخواهم\u200f") == "Müller 法典 👩\u200d💻 می\u200cخواهم\u200f"
+
+
+def test_a_progress_bar_moves_the_cursor_and_its_words_do_not(capsys):
+    with keep_printing():
+        bar = tqdm(total=3, desc="a\x1b[2J", file=sys.stderr)
+        bar.update(3)
+        tqdm.write("said\x1b[2J")
+        bar.close()
+        sys.stderr.write("\x1b[A\n\x1b[31mred\x1b[0m")
+    out, err = capsys.readouterr()
+    assert out == "said\\x1b[2J\n"
+    assert err.startswith("\ra\\x1b[2J:   0%")
+    assert "\x1b" not in err
+    assert err.endswith("red")
+
+
+def test_the_line_of_an_error_is_one_line(capsys):
+    def fail(_):
+        raise UserError(f"{STRANGE} is no folder")
+    assert cli.run("work.py", "What it does.", (Options, fail), argv=[]) == 2
+    assert capsys.readouterr().err == (
+        r"error: a\x1b[2Jb c\x08d\x07e\x9bf\u202eg\u2066h i j k is no folder" + "\n")
