@@ -13,14 +13,11 @@ import hashlib
 import math
 import re
 import sys
-from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf
@@ -28,22 +25,9 @@ from core import cli
 from core.config import setting
 from core.devices import DTYPES
 from core.errors import UserError, nearest
-from core.files import new_folder, refuse_existing, write_json
-from core.settings_files import read_settings
+from core.files import refuse_existing
 from learn import adapters
-
-PREFIX = "base_model.model."                 # of every key in PEFT's files
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-HEAD_KEY, EMBEDDING_KEY = PREFIX + "lm_head.weight", PREFIX + "model.embed_tokens.weight"
-UNTIE = "untie the base first (tie_word_embeddings false and an lm_head.weight)"
-# PEFT's settings that can change what the tensors mean: {setting: the values with which it does not}.
-HARMLESS = {
-    "fan_in_fan_out": (False, None), "lora_bias": (False, None), "use_qalora": (False, None), "bias": ("none", None),
-    "layer_replication": (None, []), "alora_invocation_tokens": (None,), "use_bdlora": (None, False),
-    "arrow_config": (None,), "kasa_config": (None,), "target_parameters": (None, []),
-    # PEFT's other initialisations of A and B change the base's weights too, and the file does not hold those.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
+from learn.peft_files import TENSORS, load_adapter
 
 
 @dataclass
@@ -172,141 +156,6 @@ def trainable_share(model: nn.Module) -> str:
         elements = sum(weight.shape.numel() for weight in quantised)
         text += f"; {size / 1e6:,.1f} MB of quantised weights, {8 * size / elements:.2f} bits each"
     return text
-
-
-# ---- PEFT's files, adapter_config.json and adapter_model.safetensors: ours for PEFT, and PEFT's for us
-
-def peft_names(model: nn.Module) -> dict[str, str]:
-    """{parameter of the active adapter: its key in PEFT's file}"""
-    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + hf.to_hf_name(path) + suffix
-            for path, layer in adapters.active_layers(model)
-            for leaf, suffix in layer.adapter.peft_suffixes.items() if getattr(layer.adapter, leaf) is not None}
-
-
-def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
-    """{PEFT's key: tensor on the CPU} of the active adapter. weights: {our name: full tensor} of a sharded model."""
-    weights = dict(model.named_parameters()) if weights is None else weights
-    state = {key: weights[name].detach().cpu().clone() for name, key in peft_names(model).items()}
-    if EMBEDDING_KEY in state and HEAD_KEY not in state:
-        # The head is tied to the embedding. PEFT writes both tensors and expects both.
-        state[HEAD_KEY] = state[EMBEDDING_KEY].clone()
-    return state
-
-
-@torch.no_grad()
-def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
-    """Fill the active adapter by PEFT's keys; UserError where a key or shape does not fit."""
-    names, tensors = peft_names(model), dict(tensors)
-    keys = set(names.values())
-    tied = EMBEDDING_KEY in keys and HEAD_KEY not in keys and {HEAD_KEY, EMBEDDING_KEY} <= tensors.keys()
-    if tied and not torch.equal(tensors.pop(HEAD_KEY), tensors[EMBEDDING_KEY]):
-        raise UserError(f"the adapter has a head of its own, but the model's is tied to its embedding; {UNTIE}")
-    if odd := sorted(tensors.keys() ^ keys):
-        raise UserError(f"the adapter's tensors are not those the model expects: "
-                         f"{'left over' if odd[0] in tensors else 'missing'} is {odd[0]}, and {len(odd) - 1} more")
-    parameters = dict(model.named_parameters())
-    for name, key in names.items():
-        if tensors[key].shape != parameters[name].shape:
-            raise UserError(f"{key} has shape {list(tensors[key].shape)}, but the base makes it "
-                             f"{list(parameters[name].shape)}; it was trained on another base")
-        parameters[name].copy_(tensors[key])
-
-
-def shorten_paths(values: dict[str, object]) -> dict[str, object]:
-    """{path: value}, in which all paths with one last part become that part where their values are equal.
-
-    {"layers.0.q_proj": 8, "layers.1.q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8} becomes
-    {"q_proj": 8, "layers.0.up_proj": 4, "layers.1.up_proj": 8}: PEFT matches the ends of paths.
-    """
-    ends = {path: path.rpartition(".")[2] for path in values}
-    values_of = {}
-    for path, value in values.items():
-        values_of.setdefault(ends[path], set()).add(value)
-    return {ends[path] if len(values_of[ends[path]]) == 1 else path: value for path, value in values.items()}
-
-
-def peft_config(model: nn.Module, base) -> dict:
-    """adapter_config.json of the active adapter. base: a Base or a name."""
-    name, revision = hf.split_name(base)
-    active = {hf.to_hf_name(path): layer.adapter for path, layer in adapters.active_layers(model)}
-    low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, adapters.LowRank)}
-    rows = {path.rpartition(".")[2]: adapter.token_ids for path, adapter in active.items() if path not in low_rank}
-    full = [path for path, token_ids in rows.items() if token_ids is None]
-    some = {path: token_ids for path, token_ids in rows.items() if token_ids is not None}
-
-    def find_common(values: dict) -> tuple[float, dict]:
-        """(the commonest value, which becomes the default, {path: value} of the others, PEFT's pattern)"""
-        common = Counter(values.values()).most_common(1)[0][0]
-        return common, {path: value for path, value in shorten_paths(values).items() if value != common}
-    rank, rank_pattern = find_common({path: adapter.rank for path, adapter in low_rank.items()})
-    alpha, alpha_pattern = find_common({path: adapter.alpha for path, adapter in low_rank.items()})
-    targets = shorten_paths({path: path in low_rank for path in map(hf.to_hf_name, adapters.linear_layers(model))})
-    one = next(iter(low_rank.values()))
-    return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision or None,
-        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": one.dropout,
-        "target_modules": sorted(path for path, is_target in targets.items() if is_target),
-        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_rslora": one.rslora,
-        "use_dora": one.magnitude is not None, "bias": "none", "fan_in_fan_out": False, "modules_to_save": full or None,
-        "trainable_token_indices": some or None, "ensure_weight_tying": bool(full) and adapters.is_tied(model),
-        "init_lora_weights": True, "inference_mode": True}
-
-
-def save_adapter(model: nn.Module, folder, base, weights: dict | None = None):
-    """Write the active adapter as PEFT does over an old `folder`; weights: as in `peft_state`. base: a Base or name."""
-    # One key only: safetensors writes several in a random order, and equal runs are to leave equal files.
-    known = {"base_fingerprint": base.fingerprint} if isinstance(base, hf.Base) else {"format": "pt"}
-    with new_folder(folder, overwrite=True) as out:
-        save_file(peft_state(model, weights), out / TENSORS, metadata=known)
-        write_json(out / CONFIG, peft_config(model, base))
-
-
-def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
-    """Add the adapter in `folder` or of an hf:// id (ours or PEFT's own) under `name`, active; -> its settings.
-
-    UserError where it is not LoRA alone, not for this model, or trains an embedding that is also the model's head."""
-    folder, tied = hf.open_base(folder).folder, adapters.is_tied(model)
-    settings = read_settings(folder / CONFIG, needed=True)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
-    if missing := [name for name in ("r", "lora_alpha") if settings.get(name) is None]:
-        raise UserError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
-    for key, allowed in HARMLESS.items():
-        if settings.get(key) not in allowed:
-            raise UserError(f"{folder / CONFIG} has {key} {settings[key]!r}; merge it with PEFT's merge_and_unload")
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / TENSORS} cannot be read: {error}") from None
-    if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
-        raise UserError(f"{folder} trains the embedding and leaves the head as it was (no ensure_weight_tying), but "
-                        f"the base's head is its embedding; {UNTIE}")
-
-    alphas, indices = settings.get("alpha_pattern") or {}, settings.get("trainable_token_indices") or {}
-    # A bare list means the embedding.
-    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
-    same = {"rslora": bool(settings.get("use_rslora")), "dora": bool(settings.get("use_dora")),
-            "dropout": settings.get("lora_dropout") or 0.0}
-    known, chosen = adapters.linear_layers(model), {}
-    for key in sorted(tensors):
-        # The end is that of a layer's A, with which B and m come, of a full table, or of some rows of one.
-        named = re.fullmatch(r"(.+?)(\.lora_A\.weight|\.weight|\.token_adapter\.\w+|)", key.removeprefix(PREFIX))
-        module, end = named.groups()
-        path = hf.from_hf_name(module)
-        if end == ".lora_A.weight" and path in known:
-            alpha = next((value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)),
-                         settings["lora_alpha"])
-            chosen[path] = {"rank": len(tensors[key]), "alpha": float(alpha), **same}
-        elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
-            chosen[path] = {"token_ids": None}
-        elif end.startswith(".token_adapter"):
-            token_ids = next((ids for place, ids in indices.items() if f".{module}".endswith(f".{place}")), None)
-            if token_ids is None or path not in ("embed_tokens", "head"):
-                raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {key}")
-            chosen[path] = {"token_ids": token_ids}
-    adapters.add_adapter(model, name, chosen)
-    load_peft_state(model, tensors)
-    return settings
 
 
 # ---- merging, and its command

@@ -33,6 +33,7 @@ from core import parallel
 from core.architecture import make_config
 from core.devices import peak_bytes
 from kernels.cross_entropy import IGNORE, chunk_rows
+from learn import peft_files
 from learn.adapters import adapted_layers
 from learn.objectives import Causal
 from learn.optim import LossScale, OptimConfig, make_optimizer
@@ -225,7 +226,7 @@ def peer_of(model, side: str):
         who = f"peft {peft.__version__} on {who}"
         peer = peft.get_peft_model(peer, peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear",
                                                          task_type="CAUSAL_LM"))
-        peft.set_peft_model_state_dict(peer, lora.peft_state(model))
+        peft.set_peft_model_state_dict(peer, peft_files.peft_state(model))
     return peer, who
 
 

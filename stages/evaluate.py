@@ -21,7 +21,7 @@ from core.config import setting, to_toml
 from core.errors import UserError
 from core.files import read_json, write_json, write_text
 from generate import Settings, first_ids, generate
-from learn import adapters, adaptive, schedules
+from learn import adapters, adaptive, peft_files, schedules
 from learn import merge as merging
 from measure import verdict
 from model import matmul_flops_per_token
@@ -329,7 +329,7 @@ def export(run: Run, folder: Path):
     if c.lora.rank:
         # Adapters are added to the base as it is on disk, not as it was rounded or quantised for this run.
         adapter = folder.with_name("adapter")
-        lora.save_adapter(run.inner, adapter, run.base, weights)
+        peft_files.save_adapter(run.inner, adapter, run.base, weights)
         lora.merge_folders(run.base, adapter, folder, dtype, tokenizer=own_tokenizer)
     else:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}

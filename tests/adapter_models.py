@@ -9,7 +9,8 @@ import hf
 import kernels
 import lora
 from learn.optim import OptimConfig, make_optimizer
-from lora import LoraConfig, save_adapter
+from learn.peft_files import save_adapter
+from lora import LoraConfig
 
 EXACT = 1e-5
 KINDS = {                                     # LoraConfig's fields, and the same in PEFT's

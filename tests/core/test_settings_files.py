@@ -11,6 +11,7 @@ import lora
 import tokenizer
 from core.errors import UserError
 from core.settings_files import ANY, FILES, read_settings
+from learn import peft_files
 
 ODD = (3, -1, 2.5, "97", "", "x", "true", True, [], [1], ["a"], [None], {}, {"foo": 1}, {"content": 1},
        {"content": "<s>"}, [[1]], {"1": {"content": "<s>"}}, {"a": [1]}, None, float("nan"), float("inf"), 10**400)
@@ -74,13 +75,13 @@ def test_no_value_of_any_field_ends_in_a_traceback(tiny_model, small_bases, tmp_
     hf.save(tiny_model(), tmp_path / "base", tokenizer=small_bases["small pieces"])
     model, folder = tiny_model(), tmp_path / "base"
     lora.attach(model, lora.LoraConfig(rank=2, embeddings="none"), 0)
-    lora.save_adapter(model, tmp_path / "adapter", "base")
+    peft_files.save_adapter(model, tmp_path / "adapter", "base")
     home = tmp_path / "adapter" if file == "adapter_config.json" else folder
     right = json.loads((home / file).read_text()) if (home / file).exists() else {}
 
     def read():
         if file == "adapter_config.json":
-            lora.load_adapter(tiny_model(), home)
+            peft_files.load_adapter(tiny_model(), home)
         elif file in ("config.json", "generation_config.json"):
             base = hf.open_base(folder)
             hf.make_config(base.config, base.dtype, base.settings)

@@ -22,7 +22,8 @@ from core import parallel
 from data import Batch
 from learn import adapters, objectives
 from learn.adapters import activate
-from lora import LoraConfig, load_adapter, peft_state, save_adapter
+from learn.peft_files import load_adapter, peft_state, save_adapter
+from lora import LoraConfig
 from model import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

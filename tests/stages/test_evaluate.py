@@ -21,7 +21,7 @@ import lora
 import tokenizer
 import train
 from core import checkpoint
-from lora import load_adapter
+from learn import peft_files
 from stages import evaluate
 from stages.build import build
 from stages.evaluate import score
@@ -265,7 +265,7 @@ METHODS = {
 def merged_with(base, out) -> dict:
     """The adapter that a run left, on its base, as one state."""
     model = hf.load(base)
-    load_adapter(model, out / "adapter")
+    peft_files.load_adapter(model, out / "adapter")
     lora.merge(model)
     return dict(model.named_parameters())
 
@@ -402,7 +402,7 @@ def test_an_adapter_is_merged_onto_its_own_base_unless_told_otherwise(base, tmp_
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         assert lora.main() == status
     assert "another base" in capsys.readouterr().err
-    with safe_open(out / "adapter" / lora.TENSORS, "pt") as file:
+    with safe_open(out / "adapter" / peft_files.TENSORS, "pt") as file:
         # Of several keys safetensors would choose the order at random, and equal runs would leave other files.
         assert list(file.metadata()) == ["base_fingerprint"]
 
