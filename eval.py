@@ -92,6 +92,8 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     model.eval()
     # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again, without targets.
     for own in range(world.rank, world.rank + len(batches), world.size):
+        world.barrier()
+        world.check()
         batch, owner = batches[min(own, len(batches) - 1)]
         batch = batch.to(device)
         if own >= len(batches):

@@ -23,6 +23,7 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
+from core import parallel
 from core.architecture import ModelConfig, make_config, parse_config
 from core.devices import DTYPES
 from core.errors import UserError
@@ -295,6 +296,9 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
                for name, tensor in (state or model.state_dict()).items()
                if not (config.tie_word_embeddings and name == "head.weight")}
     dtype = next(iter(tensors.values())).dtype
+    if name := parallel.find_not_finite(tensors):
+        raise UserError(f"{path} was not written: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; "
+                        f"export in float32 or bfloat16 if the weights are too large for float16, else train again")
     pad = {} if pad_id is None else {"pad_token_id": pad_id}
     with new_folder(path, overwrite=True) as out:
         huggingface_hub.save_torch_state_dict(tensors, out, max_shard_size=shard_bytes)

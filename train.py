@@ -16,8 +16,6 @@ step, after the step, evaluated, exported (learn/method.py).
 import core.threads
 
 import dataclasses
-import math
-import signal
 import sys
 import tempfile
 import time
@@ -30,9 +28,10 @@ import torch
 from core import cli, devices, files, hashing, parallel
 from core.config import refuse_unused, setting
 from core.errors import UserError
+from core.guard import GuardConfig
 from core.log import LogConfig
 from core.parallel import ParallelConfig
-from core.signals import agree_on_stop, note_signals
+from core.signals import Stopped, raise_stops
 from data import Batch
 from forget import ForgetConfig
 from learn import schedules
@@ -64,6 +63,7 @@ class Config:
     forget: ForgetConfig = field(default_factory=ForgetConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainSection = field(default_factory=TrainSection)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     eval: EvalSection = field(default_factory=EvalSection)
     export: ExportSection = field(default_factory=ExportSection)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -73,13 +73,6 @@ class Config:
         refuse_unused(self.lora, "lora")
         for name, section in vars(self.forget).items():
             refuse_unused(section, f"forget.{name}")
-
-
-def require_finite(what: str, value: float, step: int, sources) -> None:
-    """UserError where `value` of `step` (counted from 0) is NaN or infinite: the update would spoil the weights."""
-    if not math.isfinite(value):
-        raise UserError(f"the {what} of step {step + 1} is {value} (sources in the step: {', '.join(sources)}); the "
-                        f"update was not made: lower --optim.lr, or look at those documents")
 
 
 def micro_batches(run: Run, step: int) -> list[Batch]:
@@ -92,7 +85,8 @@ def micro_batches(run: Run, step: int) -> list[Batch]:
 
 
 def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
-    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "methods": {name: value}}.
+    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "methods": {name: value},
+    "fault": why the update was not made, or None}.
 
     The loss is summed over all targets of the step and divided by their number on all ranks, so that gradient
     accumulation, packing and the number of ranks change nothing.
@@ -123,57 +117,70 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     # The one point of a step at which the CPU waits for the device.
     sources, norm = sum_by_source(run.loader.names, scored, norm, world)
     loss = sum(nats for nats, _ in sources.values()) / targets
-    require_finite("loss", loss, step, sources)
-    if not scale.enabled:
-        require_finite("gradient norm", norm, step, sources)
     lr = schedules.set_learning_rate(run.optimizer, step, run.steps, c.optim)
-    if scale.update(norm):
+    fault = None if scale.overflowed(loss, norm) else run.guard.judge(step, loss, norm, sources)
+    moved = scale.update(norm) and not fault
+    if moved:
         run.optimizer.step()
     for method in run.methods:
-        method.after_step(step, run.inner, run.optimizer)                                   # after the step
+        method.after_step(step, run.inner, run.optimizer, moved)                            # after the step
     run.optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": logged}
+    run.done = step + 1
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": logged,
+            "fault": fault}
 
 
 def train(c: Config, world) -> int:
     """The whole run; the exit status: 0, or 128 + the number of the signal that ended it after a save."""
-    # Until the run is built there is nothing to save, so that Ctrl-C ends it at once.
-    with files.run_folder(c.out, world) as folder, build(c, world, folder) as run, note_signals() as received, \
+    # Before the loop there is nothing to save, and after it everything is saved: there a signal ends the run at once.
+    with raise_stops(), files.run_folder(c.out, world) as folder, build(c, world, folder) as run, \
             ThreadPoolExecutor(1) as pool:
         describe(run)
         start = resume(run)
         begin(run, start)
         ahead = pool.submit(micro_batches, run, start) if start < run.steps else None
         seconds, measured = 0.0, 0
-        for step in range(start, run.steps):
-            # once in a while: evaluate (methods may change the plan)
-            if step % c.eval.every == 0:
-                evaluate(run, step)
+        with world.note_stops():
+            try:
+                for step in range(start, run.steps):
+                    # once in a while: evaluate (methods may change the plan)
+                    if step % c.eval.every == 0:
+                        evaluate(run, step)
 
-            # the step; the batches of the next one are read meanwhile
-            clock = time.perf_counter()
-            batches = ahead.result()
-            ahead = pool.submit(micro_batches, run, step + 1) if step + 1 < run.steps else None
-            result = train_step(run, step, batches)
-            seconds, measured = seconds + time.perf_counter() - clock, measured + 1
+                    # the step; the batches of the next one are read meanwhile
+                    clock = time.perf_counter()
+                    batches = ahead.result()
+                    ahead = pool.submit(micro_batches, run, step + 1) if step + 1 < run.steps else None
+                    result = train_step(run, step, batches)
+                    seconds, measured = seconds + time.perf_counter() - clock, measured + 1
 
-            # once in a while: log
-            if (step + 1) % c.log.every == 0 or step in (start, run.steps - 1):
-                log_step(run, step + 1, result, seconds / measured)
-                seconds, measured = 0.0, 0
-            else:
-                run.log.show_step(step + 1)
+                    # once in a while: log
+                    if (step + 1) % c.log.every == 0 or step in (start, run.steps - 1) or result["fault"]:
+                        log_step(run, step + 1, result, seconds / measured)
+                        seconds, measured = 0.0, 0
+                    else:
+                        run.log.show_step(step + 1)
 
-            # once in a while: save, and leave when asked to: all ranks after the same step, whichever got the signal
-            asked = agree_on_stop(received, world)
-            if (step + 1) % c.train.save_every == 0 or step + 1 == run.steps or asked:
-                save(run, step + 1)
-            if asked and step + 1 < run.steps:
-                run.log.say(f"{signal.Signals(asked).name}: saved at step {step + 1} of {run.steps}; the same command "
-                            f"resumes it")
-                return 128 + asked
+                    # once in a while: save; and leave when asked to, all ranks after the same step
+                    if (step + 1) % c.train.save_every == 0 or step + 1 == run.steps:
+                        save(run, step + 1)
+                    run.check()
+            except Stopped as stop:
+                return leave(run, stop)
         finish(run)
     return 0
+
+
+def leave(run: Run, stop: Stopped) -> int:
+    """Save what is not saved yet, and return the exit status; where the steps themselves are the reason, a UserError
+    says so."""
+    if run.saved != run.done:
+        save(run, run.done)
+    where = f"saved at step {run.done} of {run.steps}"
+    if stop.status < 128:
+        raise UserError(f"{stop.why}; {where}, and the same command goes on from there", stop.status)
+    run.log.say(f"{stop.why}: {where}; the same command resumes it")
+    return stop.status
 
 
 def dry_run(c: Config, world) -> int:

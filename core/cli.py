@@ -123,9 +123,10 @@ def _run(program: str, description: str, commands, recipe: bool, argv: list[str]
         text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
         return getattr(error, "status", 2)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        why, status = (stop.why, stop.status) if isinstance(stop, signals.Stopped) else ("SIGINT", 130)
+        print(f"stopped by {why.replace('SIGINT', 'Ctrl-C')}", file=sys.stderr)
+        return status
 
 
 def parse(cls, argv: list[str], program: str = "", description: str = "", recipe: bool = False, default=None):

@@ -62,7 +62,9 @@ class Logger:
         """Write and flush a line of metrics.jsonl; of "train" and "eval" lines the trackers get the values."""
         if not self.main:
             return
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        # JSON has no NaN, and a reader may be strict: what is not finite is null.
+        record = json.loads(json.dumps({"kind": kind, "step": step, **values}), parse_constant=lambda name: None)
+        self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         for track in self.trackers if kind in ("train", "eval") else ():
             track(dict(_flatten_numbers(values, f"{kind}/")), step=step)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from core.devices import pick_device
+from core.signals import REASONS, closed_output, note_stops, stopped_by
 
 
 @dataclass
@@ -36,6 +37,10 @@ class World:
     rank: int
     size: int
     device: torch.device
+    # The signals that this rank has noted; None outside `note_stops`.
+    received: list[int] | None = None
+    # The signal that ends the run on all ranks, by the last sum, or 0.
+    asked: int = 0
 
     @property
     def main(self) -> bool:
@@ -43,18 +48,48 @@ class World:
         return self.rank == 0
 
     def sum(self, values) -> list[float]:
-        """Each of the values summed over all ranks, in float64. A collective: all ranks call it together."""
-        values = [float(value) for value in values]
-        if self.size == 1:
-            return values
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        """Each of the values summed over all ranks, in float64. A collective: all ranks call it together.
+
+        Requests to stop travel with every sum, so that all ranks know of them at the same point and for nothing more.
+        """
+        closed = 0 if self.received is None else closed_output()
+        requests = [(self.received or []).count(number) + (number == closed) for number in REASONS]
+        total = [float(value) for value in (*values, *requests)]
+        if self.size > 1:
+            total = torch.tensor(total, dtype=torch.float64, device=self.device)
+            dist.all_reduce(total)
+            total = total.tolist()
+        values, requests = total[:-len(REASONS)], total[-len(REASONS):]
+        self.asked = next((number for number, count in zip(REASONS, requests) if count), 0)
+        return values
+
+    @contextlib.contextmanager
+    def note_stops(self):
+        """A context in which a signal, or an output that is closed, is noted; `check` and `poll` raise Stopped."""
+        try:
+            with note_stops() as self.received:
+                yield
+            if self.received and not self.asked:
+                # It came after the last point at which the ranks agreed.
+                raise stopped_by(self.received[0])
+        finally:
+            self.received, self.asked = None, 0
+
+    def check(self):
+        """Raise Stopped where any rank was asked to stop before the last sum: on all ranks at the same point."""
+        if self.asked:
+            raise stopped_by(self.asked)
 
     def barrier(self):
-        """Return when every rank has come here."""
+        """Return when every rank has come here; `check` then knows of what happened meanwhile. A collective."""
+        self.sum([])
+
+    def gather(self, value) -> list:
+        """Each rank's Python value, on every rank."""
+        box = [value] * self.size
         if self.size > 1:
-            dist.barrier()
+            dist.all_gather_object(box, value)
+        return box
 
     def broadcast(self, value):
         """Rank 0's Python value, on every rank."""
@@ -148,6 +183,16 @@ def distribute_like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtyp
     if isinstance(pattern, DTensor):
         return distribute_tensor(full, pattern.device_mesh, pattern.placements, src_data_rank=None)
     return full
+
+
+def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity in what this rank holds of it."""
+    for name, tensor in tensors.items():
+        own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        # The extremes of a tensor with a NaN are NaN; no mask as large as the tensor is made.
+        if own.is_floating_point() and own.numel() and not torch.stack(torch.aminmax(own.detach())).isfinite().all():
+            return name
+    return None
 
 
 def model_state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:

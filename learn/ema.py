@@ -29,8 +29,8 @@ class EMA(Method):
         self.tensors = self.mean
 
     @torch.no_grad()
-    def after_step(self, step, model, optimizer):
-        for name, p in model.named_parameters():
+    def after_step(self, step, model, optimizer, moved=True):
+        for name, p in model.named_parameters() if moved else ():
             if name in self.mean:
                 self.mean[name].lerp_(p.detach().to(self.mean[name].dtype), 1 - self.config.decay)
 

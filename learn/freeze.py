@@ -130,7 +130,7 @@ class Freeze(Method):
         trained = [p for p in trainable_parameters(model).values() if p.grad is not None]
         return {"trainable_parameters": sum(p.numel() for p in trained)}
 
-    def after_step(self, step, model, optimizer):
+    def after_step(self, step, model, optimizer, moved=True):
         self.apply(step + 1, model, optimizer)
 
 

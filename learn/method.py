@@ -78,8 +78,8 @@ class Method:
         Returns {name: value} for the log."""
         return {}
 
-    def after_step(self, step: int, model, optimizer):
-        """When the optimizer has moved the weights."""
+    def after_step(self, step: int, model, optimizer, moved: bool = True):
+        """When the optimizer has moved the weights; `moved` is False where the step's update was left out."""
 
     def evaluated(self, step: int, texts: dict) -> dict | None:
         """After an evaluation {source: {"role", "bits_per_byte", ...}}. Returns a decision to apply, or None."""

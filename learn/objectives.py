@@ -6,6 +6,7 @@ leaves T. A loss is a sum over the targets that count; the caller divides by the
 Shapes: B sequences, T tokens, D model width, V vocabulary, S sources.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -136,7 +137,7 @@ def sum_by_source(names: list[str], parts: list[tuple], norm: torch.Tensor, worl
 
     parts: (batch.source, metrics["sequence_loss"], metrics["sequence_targets"]) of each micro-batch. This waits for the
     device: everything that the loop must know of a step comes in one copy. fp32 holds the counts exactly, as they are
-    at most T. Sources without targets are left out.
+    at most T. Sources without targets are left out. A norm that is not finite on one rank is finite on none.
     """
     sources, losses, counts = zip(*parts)
     values = torch.cat([*losses, *counts, norm.flatten()]).float().cpu().double()
@@ -144,7 +145,11 @@ def sum_by_source(names: list[str], parts: list[tuple], norm: torch.Tensor, worl
     sums = torch.zeros(2, len(names), dtype=torch.float64)
     for total, part in zip(sums, parts):
         total.index_add_(0, torch.from_numpy(np.concatenate(sources)), part)
-    nats, targets = torch.tensor(world.sum(sums.flatten().tolist()), dtype=torch.float64).view(2, -1)
+    norm = norm.item()
+    *sums, spoiled = world.sum([*sums.flatten().tolist(), not math.isfinite(norm)])
+    if spoiled and math.isfinite(norm):
+        norm = math.nan
+    nats, targets = torch.tensor(sums, dtype=torch.float64).view(2, -1)
     # Losses are computed in fp32: more digits of their sum would say nothing.
     nats, targets = nats.float().tolist(), targets.long().tolist()
-    return {name: (nats[i], targets[i]) for i, name in enumerate(names) if targets[i]}, norm.item()
+    return {name: (nats[i], targets[i]) for i, name in enumerate(names) if targets[i]}, norm

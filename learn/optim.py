@@ -174,6 +174,10 @@ class LossScale:
         if self.enabled:
             torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1.0 / self.scale)
 
+    def overflowed(self, loss: float, norm: float) -> bool:
+        """Whether a gradient norm is not finite because of the scale, which a lower scale mends."""
+        return self.enabled and self.scale > 1 and math.isfinite(loss) and not math.isfinite(norm)
+
     def update(self, norm: float) -> bool:
         """Adjusts the scale to a step's gradient norm; False where it is not finite and the update must be skipped."""
         finite = math.isfinite(norm)

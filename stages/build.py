@@ -24,6 +24,7 @@ from core import checkpoint, cli, devices, hashing, parallel
 from core.architecture import set_positions
 from core.config import setting
 from core.errors import UserError
+from core.guard import Guard
 from core.log import Logger
 from learn import adapters, objectives, optim
 from learn.method import Learning
@@ -116,6 +117,10 @@ class Run(contextlib.AbstractContextManager):
     decisions: list = field(default_factory=list)
     optimizer: torch.optim.Optimizer = None
     scale: optim.LossScale = None
+    guard: Guard = field(default_factory=Guard)
+    # The steps that are done, and the step of the newest checkpoint.
+    done: int = 0
+    saved: int = 0
     log: Logger = None
 
     @property
@@ -154,6 +159,11 @@ class Run(contextlib.AbstractContextManager):
         with self.autocast():
             return self.objective.hidden_states(model, batch.to(self.world.device))
 
+    def check(self):
+        """Raise Stopped where the run is to be saved and left: on all ranks at the same point."""
+        self.world.check()
+        self.guard.check()
+
     def __exit__(self, *error):
         self.log.close()
 
@@ -187,6 +197,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.model = parallel.replicate(run.inner, world) if ddp else run.inner
     run.optimizer = optim.make_optimizer(run.inner, c.optim, lora.lr_scales(run.inner, c.lora) if c.lora.rank else None)
     run.scale = optim.LossScale(c.train.precision == "fp16")
+    run.guard = Guard(c.guard)
     main = world.main and folder is not None
     if main and not checkpoint.steps(folder / "checkpoints"):
         # What a run left that died before its first save is not this one's.

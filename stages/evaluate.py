@@ -166,6 +166,9 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
     values |= result["methods"]
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
                          for name, (nats, n) in result["sources"].items()}
+    if result["fault"]:
+        run.log.record("left_out", step, reason=result["fault"], sources=result["sources"])
+        run.log.say(f"warning: {result['fault']}: the update was left out, {run.guard.left_out} by now")
     run.log.record("train", step, **values)
     run.log.show_step(step, values)
 
@@ -293,6 +296,9 @@ def finish(run: Run):
         words = run_command("report.py", out).splitlines()[:-1]
         report = f"report: {out}/report.html"
     except UserError as error:
+        if error.status > 128:
+            # A signal, not a mistake.
+            raise
         words, report = [], f"no report: {error}"
     print(*words, f"model: {out}/final   {report}", sep="\n", flush=True)
 

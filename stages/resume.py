@@ -47,22 +47,32 @@ def identity(run: Run, step: int) -> dict:
 
 
 def save(run: Run, step: int):
-    """Write the checkpoint of the run after `step` steps. A collective."""
+    """Write the checkpoint of the run after `step` steps; a state that is not finite is a UserError. A collective."""
     weights, moments = parallel.model_state(run.inner, run.trained), parallel.optimizer_state(run.inner, run.optimizer)
     values = {}
     for method in run.methods:
         tensors, values[method.name] = method.state()
         moments |= {f"{method.name}:{name}": tensor for name, tensor in tensors.items()}
+    refuse_not_finite(run, weights | moments, f"the weights or the optimizer's state after step {step} were not saved, "
+                      f"they hold", "lower --optim.lr; the same command goes on from the newest checkpoint")
     if run.world.main:
         base = run.base.pinned if run.base else ""
         loss_scale = {"scale": run.scale.scale, "good_steps": run.scale.good_steps}
-        state = {"identity": identity(run, step), "loss_scale": loss_scale, "methods": values,
+        state = {"identity": identity(run, step), "loss_scale": loss_scale, "guard": run.guard.state(),
+                 "methods": values,
                  "decisions": run.decisions, "base": base, "optim": dataclasses.asdict(run.c.optim),
                  "tokenizer": str(Path(run.c.model.tokenizer).absolute()) if run.c.model.tokenizer else base,
                  "dtype": str(export_dtype(run)).removeprefix("torch.")}
         checkpoint.save(run.folder / "checkpoints", step, weights, moments, state, run.c.train.keep)
+    run.saved = step
     run.log.record("event", step, message="checkpoint saved")
     run.world.barrier()
+
+
+def refuse_not_finite(run: Run, tensors: dict, what: str, remedy: str):
+    """UserError on every rank where any rank's share of a tensor holds a NaN or an infinity. A collective."""
+    if name := next(filter(None, run.world.gather(parallel.find_not_finite(tensors))), None):
+        raise UserError(f"{what} NaN or infinity (first in {name}); {remedy}")
 
 
 def resume(run: Run) -> int:
@@ -72,15 +82,20 @@ def resume(run: Run) -> int:
         return 0
     weights, moments, state = checkpoint.load(found)
     refuse_other_run(run, found, state)
+    refuse_not_finite(run, weights | moments, f"{found} holds", "remove it, and the run goes on from the one before")
     parallel.load_model_state(run.inner, weights, run.trained)
     parallel.load_optimizer_state(run.inner, run.optimizer, moments)
     vars(run.scale).update(state["loss_scale"])
+    if "guard" in state:
+        # Checkpoints from before there was one go on.
+        run.guard.load_state(state["guard"])
     for method in run.methods:
         prefix = f"{method.name}:"
         own = {name.removeprefix(prefix): tensor for name, tensor in moments.items() if name.startswith(prefix)}
         method.load_state(own, state["methods"][method.name])
     for decision in state["decisions"]:
         apply_decision(run, decision)
+    run.done = run.saved = state["step"]
     run.log.say(f"resumed from {found} at step {state['step']}")
     run.log.record("resume", state["step"])
     return state["step"]

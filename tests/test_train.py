@@ -5,11 +5,15 @@ of the mean over all targets by transformers, document by document, without pack
 does when it is resumed stands in tests/stages/test_resume.py.
 """
 
+import errno
+import io
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,13 +22,16 @@ from runs import ROOT, arguments, command, crash_at, lines, one, process, run_of
 from synthetic import KINDS, texts
 
 import data
+import eval as evaluation
 import hf
 import tokenizer
 import train
 from core import checkpoint, cli, parallel
+from core.errors import UserError
+from core.signals import STOPS
 from learn import optim, schedules
 from stages import evaluate, resume
-from stages.build import build, build_model
+from stages.build import build
 from text.shards import Shards, pack, pack_buckets
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -390,36 +397,144 @@ def test_loss_scale_grows_after_2000_good_steps():
 
 # ---- mistakes and accidents
 
-def test_not_a_number_stops_before_the_step(lab, tmp_path, monkeypatch, capsys):
-    run = build(settings(lab, tmp_path / "r"), one())
-    with torch.no_grad():
-        run.inner.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
-    before = {k: v.clone() for k, v in parallel.model_state(run.inner).items()}
-    with pytest.raises(ValueError, match=r"the loss of step 1 is nan \(sources in the step: .*legal"):
-        train.train_step(run, 0, train.micro_batches(run, 0))
-    after = parallel.model_state(run.inner)
-    assert all(torch.equal(v.nan_to_num(7), before[k].nan_to_num(7)) for k, v in after.items())
+def spoil_gradient(monkeypatch, *steps):
+    """Make one element of a gradient NaN in each of the steps, counted from 0."""
+    real = train.train_step
 
-    real = build_model
-
-    def poisoned(*args):
-        model = real(*args)
-        model.embed_tokens.weight.data.fill_(float("inf"))
-        return model
-    monkeypatch.setattr("stages.build.build_model", poisoned)
-    status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run"))
-    assert status == 2
-    assert re.fullmatch(r"error: the loss of step 1 is \w+ .*lower --optim.lr.*\n", errors)
+    def step(run, number, batches):
+        hook = run.inner.layers[1].mlp.down_proj.weight.register_hook(
+            lambda gradient: gradient.index_fill(0, torch.tensor([3]), math.nan)) if number in steps else None
+        done = real(run, number, batches)
+        if hook:
+            hook.remove()
+        return done
+    monkeypatch.setattr(train, "train_step", step)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(lab, tmp_path):
+def everything(run) -> dict:
+    """Copies of all that a step may move."""
+    tensors = {**parallel.model_state(run.inner), **parallel.optimizer_state(run.inner, run.optimizer)}
+    for method in run.methods:
+        tensors |= method.state()[0]
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_moves_nothing(base, tmp_path, monkeypatch):
     """The loss is in order, and what went wrong in the backward pass would spoil the weights all the same."""
-    run = build(settings(lab, tmp_path / "r"), one())
-    run.inner.layers[0].mlp.down_proj.weight.register_hook(lambda gradient: gradient * float("nan"))
-    before = {k: v.clone() for k, v in parallel.model_state(run.inner).items()}
-    with pytest.raises(ValueError, match=r"the gradient norm of step 1 is nan \(sources in the step: .*legal"):
-        train.train_step(run, 0, train.micro_batches(run, 0))
-    assert all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
+    spoil_gradient(monkeypatch, 2)
+    run = build(run_of(base, tmp_path / "r", "--forget.ema.decay", 0.9, "--forget.ewc.strength", 1,
+                       "--forget.ewc.samples", 4), one())
+    steps = [train.train_step(run, step, train.micro_batches(run, step)) for step in range(2)]
+    before = everything(run)
+    steps += [train.train_step(run, 2, train.micro_batches(run, 2))]
+    after = everything(run)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert [bool(step["fault"]) for step in steps] == [False, False, True]
+    assert re.match(r"in step 3 the gradient norm is nan \(sources in the step: .*legal", steps[2]["fault"])
+    assert (run.guard.left_out, run.guard.in_a_row, len(run.guard.window)) == (1, 1, 2)
+    steps += [train.train_step(run, 3, train.micro_batches(run, 3))]
+    assert not steps[3]["fault"]
+    assert run.guard.in_a_row == 0
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in everything(run).items())
+
+
+def test_a_run_with_a_step_left_out_is_logged_and_resumes_bit_for_bit(base, tmp_path, monkeypatch, capsys):
+    spoil_gradient(monkeypatch, 2, 5)
+    words = ["--forget.ema.decay", 0.9, "--forget.freeze.schedule", "progressive", "--data.schedule", "static",
+             "--log.every", 3, "--guard.spike", "skip", "--guard.window", 8]
+    outs = tmp_path / "a", tmp_path / "b"
+    assert train.train(run_of(base, outs[0], *words), one()) == 0
+    assert "warning: in step 3 the gradient norm is nan" in capsys.readouterr().out
+    for at in (2, 4):
+        with monkeypatch.context() as patch:
+            spy(patch, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert train.train(run_of(base, outs[1], *words), one()) == 143
+    assert train.train(run_of(base, outs[1], *words), one()) == 0
+    same_checkpoint(*outs, 8)
+    assert [r["step"] for r in lines(outs[0], "left_out")] == [r["step"] for r in lines(outs[1], "left_out")] == [3, 6]
+    assert "NaN" not in (outs[0] / "metrics.jsonl").read_text()
+    assert checkpoint.load(outs[0] / "checkpoints/step_00000008")[2]["guard"]["left_out"] == 2
+
+
+def test_steps_that_stay_wrong_stop_the_run_after_a_save(lab, tmp_path, monkeypatch, capsys):
+    out, words = tmp_path / "run", ["--guard.limit", 2]
+    with monkeypatch.context() as patch:
+        spoil_gradient(patch, 2, 4, 5)
+        status, _, errors = command(monkeypatch, capsys, arguments(lab, out, *words))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert re.search(r"in step 6 the gradient norm is nan \(sources in the step: .*legal.*\), and 2 updates one after "
+                     r"another were left out; .* saved at step 6 of 8, and the same command goes on", errors)
+    assert checkpoint.steps(out / "checkpoints") == [6]
+    assert not (out / "final").exists()
+    status, said, _ = command(monkeypatch, capsys, arguments(lab, out, *words))
+    assert (status, "at step 6" in said) == (0, True)
+
+
+def test_a_policy_may_stop_at_the_first(lab, tmp_path, monkeypatch, capsys):
+    spoil_gradient(monkeypatch, 1)
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--guard.nonfinite", "stop"))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "in step 2 the gradient norm is nan" in errors
+    assert "--guard.nonfinite skip" in errors
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [2]
+
+
+def spoil(kind):
+    """A function that makes one element of a run's state NaN."""
+    @torch.no_grad()
+    def act(run):
+        p = run.inner.layers[1].mlp.up_proj.weight
+        tensor = {"weight": p, "moment": run.optimizer.state[p].get("exp_avg"),
+                  "mean": run.methods[0].tensors["layers.1.mlp.up_proj.weight"] if run.methods else None}[kind]
+        tensor[3, 5] = math.nan
+    return act
+
+
+@pytest.mark.parametrize("kind", ["weight", "moment", "mean"])
+@pytest.mark.parametrize("at", [3, 4])
+def test_a_state_that_is_not_finite_is_not_kept(lab, tmp_path, monkeypatch, capsys, whole, kind, at):
+    """Spoiled after the third or the fourth step, of which the fourth is saved: the checkpoint of the second is what
+    the same command resumes from."""
+    out, real = tmp_path / "run", train.train_step
+    words = ["--train.save-every", 2, *(["--forget.ema.decay", 0.9] if kind == "mean" else [])]
+
+    def step(run, number, batches):
+        done = real(run, number, batches)
+        if number + 1 == at:
+            spoil(kind)(run)
+        return done
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        status, _, errors = command(monkeypatch, capsys, arguments(lab, out, *words))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert re.search(r"after step 4 were not saved, they hold NaN or infinity \(first in .*layers\.1\.mlp", errors)
+    assert checkpoint.steps(out / "checkpoints") == [2]
+    assert not (out / "final").exists()
+    assert command(monkeypatch, capsys, arguments(lab, out, *words))[0] == 0
+    if kind != "mean":
+        assert trace(out) == trace(whole[0])
+        same_checkpoint(out, whole[0], 8)
+
+
+@pytest.mark.parametrize("words", [["--optim.lr", "1e38", "--train.steps", 1], ["--optim.lr", "1e38"]])
+def test_weights_that_a_step_made_infinite_are_not_exported(lab, tmp_path, monkeypatch, capsys, words):
+    more = ["--optim.warmup-steps", 0, *words]
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", *more))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "lower --optim.lr" in errors
+    assert not (tmp_path / "run/final").exists()
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == []
+
+
+def test_weights_too_large_for_the_type_of_the_export_are_refused(tiny_model, tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.norm.weight[2] = 1e5
+    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"norm\.weight holds NaN or infinity in float16; export in float32"):
+        hf.save(model, tmp_path / "final", state=state)
+    assert not list(tmp_path.iterdir())
 
 
 def mistakes(lab, tmp_path):
@@ -518,17 +633,68 @@ def test_every_recipe_is_settings_that_there_are(recipe):
         assert (c.optim.lr, c.optim.min_lr) == (pytest.approx(lr), pytest.approx(least))
 
 
-def test_ctrl_c_ends_a_run_that_is_not_built_yet(lab, tmp_path, monkeypatch, capsys):
-    seen, before = [], signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", STOPS)
+@pytest.mark.parametrize("where", ["build", "resume", "finish"])
+def test_a_signal_ends_a_run_at_once_where_it_has_nothing_to_save(lab, tmp_path, monkeypatch, capsys, number, where):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, lambda *arguments: os.kill(os.getpid(), number))
+        status, _, errors = command(patch, capsys, arguments(lab, tmp_path / "run", steps=2))
+    assert (status, errors) == (128 + number, f"stopped by {number.name}\n".replace("SIGINT", "Ctrl-C"))
+    assert (tmp_path / "run").exists() == (where != "build")
+    assert not (tmp_path / "run/eval.json").exists()
+    assert command(monkeypatch, capsys, arguments(lab, tmp_path / "run", steps=2))[0] == 0
+    assert (tmp_path / "run/eval.json").exists()
 
-    def dying(*arguments):
-        seen.append(signal.getsignal(signal.SIGINT))
-        raise KeyboardInterrupt
-    monkeypatch.setattr(train, "build", dying)
-    monkeypatch.setattr("sys.argv", ["train.py", *arguments(lab, tmp_path / "run")])
-    assert train.main() == 130
-    assert seen == [before]
-    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+# (module, function, the call of it in which a signal comes, the step at which the run is left)
+PLACES = {"first evaluation": (evaluation, "score", 2, 0), "evaluation": (evaluation, "score", 3, 4),
+          "save": (checkpoint, "save", 1, 4), "last save": (checkpoint, "save", 2, 8)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_costs_no_step_wherever_it_comes(lab, tmp_path, monkeypatch, capsys, whole, place):
+    out, words, calls = tmp_path / "run", ["--train.save-every", 4, "--eval.every", 4], []
+    module, function, at, step = PLACES[place]
+    real = getattr(module, function)
+
+    def signalled(*given, **named):
+        calls.append(1)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **named)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, signalled)
+        status, said, errors = command(patch, capsys, arguments(lab, out, *words))
+    assert (status, errors, len(calls)) == (143, "", at)
+    assert f"SIGTERM: saved at step {step} of 8; the same command resumes it" in said
+    assert checkpoint.steps(out / "checkpoints")[-1:] == [step][:step]
+    assert command(monkeypatch, capsys, arguments(lab, out, *words))[0] == 0
+    assert [r["step"] for r in lines(out, "train")] == list(range(1, 9)), "a step was done twice or left out"
+    assert trace(out) == trace(whole[0])
+    same_checkpoint(out, whole[0], 8)
+
+
+def test_a_signal_during_the_report_is_no_success(lab, tmp_path, monkeypatch, capsys):
+    def stopped(*words):
+        raise UserError("report.py was stopped by SIGTERM", 143)
+    monkeypatch.setattr(evaluate, "run_command", stopped)
+    assert command(monkeypatch, capsys, arguments(lab, tmp_path / "run", steps=1))[0] == 143
+
+
+@pytest.mark.parametrize(("number", "means"), [(errno.EPIPE, signal.SIGPIPE), (errno.EIO, signal.SIGHUP)])
+def test_a_run_whose_output_is_closed_saves_and_leaves(lab, tmp_path, monkeypatch, number, means):
+    """Its reader has gone, or its terminal. After the loop that ends nothing, as with any command."""
+    class Closed(io.StringIO):
+        def write(self, text):
+            if "step 3/8" in text:
+                raise OSError(number, "gone")
+            return len(text)
+        fileno = os.dup(1).__index__
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Closed())
+        patch.setattr(sys, "argv", ["train.py", *arguments(lab, tmp_path / "run")])
+        assert train.main() == 128 + means
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [4]
 
 
 def test_json_is_the_final_evaluation(lab, tmp_path, monkeypatch, quick):
@@ -536,13 +702,3 @@ def test_json_is_the_final_evaluation(lab, tmp_path, monkeypatch, quick):
     monkeypatch.setattr("sys.argv", ["train.py", *words])
     assert train.main() == 0
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads((tmp_path / "run/eval.json").read_text())
-
-
-# ---- what protects a run
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_named(value):
-    with pytest.raises(ValueError, match=rf"the loss of step 8 is {value} \(sources in the step: a, b\); the upd"):
-        train.require_finite("loss", value, 7, {"a": 1, "b": 2})
-    train.require_finite("loss", 1e308, 7, ())

@@ -1,37 +1,50 @@
 """Signals. Truth: the exit status 128 + number that shells give, and real processes that are sent real signals."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from runs import one
 
 from core import cli
 from core.errors import UserError
-from core.signals import STOPS, agree_on_stop, note_signals
+from core.signals import STOPS, Stopped, closed_output, note_stops, raise_stops
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("number", STOPS)
-def test_signals_are_noted_and_a_second_ctrl_c_stops_at_once(number):
+def test_signals_are_noted_or_raised_and_handlers_come_back(number):
     before = [signal.getsignal(s) for s in STOPS]
-    with note_signals() as received:
-        os.kill(os.getpid(), number)
-        assert received == [number]
-        os.kill(os.getpid(), signal.SIGTERM)          # a second polite request changes nothing
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+    with raise_stops():
+        with note_stops() as received:
+            os.kill(os.getpid(), number)
+            assert received == [number]
+            os.kill(os.getpid(), signal.SIGTERM)          # within a second: the same request
+        with pytest.raises(Stopped) as stop:
+            os.kill(os.getpid(), number)
+        assert (stop.value.why, stop.value.status) == (number.name, 128 + number)
     assert before == [signal.getsignal(s) for s in STOPS]
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_second_request_ends_the_process_at_once(number):
+    code = ("import os, signal, time; from core.signals import note_stops\n"
+            f"with note_stops():\n  os.kill(os.getpid(), {int(number)}); time.sleep(1.1)\n"
+            f"  os.kill(os.getpid(), {int(number)}); time.sleep(20)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=10).returncode == 128 + number
 
 
 def test_nohup_holds():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with note_signals() as received:
+        with note_stops() as received:
             os.kill(os.getpid(), signal.SIGHUP)
         assert received == []
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -39,12 +52,36 @@ def test_nohup_holds():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_ranks_agree_on_one_signal():
-    class World:
-        def sum(self, counts):
-            return [a + b for a, b in zip(counts, [0, 1, 0, 2])]          # what the other ranks have received
-    assert agree_on_stop([], World()) == agree_on_stop([signal.SIGUSR1], World()) == signal.SIGINT
-    assert agree_on_stop([signal.SIGTERM], World()) == signal.SIGTERM
+def test_the_outputs_that_count_as_signals(monkeypatch):
+    assert closed_output() == 0
+    for number, means in ((errno.EPIPE, signal.SIGPIPE), (errno.EIO, signal.SIGHUP), (errno.ENOSPC, 0)):
+        for stream in ("stdout", "stderr"):
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, stream, SimpleNamespace(error=OSError(number, "gone")))
+                assert closed_output() == means
+
+
+def test_a_world_agrees_on_one_signal_with_every_sum():
+    world = one()
+    with world.note_stops():
+        world.barrier()
+        world.check()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        world.check()                                     # not before the next sum
+        assert world.sum([2.5]) == [2.5]
+        assert world.asked == signal.SIGUSR1
+        os.kill(os.getpid(), signal.SIGTERM)
+        world.barrier()
+        with pytest.raises(Stopped, match="SIGTERM"):     # the first of STOPS
+            world.check()
+    assert world.asked == 0
+    world.sum([])
+    world.check()
+
+
+def test_a_signal_after_the_last_agreement_is_not_lost():
+    with pytest.raises(Stopped), one().note_stops():
+        os.kill(os.getpid(), signal.SIGHUP)
 
 
 # ---- a command that runs another one
