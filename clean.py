@@ -15,6 +15,7 @@ Personal data are scrubbed by pattern (text/pii.py), which is no de-identificati
 
 import core.threads
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -37,7 +38,7 @@ from core.cli import Output, Positional, Reading, Repeated
 from core.config import check_limits, setting
 from core.devices import pick_device
 from core.errors import UserError, nearest
-from core.files import new_file, refuse_existing
+from core.files import file_holds, lock_folder, make_folder, new_file, refuse_existing
 from core.pool import WorkerPool, batches_by_size
 from learn import objectives
 from text import corpus, gate, kinds, pii, repair, vocabulary
@@ -150,12 +151,11 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, wo
     The files depend neither on `workers` nor on a run that was killed before; each appears complete, drops.json last.
     """
     out, start, done = Path(out), time.perf_counter(), 0
-    # A run that was killed at its very end leaves this partial, and outputs without their drops.json may be its own.
-    for name in ("drops.json", *(() if (out / ".drops.json.partial").exists() else kinds.CLEANED)):
-        refuse_existing(out / name, overwrite)
+    make_folder(out)
     # The files take their names in the opposite order.
-    with new_file(out / "drops.json") as report_file, new_file(out / kinds.CLEANED[1], "wb") as compressed, \
-            new_file(out / kinds.CLEANED[0], "wb") as kept, tempfile.TemporaryFile(dir=out) as scored:
+    with claim_folder(out, overwrite), new_file(out / "drops.json") as report_file, \
+            new_file(out / kinds.CLEANED[1], "wb") as compressed, new_file(out / kinds.CLEANED[0], "wb") as kept, \
+            tempfile.TemporaryFile(dir=out) as scored:
         with WorkerPool(workers, settings) as pool, tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
             batches = batches_by_size(records, lambda record: len(record["text"] or "") + 100, BATCH_CHARS)
             for lines, chars in pool.map(_clean_batch, batches):
@@ -172,9 +172,27 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, wo
             report = gate.gate_records(map(json.loads, scored), rules, kept, dropped)
         report = {"preset": settings.preset, "weights": settings.weights, **report}
         report_file.write(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        for file in (report_file, compressed, kept):
+            # A disk that is full should be known while the old files are whole.
+            file.flush()
         # The report on the old files may not stand beside new ones.
         (out / "drops.json").unlink(missing_ok=True)
     return report | {"megabytes_per_second": done / 1e6 / (time.perf_counter() - start), "workers": workers}
+
+
+@contextlib.contextmanager
+def claim_folder(out: Path, overwrite: bool):
+    """The folder `out`, locked; UserError where it holds results that would be lost. A run that was killed at its very
+    end leaves the partial report, and results without their drops.json may be its own."""
+    with lock_folder(out / ".lock", out):
+        was_killed = (out / ".drops.json.partial").exists()
+        ours = was_killed or file_holds(out / "drops.json", b'"preset"')
+        for name in ("drops.json", *(() if was_killed else kinds.CLEANED)):
+            if overwrite and not ours and (out / name).exists():
+                raise UserError(f"{out / name} stands without a drops.json of clean.py, so it is not replaced; choose "
+                                f"another --out, or move it away")
+            refuse_existing(out / name, overwrite)
+        yield
 
 
 def _clean_batch(settings, records):

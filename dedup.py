@@ -19,6 +19,7 @@ Memory: about 230 bytes per document (10 million documents: 2.3 GB). On disk: 8 
 
 import core.threads
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,7 +34,7 @@ from core import cli
 from core.cli import Output, Positional, Reading
 from core.config import setting
 from core.errors import UserError
-from core.files import new_file, refuse_existing, write_json
+from core.files import clear_leftovers, file_holds, lock_folder, make_folder, new_file, refuse_existing, write_json
 from core.hashing import short_digest
 from core.pool import WorkerPool
 from text import duplicates
@@ -68,12 +69,18 @@ def dedup(options: Dedup) -> dict:
     """Deduplicate files into a folder, as the head of this file says; returns what dedup.json holds."""
     files, against = (sorted(set(list_files(paths, wanted)))
                       for paths, wanted in ((options.files, TEXTS), (options.against, TEXTS + LISTS)))
-    out, reading, paragraphs = Path(options.output.out), options.reading, options.paragraphs
+    out, reading = Path(options.output.out), options.reading
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
         next(read_records([path], reading), None)
     benchmarks = duplicates.Benchmarks(against) if against else None
-    work = _open_folder(out, options.output.overwrite, files + against)
+    make_folder(out)
+    with claim_folder(out, options.output.overwrite, files + against) as work:
+        return dedup_into(out, work, files, against, benchmarks, options)
+
+
+def dedup_into(out: Path, work: Path, files: list[str], against: list[str], benchmarks, options: Dedup) -> dict:
+    reading, paragraphs = options.reading, options.paragraphs
     # Other inputs or settings give other names, so what a stopped run made of them is not found.
     settings = [VERSION, LAYOUT, vars(reading), paragraphs, *map(_stamp, against)]
     folders = [work / short_digest(json.dumps([settings, _stamp(path)]).encode()) for path in files]
@@ -93,7 +100,6 @@ def dedup(options: Dedup) -> dict:
             path: {**items, "found": sum(name.rpartition(":")[0] == path for name in found)}
             for path, items in benchmarks.files.items()}}
     write_json(out / "dedup.json", report)
-    shutil.rmtree(work)
     return report
 
 
@@ -102,21 +108,29 @@ def _stamp(path: str) -> list:
     return [path, status.st_size, status.st_mtime_ns]
 
 
-def _open_folder(out: Path, overwrite: bool, inputs: list[str]) -> Path:
-    """out/.dedup, new or left by a run that was stopped; UserError where `out` holds anything that would be lost."""
+@contextlib.contextmanager
+def claim_folder(out: Path, overwrite: bool, inputs: list[str]):
+    """out/.dedup, new or left by a run that was stopped, with `out` locked; it goes when the results are complete.
+    UserError where `out` holds anything that would be lost."""
     work = out / ".dedup"
     for path in inputs:
         if Path(path).resolve() in [(out / name).resolve() for name in OUTPUTS]:
             raise UserError(f"{path} is an input and would be overwritten; choose another --out")
-    if overwrite:
-        shutil.rmtree(work, ignore_errors=True)
-        for name in OUTPUTS:
-            (out / name).unlink(missing_ok=True)
-    # Where .dedup exists, kept.jsonl and removed.jsonl are of the run that was stopped and may be replaced.
-    for name in OUTPUTS[:1] if work.is_dir() else OUTPUTS:
-        refuse_existing(out / name)
-    work.mkdir(parents=True, exist_ok=True)
-    return work
+    with lock_folder(out / ".lock", out):
+        # Where .dedup exists, kept.jsonl and removed.jsonl are of the run that was stopped and may be replaced.
+        was_stopped = work.is_dir()
+        ours = was_stopped or file_holds(out / OUTPUTS[0], b'"shingle_words"')
+        for name in OUTPUTS[:1] if was_stopped else OUTPUTS:
+            if overwrite and not ours and (out / name).exists():
+                raise UserError(f"{out / name} stands without a dedup.json of dedup.py, so it is not replaced; choose "
+                                f"another --out, or move it away")
+            refuse_existing(out / name, overwrite)
+        if overwrite:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        clear_leftovers(work)
+        yield work
+        shutil.rmtree(work)
 
 
 # ---- writing
@@ -160,6 +174,11 @@ def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, s
                 bar.update()
             if unit != end:
                 raise UserError(f"input file {path} changed while it was read; start again with --overwrite")
+        for file in (kept, removed):
+            # A disk that is full should be known while the old files are whole.
+            file.flush()
+        # The report on the old files may not stand beside new ones.
+        (out / OUTPUTS[0]).unlink(missing_ok=True)
     return counts
 
 

@@ -136,7 +136,7 @@ def merge_command(c: Merge) -> dict:
     if both := set(c.domain) & set(c.general):
         raise UserError(f"{min(both)} is named by --domain and by --general; it can be only one of them")
     out, overwrite, texts = c.output.out, c.output.overwrite, {file: file for file in c.domain + c.general}
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, hf.FOLDER)
 
     def score(model, folder):
         tok = tokenizer.load(hf.open_base(folder).folder)

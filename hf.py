@@ -27,13 +27,17 @@ from core import parallel
 from core.architecture import ModelConfig, make_config, parse_config
 from core.devices import DTYPES
 from core.errors import UserError
-from core.files import new_folder, read_json, write_json, write_text
+from core.files import FolderKind, find_folder, new_folder, read_json, write_json, write_text
 from core.settings_files import read_settings
 from model import Model
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# The model folder that `save` writes; every card says who made it.
+FOLDER = FolderKind("model folder", (
+    "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md",
+    *VOCABULARIES, *TOKENIZER_SETTINGS, *LICENCES), {"README.md": b"nanoCPT"})
 
 
 # ---- names of layers and parameters: ours have no `model.` in front, and the head is `head`
@@ -130,9 +134,10 @@ def open_base(path: "str | Path | Base") -> Base:
         return path
     path = str(path)
     if not path.startswith("hf://"):
-        if not Path(path).is_dir():
+        folder = find_folder(path)
+        if not folder.is_dir():
             raise UserError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
-        return Base(path, Path(path), None)
+        return Base(path, folder, None)
     name, _, revision = path.removeprefix("hf://").partition("@")
     for weights in ("*.safetensors", "*.bin"):
         wanted = ["*.json", "*.jinja", "README.md", *VOCABULARIES, *LICENCES, weights]
@@ -279,7 +284,7 @@ def read_tensor(name: str, file: Path, shape: torch.Size) -> torch.Tensor:
 
 def save(model: Model, path, base=None, state: dict | None = None, card: str = "", tokenizer=None, scratch=False,
          pad_id: int | None = None, shard_bytes: int = 5 * 10**9):
-    """Write `model` as a Hugging Face folder; what was at `path` is replaced when the new one is complete.
+    """Write `model` as a Hugging Face folder; one that `save` made at `path` is replaced when the new one is complete.
 
     base       a Base, folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, and
                the keys of its config that we do not know are kept
@@ -300,7 +305,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
         raise UserError(f"{path} was not written: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; "
                         f"export in float32 or bfloat16 if the weights are too large for float16, else train again")
     pad = {} if pad_id is None else {"pad_token_id": pad_id}
-    with new_folder(path, overwrite=True) as out:
+    with new_folder(path, overwrite=True, kind=FOLDER) as out:
         huggingface_hub.save_torch_state_dict(tensors, out, max_shard_size=shard_bytes)
         known = make_config(config, dtype, base.settings if base else {}) | pad
         write_json(out / "config.json", known)

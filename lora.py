@@ -233,7 +233,7 @@ class Merge:
 
 def merge_command(options: Merge) -> dict:
     out = options.output.out
-    refuse_existing(out, options.output.overwrite)
+    refuse_existing(out, options.output.overwrite, hf.FOLDER)
     result = merge_folders(options.base, options.adapter, out, DTYPES.get(options.dtype), options.any_base)
     print(f"{result['trained']}\n{out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")

@@ -24,7 +24,7 @@ from core.errors import UserError
 from core.files import new_folder, refuse_existing
 from text.corpus import read_documents
 from text.extend_vocabulary import Learning, NewRows, Report, add, extend, report_command, resize
-from text.train_vocabulary import Compare, Train, compare_command, train, train_command
+from text.train_vocabulary import FOLDER, Compare, Train, compare_command, train, train_command
 from text.vocabulary import load
 
 __all__ = ["load", "train"]
@@ -112,10 +112,10 @@ def write_change(options: Change, change) -> dict[int, str]:
     if (options.model is None) == (options.tokenizer is None):
         raise UserError("give one of --model and --tokenizer: a model folder, or a tokenizer alone")
     if options.model is None:
-        with new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite, FOLDER) as folder:
             parts = change(options.tokenizer, folder)
     else:
-        refuse_existing(out, overwrite)
+        refuse_existing(out, overwrite, hf.FOLDER)
         base = hf.open_base(options.model)
         # Both are read for what is wrong with them.
         _ = base.config, hf.tensor_files(base.folder)

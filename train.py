@@ -38,7 +38,7 @@ from learn import schedules
 from learn.objectives import IGNORE, ObjectiveConfig, sum_by_source
 from learn.optim import OptimConfig
 from lora import LoraConfig
-from stages.build import ModelSection, Run, TrainSection, build
+from stages.build import PARTS, ModelSection, Run, TrainSection, build
 from stages.evaluate import EvalSection, ExportSection, begin, describe, evaluate, finish, log_step, score_heldout
 from stages.resume import resume, save
 from text.mixture import DataConfig
@@ -133,7 +133,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
 def train(c: Config, world) -> int:
     """The whole run; the exit status: 0, or 128 + the number of the signal that ended it after a save."""
     # Before the loop there is nothing to save, and after it everything is saved: there a signal ends the run at once.
-    with raise_stops(), files.run_folder(c.out, world) as folder, build(c, world, folder) as run, \
+    with raise_stops(), files.run_folder(c.out, world, PARTS) as folder, build(c, world, folder) as run, \
             ThreadPoolExecutor(1) as pool:
         describe(run)
         start = resume(run)

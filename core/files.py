@@ -1,18 +1,95 @@
-"""Files and folders that appear complete or not at all, written under another name, synced to disk, then renamed; and
-the folder of a run, which one process at a time may write.
+"""Files and folders that appear complete or not at all: written under another name, synced to disk, then renamed. One
+process at a time writes a place, and replaces only what a command of ours has made there.
 
-A killed process leaves at most a `.NAME.partial` (or `.NAME.old`) beside the file or folder it wrote; the next write of
-the same name removes it. It is beside its target because renaming is atomic within one file system alone.
+Beside a file or folder NAME stand, while it is written,
+
+    .NAME.partial    the new one; after the exchange, for a moment, the old one
+    .NAME.old        the old folder, on a file system that cannot exchange two names in one step
+    .NAME.lock       who is writing the folder: pid, host, since when, with which command
+
+and a folder whose files change one by one (of a run, of clean.py) has its `.lock` within. What a killed process leaves
+of these is told from a living one's by the lock, which ends with its process, and is removed by the next write there.
 """
 
 import contextlib
+import ctypes
+import errno
 import fcntl
+import functools
 import json
 import os
+import re
 import shutil
-from pathlib import Path
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+
+from safetensors import SafetensorError
 
 from core.errors import UserError
+
+# Of Linux's renameat2: names are relative to the working folder, and the two exchange their places.
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+# The errors of a call that this system or file system does not have, and those of a disk that takes no more.
+NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEFTOVER = re.compile(r"\.(.+)\.(partial|old|lock)")
+# What every config.toml of a run holds.
+RUN_MARK = b"[forget."
+# Descriptors of the locks that this process holds.
+_held = set()
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What a folder of a command's may hold, so that the command replaces no other folder.
+
+    files: patterns of the files in it, such as bucket_*/*.bin. marks: {file: bytes that ours holds}; one must be there.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    marks: dict[str, bytes] = field(default_factory=dict)
+
+    def refuse_others(self, path: Path) -> None:
+        """UserError with what was found if `path` is neither missing, nor an empty folder, nor one of this kind."""
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, and no {self.name}; choose another --out, or move it away")
+        names = list_names(path)
+        if foreign := [name for name in names if not self.holds(name)]:
+            raise UserError(f"{path} holds {name_some(foreign)}, which is no part of a {self.name}, so it is not "
+                            f"replaced; choose another --out, or move it away")
+        if names and not any(file_holds(path / name, mark) for name, mark in self.marks.items()):
+            raise UserError(f"{path} holds {name_some(names)}, but no command of ours has made a {self.name} of that, "
+                            f"so it is not replaced; choose another --out, or move it away")
+
+    def holds(self, name: PurePath) -> bool:
+        """Whether a folder of this kind may hold the file `name`, relative to it, or a killed process has left it."""
+        return any(LEFTOVER.fullmatch(part) for part in name.parts) or any(
+            name.match(pattern) and len(name.parts) == pattern.count("/") + 1 for pattern in self.files)
+
+
+# What a run makes before its config.toml.
+BEGUN = FolderKind("run folder", (".lock", "fisher_*/*", "events.out.tfevents.*"))
+
+
+def list_names(folder: Path) -> list[PurePath]:
+    """All files and links in a folder, relative to it, in order."""
+    return sorted(Path(place, name).relative_to(folder) for place, inner, names in os.walk(folder)
+                  for name in [*names, *(name for name in inner if Path(place, name).is_symlink())])
+
+
+def name_some(names: list[PurePath]) -> str:
+    return f"{str(names[0])!r}" + (f" and {len(names) - 1} more" if names[1:] else "")
+
+
+def file_holds(path: Path, mark: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return mark in file.read(1 << 16)
 
 
 def read_json(path, kind: type = object):
@@ -41,74 +118,229 @@ def write_text(path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_file(path, mode: str = "w"):
-    """An open file ("w": UTF-8 text, "wb": bytes) that takes its name when the block ends without an error."""
-    path = Path(path)
+    """An open file ("w": UTF-8 text, "wb": bytes) that takes its name when the block ends without an error.
+
+    Where another process writes the same file, it is waited for: the last one's file stays.
+    """
+    path, encoding = Path(path), None if "b" in mode else "utf-8"
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it")
     if path.exists() and (not path.is_file() or str(path).startswith(("/dev/", "/proc/"))):
         # A device or a pipe (/dev/null, /dev/stdout, a fifo) is written to and never replaced.
-        with open(path, mode, encoding=None if "b" in mode else "utf-8") as handle:
+        with open(path, mode, encoding=encoding) as handle:
             yield handle
         return
     # Where a link names a file, that file is replaced, and the link stays.
     path = path.resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, mode, encoding=None if "b" in mode else "utf-8") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with naming_full_disks(path), lock_file(partial, wait=True) as descriptor:
+        try:
+            os.ftruncate(descriptor, 0)
+            with open(descriptor, mode, encoding=encoding, closefd=False) as handle:
+                yield handle
+                handle.flush()
+                os.fsync(descriptor)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     sync(path.parent)
 
 
 @contextlib.contextmanager
-def new_folder(path, overwrite: bool = False):
+def new_folder(path, overwrite: bool = False, kind: FolderKind | None = None):
     """A new folder to fill, which takes the name `path` when the block ends without an error.
 
-    An existing `path` is a UserError unless `overwrite`; then the old folder keeps its name until the new one is
-    complete, is moved aside for the moment of the exchange, and comes back if the exchange fails.
+    An existing `path` is a UserError unless `overwrite` and, where a `kind` is given, it is of that kind; then the old
+    folder keeps its name until the new one is complete, and at no moment is there none. The files' modes follow the
+    umask, whoever wrote them. UserError where another process writes the same folder.
     """
+    path = resolve_name(path)
+    make_folder(path.parent)
+    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    with naming_full_disks(path), lock_folder(path.with_name(f".{path.name}.lock"), path):
+        clear_name(path)
+        refuse_existing(path, overwrite, kind)
+        partial.mkdir()
+        try:
+            yield partial
+            finish_folder(partial)
+            refuse_existing(path, overwrite, kind)
+            if not (path.is_dir() and any(path.iterdir())):
+                # Of an empty folder the renaming itself makes a full one.
+                partial.rename(path)
+            elif not exchange(partial, path):
+                path.rename(old)
+                partial.rename(path)
+            sync(path.parent)
+        finally:
+            clear_name(path)
+
+
+def resolve_name(path) -> Path:
+    """The place of a folder that is to be written, however it was spelled: the folder that a link names is replaced,
+    and the link stays. UserError where it can be no new folder's."""
     path = Path(path)
     if path.name in ("", ".."):
         raise UserError(f"{path} is no name for a new folder; choose another")
-    if path.is_symlink():
-        # The folder that the link names is replaced, and the link stays.
-        path = path.resolve()
-    partial = path.with_name(f".{path.name}.partial")
-    old = path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        # A process was killed between the two renames below: the old folder is the only complete one.
-        old.rename(path)
-    refuse_existing(path, overwrite)
-    remove(partial)
-    remove(old)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            sync(file)
-        sync(partial)
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-    finally:
-        remove(partial)
-        if old.exists() and not path.exists():
-            # The second of the two renames failed.
-            old.rename(path)
-    sync(path.parent)
-    remove(old)
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, and a folder is to be made there; choose another name")
+    if os.path.ismount(path):
+        raise UserError(f"a disk is mounted at {path}, so it cannot be renamed; name a folder in it")
+    return path
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, and sync the names of the new ones."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def finish_folder(folder: Path) -> None:
+    """Give all in a folder the modes of the umask, where libraries leave 0600, and sync files and folders to disk."""
+    mode = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+        sync(path)
+    sync(folder)
 
 
 @contextlib.contextmanager
-def run_folder(path, world):
+def naming_full_disks(path: Path):
+    """In the block, an error that says that a disk is full, and not where, gets the name of `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors says it in words: "Error while serializing: I/O error: No space left on device (os error 28)".
+        told = re.search(r"^Error while serializing.*\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        if number not in FULL or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@functools.cache
+def find_renameat2():
+    """The C library's function, or None where there is none."""
+    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+
+
+def exchange(new: Path, old: Path) -> bool:
+    """Exchange two names in one step; False where this system or file system cannot."""
+    renameat2 = find_renameat2()
+    if renameat2 is None:
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        if number in NOT_THERE:
+            return False
+        raise OSError(number, os.strerror(number), str(old))
+    return True
+
+
+def find_folder(path) -> Path:
+    """The folder `path`; where a process was killed in exchanging it, between two renames, the old one."""
+    path = Path(path)
+    old = path.with_name(f".{path.name}.old") if path.name else path
+    return old if old.is_dir() and not os.path.lexists(path) else path
+
+
+def clear_name(path: Path) -> None:
+    """Remove what a writer of the folder `path` has left beside it; an old folder without its name gets that back.
+    The caller holds the folder's lock."""
+    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    if old.exists() and not os.path.lexists(path):
+        old.rename(path)
+    remove(partial)
+    if old.exists():
+        # A folder that is being removed has another name than one that may be needed.
+        old.rename(partial)
+        remove(partial)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed processes have left in a folder of ours; what living ones write stays."""
+    for path in sorted(folder.glob(".*.*")):
+        name = LEFTOVER.fullmatch(path.name)
+        with contextlib.suppress(UserError):
+            if name and name[2] == "partial" and path.is_file():
+                with lock_file(path):
+                    path.unlink()
+            elif name:
+                with lock_folder(folder / f".{name[1]}.lock", folder / name[1]):
+                    clear_name(folder / name[1])
+
+
+# ---- who is writing
+
+@contextlib.contextmanager
+def lock_folder(lock: Path, folder: Path):
+    """The lock on `folder`, with who holds it written into the file `lock`, until the block or the process ends."""
+    with lock_file(lock, f"{folder} is being written by another process") as descriptor:
+        words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        who = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: {words}"
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, who.encode(errors="replace"))
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock_file(path: Path, refusal: str = "", wait: bool = False):
+    """The descriptor of the file `path`, made where it is missing and locked until the block or the process ends.
+    Where another process has it locked: a UserError that begins with `refusal`, or `wait`."""
+    descriptor = take_lock(path, refusal, wait)
+    _held.add(descriptor)
+    let_children_go()
+    try:
+        yield descriptor
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def take_lock(path: Path, refusal: str, wait: bool) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            # A file that is waited for is small in nearly every case, and its writer soon done.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            who = os.pread(descriptor, 300, 0).decode(errors="replace")
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                # Anybody may have written that file, so only what can be printed is shown.
+                who = "".join(c if c.isprintable() else " " for c in who)
+                raise UserError(f"{refusal} ({who}); wait for it or choose another --out") from None
+            if error.errno not in NOT_THERE:
+                raise
+            raise UserError(f"the file system of {path.parent} knows no locks ({error.strerror}), without which two "
+                            f"processes could write one folder; choose another --out") from None
+        # Its last holder may have renamed or removed the file meanwhile: then it is not the one to lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        os.close(descriptor)
+
+
+@functools.cache
+def let_children_go() -> None:
+    """Let processes forked from this one leave its locks, so that none outlives it in a worker."""
+    os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _held] and _held.clear())
+
+
+@contextlib.contextmanager
+def run_folder(path, world, parts: dict[str, FolderKind] | None = None):
     """The folder of a run, locked for this process by rank 0 until the context or the process ends.
 
-    UserError where it holds a finished run, or another process writes it. A run that wrote nothing leaves no folder.
+    UserError where it holds a finished run, or files that are no run's, or another process writes it; parts: the kinds
+    of its folders that are replaced as a whole. A run that wrote nothing leaves no folder.
     """
     folder = Path(path)
     # eval.json is the last file that a run writes.
@@ -117,19 +349,32 @@ def run_folder(path, world):
     if not world.main:
         yield folder
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is writing the run folder {folder}; wait for it or choose another "
-                            f"--out") from None
+    refuse_no_run(folder)
+    for name, kind in (parts or {}).items():
+        kind.refuse_others(folder / name)
+    make_folder(folder)
+    with lock_folder(folder / ".lock", folder):
+        for place in (folder, folder / "checkpoints"):
+            clear_leftovers(place)
         try:
             yield folder
         except BaseException:
             if [file.name for file in folder.iterdir()] == [".lock"]:
                 remove(folder)
             raise
+
+
+def refuse_no_run(folder: Path) -> None:
+    """UserError if a folder holds files and no run's config.toml; what BEGUN names, a run makes before that."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and the run wants a folder; choose another --out")
+    if file_holds(folder / "config.toml", RUN_MARK):
+        return
+    empty = folder / "metrics.jsonl"
+    if foreign := [name for name in list_names(folder) if not BEGUN.holds(name)
+                   and not (folder / name == empty and not empty.stat().st_size)]:
+        raise UserError(f"{folder} holds {name_some(foreign)} and is no run folder, so files would be lost there; "
+                        f"choose another --out")
 
 
 def remove(path: Path) -> None:
@@ -140,9 +385,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_existing(path, overwrite: bool = False) -> None:
-    """UserError if `path` exists and is no empty folder, unless `overwrite`. Commands ask this before a long job."""
+def refuse_existing(path, overwrite: bool = False, kind: FolderKind | None = None) -> None:
+    """UserError if `path` exists and is no empty folder, unless `overwrite` and it is of the `kind`, if one is given.
+    Commands ask this before a long job."""
     path = Path(path)
+    if kind:
+        kind.refuse_others(path)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already; choose another folder, or pass --overwrite to replace it")
 

@@ -11,7 +11,6 @@ some of what was gained.
 """
 
 import math
-import re
 import shutil
 import statistics
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", 
     result's. Memory holds the tensors of one file of the result at a time. card: text for the folder's README."""
     pair, weight_map, size = Pair(base, result), {}, 0
     in_result = pair.files[1]
-    with new_folder(out, overwrite) as partial:
+    with new_folder(out, overwrite, hf.FOLDER) as partial:
         for file in dict.fromkeys(in_result.values()):
             name = file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
             tensors = {n: pair.merge_one(n, alpha, config) for n in pair.names if in_result[n] == file}
@@ -131,7 +130,7 @@ def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", 
             size += sum(t.nbytes for t in tensors.values())
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         for file in pair.folders[1].iterdir():
-            if file.is_file() and not re.search(r"\.(safetensors|bin)(\.index\.json)?$", file.name):
+            if file.is_file() and hf.FOLDER.holds(Path(file.name)) and "safetensors" not in file.name:
                 shutil.copyfile(file, partial / file.name)
         if len(set(weight_map.values())) > 1:
             write_json(partial / "model.safetensors.index.json",

@@ -10,12 +10,13 @@ from torch import nn
 
 import hf
 from core.errors import UserError
-from core.files import new_folder, write_json
+from core.files import FolderKind, new_folder, write_json
 from core.settings_files import read_settings
 from learn import adapters
 
 PREFIX = "base_model.model."                 # of every key in PEFT's files
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FOLDER = FolderKind("adapter folder", (CONFIG, TENSORS), {CONFIG: b'"peft_type"'})
 HEAD_KEY, EMBEDDING_KEY = PREFIX + "lm_head.weight", PREFIX + "model.embed_tokens.weight"
 UNTIE = "untie the base first (tie_word_embeddings false and an lm_head.weight)"
 # PEFT's settings that can change what the tensors mean: {setting: the values with which it does not}.
@@ -108,7 +109,7 @@ def save_adapter(model: nn.Module, folder, base, weights: dict | None = None):
     """Write the active adapter as PEFT does over an old `folder`; weights: as in `peft_state`. base: a Base or name."""
     # One key only: safetensors writes several in a random order, and equal runs are to leave equal files.
     known = {"base_fingerprint": base.fingerprint} if isinstance(base, hf.Base) else {"format": "pt"}
-    with new_folder(folder, overwrite=True) as out:
+    with new_folder(folder, overwrite=True, kind=FOLDER) as out:
         save_file(peft_state(model, weights), out / TENSORS, metadata=known)
         write_json(out / CONFIG, peft_config(model, base))
 

@@ -26,7 +26,7 @@ from core.config import setting
 from core.errors import UserError
 from core.guard import Guard
 from core.log import Logger
-from learn import adapters, objectives, optim
+from learn import adapters, objectives, optim, peft_files
 from learn.method import Learning
 from model import Model, ModelConfig
 from text import mixture, packing
@@ -85,6 +85,10 @@ class TrainSection(mixture.LengthConfig):
 
 
 # ---- the run
+
+# The folders of a run that its end replaces as a whole.
+PARTS = {"final": hf.FOLDER, "trained": hf.FOLDER, "adapter": peft_files.FOLDER}
+
 
 @dataclass
 class Run(contextlib.AbstractContextManager):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -347,11 +346,9 @@ def merge_with_base(run: Run) -> str:
     tried. Rank 0 alone does the work."""
     c, out = run.c, run.folder
     write_card(run, out / "trained", "The result of a run before it was merged with its base.")
-    # A run that died before its eval.json may have left one.
-    shutil.rmtree(out / "final", ignore_errors=True)
     found = forget.merge_best(run.base, out / "trained", out / "final", lambda model, _: score(run, model, None)[0],
                               run.names_of("general"), c.forget.merge, run.inner.embed_tokens.weight.dtype,
-                              run.world.device, run.log.say)
+                              run.world.device, run.log.say, overwrite=True)
     write_json(out / "merge.json", found)
     best = next(row for row in found["rows"] if row["alpha"] == found["alpha"])
     table = merging.draw_table(found["rows"], run.names_of("general"), best)

@@ -348,9 +348,12 @@ def test_save_replaces_whole_or_not_at_all(folder, tiny_model, monkeypatch):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [file.name for file in folder.parent.iterdir()] == ["base"]           # nothing left beside it
     monkeypatch.undo()
-    (folder / "stale.txt").write_text("of the old export")
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds 'thesis\.txt', which is no part of a model folder"):
+        hf.save(tiny_model(seed=5), folder, base=folder)
+    (folder / "thesis.txt").rename(folder / "model-00001-of-00002.safetensors")
     hf.save(tiny_model(seed=5), folder, base=folder)
-    assert not (folder / "stale.txt").exists()
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
     same_bytes(hf.load(folder).state_dict(), tiny_model(seed=5).state_dict())
     assert [file.name for file in folder.parent.iterdir()] == ["base"]
 

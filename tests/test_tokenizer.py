@@ -56,7 +56,7 @@ def test_train_and_encode(tmp_path, command):
     assert json.loads((tmp_path / "e.json").read_text()) == {"ids": ids, "tokens": [ours.tokens[i] for i in ids]}
     for line, message in ((f"encode --tokenizer {tmp_path}/no x", "does not exist"),
                           (f"train --out x --vocab-size 300 {tmp_path}/no.txt", "no.txt"),
-                          (f"train --out {tmp_path}/t --vocab-size 300 {tmp_path}/a.txt", "holds a tokenizer already")):
+                          (f"train --out {tmp_path}/t --vocab-size 300 {tmp_path}/a.txt", "exists already")):
         status, stdout, stderr = command(line)
         assert (status, stdout) == (2, "")
         assert re.fullmatch(rf"error: .*{message}.*\n", stderr)
@@ -280,7 +280,7 @@ def test_out_is_looked_at_before_the_text(small_bases, tmp_path, command):
     for model in ("tokenizer", "model"):
         line = f"extend --{model} {small_bases['small bytes']} --out {tmp_path}/full {tmp_path}/none.txt"
         status, _, stderr = command(line)
-        assert (status, "exists already" in stderr) == (2, True)
+        assert (status, "holds 'file', which is no part of a" in stderr) == (2, True)
 
 
 def test_mistakes_end_in_one_line(small_bases, tmp_path, command):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from core.files import new_file
+from core.files import make_folder, naming_full_disks, new_file
 from core.hashing import mix_keys, permute
 from text.corpus import to_line
 from text.mixture import SourceConfig, judge_epochs
@@ -119,8 +119,8 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
         raise UserError(f"{out} exists already; choose another --out or add --overwrite")
     if total is None and not ratio:
         raise UserError("without --total-samples the domain file gives the length, but --domain-ratio is 0")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    make_folder(out.parent)
+    with naming_full_disks(out):
         # Records are drawn in random order and may not fit in memory: they wait in a file, and their places in it here.
         with tempfile.TemporaryFile(dir=out.parent) as spool:
             places = {"domain": [], "general": []}
@@ -143,8 +143,6 @@ def mix_files(domain, general, out, *, ratio: float = 0.7, total: int | None = N
                 for line in permute(np.arange(total), total, mix_keys(seed, "mix")).tolist():
                     spool.seek(int(lines[line]))
                     file.write(spool.readline())
-    except OSError as error:
-        raise UserError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
     return {"total": total, "seed": seed, "warnings": warnings,
             **{side: {"records": len(places[side]), "written": n, "epochs": epochs[side]}
                for side, n in written.items()}}

@@ -15,7 +15,6 @@ What is opened is checked first: each size and header, and by `verify` each hash
 
 import bisect
 import collections
-import contextlib
 import hashlib
 import math
 import re
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from core.files import new_folder, read_json, write_json
+from core.files import FolderKind, find_folder, new_folder, read_json, write_json
 from core.pool import WorkerPool, batches_by_size
 from text.corpus import utf8
 from text.heldout import is_held_out, normalise
@@ -39,6 +38,10 @@ SPLITS = ("train", "heldout")
 # its length and its hash)
 FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
          ("bytes", 0, "<u4", "documents", "bytes_sha256"))
+FOLDER = FolderKind("packed source", tuple(
+    inner + name for inner in ("", "part_*_of_*/", "bucket_*/") for name in (
+        "manifest.json", "buckets.json", *(f"{split}_*.{suffix}" for split in SPLITS for suffix, *_ in FILES))),
+    {"manifest.json": b'"nanocpt-shards"', "buckets.json": b'"nanocpt-buckets"'})
 # How the held-out documents were chosen, as the manifest says it.
 HELDOUT_RULES = {"normal": "blake2b(normalise(text)) mod 10000 < 10000 * heldout",
                  "exact": "blake2b(text) mod 10000 < 10000 * heldout"}
@@ -111,7 +114,7 @@ def shard_header(record: dict, tokenizer: dict, itemsize: int) -> np.ndarray:
 
 def pack(texts, tokenizer, out, *, overwrite: bool = False, **options) -> dict:
     """Tokenise `texts` into shards at `out`; returns the manifest. `options` are those of `write_folders`."""
-    with new_source(Path(out), overwrite) as partial:
+    with new_folder(out, overwrite, FOLDER) as partial:
         return write_folders(((0, text) for text in texts), [partial], tokenizer, **options)[0]
 
 
@@ -165,19 +168,6 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
 def describe_split(records: list[dict]) -> dict:
     """A split as it stands in the manifest: its totals and its shards."""
     return {**{key: sum(r[key] for r in records) for key in ("tokens", "documents", "bytes")}, "shards": records}
-
-
-@contextlib.contextmanager
-def new_source(out: Path, overwrite: bool):
-    """core.files.new_folder for a packed source: --overwrite replaces nothing but another packed source."""
-    is_source = any((out / name).is_file() for name in ("manifest.json", "buckets.json"))
-    if out.exists() and not is_source and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is no packed source, so --overwrite does not remove it; choose another --out")
-    try:
-        with new_folder(out, overwrite) as partial:
-            yield partial
-    except OSError as error:
-        raise UserError(f"{out} could not be written: {error.strerror or error}; nothing is left of it") from None
 
 
 def _encode_batch(shared, batch: list):
@@ -277,7 +267,7 @@ def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: st
     `records()` yields (where, record) and is called twice: for the scores, then for the texts. Equal scores keep the
     order of the input. `options` are those of `write_folders`.
     """
-    with new_source(Path(out), overwrite) as partial:
+    with new_folder(out, overwrite, FOLDER) as partial:
         scores = np.array([_score_of(record, score, where) for where, record in records()])
         if len(scores) < buckets:
             raise UserError(f"{len(scores)} documents do not fill {buckets} buckets; ask for fewer")
@@ -313,14 +303,15 @@ def _score_of(record: dict, score: str, where: str) -> float:
 
 def read_buckets(folder) -> dict | None:
     """What buckets.json says of a folder of score buckets; None for a folder without one."""
-    path = Path(folder, "buckets.json")
+    path = find_folder(folder) / "buckets.json"
     return read_index(path, "nanocpt-buckets", lambda index: index["buckets"]) if path.is_file() else None
 
 
 def packed_folders(folder) -> list[Path]:
     """The folder itself or, where it holds score buckets, theirs in order."""
     index = read_buckets(folder)
-    return [Path(folder, bucket["name"]) for bucket in index["buckets"]] if index else [Path(folder)]
+    folder = find_folder(folder)
+    return [folder / bucket["name"] for bucket in index["buckets"]] if index else [folder]
 
 
 # ---- reading
@@ -329,7 +320,7 @@ class Shards:
     """The documents of one split of a packed folder as one virtual array of L tokens; nothing of it is in memory."""
 
     def __init__(self, folder, split: str = "train"):
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split = find_folder(folder), split
         self.manifest = read_manifest(self.folder)
         # What stands with the scores of this text, if there is any.
         self.lost = {key: share for key, share in self.manifest.items() if key == "lost_share" and share}
@@ -374,7 +365,7 @@ class Shards:
 
 def read_manifest(folder: Path) -> dict:
     """The manifest of a packed folder; UserError where there is none, or where it is not one that this code wrote."""
-    path = Path(folder, "manifest.json")
+    path = find_folder(folder) / "manifest.json"
     if not path.is_file():
         if path.with_name("buckets.json").is_file():
             raise UserError(f"{folder} holds score buckets; name one of them, such as {folder}/bucket_00")
@@ -434,7 +425,7 @@ def open_shard(folder: Path, manifest: dict, record: dict) -> tuple[np.ndarray, 
 def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
     """Hash a folder's shards against its manifest and return the bytes read; UserError for the first that differs.
     Within a budget it reads a random choice of the shards, at least one."""
-    folder, manifest, read = Path(folder), read_manifest(folder), 0
+    folder, manifest, read = find_folder(folder), read_manifest(folder), 0
     records = list_shards(manifest)
     for position in np.random.default_rng(seed).permutation(len(records)):
         record = records[position]

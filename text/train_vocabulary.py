@@ -25,7 +25,7 @@ from core import cli
 from core.cli import Output, Positional, Reading
 from core.config import setting
 from core.errors import UserError
-from core.files import read_json, write_text
+from core.files import FolderKind, new_folder, read_json, refuse_existing, write_text
 from text.corpus import read_documents, utf8
 from text.shards import pack
 from text.vocabulary import LLAMA3_SPLIT, Tokenizer, load, replace_surrogates
@@ -35,6 +35,11 @@ Kind = Literal["bpe", "unigram", "wordpiece"]
 # {role: token}. Byte-level BPE can encode any text and has no token for unknown characters.
 UNKNOWN = {"bpe": {}, "unigram": {"unk": "<unk>"}, "wordpiece": {"unk": "[UNK]"}}
 SPECIALS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>", "mask": "<|mask|>"}
+# A folder with a tokenizer and nothing else.
+FOLDER = FolderKind("tokenizer folder", (
+    "tokenizer.json", "tokenizer.model", "tokenizer.tiktoken", "vocab.json", "merges.txt", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"),
+    {"tokenizer_config.json": b'"clean_up_tokenization_spaces": false'})
 MOST_EPOCHS = 16        # train.py refuses to repeat a text more often
 
 
@@ -69,8 +74,7 @@ class Compare:
 
 def train_command(options: Train) -> dict:
     out = Path(options.output.out)
-    if (out / "tokenizer.json").exists() and not options.output.overwrite:
-        raise UserError(f"{out} holds a tokenizer already; choose another --out or add --overwrite")
+    refuse_existing(out, options.output.overwrite, FOLDER)
     texts = read_documents(options.files, options.reading)
     size = train(texts, options.kind, options.vocab_size, out).vocab_size
     fewer = f" of {options.vocab_size}: the text gave no more" if size < options.vocab_size else ""
@@ -80,15 +84,20 @@ def train_command(options: Train) -> dict:
 
 
 def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokenizer:
-    """Train a tokenizer, write tokenizer.json and tokenizer_config.json into `out_dir`, and load it from there.
+    """Train a tokenizer, write tokenizer.json and tokenizer_config.json as the folder `out_dir`, and load it;
+    a tokenizer folder of ours is replaced.
 
     kind: "bpe": bytes, split by Llama 3's pattern; any text survives encoding and decoding. "unigram": SentencePiece's
         without normalisation; unseen characters become bytes, and only a ▁ of the text itself is lost. "wordpiece":
         BERT's, cased; spacing and unseen characters are lost.
     vocab_size: ids, with the special tokens (the first ones) and bytes; there may be fewer if the text is short"""
     out = Path(out_dir)
-    if (out / "config.json").exists():
-        raise UserError(f"{out} holds a model, whose tokenizer would be overwritten; choose another folder for --out")
+    with new_folder(out, overwrite=True, kind=FOLDER) as folder:
+        write_trained(texts, kind, vocab_size, folder)
+    return load(out)
+
+
+def write_trained(texts: Iterable[str], kind: Kind, vocab_size: int, folder: Path) -> None:
     parts, specials = itertools.chain.from_iterable(map(cut_for_counting, texts)), UNKNOWN[kind] | SPECIALS
     first = next(parts, None)
     if first is None:
@@ -98,10 +107,8 @@ def train(texts: Iterable[str], kind: Kind, vocab_size: int, out_dir) -> Tokeniz
     put_bos_first(trained, specials["bos"])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
               "clean_up_tokenization_spaces": False, **{f"{role}_token": token for role, token in specials.items()}}
-    write_text(out / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    # Written last, because it makes the folder a tokenizer
-    write_text(out / "tokenizer.json", trained.to_str(pretty=True))
-    return load(out)
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", trained.to_str(pretty=True))
 
 
 def put_bos_first(backend: tokenizers.Tokenizer, bos: str) -> None:

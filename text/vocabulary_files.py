@@ -134,7 +134,7 @@ def write_extended(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str
         write_text(folder / "merges.txt", "\n".join([old_lines, *map(" ".join, pairs)]) + "\n")
         write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
     if base.kind != "sentencepiece" or encodes_as(base, backend, vocabulary.load(folder / "tokenizer.model")):
-        backend.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
     # transformers takes the tokenizer.json of a PreTrainedTokenizerFast as it is.
     write_settings(base, folder, "GPT2Tokenizer" if base.kind == "gpt2" else "PreTrainedTokenizerFast")
     assert keeps_ids(base.tokenizer, vocabulary.load(folder)), "an old id moved"

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 
-from core import checkpoint
+from core import checkpoint, files
 
 MODEL = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1.5], dtype=torch.bfloat16)}
 MOMENTS = {"a.weight/exp_avg": torch.full((3, 4), 1e-38), "a.weight/step": torch.tensor(7.0)}
@@ -75,7 +75,7 @@ def test_the_newest_by_number_are_kept(tmp_path):
     assert checkpoint.steps(tmp_path) == [11, 99_999_999, 100_000_000]
 
 
-@pytest.mark.parametrize("fails", [None, "hash", "rename"])
+@pytest.mark.parametrize("fails", [None, "hash", "exchange"])
 def test_the_same_step_again_replaces_it_once_it_is_complete(tmp_path, monkeypatch, fails):
     old = put(tmp_path, 5)
     seen = []
@@ -86,12 +86,12 @@ def test_the_same_step_again_replaces_it_once_it_is_complete(tmp_path, monkeypat
             raise OSError(5, "Input/output error")
         return hash_file(file)
 
-    def rename(path, target):
-        if fails == "rename" and path.name.endswith(".partial") and path.parent == tmp_path:
+    def exchange(new, old):
+        if fails == "exchange":
             raise OSError(5, "Input/output error")
-        return os.rename(path, target)
-    hash_file = checkpoint.hash_file
-    monkeypatch.setattr(checkpoint.Path, "rename", rename)
+        return really_exchange(new, old)
+    hash_file, really_exchange = checkpoint.hash_file, files.exchange
+    monkeypatch.setattr(files, "exchange", exchange)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "verify", lambda path: path.stat())
         patch.setattr(checkpoint, "hash_file", look)

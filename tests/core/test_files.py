@@ -1,16 +1,35 @@
 """Whole or not at all. Truth: what a killed, failing or full-disk write leaves on the disk."""
 
+import contextlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from kill_points import run_and_kill, trace
+from safetensors.numpy import save_file
 
+from core import files
 from core.errors import UserError
-from core.files import new_file, new_folder, read_json, run_folder, write_json, write_text
+from core.files import (
+    FolderKind,
+    find_folder,
+    new_file,
+    new_folder,
+    read_json,
+    remove,
+    run_folder,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,42 +86,46 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert (tmp_path / "made/deep/file").read_text() == "text"
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from core import files
-calls, rename = 0, Path.rename
-def dying(self, target):
-    global calls
-    calls += 1
-    if calls == int(sys.argv[3]):
-        os._exit(9)
-    return rename(self, target)
-Path.rename = dying
-with files.new_folder(sys.argv[2], overwrite=True) as partial:
-    (partial / "new").write_text("new")
-    if sys.argv[3] == "0":
-        os._exit(9)
-"""
+def no_exchange(new, old):
+    """As on a file system that cannot exchange two names."""
+    return False
 
 
-@pytest.mark.parametrize("rename", [0, 1, 2], ids=["while it fills", "before the exchange", "within the exchange"])
-def test_what_a_kill_leaves_is_put_right_by_the_next_write(tmp_path, rename):
-    place = tmp_path / "model"
-    with new_folder(place) as partial:
-        (partial / "old").write_text("old")
-    run = subprocess.run([sys.executable, "-c", KILLED, ROOT, place, str(rename)])
-    assert run.returncode == 9
-    with pytest.raises(UserError, match="exists already"), new_folder(place):
-        pytest.fail("the old folder is there and is not to be replaced")
-    assert (place / "old").read_text() == "old"
-    with new_folder(place, overwrite=True) as partial:
-        (partial / "new").write_text("new")
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "new"]
+@pytest.mark.parametrize("power", [False, True], ids=["kill", "power cut"])
+@pytest.mark.parametrize("exchange", [files.exchange, no_exchange], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_at_every_kill_point_there_is_a_whole_folder_and_the_same_command_goes_on(
+        tmp_path, monkeypatch, old, exchange, power):
+    monkeypatch.setattr(files, "exchange", exchange)
+    place, wanted = tmp_path / "model", {"one": "new" * 1000, "deep/file": "new" * 1000}
+
+    def write(text="new" * 1000):
+        with new_folder(place, overwrite=True) as partial:
+            (partial / "deep").mkdir()
+            for name in wanted:
+                (partial / name).write_text(text)
+
+    def prepare():
+        remove(place)
+        if old:
+            write(old)
+
+    def content():
+        found = find_folder(place)
+        return {str(file.relative_to(found)): file.read_text() for file in found.rglob("*") if file.is_file()}
+    prepare()
+    operations = trace(write, tmp_path)
+    assert any(line.startswith("exchange") for line in operations) == bool(old)
+    for k in range(len(operations)):
+        prepare()
+        assert run_and_kill(write, k, tmp_path, power).status == -9
+        assert content() in ([dict.fromkeys(wanted, old)] if old else [{}]) + [wanted], (k, operations[k])
+        write()
+        assert content() == wanted
+        assert [path.name for path in tmp_path.iterdir()] == ["model"], (k, operations[k])
 
 
-def test_an_exchange_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+def test_an_exchange_that_fails_keeps_the_old_folder(tmp_path, monkeypatch):
     place = tmp_path / "model"
     with new_folder(place) as partial:
         (partial / "old").write_text("old")
@@ -112,10 +135,50 @@ def test_an_exchange_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
         if self.name == ".model.partial":
             raise OSError("no")
         return rename(self, target)
+    monkeypatch.setattr(files, "exchange", no_exchange)
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="no"), new_folder(place, overwrite=True):
         pass
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
+
+
+def test_an_exchange_says_what_went_wrong(tmp_path):
+    (tmp_path / "one").mkdir()
+    with pytest.raises(FileNotFoundError):
+        files.exchange(tmp_path / "one", tmp_path / "none")
+
+
+def test_a_half_removed_folder_is_never_taken_for_the_old_one(tmp_path, monkeypatch):
+    """Without an exchange .model.old holds the only whole folder for a moment, and is then removed file by file."""
+    monkeypatch.setattr(files, "exchange", no_exchange)
+    place = tmp_path / "model"
+    for text in ("old", "new"):
+        with new_folder(place, overwrite=True) as partial:
+            fill(partial, text)
+        for line in trace(lambda: clear(place), tmp_path) if text == "new" else ():
+            assert not line.startswith(f"remove {tmp_path}/.model.old"), line
+
+
+def clear(place):
+    with new_folder(place, overwrite=True) as partial:
+        fill(partial, "newer")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002])
+def test_modes_follow_the_umask_whoever_wrote_the_files(tmp_path, mask):
+    previous = os.umask(mask)
+    try:
+        with new_folder(tmp_path / "made/model") as partial:
+            fill(partial, "text")
+            with tempfile.NamedTemporaryFile(dir=partial, delete=False) as private:
+                assert os.stat(private.name).st_mode & 0o777 == 0o600
+            os.mkdir(partial / "narrow", 0o700)
+        with new_file(tmp_path / "made/file.txt") as file:
+            file.write("text")
+    finally:
+        os.umask(previous)
+    for path in (tmp_path / "made", *(tmp_path / "made").rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
 
 
 def test_bytes_names_and_folder_entries_reach_the_disk(tmp_path, monkeypatch):
@@ -160,44 +223,199 @@ def test_what_is_no_name_for_a_file_or_folder_is_said(tmp_path, monkeypatch):
         pytest.fail("the block must not run")
 
 
-def test_a_file_in_the_place_of_a_folder_is_replaced_on_purpose(tmp_path):
+def test_a_file_in_the_place_of_a_folder_stays(tmp_path):
     (tmp_path / "model").write_text("a file")
-    with new_folder(tmp_path / "model", overwrite=True) as partial:
-        fill(partial, "text")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(UserError, match="model is a file"), new_folder(tmp_path / "model", overwrite=True):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "model").read_text() == "a file"
+
+
+# ---- a command only replaces what it made
+
+KIND = FolderKind("box", ("box.json", "part_*/*.bin"), {"box.json": b"ours"})
+
+
+@pytest.mark.parametrize(("found", "word"), [
+    ({"thesis.txt": "years"}, "holds 'thesis.txt', which is no part of a box"),
+    ({"box.json": "ours", "part_1/a.bin": "", "part_1/thesis.txt": "years"}, "holds 'part_1/thesis.txt'"),
+    ({"box.json": "ours", "a.bin": ""}, "holds 'a.bin'"), ({"box.json": "theirs"}, "no command of ours has made a box"),
+    ({"part_1/a.bin": ""}, "no command of ours has made a box"), (None, "is a file")])
+def test_a_folder_of_another_kind_is_refused_and_kept(tmp_path, found, word):
+    place = tmp_path / "box"
+    for name, text in (found or {"": "a file"}).items():
+        write_text(place / name, text)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=word), new_folder(place, overwrite, KIND):
+            pytest.fail("the block must not run")
+    left = {str(file.relative_to(place)): file.read_text() for file in place.rglob("*") if file.is_file()}
+    assert left == (found or {})
+
+
+def test_what_comes_into_the_old_folder_meanwhile_is_kept(tmp_path):
+    write_text(tmp_path / "box/box.json", "ours")
+    with pytest.raises(UserError, match="thesis"), new_folder(tmp_path / "box", True, KIND):
+        write_text(tmp_path / "box/thesis.txt", "years")
+    assert sorted(path.name for path in (tmp_path / "box").iterdir()) == ["box.json", "thesis.txt"]
+    (tmp_path / "box/thesis.txt").unlink()
+    # What a kill leaves within one of ours is no hindrance.
+    write_text(tmp_path / "box/.box.json.partial", "ou")
+    with new_folder(tmp_path / "box", True, KIND) as partial:
+        write_text(partial / "box.json", "ours, and new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["box", "box.json"]
+
+
+def test_a_link_in_a_folder_is_no_part_of_it(tmp_path):
+    write_text(tmp_path / "box/box.json", "ours")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "box/part_1").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="holds 'part_1'"), new_folder(tmp_path / "box", True, KIND):
+        pytest.fail("the block must not run")
+
+
+# ---- one process at a time
+
+HOLD = """
+import sys; sys.path.insert(0, sys.argv[2])
+import types; from core.files import new_folder, run_folder
+with (run_folder(sys.argv[1], types.SimpleNamespace(main=True), {}) if sys.argv[3] == "run" else
+      new_folder(sys.argv[1], True)):
+    print("held", flush=True); sys.stdin.read()
+"""
+
+
+def enter(folder, what):
+    return run_folder(folder, ONE, {}) if what == "run" else new_folder(folder, overwrite=True)
+
+
+@pytest.fixture
+def hold():
+    """hold(folder, "run" | "new") -> a process that writes the folder until it is killed."""
+    started = []
+
+    def start(folder, what):
+        started.append(subprocess.Popen([sys.executable, "-c", HOLD, folder, ROOT, what, "--flag", "a\x1b[2Jb"],
+                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        assert started[-1].stdout.readline() == "held\n"
+        return started[-1]
+    yield start
+    for process in started:
+        process.kill()                                    # no clean-up of its own
+        process.communicate()
+
+
+@pytest.mark.parametrize("what", ["run", "new"])
+def test_a_folder_has_one_writer_whose_lock_dies_with_it(tmp_path, monkeypatch, hold, what):
+    folder = tmp_path / "new/made"
+    holder = hold(folder, what)
+    left = sorted(path.name for path in tmp_path.rglob("*"))
+    (tmp_path / "link").symlink_to("new/made" if what == "run" else "new")
+    monkeypatch.chdir(tmp_path)
+    for spelling in (folder, "new/../new/made", "link" if what == "run" else "link/made"):
+        with pytest.raises(UserError) as refused, enter(spelling, what):
+            pytest.fail("the block must not run")
+        assert re.search(r"made is being written by another process|link is being written", str(refused.value))
+        assert f"(pid {holder.pid} on {socket.gethostname()} since 2" in str(refused.value)
+        assert "new/made" in str(refused.value)
+        assert "--flag a [2Jb); wait for it" in str(refused.value), "and no control character reaches the terminal"
+    (tmp_path / "link").unlink()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == left, "what a living process writes stays"
+    holder.kill()
+    holder.communicate()
+    for _ in range(2):
+        with enter(folder, what) as place:
+            (place / "fisher_1").mkdir(exist_ok=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["fisher_1", "made", "new"]
+
+
+def test_a_lock_does_not_live_on_in_a_forked_worker(tmp_path):
+    with new_folder(tmp_path / "made"):
+        worker = os.fork()
+        if not worker:
+            time.sleep(60)
+            os._exit(0)
+    with new_folder(tmp_path / "made", overwrite=True):
+        pass
+    os.kill(worker, 9)
+    os.waitpid(worker, 0)
+
+
+def test_two_writers_of_one_file_take_turns(tmp_path):
+    path = tmp_path / "report.html"
+
+    def write(text):
+        with new_file(path) as file:
+            for letter in text:
+                file.write(letter)
+                file.flush()
+                time.sleep(0.02)
+    children = []
+    for text in ("a" * 20, "b" * 20):
+        children.append(os.fork())
+        if not children[-1]:
+            write(text)
+            os._exit(0)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert path.read_text() in ("a" * 20, "b" * 20)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, hold):
+    hold(tmp_path / "living", "new")
+    for name in (".dead.partial/file", ".dead.lock", ".file.json.partial", ".saved.old/file", "kept.json"):
+        write_text(tmp_path / name, "text")
+    files.clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".living.lock", ".living.partial", "kept.json", "saved"]
+
+
+# ---- full and read-only disks
+
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
+    with small_disk(tmp_path) as disk:
+        write_text(disk / "model/old", "old")
+        write_text(disk / "old.txt", "old")
+        for target, write in (("model", lambda partial: (partial / "big").write_bytes(bytes(2 << 20))),
+                              ("model", lambda partial: save_file({"a": np.zeros(2 << 20)}, partial / "big"))):
+            with pytest.raises(OSError, match="No space left on device") as full, \
+                    new_folder(disk / target, overwrite=True) as partial:
+                write(partial)
+            assert full.value.filename == str(disk / target)
+        with pytest.raises(OSError, match="No space left on device") as full, new_file(disk / "old.txt") as file:
+            file.write("new" * (1 << 20))
+        assert full.value.filename == str(disk / "old.txt")
+        assert sorted(path.name for path in disk.rglob("*")) == ["model", "old", "old.txt"]
+        assert (disk / "old.txt").read_text() == (disk / "model/old").read_text() == "old"
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        for writer in (new_file(disk / "more"), new_folder(disk / "more"), run_folder(disk / "more", ONE, {})):
+            with pytest.raises(OSError, match="Read-only file system") as full, writer:
+                pytest.fail("the block must not run")
+            assert "more" in full.value.filename
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """A disk of 1 MB, where this user may mount one."""
+    disk = folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 # ---- the folder of a run
 
 ONE = types.SimpleNamespace(main=True)
-HOLD = """
-import sys; sys.path.insert(0, sys.argv[2])
-import types; from core.files import run_folder
-with run_folder(sys.argv[1], types.SimpleNamespace(main=True)): print("held", flush=True); sys.stdin.read()
-"""
-
-
-def test_lock_is_one_processes_and_dies_with_it(tmp_path):
-    folder = tmp_path / "new/run"
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, folder, ROOT], text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"another process is writing the run folder {folder}"), \
-            run_folder(folder, ONE):
-        pass
-    holder.kill()                                     # no clean-up of its own
-    holder.communicate()
-    for _ in range(2):
-        with run_folder(folder, ONE):
-            (folder / "metrics.jsonl").touch()
 
 
 def test_a_run_folder_is_locked_and_goes_again_where_nothing_was_written(tmp_path):
     folder = tmp_path / "run"
 
     def fail(*written):
-        with run_folder(folder, ONE):
-            with pytest.raises(ValueError, match="another process"), run_folder(folder, ONE):
+        with run_folder(folder, ONE, {}):
+            with pytest.raises(ValueError, match="another process"), run_folder(folder, ONE, {}):
                 pass
             assert folder.exists()                    # the one that holds the lock still needs it
             for name in written:
@@ -209,7 +427,37 @@ def test_a_run_folder_is_locked_and_goes_again_where_nothing_was_written(tmp_pat
     assert not folder.exists()
     with pytest.raises(ValueError, match="a mistake"):
         fail("metrics.jsonl")
-    assert (folder / "metrics.jsonl").exists()
+    assert [file.name for file in folder.iterdir()] == ["metrics.jsonl"]
     (folder / "eval.json").touch()
-    with pytest.raises(ValueError, match="holds a finished run"), run_folder(folder, ONE):
+    with pytest.raises(ValueError, match="holds a finished run"), run_folder(folder, ONE, {}):
+        pass
+
+
+@pytest.mark.parametrize(("found", "word"), [
+    ({"thesis.txt": "years"}, "holds 'thesis.txt' and is no run folder"),
+    ({"metrics.jsonl": "of another program"}, "holds 'metrics.jsonl' and is no run folder"),
+    ({"config.toml": "[other]", "metrics.jsonl": ""}, "holds 'config.toml' and is no run folder"),
+    ({"config.toml": "[forget.ewc]", "final/thesis.txt": "years"}, "final holds 'thesis.txt'"),
+    ({"config.toml": "[forget.ewc]", "final/box.json": "theirs"}, "no command of ours has made a box of that")])
+def test_a_run_begins_in_no_folder_with_files_that_it_would_delete(tmp_path, found, word):
+    for name, text in found.items():
+        write_text(tmp_path / name, text)
+    with pytest.raises(UserError, match=word), run_folder(tmp_path, ONE, {"final": KIND}):
+        pytest.fail("the block must not run")
+    assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == set(found)
+
+
+def test_a_run_goes_on_where_it_was_killed(tmp_path):
+    for name, text in (("metrics.jsonl", ""), ("fisher_1/fisher.safetensors", "F"), (".config.toml.partial", "[for"),
+                       (".fisher_2.partial/text.json", "{}"), (".lock", "pid 1"),
+                       ("checkpoints/.step_1.partial/a", "")):
+        write_text(tmp_path / name, text)
+    with run_folder(tmp_path, ONE, {"final": KIND}):
+        assert sorted(path.name for path in tmp_path.rglob("*")) == [
+            ".lock", "checkpoints", "fisher.safetensors", "fisher_1", "metrics.jsonl"]
+    write_text(tmp_path / "config.toml", "[forget.ewc]")
+    write_text(tmp_path / "final/box.json", "ours")
+    # What the user puts beside a run's own files is not in the run's way.
+    write_text(tmp_path / "notes.md", "mine")
+    with run_folder(tmp_path, ONE, {"final": KIND}):
         pass

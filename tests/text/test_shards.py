@@ -263,9 +263,9 @@ def test_an_existing_folder_is_kept_without_overwrite(tmp_path):
     other = tmp_path / "thesis"
     other.mkdir()
     (other / "chapter1").write_text("years of work")
-    with pytest.raises(ValueError, match="is no packed source, so --overwrite does not remove it"):
+    with pytest.raises(ValueError, match="holds 'chapter1', which is no part of a packed source"):
         pack(["new"], Bytes(), other, overwrite=True)
-    with pytest.raises(ValueError, match="is no packed source"):
+    with pytest.raises(ValueError, match="is a file"):
         pack(["new"], Bytes(), other / "chapter1", overwrite=True)
     assert (other / "chapter1").read_text() == "years of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "thesis"]
@@ -601,7 +601,7 @@ def test_buckets_that_cannot_be(tmp_path, monkeypatch):
         Shards(tmp_path / "s")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="is no packed source"):
+    with pytest.raises(ValueError, match="is no part of a packed source"):
         made(good, tmp_path / "other", overwrite=True)
     index = json.loads((tmp_path / "s/buckets.json").read_text())
     for name in ("../../x", "..", ""):

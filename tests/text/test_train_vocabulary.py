@@ -90,7 +90,7 @@ class TestTrain:
         assert not (tmp_path / "out").exists()
 
     def test_a_models_folder_is_not_overwritten(self, tmp_path):
-        with pytest.raises(ValueError, match="holds a model, whose tokenizer would be overwritten"):
+        with pytest.raises(ValueError, match=r"holds 'config\.json', which is no part of a tokenizer folder"):
             train(CORPUS, "bpe", 300, write(tmp_path, config={}))
 
 
