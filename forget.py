@@ -32,7 +32,7 @@ import eval as evaluation
 import hf
 import tokenizer
 from core import cli
-from core.config import setting
+from core.config import is_on, setting
 from core.devices import DTYPES, pick_device
 from core.errors import UserError
 from core.files import new_file, refuse_existing
@@ -65,7 +65,7 @@ METHODS = (Freeze, EWC, LwF, Adaptive, EMA)
 
 def build(config: ForgetConfig, learning: Learning) -> list[Method]:
     """The methods that are on. UserError where one of them keeps what a base knows and there is no base."""
-    on = [name for name, section in vars(config).items() if next(iter(vars(section).values())) not in (0, "none")]
+    on = [name for name, section in vars(config).items() if is_on(section)]
     if not learning.pretrained and (keeps := [name for name in on if name not in ("freeze", "ema")]):
         raise UserError(f"forget.{keeps[0]} keeps what a base knows, and model.init scratch has none; leave it out, or "
                         f"start from a model with --model.init pretrained")

@@ -40,7 +40,7 @@ from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import PARTS, ModelSection, Run, TrainSection, build
 from stages.evaluate import EvalSection, ExportSection, begin, describe, evaluate, finish, log_step, score_heldout
-from stages.resume import resume, save
+from stages.resume import Saver, resume
 from text.mixture import DataConfig
 
 
@@ -163,7 +163,7 @@ def train(c: Config, world) -> int:
 
                     # once in a while: save; and leave when asked to, all ranks after the same step
                     if (step + 1) % c.train.save_every == 0 or step + 1 == run.steps:
-                        save(run, step + 1)
+                        run.saver.save(step + 1)
                     run.check()
             except Stopped as stop:
                 return leave(run, stop)
@@ -175,7 +175,8 @@ def leave(run: Run, stop: Stopped) -> int:
     """Save what is not saved yet, and return the exit status; where the steps themselves are the reason, a UserError
     says so."""
     if run.saved != run.done:
-        save(run, run.done)
+        run.saver.save(run.done)
+    run.saver.finish()
     where = f"saved at step {run.done} of {run.steps}"
     if stop.status < 128:
         raise UserError(f"{stop.why}; {where}, and the same command goes on from there", stop.status)
@@ -188,10 +189,11 @@ def dry_run(c: Config, world) -> int:
     with tempfile.TemporaryDirectory() as folder, \
             build(dataclasses.replace(c, log=LogConfig()), world, Path(folder)) as run:
         describe(run)
-        batches, seconds = micro_batches(run, 0), []
-        for function, *more in ((score_heldout,), (train_step, batches), (save,)):
+        batches, seconds, run.saver = micro_batches(run, 0), [], Saver(run)
+        for function in (lambda: score_heldout(run, 0), lambda: train_step(run, 0, batches),
+                         lambda: (run.saver.save(0), run.saver.finish())):
             start = time.perf_counter()
-            function(run, 0, *more)
+            function()
             seconds.append(time.perf_counter() - start)
         evaluation, step, saving = seconds
         hours = (step * run.steps + evaluation * (2 + run.steps // c.eval.every)) / 3600

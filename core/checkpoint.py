@@ -1,45 +1,136 @@
-"""Training state on disk: tensors in safetensors, one small JSON, and a manifest with hashes. Nothing is pickled.
+"""Training state on disk: sharded safetensors, one small JSON, and a manifest with hashes. Nothing is pickled.
 
-    checkpoints/step_00000100/{model.safetensors, optimizer.safetensors, state.json, manifest.json}
+    checkpoints/step_00000100/{shard-00001-model-00001-of-00001.safetensors, ..., state.json, manifest.json}
 
-A checkpoint is written under another name, synced, and renamed: the rename is the commit. Because disks still lose
-bytes, hashes are checked before a run resumes, and the newest checkpoint that passes is used.
+Each rank writes the shards that it holds, in the format of PyTorch's Hugging Face storage, whose planner gives them to
+any number of ranks. A checkpoint is written under another name, synced, and renamed: the rename is the commit. Because
+disks still lose bytes, every file is hashed and no file may be missing or extra: PyTorch's reader checks neither, and
+without the first shard it leaves wrong weights in silence. The newest checkpoint that verifies is used.
 """
 
+import contextlib
+import hashlib
+import json
+import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from core.errors import UserError
-from core.files import new_folder, read_json, write_json
+from core.files import new_folder, read_json, remove, write_json, write_text
 from core.hashing import hash_file
+from core.parallel import World
+
+FORMAT = 2
+STATE, MANIFEST = "state.json", "manifest.json"
+# PyTorch's writer holds a file in memory while it writes it.
+FILE_BYTES = 2 * 10**9
+# Free space that a save asks for, as a multiple of its tensors.
+SPARE = 1.2
+ALONE = World(0, 1, torch.device("cpu"))
 
 
-def save(folder: Path, step: int, model: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], state: dict,
-         keep: int) -> Path:
-    """Write the state after `step` steps under `folder`, then remove all but the newest `keep` checkpoints.
+# ---- writing
 
-    model, optimizer: {name: full CPU tensor}. state: what else the run needs to resume, as JSON values. A checkpoint of
-    the same step stays until the new one is complete.
-    """
-    path = path_of(folder, step)
+class Shards:
+    """A copy on the CPU of what this rank writes of `tensors` {name: tensor, sharded or not}, so that they may change
+    meanwhile. A tensor that every rank holds is copied and written by one of them; `bytes`: of this rank's copies."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], world: World = ALONE):
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(tensors, is_coordinator=world.main)
+        items = planner.create_local_plan().items
+        # A rank beyond the rows of a small tensor holds none of them.
+        own = [item for item in items if item.type == WriteItemType.SHARD and item.tensor_data.chunk.sizes.numel()]
+        shared = sorted((item for item in items if item.type == WriteItemType.TENSOR),
+                        key=lambda item: item.tensor_data.size.numel(), reverse=True)
+        self.items = own + shared[world.rank::world.size]
+        self.copies = {item.index.fqn: planner.resolve_data(item).detach().to(
+            "cpu", copy=True, memory_format=torch.contiguous_format) for item in self.items}
+        self.bytes = sum(copy.nbytes for copy in self.copies.values())
+
+    def write(self, folder: Path, rank: int) -> dict[str, dict]:
+        """Write and sync this rank's files; {name: what the manifest says of it}."""
+        numbers, filled = {}, 0
+        for item in self.items:
+            numbers[item.index.fqn] = 1 + filled // FILE_BYTES
+            filled += self.copies[item.index.fqn].nbytes
+        if self.items:
+            writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            # Who writes what is known already, so that no rank waits for another here.
+            plan = SavePlan(self.items, storage_data={"fqn_to_index_mapping": numbers, "shard_index": rank + 1})
+            writer.write_data(plan, SimpleNamespace(resolve_data=lambda item: self.copies[item.index.fqn])).wait()
+        return {file.name: record_of(file) for file in folder.glob(f"shard-{rank + 1:05d}-*.safetensors")}
+
+
+def record_of(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+
+def write(path: Path, shards: Shards, state: dict, world: World = ALONE) -> None:
+    """Write tensors and `state` (JSON values) as the folder `path`, whole or not at all; one that is there is replaced
+    when the new one is complete. A collective: UserError on every rank where any of them fails."""
+    path = Path(path)
     try:
-        with new_folder(path, overwrite=True) as partial:
-            for part, tensors in (("model", model), ("optimizer", optimizer)):
-                save_file(tensors, partial / f"{part}.safetensors", metadata={"format": "pt"})
-            write_json(partial / "state.json", {"step": step, **state})
-            files = {file.name: {"bytes": file.stat().st_size, "sha256": hash_file(file)} for file in partial.iterdir()}
-            write_json(partial / "manifest.json", {"files": files})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {path} could not be written ({error}); make room, and the same command goes on "
-                        f"from the newest there is") from None
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(path_of(folder, old))
-    return path
+        write_together(path, shards, state, world)
+    except (OSError, SafetensorError, UserError) as error:
+        raise UserError(f"{path} could not be written ({error}); make room") from None
 
+
+def write_together(path: Path, shards: Shards, state: dict, world: World):
+    needed = int(SPARE * sum(world.gather(shards.bytes)))
+    with contextlib.ExitStack() as stack:
+        def begin():
+            if world.main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if (free := shutil.disk_usage(path.parent).free) < needed:
+                    raise UserError(f"{free:,} bytes are free and {needed:,} are needed")
+                return stack.enter_context(new_folder(path, overwrite=True))
+            return None
+
+        def seal():
+            if world.main:
+                write_json(partial / STATE, state)
+                write_text(partial / MANIFEST, render(files | {STATE: record_of(partial / STATE)}))
+        partial = run_on_all(world, begin)[0]
+        files = {name: record for part in run_on_all(world, lambda: shards.write(partial, world.rank))
+                 for name, record in part.items()}
+        run_on_all(world, seal)
+        run_on_all(world, stack.close)
+
+
+def run_on_all(world: World, function) -> list:
+    """What function() returned on each rank; where it failed on another one, UserError. A collective."""
+    try:
+        mine = (None, function())
+    except Exception as error:
+        world.gather((f"rank {world.rank}: {error}", None))
+        raise
+    found = world.gather(mine)
+    if failed := next((error for error, _ in found if error is not None), None):
+        raise UserError(failed)
+    return [result for _, result in found]
+
+
+def render(files: dict[str, dict]) -> str:
+    """The manifest of `files`, which hashes itself."""
+    body = {"format": FORMAT, "files": dict(sorted(files.items()))}
+    own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps(body | {"sha256": own}, indent=1) + "\n"
+
+
+# ---- which there are
 
 def steps(folder) -> list[int]:
     """The steps of the checkpoints under `folder`, ascending."""
@@ -51,33 +142,118 @@ def path_of(folder, step: int) -> Path:
     return Path(folder) / f"step_{step:08d}"
 
 
-def verify(path: Path) -> None:
-    """UserError with what is missing or damaged in a checkpoint, if anything is."""
+def prune(folder: Path, newest: int, keep: int, also=(), verified: set | None = None) -> None:
+    """Remove old checkpoints. Those kept are `newest`, which has just been written, the steps in `also`, and the last
+    `keep` (at least 2) that verify. A damaged one counts for nothing, and goes when it is older than all that are kept.
+    verified: the steps whose files have been hashed before; those found good now are added."""
+    verified = set() if verified is None else verified
+    known = steps(folder)
+    good = [step for step in known if not find_damage(path_of(folder, step), hashed=step in verified)]
+    verified.update(good)
+    kept = {newest, *also, *good[-max(2, keep):]}
+    for step in known:
+        if step not in kept and (step in good or step < min(kept)):
+            # Never half a checkpoint under its name, should the process die in the middle: the next one clears this.
+            remove(path_of(folder, step).rename(folder / f".{path_of(folder, step).name}.partial"))
+
+
+# ---- verifying
+
+def find_damage(path: Path, world: World = ALONE, hashed: bool = False) -> str | None:
+    """What is missing, extra or damaged in a checkpoint; None: nothing. A collective: the ranks hash the files between
+    them. hashed: the files have been hashed before, and only their names and sizes are looked at."""
+    path = Path(path)
     try:
-        files = read_json(path / "manifest.json")["files"]
-    except (OSError, UserError, KeyError):
-        raise UserError(f"checkpoint {path} has no readable manifest.json") from None
-    for name, record in files.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise UserError(f"checkpoint {path} lacks {name}")
-        if file.stat().st_size != record["bytes"] or hash_file(file) != record["sha256"]:
-            raise UserError(f"checkpoint {path} is damaged: {name} is not what was written")
+        files = read_manifest(path)
+        for name in sorted(files)[world.rank::world.size]:
+            if (path / name).stat().st_size != files[name]["bytes"] or (
+                    not hashed and hash_file(path / name) != files[name]["sha256"]):
+                raise UserError(f"checkpoint {path} is damaged: {name} is not what was written")
+        damage = None
+    except UserError as error:
+        damage = str(error)
+    except OSError as error:
+        damage = f"checkpoint {path} cannot be read: {error}"
+    return next(filter(None, world.gather(damage)), None)
 
 
-def newest(folder, say=print) -> Path | None:
-    """The newest checkpoint that verifies, or None; `say` gets a warning for each newer one, which is damaged."""
-    for step in reversed(steps(folder)):
-        try:
-            verify(path_of(folder, step))
-        except UserError as error:
-            say(f"warning: {error}; trying the one before")
-            continue
-        return path_of(folder, step)
+def read_manifest(path: Path) -> dict[str, dict]:
+    """{file name: {"bytes", "sha256"}} of exactly the files in a checkpoint; UserError where the manifest is missing,
+    of another format, not what was written to the last bit, or not about the files that are there."""
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        files = manifest["files"]
+        version = manifest.get("format", 1)
+        is_own = version != FORMAT or text == render(files).encode()
+        for record in files.values():
+            is_own &= type(record["bytes"]) is int and bool(re.fullmatch("[0-9a-f]{64}", record.get("sha256", "")))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"checkpoint {path} has no readable {MANIFEST}") from None
+    if version == 1 and "sha256" not in manifest:
+        raise UserError(f"checkpoint {path} is of an older format; finish its run with the version that wrote it, or "
+                        f"train on from its exported model with another --out")
+    if not is_own or version != FORMAT:
+        raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written")
+    there = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(path)}
+    if lost := sorted((files.keys() | {STATE}) - there.keys()):
+        raise UserError(f"checkpoint {path} lacks {lost[0]}")
+    if odd := sorted(there.keys() - files.keys() - {MANIFEST}):
+        raise UserError(f"checkpoint {path} holds {odd[0]}, which does not belong to it")
+    if odd := sorted(name for name, is_file in there.items() if not is_file):
+        raise UserError(f"checkpoint {path} is damaged: {odd[0]} is no plain file")
+    return files
+
+
+def verify(path: Path, world: World = ALONE) -> None:
+    """UserError with what is missing, extra or damaged in a checkpoint, if anything is. A collective."""
+    if damage := find_damage(path, world):
+        raise UserError(damage)
+
+
+def newest(folder, say=print, world: World = ALONE) -> Path | None:
+    """The newest checkpoint that verifies; `say` gets a warning for each newer one. None: there is no checkpoint.
+    UserError where there are some and none verifies. A collective."""
+    damages = []
+    for step in reversed(world.broadcast(steps(folder))):
+        if not (damage := find_damage(path_of(folder, step), world)):
+            return path_of(folder, step)
+        damages.append(damage)
+        say(f"warning: {damage}; trying the one before")
+    if damages:
+        raise UserError(f"no checkpoint in {folder} can be used: {'; '.join(damages)}; put a good copy of one there, "
+                        f"or remove {folder} to begin again at step 0")
     return None
 
 
-def load(path: Path) -> tuple[dict, dict, dict]:
-    """(model tensors, optimizer tensors, state) of a checkpoint that has been verified."""
-    model, optimizer = (load_file(path / f"{part}.safetensors") for part in ("model", "optimizer"))
-    return model, optimizer, read_json(path / "state.json")
+# ---- reading; what is read here has been verified
+
+class Stored:
+    """The tensors of a checkpoint: `known` {name: (shape, dtype)}, and their values into tensors of any sharding."""
+
+    def __init__(self, path: Path):
+        self.reader = HuggingFaceStorageReader(str(path))
+        self.metadata = self.reader.read_metadata()
+        self.known = {name: (tensor.size, tensor.properties.dtype)
+                      for name, tensor in self.metadata.state_dict_metadata.items()}
+
+    def read_into(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Fill the tensors by their names; each rank reads what it holds of them."""
+        for name, tensor in tensors.items():
+            assert (tensor.shape, tensor.dtype) == self.known[name], f"{name} is stored as {self.known[name]}"
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(dict(tensors), self.metadata, is_coordinator=True)
+        self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
+        self.reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+def load(path: Path, parts=("model", "state")) -> tuple[dict, dict, dict]:
+    """(full model tensors, full optimizer and method tensors, state) of a checkpoint that has been verified; parts:
+    which tensors are read. Their names in the files begin with model/ or state/."""
+    stored = Stored(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored.known.items()
+               if name.partition("/")[0] in parts}
+    stored.read_into(tensors)
+    model, moments = ({name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()
+                       if name.startswith(f"{part}/")} for part in ("model", "state"))
+    return model, moments, read_json(Path(path) / STATE, dict)

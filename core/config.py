@@ -47,6 +47,12 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
                 raise UserError(f"{option_of(prefix + item.name)} is {each}, but must be {wanted}")
 
 
+def is_on(section) -> bool:
+    """Whether a section's first setting, its switch, has another value than its default, which turns it off."""
+    switch = next(iter(vars(section)))
+    return getattr(section, switch) != getattr(type(section)(), switch)
+
+
 def refuse_unused(section, name: str) -> None:
     """UserError where settings of `section` were changed while its first one has the default, which turns it off."""
     changed = [key for key, value in vars(type(section)()).items() if getattr(section, key) != value]

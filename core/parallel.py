@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import empty as empty_distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from core.devices import pick_device
@@ -41,6 +43,8 @@ class World:
     received: list[int] | None = None
     # The signal that ends the run on all ranks, by the last sum, or 0.
     asked: int = 0
+    # Over which the ranks exchange Python values; None: the group that all of torchrun's ranks are in.
+    group: dist.ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
@@ -84,19 +88,28 @@ class World:
         """Return when every rank has come here; `check` then knows of what happened meanwhile. A collective."""
         self.sum([])
 
-    def gather(self, value) -> list:
-        """Each rank's Python value, on every rank."""
-        box = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(box, value)
-        return box
-
     def broadcast(self, value):
         """Rank 0's Python value, on every rank."""
         box = [value]
         if self.size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
         return box[0]
+
+    def gather(self, value) -> list:
+        """Each rank's Python value, on every rank."""
+        box = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(box, value, group=self.group)
+        return box
+
+    def apart(self) -> "World":
+        """The same ranks with a group of their own on the CPU, over which a background thread may exchange values while
+        the training uses the other. A collective."""
+        if self.size == 1:
+            return self
+        # What a save waits for is other ranks' disks.
+        group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        return World(self.rank, self.size, torch.device("cpu"), group=group)
 
 
 # ---- processes
@@ -185,6 +198,13 @@ def distribute_like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtyp
     return full
 
 
+def make_empty_like(shape, dtype: torch.dtype, pattern: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor with the device of `pattern` and, unless it is a scalar, its sharding."""
+    if isinstance(pattern, DTensor) and shape:
+        return empty_distributed(shape, dtype=dtype, device_mesh=pattern.device_mesh, placements=pattern.placements)
+    return torch.empty(shape, dtype=dtype, device=pattern.device)
+
+
 def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity in what this rank holds of it."""
     for name, tensor in tensors.items():
@@ -195,17 +215,19 @@ def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
     return None
 
 
-def model_state(model: nn.Module, part: str = "") -> dict[str, torch.Tensor]:
-    """{name: full CPU tensor} of the parameters with `part` in their name, a tied one once. A collective."""
+def model_state(model: nn.Module, part: str = "", form=full_tensor) -> dict[str, torch.Tensor]:
+    """{name: full CPU tensor} of the parameters with `part` in their name, a tied one once. A collective.
+
+    form: what is made of a parameter, e.g. torch.Tensor.detach: itself, sharded as it is, and no collective."""
     if isinstance(model, FSDPModule):
         # An evaluation leaves FSDP's root module gathered, in the dtype of the matmuls.
         model.reshard()
-    return {name: full_tensor(p) for name, p in model.named_parameters() if part in name}
+    return {name: form(p) for name, p in model.named_parameters() if part in name}
 
 
-def optimizer_state(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
-    """{"parameter name/state name": full CPU tensor}. A collective."""
-    return {f"{name}/{key}": full_tensor(value) for name, p in model.named_parameters() if p in optimizer.state
+def optimizer_state(model: nn.Module, optimizer, form=full_tensor) -> dict[str, torch.Tensor]:
+    """{"parameter name/state name": full CPU tensor}. A collective; form: as in `model_state`."""
+    return {f"{name}/{key}": form(value) for name, p in model.named_parameters() if p in optimizer.state
             for key, value in optimizer.state[p].items()}
 
 
@@ -220,8 +242,8 @@ def load_model_state(model: nn.Module, state: dict[str, torch.Tensor], part: str
 @torch.no_grad()
 def load_optimizer_state(model: nn.Module, optimizer, state: dict[str, torch.Tensor]):
     """Give the optimizer what `optimizer_state` returned, however the parameters are sharded now."""
-    for name, p in model.named_parameters():
-        own = {key.rpartition("/")[2]: value for key, value in state.items() if key.rpartition("/")[0] == name}
-        if own:
-            optimizer.state[p] = {key: distribute_like(value, p, value.dtype) if value.ndim else value.to(p.device)
-                                  for key, value in own.items()}
+    parameters = dict(model.named_parameters())
+    for key, value in state.items():
+        name, _, kind = key.rpartition("/")
+        p = parameters[name]
+        optimizer.state[p][kind] = distribute_like(value, p, value.dtype) if value.ndim else value.to(p.device)

@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from core import checkpoint
 from core.config import setting
 from core.errors import UserError
-from core.files import new_folder, read_json, write_json
+from core.files import read_json
 from core.hashing import short_digest
-from core.parallel import distribute_like, full_tensor
+from core.parallel import full_tensor
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from learn.method import Learning, Method, take_sequences, trainable_parameters, upcast_dtype
 
@@ -70,18 +70,13 @@ class EWC(Method):
         world, folder = self.learning.world, self.learning.folder
         digest = short_digest(json.dumps([self.values["fingerprint"], *sorted(parameters)]).encode())
         folder = folder and folder / f"fisher_{digest}"
-        if folder and world.broadcast(folder.exists()):
-            stored = load_file(folder / "fisher.safetensors")
-            self.fisher = {name: distribute_like(stored[name], p, upcast_dtype(p)) for name, p in parameters.items()}
-            return read_json(folder / "text.json")
+        if folder and world.broadcast(folder.exists()) and not checkpoint.find_damage(folder, world):
+            self.fisher = {name: torch.empty_like(p, dtype=upcast_dtype(p)) for name, p in parameters.items()}
+            checkpoint.Stored(folder).read_into(self.fisher)
+            return read_json(folder / checkpoint.STATE)
         self.fisher, found = estimate_fisher(model, self.learning, self.config.samples, self.config.fisher == "true")
         if folder:
-            tensors = {name: full_tensor(value) for name, value in self.fisher.items()}
-            if world.main:
-                with new_folder(folder) as partial:
-                    save_file(tensors, partial / "fisher.safetensors")
-                    write_json(partial / "text.json", found)
-            world.barrier()
+            checkpoint.write(folder, checkpoint.Shards(self.fisher, world), found, world)
         return found
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core.parallel import World, distribute_like, full_tensor
+from core.parallel import World, distribute_like
 
 
 @dataclass
@@ -89,11 +89,11 @@ class Method:
         return contextlib.nullcontext()
 
     def state(self) -> tuple[dict, dict]:
-        """({name: full CPU tensor}, values) for a checkpoint. A collective."""
-        return {name: full_tensor(tensor) for name, tensor in self.tensors.items()}, self.values
+        """({name: tensor, sharded as it is}, values) for a checkpoint."""
+        return self.tensors, self.values
 
     def load_state(self, tensors: dict, values: dict):
-        """Restores what `state` returned; called after model_built."""
+        """Restores what `state` returned, its tensors in any sharding; called after model_built."""
         for name, tensor in self.tensors.items():
             tensor.copy_(distribute_like(tensors[name], tensor))
         self.values = values

@@ -73,8 +73,10 @@ class TrainSection(mixture.LengthConfig):
     """type in which matmuls are computed"""
     save_every: int = setting(1000, above=0)
     """steps between checkpoints"""
-    keep: int = setting(3, above=0)
-    """checkpoints kept"""
+    keep: int = setting(3, at_least=2)
+    """checkpoints kept, of those that verify"""
+    keep_best: bool = False
+    """keep also the one whose held-out text of the domain scored best, of those at evaluated steps"""
     branch_from: str = ""
     """checkpoint of another run to go on from, out/RUN/checkpoints/step_N; what it has done must be what this run would
     have done up to there, as with a learning rate that was constant so far and now anneals"""
@@ -119,6 +121,8 @@ class Run(contextlib.AbstractContextManager):
     # The retention methods that are on, and what adaptive replay decided so far
     methods: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
+    # {eval_step_N.json: what it holds}, on rank 0.
+    evaluations: dict = field(default_factory=dict)
     optimizer: torch.optim.Optimizer = None
     scale: optim.LossScale = None
     guard: Guard = field(default_factory=Guard)
@@ -126,6 +130,8 @@ class Run(contextlib.AbstractContextManager):
     done: int = 0
     saved: int = 0
     log: Logger = None
+    # Writes the checkpoints; stages/resume.py makes it.
+    saver: object = None
 
     @property
     def steps(self) -> int:
@@ -169,6 +175,8 @@ class Run(contextlib.AbstractContextManager):
         self.guard.check()
 
     def __exit__(self, *error):
+        if self.saver:
+            self.saver.close()
         self.log.close()
 
 

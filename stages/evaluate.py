@@ -18,7 +18,7 @@ from core import checkpoint, cli, devices, parallel
 from core.cli import run_command
 from core.config import setting, to_toml
 from core.errors import UserError
-from core.files import read_json, write_json, write_text
+from core.files import write_json, write_text
 from generate import Settings, first_ids, generate
 from learn import adapters, adaptive, peft_files, schedules
 from learn import merge as merging
@@ -111,10 +111,6 @@ def begin(run: Run, start: int):
     if not run.world.main or (start and checkpoint.steps(run.folder / "checkpoints")):
         return
     write_text(run.folder / "config.toml", to_toml(with_full_paths(c)))
-    if start:
-        # A branch: what the model knew before is what its trunk measured.
-        first = Path(c.train.branch_from).parent.parent / "eval_step_0.json"
-        write_text(run.folder / first.name, first.read_text(encoding="utf-8"))
     write_plan(run)
     run.log.record("start", 0, time=time.time(), run=run.folder.name, parameters=parameters,
                    trainable_parameters=trained,
@@ -220,8 +216,9 @@ def score_heldout(run: Run, step: int, model=None, name: str = "") -> dict:
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
     run.log.say(f"eval at step {step}: {shown} ({unit.replace('_', ' ')})")
     if run.world.main:
-        write_json(run.folder / f"eval_step_{step}.json",
-                   {"step": step, "texts": scores, "protocol": protocol, "model": name})
+        file = f"eval_step_{step}.json"
+        run.evaluations[file] = {"step": step, "texts": scores, "protocol": protocol, "model": name}
+        write_json(run.folder / file, run.evaluations[file])
     return scores
 
 
@@ -261,6 +258,7 @@ def write_plan(run: Run):
 def finish(run: Run):
     """Export, merge with the base where that is set, evaluate what was exported, and report; eval.json says that the
     run is finished."""
+    run.saver.finish()
     c, out, say, merges = run.c, run.folder, run.log.say, run.c.forget.merge.method != "none"
     # A merge is found by rank 0, which must hold the whole model for it, and so scores the merged one too.
     sharded = run.world.size > 1 and c.parallel.strategy == "fsdp" and not merges
@@ -277,7 +275,7 @@ def finish(run: Run):
         draw_samples(run, run.steps, model)
     if not run.world.main:
         return
-    first, last = (read_json(out / f"eval_step_{step}.json") for step in (0, run.steps))
+    first, last = (run.evaluations[f"eval_step_{step}.json"] for step in (0, run.steps))
     before, protocol = first["texts"], first["protocol"]
     names = {"before": first.get("model", ""), "after": last["model"]}
     if c.lora.base != "plain" and model and (base := load_beside(run, run.base)):

@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 import data
 from core import checkpoint, hashing, parallel
+from core.config import is_on
 from core.errors import UserError
+from core.files import read_json, write_json
 from learn import schedules
 from stages.build import Run
-from stages.evaluate import apply_decision, export_dtype
+from stages.evaluate import apply_decision, export_dtype, write_plan
 from text.shards import SPLITS
 
 
@@ -25,8 +30,9 @@ def identity(run: Run, step: int) -> dict:
     rates = [schedules.learning_rate(s, run.steps, c.optim) for s in range(step)]
     optimizer = {key: value for key, value in dataclasses.asdict(c.optim).items()
                  if key not in schedules.SCHEDULE_FIELDS}
-    # Without z_loss where it is off, so that checkpoints from before there was one go on.
+    # Without what is off, so that a default of it may change, and checkpoints from before there was one go on.
     objective = {key: value for key, value in dataclasses.asdict(c.objective).items() if key != "z_loss" or value}
+    methods = {name: dataclasses.asdict(section) for name, section in vars(c.forget).items() if is_on(section)}
     known = {
         # A masked run's sequences are cut in another way since its second version.
         "order_version": data.ORDER_VERSION + (not run.objective.causal), "seed": c.seed, "context": c.data.context,
@@ -38,7 +44,7 @@ def identity(run: Run, step: int) -> dict:
         "mix": hashing.short_digest(run.planned[:step + 1].tobytes()),
         "stages_of": run.steps if c.forget.freeze.schedule != "none" else None,
         "rates": hashing.short_digest(repr(rates).encode()),
-        "base": run.base_fingerprint, "lora": dataclasses.asdict(c.lora), "forget": dataclasses.asdict(c.forget),
+        "base": run.base_fingerprint, "lora": dataclasses.asdict(c.lora) if is_on(c.lora) else {}, "forget": methods,
         "tokens": hashing.short_digest(json.dumps(tokens).encode()),
         "optim": optimizer, "objective": objective, "model": dataclasses.asdict(run.config),
     }
@@ -46,27 +52,67 @@ def identity(run: Run, step: int) -> dict:
     return json.loads(json.dumps(known))
 
 
-def save(run: Run, step: int):
-    """Write the checkpoint of the run after `step` steps; a state that is not finite is a UserError. A collective."""
-    weights, moments = parallel.model_state(run.inner, run.trained), parallel.optimizer_state(run.inner, run.optimizer)
-    values = {}
-    for method in run.methods:
-        tensors, values[method.name] = method.state()
-        moments |= {f"{method.name}:{name}": tensor for name, tensor in tensors.items()}
-    refuse_not_finite(run, weights | moments, f"the weights or the optimizer's state after step {step} were not saved, "
-                      f"they hold", "lower --optim.lr; the same command goes on from the newest checkpoint")
-    if run.world.main:
-        base = run.base.pinned if run.base else ""
-        loss_scale = {"scale": run.scale.scale, "good_steps": run.scale.good_steps}
-        state = {"identity": identity(run, step), "loss_scale": loss_scale, "guard": run.guard.state(),
-                 "methods": values,
-                 "decisions": run.decisions, "base": base, "optim": dataclasses.asdict(run.c.optim),
-                 "tokenizer": str(Path(run.c.model.tokenizer).absolute()) if run.c.model.tokenizer else base,
-                 "dtype": str(export_dtype(run)).removeprefix("torch.")}
-        checkpoint.save(run.folder / "checkpoints", step, weights, moments, state, run.c.train.keep)
-    run.saved = step
-    run.log.record("event", step, message="checkpoint saved")
-    run.world.barrier()
+class Saver:
+    """Writes the checkpoints of a run while its training goes on. `error`: why the last save failed, on every rank, or
+    None."""
+
+    def __init__(self, run: Run):
+        self.run, self.folder, self.world = run, run.folder / "checkpoints", run.world.apart()
+        self.pool, self.pending, self.error = ThreadPoolExecutor(1), None, None
+        # The steps whose files this process has hashed.
+        self.verified = set()
+
+    def save(self, step: int):
+        """Copy the state after `step` steps, and begin to write it. A failure is a warning, and the training goes on;
+        what is not finite is refused. A collective."""
+        self.wait()
+        run = self.run
+        tensors = state_tensors(run)
+        tensors |= {f"state/{name}": tensor.detach() for name, tensor in
+                    parallel.optimizer_state(run.inner, run.optimizer, torch.Tensor.detach).items()}
+        refuse_not_finite(run, tensors, f"the weights or the optimizer's state after step {step} were not saved, they "
+                          f"hold", "lower --optim.lr; the same command goes on from the newest checkpoint")
+        state = describe_state(run, step) if run.world.main else {}
+        self.pending = step, self.pool.submit(self._write, step, checkpoint.Shards(tensors, run.world), state,
+                                              best_step(run))
+        run.saved = step
+
+    def _write(self, step: int, shards: checkpoint.Shards, state: dict, best: list[int]):
+        """In the background. What is no failure of a disk is a bug, and raised by `wait`."""
+        path = checkpoint.path_of(self.folder, step)
+        try:
+            checkpoint.write(path, shards, state, self.world)
+            self.verified.add(step)
+            self.error = None
+            checkpoint.run_on_all(self.world, lambda: self.world.main and checkpoint.prune(
+                self.folder, step, self.run.c.train.keep, best, self.verified))
+        except (OSError, UserError) as error:
+            self.error = f"checkpoint {error}, and the same command goes on from the newest there is"
+            self.run.log.say(f"warning: {self.error}")
+
+    def wait(self):
+        """Return when the save that was begun has ended."""
+        if self.pending:
+            (step, future), self.pending = self.pending, None
+            future.result()
+            if not self.error:
+                self.run.log.record("event", step, message="checkpoint saved")
+
+    def finish(self):
+        """Wait; UserError where the last save failed."""
+        self.wait()
+        if self.error:
+            raise UserError(self.error)
+
+    def close(self):
+        self.pool.shutdown()
+
+
+def state_tensors(run: Run) -> dict[str, torch.Tensor]:
+    """{name in a checkpoint: tensor} of the weights and of the methods' states, as they are laid out now."""
+    weights = parallel.model_state(run.inner, run.trained, torch.Tensor.detach)
+    return {f"model/{name}": tensor for name, tensor in weights.items()} | {
+        f"state/{method.name}:{name}": tensor for method in run.methods for name, tensor in method.state()[0].items()}
 
 
 def refuse_not_finite(run: Run, tensors: dict, what: str, remedy: str):
@@ -75,43 +121,101 @@ def refuse_not_finite(run: Run, tensors: dict, what: str, remedy: str):
         raise UserError(f"{what} NaN or infinity (first in {name}); {remedy}")
 
 
+def describe_state(run: Run, step: int) -> dict:
+    """What a checkpoint holds beside tensors; what can change while it is written is copied."""
+    base = run.base.pinned if run.base else ""
+    state = {"step": step, "identity": identity(run, step),
+             "loss_scale": {"scale": run.scale.scale, "good_steps": run.scale.good_steps}, "guard": run.guard.state(),
+             "methods": {method.name: method.state()[1] for method in run.methods}, "decisions": run.decisions,
+             "evaluations": run.evaluations, "base": base, "optim": dataclasses.asdict(run.c.optim),
+             "tokenizer": str(Path(run.c.model.tokenizer).absolute()) if run.c.model.tokenizer else base,
+             "dtype": str(export_dtype(run)).removeprefix("torch.")}
+    return json.loads(json.dumps(state))
+
+
+def best_step(run: Run) -> list[int]:
+    """With train.keep_best the step whose domain text was scored best so far, of those that have a checkpoint."""
+    bits = {}
+    for step in checkpoint.steps(run.folder / "checkpoints") if run.c.train.keep_best and run.world.main else ():
+        scores = run.evaluations.get(f"eval_step_{step}.json", {}).get("texts", {})
+        found = [scores.get(name, {}).get("bits_per_byte") for name in run.names_of("domain")]
+        if domain := [value for value in found if value is not None]:
+            bits[step] = sum(domain) / len(domain)
+    return [min(bits, key=bits.get)] if bits else []
+
+
 def resume(run: Run) -> int:
     """Load the checkpoint to go on from, if there is one; returns the number of steps already done."""
+    run.saver = Saver(run)
     found = find_checkpoint(run)
     if found is None:
         return 0
-    weights, moments, state = checkpoint.load(found)
+    state = read_state(found)
     refuse_other_run(run, found, state)
-    refuse_not_finite(run, weights | moments, f"{found} holds", "remove it, and the run goes on from the one before")
-    parallel.load_model_state(run.inner, weights, run.trained)
+    stored, tensors = checkpoint.Stored(found), state_tensors(run)
+    moments = make_moments(run, stored, found)
+    wanted = tensors | {f"state/{name}": tensor for name, tensor in moments.items()}
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
+    if odd := sorted(name for name, _ in shapes.items() ^ stored.known.items()):
+        raise UserError(f"{found} does not hold the tensors of this run, among them {odd[0]}; it was made by another "
+                        f"version")
+    stored.read_into(wanted)
+    refuse_not_finite(run, wanted, f"{found} holds", "remove it, and the run goes on from the one before")
     parallel.load_optimizer_state(run.inner, run.optimizer, moments)
     vars(run.scale).update(state["loss_scale"])
-    if "guard" in state:
-        # Checkpoints from before there was one go on.
-        run.guard.load_state(state["guard"])
+    run.guard.load_state(state["guard"])
     for method in run.methods:
-        prefix = f"{method.name}:"
-        own = {name.removeprefix(prefix): tensor for name, tensor in moments.items() if name.startswith(prefix)}
-        method.load_state(own, state["methods"][method.name])
+        # Its tensors have been read in place.
+        method.load_state(method.state()[0], state["methods"][method.name])
     for decision in state["decisions"]:
         apply_decision(run, decision)
     run.done = run.saved = state["step"]
+    restore_files(run, state)
     run.log.say(f"resumed from {found} at step {state['step']}")
     run.log.record("resume", state["step"])
     return state["step"]
 
 
+def make_moments(run: Run, stored: checkpoint.Stored, found: Path) -> dict[str, torch.Tensor]:
+    """{"parameter name/state name": tensor to read into} of the optimizer's states in a checkpoint."""
+    parameters, moments = dict(run.inner.named_parameters()), {}
+    for name, (shape, dtype) in stored.known.items():
+        part, _, key = name.partition("/")
+        if part == "state" and (p := parameters.get(key.rpartition("/")[0])) is not None:
+            moments[key] = parallel.make_empty_like(shape, dtype, p)
+    return moments
+
+
+def restore_files(run: Run, state: dict):
+    """Make what stands beside the checkpoints as it was, whatever a disk has done to it: the evaluations up to there,
+    for a branch those of its trunk, and the plan."""
+    run.evaluations = state["evaluations"]
+    if run.world.main:
+        for name, value in run.evaluations.items():
+            write_json(run.folder / name, value)
+        write_plan(run)
+
+
+FIELDS = {"step": int, "base": str, "tokenizer": str, "dtype": str, "decisions": list,
+          **dict.fromkeys(("identity", "loss_scale", "guard", "methods", "evaluations", "optim"), dict)}
+
+
+def read_state(path: Path) -> dict:
+    """What a checkpoint holds beside tensors; UserError where a value is missing or of a wrong type."""
+    state = read_json(path / checkpoint.STATE, dict)
+    if wrong := [name for name, kind in FIELDS.items() if type(state.get(name)) is not kind]:
+        raise UserError(f"{path / checkpoint.STATE} has {wrong[0]} {state.get(wrong[0])!r}; the checkpoint was made by "
+                        f"another version")
+    return state
+
+
 def find_checkpoint(run: Run) -> Path | None:
     """The run's newest checkpoint that verifies; without one, that of train.branch_from; None: begin at step 0."""
-    own = run.folder / "checkpoints"
-    found = run.world.broadcast(checkpoint.newest(own, run.log.say) if run.world.main else None)
+    found = checkpoint.newest(run.folder / "checkpoints", run.log.say, run.world)
     if found is not None or not run.c.train.branch_from:
         return found
     branch = Path(run.c.train.branch_from)
-    checkpoint.verify(branch)
-    if not (branch.parent.parent / "eval_step_0.json").is_file():
-        raise UserError(f"{branch} is in no run folder with an eval_step_0.json, which says what was known before; "
-                        f"leave the checkpoint where its run wrote it")
+    checkpoint.verify(branch, run.world)
     return branch
 
 

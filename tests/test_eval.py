@@ -298,7 +298,7 @@ def test_every_checkpoint_of_a_run_by_number(runs, monkeypatch, capsys, tmp_path
     alone = evaluation.score(final, CAUSAL, docs, tok.bos_id, 32)
     assert same(rows[1]["texts"]["law"], alone)
     assert said.index("step 4") < said.index("step 5") < said.index("step 100000000")
-    path = checkpoint.path_of(run / "checkpoints", 5) / "model.safetensors"
+    path = checkpoint.path_of(run / "checkpoints", 5) / "shard-00001-model-00001-of-00001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     status, _, errors = command(monkeypatch, capsys, "--run", run, "--text", f"law={runs}/legal.txt")
     assert (status, errors.count("\n")) == (2, 1)

@@ -133,11 +133,11 @@ def two_rank_run(world, sharded: bool, folder: Path) -> dict:
                        folder=folder, general_text=UnreadText())
     for name, value in again.fisher.items():
         assert torch.equal(parallel.full_tensor(value), parallel.full_tensor(ewc.fisher[name]))
-    tensors = {"weights": parallel.model_state(model), "ema": ema.state()[0],
-               "fisher": {name: parallel.full_tensor(value) for name, value in ewc.fisher.items()}}
-    stored = ema.state()[0]
-    ema.load_state(stored, {})
-    assert all(torch.equal(value, stored[name]) for name, value in ema.state()[0].items())
+    def full(tensors):
+        return {name: parallel.full_tensor(value).clone() for name, value in tensors.items()}
+    tensors = {"weights": parallel.model_state(model), "ema": full(ema.state()[0]), "fisher": full(ewc.fisher)}
+    ema.load_state(tensors["ema"], {})
+    assert all(torch.equal(value, tensors["ema"][name]) for name, value in full(ema.state()[0]).items())
     held = sorted(name for name, p in model.named_parameters() if p in optimizer.state)
     return {"numbers": numbers, "tensors": tensors, "held": held}
 

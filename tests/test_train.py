@@ -379,7 +379,9 @@ def test_overflow_in_fp16_leaves_the_step_out_and_the_scale_is_kept(lab, tmp_pat
     assert train.train_step(run, 1, train.micro_batches(run, 1))["grad_norm"] < 1e4
     assert not all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
     run.folder = tmp_path / "run"
-    resume.save(run, 2)
+    run.saver = resume.Saver(run)
+    run.saver.save(2)
+    run.saver.finish()
     with build(c, one(), tmp_path / "run") as fresh:
         assert resume.resume(fresh) == 2
     assert vars(fresh.scale) == vars(run.scale) == {"enabled": True, "scale": 1024.0, "good_steps": 1}

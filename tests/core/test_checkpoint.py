@@ -1,23 +1,34 @@
 """checkpoint.py against laws: a step folder is whole or absent, what was saved comes back bit for bit, any change to a
-file is noticed, and checkpoints are ordered by number. The bits that are flipped here are flipped by hand."""
+file or to the set of files is noticed, and checkpoints are ordered by number. The bits that are flipped here are
+flipped by hand. tests/core/test_parallel.py has two ranks."""
 
 import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from core import checkpoint, files
+from core.checkpoint import Shards
 
 MODEL = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1.5], dtype=torch.bfloat16)}
-MOMENTS = {"a.weight/exp_avg": torch.full((3, 4), 1e-38), "a.weight/step": torch.tensor(7.0)}
+MOMENTS = {"a.weight/exp_avg": torch.full((3, 4), 1e-38), "a.weight/step": torch.tensor(7.0),
+           "b/codes": torch.arange(-3, 4, dtype=torch.int8), "ema:a.weight": torch.eye(3, 4)}
+TENSORS = {f"model/{k}": v for k, v in MODEL.items()} | {f"state/{k}": v for k, v in MOMENTS.items()}
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+STATE = {"seed": 3, "loss_scale": {"scale": 1.0}}
 
 
-def put(folder, step, keep=10):
-    return checkpoint.save(folder, step, MODEL, MOMENTS, {"seed": 3, "loss_scale": {"scale": 1.0}}, keep)
+def put(folder, step, keep=10, tensors=TENSORS, **more):
+    path = checkpoint.path_of(folder, step)
+    checkpoint.write(path, Shards(tensors), {"step": step, **STATE})
+    checkpoint.prune(folder, step, keep, **more)
+    return path
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -28,42 +39,70 @@ def test_what_was_saved_comes_back(tmp_path):
     for mine, theirs in ((MODEL, model), (MOMENTS, moments)):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine)
-    assert state == {"step": 42, "seed": 3, "loss_scale": {"scale": 1.0}}
-    files = json.loads((path / "manifest.json").read_text())["files"]
-    assert set(files) == {"model.safetensors", "optimizer.safetensors", "state.json"}
-    for name, record in files.items():
+    assert state == {"step": 42, **STATE}
+    assert checkpoint.load(path, parts=["model"])[1] == {}
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["format"] == 2
+    assert set(manifest["files"]) == {SHARD, "state.json"}
+    for name, record in manifest["files"].items():
         content = (path / name).read_bytes()
         assert record == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_optimizer_without_state_yet(tmp_path):
-    path = checkpoint.save(tmp_path, 0, MODEL, {}, {}, 1)
-    assert checkpoint.load(path)[1] == {}
+def test_what_is_written_is_a_copy_of_the_moment(tmp_path):
+    tensor = torch.arange(6.0).view(2, 3)
+    shards = Shards({"model/a": tensor, "model/b": tensor.T})            # the same storage is no matter either
+    tensor.zero_()
+    checkpoint.write(tmp_path / "c", shards, {})
+    assert checkpoint.load(tmp_path / "c")[0]["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert checkpoint.load(tmp_path / "c")[0]["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
 
-@pytest.mark.parametrize("at", ["save_file", "hash_file", "fsync", "rename"])
+def test_files_are_of_bounded_size_and_hold_safetensors_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 50)
+    path = put(tmp_path, 1)
+    files = sorted(file.name for file in path.glob("*.safetensors"))
+    assert len(files) > 2
+    names = [name for file in files for name in load_file(path / file)]
+    assert sorted(names) == sorted(TENSORS)
+    assert checkpoint.load(path)[1].keys() == MOMENTS.keys()
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize("at", ["hash_file", "fsync", "rename", "writer"])
 def test_failure_in_the_middle_leaves_the_older_ones_and_nothing_else(tmp_path, monkeypatch, at):
     put(tmp_path, 1)
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
     with monkeypatch.context() as patch:
-        owner = {"fsync": os, "rename": checkpoint.Path}.get(at, checkpoint)
-        patch.setattr(owner, at, fail)
+        owner, name = {"fsync": (os, "fsync"), "rename": (checkpoint.Path, "rename"), "hash_file": (
+            checkpoint, "hash_file"), "writer": (checkpoint.HuggingFaceStorageWriter, "write_data")}[at]
+        patch.setattr(owner, name, fail)
         with pytest.raises(ValueError, match=r"step_00000002 could not be written .*No space left"):
-            put(tmp_path, 2, keep=1)
+            put(tmp_path, 2)
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000001"]
     checkpoint.verify(tmp_path / "step_00000001")
 
 
-def test_leftovers_of_a_killed_save_are_no_checkpoint_and_are_replaced(tmp_path):
-    put(tmp_path, 1)
-    shutil.copytree(tmp_path / "step_00000001", tmp_path / ".step_00000002.partial")
-    (tmp_path / "step_x").mkdir()
-    assert checkpoint.steps(tmp_path) == [1]
-    put(tmp_path, 2)
-    assert checkpoint.steps(tmp_path) == [1, 2]
-    assert not (tmp_path / ".step_00000002.partial").exists()
+def test_free_space_is_asked_for_ahead(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    needed = int(1.2 * sum(tensor.nbytes for tensor in TENSORS.values()))
+    with pytest.raises(ValueError, match=rf"step_00000002 could not be written \(100 bytes are free and {needed} are"):
+        put(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_a_killed_process_are_no_checkpoint_and_are_removed(tmp_path):
+    put(tmp_path / "checkpoints", 1)
+    for name in (".step_00000002.partial", ".step_00000000.partial"):           # of a save, and of a removal
+        shutil.copytree(tmp_path / "checkpoints/step_00000001", tmp_path / "checkpoints" / name)
+    (tmp_path / "checkpoints/step_x").mkdir()
+    assert checkpoint.steps(tmp_path / "checkpoints") == [1]
+    (tmp_path / "config.toml").write_bytes(files.RUN_MARK)
+    with files.run_folder(tmp_path, checkpoint.ALONE):
+        assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_x"]
 
 
 def test_the_newest_by_number_are_kept(tmp_path):
@@ -71,32 +110,53 @@ def test_the_newest_by_number_are_kept(tmp_path):
         put(tmp_path, step)
     assert checkpoint.steps(tmp_path) == [9, 10, 99_999_999, 100_000_000]
     assert checkpoint.newest(tmp_path).name == "step_100000000"
-    put(tmp_path, 11, keep=3)
+    put(tmp_path, 11, keep=2)                               # the one just written, and two more
     assert checkpoint.steps(tmp_path) == [11, 99_999_999, 100_000_000]
+    put(tmp_path, 100_000_001, keep=1, also=[11])
+    assert checkpoint.steps(tmp_path) == [11, 100_000_000, 100_000_001]
 
 
-@pytest.mark.parametrize("fails", [None, "hash", "exchange"])
+def test_a_damaged_one_counts_for_nothing(tmp_path):
+    for step in (1, 2, 3, 4):
+        put(tmp_path, step)
+    for step in (3, 4):
+        flip(tmp_path / f"step_0000000{step}" / SHARD, 200, 1)
+    verified = set()
+    put(tmp_path, 5, keep=2, verified=verified)
+    assert (checkpoint.steps(tmp_path), verified) == ([2, 3, 4, 5], {1, 2, 5})
+    put(tmp_path, 6, keep=2, verified=verified)             # now the damaged ones are older than two that verify
+    assert checkpoint.steps(tmp_path) == [5, 6]
+    (tmp_path / "step_00000005" / SHARD).unlink()
+    put(tmp_path, 7, keep=2, verified=verified)             # hashed before or not: a file that is gone is noticed
+    put(tmp_path, 8, keep=3, verified=verified)
+    assert checkpoint.steps(tmp_path) == [6, 7, 8]
+
+
+def test_pruning_never_leaves_half_of_one_under_its_name(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        put(tmp_path, step)
+    removed = []
+    monkeypatch.setattr(checkpoint, "remove", lambda path: removed.append(path.name))
+    checkpoint.prune(tmp_path, 3, 2)
+    assert removed == [".step_00000001.partial"]
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+@pytest.mark.parametrize("fails", [None, "hash"])
 def test_the_same_step_again_replaces_it_once_it_is_complete(tmp_path, monkeypatch, fails):
     old = put(tmp_path, 5)
-    seen = []
+    seen, hash_file = [], checkpoint.hash_file
 
     def look(file):
-        seen.append(checkpoint.verify(old))                   # the old one is there, and in order
-        if fails == "hash":
-            raise OSError(5, "Input/output error")
+        if file.parent != old:
+            seen.append(checkpoint.read_manifest(old))        # the old one is there, and in order
+            if fails == "hash":
+                raise OSError(5, "Input/output error")
         return hash_file(file)
-
-    def exchange(new, old):
-        if fails == "exchange":
-            raise OSError(5, "Input/output error")
-        return really_exchange(new, old)
-    hash_file, really_exchange = checkpoint.hash_file, files.exchange
-    monkeypatch.setattr(files, "exchange", exchange)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "verify", lambda path: path.stat())
         patch.setattr(checkpoint, "hash_file", look)
         with pytest.raises(ValueError, match="could not be written") if fails else contextlib.nullcontext():
-            checkpoint.save(tmp_path, 5, {"a": torch.zeros(2)}, {}, {}, 3)
+            put(tmp_path, 5, tensors={"model/a": torch.zeros(2)})
     assert seen
     checkpoint.verify(old)
     assert set(checkpoint.load(checkpoint.newest(tmp_path))[0]) == ({"a.weight", "b"} if fails else {"a"})
@@ -104,17 +164,29 @@ def test_the_same_step_again_replaces_it_once_it_is_complete(tmp_path, monkeypat
 
 
 def test_files_and_their_folder_reach_the_disk_before_the_name_is_given(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr("core.files.sync", lambda path: synced.append((str(path), checkpoint.steps(tmp_path))))
+    synced, real = [], os.fsync
+
+    def note(descriptor):
+        synced.append((os.readlink(f"/proc/self/fd/{descriptor}").rpartition("/")[2], checkpoint.steps(tmp_path)))
+        real(descriptor)
+    monkeypatch.setattr(os, "fsync", note)
     put(tmp_path, 7)
-    partial = tmp_path / ".step_00000007.partial"
-    files = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
-    assert {(str(partial / name), ()) for name in files} | {(str(partial), ())} <= {(p, tuple(s)) for p, s in synced}
-    assert synced[-1] == (str(tmp_path), [7])
+    before = {name.removeprefix(".").removesuffix(".partial") for name, steps in synced if not steps}
+    assert {SHARD, "state.json", "manifest.json"} <= before
+    assert any("step_00000007" in name for name in before), "the folder itself"
+    assert synced[-1] == (tmp_path.name, [7])
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "missing"])
+# ---- damage
+
+def flip(file, byte: int, bits: int):
+    content = bytearray(file.read_bytes())
+    content[byte] ^= bits
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [SHARD, "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "missing", "link"])
 def test_damage_is_named_and_the_one_before_is_newest(tmp_path, name, damage):
     put(tmp_path, 1)
     path = put(tmp_path, 2)
@@ -125,6 +197,9 @@ def test_damage_is_named_and_the_one_before_is_newest(tmp_path, name, damage):
     (path / name).write_bytes(content)
     if damage == "missing":
         (path / name).unlink()
+    if damage == "link":
+        (path / name).rename(tmp_path / "elsewhere")
+        (path / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=rf"step_00000002 (is damaged: |lacks ){name}"):
         checkpoint.verify(path)
     said = []
@@ -133,18 +208,100 @@ def test_damage_is_named_and_the_one_before_is_newest(tmp_path, name, damage):
     assert said[0].startswith("warning: checkpoint ")
     assert "step_00000002" in said[0]
     (tmp_path / "step_00000001/manifest.json").write_text("{")
-    assert checkpoint.newest(tmp_path, said.append) is None
-    assert "no readable manifest.json" in said[-1]
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be used: .*step_00000002 .*; .*step_00000001 has no "
+                                         r"readable manifest.json; put a good copy"):
+        checkpoint.newest(tmp_path, said.append)
 
 
-def test_a_manifest_that_points_outside_is_refused(tmp_path):
+def test_a_file_too_many_is_refused(tmp_path):
     path = put(tmp_path, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"]["../secret"] = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
-    (tmp_path / "secret").touch()
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"lacks \.\./secret"):
+    shutil.copy(path / SHARD, path / "shard-00002-model-00001-of-00001.safetensors")    # would be read as well
+    with pytest.raises(ValueError, match=r"holds shard-00002.*which does not belong to it"):
         checkpoint.verify(path)
+
+
+def test_every_bit_of_a_manifest_is_minded(tmp_path):
+    path = put(tmp_path, 1)
+    whole = (path / "manifest.json").read_bytes()
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        (path / "manifest.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint .* (is damaged|has no readable|is of an older)"):
+            checkpoint.read_manifest(path)
+    (path / "manifest.json").write_bytes(whole)
+    checkpoint.verify(path)
+
+
+def damage_at_random(path, draw: random.Random) -> str:
+    """What tests/faults does by the hundreds: flip, cut, zero, lengthen, lose, exchange or add a file."""
+    file = draw.choice(sorted(path.iterdir()))
+    content, at = bytearray(file.read_bytes()), draw.randrange(file.stat().st_size)
+    kind = draw.choice(["flip", "flip", "cut", "zero", "longer", "lose", "swap", "extra", "empty"])
+    if kind == "flip":
+        content[at] ^= 1 << draw.randrange(8)
+    elif kind == "cut":
+        content = content[:at]
+    elif kind == "zero":
+        content[at:at + 64] = bytes(b ^ 255 if not any(content[at:at + 64]) else 0 for b in content[at:at + 64])
+    elif kind == "longer":
+        content += bytes([draw.randrange(256)])
+    elif kind == "empty":
+        content = b""
+    if kind == "lose":
+        file.unlink()
+    elif kind == "swap":
+        other = draw.choice([each for each in sorted(path.iterdir()) if each != file])
+        content = other.read_bytes()
+        file.write_bytes(content)
+    elif kind == "extra":
+        (path / draw.choice(["x.safetensors", ".metadata", "shard-00009-model-00001-of-00001.safetensors"])).touch()
+    else:
+        file.write_bytes(content)
+    return f"{kind} at {at} of {file.name}"
+
+
+def test_random_damage_is_found(tmp_path):
+    good = put(tmp_path / "good", 1)
+    for seed in range(100):
+        bad = tmp_path / "bad/step_00000001"
+        shutil.copytree(good, bad)
+        what = damage_at_random(bad, random.Random(seed))
+        assert checkpoint.find_damage(bad), what
+        shutil.rmtree(bad)
+    checkpoint.verify(good)
+
+
+SHA = hashlib.sha256(b"").hexdigest()
+
+
+@pytest.mark.parametrize("files", [
+    {}, {"../secret": {"bytes": 0, "sha256": SHA}}, {"/etc/passwd": {"bytes": 0, "sha256": SHA}},
+    {"state.json": {"bytes": 0}}, {"state.json": {"bytes": True, "sha256": SHA}}, {"state.json": None},
+    {"state.json": {"bytes": "0", "sha256": SHA}}, {"state.json": {"bytes": 0, "sha256": 5}}, {"a\0b": {}}])
+def test_a_manifest_of_nonsense_with_the_right_hash_is_refused(tmp_path, files):
+    path = put(tmp_path, 1)
+    (tmp_path / "secret").touch()
+    (path / "manifest.json").write_text(checkpoint.render(files))
+    with pytest.raises(ValueError, match=r"^checkpoint .*step_00000001 (lacks|is damaged|has no readable|holds)"):
+        checkpoint.verify(path)
+
+
+@pytest.mark.parametrize("text", ['{"files": {}}', "[]", "null", "1", '"x"', '{"files": 3}', "{", "[" * 100_000, "",
+                                  '{"format": 2, "files": {}, "sha256": 0}', "9" * 5000])
+def test_a_manifest_that_is_none_is_refused(tmp_path, text):
+    path = put(tmp_path, 1)
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"^checkpoint .*step_00000001 (has no|is of an older|is damaged|lacks)"):
+        checkpoint.verify(path)
+
+
+def test_an_older_format_is_refused_with_what_to_do(tmp_path):
+    path = put(tmp_path, 1)
+    files = {"state.json": checkpoint.record_of(path / "state.json")}
+    (path / "manifest.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(ValueError, match="is of an older format; finish its run with the version that wrote it"):
+        checkpoint.newest(tmp_path, lambda line: None)
 
 
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from retention import Batch, UnreadText, bits, cross_entropy, learning, methods, some_batch, toy
-from safetensors.torch import load_file
 from torch import nn
 
+from core import checkpoint
 from learn import ewc as ewc_module
 from learn.ewc import EWCConfig, draw_labels, estimate_fisher
 from learn.method import take_sequences
@@ -168,8 +168,8 @@ def test_the_fisher_is_kept_with_the_run_and_only_for_what_it_was_made_of(tmp_pa
     first, again = build(), build(general_text=UnreadText())
     assert all(torch.equal(again.fisher[name], value) for name, value in first.fisher.items())
     (stored,) = tmp_path.iterdir()
-    assert {k: v.shape for k, v in load_file(stored / "fisher.safetensors").items()} == \
-        {k: v.shape for k, v in first.fisher.items()}
+    shapes = {name: shape for name, (shape, _) in checkpoint.Stored(stored).known.items()}
+    assert shapes == {name: value.shape for name, value in first.fisher.items()}
     assert "4 of 1,000 sequences" in again.notes[0]
     for other in ({"fingerprint": "base a, text c"}, {"settings": {"samples": 2}}, {"settings": {"fisher": "true"}},
                   {"seed": 1}, {"embeddings": False}):
@@ -177,6 +177,29 @@ def test_the_fisher_is_kept_with_the_run_and_only_for_what_it_was_made_of(tmp_pa
             build(general_text=UnreadText(), **other)
     build("base a, text c")
     assert [folder.name.rpartition("_")[0] for folder in tmp_path.iterdir()] == ["fisher"] * 2, "one for each text"
+
+
+@pytest.mark.parametrize("damage", ["flip", "lose", "cut", "add"])
+def test_a_damaged_fisher_is_not_used_but_estimated_again(tmp_path, damage):
+    def build(**more):
+        made, = methods(built=toy(dtype=torch.float32), ewc=EWCConfig(0.1), folder=tmp_path, fingerprint="a", **more)
+        return made
+
+    first = build()
+    folder, = tmp_path.iterdir()
+    file = next(folder.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes({"flip": content, "cut": content[:-1]}.get(damage, file.read_bytes()))
+    if damage == "lose":
+        file.unlink()
+    elif damage == "add":
+        (folder / "more.safetensors").write_bytes(content)
+    with pytest.raises(AssertionError, match="stored"):
+        build(general_text=UnreadText())
+    again = build()
+    assert all(torch.equal(again.fisher[name], value) for name, value in first.fisher.items())
+    checkpoint.verify(folder)
 
 
 def test_ewc_with_nothing_to_hold_down():

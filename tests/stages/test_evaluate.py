@@ -68,13 +68,13 @@ def test_dry_run_says_what_the_run_costs_and_leaves_nothing(lab, tmp_path, monke
     before = set(tmp_path.iterdir())
     monkeypatch.setattr(train.tempfile, "tempdir", str(tmp_path))
     calls = dict.fromkeys(("score_heldout", "save"), 0)
-    for name in calls:
-        real = getattr(train, name)
+    for name, owner in (("score_heldout", train), ("save", train.Saver)):
+        real = getattr(owner, name)
 
         def counted(*args, name=name, real=real):
             calls[name] += 1
             return real(*args)
-        monkeypatch.setattr(train, name, counted)
+        monkeypatch.setattr(owner, name, counted)
     status, said, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run", steps=1000))
     assert (status, errors) == (0, "")
     assert calls == {"score_heldout": 1, "save": 1}

@@ -82,7 +82,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(lab, tmp_path, m
     out, c = tmp_path / "run", settings(lab, tmp_path / "run", "--train.save-every", 2)
     crash_at(monkeypatch, c, 7)
     newest = out / "checkpoints/step_00000006"
-    file = newest / "optimizer.safetensors"
+    file = newest / "shard-00001-model-00001-of-00001.safetensors"
     if damage == "flip":
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
@@ -162,7 +162,7 @@ def test_whatever_changes_the_steps_makes_it_another_run(base, tmp_path):
     for words in OTHER_RUNS:
         assert known(*words) != plain, words
     assert known("--train.micro-batch-size", 1, "--log.every", 3, "--eval.every", 2, "--train.save-every", 2,
-                 "--train.keep", 1, "--eval.sample-tokens", 5, "--model.activation-checkpointing") == plain
+                 "--train.keep", 2, "--eval.sample-tokens", 5, "--model.activation-checkpointing") == plain
     # Where evaluations decide the data, and where blocks thaw by the run's share, these count.
     for words, more in ((["--forget.adaptive.policy", "budget", "--eval.every", 2], ["--eval.every", 3]),
                         (["--forget.freeze.schedule", "progressive", "--data.schedule", "static",
@@ -181,21 +181,48 @@ def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, cap
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_full_disk_during_a_save(lab, tmp_path, monkeypatch, capsys):
-    """The system's limit on a file's size stands for a full disk: both fail in the middle of a write."""
-    out = tmp_path / "run"
-    crash_at(monkeypatch, settings(lab, out, "--train.save-every", 2), 2)
-    capsys.readouterr()
+def limit_files(size: int):
+    """The system's limit on a file's size stands for a full disk: both fail in the middle of a write. Returns what sets
+    the old one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_training_goes_on_over_a_failed_save_and_stops_at_the_end(lab, tmp_path, monkeypatch, capsys, whole):
+    out, words = tmp_path / "run", ("--train.save-every", 2)
+    crash_at(monkeypatch, settings(lab, out, *words), 2)
+    capsys.readouterr()
+    undo = limit_files(30_000)
     try:
-        status, _, errors = command(monkeypatch, capsys, arguments(lab, out, "--train.save-every", 2))
+        status, said, errors = command(monkeypatch, capsys, arguments(lab, out, *words))
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        undo()
     assert status == 2
-    assert re.fullmatch(r"error: .*step_00000004.*\n", errors)
+    assert re.fullmatch(r"error: checkpoint .*step_00000008 could not be written .*; make room, and .*\n", errors)
+    assert [f"step_0000000{step} could not be written" in said for step in (4, 6, 8)] == [True] * 3
     assert [f.name for f in (out / "checkpoints").iterdir()] == ["step_00000002"]
     checkpoint.verify(out / "checkpoints/step_00000002")
+    assert not (out / "final").exists()
+    assert train.train(settings(lab, out, *words), one()) == 0
+    same_checkpoint(out, whole[0], 8)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(lab, tmp_path, monkeypatch, capsys, whole):
+    out, undo = tmp_path / "run", []
+    spy(monkeypatch, 1, lambda: undo.append(limit_files(30_000)))
+    real = resume.Saver.wait
+
+    def wait(saver):
+        real(saver)
+        if saver.error and undo:
+            assert saver.error.startswith(f"checkpoint {out}/checkpoints/step_00000002 could not be written")
+            undo.pop()()
+    monkeypatch.setattr(resume.Saver, "wait", wait)
+    assert train.train(settings(lab, out, "--train.save-every", 2), one()) == 0
+    assert checkpoint.steps(out / "checkpoints") == [4, 6, 8]
+    assert "warning: checkpoint " in capsys.readouterr().out
+    same_checkpoint(out, whole[0], 8)
 
 
 LORA = ["--lora.rank", 4, "--lora.dropout", 0.1]
@@ -235,9 +262,10 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
     first = [json.loads((folder / "eval.json").read_text())["before"] for folder in (trunk, tmp_path / "third")]
     assert first[0] == first[1]
     shutil.copytree(step5, tmp_path / "alone/checkpoints/step_00000005")
-    with pytest.raises(ValueError, match=r"is in no run folder with an eval_step_0\.json"):
-        train.train(run_of(base, tmp_path / "w", *annealed, "--train.branch-from",
-                           tmp_path / "alone/checkpoints/step_00000005"), one())
+    alone = tmp_path / "w"                                 # a checkpoint knows what was known before its run
+    train.train(run_of(base, alone, *annealed, "--train.branch-from", tmp_path / "alone/checkpoints/step_00000005"),
+                one())
+    assert (alone / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
     with pytest.raises(ValueError, match="has no readable manifest"):
         train.train(run_of(base, tmp_path / "z", "--train.branch-from", tmp_path / "nowhere"), one())
 
