@@ -153,7 +153,7 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, wo
     out, start, done = Path(out), time.perf_counter(), 0
     make_folder(out)
     # The files take their names in the opposite order.
-    with claim_folder(out, overwrite), new_file(out / "drops.json") as report_file, \
+    with claim_results(out, overwrite), new_file(out / "drops.json") as report_file, \
             new_file(out / kinds.CLEANED[1], "wb") as compressed, new_file(out / kinds.CLEANED[0], "wb") as kept, \
             tempfile.TemporaryFile(dir=out) as scored:
         with WorkerPool(workers, settings) as pool, tqdm(unit="B", unit_scale=True, disable=None, desc="clean") as bar:
@@ -181,7 +181,7 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, wo
 
 
 @contextlib.contextmanager
-def claim_folder(out: Path, overwrite: bool):
+def claim_results(out: Path, overwrite: bool):
     """The folder `out`, locked; UserError where it holds results that would be lost. A run that was killed at its very
     end leaves the partial report, and results without their drops.json may be its own."""
     with lock_folder(out / ".lock", out):

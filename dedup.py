@@ -75,7 +75,7 @@ def dedup(options: Dedup) -> dict:
         next(read_records([path], reading), None)
     benchmarks = duplicates.Benchmarks(against) if against else None
     make_folder(out)
-    with claim_folder(out, options.output.overwrite, files + against) as work:
+    with claim_results(out, options.output.overwrite, files + against) as work:
         return dedup_into(out, work, files, against, benchmarks, options)
 
 
@@ -109,7 +109,7 @@ def _stamp(path: str) -> list:
 
 
 @contextlib.contextmanager
-def claim_folder(out: Path, overwrite: bool, inputs: list[str]):
+def claim_results(out: Path, overwrite: bool, inputs: list[str]):
     """out/.dedup, new or left by a run that was stopped, with `out` locked; it goes when the results are complete.
     UserError where `out` holds anything that would be lost."""
     work = out / ".dedup"

@@ -35,7 +35,7 @@ from core import cli
 from core.config import is_on, setting
 from core.devices import DTYPES, pick_device
 from core.errors import UserError
-from core.files import new_file, refuse_existing
+from core.files import claim_folder, new_file
 from generate import Settings, decode, end_ids, first_ids
 from learn.adaptive import Adaptive, AdaptiveConfig
 from learn.ema import EMA, EMAConfig
@@ -136,17 +136,17 @@ def merge_command(c: Merge) -> dict:
     if both := set(c.domain) & set(c.general):
         raise UserError(f"{min(both)} is named by --domain and by --general; it can be only one of them")
     out, overwrite, texts = c.output.out, c.output.overwrite, {file: file for file in c.domain + c.general}
-    refuse_existing(out, overwrite, hf.FOLDER)
 
     def score(model, folder):
         tok = tokenizer.load(hf.open_base(folder).folder)
         return evaluation.score_files(model, tok, texts, c.reading, c.context)[0]
 
-    if c.alpha is not None:
-        found = merge(c.base, c.model, out, c.alpha, c.merging, overwrite=overwrite)
-    else:
-        found = merge_best(c.base, c.model, out, score, c.general, c.merging, DTYPES[c.computing.dtype],
-                           pick_device(c.computing.device), overwrite=overwrite)
+    with claim_folder(out, overwrite, hf.FOLDER):
+        if c.alpha is not None:
+            found = merge(c.base, c.model, out, c.alpha, c.merging, overwrite=overwrite)
+        else:
+            found = merge_best(c.base, c.model, out, score, c.general, c.merging, DTYPES[c.computing.dtype],
+                               pick_device(c.computing.device), overwrite=overwrite)
     print(f"{out}: {c.merging.method}, {found['alpha']:g} of the way from {c.base} to {c.model}")
     return found
 

@@ -25,7 +25,7 @@ from core import cli
 from core.config import setting
 from core.devices import DTYPES
 from core.errors import UserError, nearest
-from core.files import refuse_existing
+from core.files import claim_folder
 from learn import adapters
 from learn.peft_files import TENSORS, load_adapter
 
@@ -233,8 +233,8 @@ class Merge:
 
 def merge_command(options: Merge) -> dict:
     out = options.output.out
-    refuse_existing(out, options.output.overwrite, hf.FOLDER)
-    result = merge_folders(options.base, options.adapter, out, DTYPES.get(options.dtype), options.any_base)
+    with claim_folder(out, options.output.overwrite, hf.FOLDER):
+        result = merge_folders(options.base, options.adapter, out, DTYPES.get(options.dtype), options.any_base)
     print(f"{result['trained']}\n{out}: merged in fp32, written in {result['dtype']}; largest logit difference "
           f"{result['largest_logit_difference']:.2g} of logits up to {result['largest_logit']:.3g}, 64 random tokens")
     print("the adapter by itself:", *result["handoff"], sep="\n  ")

@@ -21,7 +21,7 @@ import hf
 from core import cli
 from core.cli import Output, Positional, Reading
 from core.errors import UserError
-from core.files import new_folder, refuse_existing
+from core.files import claim_folder, new_folder
 from text.corpus import read_documents
 from text.extend_vocabulary import Learning, NewRows, Report, add, extend, report_command, resize
 from text.train_vocabulary import FOLDER, Compare, Train, compare_command, train, train_command
@@ -115,11 +115,10 @@ def write_change(options: Change, change) -> dict[int, str]:
         with new_folder(out, overwrite, FOLDER) as folder:
             parts = change(options.tokenizer, folder)
     else:
-        refuse_existing(out, overwrite, hf.FOLDER)
         base = hf.open_base(options.model)
         # Both are read for what is wrong with them.
         _ = base.config, hf.tensor_files(base.folder)
-        with tempfile.TemporaryDirectory() as folder:
+        with claim_folder(out, overwrite, hf.FOLDER), tempfile.TemporaryDirectory() as folder:
             parts = change(base.folder, folder)
             save_model(base, folder, parts, out, options.rows)
     tokens = load(out).tokens

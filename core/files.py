@@ -38,8 +38,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEFTOVER = re.compile(r"\.(.+)\.(partial|old|lock)")
 # What every config.toml of a run holds.
 RUN_MARK = b"[forget."
-# Descriptors of the locks that this process holds.
-_held = set()
+# Descriptors of the locks that this process holds, and the lock files that a whole command of it holds.
+_held, _claimed = set(), set()
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,22 @@ def new_folder(path, overwrite: bool = False, kind: FolderKind | None = None):
             clear_name(path)
 
 
+@contextlib.contextmanager
+def claim_folder(path, overwrite: bool, kind: FolderKind):
+    """For a whole command what `new_folder` does at its end: refuse what is there, and lock the place."""
+    path = resolve_name(path)
+    make_folder(path.parent)
+    lock = path.with_name(f".{path.name}.lock")
+    with lock_folder(lock, path):
+        clear_name(path)
+        refuse_existing(path, overwrite, kind)
+        _claimed.add(lock)
+        try:
+            yield
+        finally:
+            _claimed.discard(lock)
+
+
 def resolve_name(path) -> Path:
     """The place of a folder that is to be written, however it was spelled: the folder that a link names is replaced,
     and the link stays. UserError where it can be no new folder's."""
@@ -280,6 +296,9 @@ def clear_leftovers(folder: Path) -> None:
 @contextlib.contextmanager
 def lock_folder(lock: Path, folder: Path):
     """The lock on `folder`, with who holds it written into the file `lock`, until the block or the process ends."""
+    if lock in _claimed:
+        yield
+        return
     with lock_file(lock, f"{folder} is being written by another process") as descriptor:
         words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         who = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: {words}"
@@ -329,10 +348,17 @@ def take_lock(path: Path, refusal: str, wait: bool) -> int:
         os.close(descriptor)
 
 
+def let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+    _claimed.clear()
+
+
 @functools.cache
 def let_children_go() -> None:
     """Let processes forked from this one leave its locks, so that none outlives it in a worker."""
-    os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in _held] and _held.clear())
+    os.register_at_fork(after_in_child=let_go)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 import sysconfig
 import time
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core import cli
 from core.errors import UserError
-from core.files import read_json, write_json, write_text
+from core.files import read_json, refuse_existing, remove, write_json, write_text
 from core.hashing import short_digest
 
 # The fewest and the most characters of one record.
@@ -277,7 +276,13 @@ def demo(options: Demo) -> dict:
     code = b"".join(file.read_bytes() for file in sorted([*Path().glob("*.py"), *Path().glob("*/*.py")]))
     stated = {"code": short_digest(code), "commands": [words for _, words in commands]}
     if (out / "summary.json").exists() or not (plan.exists() and read_json(plan) == stated):
-        shutil.rmtree(out, ignore_errors=True)
+        if not plan.exists():
+            refuse_existing(out)
+        # While the old files go, what says that this is a demo's folder stays, and says that they do not fit.
+        write_json(plan, {})
+        for path in out.iterdir():
+            if path != plan:
+                remove(path)
         make_corpora(out)
         write_json(plan, stated)
     for done, words in commands:

@@ -14,7 +14,6 @@ text, because tokens of two vocabularies stand for different amounts of it.
    trained from scratch on each. WordPiece drops white space at no cost, so its result looks better than it is.
 """
 
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from forgetting import RESULTS, save_study  # noqa: E402
 import tokenizer  # noqa: E402
 from core import cli  # noqa: E402
 from core.errors import UserError  # noqa: E402
-from core.files import read_json  # noqa: E402
+from core.files import read_json, refuse_existing  # noqa: E402
 from text.corpus import read_documents, utf8  # noqa: E402
 from text.extend_vocabulary import NewRows, extend  # noqa: E402
 from text.heldout import is_held_out  # noqa: E402
@@ -127,9 +126,7 @@ def study(options: Study) -> None:
     for name in (BASE, STORIES, *LEGAL):
         if not (data / name).exists():
             raise UserError(f"{data / name} does not exist; name a folder that has it as --data")
-    # What an earlier study left.
-    for name in ("shards", "tokenizer", "models", "runs"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    refuse_existing(out)
     size, results = (QUICK, out) if options.quick else (FULL, RESULTS)
     parts = prepare(data, out)
     rows = [continue_base(data, out, method, size, parts) for method in size["methods"]]

@@ -17,6 +17,7 @@ import numpy as np
 from core import cli
 from core.config import merge, quote_key, read_toml, setting
 from core.errors import UserError
+from core.files import new_file
 from text.packing import pack_sources
 from text.shards import Shards, read_buckets
 
@@ -399,7 +400,6 @@ def preview_mix(recipe: str, words: list[str], picture: Path) -> dict:
     refusals, warnings = judge_epochs(epochs, sources)
     notes = [*describe_mix(config, sources), *warnings,
              *(f"warning: train.py refuses this plan: {refusal}" for refusal in refusals)]
-    picture.parent.mkdir(parents=True, exist_ok=True)
     draw_shares(picture, title, sources, measure_shares(config, sources, plan, 200))
     print(*notes, f"picture: {picture}", sep="\n")
     shares, empty = replay_strata(sources, config.strata)
@@ -445,4 +445,5 @@ def draw_shares(path, title: str, sources: dict[str, SourceConfig], rows: list[d
     with rc_context({"text.parse_math": False}):
         figure.legend([*areas, *lines], [*colours, "domain, wanted"], loc="outside right upper", fontsize=8,
                       frameon=False)
-        figure.savefig(path)
+        with new_file(path, "wb") as file:
+            figure.savefig(file, format=Path(path).suffix[1:] or "png")

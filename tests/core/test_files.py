@@ -461,3 +461,25 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path):
     write_text(tmp_path / "notes.md", "mine")
     with run_folder(tmp_path, ONE, {"final": KIND}):
         pass
+
+
+def test_a_command_claims_its_folder_before_the_long_job(tmp_path):
+    def work(text):
+        with files.claim_folder(tmp_path / "box", True, KIND):
+            with new_folder(tmp_path / "box", True, KIND) as partial:
+                write_text(partial / "box.json", text)
+            with new_folder(tmp_path / "other") as partial:
+                write_text(partial / "file", text)
+            if not os.fork():
+                # Another process is refused, and a claim is none of a forked one's.
+                with pytest.raises(UserError, match="is being written by another process"), enter(tmp_path / "box", ""):
+                    os._exit(1)
+                os._exit(0)
+            assert os.wait()[1] == 0
+    work("ours")
+    remove(tmp_path / "other")
+    work("ours again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["box", "other"]
+    write_text(tmp_path / "box/thesis.txt", "years")
+    with pytest.raises(UserError, match="thesis"), files.claim_folder(tmp_path / "box", True, KIND):
+        pytest.fail("the block must not run")

@@ -325,14 +325,14 @@ def test_a_stopped_demo_ends_with_the_status_of_its_part_and_goes_on_from_there(
         if program == "report.py":
             folder.write_text("page")
             return
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / ("tokenizer.json" if name == "tokenizer" else "manifest.json")).write_text("{}")
         if program == "train.py":
             (folder / "eval.json").write_text(json.dumps({"before": score, "after": score}))
 
     def make_corpora(folder):
         calls.append("corpora")
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr(demo.cli, "run_command", run_command)
     monkeypatch.setattr(demo, "make_corpora", make_corpora)
     monkeypatch.chdir(tmp_path)
@@ -351,3 +351,6 @@ def test_a_stopped_demo_ends_with_the_status_of_its_part_and_goes_on_from_there(
     (out / "summary.json").unlink()
     (out / "plan.json").write_text("{}")
     assert run() == (0, whole)                                  # and so does one of other commands
+    (out / "plan.json").rename(out / "thesis.txt")
+    assert run() == (2, [])                                     # but not in a folder that no demo has made
+    assert (out / "thesis.txt").exists()
