@@ -71,8 +71,8 @@ class FolderKind:
             name.match(pattern) and len(name.parts) == pattern.count("/") + 1 for pattern in self.files)
 
 
-# What a run makes before its config.toml.
-BEGUN = FolderKind("run folder", (".lock", "fisher_*/*", "events.out.tfevents.*"))
+# What a run makes before its config.toml, and what shells and batch systems log beside it.
+BEGUN = FolderKind("run folder", (".lock", "fisher_*/*", "events.out.tfevents.*", "*.log", "*.out", "*.err"))
 
 
 def list_names(folder: Path) -> list[PurePath]:
@@ -397,7 +397,7 @@ def refuse_no_run(folder: Path) -> None:
     if file_holds(folder / "config.toml", RUN_MARK):
         return
     empty = folder / "metrics.jsonl"
-    if foreign := [name for name in list_names(folder) if not BEGUN.holds(name)
+    if foreign := [name for name in list_names(folder) if not BEGUN.holds(name) and name.parts[0] != "wandb"
                    and not (folder / name == empty and not empty.stat().st_size)]:
         raise UserError(f"{folder} holds {name_some(foreign)} and is no run folder, so files would be lost there; "
                         f"choose another --out")

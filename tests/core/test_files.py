@@ -448,13 +448,15 @@ def test_a_run_begins_in_no_folder_with_files_that_it_would_delete(tmp_path, fou
 
 
 def test_a_run_goes_on_where_it_was_killed(tmp_path):
-    for name, text in (("metrics.jsonl", ""), ("fisher_1/fisher.safetensors", "F"), (".config.toml.partial", "[for"),
+    for name, text in (("metrics.jsonl", ""), ("wandb/run/files/config.yaml", "text"), ("slurm-1.out", "begun"),
+                       ("fisher_1/fisher.safetensors", "F"), (".config.toml.partial", "[for"),
                        (".fisher_2.partial/text.json", "{}"), (".lock", "pid 1"),
                        ("checkpoints/.step_1.partial/a", "")):
         write_text(tmp_path / name, text)
     with run_folder(tmp_path, ONE, {"final": KIND}):
         assert sorted(path.name for path in tmp_path.rglob("*")) == [
-            ".lock", "checkpoints", "fisher.safetensors", "fisher_1", "metrics.jsonl"]
+            ".lock", "checkpoints", "config.yaml", "files", "fisher.safetensors", "fisher_1", "metrics.jsonl", "run",
+            "slurm-1.out", "wandb"]
     write_text(tmp_path / "config.toml", "[forget.ewc]")
     write_text(tmp_path / "final/box.json", "ours")
     # What the user puts beside a run's own files is not in the run's way.
