@@ -73,7 +73,7 @@ def dedup(options: Dedup) -> dict:
     # The first record of every file is read before any work, so that a wrong file is refused at once.
     for path in files:
         next(read_records([path], reading), None)
-    benchmarks = duplicates.Benchmarks(against) if against else None
+    benchmarks = duplicates.Benchmarks(against, reading) if against else None
     make_folder(out)
     with claim_results(out, options.output.overwrite, files + against) as work:
         return dedup_into(out, work, files, against, benchmarks, options)

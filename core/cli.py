@@ -34,7 +34,7 @@ import tyro
 from safetensors import SafetensorError
 
 from core import signals
-from core.config import check_limits, merge, quote_key, read_toml, setting_names, tables, unquote_key
+from core.config import check_limits, merge, quote_key, read_toml, setting, setting_names, tables, unquote_key
 from core.errors import UserError, nearest
 from core.files import write_json
 from core.output import keep_printing
@@ -66,6 +66,14 @@ class Reading:
     """The configuration of a Hub dataset."""
     split: str = "train"
     """The split of a Hub dataset."""
+    max_record_mb: float = setting(16.0, above=0, at_most=1e6)
+    """A larger document is refused: to tokenise one takes about 150 times its size in memory."""
+    max_expansion: float = setting(200.0, at_least=1, at_most=1e9)
+    """A compressed file that grows more than so many times is refused, from 128 MB on."""
+
+    @property
+    def max_bytes(self) -> int:
+        return int(self.max_record_mb * 1e6)
 
 
 @dataclass

@@ -98,7 +98,7 @@ def read_json(path, kind: type = object):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; make or fetch it again") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object of named values")
@@ -123,11 +123,13 @@ def new_file(path, mode: str = "w"):
     Where another process writes the same file, it is waited for: the last one's file stays.
     """
     path, encoding = Path(path), None if "b" in mode else "utf-8"
+    # A name that is no UTF-8 stands in a text as an escape, which is JSON's too.
+    errors = None if "b" in mode else "backslashreplace"
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file in it")
     if path.exists() and (not path.is_file() or str(path).startswith(("/dev/", "/proc/"))):
         # A device or a pipe (/dev/null, /dev/stdout, a fifo) is written to and never replaced.
-        with open(path, mode, encoding=encoding) as handle:
+        with open(path, mode, encoding=encoding, errors=errors) as handle:
             yield handle
         return
     # Where a link names a file, that file is replaced, and the link stays.
@@ -137,7 +139,7 @@ def new_file(path, mode: str = "w"):
     with naming_full_disks(path), lock_file(partial, wait=True) as descriptor:
         try:
             os.ftruncate(descriptor, 0)
-            with open(descriptor, mode, encoding=encoding, closefd=False) as handle:
+            with open(descriptor, mode, encoding=encoding, errors=errors, closefd=False) as handle:
                 yield handle
                 handle.flush()
                 os.fsync(descriptor)

@@ -10,14 +10,18 @@ import csv
 import io
 import itertools
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 from core.cli import Reading
 from core.errors import UserError
+from core.files import read_json
+from text import kinds
 from text.kinds import CLEANED, KNOWN, LISTS, identify, list_files, name_faults, open_bytes
 
-# Characters read at a time where a separator stands between documents.
-SEPARATED_CHUNK = 1 << 20
+# Characters read at a time where a separator stands between documents; bytes of rows of parquet decoded together.
+SEPARATED_CHUNK, BATCH_BYTES = 1 << 20, 1 << 26
 _to_json = json.JSONEncoder(ensure_ascii=False, default=str).encode
 # What may stand where a text or a record should, in the words of JSON.
 FOUND = {bool: "true or false", int: "a number", float: "a number", bytes: "bytes", str: "a string", list: "a list",
@@ -67,7 +71,14 @@ def read_records(files: list[str], reading: Reading | None = None, text_only: bo
                 record[reading.column] = ""
             elif not isinstance(text, str):
                 raise _describe_record(where, record, reading.column)
+            elif len(text) > reading.max_bytes:
+                raise refuse_size(where, reading)
             yield where, record
+
+
+def refuse_size(where: str, reading: Reading) -> UserError:
+    return UserError(f"{where} holds more than {reading.max_record_mb:g} MB in one document; cut it into documents "
+                     f"(--documents, --separator), or raise --max-record-mb if it is to be one")
 
 
 def _flatten(record, column: str):
@@ -105,49 +116,91 @@ def read_values(path: str, reading: Reading, text_only: bool = False, lists: boo
     if kind == "tokens":
         raise UserError(f"input file {path} has the name of token ids, no plain text; data.py pack alone reads it")
     if kind in LISTS and not lists:
-        remedy = f"make one object a line of it: jq -c '.[]' {path} > NAME.jsonl" if kind == "json" else \
-            "make it .jsonl, one {\"text\": ...} a line"
-        raise UserError(f"input file {path} is a list in {kind.upper()}, no plain text; known are {KNOWN}; {remedy}")
+        what, remedy = f"is a list in {kind.upper()}", "make it .jsonl, one {\"text\": ...} a line"
+        if kind == "json":
+            with open_bytes(path) as file:
+                is_object = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+            what = "is one JSON object over many lines" if is_object else what
+            remedy = f"make one object a line of it: jq -c '{'.' if is_object else '.[]'}' {path} > NAME.jsonl"
+        raise UserError(f"input file {path} {what}, no plain text; known are {KNOWN}; {remedy}")
     fault = {"hub": "cannot be read from the Hub", "parquet": "is not a readable parquet file (fetch it again)",
              "json": "is not a list in JSON (convert it or fetch it again)"}
     with name_faults(path, fault.get(kind, "cannot be read; fetch it again")):
+        if kind != "hub":
+            kinds.refuse_bomb(path, reading.max_expansion)
         if kind == "hub":
             from datasets import load_dataset
             name, _, revision = path.removeprefix("hf://").partition("@")
             rows = load_dataset(name, reading.config, split=reading.split, streaming=True, revision=revision or None)
             yield from ((f"{path} record {number}", row) for number, row in enumerate(rows, 1))
         elif kind == "parquet":
-            yield from _parquet_rows(path, reading.column if text_only else None)
+            yield from _parquet_rows(path, reading.column if text_only else None, reading)
         elif kind == "lines":
-            yield from _json_lines(path)
+            yield from _json_lines(path, reading)
         elif kind == "json":
-            with open_bytes(path) as file:
-                items = json.loads(file.read().decode("utf-8-sig"))
+            with open_bytes(path, reading.max_expansion) as file:
+                text = file.read(reading.max_bytes + 1)
+            if len(text) > reading.max_bytes:
+                raise refuse_size(path, reading)
+            items = json.loads(text.decode("utf-8-sig"))
             if not isinstance(items, (list, dict)):
                 raise ValueError(f"it holds one {type(items).__name__}")
             yield from ((path, item) for item in (items.values() if isinstance(items, dict) else items))
         elif kind in LISTS:
-            csv.field_size_limit(2**31 - 1)
-            with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-                yield from ((path, cells) for cells in csv.reader(file, delimiter="\t" if kind == "tsv" else ","))
+            csv.field_size_limit(min(reading.max_bytes, 2**31 - 1))
+            with io.TextIOWrapper(open_bytes(path, reading.max_expansion), encoding="utf-8-sig", newline="") as file:
+                lines = iter(partial(file.readline, reading.max_bytes), "")
+                yield from ((path, cells) for cells in csv.reader(lines, delimiter="\t" if kind == "tsv" else ","))
         else:
             yield from ((path, {reading.column: text}) for text in _text_documents(path, reading))
 
 
-def _parquet_rows(path: str, column: str | None):
-    """(place, record) of each row; with `column` that alone, unless it is missing: a message names the others."""
+def _parquet_rows(path: str, column: str | None, reading: Reading):
+    """(place, record) of each row; with `column` that alone, unless it is missing: a message names the others.
+
+    UserError for a file that is decompressed to more than --max-expansion allows.
+    """
     from pyarrow import parquet
-    file = parquet.ParquetFile(path)
-    has = column and {column, column.partition(".")[0]} & set(file.schema_arrow.names)
-    batches = file.iter_batches(batch_size=1024, columns=[column] if has else None)
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    yield from ((f"{path} row {number}", record) for number, record in enumerate(rows, 1))
+    with parquet.ParquetFile(path) as file:
+        name, number = (column or "").partition(".")[0], 0
+        columns = [column] if {column, name} & set(file.schema_arrow.names) else None
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        chunks = [[chunk for chunk in map(group.column, range(group.num_columns))
+                   if not columns or chunk.path_in_schema.partition(".")[0] == name] for group in groups]
+        # A row of nulls takes next to nothing in the file, and 8 bytes here.
+        size = 8 * file.metadata.num_rows + sum(chunk.total_uncompressed_size for some in chunks for chunk in some)
+        if size > max(kinds.FREE_BYTES, reading.max_expansion * os.path.getsize(path)):
+            raise kinds.refuse_expansion(path, reading.max_expansion)
+        for group, some in enumerate(chunks):
+            for batch in file.iter_batches(_rows_at_a_time(path, group, some, columns), row_groups=[group],
+                                           columns=columns):
+                # The values of a row are made when it is yielded: all rows may refer to one large value.
+                for row in range(batch.num_rows):
+                    number += 1
+                    yield f"{path} row {number}", {key: values[row].as_py() for key, values in
+                                                   zip(batch.schema.names, batch.columns)}
 
 
-def _lines(path: str):
+def _rows_at_a_time(path: str, group: int, chunks: list, columns: list[str] | None) -> int:
+    """How many rows of a row group are decoded together, so that they take about BATCH_BYTES. A dictionary holds a
+    value once, and each row may refer to it. chunks: the metadata of the row group's columns."""
+    from pyarrow import compute, parquet, types
+    size, rows = sum(chunk.total_uncompressed_size for chunk in chunks), max(1, chunks[0].num_values if chunks else 1)
+    texts = [chunk.path_in_schema for chunk in chunks if chunk.physical_type == "BYTE_ARRAY"]
+    with parquet.ParquetFile(path, read_dictionary=texts) as file:
+        first = next(file.iter_batches(1, row_groups=[group], columns=columns), None)
+    dictionaries = [array.dictionary for array in (first.columns if first else ()) if types.is_dictionary(array.type)]
+    longest = max((compute.max(compute.binary_length(values)).as_py() or 0 for values in dictionaries), default=0)
+    return max(1, min(1024, BATCH_BYTES // max(longest, size // rows, 1)))
+
+
+def _lines(path: str, reading: Reading):
     """(number, line) of a file of UTF-8 text; a byte order mark is skipped, and only a line feed ends a line."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
+    most = reading.max_bytes
+    with open_bytes(path, reading.max_expansion) as file:
+        for number, line in enumerate(iter(partial(file.readline, most + 1), b""), 1):
+            if len(line) > most:
+                raise refuse_size(f"{path} line {number}", reading)
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -155,8 +208,8 @@ def _lines(path: str):
                                 f"convert it: iconv -f LATIN1 -t UTF-8, or the encoding it has") from None
 
 
-def _json_lines(path: str):
-    for number, line in _lines(path):
+def _json_lines(path: str, reading: Reading):
+    for number, line in _lines(path, reading):
         if not line.strip():
             continue
         try:
@@ -169,26 +222,36 @@ def _json_lines(path: str):
 
 def _text_documents(path: str, reading: Reading):
     """The texts of a plain file, without line ends around them."""
+    most = reading.max_bytes
     if reading.separator or reading.documents == "file":
-        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="\n") as file:
+        with io.TextIOWrapper(open_bytes(path, reading.max_expansion), encoding="utf-8-sig", newline="\n") as file:
             if not reading.separator:
-                yield file.read()
+                yield file.read(most + 1)
                 return
             rest = ""
             while part := file.read(SEPARATED_CHUNK):
                 # The separator may lie across two chunks, so the last text waits for the next chunk.
                 *complete, rest = (rest + part).split(reading.separator)
                 yield from (text.strip("\r\n") for text in complete)
+                if len(rest) > most:
+                    raise refuse_size(path, reading)
             if rest.strip("\r\n"):
                 yield rest.strip("\r\n")
         return
-    lines = (line for _, line in _lines(path))
+    lines = (line for _, line in _lines(path, reading))
     if reading.documents == "line":
         yield from (line.rstrip("\r\n") for line in lines)
         return
-    for is_blank, block in itertools.groupby(lines, key=lambda line: not line.strip()):
-        if not is_blank:
+    block, size = [], 0
+    for line in itertools.chain(lines, [""]):
+        if line.strip():
+            block.append(line)
+            size += len(line)
+            if size > most:
+                raise refuse_size(path, reading)
+        elif block:
             yield "".join(block).rstrip("\r\n")
+            block, size = [], 0
 
 
 def utf8(text: str) -> bytes:
@@ -226,13 +289,19 @@ def to_line(record: dict) -> bytes:
     return utf8(_to_json(record)) + b"\n"
 
 
-def read_cleaning(path) -> list[dict]:
+def read_cleaning(path, seen: set | None = None) -> list[dict]:
     """What clean.py and dedup.py did to what became the file `path`, by the reports that they left beside it, the first
-    step first: [{"by", "documents", "kept"}]; of clean.py, documents are the parts that it cut them into."""
+    step first: [{"by", "documents", "kept"}]; of clean.py, documents are the parts that it cut them into. At most
+    `most` steps back: a report may name itself as its input."""
     steps, folder = [], Path(path).parent
     for by, name, total in (("clean.py", "drops.json", "parts"), ("dedup.py", "dedup.json", "documents")):
         if Path(path).name == CLEANED[0] and (folder / name).is_file():
-            report = json.loads((folder / name).read_text(encoding="utf-8"))
-            steps += [step for file in report.get("files", ()) for step in read_cleaning(file)]
-            steps.append({"by": by, "documents": report[total], "kept": report["kept"]})
+            report = read_json(folder / name, dict)
+            files = report.get("files") if isinstance(report.get("files"), list) else []
+            steps += [step for file in files if isinstance(file, str) for step in read_cleaning(file, seen)]
+            counts = {"documents": report.get(total), "kept": report.get("kept")}
+            if not all(type(count) is int and 0 <= count < 2**63 for count in counts.values()):
+                raise UserError(f"{folder / name} does not say how many {total} there were, and how many were kept; "
+                                f"remove it, or make it again with {by}")
+            steps.append({"by": by, **counts})
     return steps

@@ -120,10 +120,12 @@ class Benchmarks:
     files: {path: {"items": how many, "too_short": those without a 13-gram}}.
     """
 
-    def __init__(self, paths: list[str]):
+    def __init__(self, paths: list[str], reading: Reading):
+        # Of the options of reading, only the limits are about benchmarks too.
+        reading = Reading(max_record_mb=reading.max_record_mb, max_expansion=reading.max_expansion)
         self.names, self.files, grams = [], {}, []
         for path in paths:
-            of_file = [hash_plain(find_strings(item)) for _, item in read_values(path, Reading(), lists=True)]
+            of_file = [hash_plain(find_strings(item)) for _, item in read_values(path, reading, lists=True)]
             if not of_file:
                 raise UserError(f"benchmark file {path} holds no item")
             grams += of_file

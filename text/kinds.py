@@ -20,6 +20,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from core.cli import Reading
 from core.errors import UserError
 from core.output import escape
 
@@ -33,6 +34,13 @@ PLAIN = re.compile(r"|\.(txt|text|md|markdown|mdx|rst|tex|bib|org|adoc|raw|tok|t
                    r"pyi?|pyx|c|h|cc|cpp|cxx|hpp|cu|java|kt|scala|jsx?|mjs|tsx?|go|rs|rb|php|pl|sh|sql|r|jl|swift|lua|"
                    r"hs|ml|css|clj|ex|erl|cs|vb|fs|dart|m|f|f90|s|asm|v|vhd)")
 MARKUP = (".html", ".htm", ".xhtml", ".xml")
+# Names under which a page that begins as HTML or XML does is no text; in a source file such a beginning is code.
+PROSE = ("", ".txt", ".text", ".md", ".markdown", ".raw", ".log")
+# Decompressed bytes that a file may have at any ratio; bytes of a line that are looked at, and that are parsed, to find
+# what a file is; bytes of a list of names.
+FREE_BYTES, LOOKED_AT, SAMPLED, LIST_BYTES = 1 << 27, 1 << 26, 1 << 20, 1 << 26
+# Text grows less often than so when it is decompressed.
+USUAL_EXPANSION = 16
 # First bytes of formats that hold no plain text, by what they are called in a message.
 BINARY = {b"%PDF": "a PDF", b"PK\3\4": "a zip archive or an Office document", b"\x89PNG": "a PNG picture",
           b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture", b"SQLite format 3": "an SQLite database",
@@ -79,14 +87,57 @@ def find_compression(head: bytes) -> str:
     return "xz" if head[:6] == b"\xfd7zXZ\0" else ""
 
 
-def open_bytes(path: str):
+class Decompressed(io.RawIOBase):
+    """The bytes of a compressed file; UserError where there are more than FREE_BYTES of them and more than `most` times
+    as many as were read of the file."""
+
+    def __init__(self, path: str, form: str, most: float):
+        self.path, self.most, self.done = path, most, 0
+        self.file = open(path, "rb")        # noqa: SIM115
+        if form in ("gzip", "zstd"):
+            import pyarrow
+            self.stream = pyarrow.CompressedInputStream(self.file, form)
+        else:
+            self.stream = {"bz2": bz2.open, "xz": lzma.open}[form](self.file)
+
+    def readable(self) -> bool:
+        return True
+
+    def expansion(self) -> float:
+        return self.done / max(1, self.file.tell())
+
+    def readinto(self, buffer) -> int:
+        count = self.stream.readinto(buffer)
+        self.done += count
+        if self.done > FREE_BYTES and self.expansion() > self.most:
+            raise refuse_expansion(self.path, self.most)
+        return count
+
+    def close(self):
+        if not self.closed:
+            self.stream.close()
+            self.file.close()
+        super().close()
+
+
+def refuse_expansion(path: str, most: float) -> UserError:
+    return UserError(f"{path} grows more than {most:g} times when it is decompressed, as a file that is made to fill "
+                     f"the memory; raise --max-expansion if it is to be read")
+
+
+def open_bytes(path: str, max_expansion: float = Reading.max_expansion):
     """A binary file, decompressed as its first bytes say."""
     with open(path, "rb") as file:
         form = find_compression(file.read(10))
-    if form in ("gzip", "zstd"):
-        import pyarrow
-        return io.BufferedReader(pyarrow.input_stream(path, compression=form), 1 << 20)
-    return {"bz2": bz2.open, "xz": lzma.open, "": open}[form](path, "rb")
+    return io.BufferedReader(Decompressed(path, form, max_expansion), 1 << 20) if form else open(path, "rb")
+
+
+def refuse_bomb(path: str, max_expansion: float):
+    """UserError for a compressed file whose first bytes expand too much, before the work that their records are."""
+    with open_bytes(path, max_expansion) as file:
+        if isinstance(file.raw, Decompressed):
+            while file.read(1 << 20) and file.raw.expansion() >= USUAL_EXPANSION and file.raw.done <= FREE_BYTES:
+                pass
 
 
 def read_suffix(path: str) -> tuple[str, str]:
@@ -111,6 +162,8 @@ def identify(path: str, lists: bool = False) -> str:
             return "tokens"
         with open_bytes(path) as file:
             head = file.read(1 << 16)
+        if compressed and find_compression(head):
+            raise UnknownKind(f"input file {path} was compressed twice; decompress it once")
         _refuse_foreign(path, head)
         if head[:4] == b"PAR1" or suffix == ".parquet":
             if compressed:
@@ -126,8 +179,8 @@ def identify(path: str, lists: bool = False) -> str:
         return "lines"
     if suffix in (".json", ".csv", ".tsv"):
         return suffix[1:]
-    is_markup = re.match(rb"\s*<(!doctype html|html|\?xml)", head, re.I) and (not suffix or not PLAIN.fullmatch(suffix))
-    if suffix in MARKUP or is_markup:
+    is_markup = re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html\b|\?xml)", head, re.I)
+    if suffix in MARKUP or (is_markup and (suffix in PROSE or not PLAIN.fullmatch(suffix))):
         raise UnknownKind(f"input file {path} is HTML or XML, no plain text; extract its text first")
     if not PLAIN.fullmatch(suffix):
         raise UnknownKind(f"input file {path} is no plain text by its name ({suffix}); known are {KNOWN}. Rename it to "
@@ -137,6 +190,8 @@ def identify(path: str, lists: bool = False) -> str:
 
 def _refuse_foreign(path: str, head: bytes):
     """Raise for first bytes that are neither text in UTF-8 nor parquet."""
+    if head[:4] == b"PAR1":
+        return
     is_tar = head[257:262] == b"ustar"
     what = "a tar archive" if is_tar else next((name for magic, name in BINARY.items() if head.startswith(magic)), "")
     if what:
@@ -148,19 +203,26 @@ def _refuse_foreign(path: str, head: bytes):
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or halves in ([True, False], [False, True]):
         raise UserError(f"input file {path} is in UTF-16, from row 1 on; convert it: iconv -f UTF-16 -t UTF-8 {path}")
     control = len(re.findall(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head))
-    if head[:4] != b"PAR1" and control > 0.05 * len(head):
+    if control > 0.05 * len(head):
         raise UnknownKind(f"input file {path} holds binary data, no plain text; known are {KNOWN}")
 
 
 def _sample_json_lines(path: str) -> int:
     """How many of the first five lines were read, blank ones apart, if each is a JSON object; else 0."""
     with open_bytes(path) as file:
-        lines = (line for line in iter(partial(file.readline, 1 << 26), b"") if line.strip())
+        lines = (line for line in iter(partial(file.readline, LOOKED_AT), b"") if line.strip())
         sample = list(itertools.islice(lines, 5))
     try:
-        return len(sample) if all(isinstance(json.loads(line), dict) for line in sample) else 0
+        return len(sample) if all(map(_is_object, sample)) else 0
     except (ValueError, RecursionError):
         return 0
+
+
+def _is_object(line: bytes) -> bool:
+    """Whether a line of JSON is an object; of a long one only the ends are looked at, as all of it is read later."""
+    if len(line) > SAMPLED:
+        return line[:9].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and line[-9:].rstrip()[-1:] == b"}"
+    return isinstance(json.loads(line), dict)
 
 
 # ---- names
@@ -179,18 +241,43 @@ def list_files(paths, wanted: tuple = TEXTS, dropped: bool = False) -> list[str]
         elif os.path.isdir(path):
             files += _list_folder(Path(path), wanted, dropped)
         elif path.startswith("@") and os.path.isfile(path[1:]):
-            with name_faults(path[1:]):
-                lines = Path(path[1:]).read_text(encoding="utf-8-sig").splitlines()
+            with name_faults(path[1:]), open(path[1:], encoding="utf-8-sig") as file:
+                lines = file.read(LIST_BYTES).splitlines()
+                if file.read(1):
+                    raise UserError(f"{path[1:]} is too large for a list of names; list folders or patterns")
             names = [line.strip() for line in lines if line.strip() and not line.startswith(("#", "@"))]
             beside = [str(Path(path[1:]).parent / name) for name in names]
             files += list_files([there if not os.path.exists(name) and os.path.exists(there) else name
                                  for name, there in zip(names, beside)], wanted, dropped)
-        elif glob.has_magic(path) and (found := sorted(glob.glob(path, recursive=True))):
+        elif glob.has_magic(path) and (found := _expand(path)):
             # A pattern with ** matches a folder and its files; each file counts once.
             files += list_files([name for name in found if os.path.isfile(name)] or found, wanted, dropped)
+        elif os.path.exists(path):
+            raise UserError(f"input file {path} is a pipe or a device; write it to a file first")
         else:
             raise UserError(f"input file {path} does not exist")
     return files
+
+
+def _expand(pattern: str) -> list[str]:
+    """The names that a pattern matches, sorted. `**` is any folder below, hidden ones apart; a link that leads back
+    into a folder already seen is not followed, or a loop of links would be walked for ever."""
+    start, deep, rest = pattern.partition("**/")
+    if not deep and pattern.endswith("**"):
+        start, deep, rest = pattern[:-2], "**", "*"
+    if not deep or start[-1:] not in ("", "/"):
+        return sorted(glob.glob(pattern))
+    found, seen = set(), set()
+    for top in [start or "."] if not glob.has_magic(start) else glob.glob(start):
+        for folder, inner, _ in os.walk(top, followlinks=True):
+            key = os.stat(folder)
+            if (key.st_dev, key.st_ino) in seen:
+                inner.clear()
+                continue
+            seen.add((key.st_dev, key.st_ino))
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            found.update(_expand(os.path.join(glob.escape(folder) if start else glob.escape(folder)[2:], rest)))
+    return sorted(found)
 
 
 def _list_folder(folder: Path, wanted: tuple, dropped: bool) -> list[str]:

@@ -213,7 +213,7 @@ def test_the_ten_items_of_which_a_text_holds_most(tmp_path):
     items = [[f"i{i}w{j}" for j in range(30)] for i in range(12)]
     write_jsonl(tmp_path / "b.jsonl", [{"q": " ".join(words)} for words in items])
     text = " - ".join(" ".join([*words[:13 + i], f"end{i}"]) for i, words in enumerate(items))
-    found = Benchmarks([str(tmp_path / "b.jsonl")]).find_overlaps(text)
+    found = Benchmarks([str(tmp_path / "b.jsonl")], Reading()).find_overlaps(text)
     assert found == [{"item": f"{tmp_path / 'b.jsonl'}:{i + 1}", "ngrams": i + 1, "share": round((i + 1) / 18, 4)}
                      for i in range(11, 1, -1)]
 
@@ -225,7 +225,7 @@ def test_thirteen_words_are_enough_and_twelve_are_not(tmp_path):
     write_jsonl(tmp_path / "twelve.jsonl", [{"q": " ".join(words[:12])}])
     write_jsonl(tmp_path / "more.jsonl", [{"q": f"before {' '.join(words)} after"}])
     for name, items, found in (("thirteen", 1, True), ("more", 1, True), ("twelve", 0, False)):
-        benchmarks = Benchmarks([str(tmp_path / f"{name}.jsonl")])
+        benchmarks = Benchmarks([str(tmp_path / f"{name}.jsonl")], Reading())
         assert benchmarks.files[str(tmp_path / f"{name}.jsonl")] == {"items": 1, "too_short": 1 - items}
         for text in (" ".join(words), f"x {' '.join(words)}", f"x {' '.join(words)} y"):
             assert bool(benchmarks.find_overlaps(text)) == found, (name, text)

@@ -1,0 +1,49 @@
+"""Files of strangers do nothing: one line and exit 2, or, where they are no mistake, their result; nothing of them runs
+and no terminal obeys them, within 10 s and 2 GB. The cases stand in hostile_texts.py."""
+
+from pathlib import Path
+
+import harness
+import hostile_texts
+import pytest
+
+from core.output import CONTROL
+
+CORPORA = hostile_texts.corpora()
+BOMBS = len(hostile_texts.BOMBS) * len(hostile_texts.READERS)
+
+
+@pytest.fixture(scope="module")
+def tools(base, tmp_path_factory) -> Path:
+    """A folder with a tokenizer, tok, a packed source, legal, and a model, base."""
+    folder = tmp_path_factory.mktemp("tools")
+    for name, target in (("tok", base[0] / "tok"), ("legal", base[0] / "legal"), ("base", base[1])):
+        (folder / name).symlink_to(target)
+    return folder
+
+
+def check(case: hostile_texts.Case, tools: Path, here: Path):
+    """Make the input of a case and run its command, both in processes of their own."""
+    assert harness.run(lambda: case.make(here) and 0).status == 0
+    done = harness.start(case.module, case.line(here, tools)).wait(20, most_bytes=2 << 30)
+    said = done.out + done.err
+    if case.names:
+        assert done.is_one_line, said
+        assert case.names.replace("{here}", str(here)) in done.err
+    else:
+        assert done.status == 0, said
+    assert not CONTROL.search(said)
+    assert not (here / "owned").exists()
+    assert not Path("owned").exists()
+    assert done.seconds < 10
+
+
+@pytest.mark.parametrize("case", CORPORA[BOMBS:], ids=lambda case: ascii(case.name)[1:-1])
+def test_strange_corpora(case, tools, tmp_path):
+    check(case, tools, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CORPORA[:BOMBS], ids=lambda case: case.name)
+def test_corpora_that_fill_the_memory(case, tools, tmp_path):
+    check(case, tools, tmp_path)
