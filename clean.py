@@ -288,6 +288,11 @@ def clean_command(options: Clean) -> dict:
     report = clean_corpus(corpus.read_input(files, reading), text, options.output.out, rules, options.workers,
                           perplexity, options.output.overwrite)
     gate.print_report(report, options.output.out)
+    short = report["reasons"].get("chars", {"dropped": 0})["dropped"] / report["parts"]
+    cut_at_blanks = reading.documents == "blank" and not reading.separator
+    if short > 0.2 and cut_at_blanks and any(kinds.identify(path) == "text" for path in files):
+        print(f"warning: {short:.0%} of the documents are too short, and text files were cut at each blank line; say "
+              f"what a document is with --separator STRING or --documents", file=sys.stderr)
     return report
 
 

@@ -312,6 +312,20 @@ def test_the_command_prints_what_json_holds(tmp_path, monkeypatch, capsys):
     assert printed.err == ""
 
 
+def test_documents_that_blank_lines_cut_too_short_are_warned_of(tmp_path, monkeypatch, capsys):
+    """A law's headings and items stand between blank lines, and are no documents."""
+    (tmp_path / "law.txt").write_text("\n\n".join(["## Chapter 1", STATUTE, "(a) of a sale;", "(b) of a lease."]))
+    warned = "75% of the documents are too short, and text files were cut at each blank line"
+    for words, says in (((), True), (("--separator", "##"), False), (("--documents", "file"), False),
+                        (("--min-chars", 5, "--rule", "words=1:"), False)):
+        assert command(monkeypatch, tmp_path / "law.txt", "--preset", "legal", *words, "--overwrite",
+                       "--out", tmp_path / "out") == 0
+        assert (warned in capsys.readouterr().err) == says, words
+    source = write_jsonl(tmp_path / "in.jsonl", records(["short", "short as well", STATUTE]))
+    assert command(monkeypatch, source, "--preset", "legal", "--out", tmp_path / "records") == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_help_names_every_preset(monkeypatch, capsys):
     assert command(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out

@@ -52,8 +52,10 @@ SP_PIECE = regex.compile(r"▁?(?:\p{Latin}+|\p{Cyrillic}+|\p{Greek}+|[\p{L}\p{M
 SP_UNIT = regex.compile(f"{SP_PIECE.pattern}|▁+|.", regex.V1 | regex.DOTALL)
 # As many as there are code points: where words are strings, the symbol of -ord(c) is chr(SYMBOLS - ord(c)).
 SYMBOLS = 0x110000
-# Judgements: the least saving of tokens that pays for a new vocabulary, and how often a trained row has been seen
-WORTH_IT, TIMES_SEEN = 0.15, 100
+# Judgements: the least saving of tokens that pays for a new vocabulary; how often a trained row has been seen; and the
+# share of a text's tokens, when they are single bytes, from which new rows pay however seldom they are seen: the base
+# has hardly trained its bytes (docs/RESULTS.md, a larger vocabulary).
+WORTH_IT, TIMES_SEEN, IN_BYTES = 0.15, 100, 0.9
 
 
 @dataclass
@@ -315,10 +317,11 @@ def _choose_row_rule(rows: torch.Tensor, init: str, spread: float, generator: to
 
 def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> dict:
     """Lengths of `texts` under both tokenizers, and how often each new id occurs ("counts", int64 [new ids])."""
-    first, ids = base.tokenizer.vocab_size, new.encode_batch(texts)
-    before, after = sum(map(len, base.tokenizer.encode_batch(texts))), sum(map(len, ids))
+    first, old_ids, ids = base.tokenizer.vocab_size, base.tokenizer.encode_batch(texts), new.encode_batch(texts)
+    before, after = sum(map(len, old_ids)), sum(map(len, ids))
     if not before:
         raise UserError("a text to report on is empty")
+    in_bytes = np.isin(np.concatenate(old_ids), [*base.byte_ids.values()]).mean()
     size, words = count_text(texts)
     counts = np.bincount(np.concatenate(ids), minlength=new.vocab_size)[first:]
     return {"documents": len(texts), "bytes": size, "words": words, "tokens_before": before, "tokens_after": after,
@@ -328,6 +331,7 @@ def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> di
             "lost_share_after": measure_loss(new, texts[:64]),
             "change": after / before - 1,
             "largest_possible_change": min(1.0, count_fewest_tokens(base, texts) / before) - 1,
+            "spelt_in_bytes": float(in_bytes),
             "documents_touched": sum(bool((i >= first).any()) for i in ids) / len(texts),
             "new_tokens_used": float((counts > 0).mean()) if len(counts) else 0.0, "counts": counts}
 
@@ -335,29 +339,38 @@ def measure_lengths(base: BaseTokenizer, new: Tokenizer, texts: list[str]) -> di
 def report(base: BaseTokenizer, new: Tokenizer, texts: dict[str, list[str]], corpus_tokens: int) -> dict:
     """Lengths before and after for each of `texts` (one is "domain"), and whether to extend, with the reason.
     corpus_tokens: tokens (of the base) that there are to train on. break_even_tokens: those domain tokens (of the base)
-    in which the median new token occurs TIMES_SEEN times. largest_possible_change: if every word that the tokenizer's
-    own pattern cuts (in SentencePiece: every run of letters of one script, or of punctuation) were one token."""
+    in which the median new token occurs TIMES_SEEN times; tokens_seen_enough: how many new tokens do so in
+    corpus_tokens. spelt_in_bytes: the share of the base's tokens that stand for one byte. largest_possible_change: if
+    every word that the tokenizer's own pattern cuts (in SentencePiece: every run of letters of one script, or of
+    punctuation) were one token."""
     rows = {name: measure_lengths(base, new, documents) for name, documents in texts.items()}
     domain, counts = rows["domain"], {name: row.pop("counts") for name, row in rows.items()}["domain"]
     rate = float(np.median(counts)) / domain["tokens_before"] if len(counts) else 0.0
     break_even = round(TIMES_SEEN / rate) if rate else None
     shorter, bound, cost = -domain["change"], -domain["largest_possible_change"], (1 + domain["change"]) ** 2
-    advice, why = "keep", f"domain text gets {shorter:.1%} shorter"
+    enough = int((counts * corpus_tokens >= TIMES_SEEN * domain["tokens_before"]).sum())
+    advice, why, in_bytes = "keep", f"domain text gets {shorter:.1%} shorter", domain["spelt_in_bytes"]
     if shorter < WORTH_IT:
         why += f", and below {WORTH_IT:.0%} a new vocabulary is not worth its cost"
         if bound < WORTH_IT:
             why += f"; no extension could reach it: with every word one token it would be {bound:.1%}"
-    elif break_even is None:
-        why = "most new tokens do not occur in the domain text: there is nothing to train their rows on"
-    elif corpus_tokens < break_even:
-        why += (f", but half of the new rows would be seen less than {TIMES_SEEN} times in {corpus_tokens:,} tokens; "
-                f"that takes {break_even:,}")
+    elif break_even is None or corpus_tokens < break_even:
+        seldom = f"half of the new rows would be seen less than {TIMES_SEEN} times in {corpus_tokens:,} tokens"
+        seldom += f", and that takes {break_even:,}" if break_even else ""
+        fewer = f"; {enough:,} are seen more often: ask for about so many with --new-tokens" if enough else ""
+        if in_bytes >= IN_BYTES:
+            advice = "extend"
+            why += f", and the base has hardly trained the single bytes that {in_bytes:.0%} of its tokens are; but "
+        else:
+            why += ", but "
+        why += seldom + fewer
     else:
         advice = "extend"
         why += (f" (attention's cost {1 - cost:.0%} lower), and {corpus_tokens:,} tokens are enough to train the new "
                 f"rows ({break_even:,})")
     return {"new_tokens": new.vocab_size - base.tokenizer.vocab_size, "recommendation": advice, "reason": why,
-            "break_even_tokens": break_even, "corpus_tokens": corpus_tokens, "attention_cost": cost, "texts": rows}
+            "break_even_tokens": break_even, "tokens_seen_enough": enough, "corpus_tokens": corpus_tokens,
+            "attention_cost": cost, "texts": rows}
 
 
 def report_command(options: Report) -> dict:

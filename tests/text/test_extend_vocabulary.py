@@ -501,20 +501,29 @@ def test_report_counts_by_hand(small_bases, tmp_path):
     first = base.tokenizer.vocab_size
     counts = collections.Counter(i for x in texts for i in new.encode(x) if i >= first)
     assert row["new_tokens_used"] == len(counts) / 30
+    assert row["spelt_in_bytes"] == 0
+    pieces = BaseTokenizer(small_bases["small pieces"])
+    ids = [pieces.tokenizer.encode(x) for x in texts]
+    named = sum(bool(re.fullmatch("<0x..>", pieces.tokenizer.tokens[i])) for i in itertools.chain(*ids))
+    assert 0 < X.measure_lengths(pieces, pieces.tokenizer, texts)["spelt_in_bytes"] == named / sum(map(len, ids))
     result = X.report(base, new, {"domain": texts}, 10**9)
     median = np.median([counts[i] for i in range(first, new.vocab_size)])
     assert result["break_even_tokens"] == (round(X.TIMES_SEEN * sum(before) / median) if median else None)
 
 
-@pytest.mark.parametrize(("change", "bound", "count", "have", "advice", "why"), [
-    (-0.20, -0.5, 10, 10_000, "extend", "20.0% shorter (attention's cost 36% lower), and 10,000 tokens are enough"),
-    (-0.20, -0.5, 10, 9_999, "keep", "half of the new rows would be seen less than 100 times in 9,999 tokens"),
-    (-0.20, -0.5, 0, 10**9, "keep", "there is nothing to train their rows on"),
-    (-0.10, -0.5, 10, 10**9, "keep", "10.0% shorter, and below 15% a new vocabulary is not worth its cost"),
-    (-0.03, -0.05, 10, 10**9, "keep", "no extension could reach it: with every word one token it would be 5.0%")])
-def test_advice(small_bases, monkeypatch, change, bound, count, have, advice, why):
+@pytest.mark.parametrize(("change", "bound", "count", "have", "in_bytes", "advice", "why"), [
+    (-0.20, -0.5, 10, 10_000, 0, "extend", "20.0% shorter (attention's cost 36% lower), and 10,000 tokens are enough"),
+    (-0.20, -0.5, 10, 9_999, 0, "keep", "half of the new rows would be seen less than 100 times in 9,999 tokens, and "
+     "that takes 10,000; 1 are seen more often: ask for about so many with --new-tokens"),
+    (-0.20, -0.5, 0, 10**9, 0, "keep", "less than 100 times in 1,000,000,000 tokens; 1 are seen more often"),
+    (-0.20, -0.5, 0, 1000, 0.89, "keep", "but half of the new rows would be seen less than 100 times in 1,000 tokens"),
+    (-0.20, -0.5, 0, 1000, 0.9, "extend", "hardly trained the single bytes that 90% of its tokens are; but half"),
+    (-0.10, -0.5, 10, 10**9, 1, "keep", "10.0% shorter, and below 15% a new vocabulary is not worth its cost"),
+    (-0.03, -0.05, 10, 10**9, 1, "keep", "no extension could reach it: with every word one token it would be 5.0%")])
+def test_advice(small_bases, monkeypatch, change, bound, count, have, in_bytes, advice, why):
     base = BaseTokenizer(small_bases["small bytes"])
-    row = {"change": change, "largest_possible_change": bound, "tokens_before": 1000, "counts": np.array([count] * 3)}
+    row = {"change": change, "largest_possible_change": bound, "tokens_before": 1000, "spelt_in_bytes": in_bytes,
+           "counts": np.array([count, count, 50])}
     monkeypatch.setattr(X, "measure_lengths", lambda *_: row)
     result = X.report(base, base.tokenizer, {"domain": []}, have)
     assert result["recommendation"] == advice
