@@ -23,6 +23,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
@@ -57,13 +58,14 @@ class FolderKind:
         """UserError with what was found if `path` is neither missing, nor an empty folder, nor one of this kind."""
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, and no {self.name}; choose another --out, or move it away")
-        names = list_names(path)
-        if foreign := [name for name in names if not self.holds(name)]:
-            raise UserError(f"{path} holds {name_some(foreign)}, which is no part of a {self.name}, so it is not "
-                            f"replaced; choose another --out, or move it away")
-        if names and not any(file_holds(path / name, mark) for name, mark in self.marks.items()):
-            raise UserError(f"{path} holds {name_some(names)}, but no command of ours has made a {self.name} of that, "
-                            f"so it is not replaced; choose another --out, or move it away")
+        foreign = next((name for name in walk_names(path) if not self.holds(name)), None)
+        if foreign:
+            raise UserError(f"{path} holds {str(foreign)!r}, which is no part of a {self.name}, so it is not replaced; "
+                            f"choose another --out, or move it away")
+        first = next(walk_names(path), None)
+        if first and not any(file_holds(path / name, mark) for name, mark in self.marks.items()):
+            raise UserError(f"{path} holds {str(first)!r}, but no command of ours has made a {self.name} of that, so "
+                            f"it is not replaced; choose another --out, or move it away")
 
     def holds(self, name: PurePath) -> bool:
         """Whether a folder of this kind may hold the file `name`, relative to it, or a killed process has left it."""
@@ -75,14 +77,13 @@ class FolderKind:
 BEGUN = FolderKind("run folder", (".lock", "fisher_*/*", "events.out.tfevents.*", "*.log", "*.out", "*.err"))
 
 
-def list_names(folder: Path) -> list[PurePath]:
-    """All files and links in a folder, relative to it, in order."""
-    return sorted(Path(place, name).relative_to(folder) for place, inner, names in os.walk(folder)
-                  for name in [*names, *(name for name in inner if Path(place, name).is_symlink())])
-
-
-def name_some(names: list[PurePath]) -> str:
-    return f"{str(names[0])!r}" + (f" and {len(names) - 1} more" if names[1:] else "")
+def walk_names(folder: Path) -> Iterator[PurePath]:
+    """Each file and link in a folder, relative to it, those of one folder in order. The folder may be somebody's home:
+    who looks for one file ends the walk there."""
+    for place, inner, names in os.walk(folder):
+        inner.sort()
+        for name in sorted([*names, *(name for name in inner if Path(place, name).is_symlink())]):
+            yield Path(place, name).relative_to(folder)
 
 
 def file_holds(path: Path, mark: bytes) -> bool:
@@ -398,11 +399,11 @@ def refuse_no_run(folder: Path) -> None:
         raise UserError(f"{folder} is a file, and the run wants a folder; choose another --out")
     if file_holds(folder / "config.toml", RUN_MARK):
         return
-    empty = folder / "metrics.jsonl"
-    if foreign := [name for name in list_names(folder) if not BEGUN.holds(name) and name.parts[0] != "wandb"
-                   and not (folder / name == empty and not empty.stat().st_size)]:
-        raise UserError(f"{folder} holds {name_some(foreign)} and is no run folder, so files would be lost there; "
-                        f"choose another --out")
+    for name in walk_names(folder):
+        is_empty = str(name) == "metrics.jsonl" and not (folder / name).stat().st_size
+        if not (BEGUN.holds(name) or name.parts[0] == "wandb" or is_empty):
+            raise UserError(f"{folder} holds {str(name)!r} and is no run folder, so files could be lost there; choose "
+                            f"another --out")
 
 
 def remove(path: Path) -> None:
