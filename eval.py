@@ -250,7 +250,7 @@ def score_run(options: Eval, texts: dict) -> dict:
 
 def load_checkpoint(path) -> tuple[Model, dict, str]:
     """(what a run that ended at a checkpoint would export, before a merge; the checkpoint's state; what it is)."""
-    tensors, moments, state = checkpoint.load(path)
+    tensors, moments, state = checkpoint.load(path, ("model/", "state/ema:"))
     identity, name = state["identity"], "weights in training"
     if averaged := {key.removeprefix("ema:"): mean for key, mean in moments.items() if key.startswith("ema:")}:
         tensors, name = tensors | averaged, "moving average of the weights"

@@ -2,6 +2,7 @@
 
     model = hf.load("path/to/folder", dtype=torch.bfloat16)        a folder, or hf://org/name@revision
     hf.save(model, "out/final", base="path/to/folder")             a folder that transformers and vLLM read
+    python hf.py export out/legal/checkpoints/step_00001000 --out DIR
 
 Tensors are copied one at a time into a model built on the meta device, so that the peak is the weights and one tensor.
 No file is unpickled: a .bin is read through torch.load's weights_only, which refuses everything but tensors.
@@ -14,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +25,7 @@ import huggingface_hub
 import torch
 from safetensors import SafetensorError, safe_open
 
-from core import parallel
+from core import cli, parallel
 from core.architecture import ModelConfig, make_config, parse_config
 from core.devices import DTYPES
 from core.errors import UserError
@@ -348,3 +350,29 @@ def make_card(base: Base | None, name: str, card: str) -> str:
             lines.append(f"license: {known}")
     origin = f"Continued pretraining of `{Path(base.name).name}`" if base else "Pretrained from scratch"
     return "\n".join([*lines, "---", "", f"# {name}", "", f"{origin} with nanoCPT.", "", card, ""])
+
+
+# ---- its command
+
+@dataclass(kw_only=True)
+class Export:
+    """Write a training checkpoint, of any number of ranks, as one Hugging Face folder: the weights, or the base with
+    the adapter merged in, in the type that the run exports."""
+
+    checkpoint: cli.Positional[str]
+    """The checkpoint: out/RUN/checkpoints/step_N."""
+    output: cli.Output
+
+
+def export_command(options: Export) -> dict:
+    more = ["--overwrite"] if options.output.overwrite else []
+    print(cli.run_command("stages/export.py", options.checkpoint, "--out", options.output.out, *more), end="")
+    return {"checkpoint": options.checkpoint, "out": options.output.out}
+
+
+def main() -> int:
+    return cli.run("hf.py", __doc__, {"export": (Export, export_command)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

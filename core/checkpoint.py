@@ -247,13 +247,13 @@ class Stored:
         self.reader.read_data(planner.create_local_plan(), planner).wait()
 
 
-def load(path: Path, parts=("model", "state")) -> tuple[dict, dict, dict]:
-    """(full model tensors, full optimizer and method tensors, state) of a checkpoint that has been verified; parts:
-    which tensors are read. Their names in the files begin with model/ or state/."""
+def load(path: Path, parts=("model/", "state/")) -> tuple[dict, dict, dict]:
+    """(full model tensors, full optimizer and method tensors, state) of a checkpoint that has been verified; only those
+    whose names in the files, which begin with model/ or state/, begin with one of `parts`."""
     stored = Stored(path)
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in stored.known.items()
-               if name.partition("/")[0] in parts}
+               if name.startswith(tuple(parts))}
     stored.read_into(tensors)
-    model, moments = ({name.removeprefix(f"{part}/"): tensor for name, tensor in tensors.items()
-                       if name.startswith(f"{part}/")} for part in ("model", "state"))
+    model, moments = ({name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+                      for part in ("model/", "state/"))
     return model, moments, read_json(Path(path) / STATE, dict)

@@ -255,10 +255,15 @@ def run_command(program: str, *words, threads: int | None = None, show: bool = F
     if show:
         print(f"\n$ python {' '.join([program, *words])}", flush=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    file = [ROOT / program]
+    if "/" in program:
+        # A file in a folder is a module: Python finds its imports from the folder of this checkout.
+        file = ["-m", program.removesuffix(".py").replace("/", ".")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     pipes = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # A terminal sends Ctrl-C to all of a group. A group of its own gets it once, from us. Threads get no signals.
     passes_on, received = threading.current_thread() is threading.main_thread(), []
-    with subprocess.Popen([sys.executable, ROOT / program, *words], text=True, errors="replace", env=environment,
+    with subprocess.Popen([sys.executable, *file, *words], text=True, errors="replace", env=environment,
                           process_group=0 if passes_on else None, **pipes) as child, \
             (signals.handle(lambda number: (received.append(number), child.send_signal(number))) if passes_on
              else contextlib.nullcontext()):

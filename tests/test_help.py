@@ -30,6 +30,7 @@ COMMANDS = {
     "train.py": "model.path out dry-run",
     "eval.py": "model text baseline",
     "generate.py": "model prompt max-new-tokens temperature",
+    "hf.py export": "out",
     "lora.py merge": "base adapter out",
     "forget.py merge": "base model alpha out",
     "forget.py replay": "model out",

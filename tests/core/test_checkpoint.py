@@ -1,6 +1,6 @@
 """checkpoint.py against laws: a step folder is whole or absent, what was saved comes back bit for bit, any change to a
 file or to the set of files is noticed, and checkpoints are ordered by number. The bits that are flipped here are
-flipped by hand. tests/core/test_parallel.py has two ranks."""
+flipped by hand."""
 
 import contextlib
 import hashlib
@@ -8,12 +8,18 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from runs import ENV
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from core import checkpoint, files
+from core import checkpoint, files, parallel
 from core.checkpoint import Shards
 
 MODEL = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1.5], dtype=torch.bfloat16)}
@@ -40,7 +46,7 @@ def test_what_was_saved_comes_back(tmp_path):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[k], theirs[k]) and mine[k].dtype == theirs[k].dtype for k in mine)
     assert state == {"step": 42, **STATE}
-    assert checkpoint.load(path, parts=["model"])[1] == {}
+    assert checkpoint.load(path, parts=["model/"])[1] == {}
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["format"] == 2
     assert set(manifest["files"]) == {SHARD, "state.json"}
@@ -308,3 +314,74 @@ def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "none") is None
     assert checkpoint.steps(tmp_path / "none") == []
+
+
+# ---- two ranks; this file is also what each of them runs
+
+SIZES = {"even": (4, 3), "odd": (5, 2), "one_row": (1, 3), "vector": (7,), "scalar": ()}
+
+
+def full_values() -> dict[str, torch.Tensor]:
+    tensors = {f"model/{name}": torch.randn(size, generator=torch.Generator().manual_seed(len(size) * 9 + sum(size)))
+               for name, size in SIZES.items()}
+    return tensors | {"state/codes": torch.arange(10, dtype=torch.uint8).view(5, 2)}
+
+
+def as_rank(folder):
+    world = parallel.start("cpu")
+    mesh, apart = init_device_mesh("cpu", (2,)), world.apart()
+
+    def sharded(tensors):
+        return {name: distribute_tensor(value, mesh, [Shard(0)]) if value.ndim else value
+                for name, value in tensors.items()}
+
+    def same(tensors):
+        for name, value in full_values().items():
+            assert torch.equal(parallel.full_tensor(tensors[name]), value), name
+    checkpoint.write(folder / "sharded", Shards(sharded(full_values()), world), {"step": 1}, apart)
+    checkpoint.write(folder / "copies", Shards(full_values(), world), {"step": 1}, apart)
+    for name in ("sharded", "copies", "alone"):
+        checkpoint.verify(folder / name, world)
+        for empty in (sharded({name: torch.zeros_like(value) for name, value in full_values().items()}),
+                      {name: torch.zeros_like(value) for name, value in full_values().items()}):
+            checkpoint.Stored(folder / name).read_into(empty)
+            same(empty)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+    if world.rank == 1:
+        checkpoint.HuggingFaceStorageWriter.write_data = fail
+    with pytest.raises(ValueError, match=r"broken could not be written \(.*No space left on device"):
+        checkpoint.write(folder / "broken", Shards(sharded(full_values()), world), {}, apart)
+    if world.main:
+        assert not [path for path in folder.iterdir() if "broken" in path.name]
+        flip(folder / "sharded" / SHARD, -1, 1)
+        flip(folder / "copies" / SHARD.replace("00001", "00002", 1), -1, 1)
+    world.barrier()
+    damages = [checkpoint.find_damage(folder / name, world) for name in ("sharded", "copies")]
+    assert "shard-00001" in damages[0], damages
+    assert "shard-00002" in damages[1], damages
+    world.barrier()
+    parallel.stop()
+
+
+@pytest.mark.slow
+def test_two_ranks_write_a_share_each_and_read_what_any_number_wrote(tmp_path):
+    checkpoint.write(tmp_path / "alone", Shards(full_values()), {"step": 1})
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           __file__, tmp_path], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("sharded", "copies"):
+        files = sorted(file.name for file in (tmp_path / name).glob("*.safetensors"))
+        assert files == [SHARD, SHARD.replace("00001", "00002", 1)]
+        flip(tmp_path / name / files[name == "copies"], -1, 1)                  # as it was
+        checkpoint.verify(tmp_path / name)
+        model, moments, _ = checkpoint.load(tmp_path / name)
+        for key, value in full_values().items():
+            assert torch.equal((model | moments)[key.partition("/")[2]], value), (name, key)
+        sizes = [sum(value.numel() for value in load_file(tmp_path / name / file).values()) for file in files]
+        assert max(sizes) < 0.75 * sum(sizes), "one rank wrote nearly all"
+
+
+if __name__ == "__main__":
+    as_rank(Path(sys.argv[1]))
