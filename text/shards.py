@@ -23,17 +23,17 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import UserError
-from core.files import FolderKind, find_folder, new_folder, read_json, write_json
+from core.files import FolderKind, find_folder, new_folder
 from core.pool import WorkerPool, batches_by_size
 from text.corpus import utf8
 from text.heldout import is_held_out, normalise
+from text.manifest import SPLITS, VERSIONS, check_manifest, list_shards, read_index, write_index
 
 HEADER_BYTES = 1024
 # llm.c's magic and version, by bytes per token
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}
 # "nCPT" in llm.c's first spare word
 OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1
-SPLITS = ("train", "heldout")
 # The files of a shard: (suffix, bytes before the array, its type or None for the tokens' own, the manifest's keys of
 # its length and its hash)
 FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
@@ -156,12 +156,12 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
             which = f"bucket {k} of {len(folders)}: " if len(folders) > 1 else ""
             raise UserError(f"{which}nothing to train on: {empty[k]} empty documents, "
                             f"{splits['heldout']['documents']} held out")
-        manifests.append({"format": "nanocpt-shards", "version": FORMAT_VERSION, "dtype": f"uint{8 * itemsize}",
+        manifests.append({"format": "nanocpt-shards", "version": VERSIONS[-1], "dtype": f"uint{8 * itemsize}",
                           "tokenizer": described, "bos": bos, "eos": True, "heldout": heldout,
                           "heldout_rule": HELDOUT_RULES[heldout_hash], "inputs": inputs or [],
                           "lost_share": lost_share,
                           "empty_documents_dropped": empty[k], "splits": splits})
-        write_json(folder / "manifest.json", manifests[k])
+        write_index(folder / "manifest.json", manifests[k])
     return manifests
 
 
@@ -253,8 +253,8 @@ def merge_parts(out) -> Path:
                 for manifest in parts.values() if manifest.get("lost_share") is not None]
     weight = sum(nbytes for _, nbytes in measured)
     lost = sum(share * nbytes for share, nbytes in measured) / weight if weight else None
-    write_json(out / "manifest.json",
-               {**first, "lost_share": lost, "empty_documents_dropped": empty, "splits": splits})
+    write_index(out / "manifest.json", {**first, "version": VERSIONS[-1], "lost_share": lost,
+                                        "empty_documents_dropped": empty, "splits": splits})
     return out
 
 
@@ -284,9 +284,9 @@ def pack_buckets(records, tokenizer, out, buckets: int, score: str, *, first: st
                       "high": float(scores[bucket_of == k].max()),
                       **{key: manifests[k]["splits"]["train"][key] for key in ("documents", "tokens")}}
                      for k, folder in enumerate(folders)]
-        index = {"format": "nanocpt-buckets", "version": FORMAT_VERSION, "score": score, "first": first,
+        index = {"format": "nanocpt-buckets", "version": VERSIONS[-1], "score": score, "first": first,
                  "buckets": described}
-        write_json(partial / "buckets.json", index)
+        write_index(partial / "buckets.json", index)
     return index
 
 
@@ -371,31 +371,7 @@ def read_manifest(folder: Path) -> dict:
             raise UserError(f"{folder} holds score buckets; name one of them, such as {folder}/bucket_00")
         raise UserError(f"{folder} holds no manifest.json: it is no packed source, or packing did not finish; make it "
                         f"with data.py pack")
-    manifest = read_index(path, "nanocpt-shards", list_shards)
-    if manifest.get("dtype") not in ("uint16", "uint32") or not isinstance(manifest.get("tokenizer"), dict):
-        raise UserError(f"{path} is damaged or of another version; pack the folder again")
-    return manifest
-
-
-def list_shards(manifest: dict) -> list[dict]:
-    """What a manifest says of each shard, those of the held-out split last."""
-    return [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-
-
-def read_index(path: Path, kind: str, entries_of) -> dict:
-    """The JSON object in a file of this format, in which each of entries_of(object) names a file or a folder beside it.
-    UserError where it is another, and where a name leads out of the folder: the index may be a downloaded one."""
-    try:
-        index = read_json(path)
-        names, found = [entry["name"] for entry in entries_of(index)], (index["format"], index["version"])
-        if found != (kind, FORMAT_VERSION):
-            raise UserError(f"it is {found[0]} {found[1]}")
-    except (UserError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged or of another version; pack the folder again ({error})") from None
-    for name in names:
-        if any(part in ("", ".", "..") or Path(part).name != part for part in str(name).split("/")):
-            raise UserError(f"{path} points outside its folder: {name!r}")
-    return index
+    return read_index(path, "nanocpt-shards", check_manifest)
 
 
 def _describe_fault(folder: Path, record: dict, suffix: str, fault: str) -> UserError:
