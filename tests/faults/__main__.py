@@ -19,19 +19,18 @@ from pathlib import Path
 
 import torch
 
-from . import damages, full_disks, kills, not_finite, points, races, signals
-from .harness import Lab, Row
+from .damages import DAMAGES
+from .full_disks import DISKS
+from .harness import Lab, Row, Worker
+from .kills import KILLS, highest_number_wins
+from .not_finite import not_finite
+from .points import POINTS, manifest_not_synced
+from .races import RACES
+from .signals import SIGNALS_AND_MORE
 
-SECTIONS = {
-    "kills": kills.kills,
-    "points": points.points,
-    "signals": signals.signals,
-    "not_finite": not_finite.not_finite,
-    "damages": damages.damages,
-    "disks": full_disks.full_disks,
-    "races": races.races,
-    "control": lambda lab: [kills.highest_number_wins(lab), points.manifest_not_synced(lab)],
-}
+# Each section is some functions of the lab, each of which gives one row.
+SECTIONS = {"kills": KILLS, "points": POINTS, "signals": SIGNALS_AND_MORE, "not_finite": [not_finite],
+            "damages": DAMAGES, "disks": DISKS, "races": RACES, "control": [highest_number_wins, manifest_not_synced]}
 # Of the failures of a row.
 SHOWN = 12
 
@@ -41,6 +40,7 @@ def main() -> int:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--short", action="store_true", help="small numbers, for continuous integration")
     parser.add_argument("--seed", type=int, default=0, help="of the times of kills, the places of damages")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="sections at a time; default: one a core")
     parser.add_argument("--json", help="write the table as data")
     parser.add_argument("--folder", help="scratch folder, kept; default: a temporary one")
     options = parser.parse_args()
@@ -69,23 +69,37 @@ def main() -> int:
 
 
 def run_sections(options, folder: Path) -> tuple[list[Row], float]:
-    begun = time.monotonic()
-    lab, rows = Lab(folder, options.short, options.seed), []
-    for name in options.sections or SECTIONS:
-        lab.random.seed(f"{options.seed} {name}")
-        for row in guarded(name, lab):
-            rows.append(row)
-            print(f"{row.section:10} {row.what:55} {row.held:>6,} of {row.tried:>6,} held {row.seconds:7.1f} s   "
-                  f"{row.notes}", flush=True)
+    """The rows of all sections, in their order, made by as many processes as `jobs`; each takes the next that waits."""
+    begun, names = time.monotonic(), options.sections or list(SECTIONS)
+    waiting = [(name, number) for name in names for number in range(len(SECTIONS[name]))]
+    reader, writer = os.pipe()
+    os.write(writer, bytes(range(len(waiting))))
+    os.close(writer)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def work(job: int):
+        lab = Lab(folder / f"job_{job}", options.short, options.seed)
+        while taken := os.read(reader, 1):
+            name, number = waiting[taken[0]]
+            lab.random.seed(f"{options.seed} {name} {number}")
+            row = make_row(name, SECTIONS[name][number], lab)
+            (folder / f"row_{taken[0]}.json").write_text(json.dumps(asdict(row)))
+    jobs = [Worker(lambda job=job: work(job), stdout=sys.stdout.fileno()) for job in range(options.jobs)]
+    ended = [job.wait(24 * 3600) for job in jobs]
+    assert all(outcome.status == 0 for outcome in ended), "\n".join(outcome.err for outcome in ended)
+    rows = [Row(**json.loads((folder / f"row_{i}.json").read_text())) for i in range(len(waiting))]
     return rows, time.monotonic() - begun
 
 
-def guarded(name: str, lab: Lab) -> list[Row]:
-    """The rows of a section; where the suite itself breaks, that is a failure and the others go on."""
+def make_row(name: str, function, lab: Lab) -> Row:
+    """One row, which is shown; where the suite itself breaks, that is a failure, and the others go on."""
     try:
-        return SECTIONS[name](lab)
+        row = function(lab)
     except Exception:
-        return [Row(name, "the section itself", 1, [traceback.format_exc()])]
+        row = Row(name, getattr(function, "__name__", "?"), 1, [traceback.format_exc()])
+    print(f"{row.section:10} {row.what:58} {row.held:>6,} of {row.tried:>6,} held {row.seconds:7.1f} s   {row.notes}",
+          flush=True)
+    return row
 
 
 def machine() -> str:

@@ -226,7 +226,7 @@ def damaged_beside(lab: Lab) -> Row:
 
 # ---- packed sources
 
-def damaged_shards(lab: Lab) -> list[Row]:
+def damaged_shards(lab: Lab) -> Row:
     row, count, seed = Row("damages", "random, of shards"), lab.count(500, 60), lab.random.random()
 
     def work():
@@ -242,13 +242,17 @@ def damaged_shards(lab: Lab) -> list[Row]:
     with timed(row):
         for wrong in in_worker(work):
             row.check(not wrong, wrong)
+    return row
+
+
+def bits_of_a_shard_manifest(lab: Lab) -> Row:
     bits = Row("damages", "each bit of a shard's manifest")
     room = lab.room("bits") / "legal"
     shutil.copytree(lab.sources / "legal", room)
     with timed(bits):
         missed = in_worker(lambda: flip_each_bit(room / "manifest.json", lambda: answer_of(shards.verify, room)))
         bits.tried, bits.failures = 8 * (room / "manifest.json").stat().st_size, missed
-    return [row, bits]
+    return bits
 
 
 def trains_on_no_damaged_shard(lab: Lab) -> Row:
@@ -268,6 +272,5 @@ def trains_on_no_damaged_shard(lab: Lab) -> Row:
     return row
 
 
-def damages(lab: Lab) -> list[Row]:
-    return [random_damages(lab), manifest_bits(lab), resumed_from_the_one_before(lab), damaged_beside(lab),
-            *damaged_shards(lab), trains_on_no_damaged_shard(lab)]
+DAMAGES = [random_damages, manifest_bits, resumed_from_the_one_before, damaged_beside, damaged_shards,
+           bits_of_a_shard_manifest, trains_on_no_damaged_shard]

@@ -96,20 +96,20 @@ def storm(lab: Lab, case: Case, kills: int, row: Row, setup=None, after_kill=Non
     return {"runs": runs, "lost": lost, "kills": done}
 
 
-def kills(lab: Lab) -> list[Row]:
-    """F1 and F2: 200 random kills of one process, 50 of two ranks."""
-    rows = []
-    for what, cases, total in (("random SIGKILL, one process", ONE, lab.count(200, 10)),
-                               ("random SIGKILL, two ranks", TWO, lab.count(50, 4))):
-        row = Row("kills", what)
-        shares = [total // len(cases) + (i < total % len(cases)) for i in range(len(cases))]
-        with timed(row):
-            found = [storm(lab, case, share, row) for case, share in zip(cases, shares)]
-        row.notes = (f"{', '.join(f'{case.name} {share}' for case, share in zip(cases, shares))}; "
-                     f"{sum(each['runs'] for each in found)} runs{' all equal' if not row.failures else ''}; at most "
-                     f"{max(each['lost'] for each in found)} steps lost, saved every {SAVE_EVERY}")
-        rows.append(row)
-    return rows
+def kill_at_random(lab: Lab, what: str, cases: list[Case], total: int) -> Row:
+    """F1 and F2: so many kills in all, at random times."""
+    row = Row("kills", f"random SIGKILL, {what}")
+    shares = [total // len(cases) + (i < total % len(cases)) for i in range(len(cases))]
+    with timed(row):
+        found = [storm(lab, case, share, row) for case, share in zip(cases, shares)]
+    row.notes = (f"{', '.join(f'{case.name} {share}' for case, share in zip(cases, shares))}; "
+                 f"{sum(each['runs'] for each in found)} runs{' all equal' if not row.failures else ''}; at most "
+                 f"{max(each['lost'] for each in found)} steps lost, saved every {SAVE_EVERY}")
+    return row
+
+
+KILLS = [lambda lab: kill_at_random(lab, "one process", ONE, lab.count(200, 10)),
+         lambda lab: kill_at_random(lab, "two ranks", TWO, lab.count(50, 4))]
 
 
 # ---- the control: the same harness over a rule that is wrong

@@ -74,7 +74,7 @@ def judge(lab: Lab, case: Case, row: Row, where: str, value: float, at: int, ran
     lab.clear(out)
 
 
-def not_finite(lab: Lab) -> list[Row]:
+def not_finite(lab: Lab) -> Row:
     """F8 and, by the same gate, what an exploding rate does."""
     row = Row("not finite", "in a gradient, a weight, the optimizer's state")
     with timed(row):
@@ -87,5 +87,5 @@ def not_finite(lab: Lab) -> list[Row]:
                             judge(lab, case, row, where, value, at, 1)
         if not lab.short:
             judge(lab, ONE[0], row, "gradient", float("nan"), 5, 0, "--guard.nonfinite", "stop")
-    return [row]
+    return row
 

@@ -32,15 +32,15 @@ def watched(module: str, words, folder: Path, kill_at: int | None, power: bool =
         os.close(told)
 
 
-def spread(count: int, most: int | None) -> list[int]:
-    """All numbers below `count`, or about `most` of them, evenly."""
-    return list(range(0, count, 1 if most is None else max(1, -(-count // most))))
+def spread(count: int, most: int | None, power: bool) -> list[int]:
+    """All numbers below `count`, or about `most` of them, evenly; with power a third, as each is a kill as well."""
+    return list(range(0, count, (3 if power else 1) if most is None else max(1, -(-count // most))))
 
 
 # ---- commands
 
-def disturb(lab: Lab, each: Command, row: Row, most: int | None, power: bool = False):
-    """Kill one command at each of its points."""
+def disturb(lab: Lab, each: Command, row: Row, most: int | None, power: bool = False) -> int:
+    """Kill one command at each of its points; returns how many there are."""
     new, old = content(made(lab, each, 1)), content(made(lab, each, 0)) if each.overwrites else {}
     room = lab.room(each.module)
     prepare(lab, each, room)
@@ -48,9 +48,9 @@ def disturb(lab: Lab, each: Command, row: Row, most: int | None, power: bool = F
     words = each.line(lab, out)
     outcome, operations = watched(each.module, words, room, None)
     if not row.check(outcome.status == 0 and content(out) == new, f"{each.name}: undisturbed, {outcome}"):
-        return
+        return 0
     clean = {path.name for path in room.iterdir()}
-    for k in spread(len(operations), most):
+    for k in spread(len(operations), most, power):
         prepare(lab, each, room)
         outcome, done = watched(each.module, words, room, k, power)
         where = f"{each.name}{', power lost' if power else ''}, before {k} of {len(operations)} " \
@@ -64,6 +64,7 @@ def disturb(lab: Lab, each: Command, row: Row, most: int | None, power: bool = F
         left = {path.name for path in room.iterdir()} - clean
         row.check(not left, f"{where}: leaves {sorted(left)}")
     lab.clear(room)
+    return len(operations)
 
 
 def prepare(lab: Lab, each: Command, room: Path):
@@ -108,7 +109,7 @@ def disturb_run(lab: Lab, row: Row, most: int | None, *more, power: bool = False
     shutil.copytree(begun, out)
     outcome, operations = watched("train", run_words(lab, out, *more), out, None, patch=patch)
     if row.check(outcome.status == 0, f"undisturbed, {outcome}"):
-        for k in spread(len(operations), most):
+        for k in spread(len(operations), most, power):
             shutil.rmtree(out)
             shutil.copytree(begun, out)
             outcome, done = watched("train", run_words(lab, out, *more), out, k, power, patch)
@@ -160,24 +161,29 @@ def leftovers(out: Path) -> list[str]:
 
 # ---- the sections
 
-def points(lab: Lab) -> list[Row]:
-    """F3 and F17: kill points of commands and of runs."""
-    rows = []
-    for what, power in (("SIGKILL before each file operation", False), ("the same, and the power is lost", True)):
-        row = Row("points", f"{what}: commands")
-        with timed(row):
-            for each in each_command(lab, row):
-                disturb(lab, each, row, 2 if lab.short else None, power)
-        rows.append(row)
-        row, count = Row("points", f"{what}: run (save, prune, export)"), 0
-        with timed(row):
-            count += disturb_run(lab, row, 3 if lab.short else None, power=power)
-            if not lab.short:
-                count += disturb_run(lab, row, None, "--lora.rank", 4, power=power)
-                count += disturb_run(lab, row, None, power=power, damage=4)
-        row.notes = f"{count} operations"
-        rows.append(row)
-    return rows
+def kill_commands(lab: Lab, power: bool) -> Row:
+    """F3: each command that writes; where the power goes too, at every third point."""
+    row = Row("points", f"{'power lost' if power else 'SIGKILL'} before a file operation: commands")
+    with timed(row):
+        counts = [disturb(lab, each, row, 2 if lab.short else None, power) for each in each_command(lab, row)]
+    row.notes = f"{sum(counts)} operations of {len(counts)} commands"
+    return row
+
+
+def kill_runs(lab: Lab, power: bool) -> Row:
+    """F3 and F17: a whole run, one with adapters, and one that saves a step again whose checkpoint is damaged."""
+    row, few = Row("points", f"{'power lost' if power else 'SIGKILL'} before a file operation: runs"), lab.short
+    with timed(row):
+        count = disturb_run(lab, row, 3 if few else None, power=power)
+        if not few:
+            count += disturb_run(lab, row, None, "--lora.rank", 4, power=power)
+            count += disturb_run(lab, row, None, power=power, damage=4)
+    row.notes = f"{count} operations of build, save, prune, saving again and export"
+    return row
+
+
+POINTS = [lambda lab: kill_commands(lab, False), lambda lab: kill_runs(lab, False),
+          lambda lab: kill_commands(lab, True), lambda lab: kill_runs(lab, True)]
 
 
 def forget_to_sync_the_manifest():
