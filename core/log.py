@@ -69,6 +69,11 @@ class Logger:
         for track in self.trackers if kind in ("train", "eval") else ():
             track(dict(_flatten_numbers(values, f"{kind}/")), step=step)
 
+    def sync(self):
+        """Wait until the lines so far are on the disk."""
+        if self.main:
+            os.fsync(self.file.fileno())
+
     def show_step(self, step: int, values: dict | None = None):
         """Move the progress bar on by one step; where its `values` are given, show them as a line."""
         self.bar.update(1)

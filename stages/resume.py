@@ -81,6 +81,8 @@ class Saver:
         """In the background. What is no failure of a disk is a bug, and raised by `wait`."""
         path = checkpoint.path_of(self.folder, step)
         try:
+            # The steps that a checkpoint holds are not done again, so what was logged of them may not be lost either.
+            self.run.log.sync()
             checkpoint.write(path, shards, state, self.world)
             self.verified.add(step)
             self.error = None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import types
 
@@ -30,6 +31,16 @@ def test_one_flushed_json_object_a_line(tmp_path):
     logger.record("train", 2)                            # after the end, and on other ranks, nothing
     Logger(tmp_path, LogConfig(), 10, main=False).record("train", 3)
     assert len(records(tmp_path)) == 2
+
+
+def test_lines_reach_the_disk_when_asked(tmp_path, monkeypatch):
+    logger, synced = Logger(tmp_path, LogConfig(), 10), []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(os.readlink(f"/proc/self/fd/{number}")))
+    logger.record("train", 1)
+    assert not synced, "a line a step is flushed, and not waited for"
+    logger.sync()
+    assert synced == [str(tmp_path / "metrics.jsonl")]
+    Logger(tmp_path, LogConfig(), 10, main=False).sync()
 
 
 def test_numbers_survive_to_the_last_bit(tmp_path):
