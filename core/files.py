@@ -162,7 +162,7 @@ def new_folder(path, overwrite: bool = False, kind: FolderKind | None = None):
     path = resolve_name(path)
     make_folder(path.parent)
     partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
-    with naming_full_disks(path), lock_folder(path.with_name(f".{path.name}.lock"), path):
+    with lock_folder(path.with_name(f".{path.name}.lock"), path):
         clear_name(path)
         refuse_existing(path, overwrite, kind)
         partial.mkdir()
@@ -302,12 +302,12 @@ def lock_folder(lock: Path, folder: Path):
     if lock in _claimed:
         yield
         return
-    with lock_file(lock, f"{folder} is being written by another process") as descriptor:
+    with naming_full_disks(folder), lock_file(lock, f"{folder} is being written by another process") as descriptor:
         words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         who = f"pid {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}: {words}"
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, who.encode(errors="replace"))
         try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, who.encode(errors="replace"))
             yield
         finally:
             lock.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ import core.threads
 
 import dataclasses
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -106,6 +107,17 @@ def forget_py(monkeypatch):
 def fast_disk(monkeypatch):
     """Without waiting for the disk, which proves nothing where the machine does not lose its power."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from documents import NOTE, STATUTE, command, read, records, scores_of, some_documents, write_jsonl
+from kill_points import run_and_kill, trace
 
 import clean
 import dedup
@@ -31,6 +33,64 @@ ROOT = Path(__file__).parent.parent
 
 
 # ---- the whole corpus
+
+def test_a_kill_at_any_point_of_an_overwrite_loses_no_file(tmp_path, fast_disk):
+    out, texts = tmp_path / "out", records(some_documents())
+
+    def make(some, overwrite=False):
+        clean_corpus(some, Settings("legal"), out, overwrite=overwrite)
+        return {name: (out / name).read_bytes() for name in ("kept.jsonl", "dropped.jsonl.gz", "drops.json")}
+
+    def reset():
+        shutil.rmtree(out, ignore_errors=True)
+        return make(texts[:5])
+    old, new = reset(), make(texts[:9], True)
+    reset()
+    operations = trace(lambda: make(texts[:9], True), tmp_path)
+    for k, operation in enumerate(operations):
+        reset()
+        assert run_and_kill(lambda: make(texts[:9], True), k, tmp_path).status == -9
+        for name in old:
+            found = (out / name).read_bytes() if (out / name).exists() else None
+            # Only the report goes a moment before the new one comes: it may not stand beside others' files.
+            assert found in (old[name], new[name]) or (found is None and name == "drops.json"), (operation, name)
+        assert make(texts[:9], True) == new, operation
+        assert sorted(path.name for path in out.iterdir()) == sorted(new)
+
+
+@pytest.mark.parametrize("name", ["clean", "dedup"])
+def test_a_full_disk_leaves_the_old_results_whole(small_disk, tmp_path, name):
+    def make(some, overwrite=False):
+        if name == "clean":
+            return clean_corpus(some, Settings("legal"), small_disk / name, overwrite=overwrite)
+        return dedup.dedup(dedup.Dedup(files=[write_jsonl(tmp_path / "in.jsonl", some)], workers=1,
+                                       output=Output(out=str(small_disk / name), overwrite=overwrite)))
+    texts, ballast = records(some_documents()), small_disk / "ballast"
+    many = [{**text, "id": f"{text['id']}{i}", "text": f"{i} {text['text']}"} for text in texts for i in range(99)]
+    make(texts[:5])
+    old, free = read_files(small_disk / name), os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    for room in (0, 1 << 12, 1 << 15):
+        ballast.write_bytes(bytes(free - room))
+        with pytest.raises(OSError, match="No space left on device") as full:
+            make(many, overwrite=True)
+        assert str(small_disk / name) in full.value.filename
+        assert read_files(small_disk / name) == old, room
+        ballast.unlink()
+
+
+def read_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_results_of_others_are_not_replaced(tmp_path):
+    texts = records(some_documents())[:5]
+    (tmp_path / "kept.jsonl").write_text("from elsewhere")
+    with pytest.raises(ValueError, match=r"kept\.jsonl stands without a drops\.json of clean\.py"):
+        clean_corpus(texts, Settings("legal"), tmp_path, overwrite=True)
+    with pytest.raises(ValueError, match=r"kept\.jsonl stands without a dedup\.json of dedup\.py"):
+        dedup.dedup(dedup.Dedup(files=[write_jsonl(tmp_path / "in.jsonl", texts)], workers=1,
+                                output=Output(out=str(tmp_path), overwrite=True)))
+    assert (tmp_path / "kept.jsonl").read_text() == "from elsewhere"
 
 
 def test_result_is_the_same_for_any_worker_count(tmp_path, monkeypatch):

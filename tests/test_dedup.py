@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import pytest
+from kill_points import run_and_kill, trace
 from similar_texts import (
     all_similar,
     dedup,
@@ -251,6 +253,30 @@ def test_an_input_that_changed_after_the_kill_is_read_again(tmp_path):
     dedup([*files, tmp_path / "2.jsonl"], tmp_path / "out")
     dedup([*files, tmp_path / "2.jsonl"], tmp_path / "new")
     assert results(tmp_path / "out") == results(tmp_path / "new")
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_of_an_overwrite_loses_no_file(tmp_path, fast_disk):
+    out, names, texts = tmp_path / "out", ("kept.jsonl", "removed.jsonl", "dedup.json"), random_texts(20, seed=3)
+    some, more = (write_jsonl(tmp_path / f"{n}.jsonl", records_of(texts[:n])) for n in (9, 20))
+
+    def make(file, overwrite=False):
+        dedup([file], out, overwrite=overwrite)
+        return {name: (out / name).read_bytes() for name in names}
+
+    def reset():
+        shutil.rmtree(out, ignore_errors=True)
+        return make(some)
+    old, new = reset(), make(more, True)
+    reset()
+    for k, operation in enumerate(trace(lambda: make(more, True), out)):
+        reset()
+        assert run_and_kill(lambda: make(more, True), k, out).status == -9
+        for name in names:
+            found = (out / name).read_bytes() if (out / name).exists() else None
+            assert found in (old[name], new[name]) or (found is None and name == "dedup.json"), (operation, name)
+        assert make(more, True) == new, operation
+        assert sorted(path.name for path in out.iterdir()) == sorted(names)
 
 
 def processes_with(word: str) -> list[str]:

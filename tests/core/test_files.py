@@ -1,6 +1,5 @@
 """Whole or not at all. Truth: what a killed, failing or full-disk write leaves on the disk."""
 
-import contextlib
 import json
 import os
 import re
@@ -370,39 +369,26 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path, hold):
 
 # ---- full and read-only disks
 
-def test_a_full_disk_is_one_error_that_names_the_file(tmp_path):
-    with small_disk(tmp_path) as disk:
-        write_text(disk / "model/old", "old")
-        write_text(disk / "old.txt", "old")
-        for target, write in (("model", lambda partial: (partial / "big").write_bytes(bytes(2 << 20))),
-                              ("model", lambda partial: save_file({"a": np.zeros(2 << 20)}, partial / "big"))):
-            with pytest.raises(OSError, match="No space left on device") as full, \
-                    new_folder(disk / target, overwrite=True) as partial:
-                write(partial)
-            assert full.value.filename == str(disk / target)
-        with pytest.raises(OSError, match="No space left on device") as full, new_file(disk / "old.txt") as file:
-            file.write("new" * (1 << 20))
-        assert full.value.filename == str(disk / "old.txt")
-        assert sorted(path.name for path in disk.rglob("*")) == ["model", "old", "old.txt"]
-        assert (disk / "old.txt").read_text() == (disk / "model/old").read_text() == "old"
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        for writer in (new_file(disk / "more"), new_folder(disk / "more"), run_folder(disk / "more", ONE, {})):
-            with pytest.raises(OSError, match="Read-only file system") as full, writer:
-                pytest.fail("the block must not run")
-            assert "more" in full.value.filename
-
-
-@contextlib.contextmanager
-def small_disk(folder):
-    """A disk of 1 MB, where this user may mount one."""
-    disk = folder / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
+def test_a_full_disk_is_one_error_that_names_the_file(small_disk):
+    disk = small_disk
+    write_text(disk / "model/old", "old")
+    write_text(disk / "old.txt", "old")
+    for target, write in (("model", lambda partial: (partial / "big").write_bytes(bytes(2 << 20))),
+                          ("model", lambda partial: save_file({"a": np.zeros(2 << 20)}, partial / "big"))):
+        with pytest.raises(OSError, match="No space left on device") as full, \
+                new_folder(disk / target, overwrite=True) as partial:
+            write(partial)
+        assert full.value.filename == str(disk / target)
+    with pytest.raises(OSError, match="No space left on device") as full, new_file(disk / "old.txt") as file:
+        file.write("new" * (1 << 20))
+    assert full.value.filename == str(disk / "old.txt")
+    assert sorted(path.name for path in disk.rglob("*")) == ["model", "old", "old.txt"]
+    assert (disk / "old.txt").read_text() == (disk / "model/old").read_text() == "old"
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for writer in (new_file(disk / "more"), new_folder(disk / "more"), run_folder(disk / "more", ONE, {})):
+        with pytest.raises(OSError, match="Read-only file system") as full, writer:
+            pytest.fail("the block must not run")
+        assert "more" in full.value.filename
 
 
 # ---- the folder of a run

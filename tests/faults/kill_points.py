@@ -8,7 +8,8 @@ once. Counted are the operations under `folder`: what Python itself reports to a
 a rename, a removal, a new folder, a link, a lock), and what no hook sees: fsync, safetensors' writing, the exchange of
 two folders. A safetensors file has a second point, at which half of it is on the disk.
 
-With `power=True` the kill takes the machine's power along: of every file that was written and not synced, half is lost.
+With `power=True` the kill takes the machine's power along: what was added to a synced file is lost,
+and half of every other one that was written and not synced.
 """
 
 import dataclasses
@@ -88,14 +89,14 @@ class Watch:
         self.folder, self.told, self.kill_at, self.power = str(folder), told, kill_at, power
         self.count, self.busy = 0, False
         # Files that were here before are on the disk; of the others those that were synced since.
-        self.safe = {stamp(os.stat(file)) for file in list_files(self.folder)}
+        self.safe = dict(stamp(os.stat(file)) for file in list_files(self.folder))
         sync, write, swap = os.fsync, safetensors.torch.serialize_file, getattr(files, "exchange", None)
 
         def fsync(descriptor):
             number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
             self.meet("fsync", os.readlink(f"/proc/self/fd/{number}"))
             sync(descriptor)
-            self.safe.add(stamp(os.fstat(number)))
+            self.safe.update([stamp(os.fstat(number))])
 
         def serialize_file(tensors, name, **options):
             self.meet("write", os.fspath(name))
@@ -140,16 +141,17 @@ class Watch:
             self.busy = False
 
     def lose_power(self):
-        """Half of each file that was written and not synced is gone."""
+        """What the disk had not been told to keep is gone."""
         for file in list_files(self.folder):
-            found = os.stat(file)
-            if stamp(found) not in self.safe:
-                os.truncate(file, found.st_size // 2)
+            which, (size, when) = stamp(os.stat(file))
+            synced, synced_when = self.safe.get(which, (None, None))
+            if (size, when) != (synced, synced_when):
+                os.truncate(file, synced if synced is not None and synced < size else size // 2)
 
 
 def stamp(status: os.stat_result) -> tuple:
-    """What changes when a file is written again."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    """(which file it is, what changes when it is written again)"""
+    return (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns)
 
 
 def list_files(folder: str) -> list[str]:

@@ -55,6 +55,22 @@ def test_power_takes_what_was_not_synced(tmp_path):
     assert find_losses(and_more(write_without_sync), tmp_path, power=True) == [2]
 
 
+def test_of_a_file_that_grows_only_what_was_not_synced_is_lost(tmp_path):
+    def append():
+        with open(tmp_path / "log", "a") as file:
+            for line in ("one", "two", "three"):
+                file.write(f"{line}\n")
+                file.flush()
+                if line == "two":
+                    os.fsync(file.fileno())
+        write_text(tmp_path / "next", "more")
+    operations = kill_points.trace(append, tmp_path)
+    assert operations[1] == f"fsync {tmp_path}/log"
+    (tmp_path / "log").unlink()
+    assert kill_points.run_and_kill(append, 2, tmp_path, power=True).status == -9
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+
+
 def test_a_failing_child_shows_its_traceback(tmp_path):
     ended = kill_points.run_child(lambda: 1 // 0, tmp_path)
     assert ended.status == 1
