@@ -25,6 +25,7 @@ import train
 from core import checkpoint, parallel
 from stages import evaluate
 from stages.build import build
+from stages.resume import resume
 
 pytestmark = pytest.mark.usefixtures("quick")
 STEPS, BATCH = 5, 8
@@ -121,12 +122,28 @@ def as_rank(folder: Path):
     for strategy in ("ddp", "fsdp"):
         c = eight_bit(lab, folder / f"{strategy}_8bit", strategy)
         stop_after(c, world, 3)
+    for strategy in ("ddp", "fsdp"):                   # a state from one rank, or from the other strategy
+        pass_on(method(folder, "muon", f"{strategy}_passed", "--parallel.strategy", strategy,
+                       *half_way(folder, "muon", "one")), world)
+        other = eight_bit(lab, folder / f"{strategy}_8bit_passed", strategy)
+        there = {"ddp": "fsdp", "fsdp": "ddp"}[strategy]
+        other.train.branch_from = str(folder / f"{there}_8bit/checkpoints/step_00000003")
+        pass_on(other, world)
     for name, strategy in PAIRS:
         words = ["--parallel.strategy", strategy]
         train.train(method(folder, name, f"{strategy}_two", *words), world)
         train.train(method(folder, name, f"{strategy}_one_two", *words, *half_way(folder, name, "one")), world)
     world.barrier()                                    # as train.main: none leaves while another still waits for it
     parallel.stop()
+
+
+def pass_on(c, world):
+    """Read the checkpoint to branch from, and save the state that it gave as it is."""
+    Path(c.out).mkdir(exist_ok=True)
+    with build(c, world, Path(c.out)) as run:
+        step = resume(run)
+        run.saver.save(step)
+        run.saver.finish()
 
 
 def stop_after(c, world, steps: int):
@@ -234,6 +251,24 @@ def test_checkpoints_move_between_one_and_two_ranks(ranks, strategy):
                   {k: v for k, v in true[source].items() if k != "role"})
     with pytest.raises(AssertionError):
         same_checkpoint(reference, ranks / "bf16", 6)                        # the comparison can tell runs apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_state_is_the_same_in_every_bit_on_other_ranks(ranks, strategy):
+    """Weights, moments (8 bits too) and the average of the weights: written on one rank and read on two, written by DDP
+    and read by FSDP, and the other way round."""
+    there = {"ddp": "fsdp", "fsdp": "ddp"}[strategy]
+    methods, lab = ranks / "methods", ranks / "lab"
+    same_checkpoint(methods / f"muon_{strategy}_passed", methods / "muon_one", 2)
+    same_checkpoint(ranks / f"{strategy}_8bit_passed", ranks / f"{there}_8bit", 3)
+    c = eight_bit(lab, ranks / f"{strategy}_8bit_alone", "ddp")
+    c.train.branch_from = str(ranks / f"{strategy}_8bit/checkpoints/step_00000003")
+    pass_on(c, one())
+    same_checkpoint(ranks / f"{strategy}_8bit_alone", ranks / f"{strategy}_8bit", 3)
+    shards = {name: len(list((ranks / name / "checkpoints/step_00000003").glob("*.safetensors")))
+              for name in (f"{strategy}_8bit", f"{strategy}_8bit_alone")}
+    assert list(shards.values()) == [2, 1]
 
 
 @pytest.mark.slow

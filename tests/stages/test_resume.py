@@ -10,9 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import (
     ENV,
     ROOT,
@@ -39,6 +42,13 @@ from stages.build import build
 from text.shards import pack
 
 pytestmark = pytest.mark.usefixtures("quick")
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def flip(file, byte: int):
+    content = bytearray(file.read_bytes())
+    content[byte] ^= 1
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -82,7 +92,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used(lab, tmp_path, m
     out, c = tmp_path / "run", settings(lab, tmp_path / "run", "--train.save-every", 2)
     crash_at(monkeypatch, c, 7)
     newest = out / "checkpoints/step_00000006"
-    file = newest / "shard-00001-model-00001-of-00001.safetensors"
+    file = newest / SHARD
     if damage == "flip":
         content = bytearray(file.read_bytes())
         content[-5] ^= 1
@@ -179,6 +189,120 @@ def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, cap
     assert (status, errors.count("\n")) == (2, 1)
     assert "is being written by another process" in errors
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_where_no_checkpoint_verifies_the_run_refuses(lab, tmp_path, monkeypatch, capsys):
+    out, words = tmp_path / "run", ("--train.save-every", 2, "--train.keep", 2)
+    crash_at(monkeypatch, settings(lab, out, *words), 5)
+    flip(out / "checkpoints/step_00000004" / SHARD, -1)
+    (out / "checkpoints/step_00000002/state.json").unlink()
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    for more in ((), ("--train.branch-from", out / "checkpoints/step_00000004")):
+        status, _, errors = command(monkeypatch, capsys, arguments(lab, out, *words, *more))
+        assert (status, errors.count("\n")) == (2, 1)
+        assert re.search(rf"no checkpoint in .* can be used: .*step_00000004 is damaged: {SHARD} .*; .*step_00000002 "
+                         rf"lacks state.json; put a good copy of one there, or remove .* to begin again", errors)
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+def test_what_a_disk_changed_beside_the_checkpoints_is_made_again(base, tmp_path, monkeypatch):
+    words = ["--forget.adaptive.policy", "degradation", "--data.domain-share", 0.9, "--optim.lr", 0.1, "--eval.every",
+             2, "--train.save-every", 3, "--forget.ewc.strength", 0.5, "--forget.ewc.samples", 4]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train.train(run_of(base, whole, *words), one())
+    crash_at(monkeypatch, run_of(base, out, *words), 6)
+    names = ["eval_step_0.json", "eval_step_2.json", "plan.jsonl"]
+    (fisher,) = out.glob("fisher_*")
+    for file in (*(out / name for name in names), fisher / SHARD):
+        flip(file, -30)
+    (out / "eval_step_4.json").unlink()
+    assert train.train(run_of(base, out, *words), one()) == 0
+    for name in (*names, "eval_step_4.json", "eval.json", f"{fisher.name}/state.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    checkpoint.verify(fisher)
+    same_checkpoint(out, whole, 8)
+
+
+@pytest.mark.parametrize("part", ["model", "state"])
+def test_a_checkpoint_that_is_not_finite_is_not_resumed_from(lab, tmp_path, monkeypatch, capsys, whole, part):
+    model, moments, state = checkpoint.load(whole[0] / "checkpoints/step_00000008")
+    tensors = {f"model/{name}": value for name, value in model.items()}
+    tensors |= {f"state/{name}": value for name, value in moments.items()}
+    last = [name for name in tensors if name.startswith(part)][-1]
+    tensors[last] = torch.full_like(tensors[last], float("nan"))
+    out = tmp_path / "run"
+    checkpoint.write(out / "checkpoints/step_00000008", checkpoint.Shards(tensors), state)
+    shutil.copy(whole[0] / "config.toml", out)
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, out))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert f"step_00000008 holds NaN or infinity (first in {last}); remove it" in errors
+    assert not (out / "final").exists()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(lab, tmp_path, monkeypatch, whole):
+    """The writer waits for the step after the next one: what it then writes is the state of the moment of the save."""
+    out, went_on, real, write = tmp_path / "run", threading.Event(), train.train_step, checkpoint.write
+
+    def step(run, number, batches):
+        done = real(run, number, batches)
+        if number == 3:
+            went_on.set()
+        return done
+
+    def late(path, *arguments):
+        assert went_on.wait(60)
+        write(path, *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", step)
+        patch.setattr(checkpoint, "write", late)
+        patch.setattr(checkpoint, "prune", lambda *arguments: None)
+        assert train.train(settings(lab, out, "--train.save-every", 3), one()) == 0
+    assert checkpoint.steps(out / "checkpoints") == [3, 6, 8]
+    for path in ("step_00000003", "step_00000006"):
+        checkpoint.verify(out / "checkpoints" / path)
+    for later in (6, 8):
+        shutil.rmtree(out / f"checkpoints/step_0000000{later}")
+    (out / "eval.json").unlink()
+    assert train.train(settings(lab, out, "--train.save-every", 3), one()) == 0         # from what was written late
+    same_checkpoint(out, whole[0], 8)
+
+
+def test_a_bug_in_the_background_is_no_warning(lab, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise ZeroDivisionError
+    monkeypatch.setattr(checkpoint, "write", broken)
+    with pytest.raises(ZeroDivisionError):
+        train.train(settings(lab, tmp_path / "run", "--train.save-every", 2), one())
+
+
+def test_the_best_of_the_evaluated_checkpoints_is_kept(tmp_path):
+    bits = {0: 1.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: None}
+    run = SimpleNamespace(
+        c=SimpleNamespace(train=SimpleNamespace(keep_best=True)), world=one(), folder=tmp_path,
+        names_of=lambda role: [role, "without held-out text"],
+        evaluations={f"eval_step_{step}.json": {"texts": {
+            "domain": {"bits_per_byte": value} if value else {"accuracy": 0.5}, "general": {"bits_per_byte": 0.1}}}
+            for step, value in bits.items()})
+    assert resume.best_step(run) == []
+    for step in (2, 4, 5, 6, 8):
+        checkpoint.path_of(tmp_path / "checkpoints", step).mkdir(parents=True)
+    assert resume.best_step(run) == [4]
+    run.c.train.keep_best = False
+    assert resume.best_step(run) == []
+
+
+def test_a_changed_default_of_what_is_off_is_no_other_run(base, tmp_path):
+    def known(change=lambda c: None):
+        run = build(run_of(base, tmp_path / "run", "--forget.ema.decay", 0.5), one())
+        change(run.c)
+        return resume.identity(run, 4)
+    plain = known()
+    assert set(plain["forget"]) == {"ema"}
+    assert known(lambda c: vars(c.forget.adaptive).update(epsilon=0.5)) == plain
+    assert known(lambda c: vars(c.forget.freeze).update(thaw_ratio=0.1)) == plain
+    assert known(lambda c: vars(c.lora).update(alpha=1.0)) == plain
+    assert known(lambda c: vars(c.forget.ema).update(decay=0.6)) != plain
 
 
 def limit_files(size: int):
