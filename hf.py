@@ -5,37 +5,48 @@
     python hf.py export out/legal/checkpoints/step_00001000 --out DIR
 
 Tensors are copied one at a time into a model built on the meta device, so that the peak is the weights and one tensor.
-No file is unpickled: a .bin is read through torch.load's weights_only, which refuses everything but tensors.
+What of a folder may be read, and how far, stands in core/foreign_files.py; no file is unpickled.
 """
 
 import core.threads
 
 import functools
 import hashlib
-import os
 import re
 import shutil
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError, safe_open
 
 from core import cli, parallel
 from core.architecture import ModelConfig, make_config, parse_config
 from core.devices import DTYPES
 from core.errors import UserError
-from core.files import FolderKind, find_folder, new_folder, read_json, write_json, write_text
+from core.files import FolderKind, find_folder, new_folder, write_json, write_text
+from core.foreign_files import (
+    FLOATS,
+    LICENCES,
+    MODEL_FILES,
+    TOKENIZER_SETTINGS,
+    VOCABULARIES,
+    check_tensor,
+    first_line,
+    list_tensors,
+    load_pickle,
+    open_tensors,
+    own_file,
+    own_files,
+    read_own_json,
+    read_tensor,
+)
 from core.settings_files import read_settings
 from model import Model
 
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer.tiktoken")
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# The bytes of a file that its fingerprint reads: all of up to 64 MB, else so many pieces of a MB, evenly spaced.
+PIECES, PIECE = 64, 1 << 20
 # The model folder that `save` writes; every card says who made it.
 FOLDER = FolderKind("model folder", (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md",
@@ -89,7 +100,7 @@ class Base:
             return known
         name, file = next(iter(tensor_files(self.folder).items()))
         with open_tensors(file) as opened:
-            stored = opened.get_tensor(name).dtype
+            stored = FLOATS.get(opened.get_slice(name).get_dtype())
         return stored if stored in DTYPES.values() else torch.float32
 
     @functools.cached_property
@@ -98,25 +109,30 @@ class Base:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell these weights from others: a digest of each file's name, size, first and last MB."""
+        """16 hex digits that tell these weights from others: a digest of each file's name, size and bytes. Of a file
+        above 64 MB 64 pieces are read, the first (its header) and the last among them: training changes all of a model,
+        and a change of single values in between is not seen."""
         digest = hashlib.sha256()
         for file in sorted(set(tensor_files(self.folder).values())):
             size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
             with open(file, "rb") as opened:
-                digest.update(f"{file.name} {size}".encode() + opened.read(1 << 20))
-                opened.seek(-min(1 << 20, size), os.SEEK_END)
-                digest.update(opened.read())
+                for k in range(PIECES):
+                    opened.seek(max(k * PIECE, k * (size - PIECE) // (PIECES - 1)))
+                    digest.update(opened.read(PIECE))
         return digest.hexdigest()[:16]
 
     @functools.cached_property
     def facts(self) -> dict:
         """What a user should know before training the base: {"license": text, "chat_template": whether it has one}."""
-        template, settings = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
-        has_template = template.exists() or (settings.exists() and bool(read_json(settings, dict).get("chat_template")))
-        card = self.folder / "README.md"
-        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:60] if card.exists() else []
-        stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
-        files = [f"see {file.name}" for file in sorted(self.folder.glob("LICENSE*"))]
+        has_template = (own_file(self.folder / "chat_template.jinja") is not None
+                        or bool(read_settings(self.folder / "tokenizer_config.json").get("chat_template")))
+        stated = []
+        if card := own_file(self.folder / "README.md"):
+            with open(card, encoding="utf-8", errors="replace") as file:
+                stated = [line.partition(":")[2].strip() for line in file.read(1 << 16).splitlines()[:60]
+                          if line.startswith("license:")]
+        files = [f"see {file.name}" for file in own_files(self.folder, ["LICENSE*"])]
         return {"license": next(filter(None, [*stated[:1], *files]), "not stated"), "chat_template": has_template}
 
 
@@ -130,7 +146,8 @@ def split_name(base: "str | Path | Base") -> tuple[str, str]:
 def open_base(path: "str | Path | Base") -> Base:
     """Open the model folder `path`; `hf://org/name@revision` is downloaded to, or found in, the Hub's cache.
 
-    A Base is returned as it is. UserError where there is no such folder, or neither Hub nor cache gives it.
+    A Base is returned as it is. UserError where there is no such folder, or neither Hub nor cache gives it, and for a
+    file of it that is not its own: it could neither be read nor, after hours of training, be copied to the export.
     """
     if isinstance(path, Base):
         return path
@@ -139,6 +156,7 @@ def open_base(path: "str | Path | Base") -> Base:
         folder = find_folder(path)
         if not folder.is_dir():
             raise UserError(f"model folder {path} does not exist; give a Hugging Face folder or hf://org/name")
+        own_files(folder, MODEL_FILES)
         return Base(path, folder, None)
     name, _, revision = path.removeprefix("hf://").partition("@")
     for weights in ("*.safetensors", "*.bin"):
@@ -152,11 +170,8 @@ def open_base(path: "str | Path | Base") -> Base:
             break
         # A branch may move between two requests to the Hub: the second names the commit that the first one found.
         revision = folder.name
+    own_files(folder, MODEL_FILES)
     return Base(path, folder, folder.name)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- loading
@@ -169,57 +184,28 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index, single = folder / f"{stem}.index.json", folder / stem
-        if index.exists():
-            files = read_json(index, dict).get("weight_map")
+        if own_file(index):
+            files = read_own_json(index).get("weight_map")
             if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
                 raise UserError(f"{index} has no weight_map from tensor names to file names")
             names = sorted(set(files.values()))
             for name in names:
-                if Path(name).name != name or name in (".", ".."):
+                if Path(name).name != name or name in ("", ".", ".."):
                     raise UserError(f"{index} points outside its folder: {name!r}")
-                if not (folder / name).is_file():
+                if own_file(folder / name) is None:
                     raise UserError(f"{index} names {name}, which is missing; the download is incomplete")
-            if single.exists() and stem not in names:
+            if own_file(single) and stem not in names:
                 raise UserError(f"{folder} holds {stem} and {index.name}, which names other files: two models in one "
                                 f"folder; remove the one that is not meant")
             held = {name: set(list_tensors(folder / name)) for name in names}
             lost = [tensor for tensor, name in files.items() if tensor not in held[name] and from_hf_name(tensor)]
             if odd := [tensor for tensor in lost if tensor != "lm_head.weight"]:
-                raise UserError(f"{folder / files[odd[0]]} does not hold {odd[0]}, though the index says so")
+                raise UserError(f"{folder / files[odd[0]]} does not hold {odd[0]}, though the index "
+                                f"says so")
             return {tensor: folder / name for tensor, name in files.items() if tensor in held[name]}
-        if single.exists():
+        if own_file(single):
             return dict.fromkeys(list_tensors(single), single)
     raise UserError(f"{folder} holds no model.safetensors, no index of one and no pytorch_model.bin")
-
-
-def list_tensors(path: Path) -> list[str]:
-    with open_tensors(path) as file:
-        return list(file.keys())
-
-
-def open_tensors(path: Path):
-    """A context with keys() and get_tensor(name); UserError where the file is damaged or holds more than tensors."""
-    try:
-        if path.suffix != ".bin":
-            return safe_open(path, framework="pt")
-        tensors = load_pickle(path, path.stat().st_mtime_ns)
-        if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
-            raise TypeError(f"{odd[0]} is a {type(tensors[odd[0]]).__name__}")
-        return nullcontext(SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__))
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is damaged or cut short: {first_line(error)}") from None
-    except Exception as error:
-        # weights_only met code and raised pickle.UnpicklingError, or a broken pickle raised what it likes.
-        raise UserError(f"{path} is refused, it holds more than tensors: {first_line(error)}") from None
-
-
-# One file: `fill` asks for each tensor by itself, and a file of torch before 1.6 is read as a whole each time.
-@functools.lru_cache(maxsize=1)
-def load_pickle(path: Path, changed: int) -> dict:
-    """The tensors of a .bin, mapped where its format allows that; changed: when the file was, for the cache."""
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
 
 
 def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
@@ -227,28 +213,48 @@ def load(path, dtype: torch.dtype = torch.float32, device="cpu") -> Model:
     base = open_base(path)
     with torch.device("meta"):
         model = Model(base.config).to(dtype)
+    find_weights(model, base.folder)
     model.to_empty(device=device).tie()
     fill(model, base.folder)
     return model
 
 
-@torch.no_grad()
-def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
-    """Copy its tensor in `folder` into every parameter of the base; UserError where one is missing, left over or of
-    another shape. layout(full, parameter) gives the part of a full tensor that a shard holds."""
-    stored = tensor_files(folder)
-    check_tied_head(model.config, stored, folder)
-    files = {from_hf_name(hf_name): (hf_name, file) for hf_name, file in stored.items()}
-    files.pop(None, None)
-    wanted = {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
+def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
+    """{name of a parameter of the base: (its tensor's name, file)}; UserError where a tensor is missing, left over,
+    there twice, or of another shape or type. Only the files' headers are read, and `model` may be on the meta device:
+    ask this before memory is taken for what a config.json says and the files do not hold."""
+    files, wanted = {}, base_parameters(model)
+    for hf_name, file in tensor_files(folder).items():
+        if (name := from_hf_name(hf_name)) in files:
+            raise UserError(f"{folder} holds one tensor twice, as {name_some([files[name][0], hf_name])}")
+        if name is not None:
+            files[name] = hf_name, file
     tied_head = {"head.weight"} if model.config.tie_word_embeddings else set()
     if left_over := [hf_name for name, (hf_name, _) in files.items() if name not in wanted]:
         raise UserError(f"{folder} holds tensors this model has no place for, among them {name_some(left_over)}")
     if missing := [to_hf_name(name) for name in wanted if name not in files.keys() | tied_head]:
         raise UserError(f"{folder} lacks tensors the model needs, among them {name_some(missing)}")
-    for name, parameter in wanted.items():
+    for file in sorted({file for _, file in files.values()}):
+        with open_tensors(file) as opened:
+            for name, (hf_name, place) in files.items():
+                if place == file:
+                    check_tensor(opened, hf_name, file, wanted[name].shape)
+    return files
+
+
+def base_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
+
+
+@torch.no_grad()
+def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
+    """Copy its tensor in `folder` into every parameter of the base; UserError as in `find_weights`, and where values
+    are not finite. layout(full, parameter) gives the part of a full tensor that a shard holds."""
+    files = find_weights(model, folder)
+    check_tied_head(model.config, dict(files.values()), folder)
+    for name, parameter in base_parameters(model).items():
         if name in files:
-            parameter.copy_(layout(read_tensor(*files[name], parameter.shape), parameter))
+            parameter.copy_(layout(read_tensor(*files[name], parameter.shape, parameter.dtype), parameter))
     load_pickle.cache_clear()
 
 
@@ -268,18 +274,6 @@ def check_tied_head(config: ModelConfig, stored: dict[str, Path], folder) -> Non
         if not torch.equal(head.to(embedding.dtype), embedding):
             raise UserError(f"{folder}/config.json says tie_word_embeddings, but lm_head.weight differs from the "
                             f"embedding; set tie_word_embeddings to false there")
-
-
-def read_tensor(name: str, file: Path, shape: torch.Size) -> torch.Tensor:
-    """One tensor of a file. The file is opened for each tensor, because closing it frees the pages of the last one."""
-    with open_tensors(file) as opened:
-        tensor = opened.get_tensor(name)
-    if not tensor.is_floating_point():
-        raise UserError(f"{name} in {file} is {str(tensor.dtype).removeprefix('torch.')}, as quantised weights are; "
-                        f"take the full-precision model that they were made from")
-    if tensor.shape != shape:
-        raise UserError(f"{name} in {file} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}")
-    return tensor
 
 
 # ---- saving
@@ -325,7 +319,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
 
 
 def copy_files(folder: Path, patterns, out: Path):
-    for file in (file for pattern in patterns for file in folder.glob(pattern)):
+    for file in own_files(folder, patterns):
         shutil.copyfile(file, out / file.name)
 
 

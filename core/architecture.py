@@ -40,9 +40,10 @@ ROPE_TYPES = {"default": (), "linear": ("factor",), "dynamic": ("factor",), "yar
               "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
               "longrope": ("short_factor", "long_factor", "attention_factor", "original_max_position_embeddings")}
 # Keys of a base's config.json that are not true of an exported model: its weights are plain, remote code is not copied,
-# and the original length of a scaled rotation stands with the scaling.
-LEFT_OVERS = ("quantization_config", "compression_config", "auto_map", "_attn_implementation", "attn_implementation",
-              "original_max_position_embeddings")
+# and the original length of a scaled rotation stands with the scaling. Nor is any that begins with "_": with
+# _attn_implementation_internal and its like a reader may fetch code from the Hub.
+LEFT_OVERS = ("quantization_config", "compression_config", "auto_map", "custom_pipelines", "attn_implementation",
+              "experts_implementation", "original_max_position_embeddings")
 
 
 @dataclass
@@ -89,7 +90,7 @@ class ModelConfig:
             raise UserError(f"a sliding window is {min(filter(None, self.windows))}, but must be at least 1")
         if (kind := self.rope_scaling.get("rope_type", "default")) not in ROPE_TYPES:
             raise UserError(f"rope_type {kind!r} is not known; known are {', '.join(ROPE_TYPES)}")
-        if missing := [key for key in ROPE_TYPES[kind] if key not in self.rope_scaling]:
+        if missing := [key for key in ROPE_TYPES[kind] if self.rope_scaling.get(key) is None]:
             raise UserError(f"rope_type {kind!r} needs {', '.join(missing)} in rope_scaling")
         for key in ("short_factor", "long_factor") if kind == "longrope" else ():
             if len(factors := self.rope_scaling[key]) != self.head_dim // 2:
@@ -99,6 +100,11 @@ class ModelConfig:
                     "beta_slow"):
             if not (self.rope_scaling.get(key) or 1) > 0:
                 raise UserError(f"rope_scaling has {key} {self.rope_scaling[key]}, but it must be above 0")
+        if kind == "llama3" and not self.rope_scaling["low_freq_factor"] < self.rope_scaling["high_freq_factor"]:
+            raise UserError(f"rope_scaling has low_freq_factor {self.rope_scaling['low_freq_factor']}, but it must be "
+                            f"below high_freq_factor {self.rope_scaling['high_freq_factor']}")
+        if kind == "dynamic" and self.head_dim == 2:
+            raise UserError("rope_type 'dynamic' needs a head_dim above 2")
 
 
 def set_positions(config: ModelConfig, longest: int | None, scaling: str, theta: float | None) -> ModelConfig:
@@ -219,7 +225,7 @@ def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
     # transformers 4 finds longrope's original length at the top of a config alone.
     rope, is_longrope = config.rope_scaling, config.rope_scaling.get("rope_type") == "longrope"
     made = {
-        **{key: value for key, value in base.items() if key not in LEFT_OVERS},
+        **{key: value for key, value in base.items() if key not in LEFT_OVERS and not key.startswith("_")},
         **({"original_max_position_embeddings": rope["original_max_position_embeddings"]} if is_longrope else {}),
         **{key: getattr(config, key) for key in (*SHARED, "num_key_value_heads", "rope_theta")},
         "architectures": [FAMILIES[config.family]["architecture"]], "model_type": config.family,

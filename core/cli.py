@@ -129,7 +129,8 @@ def _run(program: str, description: str, commands, recipe: bool, argv: list[str]
     except (UserError, OSError, SafetensorError) as error:
         # The user can mend the last two as well: the disk is full, a file may not be read or is damaged.
         text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
-        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        # What strangers wrote may be of any length.
+        print(f"error: {' '.join(text.split())[:4000]}", file=sys.stderr)
         return getattr(error, "status", 2)
     except KeyboardInterrupt as stop:
         why, status = (stop.why, stop.status) if isinstance(stop, signals.Stopped) else ("SIGINT", 130)

@@ -24,6 +24,7 @@ import hf
 from core.config import setting
 from core.errors import UserError
 from core.files import new_folder, read_json, write_json, write_text
+from core.foreign_files import own_files
 from learn.method import upcast_dtype
 
 ALPHAS = [i / 10 for i in range(11)]
@@ -106,8 +107,7 @@ class Pair:
 
     def merge_one(self, name: str, alpha: float, config: MergeConfig) -> torch.Tensor:
         """The tensor `name` between the two folders."""
-        with hf.open_tensors(self.files[0][name]) as old, hf.open_tensors(self.files[1][name]) as new:
-            base, result = old.get_tensor(name), new.get_tensor(name)
+        base, result = (hf.read_tensor(name, files[name], None) for files in self.files)
         is_vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
         grown = is_vocabulary and base.shape[1:] == result.shape[1:] and len(base) < len(result)
         if base.shape != result.shape and not grown:
@@ -129,8 +129,8 @@ def merge(base, result, out, alpha: float, config: MergeConfig, card: str = "", 
             weight_map |= dict.fromkeys(tensors, name)
             size += sum(t.nbytes for t in tensors.values())
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        for file in pair.folders[1].iterdir():
-            if file.is_file() and hf.FOLDER.holds(Path(file.name)) and "safetensors" not in file.name:
+        for file in own_files(pair.folders[1], hf.FOLDER.files):
+            if "safetensors" not in file.name:
                 shutil.copyfile(file, partial / file.name)
         if len(set(weight_map.values())) > 1:
             write_json(partial / "model.safetensors.index.json",

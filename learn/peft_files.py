@@ -1,16 +1,18 @@
 """Adapters as PEFT's files, adapter_config.json and adapter_model.safetensors: ours for PEFT, and PEFT's for us."""
 
 import re
+import reprlib
+import time
 from collections import Counter
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 import hf
 from core.errors import UserError
 from core.files import FolderKind, new_folder, write_json
+from core.foreign_files import list_tensors, own_file, read_tensor
 from core.settings_files import read_settings
 from learn import adapters
 
@@ -18,6 +20,9 @@ PREFIX = "base_model.model."                 # of every key in PEFT's files
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 FOLDER = FolderKind("adapter folder", (CONFIG, TENSORS), {CONFIG: b'"peft_type"'})
 HEAD_KEY, EMBEDDING_KEY = PREFIX + "lm_head.weight", PREFIX + "model.embed_tokens.weight"
+# What makes a pattern exponential, in matching or in compiling: repeated groups, counts, references, look-arounds.
+SLOW = re.compile(r"\)[*+]|\{|\\\d|\(\?")
+PATTERN_SECONDS, MOST_PATTERNS = 2.0, 5000
 UNTIE = "untie the base first (tie_word_embeddings false and an lm_head.weight)"
 # PEFT's settings that can change what the tensors mean: {setting: the values with which it does not}.
 HARMLESS = {
@@ -119,44 +124,100 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
 
     UserError where it is not LoRA alone, not for this model, or trains an embedding that is also the model's head."""
     folder, tied = hf.open_base(folder).folder, adapters.is_tied(model)
-    settings = read_settings(folder / CONFIG, needed=True)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
-    if missing := [name for name in ("r", "lora_alpha") if settings.get(name) is None]:
-        raise UserError(f"{folder / CONFIG} does not say {' and '.join(missing)}")
-    for key, allowed in HARMLESS.items():
-        if settings.get(key) not in allowed:
-            raise UserError(f"{folder / CONFIG} has {key} {settings[key]!r}; merge it with PEFT's merge_and_unload")
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / TENSORS} cannot be read: {error}") from None
+    settings, file = read_adapter_settings(folder / CONFIG), folder / TENSORS
+    if own_file(file) is None:
+        raise UserError(f"{file} does not exist; an adapter_model.bin is not read, save it anew with PEFT")
+    tensors = {key: read_tensor(key, file, None) for key in list_tensors(file)}
     if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
         raise UserError(f"{folder} trains the embedding and leaves the head as it was (no ensure_weight_tying), but "
                         f"the base's head is its embedding; {UNTIE}")
 
-    alphas, indices = settings.get("alpha_pattern") or {}, settings.get("trainable_token_indices") or {}
-    # A bare list means the embedding.
-    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
     same = {"rslora": bool(settings.get("use_rslora")), "dora": bool(settings.get("use_dora")),
             "dropout": settings.get("lora_dropout") or 0.0}
-    known, chosen = adapters.linear_layers(model), {}
-    for key in sorted(tensors):
+    known, chosen, modules = adapters.linear_layers(model), {}, {}
+    for key, tensor in sorted(tensors.items()):
         # The end is that of a layer's A, with which B and m come, of a full table, or of some rows of one.
-        named = re.fullmatch(r"(.+?)(\.lora_A\.weight|\.weight|\.token_adapter\.\w+|)", key.removeprefix(PREFIX))
-        module, end = named.groups()
+        module, end = re.fullmatch(r"(.*?)(\.lora_A\.weight|\.weight|\.token_adapter\.\w+|)", key.removeprefix(PREFIX),
+                                   re.DOTALL).groups()
         path = hf.from_hf_name(module)
         if end == ".lora_A.weight" and path in known:
-            alpha = next((value for pattern, value in alphas.items() if re.match(rf"(.*\.)?({pattern})$", module)),
-                         settings["lora_alpha"])
-            chosen[path] = {"rank": len(tensors[key]), "alpha": float(alpha), **same}
+            check_pair(key, tensors, known[path], settings, folder)
+            chosen[path], modules[path] = {"rank": len(tensor), **same}, module
         elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
             chosen[path] = {"token_ids": None}
         elif end.startswith(".token_adapter"):
-            token_ids = next((ids for place, ids in indices.items() if f".{module}".endswith(f".{place}")), None)
-            if token_ids is None or path not in ("embed_tokens", "head"):
-                raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {key}")
-            chosen[path] = {"token_ids": token_ids}
+            chosen[path] = {"token_ids": find_token_ids(key, module, path, tensor, model, settings, folder)}
+    for path, alpha in find_alphas(modules, settings, folder).items():
+        chosen[path]["alpha"] = alpha
     adapters.add_adapter(model, name, chosen)
     load_peft_state(model, tensors)
     return settings
+
+
+def read_adapter_settings(path) -> dict:
+    """adapter_config.json, typed; UserError where it is not LoRA alone."""
+    settings = read_settings(path, needed=True)
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{path} has peft_type {settings.get('peft_type')!r}; only LORA is supported")
+    if missing := [name for name in ("r", "lora_alpha") if settings.get(name) is None]:
+        raise UserError(f"{path} does not say {' and '.join(missing)}")
+    for key, allowed in HARMLESS.items():
+        if settings.get(key) not in allowed:
+            raise UserError(f"{path} has {key} {reprlib.repr(settings[key])}; merge it with PEFT's merge_and_unload")
+    return settings
+
+
+def check_pair(key: str, tensors: dict, layer: nn.Module, settings: dict, folder) -> None:
+    """UserError where the A at `key` and its B are not of this layer, or of no rank that the settings name: before
+    parameters are made for them."""
+    ranks = {settings["r"], *(settings.get("rank_pattern") or {}).values()}
+    out, width = (layer.kept if isinstance(layer, adapters.Linear) else layer.weight).shape
+    names = key, key.replace(".lora_A.", ".lora_B.")
+    shapes = {name: list(tensors[name].shape) for name in names if name in tensors}
+    rank = sum(shapes[key][:1])
+    for name, shape in zip(names, ([rank, width], [out, rank])):
+        if shapes.get(name, shape) != shape:
+            raise UserError(f"{name} has shape {shapes[name]}, but the base makes it {shape}; it was trained on "
+                            f"another base")
+    if rank not in ranks:
+        raise UserError(f"{key} has rank {rank}, but {folder / CONFIG} says {', '.join(map(str, sorted(ranks)))}")
+
+
+def find_token_ids(key: str, module: str, path: str, tensor, model: nn.Module, settings: dict, folder) -> list[int]:
+    """The ids of the trained rows at `key`; UserError where the settings name none, or others than there are."""
+    indices = settings.get("trainable_token_indices") or {}
+    # A bare list means the embedding.
+    indices = indices if isinstance(indices, dict) else {"embed_tokens": indices}
+    token_ids = next((ids for place, ids in indices.items() if f".{module}".endswith(f".{place}")), None)
+    if token_ids is None or path not in ("embed_tokens", "head"):
+        raise UserError(f"{folder}: {CONFIG} has no trainable_token_indices for {key}")
+    if len(set(token_ids)) < len(token_ids) or list(tensor.shape[:1]) != [len(token_ids)] or (
+            max(token_ids, default=0) >= model.config.vocab_size):
+        raise UserError(f"{folder / CONFIG} has {len(token_ids)} trainable_token_indices for {key} of "
+                        f"{list(tensor.shape)}; they must be as many, each once, and below {model.config.vocab_size}")
+    return token_ids
+
+
+def find_alphas(modules: dict[str, str], settings: dict, folder) -> dict[str, float]:
+    """{path: alpha}, where PEFT calls the path's module modules[path]: that of the first pattern which matches an end
+    of the module, or else lora_alpha. UserError for a pattern that is no regular expression or could take for ever."""
+    alphas, patterns, found = settings.get("alpha_pattern") or {}, {}, {}
+    last = time.monotonic() + PATTERN_SECONDS
+    if len(alphas) > MOST_PATTERNS:
+        raise UserError(f"{folder / CONFIG} has {len(alphas):,} patterns in alpha_pattern; no model has so many layers")
+    for pattern, alpha in alphas.items():
+        if len(pattern) > 500 or SLOW.search(pattern) or len(re.findall("[*+?]", pattern)) > 4:
+            raise UserError(f"{folder / CONFIG} has the alpha_pattern {reprlib.repr(pattern)}, which could take for "
+                            f"ever; write names of layers, with a few of * + ? at most")
+        try:
+            patterns[re.compile(rf"(.*\.)?({pattern})$")] = alpha
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"{folder / CONFIG} has the alpha_pattern {reprlib.repr(pattern)}, which is no regular "
+                            f"expression: {error}") from None
+    for path, module in modules.items():
+        if time.monotonic() > last:
+            raise UserError(f"{folder / CONFIG} has patterns in alpha_pattern that take longer than "
+                            f"{PATTERN_SECONDS:g} s; write names of layers")
+        found[path] = next((alpha for compiled, alpha in patterns.items() if compiled.match(module)),
+                           settings["lora_alpha"])
+    return found

@@ -320,6 +320,8 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
         model = Model(config).to(torch.bfloat16 if bf16 else torch.float32)
         if c.lora.rank and sharded:
             lora.attach(model, c.lora, c.seed)
+    if c.model.init == "pretrained":
+        hf.find_weights(model, base.folder)
     if sharded:
         # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
         gathered = None if c.lora.rank or c.train.precision == "fp32" else devices.DTYPES[c.train.precision]

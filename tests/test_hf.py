@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf
+from core.errors import UserError
 from model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,16 +318,68 @@ def test_model_card(folder, tmp_path):
     assert "from scratch" in ModelCard.load(tmp_path / "scratch/README.md").text
 
 
-def test_the_fingerprint_sees_both_ends_of_a_file(tmp_path):
-    """3 MB of which the first or the last bytes change, at the same size."""
+def test_the_fingerprint_sees_every_byte_of_a_small_file_and_64_pieces_of_a_large_one(tmp_path):
+    """One byte changes, at the same size: in the header, in the data, at the end."""
+    size, step = 3_000_000, 1_500_000
     found = set()
-    for changed in (None, 0, -1):
-        weights = torch.zeros(3_000_000, dtype=torch.uint8)
+    for changed in (None, *range(0, size, step), size - 1):
+        weights = torch.zeros(size, dtype=torch.uint8)
         if changed is not None:
             weights[changed] = 1
         save_file({"a": weights}, tmp_path / "model.safetensors")
         found.add(hf.Base("x", tmp_path, None).fingerprint)
-    assert len(found) == 3
+    assert len(found) == 4
+    # 190 MB, of which most takes no room on the disk. Pieces begin every 3 MB.
+    os.truncate(file := tmp_path / "model.safetensors", large := 190 << 20)
+    head = {"a": {"dtype": "U8", "shape": [large - 108], "data_offsets": [0, large - 108]}}
+    for changed in (None, *(place << 20 for place in (3, 93, 189))):
+        with open(file, "r+b") as opened:
+            opened.write((100).to_bytes(8, "little") + json.dumps(head).ljust(100).encode())
+            opened.seek(changed or 0)
+            opened.write(b"\1" * (changed is not None))
+        found.add(hf.Base("x", tmp_path, None).fingerprint)
+    assert len(found) == 8
+
+
+def test_only_the_folders_own_files_are_copied(folder, tiny_model, tmp_path):
+    """A folder of licences is no licence; a link out of the folder is refused when the base is opened, which is before
+    a training, and not hours later by its export."""
+    (folder / "LICENSES").mkdir()
+    (folder / "LICENSES/MIT.txt").write_text("MIT")
+    (folder / "LICENSE").write_text("MIT")
+    (folder / "NOTICE.txt").symlink_to("LICENSE")
+    assert hf.open_base(folder).facts["license"] == "see LICENSE"
+    hf.save(tiny_model(), tmp_path / "out", base=folder)
+    assert (tmp_path / "out/NOTICE.txt").read_text() == "MIT"
+    assert not (tmp_path / "out/NOTICE.txt").is_symlink()
+    assert not (tmp_path / "out/LICENSES").exists()
+    (folder / "NOTICE").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="NOTICE is a link to /etc/passwd, outside of its folder"):
+        hf.open_base(folder)
+
+
+def test_no_key_of_a_config_makes_its_reader_fetch_code(folder, tiny_model, tmp_path):
+    edit_json(folder / "config.json", auto_map={"AutoModel": "evil--x.Y"}, _attn_implementation_internal="evil/kernel",
+              _experts_implementation="evil/kernel", custom_pipelines={}, theirs=1)
+    hf.save(tiny_model(), tmp_path / "out", base=folder)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["theirs"] == 1
+    assert not [key for key in written if key.startswith("_") or key in ("auto_map", "custom_pipelines")]
+
+
+def test_no_memory_is_taken_for_what_the_files_do_not_hold(folder, monkeypatch):
+    """A config.json that asks for 10^12 elements and more is refused by the files' headers."""
+    monkeypatch.setattr(torch.nn.Module, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
+    edit_json(folder / "config.json", hidden_size=1 << 20, intermediate_size=1 << 20)
+    with pytest.raises(UserError, match=r"has shape \[97, 32\], but config.json makes it \[97, 1048576\]"):
+        hf.load(folder)
+
+
+def test_two_names_of_one_tensor_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "norm.weight": weights["model.norm.weight"] + 1}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds one tensor twice, as (model\.)?norm\.weight, (model\.)?norm\.weight"):
+        hf.load(folder)
 
 
 def test_facts(folder):
@@ -572,7 +625,12 @@ def test_truncated_pickles_are_named(folder, length):
     ({"model_type": None}, "None, which is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu"),
     ({"hidden_size": None}, "no usable hidden_size"),
-    ({"num_hidden_layers": 0, "vocab_size": -97}, "no usable vocab_size, num_hidden_layers"),
+    ({"num_hidden_layers": None, "vocab_size": None}, "no usable vocab_size, num_hidden_layers"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers 0, but it must be a whole number at least 1 and at most 1,000"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": None}}, "'linear' needs factor"),
+    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}},
+     "low_freq_factor 4.0, but it must be below high_freq_factor 4.0"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 8.0}, "head_dim": 2}, "'dynamic' needs a head_dim above 2"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' needs short_factor, long_factor"),
     ({"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional' is not known"),
     ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' needs low_freq_factor, high_freq_factor"),

@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import re
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -32,8 +33,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from core.errors import UserError
-from core.settings_files import read_settings
+from core.foreign_files import TOKENIZER_FILES, VOCABULARY, own_files, read_own
+from core.settings_files import MOST_IDS, read_settings
 from text.corpus import utf8
+from text.foreign_tokenizers import MOST_CONTENT, open_tokenizer_json, panics_as_errors
 
 ROLES = ("bos", "eos", "pad", "unk", "mask")        # SentencePiece knows the first four
 # The settings files that name the token of a role, and those that give its id.
@@ -86,8 +89,9 @@ class Tokenizer:
         """control: ids of control tokens. defaults: {role: token} for the roles that no file in `folder` names."""
         library = type(backend).__module__.partition(".")[0]
         self.backend, self.kind, self.library = backend, kind, f"{library} {version(library)}"
-        self.vocab, self.vocab_size = vocab, max(vocab.values()) + 1
         by_id = {i: token for token, i in vocab.items()}
+        check_vocabulary(vocab, by_id, folder)
+        self.vocab, self.vocab_size = vocab, max(by_id) + 1
         self.tokens: list[str | None] = [by_id.get(i) for i in range(self.vocab_size)]
         files = {name: read_settings(folder / name) for name in (*ROLE_TOKENS, *ROLE_IDS)}
         roles = [self._find_role(role, files, vocab.get(defaults.get(role))) for role in ROLES]
@@ -163,10 +167,12 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(backend, folder, kind, backend.get_vocab(with_added_tokens=True), control, defaults)
 
     def _encode_batch(self, texts):
-        return [np.array(e.ids, np.uint32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with panics_as_errors("this tokenizer cannot encode a text"):
+            return [np.array(e.ids, np.uint32) for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, ids):
-        return self.backend.decode(ids, skip_special_tokens=False)
+        with panics_as_errors("this tokenizer cannot decode its tokens"):
+            return self.backend.decode(ids, skip_special_tokens=False)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -225,14 +231,31 @@ class TiktokenTokenizer(Tokenizer):
         return self.backend.decode(ids, errors="replace")
 
 
+def check_vocabulary(vocab: dict[str, int], by_id: dict[int, str], folder) -> None:
+    """UserError where the ids are none that a model could have. Ids become a list, so that a large one takes memory."""
+    if not vocab:
+        raise UserError(f"the tokenizer in {folder} has no tokens")
+    if max(by_id) >= MOST_IDS or min(by_id) < 0:
+        i = max(by_id) if max(by_id) >= MOST_IDS else min(by_id)
+        raise UserError(f"the tokenizer in {folder} has the id {i}, but ids must be from 0 to {MOST_IDS - 1:,}")
+    if len(by_id) < len(vocab):
+        first = next(token for token, i in vocab.items() if by_id[i] != token)
+        raise UserError(f"the tokenizer in {folder} gives the id {vocab[first]} to {reprlib.repr(first)} and to "
+                        f"{reprlib.repr(by_id[vocab[first]])}; each token needs one of its own")
+    if (longest := max(map(len, vocab))) > MOST_CONTENT:
+        raise UserError(f"the tokenizer in {folder} has a token of {longest:,} characters; no known one has")
+
+
 def find_file(path) -> Path:
-    """`path` itself if it is a file, else the first tokenizer file of that folder, in the order of the table above."""
+    """`path` itself if it is a file, else the first tokenizer file of that folder, in the order of the table above.
+    UserError for a file of the folder that is not its own, because `load` reads and an export copies it."""
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
+    own_files(path if path.is_dir() else path.parent, TOKENIZER_FILES)
     for file in (path, path / "tokenizer.json", path / "tokenizer.model", path / "vocab.json"):
         if file.is_file():
             return file
-    if not path.exists():
-        raise UserError(f"tokenizer {path} does not exist; name a model folder or a tokenizer file")
     raise UserError(f"no tokenizer in {path}: it has no tokenizer.json, no tokenizer.model and no vocab.json with "
                     f"merges.txt; copy them from the base model's page")
 
@@ -243,20 +266,20 @@ def load(path) -> Tokenizer:
     path = find_file(path)
     if path.name in ("vocab.json", "merges.txt"):
         return _load_gpt2(path.parent)
-    data = path.read_bytes()
+    data = read_own(path, VOCABULARY)
     if data.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
         return _load_llama3(data, path)
-    is_json = path.suffix == ".json"
-    read = tokenizers.Tokenizer.from_buffer if is_json else sentencepiece.SentencePieceProcessor.from_proto
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(open_tokenizer_json(path), path.parent)
     try:
-        backend = read(data)
-    # `tokenizers` raises no narrower class for a file it cannot read.
+        backend = sentencepiece.SentencePieceProcessor.from_proto(data)
+    # `sentencepiece` raises no narrower class for a file it cannot read.
     except Exception as error:
-        what = "tokenizer.json" if is_json else "SentencePiece model or tiktoken ranks"
-        raise UserError(f"{path} cannot be read as {what} ({error}); download it again") from error
-    return (HuggingFaceTokenizer if is_json else SentencePieceTokenizer)(backend, path.parent)
+        raise UserError(f"{path} cannot be read as SentencePiece model or tiktoken ranks ({error}); download it "
+                        f"again") from error
+    return SentencePieceTokenizer(backend, path.parent)
 
 
 def _load_llama3(data: bytes, path: Path) -> Tokenizer:
@@ -313,7 +336,10 @@ def make_gpt2_bpe(vocab: dict[str, int], merges: list) -> tokenizers.Tokenizer:
 
 def read_merges(folder: Path) -> list[tuple[str, ...]]:
     """The pairs in the merges.txt of `folder`, whose first line may be a "#version" comment."""
-    text = (folder / "merges.txt").read_text(encoding="utf-8")
+    try:
+        text = read_own(folder / "merges.txt", VOCABULARY).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{folder / 'merges.txt'} is not UTF-8 ({error}); download it again") from None
     return [tuple(line.split()) for line in text.split("\n")[text.startswith("#version"):] if line.strip()]
 
 

@@ -23,7 +23,8 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from core.errors import UserError
-from core.files import read_json, write_text
+from core.files import write_text
+from core.foreign_files import VOCABULARY, own_file, read_own_json
 from core.settings_files import read_settings
 from text import vocabulary
 from text.train_vocabulary import put_bos_first, split_as_llama3
@@ -71,7 +72,8 @@ class BaseTokenizer:
         elif self.kind == "gpt2":
             self.merges = vocabulary.read_merges(self.folder)
         elif self.kind == "tokenizers":
-            description = read_json(self.file)
+            # As the package writes it, every key is there.
+            description = json.loads(self.tokenizer.backend.to_str())
             byte_level = '"ByteLevel"' in json.dumps(description["pre_tokenizer"])
             # Llama's and Phi-3's form of a SentencePiece BPE
             self.has_pieces = not byte_level and bool(description["model"].get("byte_fallback"))
@@ -149,7 +151,7 @@ def convert(base: BaseTokenizer, tokens: list, pairs: list[tuple[str, str]]) -> 
     """The tokenizer that `write_extended` writes, in the form of `tokenizers`, which every kind of base has."""
     old, vocab = base.tokenizer, {token: i for i, token in enumerate(tokens) if token is not None}
     if base.kind == "tokenizers":
-        description = read_json(base.file)
+        description = read_own_json(base.file, VOCABULARY)
         # `vocab` holds the added tokens too; else `tokenizers` would give them ids behind the new tokens.
         description["model"] |= {"vocab": vocab, "merges": base.merges + pairs}
         return tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -265,7 +267,7 @@ def _append_pieces(base: BaseTokenizer, tokens: list[str]) -> bytes:
 def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **roles) -> None:
     """Write the base's settings, with the token of every role by name and `roles` (pad_token="<p>") laid over them."""
     for name in ("special_tokens_map.json", "chat_template.jinja", "generation_config.json"):
-        if (base.folder / name).is_file():
+        if own_file(base.folder / name):
             shutil.copyfile(base.folder / name, folder / name)
     tok = base.tokenizer
     named = {f"{role}_token": tok.tokens[i] for role in ROLES if (i := getattr(tok, f"{role}_id")) is not None}
@@ -283,18 +285,30 @@ def write_settings(base: BaseTokenizer, folder: Path, tokenizer_class: str, **ro
 # and a model holds it in its own field 1: `0a 0b` (11 bytes follow), then the above.
 
 def read_fields(data: bytes) -> list[tuple[int, int | bytes]]:
-    """(field number, value) in order: varints as int, strings and messages as bytes, floats as their 4 or 8 bytes."""
+    """(field number, value) in order: varints as int, strings and messages as bytes, floats as their 4 or 8 bytes.
+    UserError where the data ends within a field, and for a group, which SentencePiece has none of."""
     fields, stream = [], io.BytesIO(data)
     while stream.tell() < len(data):
         number, wire_type = divmod(read_varint(stream), 8)
+        if wire_type not in (0, 1, 2, 5):
+            raise UserError(f"the SentencePiece model has a field of the wire type {wire_type}; download it again")
         value = read_varint(stream) if wire_type in (0, 2) else {1: 8, 5: 4}[wire_type]
+        if wire_type and value > len(data) - stream.tell():
+            raise UserError("the SentencePiece model is cut short; download it again")
         fields.append((number, value if wire_type == 0 else stream.read(value)))
     return fields
 
 
 def read_varint(stream) -> int:
-    byte = stream.read(1)[0]
-    return byte if byte < 128 else byte - 128 + (read_varint(stream) << 7)
+    value = 0
+    # Ten bytes hold the 64 bits that protobuf has.
+    for place in range(10):
+        if not (byte := stream.read(1)):
+            break
+        value |= (byte[0] & 127) << 7 * place
+        if byte[0] < 128:
+            return value
+    raise UserError("the SentencePiece model is cut short, or has an endless number; download it again")
 
 
 def write_varint(value: int) -> bytes:

@@ -170,7 +170,7 @@ def test_transformers_4_reads_every_exported_rope(hf_model, transformers, tmp_pa
      "partial_rotary_factor 0.5"),
     ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}, "rope_type 'mrope' is not known"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 1}, "must be at least 2"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -1}}, "has beta_fast -1.0"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": -1}}, "in rope_scaling beta_fast -1, but"),
     ({"layer_types": ["full_attention"]}, "names 1 layer_types of 3 layers"),
     ({"layer_types": ["chunked_attention"] * 3}, "layer_types chunked_attention, which is not supported"),
 ])

@@ -49,8 +49,14 @@ def test_fields_are_typed(tmp_path, file, field, value, typed):
     ("config.json", "attention_bias", "perhaps", "true or false"),
     ("config.json", "model_type", ["llama"], "text"),
     ("config.json", "rope_scaling", "yarn", "an object with factor, "),
-    ("config.json", "rope_scaling", {"factor": [2]}, "an object with factor, "),
-    ("config.json", "eos_token_id", "</s>", "a whole number or a list, each entry a whole number"),
+    ("config.json", "eos_token_id", "</s>", "a whole number at least -1 and below 4,194,304 or a list, each entry a"),
+    ("config.json", "vocab_size", 10**12, "a whole number at least 1 and at most 4,194,304"),
+    ("config.json", "rope_theta", float("nan"), "a number above 1 and at most 1e\\+15"),
+    ("config.json", "rope_theta", 0, "a number above 1"),
+    ("config.json", "num_hidden_layers", 10**5, "a whole number at least 1 and at most 1,000"),
+    ("adapter_config.json", "lora_alpha", float("inf"), "a number above 0"),
+    ("adapter_config.json", "r", 1.5, "a whole number at least 1"),
+    ("added_tokens.json", "<x>", 10**9, "a whole number at least 0"),
     ("tokenizer_config.json", "eos_token", {"foo": 1}, "a token or an object with its content"),
     ("tokenizer_config.json", "added_tokens_decoder", [1], "an object, each value an object with content"),
     ("tokenizer_config.json", "added_tokens_decoder", {"x": {"content": "a"}}, "an object, each value"),
@@ -61,6 +67,12 @@ def test_what_cannot_be_meant_is_named(tmp_path, file, field, value, wanted):
     (tmp_path / file).write_text(json.dumps({field: value}))
     with pytest.raises(UserError, match=f"^{tmp_path}/{file} has {field} .*, but it must be {wanted}"):
         read_settings(tmp_path / file)
+
+
+def test_a_part_that_cannot_be_meant_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"rope_scaling": {"type": "yarn", "factor": [2]}}))
+    with pytest.raises(UserError, match=r"has in rope_scaling factor \[2\], but it must be a number above 0"):
+        read_settings(tmp_path / "config.json")
 
 
 def test_a_missing_file_is_empty_unless_it_is_needed(tmp_path):
