@@ -120,6 +120,14 @@ def test_reference_against_torch_and_finite_differences():
     assert gradcheck(lambda x, r, w: added(x, r, w)[1], (x, r, w))
 
 
+@pytest.mark.parametrize("choice", ["reference", "triton"])
+def test_eps_is_added_to_the_mean(choice):
+    """Truth: torch, on elements of the size of sqrt(eps); of ordinary size, eps / D would look the same."""
+    x, w = normal(7, 40).detach() * 3e-3, normal(40, seed=1).detach()
+    with backend.using(choice):
+        assert torch.allclose(norm(x, w), F.rms_norm(x, (40,), w, 1e-5), rtol=1e-5, atol=0)
+
+
 def test_two_runs_agree_bitwise():
     x, w = normal(300, 130), normal(130, seed=1)
     with backend.using("triton"):

@@ -49,6 +49,10 @@ def test_positions_are_set_on_purpose_and_exported(base, tmp_path, capsys, adapt
 def test_a_context_beyond_the_positions_warns(base, tmp_path, capsys):
     train.train(run_of(base, tmp_path / "run", "--data.context", 64, "--train.steps", 2), one())
     assert "warning: data.context 64 is beyond the 32 positions of the model" in capsys.readouterr().out
+    for context, warns in ((32, False), (33, True)):
+        words = ["--data.context", context, "--train.steps", 1, "--eval.sample-tokens", 0]
+        train.train(run_of(base, tmp_path / str(context), *words), one())
+        assert (f"data.context {context} is beyond the 32 positions" in capsys.readouterr().out) == warns
 
 
 @pytest.mark.parametrize("words", [["--lora.rank", 2], ["--forget.merge.method", "linear"],
