@@ -122,6 +122,8 @@ def _run(program: str, description: str, commands, recipe: bool, argv: list[str]
             description = commands[0].__doc__
         cls, function = commands
         json_file = _take_json(argv)
+        if json_file and Path(json_file).is_dir():
+            raise UserError(f"--json {json_file} is a folder; name a file in it")
         result = function(parse(cls, argv, program, description, recipe))
         if json_file and not isinstance(result, int):
             write_json(json_file, result)

@@ -10,7 +10,7 @@ import eval as evaluation
 import hf
 from core import checkpoint, cli
 from core.devices import DTYPES
-from core.files import refuse_existing
+from core.files import claim_folder
 from stages.resume import read_state
 
 
@@ -18,14 +18,14 @@ def export_checkpoint(options: hf.Export) -> dict:
     """Write what a run that ended at the checkpoint would export, before a merge with its base. UserError where the
     checkpoint does not verify, or its base is not the one it was trained on."""
     path, out = Path(options.checkpoint), options.output.out
-    refuse_existing(out, options.output.overwrite, hf.FOLDER)
-    checkpoint.verify(path)
-    read_state(path)
-    model, state, name = evaluation.load_checkpoint(path)
-    weights = {key: weight.to(DTYPES[state["dtype"]]) for key, weight in model.named_parameters()}
-    hf.save(model, out, base=state["base"] or None, state=weights, scratch=state["identity"]["base"] is None,
-            tokenizer=state["tokenizer"] if state["tokenizer"] != state["base"] else None,
-            card=f"Step {state['step']} of a run: {name}.")
+    with claim_folder(out, options.output.overwrite, hf.FOLDER):
+        checkpoint.verify(path)
+        read_state(path)
+        model, state, name = evaluation.load_checkpoint(path)
+        weights = {key: weight.to(DTYPES[state["dtype"]]) for key, weight in model.named_parameters()}
+        hf.save(model, out, base=state["base"] or None, state=weights, scratch=state["identity"]["base"] is None,
+                tokenizer=state["tokenizer"] if state["tokenizer"] != state["base"] else None,
+                card=f"Step {state['step']} of a run: {name}.")
     print(f"{out}: step {state['step']}, {name}, {state['dtype']}")
     return {"out": out, "step": state["step"], "model": name, "dtype": state["dtype"]}
 

@@ -128,6 +128,12 @@ def run(*words, commands=COMMANDS) -> int:
     return cli.run("data.py", "What data.py does.", commands, argv=list(words))
 
 
+def test_json_that_can_be_no_file_is_refused_before_the_work(tmp_path, capsys):
+    commands = {"work": (Device, lambda options: pytest.fail("the work must not begin"))}
+    assert run("work", "--json", str(tmp_path), commands=commands) == 2
+    assert capsys.readouterr().err == f"error: --json {tmp_path} is a folder; name a file in it\n"
+
+
 def test_run_gives_status_and_json(tmp_path, capsys):
     words = ["pack", "a", "--out", "o", "--tokenizer", "t"]
     assert run(*words, "--json", str(tmp_path / "new/x.json")) == 0
