@@ -81,6 +81,9 @@ class World:
 
     def check(self):
         """Raise Stopped where any rank was asked to stop before the last sum: on all ranks at the same point."""
+        if self.size == 1:
+            # Nobody has to agree, so that it need not wait for the next sum.
+            self.sum([])
         if self.asked:
             raise stopped_by(self.asked)
 
