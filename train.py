@@ -151,6 +151,7 @@ def train(c: Config, world) -> int:
                     clock = time.perf_counter()
                     batches = ahead.result()
                     ahead = pool.submit(micro_batches, run, step + 1) if step + 1 < run.steps else None
+                    world.enter(f"step {step + 1}", is_step=True)
                     result = train_step(run, step, batches)
                     seconds, measured = seconds + time.perf_counter() - clock, measured + 1
 
@@ -217,15 +218,10 @@ def show_sequences(run: Run, batch):
 
 def run_command(c: Config) -> int | dict:
     """What the command line asks for, on this process's rank: the exit status, or the contents of eval.json."""
-    world = parallel.start(c.device)
-    try:
+    with parallel.together(c.device, c.parallel) as world:
         status = (dry_run if c.dry_run else train)(c, world)
-        # No rank leaves while another still waits for it.
-        world.barrier()
-        results = Path(c.out, "eval.json")
-        return files.read_json(results) if world.main and not c.dry_run and results.exists() else status
-    finally:
-        parallel.stop()
+    results = Path(c.out, "eval.json")
+    return files.read_json(results) if world.main and not c.dry_run and results.exists() else status
 
 
 def main() -> int:

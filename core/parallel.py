@@ -7,6 +7,7 @@ CPU ranks exchange values over gloo, GPU ranks over NCCL. A single process joins
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -22,14 +23,21 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import empty as empty_distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from core.config import setting
 from core.devices import pick_device
 from core.signals import REASONS, closed_output, note_stops, stopped_by
+from core.watch import Watch
 
 
 @dataclass
 class ParallelConfig:
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every rank holds the full model; fsdp: every rank holds a share of each tensor (FSDP2, full shard)"""
+    step_timeout: float = setting(120.0, at_least=1, below=math.inf)
+    """seconds (or five times the slowest step so far, if longer) that a step may take: then the rank that hangs is
+    named, and all end"""
+    timeout: float = setting(7200.0, at_least=1, at_most=10**6)
+    """the same for the build, the first step, evaluations, saves and the export"""
 
 
 @dataclass
@@ -45,6 +53,8 @@ class World:
     asked: int = 0
     # Over which the ranks exchange Python values; None: the group that all of torchrun's ranks are in.
     group: dist.ProcessGroup | None = None
+    # None where there is one rank.
+    watch: Watch | None = None
 
     @property
     def main(self) -> bool:
@@ -87,6 +97,11 @@ class World:
         if self.asked:
             raise stopped_by(self.asked)
 
+    def enter(self, what: str, is_step: bool = False):
+        """What this rank is busy with from now on, for the line that names a rank which hangs."""
+        if self.watch:
+            self.watch.enter(what, is_step)
+
     def barrier(self):
         """Return when every rank has come here; `check` then knows of what happened meanwhile. A collective."""
         self.sum([])
@@ -117,8 +132,27 @@ class World:
 
 # ---- processes
 
-def start(device: str = "auto") -> World:
-    """This process's place among torchrun's ranks, or a world of one."""
+@contextlib.contextmanager
+def together(device: str, config: ParallelConfig):
+    """This process's place among torchrun's ranks. Where one rank fails, that one says why, and all end."""
+    world = start(device, config.timeout)
+    if world.size > 1:
+        world.watch = Watch(world.rank, world.size, config.step_timeout, config.timeout)
+    try:
+        yield world
+        # No rank leaves while another still waits for it.
+        world.barrier()
+    except BaseException as error:
+        if world.watch:
+            world.watch.fail(error)
+        raise
+    if world.watch:
+        world.watch.close()
+    stop()
+
+
+def start(device: str = "auto", timeout: float = 1800) -> World:
+    """This process's place among torchrun's ranks, or a world of one. timeout: seconds that a collective may take."""
     device = pick_device(device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -128,7 +162,8 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(device)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Longer than the watch waits, which can say what happened.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout + 60))
     return World(rank, size, device)
 
 
@@ -168,6 +203,10 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     ids = [world.device.index] if world.device.type == "cuda" else None
     # A quantised base is in buffers that never change: to broadcast them at each step would cost as much as DDP itself.
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
 
 
 def accumulate(model: nn.Module, last: bool):

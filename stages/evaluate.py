@@ -172,6 +172,7 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
 
 def evaluate(run: Run, step: int):
     """The evaluation before `step`: scores, the methods' decisions about the plan, before the first step samples."""
+    run.world.enter(f"the evaluation before step {step + 1}")
     scores = score_heldout(run, step)
     for method in run.methods:
         decision = method.evaluated(step, scores)                                           # evaluated
@@ -201,15 +202,15 @@ def score(run: Run, model, world) -> tuple[dict, dict]:
     return scores, evaluation.protocol(run.objective, prefix, c.data.context, devices.DTYPES[c.train.precision])
 
 
-def score_heldout(run: Run, step: int, model=None, name: str = "") -> dict:
+def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool = False) -> dict:
     """{source: {"role", "bits_per_byte", ...}} of the held-out documents; also in eval_step_N.json and,
     without the nats of each document, in metrics.jsonl.
 
-    model, name: on rank 0 alone, another model than the one in training, and what it is."""
+    model, name: another model than the one in training, and what it is. alone: rank 0 scores it without the others."""
     c = run.c
     adapted = f"{c.lora.base.replace('plain', '')} base with the adapter".strip()
     name = name or (adapted if c.lora.rank else "weights in training")
-    scores, protocol = score(run, run.inner, run.world) if model is None else score(run, model, None)
+    scores, protocol = score(run, model or run.inner, None if alone else run.world)
     run.log.record("eval", step, protocol=protocol, model=name, sources={name: {
         key: value for key, value in found.items() if key != "nats_by_document"} for name, found in scores.items()})
     unit = "bits_per_byte" if run.objective.causal else "accuracy"
@@ -260,6 +261,7 @@ def finish(run: Run):
     run is finished."""
     run.saver.finish()
     c, out, say, merges = run.c, run.folder, run.log.say, run.c.forget.merge.method != "none"
+    run.world.enter("the export")
     # A merge is found by rank 0, which must hold the whole model for it, and so scores the merged one too.
     sharded = run.world.size > 1 and c.parallel.strategy == "fsdp" and not merges
     with contextlib.ExitStack() as stack:
@@ -271,7 +273,7 @@ def finish(run: Run):
         merged = merge_with_base(run) if merges and run.world.main else ""
         # No rank holds a sharded model, so what is scored there is the one in memory, before it is rounded.
         model = None if sharded else load_beside(run, out / "final")
-        after = score_heldout(run, run.steps, model, "final/" if model else "")
+        after = score_heldout(run, run.steps, model, "final/" if model else "", alone=not sharded)
         draw_samples(run, run.steps, model)
     if not run.world.main:
         return
@@ -302,9 +304,14 @@ def finish(run: Run):
 
 def load_beside(run: Run, folder):
     """The model of a folder, its weights in the type of the run's own; None where the device has no room for it."""
+    dtype = run.inner.embed_tokens.weight.dtype
     try:
-        return hf.load(folder, run.inner.embed_tokens.weight.dtype, run.world.device)
+        return hf.load(folder, dtype, run.world.device)
     except torch.OutOfMemoryError:
+        if parallel.is_sharded(run.inner):
+            # Rank 0 alone cannot compute with its share of the model in training.
+            run.log.say(f"warning: {folder} does not fit beside the model in training, and is scored on the CPU")
+            return hf.load(folder, dtype)
         run.log.say(f"warning: {folder} does not fit beside the model in training, which is scored instead")
         return None
 

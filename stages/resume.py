@@ -65,8 +65,9 @@ class Saver:
     def save(self, step: int):
         """Copy the state after `step` steps, and begin to write it. A failure is a warning, and the training goes on;
         what is not finite is refused. A collective."""
-        self.wait()
         run = self.run
+        run.world.enter(f"the save at step {step}")
+        self.wait()
         tensors = state_tensors(run)
         tensors |= {f"state/{name}": tensor.detach() for name, tensor in
                     parallel.optimizer_state(run.inner, run.optimizer, torch.Tensor.detach).items()}

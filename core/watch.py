@@ -1,0 +1,177 @@
+"""Many ranks fail as one: the first that fails says why, in one line, and all of them end with its exit status.
+
+A rank that raises, dies or hangs leaves the others waiting in a collective, which says nothing of the reason. So each
+rank has a thread that looks at the store of the process group once a second, which needs no collective:
+
+* `fail`, for a rank that raises: the first is told so and speaks. The others end quietly.
+* `enter` names what a rank is doing, and how long that may take. Once it takes longer, the ranks compare how many
+  collectives each has begun. The one with the fewest is the one that the others wait for, and is named.
+* a rank whose connection breaks looks for one that shows no more sign of life, and names it.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from core.errors import UserError
+from core.signals import STOPS
+
+ROOT = f"{Path(__file__).resolve().parent.parent}/"
+# Seconds between two looks at the store, and those that a main thread has to end by itself.
+LOOK, GRACE = 1.0, 2.0
+GO_ON = "the same command goes on from the newest checkpoint"
+
+
+class Watch(threading.Thread):
+    """The thread of one rank. `short`: seconds that a step may take, or five times the slowest step so far where that
+    is longer; `long`: seconds for anything else, and for the first step."""
+
+    def __init__(self, rank: int, size: int, short: float, long: float):
+        super().__init__(daemon=True, name="watch")
+        self.rank, self.size, self.short, self.long = rank, size, short, long
+        # A connection of its own: what the main thread waits for in the store must not block this one.
+        self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
+        self.group, self.main = dist.distributed_c10d._get_default_group(), threading.main_thread().ident
+        self.what, self.since, self.limit = "the start", time.monotonic(), long
+        # Seconds of the slowest step, and whether this is a step.
+        self.slowest, self.is_step = 0.0, False
+        # Set: the main thread ends by itself; the thread ends.
+        self.looks, self.ends, self.closed = 0, threading.Event(), threading.Event()
+        self.show_life()
+        self.start()
+
+    # ---- what the main thread says
+
+    def enter(self, what: str, is_step: bool = False):
+        """From now on this rank is busy with `what`."""
+        now = time.monotonic()
+        if self.is_step:
+            self.slowest = max(self.slowest, now - self.since)
+        self.limit = max(self.short, 5 * self.slowest) if is_step and self.slowest else self.long
+        self.what, self.since, self.is_step = what, now, is_step
+
+    def close(self):
+        """Every rank has done its work."""
+        self.ends.set()
+        self.closed.set()
+        self.join()
+
+    def fail(self, error: BaseException):
+        """Returns where this rank is to say why it ends; on every other rank the process ends here, quietly.
+
+        A connection that breaks because another rank died is an error of that rank: a UserError names it.
+        """
+        self.ends.set()
+        for number in STOPS:
+            # What started the ranks ends the others now, and this one may have something to say.
+            signal.signal(number, signal.SIG_IGN)
+        is_mistake, dead = isinstance(error, (UserError, OSError)), []
+        status = getattr(error, "status", 130 if isinstance(error, KeyboardInterrupt) else 1)
+        try:
+            if not is_mistake and not self.count("failed"):
+                dead = self.find_dead()
+            if not self.claim(1 if dead else status):
+                self.end()
+            self.wait_for("ends", self.size - 1 - len(dead))
+        except RuntimeError:
+            # The store is gone, and with it the rank that held it.
+            dead = [] if is_mistake else [0]
+        self.closed.set()
+        if dead:
+            raise UserError(self.died(dead), 1) from None
+
+    # ---- the store
+
+    def count(self, name: str, more: int = 0) -> int:
+        """A counter that all ranks share."""
+        return self.store.add(name, more)
+
+    def show_life(self):
+        self.looks += 1
+        where, frame = "", sys._current_frames().get(self.main)
+        while frame and not where:
+            if frame.f_code.co_filename.startswith(ROOT):
+                where = f", at {frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno}"
+            frame = frame.f_back
+        self.store.set(f"rank {self.rank}", json.dumps({
+            "looks": self.looks, "begun": self.group._get_sequence_number_for_group(), "in": self.what + where}))
+
+    def read_all(self) -> list[dict]:
+        return [json.loads(self.store.get(f"rank {rank}")) for rank in range(self.size)]
+
+    def died(self, ranks: list[int]) -> str:
+        """What to say of ranks that died. The ranks are busy with the same at the same time."""
+        return f"rank {' and rank '.join(map(str, ranks))} died in {self.what}; {GO_ON}"
+
+    def find_dead(self) -> list[int]:
+        """The other ranks that show no sign of life for three looks and did not say that they end."""
+        before = self.read_all()
+        time.sleep(3 * LOOK)
+        return [rank for rank, now in enumerate(self.read_all())
+                if rank != self.rank and now["looks"] == before[rank]["looks"] and not self.count(f"end {rank}")]
+
+    def claim(self, status: int) -> bool:
+        """Whether this rank is the first that fails; the others end with its status."""
+        if self.count("claims", 1) > 1:
+            return False
+        self.store.set("status", str(status or 1))
+        self.count("failed", 1)
+        return True
+
+    def wait_for(self, name: str, number: int):
+        """Until a counter is at `number`, and for 2 GRACE at most."""
+        end = time.monotonic() + 2 * GRACE
+        # Where the rank that holds the store has ended, nothing more can be waited for.
+        with contextlib.suppress(RuntimeError):
+            while self.count(name) < number and time.monotonic() < end:
+                time.sleep(LOOK / 10)
+
+    def end(self):
+        """End this process with the status of the first that failed, which waits for that: it may hold the store."""
+        self.wait_for("failed", 1)
+        status = int(self.store.get("status"))
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        self.count(f"end {self.rank}", 1)
+        self.count("ends", 1)
+        os._exit(status)
+
+    # ---- the thread
+
+    def run(self):
+        try:
+            while not self.closed.wait(LOOK):
+                self.show_life()
+                if self.ends.is_set():
+                    continue
+                if self.count("failed"):
+                    # The main thread may be ending by itself, and cleans up then.
+                    if not self.ends.wait(GRACE):
+                        self.end()
+                elif time.monotonic() - self.since > self.limit:
+                    self.name_the_last()
+        except RuntimeError:
+            # The store is gone. A main thread that is not waiting for the rank that held it goes on to its own end.
+            if not self.ends.wait(2 * GRACE):
+                print(f"error: {self.died([0])}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def name_the_last(self):
+        """What takes too long: say which ranks have begun the fewest collectives, and end."""
+        seconds, known = time.monotonic() - self.since, self.read_all()
+        least = min(row["begun"] for row in known)
+        last = [f"rank {rank} (in {row['in']})" for rank, row in enumerate(known) if row["begun"] == least]
+        if not self.claim(1):
+            self.end()
+        who = f"{' and '.join(last)} hangs" if len(last) < self.size else f"all ranks wait in {self.what}"
+        print(f"error: {who}: no rank went on for {seconds:.0f} seconds (--parallel.step-timeout, --parallel.timeout); "
+              f"{GO_ON}", file=sys.stderr, flush=True)
+        self.wait_for("ends", self.size - 1)
+        os._exit(1)

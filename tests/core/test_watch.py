@@ -1,0 +1,141 @@
+"""core/watch.py. Truth: two real ranks, started as torchrun starts them, of which one is made to fail; the clock.
+
+This file is also what each of them runs. Rank 0 holds the store here, which under torchrun its agent does: the harder
+case, as the store is gone with it.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ENV, arguments, lines, make_lab
+
+from core import checkpoint
+
+pytestmark = pytest.mark.slow
+STEPS = 12
+# What PyTorch says by itself of a store that is gone, and of DDP's options.
+QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+
+def as_rank(fault: str, rank: int, words: list[str]):
+    """train.py on one rank of two, on which something goes wrong in the sixth step, in the build or at a save."""
+    import torch
+
+    import train
+    from core import parallel, watch
+    from core.errors import UserError
+    from stages import build, evaluate
+    torch.set_num_threads(1)
+    evaluate.run_command = lambda *command: ""
+    watch.LOOK = 0.3
+    kind, _, where = fault.partition("@")
+    real = train.train_step
+
+    def go_wrong(*_, **__):
+        if kind == "mistake":
+            raise UserError("the shelf is empty; fill it")
+        if kind == "bug":
+            raise ZeroDivisionError("a bug")
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(600)
+
+    def step(run, number, batches):
+        if rank == int(where) and number >= 5 and kind == "gradient":
+            # After the ranks have shared it, so that their norms differ.
+            clip = parallel.clip_gradients
+            parallel.clip_gradients = lambda model, limit: clip(model, limit) * float("nan")
+        elif rank == int(where) and number == 5 and kind == "weight":
+            own = run.inner.layers[1].mlp.down_proj.weight.data
+            (own.to_local() if hasattr(own, "to_local") else own)[3, 5] = float("nan")
+        elif rank == int(where) and number == 5:
+            go_wrong()
+        return real(run, number, batches)
+    if where.startswith("build"):
+        build.verify = go_wrong                   # only rank 0 verifies the shards
+    else:
+        train.train_step = step
+    sys.argv = ["train.py", *words]
+    sys.exit(train.main())
+
+
+def ranks(fault: str, lab: Path, out: Path, *words, steps: int = STEPS) -> tuple[list[int], str, str, float]:
+    """(exit statuses, stdout, stderr, seconds) of two ranks."""
+    words = arguments(lab, out, "--parallel.step-timeout", 3, "--train.save-every", 4, *words, steps=steps)
+    port, start = str(20_000 + os.getpid() % 20_000), time.monotonic()
+    started = [subprocess.Popen([sys.executable, __file__, fault, *words], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**ENV, **QUIET, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in (0, 1)]
+    said = [process.communicate(timeout=240) for process in started]
+    return ([process.returncode for process in started], *("".join(texts) for texts in zip(*said)),
+            time.monotonic() - start)
+
+
+@pytest.fixture(scope="module")
+def shared_lab(tmp_path_factory):
+    return make_lab(tmp_path_factory.mktemp("watch"))
+
+
+@pytest.mark.parametrize(("fault", "status"), [("mistake@0", 2), ("mistake@1", 2), ("mistake@build", 2),
+                                                ("bug@1", 1)])
+def test_one_rank_says_why_and_all_end(shared_lab, tmp_path, fault, status):
+    statuses, _, errors, _ = ranks(fault, shared_lab, tmp_path / "run")
+    assert statuses == [status, status], errors
+    if status == 2:
+        assert errors == "error: the shelf is empty; fill it\n"
+    else:
+        assert errors.count("Traceback") == errors.count("ZeroDivisionError: a bug") == 1
+        assert "gloo" not in errors
+
+
+@pytest.mark.parametrize(("fault", "says"), [
+    ("kill@1", r"error: rank 1 died in step 6; the same command goes on"),
+    ("kill@0", r"error: rank 0 died in step 6; the same command goes on"),
+    ("hang@1", r"error: rank 1 \(in step 6, at tests/core/test_watch\.py:\d+\) hangs: no rank went on for \d seconds"),
+    ("hang@0", r"error: rank 0 \(in step 6, at tests/core/test_watch\.py:\d+\) hangs: no rank went on for \d seconds"),
+])
+def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault, says):
+    out = tmp_path / "run"
+    statuses, _, errors, seconds = ranks(fault, shared_lab, out)
+    assert sorted(statuses) == ([-9, 1] if "kill" in fault else [1, 1]), errors
+    assert errors.count("\n") == 1
+    assert re.match(says, errors), errors
+    # Steps of milliseconds, the limit of 3 s, and starts on a busy machine.
+    assert seconds < 90
+    assert checkpoint.steps(out / "checkpoints") == [4]
+    checkpoint.verify(checkpoint.path_of(out / "checkpoints", 4))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_both(shared_lab, tmp_path, strategy):
+    out = tmp_path / "run"
+    statuses, _, errors, _ = ranks("gradient@1", shared_lab, out, "--parallel.strategy", strategy,
+                                      "--guard.limit", 2)
+    # The next step is left out as well, and the second stops the run.
+    assert statuses == [2, 2]
+    assert re.fullmatch(r"error: in step 7 the gradient norm is nan .* saved at step 7 of 12.*\n", errors), errors
+    assert [row["step"] for row in lines(out, "left_out")] == [6, 7]
+    assert checkpoint.steps(out / "checkpoints") == [4, 7]
+    statuses, _, errors, _ = ranks("none@9", shared_lab, out, "--parallel.strategy", strategy)
+    assert (statuses, errors) == ([0, 0], "")
+    assert json.loads((out / "eval.json").read_text())
+
+
+def test_a_weight_that_is_not_finite_on_one_rank_is_not_saved(shared_lab, tmp_path):
+    statuses, _, errors, _ = ranks("weight@1", shared_lab, tmp_path / "run")
+    assert statuses == [2, 2]
+    assert errors.count("\n") == 1
+    assert "NaN or infinity (first in " in errors
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [4]
+
+
+if __name__ == "__main__":
+    as_rank(sys.argv[1], int(os.environ["RANK"]), sys.argv[2:])
