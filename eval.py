@@ -250,27 +250,38 @@ def score_run(options: Eval, texts: dict) -> dict:
 
 def load_checkpoint(path) -> tuple[Model, dict, str]:
     """(what a run that ended at a checkpoint would export, before a merge; the checkpoint's state; what it is)."""
-    tensors, moments, state = checkpoint.load(path, ("model/", "state/ema:"))
+    state = checkpoint.read_state(path)
+    tensors, moments, _ = checkpoint.load(path, ("model/", "state/ema:"))
     identity, name = state["identity"], "weights in training"
     if averaged := {key.removeprefix("ema:"): mean for key, mean in moments.items() if key.startswith("ema:")}:
         tensors, name = tensors | averaged, "moving average of the weights"
-    adapters = lora.LoraConfig(**identity["lora"])
+    try:
+        adapters, config = lora.LoraConfig(**identity["lora"]), ModelConfig(**identity["model"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path}/{checkpoint.STATE} describes no model ({error}); it was made by another "
+                        f"version") from None
     # A run with adapters saves these alone; all else is the base's, and never in few bits.
     if adapters.rank:
         base, name = hf.open_base(state["base"]), f"base with the adapter ({name})"
         if base.fingerprint != identity["base"]:
             raise UserError(f"{base} is not the base that {path} was trained on; put that one back")
-        model = hf.load(replace(base, changed=ModelConfig(**identity["model"])))
+        model = hf.load(replace(base, changed=config))
         lora.attach(model, replace(adapters, base="plain"), seed=0)
     else:
-        model = Model(ModelConfig(**identity["model"]))
-    parallel.load_model_state(model, tensors, ".adapters." if adapters.rank else "")
+        model = Model(config)
+    part = ".adapters." if adapters.rank else ""
+    shapes = [{name: tensor.shape for name, tensor in each.items()}
+              for each in (parallel.model_state(model, part, torch.Tensor.detach), tensors)]
+    if odd := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
+        raise UserError(f"{path} does not hold the tensors of its model, among them {odd[0]}; it was made by another "
+                        f"version")
+    parallel.load_model_state(model, tensors, part)
     if adapters.rank:
         lora.merge(model)
     for weight in model.parameters():
-        weight.data = weight.data.to(devices.DTYPES.get(state.get("dtype"), torch.float32)).float()
-    merge = identity["forget"].get("merge", {}).get("method", "none")
-    return model, state, name + ("" if merge == "none" else ", before the merge with the base")
+        weight.data = weight.data.to(devices.DTYPES.get(state["dtype"], torch.float32)).float()
+    merges = "merge" in identity["forget"]
+    return model, state, name + (", before the merge with the base" if merges else "")
 
 
 def score_model(options: Eval, texts: dict) -> dict:

@@ -38,6 +38,9 @@ STATE, MANIFEST = "state.json", "manifest.json"
 FILE_BYTES = 2 * 10**9
 # Free space that a save asks for, as a multiple of its tensors.
 SPARE = 1.2
+# What a run's state.json holds.
+FIELDS = {"step": int, "base": str, "tokenizer": str, "dtype": str, "decisions": list,
+          **dict.fromkeys(("identity", "loss_scale", "guard", "methods", "evaluations", "optim"), dict)}
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -245,6 +248,14 @@ class Stored:
         planner.set_up_planner(dict(tensors), self.metadata, is_coordinator=True)
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self.reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+def read_state(path: Path) -> dict:
+    """What a run's checkpoint holds beside tensors; UserError where a value is missing or of a wrong type."""
+    state = read_json(Path(path) / STATE, dict)
+    if wrong := [name for name, kind in FIELDS.items() if type(state.get(name)) is not kind]:
+        raise UserError(f"{path}/{STATE} has {wrong[0]} {state.get(wrong[0])!r:.80}; it was made by another version")
+    return state
 
 
 def load(path: Path, parts=("model/", "state/")) -> tuple[dict, dict, dict]:

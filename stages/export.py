@@ -11,7 +11,6 @@ import hf
 from core import checkpoint, cli
 from core.devices import DTYPES
 from core.files import claim_folder
-from stages.resume import read_state
 
 
 def export_checkpoint(options: hf.Export) -> dict:
@@ -20,7 +19,6 @@ def export_checkpoint(options: hf.Export) -> dict:
     path, out = Path(options.checkpoint), options.output.out
     with claim_folder(out, options.output.overwrite, hf.FOLDER):
         checkpoint.verify(path)
-        read_state(path)
         model, state, name = evaluation.load_checkpoint(path)
         weights = {key: weight.to(DTYPES[state["dtype"]]) for key, weight in model.named_parameters()}
         hf.save(model, out, base=state["base"] or None, state=weights, scratch=state["identity"]["base"] is None,

@@ -11,7 +11,7 @@ import data
 from core import checkpoint, hashing, parallel
 from core.config import is_on
 from core.errors import UserError
-from core.files import read_json, write_json
+from core.files import write_json
 from learn import schedules
 from stages.build import Run
 from stages.evaluate import apply_decision, export_dtype, write_plan
@@ -153,7 +153,7 @@ def resume(run: Run) -> int:
     found = find_checkpoint(run)
     if found is None:
         return 0
-    state = read_state(found)
+    state = checkpoint.read_state(found)
     refuse_other_run(run, found, state)
     stored, tensors = checkpoint.Stored(found), state_tensors(run)
     moments = make_moments(run, stored, found)
@@ -197,19 +197,6 @@ def restore_files(run: Run, state: dict):
         for name, value in run.evaluations.items():
             write_json(run.folder / name, value)
         write_plan(run)
-
-
-FIELDS = {"step": int, "base": str, "tokenizer": str, "dtype": str, "decisions": list,
-          **dict.fromkeys(("identity", "loss_scale", "guard", "methods", "evaluations", "optim"), dict)}
-
-
-def read_state(path: Path) -> dict:
-    """What a checkpoint holds beside tensors; UserError where a value is missing or of a wrong type."""
-    state = read_json(path / checkpoint.STATE, dict)
-    if wrong := [name for name, kind in FIELDS.items() if type(state.get(name)) is not kind]:
-        raise UserError(f"{path / checkpoint.STATE} has {wrong[0]} {state.get(wrong[0])!r}; the checkpoint was made by "
-                        f"another version")
-    return state
 
 
 def find_checkpoint(run: Run) -> Path | None:

@@ -302,6 +302,16 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, text):
         checkpoint.verify(path)
 
 
+@pytest.mark.parametrize("change", [{"step": "1"}, {"identity": []}, {"decisions": None}, {"base": 3}])
+def test_a_state_of_wrong_types_is_refused(tmp_path, change):
+    good = {name: kind() for name, kind in checkpoint.FIELDS.items()}
+    for state, wrong in ((good, False), (good | change, True)):
+        checkpoint.write(tmp_path / "c", Shards({}), state)
+        with pytest.raises(ValueError, match=f"state.json has {next(iter(change))} ") if wrong else \
+                contextlib.nullcontext():
+            assert checkpoint.read_state(tmp_path / "c") == state
+
+
 def test_an_older_format_is_refused_with_what_to_do(tmp_path):
     path = put(tmp_path, 1)
     files = {"state.json": checkpoint.record_of(path / "state.json")}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import hf
 import tokenizer
 import train
+from core import checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -53,7 +54,12 @@ def test_a_run_from_scratch_and_what_is_refused(lab, tmp_path, monkeypatch, caps
         status, _, errors = export(monkeypatch, capsys, step, *words)
         assert (status, errors.count("\n")) == (2, 1)
         assert says in errors
-    for wrong in (tmp_path / "nowhere", tmp_path / "damaged", whole[0] / "final", whole[0]):
+    model, _, state = checkpoint.load(step)
+    shards = checkpoint.Shards({f"model/{name}": value for name, value in model.items()})
+    for name, change in (("odd", {"lora": {"colour": 1}}), ("large", {"model": {**state["identity"]["model"],
+                                                                               "hidden_size": 64}})):
+        checkpoint.write(tmp_path / name, shards, state | {"identity": state["identity"] | change})
+    for wrong in (*map(tmp_path.joinpath, ("odd", "large", "nowhere", "damaged")), whole[0] / "final", whole[0]):
         status, _, errors = export(monkeypatch, capsys, wrong, "--out", tmp_path / "hf")
         assert (status, errors.count("\n")) == (2, 1)
         assert str(wrong) in errors
