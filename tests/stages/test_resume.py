@@ -191,6 +191,25 @@ def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, cap
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize("found", ["thesis.txt", "metrics.jsonl", "final/thesis.txt", "final/config.json"])
+def test_a_run_deletes_nothing_of_others(lab, tmp_path, monkeypatch, capsys, whole, found):
+    out = tmp_path / "run"
+    if "/" in found:
+        # The folder is a run's that was killed before its eval.json, but this file in it is not.
+        shutil.copytree(whole[0], out)
+        (out / "eval.json").unlink()
+        if found == "final/config.json":
+            (out / "final/README.md").unlink()
+    out.joinpath(found).parent.mkdir(exist_ok=True)
+    (out / found).write_text("years of work")
+    before = sorted(out.rglob("*"))
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, out))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "choose another --out" in errors
+    assert sorted(out.rglob("*")) == before
+    assert (out / found).read_text() == "years of work"
+
+
 def test_where_no_checkpoint_verifies_the_run_refuses(lab, tmp_path, monkeypatch, capsys):
     out, words = tmp_path / "run", ("--train.save-every", 2, "--train.keep", 2)
     crash_at(monkeypatch, settings(lab, out, *words), 5)
