@@ -33,8 +33,8 @@ from core.errors import UserError
 
 # Of Linux's renameat2: names are relative to the working folder, and the two exchange their places.
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-# The errors of a call that this system or file system does not have, and those of a disk that takes no more.
-NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
+# The errors of a file system that has no locks, and those of a disk that takes no more.
+NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEFTOVER = re.compile(r"\.(.+)\.(partial|old|lock)")
 # What every config.toml of a run holds.
@@ -245,20 +245,15 @@ def naming_full_disks(path: Path):
 @functools.cache
 def find_renameat2():
     """The C library's function, or None where there is none."""
-    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return getattr(ctypes.CDLL(None), "renameat2", None)
 
 
 def exchange(new: Path, old: Path) -> bool:
-    """Exchange two names in one step; False where this system or file system cannot."""
+    """Exchange two names in one step; False where it did not happen: systems, file systems and containers that cannot
+    say so by many error numbers, and two renames find out what else may be wrong."""
     renameat2 = find_renameat2()
-    if renameat2 is None:
-        return False
-    if renameat2(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE):
-        number = ctypes.get_errno()
-        if number in NOT_THERE:
-            return False
-        raise OSError(number, os.strerror(number), str(old))
-    return True
+    return renameat2 is not None and renameat2(
+        AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0
 
 
 def find_folder(path) -> Path:
@@ -340,7 +335,7 @@ def take_lock(path: Path, refusal: str, wait: bool) -> int:
                 # Anybody may have written that file, so only what can be printed is shown.
                 who = "".join(c if c.isprintable() else " " for c in who)
                 raise UserError(f"{refusal} ({who}); wait for it or choose another --out") from None
-            if error.errno not in NOT_THERE:
+            if error.errno not in NO_LOCKS:
                 raise
             raise UserError(f"the file system of {path.parent} knows no locks ({error.strerror}), without which two "
                             f"processes could write one folder; choose another --out") from None

@@ -141,12 +141,6 @@ def test_an_exchange_that_fails_keeps_the_old_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old"]
 
 
-def test_an_exchange_says_what_went_wrong(tmp_path):
-    (tmp_path / "one").mkdir()
-    with pytest.raises(FileNotFoundError):
-        files.exchange(tmp_path / "one", tmp_path / "none")
-
-
 def test_a_half_removed_folder_is_never_taken_for_the_old_one(tmp_path, monkeypatch):
     """Without an exchange .model.old holds the only whole folder for a moment, and is then removed file by file."""
     monkeypatch.setattr(files, "exchange", no_exchange)
