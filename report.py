@@ -42,7 +42,7 @@ class Run:
     evals: list = field(default_factory=list)
     # The first and the last line of kind "samples".
     samples: list = field(default_factory=list)
-    # Lines of the kinds "event" and "resume", in the order of the file.
+    # Lines of the kinds "event", "resume", "left_out" and "stop", in the order of the file.
     events: list = field(default_factory=list)
     # What adaptive replay decided: the lines of kind "replay".
     decisions: list = field(default_factory=list)
@@ -131,13 +131,33 @@ class Run:
         return verdict.summarise(drawn, self.names_of("general"), self.names_of("domain"))["score"]
 
     @cached_property
+    def left_out(self) -> dict:
+        """{step: why} of the steps whose updates were not made."""
+        return {row.get("step"): row.get("message") for row in self.events if row["kind"] == "left_out"}
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run stopped, where its own steps are the reason and it was not resumed."""
+        last = next((row for row in reversed(self.events) if row["kind"] in ("resume", "stop")), {"kind": "resume"})
+        return str(last.get("message")) if last["kind"] == "stop" else None
+
+    @property
+    def accidents(self) -> list:
+        """What the steps went through, in sentences."""
+        said, n = [], len(self.left_out)
+        if n:
+            said += [f"{n:,} update{' was' if n == 1 else 's were'} left out, the last one because "
+                     f"{list(self.left_out.values())[-1]}"]
+        return said + ([f"the run stopped: {self.stopped}"] if self.stopped else [])
+
+    @cached_property
     def evidence(self) -> verdict.Evidence:
         """What the advice is made from."""
         domain, tokens = self.names_of("domain"), {name: finite(self.trained.get(name, {}).get("tokens")) or 0
                                                    for name in self.sources}
         epochs = [finite(self.trained.get(name, {}).get("epochs")) for name in domain]
         losses = [math.nan if finite(row["loss"]) is None else self.mean_over("domain", row["sources"], "loss")
-                  for row in self.train if "loss" in row]
+                  for row in self.train if "loss" in row and row["step"] not in self.left_out]
         scores = {row["step"]: self.mean_over("domain", row["sources"], self.metric) for row in self.evals}
         return verdict.Evidence(
             settings=self.settings, recommended_lr=finite(self.start.get("recommended_lr")),
@@ -145,7 +165,7 @@ class Run:
             if sum(tokens.values()) else None,
             epochs=max((read for read in epochs if read is not None), default=None),
             history={step: score for step, score in scores.items() if score is not None},
-            losses=[loss for loss in losses if loss is not None])
+            losses=[loss for loss in losses if loss is not None], stopped=self.stopped is not None)
 
     @cached_property
     def failure(self) -> str | None:
@@ -201,7 +221,7 @@ def read_metrics(run: Run, path: Path) -> None:
             kinds[kind][row["step"]] = row
         elif kind == "start":
             run.start = row
-        elif kind in ("event", "resume"):
+        elif kind in ("event", "resume", "left_out", "stop"):
             run.events.append(row)
         if kind == "resume" and (resumed_at := finite(row.get("step"))) is not None:
             kinds = {name: {step: row for step, row in rows.items() if step <= resumed_at}
@@ -405,6 +425,8 @@ def write_report(options: Report) -> dict:
     write_text(out, str(page))
     for run in runs:
         print(f"{run.name}: {page.headline(run).striptags()}")
+        for line in run.accidents:
+            print(line)
         if run.failure:
             print(f"{run.failure}; what helps: {'; '.join(run.advice)}")
     print(f"wrote {out} ({len(str(page)) / 1e6:.2f} MB)")

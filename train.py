@@ -27,7 +27,7 @@ import torch
 
 from core import cli, devices, files, hashing, parallel
 from core.config import refuse_unused, setting
-from core.errors import UserError
+from core.errors import Diverged
 from core.guard import GuardConfig
 from core.log import LogConfig
 from core.parallel import ParallelConfig
@@ -173,14 +173,13 @@ def train(c: Config, world) -> int:
 
 
 def leave(run: Run, stop: Stopped) -> int:
-    """Save what is not saved yet, and return the exit status; where the steps themselves are the reason, a UserError
-    says so."""
+    """Save what is not saved yet, and return the exit status; Diverged where the steps themselves are the reason."""
     if run.saved != run.done:
         run.saver.save(run.done)
     run.saver.finish()
     where = f"saved at step {run.done} of {run.steps}"
     if stop.status < 128:
-        raise UserError(f"{stop.why}; {where}, and the same command goes on from there", stop.status)
+        raise Diverged(f"{stop.why}; {where}, and the same command goes on from there")
     run.log.say(f"{stop.why}: {where}; the same command resumes it")
     return stop.status
 

@@ -55,6 +55,10 @@ class UserError(ValueError):
         self.status = status
 
 
+class Diverged(UserError):
+    """What a run computes is not finite, or spikes, so that it cannot go on; its report says so."""
+
+
 def nearest(word: str, known) -> str:
     """`; did you mean X?` for the one of the `known` words that is meant, or an empty string where none is close.
 

@@ -136,6 +136,8 @@ class Evidence:
     history: dict = field(default_factory=dict)
     # Training losses, a value per line of the log.
     losses: list = field(default_factory=list)
+    # Whether its steps ended it: they were not finite, or spiked.
+    stopped: bool = False
 
     def get(self, name: str):
         """The setting of a dotted name; None where it is unknown."""
@@ -154,7 +156,7 @@ def find_failure(comparison: dict, after: dict, known: Evidence) -> str | None:
     gain, interval = comparison["domain_gain"], comparison["interval"]
     losses = [finite(value) for value in known.losses]
     values = [finite(scores[key]) for scores in after.values() for key in ("nats_per_token", *UNITS) if key in scores]
-    if None in losses + values:
+    if known.stopped or None in losses + values:
         return "divergence"
     if gain is None and any(scores.get("bits_per_byte", 0) > GUESS for scores in after.values()):
         return "divergence"
@@ -181,7 +183,8 @@ def advise(failure: str | None, known: Evidence) -> list[str]:
     # (whether it would help this run, what to do)
     rows = {
         "divergence": [
-            (True, lower), (None in map(finite, known.losses), "look at the documents of the batch named in the log"),
+            (True, lower),
+            (known.stopped or None in map(finite, known.losses), "look at the documents of the batch named in the log"),
             (known.get("train.precision") == "fp16", "compute in bf16"),
             (known.get("optim.clip") == 0, "clip gradients (optim.clip 1)")],
         "overfitting": [

@@ -23,7 +23,7 @@ import tokenizer as tokenizers
 from core import checkpoint, cli, devices, hashing, parallel
 from core.architecture import set_positions
 from core.config import setting
-from core.errors import UserError
+from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
 from learn import adapters, objectives, optim, peft_files
@@ -174,7 +174,9 @@ class Run(contextlib.AbstractContextManager):
         self.world.check()
         self.guard.check()
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Diverged) and self.done:
+            self.log.record("stop", self.done, message=str(error))
         if self.saver:
             self.saver.close()
         self.log.close()

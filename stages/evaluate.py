@@ -162,7 +162,7 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
                          for name, (nats, n) in result["sources"].items()}
     if result["fault"]:
-        run.log.record("left_out", step, reason=result["fault"], sources=result["sources"])
+        run.log.record("left_out", step, message=result["fault"])
         run.log.say(f"warning: {result['fault']}: the update was left out, {run.guard.left_out} by now")
     run.log.record("train", step, **values)
     run.log.show_step(step, values)

@@ -10,7 +10,7 @@ import torch
 import data
 from core import checkpoint, hashing, parallel
 from core.config import is_on
-from core.errors import UserError
+from core.errors import Diverged, UserError
 from core.files import write_json
 from learn import schedules
 from stages.build import Run
@@ -119,9 +119,9 @@ def state_tensors(run: Run) -> dict[str, torch.Tensor]:
 
 
 def refuse_not_finite(run: Run, tensors: dict, what: str, remedy: str):
-    """UserError on every rank where any rank's share of a tensor holds a NaN or an infinity. A collective."""
+    """Diverged on every rank where any rank's share of a tensor holds a NaN or an infinity. A collective."""
     if name := next(filter(None, run.world.gather(parallel.find_not_finite(tensors))), None):
-        raise UserError(f"{what} NaN or infinity (first in {name}); {remedy}")
+        raise Diverged(f"{what} NaN or infinity (first in {name}); {remedy}")
 
 
 def describe_state(run: Run, step: int) -> dict:

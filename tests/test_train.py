@@ -24,6 +24,7 @@ from synthetic import KINDS, texts
 import data
 import eval as evaluation
 import hf
+import report
 import tokenizer
 import train
 from core import checkpoint, cli, parallel
@@ -469,8 +470,18 @@ def test_steps_that_stay_wrong_stop_the_run_after_a_save(lab, tmp_path, monkeypa
                      r"another were left out; .* saved at step 6 of 8, and the same command goes on", errors)
     assert checkpoint.steps(out / "checkpoints") == [6]
     assert not (out / "final").exists()
+    stopped = report.read_run(out)
+    assert stopped.failure == "divergence"
+    assert stopped.advice[0].startswith("lower the learning rate")
+    assert "replay" not in " ".join(stopped.advice)
+    assert stopped.accidents[0].startswith("3 updates were left out, the last one because in step 6 the gradient norm")
+    assert stopped.accidents[1].startswith("the run stopped: in step 6 the gradient norm is nan")
+    assert stopped.accidents[1] in str(report.render([stopped])).replace("&#34;", '"')
     status, said, _ = command(monkeypatch, capsys, arguments(lab, out, *words))
     assert (status, "at step 6" in said) == (0, True)
+    # Three steps left out do not make the whole run one that diverged.
+    assert [report.read_run(out).stopped, len(report.read_run(out).accidents)] == [None, 1]
+    assert report.read_run(out).failure is None
 
 
 def test_a_policy_may_stop_at_the_first(lab, tmp_path, monkeypatch, capsys):
@@ -650,7 +661,7 @@ def test_a_signal_ends_a_run_at_once_where_it_has_nothing_to_save(lab, tmp_path,
 
 # (module, function, the call of it in which a signal comes, the step at which the run is left)
 PLACES = {"first evaluation": (evaluation, "score", 2, 0), "evaluation": (evaluation, "score", 3, 4),
-          "save": (checkpoint, "save", 1, 4), "last save": (checkpoint, "save", 2, 8)}
+          "save": (resume.Saver, "save", 1, 4), "last save": (resume.Saver, "save", 2, 8)}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -673,7 +684,8 @@ def test_a_signal_costs_no_step_wherever_it_comes(lab, tmp_path, monkeypatch, ca
     assert command(monkeypatch, capsys, arguments(lab, out, *words))[0] == 0
     assert [r["step"] for r in lines(out, "train")] == list(range(1, 9)), "a step was done twice or left out"
     assert trace(out) == trace(whole[0])
-    same_checkpoint(out, whole[0], 8)
+    # The whole run was evaluated less often.
+    same_checkpoint(out, whole[0], 8, but=["evaluations"])
 
 
 def test_a_signal_during_the_report_is_no_success(lab, tmp_path, monkeypatch, capsys):
@@ -696,7 +708,7 @@ def test_a_run_whose_output_is_closed_saves_and_leaves(lab, tmp_path, monkeypatc
         patch.setattr(sys, "stdout", Closed())
         patch.setattr(sys, "argv", ["train.py", *arguments(lab, tmp_path / "run")])
         assert train.main() == 128 + means
-    assert checkpoint.steps(tmp_path / "run/checkpoints") == [4]
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [3]
 
 
 def test_json_is_the_final_evaluation(lab, tmp_path, monkeypatch, quick):
