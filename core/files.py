@@ -337,13 +337,20 @@ def take_lock(path: Path, refusal: str, wait: bool) -> int:
                 raise UserError(f"{refusal} ({who}); wait for it or choose another --out") from None
             if error.errno not in NO_LOCKS:
                 raise
-            raise UserError(f"the file system of {path.parent} knows no locks ({error.strerror}), without which two "
-                            f"processes could write one folder; choose another --out") from None
+            # Some clusters' file systems are mounted so, and are all that there is.
+            warn_of_no_locks()
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         # Its last holder may have renamed or removed the file meanwhile: then it is not the one to lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         os.close(descriptor)
+
+
+@functools.cache
+def warn_of_no_locks() -> None:
+    print("warning: the file system of --out has no locks, so nothing keeps a second process from writing there at the "
+          "same time; start one at a time", file=sys.stderr)
 
 
 def let_go() -> None:

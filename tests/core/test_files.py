@@ -1,5 +1,6 @@
 """Whole or not at all. Truth: what a killed, failing or full-disk write leaves on the disk."""
 
+import errno
 import json
 import os
 import re
@@ -318,6 +319,18 @@ def test_a_folder_has_one_writer_whose_lock_dies_with_it(tmp_path, monkeypatch, 
         with enter(folder, what) as place:
             (place / "fisher_1").mkdir(exist_ok=True)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["fisher_1", "made", "new"]
+
+
+def test_where_there_are_no_locks_one_warning_is_said(tmp_path, monkeypatch, capsys):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    files.warn_of_no_locks.cache_clear()
+    for _ in range(2):
+        with new_folder(tmp_path / "made", overwrite=True) as partial:
+            write_text(partial / "file", "text")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "made"]
+    assert capsys.readouterr().err.count("has no locks") == 1
 
 
 def test_a_lock_does_not_live_on_in_a_forked_worker(tmp_path):
