@@ -243,7 +243,7 @@ def test_an_extension_can_be_extended(small_bases, tmp_path):
     ("the\nbe   liable", ["▁the", "<0x0A>", "be", "▁", "▁", "▁liable"]),
     # Characters that the base spells in bytes
     ("漢字法律，第1条", ["▁漢字法律", "，", "第", "<0x31>", "条"]), ("über漢", ["▁über", "漢"]),
-    ("a" * 40, ["▁" + "a" * 15, "a" * 16, "a" * 9])])
+    ("a" * 40, ["▁" + "a" * 15, "a" * 16, "a" * 9]), ("漢" * 20, ["▁" + "漢" * 15, "漢" * 5])])
 def test_fewest_tokens_of_a_sentencepiece_text(small_bases, text, pieces):
     assert X.count_fewest_tokens(BaseTokenizer(small_bases["small pieces"]), [text]) == len(pieces)
 
@@ -277,6 +277,17 @@ def test_new_characters_become_tokens_before_what_joins_them(kind, small_bases, 
         if kind != "small json" else tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     ids = theirs.encode(CHINESE) if kind != "small json" else theirs.encode(CHINESE, add_special_tokens=False).ids
     assert ids == new.encode(CHINESE)
+
+
+def test_a_base_without_bytes_says_that_unknown_characters_stay_so(tmp_path, capsys):
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([LATIN] * 20), model_writer=file, vocab_size=60,
+                                                 model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+    X.extend(tmp_path, [LATIN] * 20, 10, tmp_path / "latin")
+    assert "warning" not in capsys.readouterr().err
+    X.extend(tmp_path, [LATIN + " 漢字"] * 20, 10, tmp_path / "out")
+    assert "characters which it lacks stay unknown; none of them is learned" in capsys.readouterr().err
+    assert not [token for token in T.load(tmp_path / "out").tokens if "漢" in token]
 
 
 @pytest.mark.slow
