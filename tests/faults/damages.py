@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 from core import checkpoint
@@ -15,6 +16,8 @@ from .harness import Lab, Outcome, Row, command, start, timed
 from .kills import ONE, Case, uninterrupted, words_of
 from .results import checkpoints, differences, records
 
+# What nobody reads is no damage to a packed source; a checkpoint is exactly its files.
+SHARD_KINDS = ("flip", "truncate", "zero", "delete", "grow", "empty", "swap")
 KINDS = ("flip", "truncate", "zero", "delete", "extra file", "grow", "empty", "swap", "link")
 
 
@@ -95,6 +98,13 @@ def in_worker(function):
 
 # ---- checkpoints
 
+def wait_for_checkpoints(out: Path, count: int):
+    """They are written in the background."""
+    end = time.monotonic() + 30
+    while len(checkpoints(out)) < count and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def broken_off(lab: Lab, case: Case, *more) -> Path:
     """The folder of a run that died after its third save."""
     key = f"broken off {case.name} {more}"
@@ -107,6 +117,7 @@ def broken_off(lab: Lab, case: Case, *more) -> Path:
 
             def step(run, number, batches):
                 if number == 10:
+                    wait_for_checkpoints(run.folder, 3)
                     os._exit(9)
                 return real(run, number, batches)
             train.train_step = step
@@ -234,7 +245,7 @@ def damaged_shards(lab: Lab) -> Row:
         while len(found) < count:
             shutil.rmtree(room.parent, ignore_errors=True)
             shutil.copytree(lab.sources / "legal", room)
-            what = damage(room, KINDS[len(found) % 7], draw)
+            what = damage(room, SHARD_KINDS[len(found) % len(SHARD_KINDS)], draw)
             if what is not None:
                 wrong = answer_of(shards.verify, room)
                 found.append(wrong and f"{what}: {wrong}")
@@ -263,7 +274,7 @@ def trains_on_no_damaged_shard(lab: Lab) -> Row:
             shutil.copytree(lab.sources, sources)
             what = None
             while what is None:
-                what = damage(sources / "legal", KINDS[i % 7], lab.random)
+                what = damage(sources / "legal", SHARD_KINDS[i % len(SHARD_KINDS)], lab.random)
             words = [str(word).replace(str(lab.sources), str(sources)) for word in words_of(lab, ONE[0], out)]
             outcome = start("train", words).wait()
             row.check(outcome.is_one_line, f"{what}: {outcome}")

@@ -117,7 +117,7 @@ KILLS = [lambda lab: kill_at_random(lab, "one process", ONE, lab.count(200, 10))
 def trust_the_highest_number():
     """In a worker: a checkpoint is what has the name of one, as transformers' get_last_checkpoint has it."""
     from core import checkpoint
-    checkpoint.verify = lambda *_, **__: None
+    checkpoint.verify = checkpoint.find_damage = lambda *_, **__: None
 
 
 def give_partial_folders_their_name(out: Path):
