@@ -181,8 +181,8 @@ def kill_runs(lab: Lab, power: bool) -> Row:
     with timed(row):
         count = disturb_run(lab, row, 3 if few else None, power=power)
         if not few:
-            count += disturb_run(lab, row, None, "--lora.rank", 4, power=power)
-            count += disturb_run(lab, row, None, power=power, damage=4)
+            count += disturb_run(lab, row, 40, "--lora.rank", 4, power=power)
+            count += disturb_run(lab, row, 80, power=power, damage=4)
     row.notes = f"{count} operations of build, save, prune, saving again and export"
     return row
 
@@ -197,7 +197,8 @@ def forget_to_sync_the_manifest():
 
     def fsync(descriptor):
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        if not os.readlink(f"/proc/self/fd/{number}").endswith("/manifest.json"):
+        # Also under the name that it has while it is written.
+        if "manifest.json" not in os.path.basename(os.readlink(f"/proc/self/fd/{number}")):
             sync(descriptor)
     os.fsync = fsync
 
