@@ -10,8 +10,10 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +23,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from vocabularies import make_small_bases
 
+import data
+import eval as evaluation
+import forget
+import generate
 import hf
 import lora
+import tokenizer
+import train
 from core.settings_files import FILES, ROPE
 from learn import peft_files
 from model import Model, ModelConfig
 from text.vocabulary_files import write_field, write_varint
 
+from . import harness
+from .harness import Lab, Outcome, Row, run, start, timed
+
+# Imported once, here, and not by each forked process.
+COMMANDS = data, evaluation, forget, generate, lora, tokenizer, train
 SECRET = "what stands outside of the folder: 5f2c91"
 
 
@@ -863,7 +876,7 @@ for field, value, says in (
     ("target_modules", 7, "target_modules"),
     ("alpha_pattern", {"(a": 4}, "no regular expression"),
     ("alpha_pattern", {"*": 4}, "no regular expression"),
-    ("alpha_pattern", {"a(?P<x": 4}, "no regular expression"),
+    ("alpha_pattern", {"a[b": 4}, "no regular expression"),
     ("alpha_pattern", {r"((.?){30}){30}\d\d\d\d": 4}, "could take for ever"),
     ("alpha_pattern", {"((a{1000}){1000}){1000}": 4}, "could take for ever"),
     ("alpha_pattern", {r"([a-z._]+)+\d": 4}, "could take for ever"),
@@ -981,3 +994,77 @@ def other_base(folder, home):
 def fetched_base(folder, home):
     edit(ADAPTER, base_model_name_or_path="hf://../../evil")(folder, home)
     save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"base_fingerprint": "../../x\x1b[2J"})
+
+
+# ---- pointing commands at them
+
+SECONDS, BYTES = 10.0, 2 << 30
+
+
+def prepare(home: Path) -> None:
+    """The templates, and packed text for a training, made in a process of its own."""
+
+    def make():
+        torch.set_num_threads(1)
+        make_templates(home)
+        words = ["pack", "--tokenizer", home / "model", "--out", home / "shards", home / "text.txt"]
+        return harness.command("data", words)
+
+    made = run(make)
+    assert made.status == 0, made.err
+
+
+def point_at(case: Case, home: Path, room: Path) -> Outcome:
+    """What the command makes of the case, in a process that says when it opens what stands outside."""
+    module, words = case.fill(home, room)
+
+    def work():
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        torch.set_num_threads(1)
+        secret = os.path.realpath(home / "secret.txt")
+
+        def hook(event, arguments):
+            is_file = event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike))
+            if is_file and os.path.realpath(arguments[0]) == secret:
+                print(SECRET, file=sys.__stdout__)
+
+        sys.addaudithook(hook)
+        return harness.command(module, words)
+
+    return start(work).wait(SECONDS + 20, 2 * BYTES)
+
+
+def complain(case: Case, home: Path, room: Path) -> list[str]:
+    """What is wrong with how the case ended; nothing where all is as it should be."""
+    outcome = point_at(case, home, room)
+    lines, said = outcome.err.splitlines(), outcome.err + outcome.out
+    wrong = {
+        f"status {outcome.status}": outcome.status != 2,
+        "not one line": [line[:7] for line in lines] != ["error: "],
+        f"does not name {case.says}": case.says not in outcome.err,
+        "a line without end": len(said) > 20_000,
+        "control characters": re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f]", said) is not None,
+        f"{outcome.seconds:.1f} s": outcome.seconds > SECONDS,
+        f"{outcome.peak_bytes >> 20} MB": outcome.peak_bytes > BYTES,
+        "code of the stranger's ran": (home / "canary").exists(),
+        "what stands outside was read": SECRET in said,
+        "something was written": (room / "out").exists(),
+    }
+    (home / "canary").unlink(missing_ok=True)
+    complaints = [complaint for complaint, is_so in wrong.items() if is_so]
+    return complaints and [*complaints, str(outcome)]
+
+
+def hostile_models(lab: Lab) -> Row:
+    """A row of the suite's table."""
+    row = Row("strangers", "models, tokenizers and adapters are refused in one line")
+    home = lab.room("hostile")
+    prepare(home)
+    with timed(row):
+        for case in CASES[:: lab.count(1, 8)]:
+            room = lab.room()
+            room.mkdir()
+            complaints = complain(case, home, room)
+            row.check(not complaints, f"{case.name}: {'; '.join(complaints)}")
+            lab.clear(room)
+    return row
