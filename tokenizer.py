@@ -115,10 +115,10 @@ def write_change(options: Change, change) -> dict[int, str]:
         with new_folder(out, overwrite, FOLDER) as folder:
             parts = change(options.tokenizer, folder)
     else:
-        base = hf.open_base(options.model)
-        # Both are read for what is wrong with them.
-        _ = base.config, hf.tensor_files(base.folder)
         with claim_folder(out, overwrite, hf.FOLDER), tempfile.TemporaryDirectory() as folder:
+            base = hf.open_base(options.model)
+            # Both are read for what is wrong with them.
+            _ = base.config, hf.tensor_files(base.folder)
             parts = change(base.folder, folder)
             save_model(base, folder, parts, out, options.rows)
     tokens = load(out).tokens
