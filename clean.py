@@ -38,7 +38,7 @@ from core.cli import Output, Positional, Reading, Repeated
 from core.config import check_limits, setting
 from core.devices import pick_device
 from core.errors import UserError, nearest
-from core.files import file_holds, lock_folder, make_folder, new_file, refuse_existing
+from core.files import file_holds, lock_folder, make_folder, new_file, refuse_existing, settle
 from core.pool import WorkerPool, batches_by_size
 from learn import objectives
 from text import corpus, gate, kinds, pii, repair, vocabulary
@@ -172,9 +172,7 @@ def clean_corpus(records, settings: Settings, out, rules: dict | None = None, wo
             report = gate.gate_records(map(json.loads, scored), rules, kept, dropped)
         report = {"preset": settings.preset, "weights": settings.weights, **report}
         report_file.write(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        for file in (report_file, compressed, kept):
-            # A disk that is full should be known while the old files are whole.
-            file.flush()
+        settle(report_file, compressed, kept)
         # The report on the old files may not stand beside new ones.
         (out / "drops.json").unlink(missing_ok=True)
     return report | {"megabytes_per_second": done / 1e6 / (time.perf_counter() - start), "workers": workers}

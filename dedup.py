@@ -34,7 +34,16 @@ from core import cli
 from core.cli import Output, Positional, Reading
 from core.config import setting
 from core.errors import UserError
-from core.files import clear_leftovers, file_holds, lock_folder, make_folder, new_file, refuse_existing, write_json
+from core.files import (
+    clear_leftovers,
+    file_holds,
+    lock_folder,
+    make_folder,
+    new_file,
+    refuse_existing,
+    settle,
+    write_json,
+)
 from core.hashing import short_digest
 from core.pool import WorkerPool
 from text import duplicates
@@ -174,9 +183,7 @@ def write_results(files, out: Path, store, reading: Reading, paragraphs: bool, s
                 bar.update()
             if unit != end:
                 raise UserError(f"input file {path} changed while it was read; start again with --overwrite")
-        for file in (kept, removed):
-            # A disk that is full should be known while the old files are whole.
-            file.flush()
+        settle(kept, removed)
         # The report on the old files may not stand beside new ones.
         (out / OUTPUTS[0]).unlink(missing_ok=True)
     return counts

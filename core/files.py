@@ -229,7 +229,7 @@ def finish_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming_full_disks(path: Path):
+def naming_full_disks(path):
     """In the block, an error that says that a disk is full, and not where, gets the name of `path`."""
     try:
         yield
@@ -424,6 +424,13 @@ def refuse_existing(path, overwrite: bool = False, kind: FolderKind | None = Non
         kind.refuse_others(path)
     if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} exists already; choose another folder, or pass --overwrite to replace it")
+
+
+def settle(*files) -> None:
+    """Write what open files still hold to the disk: one that is full should be known while the old files are whole."""
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(path) -> None:

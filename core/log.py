@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from core.config import setting
 from core.errors import UserError
+from core.files import naming_full_disks
 
 
 @dataclass
@@ -64,8 +65,9 @@ class Logger:
             return
         # JSON has no NaN, and a reader may be strict: what is not finite is null.
         record = json.loads(json.dumps({"kind": kind, "step": step, **values}), parse_constant=lambda name: None)
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        with naming_full_disks(self.file.name):
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
         for track in self.trackers if kind in ("train", "eval") else ():
             track(dict(_flatten_numbers(values, f"{kind}/")), step=step)
 

@@ -43,6 +43,17 @@ def test_lines_reach_the_disk_when_asked(tmp_path, monkeypatch):
     Logger(tmp_path, LogConfig(), 10, main=False).sync()
 
 
+def test_a_full_disk_names_the_file(small_disk):
+    logger = Logger(small_disk, LogConfig(), 10)
+    ballast, found = small_disk / "ballast", os.statvfs(small_disk)
+    ballast.write_bytes(bytes(found.f_bavail * found.f_frsize))
+    with pytest.raises(OSError, match="No space left on device") as full:
+        logger.record("train", 1, text="x" * 8192)
+    assert full.value.filename == str(small_disk / "metrics.jsonl")
+    ballast.unlink()
+    logger.close()
+
+
 def test_numbers_survive_to_the_last_bit(tmp_path):
     value = 0.1 + 0.2
     with_tail = {"loss": value, "small": 5e-324}

@@ -23,7 +23,9 @@ class Command:
     words: Callable
     overwrites: bool = False
     suffix: str = ""                        # of `out`, where that is a file
-    by_file: bool = False                   # the folder's files appear one after the other, each of them whole
+    # The folder's files appear one after the other, each of them whole, and this one last: it is the record of the
+    # others, and goes before they change.
+    record: str = ""
 
     def line(self, lab: Lab, out: Path, version: int = 1) -> list[str]:
         flag = ["--overwrite"] if self.overwrites and version else []
@@ -88,8 +90,8 @@ def _sample(lab, out, version):
 
 
 NEW = [
-    Command("pack", "data", _pack), Command("clean", "clean", _clean, by_file=True),
-    Command("dedup", "dedup", _dedup, by_file=True),
+    Command("pack", "data", _pack), Command("clean", "clean", _clean, record="drops.json"),
+    Command("dedup", "dedup", _dedup, record="dedup.json"),
     Command("merge of an adapter", "lora", _merge_adapter), Command("merge with a base", "forget", _merge_model),
     Command("extend", "tokenizer", _extend), Command("train a tokenizer", "tokenizer", _train_tokenizer),
     Command("export", "hf", _export), Command("sample replay", "forget", _sample, suffix=".jsonl"),
@@ -110,9 +112,9 @@ def content(path: Path) -> dict:
 
 def is_whole(each: Command, found: dict, old: dict, new: dict) -> bool:
     """Whether a disturbed command left what was there before, or all that it was to make."""
-    if each.by_file:
+    if each.record:
         return all(digest in (old.get(name), new.get(name)) for name, digest in found.items()) and old.keys() <= {
-            *found, *(old.keys() - new.keys())}
+            *found, *(old.keys() - new.keys()), each.record}
     return found in (old, new)
 
 
