@@ -10,7 +10,6 @@ trained as a copy, in full or of some tokens' rows, so that the base stays as it
 import core.threads
 
 import hashlib
-import math
 import re
 import sys
 from dataclasses import dataclass, field
@@ -32,9 +31,9 @@ from learn.peft_files import TENSORS, load_adapter
 
 @dataclass
 class LoraConfig:
-    rank: int = setting(0, at_least=0)
+    rank: int = setting(0, at_least=0, at_most=2**14)
     """Rank r of the adapters; 0: no adapter, all weights are trained. 8 is usual, 128 to 256 for much new text."""
-    alpha: float = setting(16.0, above=0, below=math.inf)
+    alpha: float = setting(16.0, above=0, at_most=1e6)
     """B A x is multiplied by alpha / rank."""
     targets: list[str] = field(default_factory=list)
     """Linear layers to adapt, by name ("q_proj", "layers.0.mlp.up_proj") or pattern ("layers.1?.*"); empty: all."""
@@ -46,13 +45,13 @@ class LoraConfig:
     """Multiply by alpha / sqrt(rank) instead of alpha / rank, which suits large ranks."""
     dora: bool = False
     """Train length and direction of each weight row apart: a little better at small ranks, and slower."""
-    b_lr_ratio: float = setting(1.0, above=0, below=math.inf)
+    b_lr_ratio: float = setting(1.0, above=0, at_most=1e6)
     """LoRA+: learning rate of B divided by that of A. The paper has 16."""
     embeddings: Literal["frozen", "rows", "full"] = "frozen"
     """How embedding and head are trained; rows: only those of embedding_rows."""
     embedding_rows: str = ""
     """Token ids, e.g. "32000:" for all from 32000 on, or "32000:32512,7"."""
-    embedding_lr_ratio: float | None = setting(None, above=0)
+    embedding_lr_ratio: float | None = setting(None, above=0, at_most=1e6)
     """Learning rate of embedding and head divided by optim.lr. Default: 0.1 with full, 1 with rows."""
     base: Literal["plain", "nf4", "int4", "int8"] = "plain"
     """How the blocks' frozen weights are kept: as loaded, in 4 bits (normal quantiles, or even steps), or in 8."""

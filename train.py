@@ -38,7 +38,7 @@ from learn import schedules
 from learn.objectives import IGNORE, ObjectiveConfig, sum_by_source
 from learn.optim import OptimConfig
 from lora import LoraConfig
-from stages.build import PARTS, ModelSection, Run, TrainSection, build
+from stages.build import PARTS, ModelSection, Run, TrainSection, build, refuse_combinations
 from stages.evaluate import EvalSection, ExportSection, begin, describe, evaluate, finish, log_step, score_heldout
 from stages.resume import Saver, resume
 from text.mixture import DataConfig
@@ -217,6 +217,8 @@ def show_sequences(run: Run, batch):
 
 def run_command(c: Config) -> int | dict:
     """What the command line asks for, on this process's rank: the exit status, or the contents of eval.json."""
+    with parallel.said_once():
+        refuse_combinations(c, parallel.count_ranks())
     with parallel.together(c.device, c.parallel) as world:
         status = (dry_run if c.dry_run else train)(c, world)
     results = Path(c.out, "eval.json")

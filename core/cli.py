@@ -33,7 +33,7 @@ from pathlib import Path
 import tyro
 from safetensors import SafetensorError
 
-from core import signals
+from core import config, signals
 from core.config import check_limits, merge, quote_key, read_toml, setting, setting_names, tables, unquote_key
 from core.errors import UserError, nearest
 from core.files import write_json
@@ -154,6 +154,7 @@ def parse(cls, argv: list[str], program: str = "", description: str = "", recipe
         default = cls() if default is None else copy.deepcopy(default)
         if argv and not argv[0].startswith("-"):
             default = merge(default, read_toml(argv.pop(0)))
+            check_limits(default)
         if asks_for_help:
             for _, sections, section in tables(default):
                 sections.clear()
@@ -176,6 +177,9 @@ def parse(cls, argv: list[str], program: str = "", description: str = "", recipe
         if not stop.code:
             print(_tidy_help(screen.read(), recipe).replace("DESCRIPTION", _shorten(description), 1), end="")
             raise
+        if recipe:
+            # Where a relation between settings does not hold, a value beyond its own limits comes first.
+            _check_words(default, argv, aliases)
         raise UserError(_restore_names(_read_error(screen.read()), aliases)) from None
     for name, (kind, value) in known.items():
         if kind == "positional" and value is dataclasses.MISSING and not getattr(options, name):
@@ -206,6 +210,22 @@ def _alias_names(config, argv: list[str]) -> dict[str, str]:
         sections.update(aliased)
         aliases |= {f"{table}.{alias}": name for name, alias in names.items()}
     return aliases
+
+
+def _check_words(default, argv: list[str], aliases: dict[str, str]):
+    """UserError for the first of the words --NAME=VALUE whose number is outside the limits of its setting."""
+    for word in argv:
+        name, equals, text = word.removeprefix("--").partition("=")
+        section, (*path, last) = default, name.split(".")
+        for part in path if equals else ():
+            section = section[part] if isinstance(section, dict) else getattr(section, part)
+        limits = [item.metadata.get("limits", {}) for item in dataclasses.fields(section)
+                  if equals and item.name == last]
+        try:
+            value = float(text) if limits else None
+        except ValueError:
+            continue
+        config.check_value(_restore_names(name, aliases), value, *limits or [{}])
 
 
 def _restore_names(text: str, aliases: dict[str, str]) -> str:
@@ -371,6 +391,9 @@ def _read_error(screen: str) -> str:
     text = re.sub(r"^Error parsing (--\S+): ", r"\1: ", " ".join(text.split()))
     wrong_type = r"no type matching (?:\{None\}\|)?(\S+) could be instantiated from \['(.*?)'\].*"
     text = re.sub(wrong_type, r"'\2' is no \1", text)
+    # With a None among the choices they come in an order that changes from run to run.
+    text = re.sub(r"\(([^()]*'None'[^()]*)\)", lambda found: "({})".format(", ".join(
+        sorted(set(found[1].split(", ")) - {"'None'"}))), text)
     text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no INT", text)
     text = re.sub(r"could not convert string to float: (.*)", r"\1 is no FLOAT", text)
     # A rule across the fields of a section (its __post_init__) names the setting itself, so tyro need not.

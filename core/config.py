@@ -10,6 +10,7 @@ import json
 import math
 import operator
 import re
+import reprlib
 import tomllib
 import types
 import typing
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from core.errors import UserError, nearest
 
+RECIPE_BYTES = 1 << 20
 RULES = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
@@ -39,12 +41,20 @@ def check_limits(config, prefix: str = "", option_of=str) -> None:
         for key, entry in nested.items():
             if dataclasses.is_dataclass(entry):
                 check_limits(entry, f"{prefix}{item.name}{key}.", option_of)
-        limits = item.metadata.get("limits", {})
         for each in value if isinstance(value, (list, tuple)) else [value]:
-            # A NaN breaks every rule, because each comparison with it is false.
-            if each is not None and not all(RULES[rule](each, limit) for rule, limit in limits.items()):
-                wanted = " and ".join(f"{rule.replace('_', ' ')} {limit:g}" for rule, limit in limits.items())
-                raise UserError(f"{option_of(prefix + item.name)} is {each}, but must be {wanted}")
+            check_value(option_of(prefix + item.name), each, item.metadata.get("limits", {}))
+
+
+def check_value(name: str, value, limits: dict) -> None:
+    """UserError where a value breaks one of its limits, or is a number that no setting can mean."""
+    # A NaN breaks every rule, because each comparison with it is false.
+    if value is not None and not all(RULES[rule](value, limit) for rule, limit in limits.items()):
+        wanted = " and ".join(f"{rule.replace('_', ' ')} {limit:g}" for rule, limit in limits.items())
+        raise UserError(f"{name} is {reprlib.repr(value)}, but must be {wanted}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} holds a null character; leave it out")
+    if isinstance(value, (int, float)) and not abs(value) < 2**63:
+        raise UserError(f"{name} is {reprlib.repr(value)}, but must be a number below 2^63")
 
 
 def is_on(section) -> bool:
@@ -63,11 +73,16 @@ def refuse_unused(section, name: str) -> None:
 
 def read_toml(path: str) -> dict:
     try:
+        if not Path(path).is_file() or Path(path).stat().st_size > RECIPE_BYTES:
+            what = "too large for a recipe" if Path(path).is_file() else "no file"
+            raise UserError(f"recipe {path} " + (f"is {what}" if Path(path).exists() else "does not exist")
+                            + "; recipes/ holds complete ones")
         # Editors on Windows put a byte order mark first.
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist; recipes/ holds complete ones") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        # Also brackets a thousand deep, and an integer of more than 4,300 digits.
         raise UserError(f"recipe {path} is not valid TOML: {error}") from None
 
 
@@ -91,7 +106,7 @@ def _convert(value, hint, current, name, known):
     is_section = dataclasses.is_dataclass(hint)
     if (is_section or origin is dict) and not isinstance(value, dict):
         kind = "section" if is_section else "table of named sections"
-        raise UserError(f"{name} is a {kind}, but its value is {value!r}")
+        raise UserError(f"{name} is a {kind}, but its value is {reprlib.repr(value)}")
     if is_section:
         return merge(current if dataclasses.is_dataclass(current) else hint(), value, name + ".", known)
     if origin is dict:
@@ -99,7 +114,7 @@ def _convert(value, hint, current, name, known):
                           for key, entry in value.items()}
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"{name} is {value!r}, but must be one of {', '.join(map(str, arguments))}")
+            raise UserError(f"{name} is {reprlib.repr(value)}, but must be one of {', '.join(map(str, arguments))}")
         return value
     if origin in (tuple, list) and isinstance(value, list):
         return origin(_convert(v, arguments[0], None, name, known) for v in value)
@@ -108,7 +123,7 @@ def _convert(value, hint, current, name, known):
         return float(value)
     if type(value) not in allowed:
         wanted = " or ".join(option.__name__ for option in allowed if option is not type(None))
-        raise UserError(f"{name} is {value!r}, but must be of type {wanted}")
+        raise UserError(f"{name} is {reprlib.repr(value)}, but must be of type {wanted}")
     return value
 
 

@@ -1,5 +1,6 @@
 """Devices and floating-point types by the names people use for them."""
 
+import os
 import re
 import resource
 from pathlib import Path
@@ -20,9 +21,20 @@ def pick_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device is {name!r}; known are auto, cpu, cuda and cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}, on which no run computes; known are auto, cpu, cuda and cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {name}, but torch sees no CUDA device; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {name}, but torch sees {torch.cuda.device_count()} CUDA devices, from cuda:0 on")
     return device
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All the memory of a device: of the GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -64,6 +64,8 @@ def nearest(word: str, known) -> str:
 
     That is the one that other trainers call `word`, or with the same last part in another section, or the closest.
     """
+    if len(word) > 100:
+        return ""
     known, meant = list(known), FAMILIAR.get(_last_part(word), word).split()
     same = [name for target in meant for name in known if _last_part(name) == _last_part(target)]
     close = difflib.get_close_matches(meant[0] if same else word, same or known, n=1, cutoff=0 if same else 0.5)

@@ -21,7 +21,7 @@ class GuardConfig:
     saved and stopped as well"""
     spike: Literal["off", "skip", "stop"] = "off"
     """the same where one of them lies far above those of the steps before"""
-    sigma: float = setting(6.0, above=0, below=math.inf)
+    sigma: float = setting(6.0, above=0, at_most=1e6)
     """standard deviations above the mean from which on that is a spike"""
     window: int = setting(128, at_least=8, at_most=100_000)
     """steps that mean and deviation are taken of; there are no spikes before half of them are made"""

@@ -1,7 +1,7 @@
 """What a run reports: metrics.jsonl, a console line or progress bar on rank 0, and on request TensorBoard and W&B."""
 
 import contextlib
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +23,12 @@ class LogConfig:
     """write TensorBoard events into the run folder (extra: log)"""
     wandb: str = ""
     """Weights & Biases project; offline without a key (extra: log)"""
+
+    def refuse_missing(self):
+        """UserError where a package is not installed that a setting needs."""
+        for package in ("tensorboard", "wandb"):
+            if getattr(self, package) and not importlib.util.find_spec(package):
+                raise UserError(f"log.{package} needs the {package} package: pip install {package}")
 
 
 class Logger:

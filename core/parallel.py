@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.config import setting
 from core.devices import pick_device
+from core.errors import UserError
 from core.signals import REASONS, closed_output, note_stops, stopped_by
 from core.watch import Watch
 
@@ -133,6 +134,22 @@ class World:
 # ---- processes
 
 @contextlib.contextmanager
+def said_once():
+    """A context of checks that all ranks make before they meet: rank 0 alone says what is wrong."""
+    try:
+        yield
+    except UserError:
+        if int(os.environ.get("RANK", 0)):
+            raise SystemExit(2) from None
+        raise
+
+
+def count_ranks() -> int:
+    """How many processes torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
 def together(device: str, config: ParallelConfig):
     """This process's place among torchrun's ranks. Where one rank fails, that one says why, and all end."""
     world = start(device, config.timeout)
@@ -160,7 +177,7 @@ def start(device: str = "auto", timeout: float = 1800) -> World:
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = int(os.environ.get("RANK", 0)), count_ranks()
     if size > 1 and not dist.is_initialized():
         # Longer than the watch waits, which can say what happened.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout + 60))

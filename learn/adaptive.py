@@ -8,7 +8,6 @@ against epsilon and three quarters of it. Epsilon 0.02, smoothing 0.5, two evalu
     level 0.01375, trend 0.005625, forecast 0.030625     above 0.02:  the share rises by 0.1
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,15 +26,15 @@ class AdaptiveConfig:
     policy: Literal["none", "budget", "degradation"] = "none"
     """budget: as little replay as keeps general text within epsilon bits per byte of the base. degradation: replay
     rises by 0.1 where a general source has lost over 5 %, and falls by 0.05 where all have lost under 2.5 %"""
-    epsilon: float = setting(0.02, above=0, below=math.inf)
+    epsilon: float = setting(0.02, above=0, at_most=1e3)
     """budget: bits per byte that general text may lose"""
     smoothing: float = setting(0.5, above=0, at_most=1)
     """budget: weight of the newest evaluation against the forecast of the ones before. 1: no memory"""
     start: float | None = setting(None, at_least=0, at_most=1)
     """replay share that the first decision changes; default: that of the schedule at its step"""
-    least: float = 0.2
+    least: float = setting(0.2, at_least=0, at_most=1)
     """lowest replay share"""
-    most: float = 0.6
+    most: float = setting(0.6, at_least=0, at_most=1)
     """highest replay share"""
 
     def __post_init__(self):

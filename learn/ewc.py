@@ -13,7 +13,6 @@ gradient 2 * 0.4 * 1.0625 * 0.1 = 0.085.
 
 import itertools
 import json
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,13 +31,13 @@ from learn.method import Learning, Method, take_sequences, trainable_parameters,
 
 @dataclass
 class EWCConfig:
-    strength: float = setting(0.0, at_least=0, below=math.inf)
+    strength: float = setting(0.0, at_least=0, at_most=1e15)
     """weight of the penalty strength * sum_i F_i (w_i - base_i)^2, in nats per token. 0: off. Start with 1 and compare
     0.1 and 10. With fisher = true, 0.5 approximates KL(base, model) on general text to the second order"""
     fisher: Literal["empirical", "true", "l2sp"] = "empirical"
     """empirical: F from the gradients of general text as it stands. true: from labels drawn from the model. l2sp: F is
     1 everywhere and needs no text"""
-    samples: int = setting(1000, above=0)
+    samples: int = setting(1000, above=0, at_most=10**7)
     """sequences of general text that F is estimated on"""
 
 

@@ -19,7 +19,7 @@ class FreezeConfig:
     schedule: Literal["none", "top", "progressive", "stages"] = "none"
     """top: only the top blocks, the final norm and the head train. progressive: so at first, then the blocks thaw from
     the top down. stages: as freeze.stages says"""
-    blocks: int = setting(1, at_least=0)
+    blocks: int = setting(1, at_least=0, at_most=10**4)
     """top, progressive: number of blocks that train from the first step on"""
     thaw_ratio: float = setting(0.5, above=0, at_most=1)
     """progressive: share of the run after which every block trains"""

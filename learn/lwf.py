@@ -8,7 +8,6 @@ The predictions of both are softmax(logits / temperature). Two tokens, where the
 
 import contextlib
 import copy
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +25,7 @@ from learn.method import Method, take_sequences
 class LwFConfig:
     alpha: float = setting(0.0, at_least=0, at_most=1)
     """weight of the KL in (1 - alpha) cross-entropy + alpha temperature^2 KL(base || model). 0: off; 0.5 is usual"""
-    temperature: float = setting(2.0, above=0, below=math.inf)
+    temperature: float = setting(2.0, above=0, at_most=1e6)
     """divides the logits of both; above 1 the unlikely tokens count for more"""
     tokens: Literal["replay", "all"] = "replay"
     """replay: the KL is taken on general text alone, and the domain's loss stays as it is. all: on every target"""

@@ -24,9 +24,9 @@ class ObjectiveConfig:
     """causal: predict the next token; masked: predict masked tokens from both sides"""
     mask_ratio: float = setting(0.15, above=0, at_most=1)
     """masked: share of the positions that are predicted"""
-    mask_token_id: int | None = None
+    mask_token_id: int | None = setting(None, at_least=0, below=2**31)
     """masked: id that stands for a masked token; default: the tokenizer's mask token"""
-    z_loss: float = setting(0.0, at_least=0)
+    z_loss: float = setting(0.0, at_least=0, at_most=1e3)
     """weight of logsumexp(logits)^2 per target, which keeps logits from growing (PaLM, arXiv 2204.02311: 1e-4); it
     counts in training losses and not in evaluations"""
 

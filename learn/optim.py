@@ -26,12 +26,12 @@ class OptimConfig(ScheduleConfig):
     matrices, 12 bytes, and AdamW for the rest, at the same rates"""
     beta1: float = setting(0.9, at_least=0, below=1)
     beta2: float = setting(0.95, at_least=0, below=1)
-    eps: float = setting(1e-8, at_least=0)
-    weight_decay: float = setting(0.1, at_least=0)
+    eps: float = setting(1e-8, at_least=0, at_most=1)
+    weight_decay: float = setting(0.1, at_least=0, at_most=1e3)
     """on matrices and embeddings; norms and biases have none"""
-    embedding_lr_scale: float = setting(1.0, above=0)
+    embedding_lr_scale: float = setting(1.0, above=0, at_most=1e6)
     """learning rate of embeddings and head as a multiple of that of the blocks"""
-    clip: float = setting(1.0, at_least=0)
+    clip: float = setting(1.0, at_least=0, at_most=1e9)
     """largest global gradient norm; 0: no clipping"""
 
 

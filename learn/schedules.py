@@ -28,9 +28,9 @@ from core.errors import UserError
 class ScheduleConfig:
     """The part of optim.* that decides the learning rates, and nothing else."""
 
-    lr: float = setting(1e-5, at_least=0)
+    lr: float = setting(1e-5, at_least=0, at_most=100)
     """peak learning rate (7B: 1e-5, 13B: 8e-6, 70B: 5e-6; LoRA: ten times that; from scratch about 3e-4)"""
-    min_lr: float = setting(1e-6, at_least=0)
+    min_lr: float = setting(1e-6, at_least=0, at_most=100)
     """the floor, where a schedule that falls ends"""
     schedule: Literal["cosine", "cosine_restarts", "linear", "inverse_sqrt", "constant", "wsd", "infinite"] = "cosine"
     """what follows the warm-up. cosine, linear: fall over the whole run. cosine_restarts: in every cycle. inverse_sqrt:
@@ -40,7 +40,7 @@ class ScheduleConfig:
     rate at which the base's training ended)"""
     warmup_steps: int | None = setting(None, at_least=0)
     """the same in steps, instead of the share"""
-    cycles: int = setting(4, above=0)
+    cycles: int = setting(4, above=0, at_most=10**6)
     """cosine_restarts: number of equal parts of the run, each with a cosine of its own"""
     decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
     """wsd, infinite: shape of the last fall to min_lr"""
@@ -48,7 +48,7 @@ class ScheduleConfig:
     """wsd, infinite: share of the run, at its end, that the last fall takes. 0: none, so that the run can go on"""
     cooldown_steps: int | None = setting(None, above=0)
     """infinite: steps from lr down to constant_lr"""
-    constant_lr: float | None = None
+    constant_lr: float | None = setting(None, at_least=0, at_most=100)
     """infinite: the rate that lasts; default: halfway between lr and min_lr"""
 
     def __post_init__(self):

@@ -33,6 +33,9 @@ from text import mixture, packing
 from text.heldout import find_leaks, judge_leaks
 from text.shards import Shards, check_tokenizer, verify
 
+# Tokens of all sequences of a step, of which a rank holds its share.
+MOST_TOKENS = 2**30
+
 # ---- settings
 
 @dataclass
@@ -43,23 +46,23 @@ class ModelSection:
     """scratch: fresh weights, with the sizes of path's config.json or, without a path, the sizes below"""
     tokenizer: str = ""
     """tokenizer folder or file; default: the one in path"""
-    hidden_size: int = 512
+    hidden_size: int = setting(512, above=0, at_most=2**18)
     """D"""
-    intermediate_size: int = 1376
+    intermediate_size: int = setting(1376, above=0, at_most=2**20)
     """F, width of the MLP"""
-    num_hidden_layers: int = 8
+    num_hidden_layers: int = setting(8, above=0, at_most=1024)
     """blocks"""
-    num_attention_heads: int = 8
+    num_attention_heads: int = setting(8, above=0, at_most=4096)
     """H"""
-    num_key_value_heads: int = 8
+    num_key_value_heads: int = setting(8, above=0, at_most=4096)
     """K; fewer than the attention heads: grouped-query attention"""
     tie_word_embeddings: bool = True
     """the head is the embedding"""
-    max_positions: int | None = setting(None, above=0)
+    max_positions: int | None = setting(None, above=0, at_most=2**27)
     """max_position_embeddings of the exported model; default: the base's (scratch: data.context)"""
     rope_scaling: Literal["", "linear", "yarn", "llama3", "none"] = ""
     """stretch the base's positions to max_positions; none: take the base's scaling away; default: as the base has it"""
-    rope_theta: float | None = setting(None, above=1)
+    rope_theta: float | None = setting(None, above=1, at_most=1e15)
     """base of the rotary frequencies; default: the base's (scratch: 10000)"""
     activation_checkpointing: bool = False
     """recompute each block in the backward pass: less memory, a third more work"""
@@ -67,7 +70,7 @@ class ModelSection:
 
 @dataclass
 class TrainSection(mixture.LengthConfig):
-    micro_batch_size: int = setting(2, above=0)
+    micro_batch_size: int = setting(2, above=0, at_most=10**6)
     """sequences a device holds at once; the rest of its share is accumulated"""
     precision: cli.Dtype = "bf16"
     """type in which matmuls are computed"""
@@ -187,7 +190,7 @@ def build(c, world, folder: Path | None = None) -> Run:
 
     base -> tokenizer -> data plan -> model -> adapters -> methods -> shards (FSDP: in `build_model`) -> optimizer.
     """
-    refuse_combinations(c, world)
+    refuse_combinations(c, world.size)
     # TF32 on GPUs for what stays in fp32; a CPU computes as before.
     torch.set_float32_matmul_precision("high")
     base = open_base(c, world)
@@ -221,7 +224,8 @@ def build(c, world, folder: Path | None = None) -> Run:
     return run
 
 
-def refuse_combinations(c, world):
+def refuse_combinations(c, ranks: int):
+    """UserError for settings that exclude each other or name nothing, before anything is read or started."""
     if c.optim.name == "muon" and c.lora.rank:
         raise UserError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
                         "use --optim.name adamw with adapters")
@@ -230,8 +234,47 @@ def refuse_combinations(c, world):
                         "them out")
     if c.lora.rank and c.optim.embedding_lr_scale != 1:
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
-    if c.train.batch_size % world.size:
-        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {world.size} ranks")
+    if c.train.batch_size % ranks:
+        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {ranks} ranks")
+    if c.train.batch_size * c.data.context > MOST_TOKENS:
+        raise UserError(f"train.batch_size {c.train.batch_size} times data.context {c.data.context} are more than "
+                        f"{MOST_TOKENS:,} tokens a step; lower one of them")
+    if c.train.branch_from and not Path(c.train.branch_from).is_dir():
+        raise UserError(f"train.branch_from {c.train.branch_from} does not exist; name a checkpoint, "
+                        f"out/RUN/checkpoints/step_N")
+    c.log.refuse_missing()
+    if not c.model.path and not (c.model.init == "scratch" and c.model.tokenizer):
+        raise UserError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
+                        "--model.tokenizer")
+    if not c.model.path:
+        refuse_sizes(c)
+    if not c.data.sources:
+        raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
+    for name, source in c.data.sources.items():
+        if not source.path or not Path(source.path).is_dir():
+            wrong = f"{source.path} does not exist" if source.path else "is not set"
+            raise UserError(f"data.sources.{name}.path {wrong}; name a folder made by data.py pack")
+
+
+def refuse_sizes(c):
+    """UserError for sizes of a model from scratch that do not go together, or whose blocks alone outgrow the memory."""
+    D, F, H, K = (getattr(c.model, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads",
+                                                      "num_key_value_heads"))
+    if D % (2 * H):
+        raise UserError(f"model.hidden_size {D} is not a multiple of twice the model.num_attention_heads {H}")
+    if H % K:
+        raise UserError(f"model.num_attention_heads {H} is not a multiple of the model.num_key_value_heads {K}")
+    refuse_memory(c.model.num_hidden_layers * (2 * D * D + 2 * D * (D // H) * K + 3 * D * F), c,
+                  devices.pick_device(c.device), "model.hidden_size, model.intermediate_size, model.num_hidden_layers")
+
+
+def refuse_memory(parameters: int, c, device: torch.device, remedy: str):
+    """UserError where so many parameters, in the least that a run keeps of each, are more than a device's memory."""
+    # bf16, and where all of them train as much for the gradient.
+    least, memory = parameters * (2 if c.lora.rank else 4), devices.memory_bytes(device)
+    if c.parallel.strategy == "ddp" and c.lora.base == "plain" and least > memory:
+        raise UserError(f"a model of {parameters:,} parameters takes at least {least / 1e9:,.0f} GB, and {device} has "
+                        f"{memory / 1e9:,.0f}; lower {remedy}")
 
 
 # ---- base, tokenizer and data
@@ -251,9 +294,6 @@ def open_tokenizer(c, base: hf.Base | None):
     """The model's tokenizer; None where the base has none, and then only the vocabulary's size is checked."""
     if c.model.tokenizer:
         return tokenizers.load(c.model.tokenizer)
-    if base is None:
-        raise UserError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
-                        "--model.tokenizer")
     has = any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return tokenizers.load(base.folder) if has else None
 
@@ -264,12 +304,6 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     Shards are verified on rank 0. UserError where the model cannot read a source, where the plan reads one too often,
     and for settings that the sources or the run's length make senseless.
     """
-    if not c.data.sources:
-        raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
-    for name, source in c.data.sources.items():
-        if not source.path or not Path(source.path).is_dir():
-            wrong = f"{source.path} does not exist" if source.path else "is not set"
-            raise UserError(f"data.sources.{name}.path {wrong}; name a folder made by data.py pack")
     sources, shards, heldout = mixture.open_buckets(c.data.sources), {}, {}
     for name, source in sources.items():
         shards[name] = Shards(source.path)
@@ -328,6 +362,8 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
         # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
         gathered = None if c.lora.rank or c.train.precision == "fp32" else devices.DTYPES[c.train.precision]
         parallel.shard(model, world, gathered)
+    refuse_memory(sum(p.numel() for p in model.parameters()), c, world.device,
+                  "its sizes, or use --parallel.strategy fsdp on more devices")
     model.to_empty(device="cpu" if quantised else world.device).tie()
     if c.model.init == "scratch":
         model.initialise(c.seed, parallel.distribute_like)

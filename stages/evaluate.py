@@ -32,11 +32,11 @@ from text import mixture, vocabulary
 class EvalSection:
     every: int = setting(500, above=0)
     """steps between evaluations; there is always one before the first step and one after the last"""
-    tokens: int = setting(200_000, above=0)
+    tokens: int = setting(200_000, above=0, at_most=10**10)
     """held-out tokens scored of each source"""
     prompts: list[str] = field(default_factory=list)
     """texts that the model continues before and after; default: the beginnings of held-out documents"""
-    sample_tokens: int = setting(64, at_least=0)
+    sample_tokens: int = setting(64, at_least=0, at_most=10**5)
     """tokens of each continuation; 0: none"""
 
 

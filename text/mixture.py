@@ -7,7 +7,6 @@ score bucket counts as a source.
 import bisect
 import functools
 import itertools
-import math
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -23,6 +22,8 @@ from text.shards import Shards, read_buckets
 
 # Up to here repeats are as good as new text (Muennighoff 2023, arXiv 2305.16264).
 WARN_EPOCHS = 4
+# A plan holds a row for each step.
+MAX_STEPS = 10**7
 # (low, high, emphasis) where all documents are open and come equally often.
 ALL = (0.0, 1.0, 1.0)
 STRATA = ("reasoning", "knowledge", "language", "coding", "math", "instruction_following", "safety")
@@ -34,11 +35,11 @@ class SourceConfig:
     """folder made by data.py pack"""
     role: Literal["domain", "general"] = "domain"
     """domain: text to be learned; general: replay, which keeps what the model knows"""
-    weight: float = setting(1.0, at_least=0, below=math.inf)
+    weight: float = setting(1.0, at_least=0, at_most=1e9)
     """share among the sources of the same role (of the same stratum, where replay is stratified)"""
     stratum: Literal["", *STRATA] = ""
     """capability that a general source keeps; where all general sources name theirs, data.strata weighs them"""
-    max_epochs: float = setting(16.0, above=0)
+    max_epochs: float = setting(16.0, above=0, at_most=1e6)
     """a plan that reads the source more often is refused; above 4 there is a warning"""
     # No settings. open_buckets makes a source of each score bucket, the `tokens` tokens between the quantiles `low` and
     # `high` of the source named `of`.
@@ -46,13 +47,13 @@ class SourceConfig:
 
 
 Strata = make_dataclass(
-    "Strata", [(name, float, setting(1.0, at_least=0, below=math.inf)) for name in STRATA], namespace={
+    "Strata", [(name, float, setting(1.0, at_least=0, at_most=1e9)) for name in STRATA], namespace={
         "__doc__": "Weights of the capabilities within the replay; used where the general sources name their stratum."})
 
 
 @dataclass
 class DataConfig:
-    context: int = setting(2048, at_least=1)
+    context: int = setting(2048, at_least=1, at_most=2**24)
     """tokens per sequence (T)"""
     domain_share: float = setting(0.7, at_least=0, at_most=1)
     """share of domain sequences; the rest is replay"""
@@ -61,7 +62,7 @@ class DataConfig:
     """how the domain share moves: from 0.3 up over the first 10 % of the run and down to 0.5 over the last, never
     (static, immediate), up from 0 (gradual) or in three stages; which score buckets come first (quality_first,
     curriculum); the domain alone (two_stage, domain_only)"""
-    gradual_steps: int | None = setting(None, at_least=1)
+    gradual_steps: int | None = setting(None, at_least=1, at_most=MAX_STEPS)
     """gradual: steps until the target is reached; default: 20 % of the run"""
     anneal_share: float | None = setting(None, at_least=0, at_most=1)
     """domain share at the run's end, reached along a straight line over its last anneal_ratio; default: no anneal"""
@@ -87,13 +88,13 @@ class DataConfig:
 
 @dataclass
 class LengthConfig:
-    steps: int | None = setting(None, above=0)
+    steps: int | None = setting(None, above=0, at_most=MAX_STEPS)
     """length of the run; wins over tokens and epochs"""
-    tokens: int | None = setting(None, above=0)
+    tokens: int | None = setting(None, above=0, at_most=10**15)
     """length of the run; wins over epochs"""
-    epochs: float = setting(1.0, above=0)
+    epochs: float = setting(1.0, above=0, at_most=1e6)
     """length of the run in passes over the domain sources (over the general ones where there is no domain)"""
-    batch_size: int = setting(32, above=0)
+    batch_size: int = setting(32, above=0, at_most=10**6)
     """sequences per step, over all devices and micro-batches"""
 
 
@@ -246,6 +247,9 @@ def make_plan(config: DataConfig, length: LengthConfig, sources: dict[str, Sourc
     """
     of_tokens = length.tokens and -(-length.tokens // (config.context * length.batch_size))
     steps = length.steps or of_tokens or _count_steps_of_epochs(config, length, sources, rows_per_epoch)
+    if steps > MAX_STEPS:
+        raise UserError(f"train.tokens or train.epochs make {steps:,} steps, and a plan holds {MAX_STEPS:,}; raise "
+                        f"train.batch_size, or train for fewer")
     return plan_counts(weights_at(config, sources, steps), length.batch_size)
 
 

@@ -1,0 +1,73 @@
+"""A bad setting is one line and exit 2, before a file is made or a process group is started. The cases stand in
+bad_settings.py; here they run in this process, one after another, and in the suite each in one of its own."""
+
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import bad_settings
+import pytest
+import torch.distributed
+
+from core import devices
+from core.output import CONTROL
+
+SECTIONS = {"fields": lambda folder: bad_settings.of_recipes(), "combinations": lambda folder:
+            bad_settings.of_combinations(), "recipes": bad_settings.of_texts, "commands": lambda folder:
+            bad_settings.of_commands()}
+
+
+@pytest.fixture(scope="module")
+def tools(base, tmp_path_factory) -> Path:
+    """A folder with a tokenizer, tok, a packed source, legal, and a model, base."""
+    folder = tmp_path_factory.mktemp("tools")
+    for name, target in (("tok", base[0] / "tok"), ("legal", base[0] / "legal"), ("base", base[1])):
+        (folder / name).symlink_to(target)
+    return folder
+
+
+def run(case, here, tools, monkeypatch, capsys) -> tuple[int, str, float]:
+    """(exit status, what was printed, seconds)"""
+    monkeypatch.setattr(sys, "argv", [f"{case.module}.py", *case.line(here, tools)])
+    begun = time.monotonic()
+    status = importlib.import_module(case.module).main()
+    seconds = time.monotonic() - begun
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err, seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_bad_setting_is_one_line(section, tools, tmp_path, monkeypatch, capsys):
+    def refuse(*words, **more):
+        raise AssertionError("a process group was started")
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    here, faults, before = tmp_path / "here", [], devices.peak_bytes(torch.device("cpu"))
+    here.mkdir()
+    for case in SECTIONS[section](tmp_path / "recipes"):
+        try:
+            status, said, seconds = run(case, here, tools, monkeypatch, capsys)
+        except (Exception, SystemExit) as error:
+            faults.append((case.module, case.words[-3:], f"{type(error).__name__}: {str(error)[:200]}"))
+            continue
+        lines, names = said.splitlines(), case.names.replace("{here}", str(here)).replace("_", "-")
+        is_line = status == 2 and len(lines) == 1 and lines[0].startswith("error: ") and not CONTROL.search(said)
+        if not is_line or names not in said.replace("_", "-") or seconds > 10 or any(here.iterdir()):
+            faults.append((case.module, [word[:80] for word in case.words[-3:]], status, said[-300:], round(seconds, 1),
+                           list(here.iterdir())))
+    assert not faults, "\n".join(map(str, faults))
+    assert devices.peak_bytes(torch.device("cpu")) - before < 2e9
+
+
+def test_there_are_enough_of_them(tmp_path):
+    assert len(bad_settings.cases(tmp_path)) > 400
+
+
+def test_limits_come_before_relations(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--optim.lr", "-1"])
+    assert importlib.import_module("train").main() == 2
+    assert capsys.readouterr().err == "error: optim.lr is -1.0, but must be at least 0 and at most 100\n"
+    monkeypatch.setattr(sys, "argv", ["train.py", "--export.dtype", "x"])
+    assert importlib.import_module("train").main() == 2
+    assert "one of ('bf16', 'bfloat16', 'float16', 'float32', 'fp16', 'fp32')" in capsys.readouterr().err
