@@ -103,7 +103,8 @@ class Ranks:
             self.parts[rank] = values
             self.meet.wait()
             return [sum(v) for v in zip(*self.parts)]
-        return types.SimpleNamespace(rank=rank, size=len(self.parts), sum=total)
+        return types.SimpleNamespace(rank=rank, size=len(self.parts), sum=total, barrier=self.meet.wait,
+                                     check=lambda: None)
 
 
 @pytest.mark.parametrize("size", [2, 3, 50])

@@ -20,6 +20,7 @@ import generate as module
 import hf
 import tokenizer
 from core.config import check_limits
+from core.output import escape
 from generate import Settings, complete, end_ids, generate, penalised, probabilities, sample_logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -337,7 +338,7 @@ def test_command_writes_what_it_prints(byte_folder, tmp_path, capsys, monkeypatc
         assert result["new_ids"] == generate(model, result["prompt_ids"], Settings(40, **settings), (257,))
         kept = result["new_ids"][:-1] if result["new_ids"][-1] == 257 else result["new_ids"]
         assert result["text"] == tok.decode(result["prompt_ids"][1:] + kept)
-        assert printed.out == result["text"] + "\n"
+        assert printed.out == escape(result["text"]) + "\n"
         assert printed.err == ""
         assert "é 中" in file.read_text(encoding="utf-8")
     monkeypatch.setattr(module, "KVCache", None)            # calling it would be an error
