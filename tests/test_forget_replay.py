@@ -32,6 +32,12 @@ def test_the_base_writes_its_own_replay(pair, tmp_path, forget_py, capsys):
     assert sorted(file.name for file in tmp_path.glob("*.jsonl*")) == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
+def test_replay_holds_no_id_that_the_tokenizer_lacks(tiny_model, tiny_bpe):
+    """Rows that pad the embedding cannot be decoded."""
+    tok = tokenizer.load(tiny_bpe)
+    assert list(sample_documents(tiny_model(vocab_size=900), tok, Settings(60, 1.0), set(), 3))
+
+
 class Scripted(torch.nn.Module):
     """A model that says row r's next id of `answers` whatever it reads; a row that has ended says its last one on."""
 

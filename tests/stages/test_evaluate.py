@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,16 @@ def test_an_evaluation_is_a_file_a_line_and_for_the_user(base, tmp_path, capsys)
     first, last = (record["samples"] for record in lines(out, "samples"))
     assert [sample["prompt"] for sample in first] == [sample["prompt"] for sample in last]
     assert len(first) == 4                                                          # two documents of each source
+
+
+def test_a_runs_samples_hold_no_id_that_the_tokenizer_lacks(tiny_model, tiny_bpe):
+    """Rows that pad the embedding; decoding them would end the run."""
+    tok, said, sampling = tokenizer.load(tiny_bpe), [], SimpleNamespace(sample_tokens=60, prompts=["a", "b"])
+    run = SimpleNamespace(c=SimpleNamespace(eval=sampling, seed=0), tokenizer=tok, inner=tiny_model(vocab_size=900),
+                          objective=SimpleNamespace(causal=True),
+                          log=SimpleNamespace(record=lambda *_, samples: said.extend(samples)))
+    evaluate.draw_samples(run, 0)
+    assert [sample["prompt"] for sample in said] == ["a", "b"]
 
 
 @torch.no_grad()
