@@ -128,7 +128,9 @@ def decode(model, tok, prompts, settings: Settings, generators, eos_ids=(), on_t
         while running and len(ids[0]) < capacity:
             past = cache.length if cache else 0
             tokens = torch.tensor([sequence[past:] for sequence in ids], device=device)          # [B, T]
-            logits = model.head(model(tokens, cache=cache)[:, -1])                               # [B, V]
+            for part in cut_prompt(tokens, next(model.parameters()).dtype, cache):
+                hidden = model(part, cache=cache)
+            logits = model.head(hidden[:, -1])                                                   # [B, V]
             logits[:, missing] = -math.inf
             for i, token in enumerate(sample_logits(logits, settings, ids, generators)):
                 # A sequence that has ended gets ids too, which nobody reads, so that all keep one length.
@@ -141,6 +143,14 @@ def decode(model, tok, prompts, settings: Settings, generators, eos_ids=(), on_t
         for module, mode in modes:
             module.training = mode
     return new
+
+
+def cut_prompt(tokens, dtype: torch.dtype, cache) -> tuple:
+    """tokens [B, T] whole; in half precision on a CPU in parts of 2^k tokens (100 = 64 + 32 + 4), the cache between
+    them: there oneDNN makes and keeps code for each length."""
+    T = tokens.shape[1]
+    cut = cache and tokens.device.type == "cpu" and dtype.itemsize == 2
+    return tokens.split([1 << k for k in reversed(range(T.bit_length())) if T >> k & 1] if cut else T, dim=1)
 
 
 def generate(model, prompt_ids, settings: Settings, eos_ids=(), on_token=None, tok=None) -> list[int]:

@@ -269,6 +269,19 @@ def test_prompts_begin_with_bos_where_the_model_was_trained_so():
         complete(Scripted([65, 66], 258, 1), tok, "", settings)
 
 
+def test_a_prompt_is_read_in_parts_where_each_length_would_cost_memory(tiny_model, monkeypatch):
+    tokens = torch.arange(100).view(2, 50)
+    for dtype, cache, lengths in ((torch.bfloat16, True, [32, 16, 2]), (torch.float16, True, [32, 16, 2]),
+                                  (torch.float32, True, [50]), (torch.bfloat16, None, [50])):
+        parts = module.cut_prompt(tokens, dtype, cache)
+        assert [part.shape[1] for part in parts] == lengths
+        assert torch.equal(torch.cat(parts, 1), tokens)
+    model, prompt, settings = tiny_model(), [*range(50)], Settings(10, 0.0)
+    whole = generate(model, prompt, settings)
+    monkeypatch.setattr(module, "cut_prompt", lambda tokens, *_: tokens.split(7, dim=1))
+    assert generate(model, prompt, settings) == whole
+
+
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_no_id_is_chosen_that_the_tokenizer_lacks(tiny_model, tiny_bpe, temperature):
     """Rows that pad the embedding, and a hole; the truth is a model whose head cannot choose them."""
