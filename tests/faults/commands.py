@@ -82,7 +82,8 @@ def _train_tokenizer(lab, out, version):
 
 def _export(lab, out, version):
     checkpoint = max((inputs(lab) / f"run_model_{version}" / "checkpoints").glob("step_*"))
-    return ["export", checkpoint, "--out", out]
+    # As `hf.py export` starts it: in a process of its own, in which no operation would be counted.
+    return [checkpoint, "--out", out]
 
 
 def _sample(lab, out, version):
@@ -94,7 +95,7 @@ NEW = [
     Command("dedup", "dedup", _dedup, record="dedup.json"),
     Command("merge of an adapter", "lora", _merge_adapter), Command("merge with a base", "forget", _merge_model),
     Command("extend", "tokenizer", _extend), Command("train a tokenizer", "tokenizer", _train_tokenizer),
-    Command("export", "hf", _export), Command("sample replay", "forget", _sample, suffix=".jsonl"),
+    Command("export", "stages.export", _export), Command("sample replay", "forget", _sample, suffix=".jsonl"),
 ]
 OVER = [replace(each, name=f"{each.name} --overwrite", overwrites=True) for each in NEW if not each.suffix]
 ALL = [*NEW, *OVER]
