@@ -13,11 +13,12 @@ from runs import lines, one, run_of
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
+import eval as evaluation
 import forget
 import hf
 import lora
 import train
-from core import cli, parallel
+from core import checkpoint, cli, parallel
 from stages import build as stage
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -40,6 +41,10 @@ def test_positions_are_set_on_purpose_and_exported(base, tmp_path, capsys, adapt
     model, x = hf.load(tmp_path / "run/final"), torch.arange(100).view(1, 100) % 97
     assert model.config.rope_scaling == {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     assert (model.config.max_position_embeddings, model.config.rope_theta) == (128, 5e4)
+    # What eval.py --run scores has them too.
+    saved = checkpoint.path_of(tmp_path / "run/checkpoints", 2)
+    scored = evaluation.load_checkpoint(saved)[0].config
+    assert (scored.rope_scaling, scored.rope_theta) == (model.config.rope_scaling, 5e4)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/final").eval()
     assert theirs.config.max_position_embeddings == 128
     with torch.no_grad():

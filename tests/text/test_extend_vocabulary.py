@@ -279,6 +279,13 @@ def test_new_characters_become_tokens_before_what_joins_them(kind, small_bases, 
     assert ids == new.encode(CHINESE)
 
 
+def test_a_byte_level_base_goes_on_joining_bytes_that_are_no_characters(small_bases, tmp_path):
+    parts = X.extend(small_bases["small bytes"], [CHINESE * 9], 60, tmp_path / "out")
+    tokens = T.load(tmp_path / "out").tokens
+    spelt = [bytes(map(T.LETTER_BYTES.get, tokens[i])).decode(errors="replace") for i in parts]
+    assert 10 < sum("\ufffd" in text for text in spelt) < len(spelt)
+
+
 def test_a_base_without_bytes_says_that_unknown_characters_stay_so(tmp_path, capsys):
     with open(tmp_path / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([LATIN] * 20), model_writer=file, vocab_size=60,
