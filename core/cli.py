@@ -124,7 +124,14 @@ def _run(program: str, description: str, commands, recipe: bool, argv: list[str]
         json_file = _take_json(argv)
         if json_file and Path(json_file).is_dir():
             raise UserError(f"--json {json_file} is a folder; name a file in it")
-        result = function(parse(cls, argv, program, description, recipe))
+        try:
+            options = parse(cls, argv, program, description, recipe)
+        except UserError as error:
+            if os.environ.get("RANK", "0") != "0":
+                # torchrun gave all ranks the same words, and rank 0 says what is wrong with them.
+                return error.status
+            raise
+        result = function(options)
         if json_file and not isinstance(result, int):
             write_json(json_file, result)
         return result if isinstance(result, int) else 0

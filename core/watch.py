@@ -98,10 +98,11 @@ class Watch(threading.Thread):
         where, frame = "", sys._current_frames().get(self.main)
         while frame and not where:
             if frame.f_code.co_filename.startswith(ROOT):
-                where = f", at {frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno}"
+                where = f" (at {frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno})"
             frame = frame.f_back
         self.store.set(f"rank {self.rank}", json.dumps({
-            "looks": self.looks, "begun": self.group._get_sequence_number_for_group(), "in": self.what + where}))
+            "looks": self.looks, "begun": self.group._get_sequence_number_for_group(), "what": self.what,
+            "where": where}))
 
     def read_all(self) -> list[dict]:
         return [json.loads(self.store.get(f"rank {rank}")) for rank in range(self.size)]
@@ -167,11 +168,13 @@ class Watch(threading.Thread):
         """What takes too long: say which ranks have begun the fewest collectives, and end."""
         seconds, known = time.monotonic() - self.since, self.read_all()
         least = min(row["begun"] for row in known)
-        last = [f"rank {rank} (in {row['in']})" for rank, row in enumerate(known) if row["begun"] == least]
+        # A process that was halted did not say where it is now.
+        last = [f"rank {rank}{row['where'] if row['what'] == self.what else ''}" for rank, row in enumerate(known)
+                if row["begun"] == least]
         if not self.claim(1):
             self.end()
-        who = f"{' and '.join(last)} hangs" if len(last) < self.size else f"all ranks wait in {self.what}"
-        print(f"error: {who}: no rank went on for {seconds:.0f} seconds (--parallel.step-timeout, --parallel.timeout); "
-              f"{GO_ON}", file=sys.stderr, flush=True)
+        who = f"{' and '.join(last)} hangs" if len(last) < self.size else "all ranks wait"
+        print(f"error: {who} in {self.what}: no rank went on for {seconds:.0f} seconds (--parallel.step-timeout, "
+              f"--parallel.timeout); {GO_ON}", file=sys.stderr, flush=True)
         self.wait_for("ends", self.size - 1)
         os._exit(1)

@@ -614,6 +614,14 @@ def test_a_mistake_in_a_real_process(lab, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_words_that_all_ranks_have_are_refused_by_one(lab, tmp_path, monkeypatch, capsys):
+    words = arguments(lab, tmp_path / "run", "--optim.learningrate", "1")
+    for rank, said in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        status, _, errors = command(monkeypatch, capsys, words)
+        assert (status, errors.count("\n")) == (2, said)
+
+
 # ---- the other objective
 
 @pytest.mark.slow

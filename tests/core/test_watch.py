@@ -99,19 +99,21 @@ def test_one_rank_says_why_and_all_end(shared_lab, tmp_path, fault, status):
 @pytest.mark.parametrize(("fault", "says"), [
     ("kill@1", r"error: rank 1 died in step 6; the same command goes on"),
     ("kill@0", r"error: rank 0 died in step 6; the same command goes on"),
-    ("hang@1", r"error: rank 1 \(in step 6, at tests/core/test_watch\.py:\d+\) hangs: no rank went on for \d seconds"),
-    ("hang@0", r"error: rank 0 \(in step 6, at tests/core/test_watch\.py:\d+\) hangs: no rank went on for \d seconds"),
+    ("hang@1", r"error: rank 1 \(at tests/core/test_watch\.py:\d+\) hangs in step 6: no rank went on for \d+ seconds"),
+    ("hang@0", r"error: rank 0 \(at tests/core/test_watch\.py:\d+\) hangs in step 6: no rank went on for \d+ seconds"),
 ])
 def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault, says):
     out = tmp_path / "run"
-    statuses, _, errors, seconds = ranks(fault, shared_lab, out)
+    statuses, _, errors, seconds = ranks(fault, shared_lab, out, "--train.save-every", 2)
     assert sorted(statuses) == ([-9, 1] if "kill" in fault else [1, 1]), errors
     assert errors.count("\n") == 1
     assert re.match(says, errors), errors
     # Steps of milliseconds, the limit of 3 s, and starts on a busy machine.
     assert seconds < 90
-    assert checkpoint.steps(out / "checkpoints") == [4]
-    checkpoint.verify(checkpoint.path_of(out / "checkpoints", 4))
+    # The save at step 4 waited for the one before, and may have been on its way.
+    assert checkpoint.steps(out / "checkpoints")[0] == 2
+    for step in checkpoint.steps(out / "checkpoints"):
+        checkpoint.verify(checkpoint.path_of(out / "checkpoints", step))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
