@@ -151,18 +151,20 @@ def fill_between_saves(lab: Lab, row: Row):
             out = disk.folder / "run"
 
             def work(when=when, out=out, disk=disk):
-                import train
-                real, calls, ballast = train.save, [], disk.folder / "ballast"
+                from stages.resume import Saver
+                real, calls, ballast = Saver.save, [], disk.folder / "ballast"
 
-                def save(run, step):
+                def save(saver, step):
+                    # The one before is written in the background.
+                    saver.wait()
                     calls.append(step)
                     if len(calls) == when:
                         free = os.statvfs(disk.folder)
                         ballast.write_bytes(bytes((free.f_bavail - 4) * free.f_frsize))
-                    elif ballast.exists():
-                        ballast.unlink()
-                    return real(run, step)
-                train.save = save
+                    else:
+                        ballast.unlink(missing_ok=True)
+                    return real(saver, step)
+                Saver.save = save
                 return command("train", run_words(lab, out))
             outcome = start(work).wait()
             last = when == 3
