@@ -143,10 +143,10 @@ def format_table(before: dict | None, after: dict) -> str:
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * 8]
     for name, now in after.items():
         was = (before or {}).get(name, {})
-        change = f"{100 * (now[unit] / was[unit] - 1):+.1f} %" if was.get(unit) else ""
+        change = f"{100 * (now[unit] / was[unit] - 1):+z.1f} %" if was.get(unit) else ""
         # The interval is that of the loss, which accuracy is not.
         if unit == "bits_per_byte" and (interval := verdict.middle(verdict.draw_changes(name, was, now))):
-            change += " (95 %: {:+.1f} to {:+.1f})".format(*(100 * end for end in interval))
+            change += " (95 %: {:+z.1f} to {:+z.1f})".format(*(100 * end for end in interval))
         # A name is the user's and may hold what ends a cell or a line.
         shown = " ".join(name.split()).replace("|", "\\|")
         perplexities = [f"{side['perplexity']:{'.2f' if side['perplexity'] < 1e6 else '.1e'}}" if side else ""

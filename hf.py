@@ -42,6 +42,7 @@ from core.foreign_files import (
     read_own_json,
     read_tensor,
 )
+from core.output import escape
 from core.settings_files import read_settings
 from model import Model
 
@@ -340,9 +341,12 @@ def make_card(base: Base | None, name: str, card: str) -> str:
         if base.name.startswith("hf://"):
             lines += [f"base_model: {base.name.removeprefix('hf://').partition('@')[0]}",
                       "base_model_relation: finetune"]
-        if not known.startswith(("see", "not")):
+        # Neither a licence nor the name of a folder may begin a line of the front matter.
+        if not known.startswith(("see", "not")) and re.fullmatch(r"[\w.+ -]+", known):
             lines.append(f"license: {known}")
-    origin = f"Continued pretraining of `{Path(base.name).name}`" if base else "Pretrained from scratch"
+    origin = "Pretrained from scratch"
+    if base:
+        origin = f"Continued pretraining of `{escape(Path(base.name).name, line=True).replace('`', '_')}`"
     return "\n".join([*lines, "---", "", f"# {name}", "", f"{origin} with nanoCPT.", "", card, ""])
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from core import cli
 from core.errors import UserError
 from core.files import write_text
+from core.output import escape
 from measure import charts, verdict
 from measure.charts import DOMAIN, GENERAL, RUNS, decimal, short
 from measure.verdict import UNITS, finite, mean
@@ -194,7 +195,7 @@ def read_run(folder) -> Run:
     read_metrics(run, path)
     if (folder / "config.toml").is_file():
         run.config = (folder / "config.toml").read_text(encoding="utf-8", errors="replace")
-        with contextlib.suppress(tomllib.TOMLDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             run.settings = tomllib.loads(run.config)
     read_evaluation(run, folder / "eval.json")
     if not (run.train or run.evals or run.after):
@@ -213,7 +214,7 @@ def read_metrics(run: Run, path: Path) -> None:
             kind = row["kind"] = str(row["kind"])
             if kind in kinds:
                 row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError, OverflowError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             unreadable += [number] if line.strip() else []
             continue
         row["sources"] = sources_in(row.get("sources"))
@@ -260,7 +261,7 @@ def read_dict(run: Run, path: Path) -> dict:
     """The object in a JSON file; an empty one where there is no file or no object, with a note where it is no JSON."""
     try:
         return dict_or_empty(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         run.notes.append(f"{path.name} is not valid JSON and was ignored; the evaluations in metrics.jsonl are shown.")
         return {}
 
@@ -303,7 +304,9 @@ def span(interval, signed: bool = False) -> str:
 def utc(seconds) -> str:
     """Seconds since 1970 as a date and a time; a dash where they are unknown."""
     seconds = finite(seconds)
-    return "–" if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+    # A date has a year from 1 to 9999.
+    is_date = seconds is not None and -6e10 < seconds < 2.5e11
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC" if is_date else "–"
 
 
 # ---- the page
@@ -424,7 +427,7 @@ def write_report(options: Report) -> dict:
     page = render(runs)
     write_text(out, str(page))
     for run in runs:
-        print(f"{run.name}: {page.headline(run).striptags()}")
+        print(f"{escape(run.name, line=True)}: {page.headline(run).striptags()}")
         for line in run.accidents:
             print(line)
         if run.failure:

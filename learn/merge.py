@@ -153,6 +153,6 @@ def draw_table(rows: list[dict], general, best: dict) -> str:
         domain, kept = (statistics.fmean(value for name, value in bits.items() if (name in general) == side)
                         for side in (False, True))
         mark = " (best)" if row is best else ""
-        lines.append(f"| {row['alpha']:g}{mark} | {domain:.4f} | {kept:.4f} | {100 * row['domain_gain']:+.1f} % "
-                     f"| {100 * row['forgetting']:+.1f} % | {row['score']:+.4f} |")
+        lines.append(f"| {row['alpha']:g}{mark} | {domain:.4f} | {kept:.4f} | {100 * row['domain_gain']:+z.1f} % "
+                     f"| {100 * row['forgetting']:+z.1f} % | {row['score']:+z.4f} |")
     return "\n".join(lines)

@@ -215,10 +215,10 @@ def describe(comparison: dict, after: dict, known: Evidence | None = None) -> st
     for name, sign, words in (("domain_gain", -1, "domain: "), ("forgetting", 1, "forgetting: general ")):
         value, interval = comparison[name], comparison["interval"][name]
         if value is not None:
-            sure = "" if interval is None else " (95 %: {:+.1f} to {:+.1f} %)".format(
+            sure = "" if interval is None else " (95 %: {:+z.1f} to {:+z.1f} %)".format(
                 *sorted(100 * sign * end for end in interval))
             unclear = ", not distinguishable from no change" if is_unclear(interval) else ""
-            said.append(f"{words}bits per byte {100 * sign * value:+.1f} %{sure}{unclear}")
+            said.append(f"{words}bits per byte {100 * sign * value:+z.1f} %{sure}{unclear}")
     if comparison["forgetting"] is None:
         said.append("forgetting: unknown (no general text was scored before and after)")
     else:

@@ -6,6 +6,7 @@ error must hold `names`. An empty `names` is for input that may be strange and i
 """
 
 import bz2
+import glob
 import gzip
 import json
 import lzma
@@ -27,7 +28,8 @@ class Case(NamedTuple):
 
     def line(self, here: Path, lab: Path) -> list[str]:
         """The words with the places in them."""
-        return [word.replace("{here}", str(here)).replace("{lab}", str(lab)) for word in self.words]
+        words = [word.replace("{here}", str(here)).replace("{lab}", str(lab)) for word in self.words]
+        return [name for word in words for name in (sorted(glob.glob(word)) if "/r*" in word else [word])]
 
 
 READERS = {"data": "pack --tokenizer {lab}/tok --out {here}/out --workers 1 {here}/",
@@ -223,3 +225,92 @@ def corpora() -> list[Case]:
             *[read(name, readers[i % len(readers)], make, file, names)
               for i, (name, file, make, names) in enumerate(STRANGE)],
             *[read(name, module, make, file, "") for name, file, make in HARMLESS for module in readers[:3]]]
+
+
+# ---- run folders that report.py is shown
+
+MARKUP = "<script>fetch('//x')</script><img src=x onerror=alert(1)>$x^{2$</svg></style>{{7*7}}"
+ODD = [None, True, -1, 2**70, 1e308, float("nan"), float("inf"), "words", MARKUP, ESC, [], [[[]]], {}, {"a": {"b": []}}]
+# Fields of metrics.jsonl, of an evaluation in it, and of eval.json.
+START = {"kind": "start", "step": 0, "time": 1.7e9, "total_steps": 4, "parameters": 10, "trainable_parameters": 10,
+         "run": "name", "family": "llama", "vocab_size": 300, "tokens_per_step": 128, "world_size": 1, "device": "cpu",
+         "precision": "fp32", "recommended_lr": 1e-4, "versions": {"python": "3.11"}, "base": {"name": "b", "license":
+         "mit", "fingerprint": "f"}, "tokenizer": {"name": "t", "vocab_size": 300},
+         "sources": {"law": {"role": "domain", "tokens": 5, "documents": 2, "bytes": 9, "cleaning": []}}}
+TRAIN = {"kind": "train", "step": 2, "loss": 2.0, "grad_norm": 1.0, "lr": 1e-4, "step_ms": 3.0, "tokens": 256,
+         "tokens_per_second": 1000.0, "replay_share": 0.3, "domain_share": 0.7, "peak_gb": 0.1, "methods": {"ewc": 1.0},
+         "sources": {"law": {"loss": 2.0, "tokens": 5, "epochs": 0.1, "role": "domain"}}}
+SCORES = {"bits_per_byte": 2.0, "nats_per_token": 3.0, "perplexity": 20.0, "accuracy": 0.2, "bytes": 100, "tokens": 50,
+          "documents": 7, "nats_by_document": [1.0] * 7, "lost_share": 0.0, "role": "domain"}
+
+
+def lines_of(start: dict, train: dict, scores: dict, *more: dict) -> str:
+    evals = [{"kind": "eval", "step": step, "sources": {"law": scores}, "protocol": {"context": 32}} for step in (0, 4)]
+    return "".join(json.dumps(row) + "\n" for row in (start, train, *evals, *more))
+
+
+def run_folder(folder: Path, metrics: str, **files: str):
+    write(folder, "run/metrics.jsonl", metrics)
+    for name, text in files.items():
+        write(folder, f"run/{name.replace('_json', '.json').replace('_toml', '.toml')}", text)
+
+
+def odd_fields(number: int, value) -> Callable:
+    """Run folders in each of which one field holds the value; every fifth field, from the one of this number on."""
+    def make(folder: Path):
+        rows = [lines_of(START | {name: value}, TRAIN, SCORES) for name in START if name != "kind"]
+        rows += [lines_of(START, TRAIN | {name: value, "step": 3}, SCORES) for name in TRAIN if name != "kind"]
+        rows += [lines_of(START, TRAIN, SCORES | {name: value}) for name in SCORES]
+        rows += [json.dumps({"kind": kind, "step": 3, "source": value, "lost": value, "before": value, "reason": value,
+                             "replay_share": value, "samples": value, "message": value, "sources": value}) + "\n"
+                 for kind in ("replay", "samples", "event", "resume", "eval")]
+        for i, row in enumerate(rows[number % 5::5]):
+            run_folder(folder / f"r{i}", lines_of(START, TRAIN, SCORES) + row, eval_json=json.dumps(
+                {"before": {"law": SCORES | {"bytes": value}}, "after": {"law": SCORES | {"nats_by_document": value}},
+                 "protocol": value, "model": value, "domain_gain": value}), config_toml=f"seed = 1\nout = {MARKUP!r}\n")
+    return make
+
+
+def named(name: str) -> Callable:
+    """A run folder whose sources, prompts, texts, licence and base are called so."""
+    def make(folder: Path):
+        sources = {name: START["sources"]["law"]}
+        run_folder(folder, lines_of(
+            START | {"run": name, "device": name, "base": {"name": name, "license": name}, "sources": sources},
+            TRAIN | {"sources": {name: TRAIN["sources"]["law"]}}, SCORES,
+            {"kind": "samples", "step": 0, "samples": [{"prompt": name, "text": name}]},
+            {"kind": "event", "step": 1, "message": name}, {"kind": "eval", "step": 4, "sources": {name: SCORES}}),
+            eval_json=json.dumps({"before": {name: SCORES}, "after": {name: SCORES}, "protocol": {name: name}}),
+            config_toml=name)
+    return make
+
+
+LINE_OF_RUN = lines_of(START, TRAIN, SCORES)
+FOLDERS = [
+    *[(f"every field is {ascii(value)[:20]}", odd_fields(i, value), "") for i, value in enumerate(ODD)],
+    *[(f"names are {ascii(name)[:20]}", named(name), "") for name in (MARKUP, ESC, "", "a\nb", "x" * 50_000, "$\\frac{",
+                                                                      "../..", "%s%n{0}", "\u200f\u202e", "__proto__")],
+    ("metrics 100,000 deep", lambda f: run_folder(f, LINE_OF_RUN + "[" * DEEP + "\n"), ""),
+    ("a gigantic line", lambda f: run_folder(f, LINE_OF_RUN + "a" * (50 * MB)), ""),
+    ("eval.json 100,000 deep", lambda f: run_folder(f, LINE_OF_RUN, eval_json="[" * DEEP), ""),
+    ("config.toml 100,000 deep", lambda f: run_folder(f, LINE_OF_RUN, config_toml="a = " + "[" * DEEP), ""),
+    ("no UTF-8", lambda f: write(f, "run/metrics.jsonl", LINE_OF_RUN.encode() + b"\xff\xfe\n"), ""),
+    ("NULs", lambda f: write(f, "run/metrics.jsonl", LINE_OF_RUN.encode() + bytes(999) + b"\n"), ""),
+    ("a number of a million digits", lambda f: run_folder(f, LINE_OF_RUN + '{"kind": "train", "step": ' + "9" * 10**6
+                                                          + "}\n"), ""),
+    ("steps beyond all bounds", lambda f: run_folder(f, LINE_OF_RUN + '{"kind": "train", "step": 1e300, "loss": 1}\n'),
+     ""),
+    ("no line that can be read", lambda f: run_folder(f, "words\n" * 99), "nothing to show"),
+    ("an empty file", lambda f: run_folder(f, ""), "nothing to show"),
+    ("a pipe", lambda f: ((f / "run").mkdir(), os.mkfifo(f / "run" / "metrics.jsonl")), "metrics.jsonl"),
+    ("/dev/zero", lambda f: ((f / "run").mkdir(), (f / "run" / "metrics.jsonl").symlink_to("/dev/zero")),
+     "metrics.jsonl"),
+    ("a folder in the place of a file", lambda f: (f / "run" / "metrics.jsonl").mkdir(parents=True), "metrics.jsonl"),
+]
+
+
+def run_folders() -> list[Case]:
+    """For report.py: all folders under {here}, as words in turn."""
+    return [Case(f"{name}: report", "report", make, ["{here}/run" if "every field" not in name else "{here}/r*/run",
+                                                     "--out", "{here}/page.html"], names)
+            for name, make, names in FOLDERS]

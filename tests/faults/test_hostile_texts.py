@@ -2,11 +2,13 @@
 and no terminal obeys them, within 10 s and 2 GB. The cases stand in hostile_texts.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import harness
 import hostile_texts
 import pytest
 
+import hf
 from core.output import CONTROL
 
 CORPORA = hostile_texts.corpora()
@@ -47,3 +49,29 @@ def test_strange_corpora(case, tools, tmp_path):
 @pytest.mark.parametrize("case", CORPORA[:BOMBS], ids=lambda case: case.name)
 def test_corpora_that_fill_the_memory(case, tools, tmp_path):
     check(case, tools, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", hostile_texts.run_folders(), ids=lambda case: case.name)
+def test_run_folders(case, tools, tmp_path):
+    check(case, tools, tmp_path)
+    if not case.names:
+        # No text of a stranger's is markup: the page has the elements of a page of plain names, and no others.
+        page = (tmp_path / "page.html").read_text()
+        assert "<script" not in page
+        assert "<img" not in page
+        assert page.count("</style>") == 1
+        assert "{{7*7}}" in page or hostile_texts.MARKUP not in str(case)
+
+
+def test_no_licence_or_name_is_front_matter(tmp_path):
+    facts = {"license": "mit\nbase_model: evil"}
+    base = SimpleNamespace(name="a`\n---\nlicense: mit\n\x1b[2J", facts=facts)
+    card = hf.make_card(base, "out", "what it is")
+    front, rest = card.split("---")[1], card.split("---")[2:]
+    assert "evil" not in front
+    assert "license" not in front
+    assert "\x1b" not in card
+    assert len(card.splitlines()) == len(hf.make_card(SimpleNamespace(name="a", facts=facts), "out", "what it is"
+                                                      ).splitlines())
+    assert rest
