@@ -44,6 +44,10 @@ FIELDS = {"step": int, "base": str, "tokenizer": str, "dtype": str, "decisions":
 ALONE = World(0, 1, torch.device("cpu"))
 
 
+class OlderFormat(UserError):
+    """An earlier version wrote the checkpoint, and so all others of its run: no damage, and none before it will do."""
+
+
 # ---- writing
 
 class Shards:
@@ -136,9 +140,10 @@ def render(files: dict[str, dict]) -> str:
 # ---- which there are
 
 def steps(folder) -> list[int]:
-    """The steps of the checkpoints under `folder`, ascending."""
+    """The steps of the checkpoints under `folder`, ascending. What is named in another way than `path_of` does, as by a
+    user who puts one aside, is none."""
     numbers = (path.name.removeprefix("step_") for path in Path(folder).glob("step_*"))
-    return sorted(int(number) for number in numbers if number.isdecimal())
+    return sorted(int(number) for number in numbers if re.fullmatch("[0-9]{8}|[1-9][0-9]{8,}", number))
 
 
 def path_of(folder, step: int) -> Path:
@@ -173,6 +178,8 @@ def find_damage(path: Path, world: World = ALONE, hashed: bool = False) -> str |
                     not hashed and hash_file(path / name) != files[name]["sha256"]):
                 raise UserError(f"checkpoint {path} is damaged: {name} is not what was written")
         damage = None
+    except OlderFormat:
+        raise
     except UserError as error:
         damage = str(error)
     except OSError as error:
@@ -194,8 +201,8 @@ def read_manifest(path: Path) -> dict[str, dict]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"checkpoint {path} has no readable {MANIFEST}") from None
     if version == 1 and "sha256" not in manifest:
-        raise UserError(f"checkpoint {path} is of an older format; finish its run with the version that wrote it, or "
-                        f"train on from its exported model with another --out")
+        raise OlderFormat(f"checkpoint {path} is of an older format; finish its run with the version that wrote it, or "
+                          f"train on from its exported model with another --out")
     if not is_own or version != FORMAT:
         raise UserError(f"checkpoint {path} is damaged: {MANIFEST} is not what was written")
     there = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(path)}
@@ -216,7 +223,7 @@ def verify(path: Path, world: World = ALONE) -> None:
 
 def newest(folder, say=print, world: World = ALONE) -> Path | None:
     """The newest checkpoint that verifies; `say` gets a warning for each newer one. None: there is no checkpoint.
-    UserError where there are some and none verifies. A collective."""
+    UserError where there are some and none verifies, or an earlier version wrote them. A collective."""
     damages = []
     for step in reversed(world.broadcast(steps(folder))):
         if not (damage := find_damage(path_of(folder, step), world)):

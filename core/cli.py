@@ -306,7 +306,7 @@ def run_command(program: str, *words, threads: int | None = None, show: bool = F
         raise UserError(f"{program} was stopped by {signal.Signals(status - 128).name}", status)
     if status:
         said = (err or out or "its error stands above").strip().splitlines()
-        raise UserError(f"{program} failed: {''.join(said[-1:])}", status)
+        raise UserError(f"{program} failed: {''.join(said[-1:]).removeprefix('error: ')}", status)
     return out or ""
 
 

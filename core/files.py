@@ -324,7 +324,7 @@ def lock_file(path: Path, refusal: str = "", wait: bool = False):
 
 def take_lock(path: Path, refusal: str, wait: bool) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = open_lock(path)
         try:
             # A file that is waited for is small in nearly every case, and its writer soon done.
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -339,12 +339,20 @@ def take_lock(path: Path, refusal: str, wait: bool) -> int:
                 raise
             # Some clusters' file systems are mounted so, and are all that there is.
             warn_of_no_locks()
-            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            return open_lock(path)
         # Its last holder may have renamed or removed the file meanwhile: then it is not the one to lock.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         os.close(descriptor)
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor of the file, made where it is missing. The file is to be emptied and written, so a link is refused:
+    in a folder of a stranger's it may name any file of the user's."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a link, and no command of ours makes it one; remove it")
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 @functools.cache
@@ -381,6 +389,7 @@ def run_folder(path, world, parts: dict[str, FolderKind] | None = None):
         yield folder
         return
     refuse_no_run(folder)
+    refuse_links(folder)
     for name, kind in (parts or {}).items():
         kind.refuse_others(folder / name)
     make_folder(folder)
@@ -406,6 +415,13 @@ def refuse_no_run(folder: Path) -> None:
         if not (BEGUN.holds(name) or name.parts[0] == "wandb" or is_empty):
             raise UserError(f"{folder} holds {str(name)!r} and is no run folder, so files could be lost there; choose "
                             f"another --out")
+
+
+def refuse_links(folder: Path) -> None:
+    """UserError if a file that a run writes is a link. Its folders may be links, as to a larger disk."""
+    for path in sorted(folder.glob("*")):
+        if path.is_symlink() and path.suffix in (".json", ".jsonl", ".toml", ".html"):
+            raise UserError(f"{path} is a link, so a file elsewhere would be written; put the file itself in its place")
 
 
 def remove(path: Path) -> None:

@@ -10,6 +10,7 @@ import eval as evaluation
 import hf
 from core import checkpoint, cli
 from core.devices import DTYPES
+from core.errors import UserError
 from core.files import claim_folder
 
 
@@ -17,6 +18,8 @@ def export_checkpoint(options: hf.Export) -> dict:
     """Write what a run that ended at the checkpoint would export, before a merge with its base. UserError where the
     checkpoint does not verify, or its base is not the one it was trained on."""
     path, out = Path(options.checkpoint), options.output.out
+    if Path(out).resolve().is_relative_to(path.resolve()):
+        raise UserError(f"--out {out} is in the checkpoint, which would be damaged by another file; choose another")
     with claim_folder(out, options.output.overwrite, hf.FOLDER):
         checkpoint.verify(path)
         model, state, name = evaluation.load_checkpoint(path)

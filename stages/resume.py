@@ -83,7 +83,7 @@ class Saver:
         path = checkpoint.path_of(self.folder, step)
         try:
             # The steps that a checkpoint holds are not done again, so what was logged of them may not be lost either.
-            self.run.log.sync()
+            checkpoint.run_on_all(self.world, self.run.log.sync)
             checkpoint.write(path, shards, state, self.world)
             self.verified.add(step)
             self.error = None

@@ -313,11 +313,23 @@ def test_a_state_of_wrong_types_is_refused(tmp_path, change):
 
 
 def test_an_older_format_is_refused_with_what_to_do(tmp_path):
-    path = put(tmp_path, 1)
-    files = {"state.json": checkpoint.record_of(path / "state.json")}
-    (path / "manifest.json").write_text(json.dumps({"files": files}))
-    with pytest.raises(ValueError, match="is of an older format; finish its run with the version that wrote it"):
-        checkpoint.newest(tmp_path, lambda line: None)
+    for path in [put(tmp_path, 1), put(tmp_path, 2)]:
+        files = {"state.json": checkpoint.record_of(path / "state.json")}
+        (path / "manifest.json").write_text(json.dumps({"files": files}))
+    said = []
+    with pytest.raises(ValueError, match="is of an older format; finish its run with the version") as refused:
+        checkpoint.newest(tmp_path, said.append)
+    assert (said, str(refused.value).count("older format")) == ([], 1), "said once, whatever their number"
+
+
+@pytest.mark.parametrize("name", ["step_1", "step_000000002", f"step_{chr(0x663) * 8}", "step_x"])
+def test_a_folder_with_another_name_is_no_checkpoint_and_in_nobodys_way(tmp_path, name):
+    (tmp_path / name).mkdir()
+    for step in (3, 4, 5):
+        put(tmp_path, step, keep=2)
+    assert checkpoint.steps(tmp_path) == [4, 5]
+    assert checkpoint.newest(tmp_path).name == "step_00000005"
+    assert (tmp_path / name).is_dir()
 
 
 def test_an_empty_or_missing_folder_has_no_checkpoint(tmp_path):

@@ -440,6 +440,23 @@ def test_a_run_begins_in_no_folder_with_files_that_it_would_delete(tmp_path, fou
     assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == set(found)
 
 
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "plan.jsonl", "eval_step_0.json", "config.toml"])
+def test_a_link_in_a_run_folder_leads_to_no_file_elsewhere(tmp_path, name):
+    write_text(tmp_path / "mine", "[forget.ewc]")
+    write_text(tmp_path / "run/config.toml", "[forget.ewc]")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match=rf"{name} is a link"), run_folder(tmp_path / "run", ONE, {}):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "mine").read_text() == "[forget.ewc]"
+    (tmp_path / "run" / name).unlink()
+    write_text(tmp_path / "run/config.toml", "[forget.ewc]")
+    with run_folder(tmp_path / "run", ONE, {}):
+        pass
+
+
 def test_a_run_goes_on_where_it_was_killed(tmp_path):
     for name, text in (("metrics.jsonl", ""), ("wandb/run/files/config.yaml", "text"), ("slurm-1.out", "begun"),
                        ("fisher_1/fisher.safetensors", "F"), (".config.toml.partial", "[for"),

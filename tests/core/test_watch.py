@@ -31,6 +31,7 @@ def as_rank(fault: str, rank: int, words: list[str]):
     import train
     from core import parallel, watch
     from core.errors import UserError
+    from core.log import Logger
     from stages import build, evaluate
     torch.set_num_threads(1)
     evaluate.run_command = lambda *command: ""
@@ -58,7 +59,13 @@ def as_rank(fault: str, rank: int, words: list[str]):
         elif rank == int(where) and number == 5:
             go_wrong()
         return real(run, number, batches)
-    if where.startswith("build"):
+    if kind == "sync":
+        def sync(logger):
+            if logger.main and not synced:
+                synced.append(1)
+                raise OSError(28, "No space left on device")
+        synced, Logger.sync = [], sync
+    elif where.startswith("build"):
         build.verify = go_wrong                   # only rank 0 verifies the shards
     else:
         train.train_step = step
@@ -137,6 +144,13 @@ def test_a_weight_that_is_not_finite_on_one_rank_is_not_saved(shared_lab, tmp_pa
     assert errors.count("\n") == 1
     assert "NaN or infinity (first in " in errors
     assert checkpoint.steps(tmp_path / "run/checkpoints") == [4]
+
+
+def test_what_fails_on_one_rank_before_a_save_is_a_warning_and_holds_up_nobody(shared_lab, tmp_path):
+    statuses, said, errors, _ = ranks("sync@0", shared_lab, tmp_path / "run")
+    assert (statuses, errors) == ([0, 0], "")
+    assert said.count("warning: checkpoint") == 1
+    assert checkpoint.steps(tmp_path / "run/checkpoints") == [8, 12]
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def test_a_run_from_scratch_and_what_is_refused(lab, tmp_path, monkeypatch, caps
     (tmp_path / "mine/thesis.txt").write_text("years of work")
     shutil.copytree(step, tmp_path / "damaged")
     (tmp_path / "damaged/state.json").write_text("{}")
-    for words, says in ((["--out", tmp_path / "mine", "--overwrite"], "thesis.txt"), ([], "out")):
+    for words, says in ((["--out", tmp_path / "mine", "--overwrite"], "thesis.txt"), ([], "out"),
+                        (["--out", step / "hf/new"], "is in the checkpoint")):
         status, _, errors = export(monkeypatch, capsys, step, *words)
         assert (status, errors.count("\n")) == (2, 1)
         assert says in errors
