@@ -27,6 +27,8 @@ import torch
 from runs import arguments, make_lab
 
 PR_SET_PDEATHSIG = 1
+COMMANDS = ("data", "clean", "dedup", "tokenizer", "lora", "forget", "hf", "eval", "generate", "report")
+MARK = "MODULES"
 LIBC = ctypes.CDLL(None)
 
 
@@ -216,9 +218,20 @@ class Lab:
         outcome = run(lambda: make_lab(self.sources) and 0)
         assert outcome.status == 0, outcome.err
         base = ["--data.domain-share", "0", "--data.schedule", "static"]
-        outcome = run("train", arguments(self.sources, self.folder / "base", *base, steps=6))
+
+        def work() -> int:
+            status = command("train", arguments(self.sources, self.folder / "base", *base, steps=6))
+            for name in COMMANDS:
+                importlib.import_module(name)
+            print(MARK, *sys.modules)
+            return status
+        outcome = run(work)
         assert outcome.status == 0, outcome.err
         self.base = self.folder / "base" / "final"
+        # What a run imports late, torch._dynamo above all, costs each worker more than the run itself.
+        for name in outcome.out.rpartition(MARK)[2].split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
     def count(self, full: int, short: int) -> int:
         return short if self.short else full
