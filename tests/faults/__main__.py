@@ -22,16 +22,16 @@ import torch
 from .damages import DAMAGES
 from .full_disks import DISKS
 from .harness import Lab, Row, Worker
-from .hostile_models import hostile_models
 from .kills import KILLS, highest_number_wins
 from .not_finite import not_finite
 from .points import POINTS, manifest_not_synced
 from .races import RACES
 from .signals import SIGNALS_AND_MORE
+from .strangers import STRANGERS
 
 # Each section is some functions of the lab, each of which gives one row.
 SECTIONS = {"kills": KILLS, "points": POINTS, "signals": SIGNALS_AND_MORE, "not_finite": [not_finite],
-            "damages": DAMAGES, "disks": DISKS, "races": RACES, "strangers": [hostile_models],
+            "damages": DAMAGES, "disks": DISKS, "races": RACES, "strangers": STRANGERS,
             "control": [highest_number_wins, manifest_not_synced]}
 # Of the failures of a row.
 SHOWN = 12
