@@ -215,7 +215,7 @@ def damaged_beside(lab: Lab) -> Row:
             beside = [path for path in sorted(begun.rglob("*")) if path.is_file() and "checkpoints" not in path.parts
                       and path.name not in (".lock", "metrics.jsonl")]
             for file in beside if not lab.short else beside[:2]:
-                for kind in ("flip",) if lab.short else ("flip", "truncate", "zero", "delete"):
+                for kind in ("flip",) if lab.short else ("flip", "truncate", "delete"):
                     out = lab.room("run")
                     shutil.copytree(begun, out)
                     target = out / file.relative_to(begun)

@@ -183,14 +183,14 @@ def full_for_commands(lab: Lab) -> Row:
     row = Row("disks", "a full disk at each stage: commands")
     with timed(row):
         for each in each_command(lab, row):
-            fill(lab, each, row, lab.count(8, 1))
+            fill(lab, each, row, lab.count(6, 1))
     return row
 
 
 def full_for_a_run(lab: Lab) -> Row:
     row = Row("disks", "a full disk at each stage: a run")
     with timed(row):
-        fill_run(lab, row, lab.count(16, 2))
+        fill_run(lab, row, lab.count(12, 2))
     return row
 
 

@@ -2,6 +2,7 @@
 the run saves: nothing that is not finite reaches the disk, and what is there resumes."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def not_finite(lab: Lab) -> Row:
             for at in STEPS[:1] if lab.short else STEPS:
                 for value in (float("nan"),) if lab.short else (float("nan"), float("inf")):
                     judge(lab, ONE[0], row, where, value, at, 0)
-                    if not lab.short:
+                    if not lab.short and math.isnan(value):
                         for case in TWO:
                             judge(lab, case, row, where, value, at, 1)
         if not lab.short:

@@ -180,9 +180,9 @@ def kill_runs(lab: Lab, power: bool) -> Row:
     row, few = Row("points", f"{'power lost' if power else 'SIGKILL'} before a file operation: runs"), lab.short
     with timed(row):
         count = disturb_run(lab, row, 3 if few else None, power=power)
-        if not few:
-            count += disturb_run(lab, row, 40, "--lora.rank", 4, power=power)
-            count += disturb_run(lab, row, 80, power=power, damage=4)
+        if not few and not power:
+            count += disturb_run(lab, row, 30, "--lora.rank", 4)
+            count += disturb_run(lab, row, 60, damage=4)
     row.notes = f"{count} operations of build, save, prune, saving again and export"
     return row
 

@@ -68,7 +68,7 @@ def one_process(lab: Lab, row: Row):
     case, (_, seconds) = ONE[0], uninterrupted(lab, ONE[0])
     for stage in STAGES:
         for number in SIGNALS:
-            for delay in (0.0,) if lab.short else (0.0, lab.random.uniform(0, seconds / 10), seconds / 5):
+            for delay in (0.0,) if lab.short else (0.0, lab.random.uniform(0, seconds / 5)):
                 out = lab.room("run")
                 where = f"{number.name} in {stage} after {delay * 1000:.0f} ms"
 

@@ -1,5 +1,5 @@
-"""`make faults` in short: every section of the suite with small numbers, in a process of its own, which must be one that
-never computed. Truth: undisturbed runs and commands, and two rules that are known to be wrong and must fail."""
+"""`make faults` in short: every section of the suite with small numbers, in a process of its own, because workers are
+forked from one that never computed. Truth: undisturbed runs and commands, and two wrong rules that must fail."""
 
 import json
 import subprocess
