@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from core.errors import UserError
 from core.files import new_folder, read_json, remove, write_json, write_text
+from core.foreign_files import read_own
 from core.hashing import hash_file
 from core.parallel import World
 
@@ -191,7 +192,7 @@ def read_manifest(path: Path) -> dict[str, dict]:
     """{file name: {"bytes", "sha256"}} of exactly the files in a checkpoint; UserError where the manifest is missing,
     of another format, not what was written to the last bit, or not about the files that are there."""
     try:
-        text = (path / MANIFEST).read_bytes()
+        text = read_own(path / MANIFEST)
         manifest = json.loads(text)
         files = manifest["files"]
         version = manifest.get("format", 1)

@@ -350,8 +350,8 @@ def take_lock(path: Path, refusal: str, wait: bool) -> int:
 def open_lock(path: Path) -> int:
     """A descriptor of the file, made where it is missing. The file is to be emptied and written, so a link is refused:
     in a folder of a stranger's it may name any file of the user's."""
-    if path.is_symlink():
-        raise UserError(f"{path} is a link, and no command of ours makes it one; remove it")
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise UserError(f"{path} is no regular file, as it is where a command of ours makes it; remove it")
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
@@ -389,7 +389,7 @@ def run_folder(path, world, parts: dict[str, FolderKind] | None = None):
         yield folder
         return
     refuse_no_run(folder)
-    refuse_links(folder)
+    refuse_odd_files(folder)
     for name, kind in (parts or {}).items():
         kind.refuse_others(folder / name)
     make_folder(folder)
@@ -417,11 +417,14 @@ def refuse_no_run(folder: Path) -> None:
                             f"another --out")
 
 
-def refuse_links(folder: Path) -> None:
-    """UserError if a file that a run writes is a link. Its folders may be links, as to a larger disk."""
+def refuse_odd_files(folder: Path) -> None:
+    """UserError if what a run writes is a link, which leads to a file elsewhere, or a pipe or a folder, which is found
+    late. Its folders may be links, as to a larger disk."""
     for path in sorted(folder.glob("*")):
-        if path.is_symlink() and path.suffix in (".json", ".jsonl", ".toml", ".html"):
-            raise UserError(f"{path} is a link, so a file elsewhere would be written; put the file itself in its place")
+        if path.suffix in (".json", ".jsonl", ".toml", ".html") and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path} is no regular file, and a run writes one there; move it away")
+    if (folder / "checkpoints").exists() and not (folder / "checkpoints").is_dir():
+        raise UserError(f"{folder}/checkpoints is no folder, and a run makes one there; move it away")
 
 
 def remove(path: Path) -> None:

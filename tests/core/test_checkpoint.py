@@ -219,6 +219,17 @@ def test_damage_is_named_and_the_one_before_is_newest(tmp_path, name, damage):
         checkpoint.newest(tmp_path, said.append)
 
 
+def test_a_manifest_that_is_a_pipe_or_has_no_end_is_not_waited_for(tmp_path):
+    path = put(tmp_path, 1)
+    (path / "manifest.json").unlink()
+    os.mkfifo(path / "manifest.json")
+    assert "no readable manifest.json" in checkpoint.find_damage(path)
+    (path / "manifest.json").unlink()
+    with open(path / "manifest.json", "wb") as file:
+        file.truncate(10**12)
+    assert "no readable manifest.json" in checkpoint.find_damage(path)
+
+
 def test_a_file_too_many_is_refused(tmp_path):
     path = put(tmp_path, 1)
     shutil.copy(path / SHARD, path / "shard-00002-model-00001-of-00001.safetensors")    # would be read as well

@@ -440,6 +440,14 @@ def test_a_run_begins_in_no_folder_with_files_that_it_would_delete(tmp_path, fou
     assert {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()} == set(found)
 
 
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "checkpoints"])
+def test_what_a_run_writes_is_no_pipe_before_it_begins(tmp_path, name):
+    write_text(tmp_path / "config.toml", "[forget.ewc]")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is no (regular file|folder)"), run_folder(tmp_path, ONE, {}):
+        pytest.fail("the block must not run")
+
+
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "plan.jsonl", "eval_step_0.json", "config.toml"])
 def test_a_link_in_a_run_folder_leads_to_no_file_elsewhere(tmp_path, name):
     write_text(tmp_path / "mine", "[forget.ewc]")
@@ -448,7 +456,7 @@ def test_a_link_in_a_run_folder_leads_to_no_file_elsewhere(tmp_path, name):
     (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
     (tmp_path / "disk").mkdir()
     (tmp_path / "run/checkpoints").symlink_to(tmp_path / "disk")
-    with pytest.raises(UserError, match=rf"{name} is a link"), run_folder(tmp_path / "run", ONE, {}):
+    with pytest.raises(UserError, match=rf"{name} is no regular file"), run_folder(tmp_path / "run", ONE, {}):
         pytest.fail("the block must not run")
     assert (tmp_path / "mine").read_text() == "[forget.ewc]"
     (tmp_path / "run" / name).unlink()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ENV, arguments, lines, make_lab
 
 from core import checkpoint
@@ -26,8 +27,6 @@ QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
 def as_rank(fault: str, rank: int, words: list[str]):
     """train.py on one rank of two, on which something goes wrong in the sixth step, in the build or at a save."""
-    import torch
-
     import train
     from core import parallel, watch
     from core.errors import UserError
@@ -127,12 +126,15 @@ def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault,
 def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_both(shared_lab, tmp_path, strategy):
     out = tmp_path / "run"
     statuses, _, errors, _ = ranks("gradient@1", shared_lab, out, "--parallel.strategy", strategy,
-                                      "--guard.limit", 2)
+                                      "--guard.limit", 2, "--train.save-every", 5)
     # The next step is left out as well, and the second stops the run.
     assert statuses == [2, 2]
     assert re.fullmatch(r"error: in step 7 the gradient norm is nan .* saved at step 7 of 12.*\n", errors), errors
     assert [row["step"] for row in lines(out, "left_out")] == [6, 7]
-    assert checkpoint.steps(out / "checkpoints") == [4, 7]
+    assert checkpoint.steps(out / "checkpoints") == [5, 7]
+    # Each rank writes some of the tensors: on neither has one moved.
+    before, after = (checkpoint.load(checkpoint.path_of(out / "checkpoints", step))[:2] for step in (5, 7))
+    assert all(torch.equal(old[name], new[name]) for old, new in zip(before, after) for name in old)
     statuses, _, errors, _ = ranks("none@9", shared_lab, out, "--parallel.strategy", strategy)
     assert (statuses, errors) == ([0, 0], "")
     assert json.loads((out / "eval.json").read_text())
