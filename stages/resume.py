@@ -212,6 +212,10 @@ def find_checkpoint(run: Run) -> Path | None:
 def refuse_other_run(run: Run, found: Path, state: dict):
     """UserError with what differs, where the checkpoint `found` is not of this run up to its step."""
     step, was, now = state["step"], state["identity"], identity(run, state["step"])
+    own = found.parent.parent == run.folder
+    if own and found != checkpoint.path_of(found.parent, step):
+        # By its name it would be the newest again and again.
+        raise UserError(f"{found} holds step {step}, so it has been renamed; give it back its name, or move it away")
     if step > run.steps:
         raise UserError(f"{found} is at step {step}, and the run is to end at {run.steps}; lengthen it")
     optim_now = dataclasses.asdict(run.c.optim)
@@ -224,6 +228,5 @@ def refuse_other_run(run: Run, found: Path, state: dict):
               if was.get(key) != value]
     if not differ:
         return
-    own = found.parent.parent == run.folder
     what, remedy = (run.folder, "another --out to start anew") if own else (found, "no branch")
     raise UserError(f"{what} holds another run: {'; '.join(differ)}; use the same settings to resume it, or {remedy}")

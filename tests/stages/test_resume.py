@@ -225,6 +225,15 @@ def test_where_no_checkpoint_verifies_the_run_refuses(lab, tmp_path, monkeypatch
     assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
+def test_a_renamed_checkpoint_is_not_resumed_from(lab, tmp_path, monkeypatch, capsys):
+    out, words = tmp_path / "run", ("--train.save-every", 2)
+    crash_at(monkeypatch, settings(lab, out, *words), 5)
+    (out / "checkpoints/step_00000004").rename(out / "checkpoints/step_00000007")
+    status, _, errors = command(monkeypatch, capsys, arguments(lab, out, *words))
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "step_00000007 holds step 4" in errors
+
+
 def test_what_a_disk_changed_beside_the_checkpoints_is_made_again(base, tmp_path, monkeypatch):
     words = ["--forget.adaptive.policy", "degradation", "--data.domain-share", 0.9, "--optim.lr", 0.1, "--eval.every",
              2, "--train.save-every", 3, "--forget.ewc.strength", 0.5, "--forget.ewc.samples", 4]
