@@ -418,7 +418,7 @@ def test_an_endless_run_is_prolonged_and_annealed_from_a_checkpoint(base, tmp_pa
     train.train(run_of(base, alone, *annealed, "--train.branch-from", tmp_path / "alone/checkpoints/step_00000005"),
                 one())
     assert (alone / "eval.json").read_bytes() == (whole / "eval.json").read_bytes()
-    with pytest.raises(ValueError, match="has no readable manifest"):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
         train.train(run_of(base, tmp_path / "z", "--train.branch-from", tmp_path / "nowhere"), one())
 
 
