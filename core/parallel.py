@@ -29,6 +29,9 @@ from core.errors import UserError
 from core.signals import REASONS, closed_output, note_stops, stopped_by
 from core.watch import Watch
 
+# Seconds in which ranks that have just met connect to a second group. torchrun waits 30 for those that are to end.
+CONNECT = 20
+
 
 @dataclass
 class ParallelConfig:
@@ -126,8 +129,10 @@ class World:
         the training uses the other. A collective."""
         if self.size == 1:
             return self
-        # What a save waits for is other ranks' disks.
-        group = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+        # All ranks are here, so that one which does not connect has died. What a save waits for is other ranks' disks.
+        self.barrier()
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=CONNECT))
+        group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(hours=2))
         return World(self.rank, self.size, torch.device("cpu"), group=group)
 
 

@@ -64,6 +64,10 @@ def as_rank(fault: str, rank: int, words: list[str]):
                 synced.append(1)
                 raise OSError(28, "No space left on device")
         synced, Logger.sync = [], sync
+    elif where == "meeting":
+        parallel.CONNECT = 3
+        if rank:
+            parallel.dist.new_group = go_wrong
     elif where.startswith("build"):
         build.verify = go_wrong                   # only rank 0 verifies the shards
     else:
@@ -120,6 +124,13 @@ def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault,
     assert checkpoint.steps(out / "checkpoints")[0] == 2
     for step in checkpoint.steps(out / "checkpoints"):
         checkpoint.verify(checkpoint.path_of(out / "checkpoints", step))
+
+
+def test_a_rank_that_dies_while_the_ranks_connect_is_not_waited_for_long(shared_lab, tmp_path):
+    statuses, _, errors, seconds = ranks("kill@meeting", shared_lab, tmp_path / "run")
+    assert sorted(statuses) == [-9, 1], errors
+    assert re.search(r"error: rank 1 died in the (start|build); the same command goes on", errors), errors
+    assert seconds < 90
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -136,6 +136,6 @@ def highest_number_wins(lab: Lab) -> Row:
     with timed(row):
         found = storm(lab, ONE[0], 200, inner, trust_the_highest_number, give_partial_folders_their_name, give_up=True)
     row.check(bool(inner.failures), "200 kills did no harm to a rule that is known to be wrong")
-    row.notes = f"failed after {found['kills']} kills: {inner.failures[0][:160]}" if inner.failures else ""
+    row.notes = f"failed after {found['kills']} kills" if inner.failures else ""
     return row
 

@@ -209,6 +209,5 @@ def manifest_not_synced(lab: Lab) -> Row:
     with timed(row):
         disturb_run(lab, inner, 12 if lab.short else None, power=True, patch=forget_to_sync_the_manifest)
     row.check(bool(inner.failures), "no kill point did harm without the fsync of the manifest")
-    row.notes = f"failed in {len(inner.failures)} of {inner.tried} checks: {inner.failures[0][:160]}" \
-        if inner.failures else ""
+    row.notes = f"failed in {len(inner.failures)} of {inner.tried} checks" if inner.failures else ""
     return row
