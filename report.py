@@ -24,7 +24,7 @@ import numpy as np
 
 from core import cli
 from core.errors import UserError
-from core.files import write_text
+from core.files import file_holds, write_text
 from core.output import escape
 from measure import charts, verdict
 from measure.charts import DOMAIN, GENERAL, RUNS, decimal, short
@@ -423,6 +423,8 @@ class Report:
 def write_report(options: Report) -> dict:
     """Write the page and print each run's headline; returns the file and the comparison of each run."""
     out = Path(options.out or Path(options.runs[0]) / "report.html")
+    if out.is_file() and out.stat().st_size and not file_holds(out, b"nanoCPT report</title>"):
+        raise UserError(f"{out} is no report of ours, so it is not replaced; choose another --out, or move it away")
     runs = [read_run(folder) for folder in options.runs]
     page = render(runs)
     write_text(out, str(page))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -277,6 +278,11 @@ def finish(run: Run):
         draw_samples(run, run.steps, model)
     if not run.world.main:
         return
+    if lost := [name for name, score in after.items() if not math.isfinite(score["nats_per_token"])]:
+        # Weights can be finite and so large that nothing which is computed with them is.
+        raise UserError(f"the trained model has no finite loss on the held-out text of {lost[0]}, so this run is not "
+                        f"finished; lower --optim.lr and begin again, or export an earlier checkpoint: python hf.py "
+                        f"export {out}/checkpoints/step_N --out DIR")
     first, last = (run.evaluations[f"eval_step_{step}.json"] for step in (0, run.steps))
     before, protocol = first["texts"], first["protocol"]
     names = {"before": first.get("model", ""), "after": last["model"]}

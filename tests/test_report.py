@@ -343,6 +343,15 @@ def command(monkeypatch, *words):
     return report.main()
 
 
+def test_a_page_replaces_no_file_but_a_report(tmp_path, monkeypatch, capsys):
+    run, thesis = write(tmp_path / "run"), tmp_path / "thesis.html"
+    thesis.write_text("<html>my thesis</html>")
+    assert command(monkeypatch, run, "--out", thesis) == 2
+    assert "thesis.html is no report of ours" in capsys.readouterr().err
+    assert thesis.read_text() == "<html>my thesis</html>"
+    assert [command(monkeypatch, run) for _ in range(2)] == [0, 0]
+
+
 def test_the_command_writes_beside_the_first_run_or_where_told(tmp_path, monkeypatch, capsys):
     run = write(tmp_path / "run")
     assert command(monkeypatch, run) == 0

@@ -530,14 +530,27 @@ def test_a_state_that_is_not_finite_is_not_kept(lab, tmp_path, monkeypatch, caps
         same_checkpoint(out, whole[0], 8)
 
 
-@pytest.mark.parametrize("words", [["--optim.lr", "1e38", "--train.steps", 1], ["--optim.lr", "1e38"]])
-def test_weights_that_a_step_made_infinite_are_not_exported(lab, tmp_path, monkeypatch, capsys, words):
-    more = ["--optim.warmup-steps", 0, *words]
-    status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", *more))
-    assert (status, errors.count("\n")) == (2, 1)
-    assert "lower --optim.lr" in errors
+@pytest.mark.parametrize("steps", [1, 8])
+def test_weights_that_a_step_made_infinite_are_not_exported(lab, tmp_path, steps):
+    c = settings(lab, tmp_path / "run", "--optim.warmup-steps", 0, steps=steps)
+    # Beyond what an option may say.
+    c.optim.lr = 1e38
+    with pytest.raises(ValueError, match=r"lower --optim\.lr"):
+        train.train(c, one())
     assert not (tmp_path / "run/final").exists()
     assert checkpoint.steps(tmp_path / "run/checkpoints") == []
+
+
+def test_a_run_whose_model_has_no_finite_loss_is_not_finished(lab, tmp_path, monkeypatch):
+    score = evaluate.score_heldout
+
+    def lose(run, step, *more, **options):
+        scores = score(run, step, *more, **options)
+        return scores | {"legal": scores["legal"] | {"nats_per_token": float("nan")}} if step else scores
+    monkeypatch.setattr(evaluate, "score_heldout", lose)
+    with pytest.raises(ValueError, match="no finite loss on the held-out text of legal"):
+        train.train(settings(lab, tmp_path / "run", steps=1), one())
+    assert not (tmp_path / "run/eval.json").exists()
 
 
 def test_weights_too_large_for_the_type_of_the_export_are_refused(tiny_model, tmp_path):
