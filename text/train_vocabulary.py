@@ -25,7 +25,7 @@ from core import cli
 from core.cli import Output, Positional, Reading
 from core.config import setting
 from core.errors import UserError
-from core.files import FolderKind, new_folder, read_json, refuse_existing, write_text
+from core.files import FolderKind, claim_folder, new_folder, read_json, write_text
 from text.corpus import read_documents, utf8
 from text.shards import pack
 from text.vocabulary import LLAMA3_SPLIT, Tokenizer, load, replace_surrogates
@@ -74,9 +74,9 @@ class Compare:
 
 def train_command(options: Train) -> dict:
     out = Path(options.output.out)
-    refuse_existing(out, options.output.overwrite, FOLDER)
-    texts = read_documents(options.files, options.reading)
-    size = train(texts, options.kind, options.vocab_size, out).vocab_size
+    with claim_folder(out, options.output.overwrite, FOLDER):
+        texts = read_documents(options.files, options.reading)
+        size = train(texts, options.kind, options.vocab_size, out).vocab_size
     fewer = f" of {options.vocab_size}: the text gave no more" if size < options.vocab_size else ""
     print(f"{out}: {options.kind} tokenizer with {size} ids{fewer}, from {texts.describe()}")
     return {"out": str(out), "kind": options.kind, "vocab_size": size, "documents": texts.documents,
