@@ -33,7 +33,7 @@ from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
 from text import foreign, mixture, shards
-from text.corpus import read_cleaning, read_records
+from text.corpus import read_cleaning, read_records, utf8
 from text.kinds import TEXTS, identify, list_files
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
@@ -191,8 +191,9 @@ def run_pack(options: Pack) -> dict:
         sample += [text for text in first if isinstance(text, str)]
     lost = measure_loss(tokenizer, sample)
     start = time.perf_counter()
-    described = [{"name": Path(path).name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None,
-                  "cleaning": read_cleaning(path)} for path in inputs]
+    # A file's name may be no UTF-8, and a manifest is.
+    described = [{"name": utf8(Path(path).name).decode(), "cleaning": read_cleaning(path),
+                  "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for path in inputs]
     settings = {"heldout": options.heldout, "heldout_hash": options.heldout_hash,
                 "bos": options.bos or (False if options.no_bos else None),
                 "inputs": described, "lost_share": lost, "shard_tokens": options.shard_tokens,

@@ -137,7 +137,9 @@ def _run(program: str, description: str, commands, recipe: bool, argv: list[str]
         return result if isinstance(result, int) else 0
     except (UserError, OSError, SafetensorError) as error:
         # The user can mend the last two as well: the disk is full, a file may not be read or is damaged.
-        text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
+        # Of a copy that failed the second name is the one that was written.
+        file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+        text = f"{error.strerror}: {file}" if file else str(error)
         # What strangers wrote may be of any length.
         print(f"error: {' '.join(text.split())[:4000]}", file=sys.stderr)
         return getattr(error, "status", 2)

@@ -160,9 +160,11 @@ def raising(error):
 def test_the_users_mistake_is_a_line_and_ours_a_traceback(capsys):
     assert run(commands=raising(UserError("a is 1,\n  but must be 2"))) == 2
     assert run(commands=raising(FileNotFoundError(2, "No such file or directory", "here.txt"))) == 2
+    full = OSError(28, "No space left on device", "from.txt", None, "to.txt")
+    assert run(commands=raising(full)) == 2, "as shutil.copy raises it"
     assert run(commands=raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == ("error: a is 1, but must be 2\nerror: No such file or directory: here.txt\n"
-                                       "stopped by Ctrl-C\n")
+                                       "error: No space left on device: to.txt\nstopped by Ctrl-C\n")
     for bug in (AssertionError("ours"), ValueError("ours"), KeyError("ours")):
         with pytest.raises(type(bug)):
             run(commands=raising(bug))

@@ -7,12 +7,26 @@ from pathlib import Path
 
 import torch
 
+from core import parallel
+
 from .harness import Lab, Row, Team, timed
 from .kills import ONE, TWO, Case, uninterrupted, words_of
 from .results import checkpoints, differences
 
 # Counted from 0: after one of them the run saves, after the other it does not.
 STEPS = (5, 7)
+
+
+def spoil_gradient(value: float):
+    """Once, when the ranks have shared their gradients: those of one rank then differ from the others'."""
+    clip = parallel.clip_gradients
+
+    def clip_spoilt(model, limit):
+        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
+        (gradient.to_local() if hasattr(gradient, "to_local") else gradient).view(-1)[0] = value
+        parallel.clip_gradients = clip
+        return clip(model, limit)
+    parallel.clip_gradients = clip_spoilt
 
 
 def plant(where: str, value: float, at: int, rank: int = 0):
@@ -26,7 +40,7 @@ def plant(where: str, value: float, at: int, rank: int = 0):
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             with torch.no_grad():
                 if where == "gradient":
-                    handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * value)[1])
+                    spoil_gradient(value)
                 elif where == "weight":
                     local.view(-1)[0] = value
                 else:

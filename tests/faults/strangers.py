@@ -11,6 +11,7 @@ import torch.distributed
 from core.output import CONTROL
 
 from . import bad_settings, hostile_models, hostile_texts
+from .commands import content
 from .harness import Lab, Outcome, Row, command, run, start, timed
 
 SECONDS, BYTES = 10.0, 2 << 30
@@ -56,7 +57,7 @@ def faults_of(outcome: Outcome, names: str, canaries, out: Path, harmless: bool 
         (outcome.peak_bytes > BYTES, f"took {outcome.peak_bytes / 1e9:.1f} GB"),
         (any(canary.exists() for canary in canaries), "something of it ran"),
         (OPENED in said or hostile_models.SECRET in said, "what stands outside was read"),
-        (not harmless and out.exists(), "something was left at --out")]
+        (not harmless and content(out), "something was left at --out")]
     return "; ".join(text for holds, text in found if holds)
 
 
