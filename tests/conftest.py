@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("NANOCPT_FAULT_SECONDS", "60")
 os.environ["HF_HUB_OFFLINE"] = "1"          # read when huggingface_hub is imported: a test never waits for a network
 
 import pytest

@@ -19,7 +19,7 @@ def write_index(path: Path, index: dict) -> None:
     """Write a manifest or buckets.json, which then tells each flipped bit of itself."""
     index.pop("sha256", None)
     body = json.dumps(index, indent=1, ensure_ascii=False).removesuffix("\n}")
-    index["sha256"] = hashlib.sha256(body.encode()).hexdigest()
+    index["sha256"] = hashlib.sha256(body.encode(errors="backslashreplace")).hexdigest()
     write_text(path, f'{body},\n "sha256": "{index["sha256"]}"\n}}\n')
 
 

@@ -13,8 +13,8 @@ from core.output import CONTROL
 from . import bad_settings, hostile_models, hostile_texts
 from .commands import content
 from .harness import Lab, Outcome, Row, command, run, start, timed
+from .hostile_models import BYTES, SECONDS
 
-SECONDS, BYTES = 10.0, 2 << 30
 OPENED = "OPENED WHAT STANDS OUTSIDE"
 
 

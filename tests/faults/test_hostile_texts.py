@@ -11,6 +11,8 @@ import pytest
 import hf
 from core.output import CONTROL
 
+from .hostile_models import SECONDS
+
 CORPORA = hostile_texts.corpora()
 BOMBS = len(hostile_texts.BOMBS) * len(hostile_texts.READERS)
 
@@ -27,7 +29,7 @@ def tools(base, tmp_path_factory) -> Path:
 def check(case: hostile_texts.Case, tools: Path, here: Path):
     """Make the input of a case and run its command, both in processes of their own."""
     assert harness.run(lambda: case.make(here) and 0).status == 0
-    done = harness.start(case.module, case.line(here, tools)).wait(20, most_bytes=2 << 30)
+    done = harness.start(case.module, case.line(here, tools)).wait(2 * SECONDS, most_bytes=2 << 30)
     said = done.out + done.err
     if case.names:
         assert done.is_one_line, said
@@ -37,7 +39,7 @@ def check(case: hostile_texts.Case, tools: Path, here: Path):
     assert not CONTROL.search(said)
     assert not (here / "owned").exists()
     assert not Path("owned").exists()
-    assert done.seconds < 10
+    assert done.seconds < SECONDS
 
 
 @pytest.mark.parametrize("case", CORPORA[BOMBS:], ids=lambda case: ascii(case.name)[1:-1])
@@ -45,14 +47,17 @@ def test_strange_corpora(case, tools, tmp_path):
     check(case, tools, tmp_path)
 
 
+# Each bomb for one reader, in turn; `make faults` has them all.
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CORPORA[:BOMBS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [CORPORA[i] for i in range(BOMBS) if i % 5 == i // 5 % 5], ids=lambda case: case.name)
 def test_corpora_that_fill_the_memory(case, tools, tmp_path):
     check(case, tools, tmp_path)
 
 
+# Of the folders in which every field is odd, tests take one in four.
 @pytest.mark.slow
-@pytest.mark.parametrize("case", hostile_texts.run_folders(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for i, case in enumerate(hostile_texts.run_folders())
+                                  if i % 4 == 0 or "every field" not in case.name], ids=lambda case: case.name)
 def test_run_folders(case, tools, tmp_path):
     check(case, tools, tmp_path)
     if not case.names:
