@@ -1,5 +1,5 @@
 """What of a stranger's folder is read, and how far. Truth: what stands in the folders made here, and outside of them;
-the commands themselves meet hundreds of such folders in tests/faults/test_hostile_models.py."""
+the commands themselves meet hundreds of such folders in tests/faults/check_hostile_models.py."""
 
 import os
 import pickle

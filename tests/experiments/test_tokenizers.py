@@ -18,22 +18,28 @@ def study(*words):
 @pytest.mark.slow
 def test_rows_from_their_parts_beat_random_ones(data_dir, tmp_path):
     """After the same bytes of text the extended stories260K is better with subtoken rows, as it is before."""
-    (tmp_path / "notes.txt").write_text("mine")
-    done = study("--data", data_dir, "--out", tmp_path, "--quick")
+    out = tmp_path / "study"
+    done = study("--data", data_dir, "--out", out, "--quick")
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "tokenizers.json").read_text())
-    words = f"--data {data_dir.name} --out {tmp_path.name} --quick"
+    result = json.loads((out / "tokenizers.json").read_text())
+    words = f"--data {data_dir.name} --out {out.name} --quick"
     assert (result["command"], result["seeds"]) == (f"python experiments/tokenizers.py {words}", [0])
     rows = {row["method"]: row for row in result["rows"]}
     assert rows.keys() == {"subtoken", "random"}
     assert rows["subtoken"]["steps"] == rows["random"]["steps"]                     # one tokenizer: the same bytes
     assert rows["subtoken"]["bits_per_byte"] < rows["random"]["bits_per_byte"] - 0.2
     for method, row in rows.items():
-        scores = json.loads((tmp_path / f"runs/{method}_0/eval.json").read_text())
+        scores = json.loads((out / f"runs/{method}_0/eval.json").read_text())
         assert row["by_seed"] == [scores["after"]["domain"]["bits_per_byte"]] == [row["bits_per_byte"]]
         assert row["domain_before"] == scores["before"]["domain"]["bits_per_byte"] > row["bits_per_byte"]
         assert len(row["curves"][0]) == 2
-    assert (tmp_path / "tokenizers.png").stat().st_size > 10_000
+    assert (out / "tokenizers.png").stat().st_size > 10_000
+
+
+def test_a_folder_with_files_is_not_the_study_s(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = study("--data", tmp_path, "--out", tmp_path, "--quick")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 

@@ -1,5 +1,5 @@
 """A tokenizer.json is tried out before it is used. Truth: tokenizers made here, each with one part that is nonsense;
-the commands themselves meet more of them in tests/faults/test_hostile_models.py."""
+the commands themselves meet more of them in tests/faults/check_hostile_models.py."""
 
 import json
 import time

@@ -1,5 +1,5 @@
 """Files of strangers do nothing: one line and exit 2, or, where they are no mistake, their result; nothing of them runs
-and no terminal obeys them, within 10 s and 2 GB. The cases stand in hostile_texts.py."""
+and no terminal obeys them, within 10 s and 2 GB. The cases stand in hostile_texts.py. Run by test_hostile.py."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,14 +48,12 @@ def test_strange_corpora(case, tools, tmp_path):
 
 
 # Each bomb for one reader, in turn; `make faults` has them all.
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [CORPORA[i] for i in range(BOMBS) if i % 5 == i // 5 % 5], ids=lambda case: case.name)
 def test_corpora_that_fill_the_memory(case, tools, tmp_path):
     check(case, tools, tmp_path)
 
 
 # Of the folders in which every field is odd, tests take one in four.
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for i, case in enumerate(hostile_texts.run_folders())
                                   if i % 4 == 0 or "every field" not in case.name], ids=lambda case: case.name)
 def test_run_folders(case, tools, tmp_path):
