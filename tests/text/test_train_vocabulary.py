@@ -121,5 +121,5 @@ def test_a_small_model_is_trained_and_scored(small_bases):
     """By the commands themselves, for three steps: fewer bits than the 8 of a byte, and not none."""
     texts = [f"{n}. {LATIN}" for n in range(100)]
     assert 0.5 < V.measure_small_model(small_bases["small bytes"], texts[:90], texts[90:], 0.02, 0) < 8
-    with pytest.raises(ValueError, match=r"train\.py failed: error: unknown key"):
+    with pytest.raises(ValueError, match=r"train\.py failed: unknown key"):
         cli.run_command("train.py", "--no-such-key", 1)
