@@ -288,8 +288,8 @@ def run_command(program: str, *words, threads: int | None = None, show: bool = F
         print(f"\n$ python {' '.join([program, *words])}", flush=True)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     file = [ROOT / program]
-    if "/" in program:
-        # A file in a folder is a module: Python finds its imports from the folder of this checkout.
+    if "/" in program and not Path(program).is_absolute():
+        # A file in a folder of ours is a module: Python finds its imports from the folder of this checkout.
         file = ["-m", program.removesuffix(".py").replace("/", ".")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     pipes = {} if show else {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

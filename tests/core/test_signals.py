@@ -118,8 +118,8 @@ def test_a_signal_is_passed_on_once_and_the_command_is_waited_for(tmp_path, numb
     (tmp_path / "child.py").write_text(CHILD)
     parent = subprocess.Popen([sys.executable, "-c", PARENT, tmp_path / "child.py", tmp_path / "saved"], cwd=ROOT,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while "at work" not in parent.stdout.readline():
-        pass
+    while "at work" not in (line := parent.stdout.readline()):
+        assert line, parent.communicate()[1]
     if to == "child":
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         os.kill(int(children[0]), number)
