@@ -146,8 +146,8 @@ def decode(model, tok, prompts, settings: Settings, generators, eos_ids=(), on_t
 
 
 def cut_prompt(tokens, dtype: torch.dtype, cache) -> tuple:
-    """tokens [B, T] whole; in half precision on a CPU in parts of 2^k tokens (100 = 64 + 32 + 4), the cache between
-    them: there oneDNN makes and keeps code for each length."""
+    """The prompt tokens [B, T] in one part. In half precision on a CPU oneDNN makes and keeps code for each length, so
+    there they come in parts of 2^k tokens (100 = 64 + 32 + 4), for which the cache is needed."""
     T = tokens.shape[1]
     cut = cache and tokens.device.type == "cpu" and dtype.itemsize == 2
     return tokens.split([1 << k for k in reversed(range(T.bit_length())) if T >> k & 1] if cut else T, dim=1)

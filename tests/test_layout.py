@@ -4,6 +4,7 @@ syntax, and faults planted on purpose, each of which must be found."""
 import ast
 import functools
 import inspect
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,12 @@ def test_the_library_answers():
     assert list(inspect.signature(hf.save).parameters)[:2] == ["model", "path"]
     assert {"base"} <= inspect.signature(hf.save).parameters.keys()
     assert callable(tokenizer.load)
+
+
+def test_no_weights_and_no_run_are_committed():
+    """A run folder whose --out was a word of a test once got in."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout, so nothing in it is committed")
+    names = listed.stdout.splitlines()
+    assert not [name for name in names if name.strip('"').endswith((".safetensors", ".bin", ".pt", "metrics.jsonl"))]

@@ -17,15 +17,6 @@ CORPORA = hostile_texts.corpora()
 BOMBS = len(hostile_texts.BOMBS) * len(hostile_texts.READERS)
 
 
-@pytest.fixture(scope="module")
-def tools(base, tmp_path_factory) -> Path:
-    """A folder with a tokenizer, tok, a packed source, legal, and a model, base."""
-    folder = tmp_path_factory.mktemp("tools")
-    for name, target in (("tok", base[0] / "tok"), ("legal", base[0] / "legal"), ("base", base[1])):
-        (folder / name).symlink_to(target)
-    return folder
-
-
 def check(case: hostile_texts.Case, tools: Path, here: Path):
     """Make the input of a case and run its command, both in processes of their own."""
     assert harness.run(lambda: case.make(here) and 0).status == 0

@@ -4,7 +4,6 @@ bad_settings.py; here they run in this process, one after another, and in the su
 import importlib
 import sys
 import time
-from pathlib import Path
 
 import bad_settings
 import pytest
@@ -18,15 +17,6 @@ from .hostile_models import SECONDS
 SECTIONS = {"fields": lambda folder: bad_settings.of_recipes(), "combinations": lambda folder:
             bad_settings.of_combinations(), "recipes": bad_settings.of_texts, "commands": lambda folder:
             bad_settings.of_commands()}
-
-
-@pytest.fixture(scope="module")
-def tools(base, tmp_path_factory) -> Path:
-    """A folder with a tokenizer, tok, a packed source, legal, and a model, base."""
-    folder = tmp_path_factory.mktemp("tools")
-    for name, target in (("tok", base[0] / "tok"), ("legal", base[0] / "legal"), ("base", base[1])):
-        (folder / name).symlink_to(target)
-    return folder
 
 
 def run(case, here, tools, monkeypatch, capsys) -> tuple[int, str, float]:
