@@ -37,8 +37,8 @@ def test_signals_are_noted_or_raised_and_handlers_come_back(number):
 def test_a_second_request_ends_the_process_at_once(number):
     code = ("import os, signal, time; from core.signals import note_stops\n"
             f"with note_stops():\n  os.kill(os.getpid(), {int(number)}); time.sleep(1.1)\n"
-            f"  os.kill(os.getpid(), {int(number)}); time.sleep(20)")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=10).returncode == 128 + number
+            f"  os.kill(os.getpid(), {int(number)}); time.sleep(600)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=100).returncode == 128 + number
 
 
 def test_nohup_holds():

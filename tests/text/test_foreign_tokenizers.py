@@ -2,7 +2,10 @@
 the commands themselves meet more of them in tests/faults/check_hostile_models.py."""
 
 import json
-import time
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,20 @@ from core.errors import UserError
 from text import foreign_tokenizers
 from text.foreign_tokenizers import open_tokenizer_json
 from text.vocabulary import LLAMA3_SPLIT, load
+
+ROOT = Path(__file__).resolve().parents[2]
+# Prints why the tokenizer.json that it is given is refused.
+OPEN = """
+import sys
+from pathlib import Path
+from core.errors import UserError
+from text import foreign_tokenizers
+foreign_tokenizers.TRIAL_SECONDS = 1.0
+try:
+    foreign_tokenizers.open_tokenizer_json(Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+"""
 
 
 def write(folder, **parts):
@@ -30,14 +47,13 @@ def steps(*contents: str, pattern=None) -> dict:
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|aa)+b", "(?:a*)(?:a*)(?:a*)(?:a*)(?=[0-9])", r"(\w+\s?)+:"])
-def test_patterns_that_take_for_ever_are_found_at_once(tmp_path, capfd, monkeypatch, pattern):
-    monkeypatch.setattr(foreign_tokenizers, "TRIAL_SECONDS", 1.0)
-    begun = time.monotonic()
-    with pytest.raises(UserError, match=r"tokenizer\.json (fails on|takes more than 1 s for) a short text"):
-        open_tokenizer_json(write(tmp_path, pre_tokenizer=split(pattern)))
-    assert time.monotonic() - begun < 8
+def test_patterns_that_take_for_ever_are_found(tmp_path, pattern):
+    # A call into Rust cannot be stopped: in this process its thread would take a core from all tests that follow.
+    done = subprocess.run([sys.executable, "-c", OPEN, write(tmp_path, pre_tokenizer=split(pattern))],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert re.search(r"tokenizer\.json (fails on|takes more than 1 s for) a short text", done.stdout), done
     # Rust writes the stack trace of its panics to the screen.
-    assert capfd.readouterr().err == ""
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("pattern", [
@@ -47,9 +63,7 @@ def test_patterns_that_take_for_ever_are_found_at_once(tmp_path, capfd, monkeypa
     r" ?[^(\s|[.,!?…。，、।۔،])]+", r"(?=(\d{3})+(?!\d))", r"\d{1,3}(?=(?:\d{3})*\b)"],
     ids=["gpt2", "llama3", "gpt4o", "bloom", "thousands", "superbpe"])
 def test_patterns_of_known_tokenizers_pass(tmp_path, pattern):
-    begun = time.monotonic()
     open_tokenizer_json(write(tmp_path, pre_tokenizer=split(pattern)))
-    assert time.monotonic() - begun < 3
 
 
 @pytest.mark.parametrize(("parts", "says"), [
