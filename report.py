@@ -43,7 +43,7 @@ class Run:
     evals: list = field(default_factory=list)
     # The first and the last line of kind "samples".
     samples: list = field(default_factory=list)
-    # Lines of the kinds "event", "resume", "left_out" and "stop", in the order of the file.
+    # Lines of the kinds "event", "resume", "left_out", "rewind" and "stop", in the order of the file.
     events: list = field(default_factory=list)
     # What adaptive replay decided: the lines of kind "replay".
     decisions: list = field(default_factory=list)
@@ -149,6 +149,9 @@ class Run:
         if n:
             said += [f"{n:,} update{' was' if n == 1 else 's were'} left out, the last one because "
                      f"{list(self.left_out.values())[-1]}"]
+        if back := [row for row in self.events if row["kind"] == "rewind"]:
+            said += [f"the run was rewound {'once' if len(back) == 1 else f'{len(back):,} times'}, the last time from "
+                     f"step {back[-1].get('step')} to {back[-1].get('to')}"]
         return said + ([f"the run stopped: {self.stopped}"] if self.stopped else [])
 
     @cached_property
@@ -222,7 +225,7 @@ def read_metrics(run: Run, path: Path) -> None:
             kinds[kind][row["step"]] = row
         elif kind == "start":
             run.start = row
-        elif kind in ("event", "resume", "left_out", "stop"):
+        elif kind in ("event", "resume", "left_out", "rewind", "stop"):
             run.events.append(row)
         if kind == "resume" and (resumed_at := finite(row.get("step"))) is not None:
             kinds = {name: {step: row for step, row in rows.items() if step <= resumed_at}

@@ -40,7 +40,7 @@ from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import PARTS, ModelSection, Run, TrainSection, build, refuse_combinations
 from stages.evaluate import EvalSection, ExportSection, begin, describe, evaluate, finish, log_step, score_heldout
-from stages.resume import Saver, resume
+from stages.resume import Saver, resume, rewind
 from text.mixture import DataConfig
 
 
@@ -122,12 +122,13 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     moved = scale.update(norm) and not fault
     if moved:
         run.optimizer.step()
+    elif run.guard.goes_back:
+        fault = rewind(run, fault)
     for method in run.methods:
         method.after_step(step, run.inner, run.optimizer, moved)                            # after the step
     run.optimizer.zero_grad(set_to_none=True)
     run.done = step + 1
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": logged,
-            "fault": fault}
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": logged, "fault": fault}
 
 
 def train(c: Config, world) -> int:

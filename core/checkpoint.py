@@ -152,14 +152,15 @@ def path_of(folder, step: int) -> Path:
 
 
 def prune(folder: Path, newest: int, keep: int, also=(), verified: set | None = None) -> None:
-    """Remove old checkpoints. Those kept are `newest`, which has just been written, the steps in `also`, and the last
-    `keep` (at least 2) that verify. A damaged one counts for nothing, and goes when it is older than all that are kept.
+    """Remove old checkpoints. Those kept are `newest`, which has just been written, the last `keep` (at least 2) that
+    verify, and of each list of steps in `also` the first that does. A damaged one counts for nothing, and goes when it
+    is older than all that are kept.
     verified: the steps whose files have been hashed before; those found good now are added."""
     verified = set() if verified is None else verified
     known = steps(folder)
     good = [step for step in known if not find_damage(path_of(folder, step), hashed=step in verified)]
     verified.update(good)
-    kept = {newest, *also, *good[-max(2, keep):]}
+    kept = {newest, *good[-max(2, keep):], *(next(filter(good.__contains__, wanted), newest) for wanted in also)}
     for step in known:
         if step not in kept and (step in good or step < min(kept)):
             # Never half a checkpoint under its name, should the process die in the middle: the next one clears this.
@@ -222,11 +223,16 @@ def verify(path: Path, world: World = ALONE) -> None:
         raise UserError(damage)
 
 
-def newest(folder, say=print, world: World = ALONE) -> Path | None:
-    """The newest checkpoint that verifies; `say` gets a warning for each newer one. None: there is no checkpoint.
-    UserError where there are some and none verifies, or an earlier version wrote them. A collective."""
+def in_order(folder, every: int = 1) -> list[int]:
+    """The steps of the checkpoints, the newest first; those that are no multiple of `every` come last."""
+    return sorted(steps(folder), key=lambda step: (step % every == 0, step), reverse=True)
+
+
+def newest(folder, say=print, world: World = ALONE, every: int = 1) -> Path | None:
+    """The first checkpoint `in_order` that verifies; `say` gets a warning for each before it. None: there is no
+    checkpoint. UserError where there are some and none verifies, or an earlier version wrote them. A collective."""
     damages = []
-    for step in reversed(world.broadcast(steps(folder))):
+    for step in world.broadcast(in_order(folder, every)):
         if not (damage := find_damage(path_of(folder, step), world)):
             return path_of(folder, step)
         damages.append(damage)

@@ -54,6 +54,7 @@ class Method:
 
     `model` is always the model itself, never DDP's wrapper. `notes` are lines for the user to read before the run. What
     a resumed run needs to go on bit for bit stands in `tensors`, sharded or not, and in `values`, which JSON can hold.
+    A rewind sets the tensors back, and not the values: they come from evaluations, as decisions do.
     """
 
     notes: tuple | list = ()

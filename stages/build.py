@@ -129,7 +129,7 @@ class Run(contextlib.AbstractContextManager):
     optimizer: torch.optim.Optimizer = None
     scale: optim.LossScale = None
     guard: Guard = field(default_factory=Guard)
-    # The steps that are done, and the step of the newest checkpoint.
+    # The steps that are done, and the step of the newest checkpoint of its own; 0 also where there is none.
     done: int = 0
     saved: int = 0
     log: Logger = None
@@ -216,8 +216,8 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.scale = optim.LossScale(c.train.precision == "fp16")
     run.guard = Guard(c.guard)
     main = world.main and folder is not None
-    if main and not checkpoint.steps(folder / "checkpoints"):
-        # What a run left that died before its first save is not this one's.
+    if main and not any(checkpoint.steps(folder / "checkpoints")):
+        # What a run left that died before its first save, but that of step 0, is not this one's.
         for stale in [folder / "metrics.jsonl", *folder.glob("eval_step_*.json")]:
             stale.unlink(missing_ok=True)
     run.log = Logger(folder, c.log, run.steps, main, settings=dataclasses.asdict(c))

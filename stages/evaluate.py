@@ -15,7 +15,7 @@ import eval as evaluation
 import forget
 import hf
 import lora
-from core import checkpoint, cli, devices, parallel
+from core import cli, devices, parallel
 from core.cli import run_command
 from core.config import setting, to_toml
 from core.errors import UserError
@@ -104,13 +104,20 @@ def with_full_paths(c):
 
 
 def begin(run: Run, start: int):
-    """Write the first files of the run folder, unless the run goes on from a checkpoint of its own."""
-    c, device = run.c, run.world.device
-    trained, parameters = adapters.count_elements(run.inner)
+    """Write the first files of the run folder, unless the run goes on from a checkpoint of its own beyond step 0."""
     # The bar of a resumed run begins at the steps it has already done.
     run.log.bar.update(start)
-    if not run.world.main or (start and checkpoint.steps(run.folder / "checkpoints")):
+    if run.saved:
         return
+    if run.world.main:
+        write_first_files(run, *adapters.count_elements(run.inner))
+    if run.guard.may_rewind:
+        # There must always be a checkpoint to go back to.
+        run.saver.save(start)
+
+
+def write_first_files(run: Run, trained: int, parameters: int):
+    c, device = run.c, run.world.device
     write_text(run.folder / "config.toml", to_toml(with_full_paths(c)))
     write_plan(run)
     run.log.record("start", 0, time=time.time(), run=run.folder.name, parameters=parameters,

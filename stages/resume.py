@@ -1,4 +1,4 @@
-"""Save a run's state, and go on from it: the same run resumed bit for bit, or a branch of another."""
+"""Save a run's state, and go on from it: the same run resumed bit for bit or rewound, or a branch of another."""
 
 import dataclasses
 import json
@@ -75,10 +75,10 @@ class Saver:
                           f"hold", "lower --optim.lr; the same command goes on from the newest checkpoint")
         state = describe_state(run, step) if run.world.main else {}
         self.pending = step, self.pool.submit(self._write, step, checkpoint.Shards(tensors, run.world), state,
-                                              best_step(run))
+                                              kept_beside(run))
         run.saved = step
 
-    def _write(self, step: int, shards: checkpoint.Shards, state: dict, best: list[int]):
+    def _write(self, step: int, shards: checkpoint.Shards, state: dict, also: list[list[int]]):
         """In the background. What is no failure of a disk is a bug, and raised by `wait`."""
         path = checkpoint.path_of(self.folder, step)
         try:
@@ -88,7 +88,7 @@ class Saver:
             self.verified.add(step)
             self.error = None
             checkpoint.run_on_all(self.world, lambda: self.world.main and checkpoint.prune(
-                self.folder, step, self.run.c.train.keep, best, self.verified))
+                self.folder, step, self.run.c.train.keep, also, self.verified))
         except (OSError, UserError) as error:
             self.error = f"checkpoint {error}, and the same command goes on from the newest there is"
             self.run.log.say(f"warning: {self.error}")
@@ -136,15 +136,17 @@ def describe_state(run: Run, step: int) -> dict:
     return json.loads(json.dumps(state))
 
 
-def best_step(run: Run) -> list[int]:
-    """With train.keep_best the step whose domain text was scored best so far, of those that have a checkpoint."""
+def kept_beside(run: Run) -> list[list[int]]:
+    """Lists of steps that have a checkpoint. The first of each that verifies is kept beside the last ones: with
+    train.keep_best the one whose domain text was scored best, and the one that the guard would rewind to."""
     bits = {}
     for step in checkpoint.steps(run.folder / "checkpoints") if run.c.train.keep_best and run.world.main else ():
         scores = run.evaluations.get(f"eval_step_{step}.json", {}).get("texts", {})
         found = [scores.get(name, {}).get("bits_per_byte") for name in run.names_of("domain")]
         if domain := [value for value in found if value is not None]:
             bits[step] = sum(domain) / len(domain)
-    return [min(bits, key=bits.get)] if bits else []
+    back = checkpoint.in_order(run.folder / "checkpoints", run.c.train.save_every) if run.guard.may_rewind else []
+    return [sorted(bits, key=bits.get), back]
 
 
 def resume(run: Run) -> int:
@@ -153,9 +155,53 @@ def resume(run: Run) -> int:
     found = find_checkpoint(run)
     if found is None:
         return 0
+    state = restore(run, found)
+    run.guard.load_state(state["guard"])
+    for method in run.methods:
+        # Its tensors have been read in place.
+        method.load_state(method.state()[0], state["methods"][method.name])
+    for decision in state["decisions"]:
+        apply_decision(run, decision)
+    run.done = state["step"]
+    run.saved = run.done if found.parent == run.saver.folder else 0
+    restore_files(run, state)
+    run.log.say(f"resumed from {found} at step {state['step']}")
+    run.log.record("resume", state["step"])
+    return state["step"]
+
+
+def rewind(run: Run, why: str) -> str:
+    """Undo the steps since the newest checkpoint that verifies, in all that they have moved, and go on behind them.
+    Returns `why`, the fault of the step, and where the run is now. A collective.
+
+    Which checkpoint that is must not depend on where the run was stopped meanwhile: of those there are, one that
+    belongs to every run of these settings. What is about the data goes on with them: evaluations, the decisions made
+    from them, and the methods' values, which are their memory of both. No sequence is read twice.
+    """
+    run.world.enter(f"the rewind after step {run.done + 1}")
+    run.saver.wait()
+    try:
+        found = checkpoint.newest(run.saver.folder, run.log.say, run.world, run.c.train.save_every)
+    except UserError:
+        found = None
+    if not found:
+        run.guard.stop = f"{why}, and no checkpoint verifies that the run could be rewound to; lower --optim.lr"
+        return why
+    state = restore(run, found)
+    why += f", and the run was rewound to step {state['step']}"
+    run.guard.rewind(state["guard"], why)
+    run.log.record("rewind", run.done + 1, to=state["step"])
+    return why
+
+
+def restore(run: Run, found: Path) -> dict:
+    """Make the weights, the optimizer's and the methods' tensors and the loss scale those of the checkpoint `found`,
+    which has been verified; returns its state. A collective."""
     state = checkpoint.read_state(found)
     refuse_other_run(run, found, state)
     stored, tensors = checkpoint.Stored(found), state_tensors(run)
+    # What has come since is not in the checkpoint, and the rest need not be there twice.
+    run.optimizer.state.clear()
     moments = make_moments(run, stored, found)
     wanted = tensors | {f"state/{name}": tensor for name, tensor in moments.items()}
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
@@ -166,17 +212,7 @@ def resume(run: Run) -> int:
     refuse_not_finite(run, wanted, f"{found} holds", "remove it, and the run goes on from the one before")
     parallel.load_optimizer_state(run.inner, run.optimizer, moments)
     vars(run.scale).update(state["loss_scale"])
-    run.guard.load_state(state["guard"])
-    for method in run.methods:
-        # Its tensors have been read in place.
-        method.load_state(method.state()[0], state["methods"][method.name])
-    for decision in state["decisions"]:
-        apply_decision(run, decision)
-    run.done = run.saved = state["step"]
-    restore_files(run, state)
-    run.log.say(f"resumed from {found} at step {state['step']}")
-    run.log.record("resume", state["step"])
-    return state["step"]
+    return state
 
 
 def make_moments(run: Run, stored: checkpoint.Stored, found: Path) -> dict[str, torch.Tensor]:

@@ -118,7 +118,7 @@ def test_the_newest_by_number_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path).name == "step_100000000"
     put(tmp_path, 11, keep=2)                               # the one just written, and two more
     assert checkpoint.steps(tmp_path) == [11, 99_999_999, 100_000_000]
-    put(tmp_path, 100_000_001, keep=1, also=[11])
+    put(tmp_path, 100_000_001, keep=1, also=[[12, 11, 2]])
     assert checkpoint.steps(tmp_path) == [11, 100_000_000, 100_000_001]
 
 
@@ -136,6 +136,27 @@ def test_a_damaged_one_counts_for_nothing(tmp_path):
     put(tmp_path, 7, keep=2, verified=verified)             # hashed before or not: a file that is gone is noticed
     put(tmp_path, 8, keep=3, verified=verified)
     assert checkpoint.steps(tmp_path) == [6, 7, 8]
+
+
+def test_what_is_kept_for_a_reason_is_the_first_that_verifies(tmp_path):
+    """Steps by how well they scored: the best one has lost a byte, so the next one must stay."""
+    for step in (1, 2, 3, 4):
+        put(tmp_path, step)
+    flip(tmp_path / "step_00000002" / SHARD, 200, 1)
+    put(tmp_path, 5, keep=2, also=[[2, 3, 1], []])
+    assert checkpoint.steps(tmp_path) == [3, 4, 5]
+
+
+def test_the_newest_comes_first_but_for_those_between(tmp_path):
+    for step in (0, 3, 4, 6, 7, 8):
+        put(tmp_path, step)
+    assert checkpoint.in_order(tmp_path) == [8, 7, 6, 4, 3, 0]
+    assert checkpoint.in_order(tmp_path, 3) == [6, 3, 0, 8, 7, 4]
+    assert checkpoint.newest(tmp_path, every=3).name == "step_00000006"
+    (tmp_path / "step_00000006" / SHARD).unlink()
+    said = []
+    assert checkpoint.newest(tmp_path, said.append, every=3).name == "step_00000003"
+    assert len(said) == 1
 
 
 def test_pruning_never_leaves_half_of_one_under_its_name(tmp_path, monkeypatch):

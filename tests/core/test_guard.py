@@ -50,6 +50,22 @@ def test_a_policy_may_stop_at_once():
         guard.check()
 
 
+def test_what_was_left_out_since_a_checkpoint_was_left_out_in_a_row_once_the_run_is_rewound():
+    guard = Guard(GuardConfig(nonfinite="rewind", limit=3))
+    assert (guard.may_rewind, Guard().may_rewind) == (True, False)
+    judged(guard, [1, 2, math.nan])
+    saved = guard.state() | {"window": [[1, 1.0]], "left_out": 0, "in_a_row": 0}
+    for expected in (1, 2):
+        assert guard.goes_back
+        guard.rewind(saved, "a fault")
+        assert (guard.window, guard.in_a_row, guard.goes_back) == ([[1, 1.0]], expected, False)
+        guard.check()
+        assert judged(guard, [5, math.nan]) == [False, True]
+    guard.rewind(saved, "a fault")
+    with pytest.raises(Stopped, match="a fault, and 3 updates one after another were left out"):
+        guard.check()
+
+
 def test_spikes_are_off_unless_asked_for():
     assert not any(judged(Guard(), [2.0] * 200 + [1e30]))
 

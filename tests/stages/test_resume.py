@@ -37,6 +37,7 @@ import tokenizer
 import train
 from core import checkpoint
 from core.files import run_folder
+from core.guard import Guard
 from stages import resume
 from stages.build import build
 from text.shards import pack
@@ -307,17 +308,18 @@ def test_a_bug_in_the_background_is_no_warning(lab, tmp_path, monkeypatch):
 def test_the_best_of_the_evaluated_checkpoints_is_kept(tmp_path):
     bits = {0: 1.0, 2: 3.0, 4: 2.0, 6: 2.5, 8: None}
     run = SimpleNamespace(
-        c=SimpleNamespace(train=SimpleNamespace(keep_best=True)), world=one(), folder=tmp_path,
+        c=SimpleNamespace(train=SimpleNamespace(keep_best=True, save_every=2)), world=one(), folder=tmp_path,
+        guard=Guard(),
         names_of=lambda role: [role, "without held-out text"],
         evaluations={f"eval_step_{step}.json": {"texts": {
             "domain": {"bits_per_byte": value} if value else {"accuracy": 0.5}, "general": {"bits_per_byte": 0.1}}}
             for step, value in bits.items()})
-    assert resume.best_step(run) == []
+    assert resume.kept_beside(run) == [[], []]
     for step in (2, 4, 5, 6, 8):
         checkpoint.path_of(tmp_path / "checkpoints", step).mkdir(parents=True)
-    assert resume.best_step(run) == [4]
-    run.c.train.keep_best = False
-    assert resume.best_step(run) == []
+    assert resume.kept_beside(run) == [[4, 6, 2], []]
+    run.c.train.keep_best, run.guard.config.spike = False, "rewind"
+    assert resume.kept_beside(run) == [[], [8, 6, 4, 2, 5]]
 
 
 def test_a_changed_default_of_what_is_off_is_no_other_run(base, tmp_path):
