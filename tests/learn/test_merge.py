@@ -7,12 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from runs import one, settings
 from safetensors.torch import load_file
 from torch import nn
 
 import hf
 import tokenizer
+import train
+from core import checkpoint
 from learn import merge
+from learn.schedules import ScheduleConfig, learning_rate
 
 ODD = torch.tensor([[-0.0, 1.0, -3.5], [1e-30, 2.0, 65504.0]])
 
@@ -46,6 +50,31 @@ def test_between_the_ends():
     wanted = base.ravel().copy()
     wanted[largest] += 0.3 * (result - base).ravel()[largest]
     np.testing.assert_allclose(ours["ties"], wanted.reshape(base.shape), rtol=1e-13)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_mean_of_a_constant_runs_checkpoints_is_a_linear_decay_of_its_updates(lab, tmp_path):
+    """WSM (arXiv 2507.17634, Theorem 3.1): the mean of the checkpoints 3 to 8 has every update of the run, times what a
+    rate that falls linearly over the last 6 of 9 steps would have given it: 5/6, 4/6, ..., 0. Merging the checkpoints
+    one after the other, the k-th with the coefficient 1/k, makes this mean."""
+    STEPS, FALL = 9, 6
+    c = settings(lab, tmp_path / "run", "--optim.schedule", "constant", "--train.save-every", 1, "--train.keep", STEPS,
+                 steps=STEPS)
+    train.train(c, one())
+    weights = {step: checkpoint.load(checkpoint.path_of(tmp_path / "run/checkpoints", step))[0]
+               for step in range(1, STEPS + 1)}
+    falling = ScheduleConfig(lr=c.optim.lr, min_lr=0, schedule="wsd", warmup_steps=0, decay="linear",
+                             decay_ratio=FALL / STEPS)
+    shares = [learning_rate(step, STEPS, falling) / c.optim.lr for step in range(STEPS)]
+    assert shares == pytest.approx([1, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
+    for name in weights[1]:
+        run = [weights[step][name].double() for step in range(1, STEPS + 1)]
+        mean = run[STEPS - FALL - 1]
+        for k, later in enumerate(run[STEPS - FALL:STEPS - 1], start=2):
+            mean = merge.merge_tensor(mean, later, 1 / k)
+        decayed = run[0] + sum(shares[step] * (run[step] - run[step - 1]) for step in range(1, STEPS))
+        torch.testing.assert_close(mean, decayed, rtol=0, atol=1e-13, msg=name)
+        assert (mean - run[-1]).abs().max() > 1e-4 * run[-1].abs().max(), name
 
 
 def test_ties_keeps_the_nearest_number_of_changes_and_at_least_one():
