@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,9 @@ class Logger:
         path = Path(folder) / "metrics.jsonl"
         # A killed run may leave half a line, which must not swallow the next record.
         is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.file = self.opened.enter_context(open(path, "a", encoding="utf-8"))    # noqa: SIM115
-        self.file.write("\n" if is_cut else "")
+        self.file = self.opened.enter_context(open(path, "ab", buffering=0))        # noqa: SIM115
+        # What the disk has not taken yet. The thread that saves looks at it too.
+        self.waiting, self.lock = b"\n" if is_cut else b"", threading.Lock()
         if config.tensorboard:
             board = _import_extra("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
             self.trackers.append(lambda values, step: [board.add_scalar(*item, step) for item in values.items()])
@@ -66,20 +68,37 @@ class Logger:
             print(text, flush=True) if self.bar.disable else tqdm.write(text)
 
     def record(self, kind: str, step: int, **values):
-        """Write and flush a line of metrics.jsonl; of "train" and "eval" lines the trackers get the values."""
+        """Write a line of metrics.jsonl; of "train" and "eval" lines the trackers get the values. A disk that is full
+        stops no training: what it does not take comes before the next line, and nothing is saved until then."""
         if not self.main:
             return
         # JSON has no NaN, and a reader may be strict: what is not finite is null.
         record = json.loads(json.dumps({"kind": kind, "step": step, **values}), parse_constant=lambda name: None)
-        with naming_full_disks(self.file.name):
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+        with self.lock:
+            said, self.waiting = bool(self.waiting), self.waiting + f"{json.dumps(record)}\n".encode()
+        with self.going_on(quietly=said):
+            self.write()
         for track in self.trackers if kind in ("train", "eval") else ():
             track(dict(_flatten_numbers(values, f"{kind}/")), step=step)
+
+    def write(self):
+        with self.lock, naming_full_disks(self.file.name):
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting):]
+
+    @contextlib.contextmanager
+    def going_on(self, quietly: bool = False):
+        """A block that writes what is in memory as well: where the disk does not take it, that is said."""
+        try:
+            yield
+        except OSError as error:
+            if not quietly:
+                self.say(f"warning: {error}; the training goes on, and tries again")
 
     def sync(self):
         """Wait until the lines so far are on the disk."""
         if self.main:
+            self.write()
             os.fsync(self.file.fileno())
 
     def show_step(self, step: int, values: dict | None = None):
@@ -90,6 +109,9 @@ class Logger:
             print(line, flush=True) if self.bar.disable else self.bar.set_postfix_str(line.partition(" | ")[2])
 
     def close(self):
+        if self.main and self.waiting:
+            with self.going_on():
+                self.write()
         self.opened.close()
         self.main = False
 

@@ -10,6 +10,7 @@ import ctypes
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -55,6 +56,9 @@ class World:
     received: list[int] | None = None
     # The signal that ends the run on all ranks, by the last sum, or 0.
     asked: int = 0
+    # Whether this rank knows of a save that failed in the background, and whether any rank does, by the last sum.
+    has_failed: Callable[[], bool] = lambda: False
+    failed: bool = False
     # Over which the ranks exchange Python values; None: the group that all of torchrun's ranks are in.
     group: dist.ProcessGroup | None = None
     # None where there is one rank.
@@ -68,16 +72,18 @@ class World:
     def sum(self, values) -> list[float]:
         """Each of the values summed over all ranks, in float64. A collective: all ranks call it together.
 
-        Requests to stop travel with every sum, so that all ranks know of them at the same point and for nothing more.
+        Requests to stop and failures of saves travel with every sum, so that all ranks know of them at the same point
+        and for nothing more.
         """
         closed = 0 if self.received is None else closed_output()
         requests = [(self.received or []).count(number) + (number == closed) for number in REASONS]
-        total = [float(value) for value in (*values, *requests)]
+        total = [float(value) for value in (*values, self.has_failed(), *requests)]
         if self.size > 1:
             total = torch.tensor(total, dtype=torch.float64, device=self.device)
             dist.all_reduce(total)
             total = total.tolist()
-        values, requests = total[:-len(REASONS)], total[-len(REASONS):]
+        *values, failed = total[:-len(REASONS)]
+        requests, self.failed = total[-len(REASONS):], failed > 0
         self.asked = next((number for number, count in zip(REASONS, requests) if count), 0)
         return values
 

@@ -173,7 +173,10 @@ class Run(contextlib.AbstractContextManager):
             return self.objective.hidden_states(model, batch.to(self.world.device))
 
     def check(self):
-        """Raise Stopped where the run is to be saved and left: on all ranks at the same point."""
+        """Say that a save has failed, and raise Stopped where the run is to be saved and left: on all ranks at the same
+        point, which the sum of the step has told them of."""
+        if self.world.failed:
+            self.saver.wait()
         self.world.check()
         self.guard.check()
 

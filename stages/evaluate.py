@@ -194,7 +194,8 @@ def evaluate(run: Run, step: int):
         for refusal in mixture.judge_epochs(run.loader.epochs(run.steps), run.sources)[0][:1]:
             run.log.say(f"warning: {refusal}")
         if run.world.main:
-            write_plan(run)
+            with run.log.going_on():
+                write_plan(run)
     if step == 0:
         draw_samples(run, step)
 
@@ -227,7 +228,11 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
     if run.world.main:
         file = f"eval_step_{step}.json"
         run.evaluations[file] = {"step": step, "texts": scores, "protocol": protocol, "model": name}
-        write_json(run.folder / file, run.evaluations[file])
+        with run.log.going_on():
+            # Those too that a full disk has not taken.
+            for each in run.evaluations:
+                if each == file or not (run.folder / each).exists():
+                    write_json(run.folder / each, run.evaluations[each])
     return scores
 
 

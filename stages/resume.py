@@ -53,14 +53,15 @@ def identity(run: Run, step: int) -> dict:
 
 
 class Saver:
-    """Writes the checkpoints of a run while its training goes on. `error`: why the last save failed, on every rank, or
-    None."""
+    """Writes the checkpoints of a run while its training goes on. `error`: why the last one that was waited for failed,
+    on every rank, or None."""
 
     def __init__(self, run: Run):
         self.run, self.folder, self.world = run, run.folder / "checkpoints", run.world.apart()
         self.pool, self.pending, self.error = ThreadPoolExecutor(1), None, None
         # The steps whose files this process has hashed.
         self.verified = set()
+        run.world.has_failed = self.has_failed
 
     def save(self, step: int):
         """Copy the state after `step` steps, and begin to write it. A failure is a warning, and the training goes on;
@@ -78,27 +79,33 @@ class Saver:
                                               kept_beside(run))
         run.saved = step
 
-    def _write(self, step: int, shards: checkpoint.Shards, state: dict, also: list[list[int]]):
-        """In the background. What is no failure of a disk is a bug, and raised by `wait`."""
+    def _write(self, step: int, shards: checkpoint.Shards, state: dict, also: list[list[int]]) -> str | None:
+        """In the background; returns why it failed. What is no failure of a disk is a bug, and raised by `wait`."""
         path = checkpoint.path_of(self.folder, step)
         try:
             # The steps that a checkpoint holds are not done again, so what was logged of them may not be lost either.
             checkpoint.run_on_all(self.world, self.run.log.sync)
             checkpoint.write(path, shards, state, self.world)
             self.verified.add(step)
-            self.error = None
             checkpoint.run_on_all(self.world, lambda: self.world.main and checkpoint.prune(
                 self.folder, step, self.run.c.train.keep, also, self.verified))
         except (OSError, UserError) as error:
-            self.error = f"checkpoint {error}, and the same command goes on from the newest there is"
-            self.run.log.say(f"warning: {self.error}")
+            return f"checkpoint {error}, and the same command goes on from the newest there is"
+        return None
+
+    def has_failed(self) -> bool:
+        """Whether this rank knows by now that the save which was begun has failed."""
+        future = self.pending and self.pending[1]
+        return bool(future and future.done() and (future.exception() or future.result()))
 
     def wait(self):
-        """Return when the save that was begun has ended."""
+        """Return when the save that was begun has ended, and say that it has, or why it failed."""
         if self.pending:
             (step, future), self.pending = self.pending, None
-            future.result()
-            if not self.error:
+            self.error = future.result()
+            if self.error:
+                self.run.log.say(f"warning: {self.error}")
+            else:
                 self.run.log.record("event", step, message="checkpoint saved")
 
     def finish(self):

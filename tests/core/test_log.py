@@ -43,15 +43,25 @@ def test_lines_reach_the_disk_when_asked(tmp_path, monkeypatch):
     Logger(tmp_path, LogConfig(), 10, main=False).sync()
 
 
-def test_a_full_disk_names_the_file(small_disk):
+def test_a_full_disk_is_a_warning_and_loses_no_line(small_disk, capsys):
     logger = Logger(small_disk, LogConfig(), 10)
     ballast, found = small_disk / "ballast", os.statvfs(small_disk)
     ballast.write_bytes(bytes(found.f_bavail * found.f_frsize))
+    for step in (1, 2, 3):
+        logger.record("train", step, text="x" * 8192)
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1
+    assert "No space left on device" in said
+    assert str(small_disk / "metrics.jsonl") in said
+    # What is not on the disk may not be taken for done.
     with pytest.raises(OSError, match="No space left on device") as full:
-        logger.record("train", 1, text="x" * 8192)
+        logger.sync()
     assert full.value.filename == str(small_disk / "metrics.jsonl")
     ballast.unlink()
+    logger.sync()
+    logger.record("train", 4)
     logger.close()
+    assert [record["step"] for record in records(small_disk)] == [1, 2, 3, 4]
 
 
 def test_numbers_survive_to_the_last_bit(tmp_path):

@@ -10,14 +10,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import ENV, arguments, lines, make_lab
+from runs import ENV, arguments, lines, make_lab, same_checkpoint
 
 from core import checkpoint
+from core.errors import UserError
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -29,7 +31,6 @@ def as_rank(fault: str, rank: int, words: list[str]):
     """train.py on one rank of two, on which something goes wrong in the sixth step, in the build or at a save."""
     import train
     from core import parallel, watch
-    from core.errors import UserError
     from core.log import Logger
     from stages import build, evaluate
     torch.set_num_threads(1)
@@ -43,27 +44,32 @@ def as_rank(fault: str, rank: int, words: list[str]):
             raise UserError("the shelf is empty; fill it")
         if kind == "bug":
             raise ZeroDivisionError("a bug")
-        if kind == "kill":
+        if kind in ("kill", "killed"):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
 
     def step(run, number, batches):
-        if rank == int(where) and number >= 5 and kind == "gradient":
+        clip = parallel.clip_gradients
+        if kind == "killed" and number == 7:
+            go_wrong()
+        if rank == int(where) and (number >= 5 if kind == "gradient" else number == 5 and kind in ("once", "killed")):
             # After the ranks have shared it, so that their norms differ.
-            clip = parallel.clip_gradients
             parallel.clip_gradients = lambda model, limit: clip(model, limit) * float("nan")
         elif rank == int(where) and number == 5 and kind == "weight":
             own = run.inner.layers[1].mlp.down_proj.weight.data
             (own.to_local() if hasattr(own, "to_local") else own)[3, 5] = float("nan")
         elif rank == int(where) and number == 5:
             go_wrong()
-        return real(run, number, batches)
+        done = real(run, number, batches)
+        parallel.clip_gradients = clip
+        return done
     if kind == "sync":
         def sync(logger):
             if logger.main and not synced:
                 synced.append(1)
                 raise OSError(28, "No space left on device")
         synced, Logger.sync = [], sync
+        tell_what_is_known(rank)
     elif where == "meeting":
         parallel.CONNECT = 3
         if rank:
@@ -74,6 +80,49 @@ def as_rank(fault: str, rank: int, words: list[str]):
         train.train_step = step
     sys.argv = ["train.py", *words]
     sys.exit(train.main())
+
+
+def tell_what_is_known(rank: int):
+    """Print the step after which this rank knows of a save that failed, which the writer of rank 1 hears of late, and
+    how many small collectives the training made in each step."""
+    import train
+    from core import checkpoint, parallel
+    from stages.build import Run
+    on_all, check, known, calls, each = checkpoint.run_on_all, Run.check, [], [], []
+
+    def late(*arguments):
+        try:
+            return on_all(*arguments)
+        except UserError:
+            time.sleep(2 * rank)
+            raise
+
+    def look(run):
+        check(run)
+        if run.done % 4:
+            # After the others the run saves.
+            each.append(len(calls))
+        if run.saver.error and not known:
+            known.append(run.done)
+        if run.done == run.steps:
+            print(f"rank {rank} knew at {known}, collectives {sorted(set(each))}", flush=True)
+
+    def counted(function):
+        def call(*arguments, **options):
+            if threading.current_thread() is threading.main_thread():
+                calls.append(1)
+            return function(*arguments, **options)
+        return call
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
+        setattr(parallel.dist, name, counted(getattr(parallel.dist, name)))
+    real = train.train_step
+
+    def slow(run, number, batches):
+        # The first save, after step 4, has failed on rank 0 when step 6 begins.
+        time.sleep(1 if number == 5 else 0)
+        calls.clear()
+        return real(run, number, batches)
+    checkpoint.run_on_all, Run.check, train.train_step = late, look, slow
 
 
 def ranks(fault: str, lab: Path, out: Path, *words, steps: int = STEPS) -> tuple[list[int], str, str, float]:
@@ -151,6 +200,25 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_both(shared_la
     assert json.loads((out / "eval.json").read_text())
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_on_one_rank_rewinds_both(shared_lab, tmp_path, strategy):
+    """At a save step; the second run is killed after that save and the rewind, and resumed."""
+    outs, words = (tmp_path / "a", tmp_path / "b"), ["--parallel.strategy", strategy, "--guard.nonfinite", "rewind",
+                                                     "--train.save-every", 3, "--train.keep", 9]
+    statuses, said, errors, _ = ranks("once@1", shared_lab, outs[0], *words)
+    assert (statuses, errors, said.count("was rewound to step 3")) == ([0, 0], "", 1)
+    assert [(row["step"], row["to"]) for row in lines(outs[0], "rewind")] == [(6, 3)]
+    # Each rank writes some of the tensors.
+    before, after, later = (checkpoint.load(checkpoint.path_of(outs[0] / "checkpoints", step))[:2]
+                            for step in (3, 6, 9))
+    assert all(torch.equal(old[name], new[name]) for old, new in zip(before, after) for name in old)
+    assert not all(torch.equal(old[name], new[name]) for old, new in zip(after, later) for name in old)
+    assert ranks("killed@1", shared_lab, outs[1], *words)[0] == [-9, -9]
+    statuses, _, errors, _ = ranks("once@1", shared_lab, outs[1], *words)
+    assert (statuses, errors) == ([0, 0], "")
+    same_checkpoint(*outs, STEPS)
+
+
 def test_a_weight_that_is_not_finite_on_one_rank_is_not_saved(shared_lab, tmp_path):
     statuses, _, errors, _ = ranks("weight@1", shared_lab, tmp_path / "run")
     assert statuses == [2, 2]
@@ -163,6 +231,12 @@ def test_what_fails_on_one_rank_before_a_save_is_a_warning_and_holds_up_nobody(s
     statuses, said, errors, _ = ranks("sync@0", shared_lab, tmp_path / "run")
     assert (statuses, errors) == ([0, 0], "")
     assert said.count("warning: checkpoint") == 1
+    # Both know of it after the same step, from the sum that each step makes of losses, finite norms and requests to
+    # stop; the one before is of the targets.
+    knew = re.findall(r"rank . knew at \[([56])\], collectives (.*)", said)
+    assert len(knew) == 2, said
+    assert knew[0] == knew[1]
+    assert knew[0][1] == "[2]"
     assert checkpoint.steps(tmp_path / "run/checkpoints") == [8, 12]
 
 

@@ -3,6 +3,8 @@ the run saves: nothing that is not finite reaches the disk, and what is there re
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -10,8 +12,8 @@ import torch
 from core import parallel
 
 from .harness import Lab, Row, Team, timed
-from .kills import ONE, TWO, Case, uninterrupted, words_of
-from .results import checkpoints, differences
+from .kills import ONE, SAVE_EVERY, TWO, Case, uninterrupted, words_of
+from .results import checkpoints, differences, records, snapshot, tensors
 
 # Counted from 0: after one of them the run saves, after the other it does not.
 STEPS = (5, 7)
@@ -89,6 +91,45 @@ def judge(lab: Lab, case: Case, row: Row, where: str, value: float, at: int, ran
     lab.clear(out)
 
 
+def judge_rewind(lab: Lab, case: Case, row: Row, at: int, rank: int):
+    """The state after the fault is that of the save before it, on all ranks; and the run that is killed behind it, and
+    started again, is the one that was not."""
+    outs, named = [lab.room("run"), lab.room("run")], f"{case.name}: a gradient rewinds, step {at + 1}, rank {rank}"
+    more, last = ("--guard.nonfinite", "rewind", "--train.keep", 99), SAVE_EVERY * (at // SAVE_EVERY)
+
+    def again(out, setup=lambda: None):
+        def prepare():
+            plant("gradient", float("nan"), at, rank)
+            setup()
+        return Team(words_of(lab, case, out, *more), case.ranks, prepare).wait(300)
+    ended = again(outs[0])
+    row.check(all(outcome.status == 0 for outcome in ended), f"{named}: {' and '.join(map(str, ended))}")
+    found = [(record["step"], record["to"]) for record in records(outs[0], "rewind")]
+    row.check(found == [(at + 1, last)], f"{named}: rewinds {found}")
+    row.check(not not_finite_on_disk(outs[0]), f"{named}: not finite on the disk")
+    if (at + 1) % SAVE_EVERY == 0:
+        before, after = (tensors(outs[0] / f"checkpoints/step_{step:08d}") for step in (last, at + 1))
+        row.check(bool(before) and before == after, f"{named}: what was saved is not the state of step {last}")
+    again(outs[1], lambda: die_before(at + 3))
+    resumed = again(outs[1])
+    wrong = [str(outcome) for outcome in resumed if outcome.status != 0] or differences(snapshot(outs[0]), outs[1])
+    row.check(not wrong, f"{named}: killed and started again: {'; '.join(wrong)}")
+    for out in outs:
+        lab.clear(out)
+
+
+def die_before(at: int):
+    """In a worker: it ends as by a kill before step `at`."""
+    import train
+    real = train.train_step
+
+    def step(run, number, batches):
+        if number == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(run, number, batches)
+    train.train_step = step
+
+
 def not_finite(lab: Lab) -> Row:
     """F8 and, by the same gate, what an exploding rate does."""
     row = Row("not finite", "in a gradient, a weight, the optimizer's state")
@@ -102,5 +143,8 @@ def not_finite(lab: Lab) -> Row:
                             judge(lab, case, row, where, value, at, 1)
         if not lab.short:
             judge(lab, ONE[0], row, "gradient", float("nan"), 5, 0, "--guard.nonfinite", "stop")
+        for case in ONE[:1] if lab.short else (ONE[2], *TWO):
+            for at in STEPS[:1] if lab.short else STEPS:
+                judge_rewind(lab, case, row, at, case.ranks - 1)
     return row
 

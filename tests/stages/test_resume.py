@@ -379,6 +379,29 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(lab, tmp_path, monkeypatc
     same_checkpoint(out, whole[0], 8)
 
 
+def test_a_disk_that_is_full_between_saves_costs_no_step_and_no_line(lab, small_disk, monkeypatch, capsys, whole):
+    """The log of steps 4 and 5 and the evaluation before step 5 find no room; nothing is done again."""
+    out, ballast, real = small_disk / "run", small_disk / "ballast", train.train_step
+
+    def step(run, number, batches):
+        done = real(run, number, batches)
+        if number == 3:
+            found = os.statvfs(small_disk)
+            ballast.write_bytes(bytes(found.f_bavail * found.f_frsize))
+            # The page that the log has begun may hold more lines.
+            run.log.record("filler", 4, text="x" * 8192)
+        elif number == 5:
+            ballast.unlink()
+        return done
+    monkeypatch.setattr(train, "train_step", step)
+    assert train.train(settings(lab, out, "--eval.every", 4), one()) == 0
+    assert "No space left on device: '" in capsys.readouterr().out
+    assert [row["step"] for row in lines(out, "train")] == list(range(1, 9))
+    assert trace(out) == trace(whole[0])
+    assert (out / "eval_step_4.json").exists()
+    same_checkpoint(out, whole[0], 8, but=["evaluations"])
+
+
 LORA = ["--lora.rank", 4, "--lora.dropout", 0.1]
 ENDLESS = ["--data.schedule", "static", "--optim.schedule", "infinite", "--optim.warmup-steps", 2,
            "--optim.cooldown-steps", 2]
