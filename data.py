@@ -44,8 +44,9 @@ ORDER_VERSION = 1
 
 
 class RowRandom:
-    """Random values for the sequences of a batch, the same on every rank layout: a function of the stream, the position
-    and `keys`, uint64 [B], one for each (seed, step, place in the step)."""
+    """Random values for the sequences of a batch: a function of the stream, the position and `keys`, uint64 [B], one
+    for each (seed, source, epoch, number of the sequence in the source). So they are the same on every rank layout and
+    at every batch size, and others in every epoch."""
 
     def __init__(self, keys: np.ndarray):
         self.keys = keys
@@ -69,11 +70,22 @@ class Batch:
     # int64 [B]: which source each sequence is from. Text to be scored has none, and is given an rng only to be masked.
     source: np.ndarray | None = None
     rng: RowRandom | None = None
+    # int64 [B]: which sequence of its source each is.
+    place: np.ndarray | None = None
 
     def to(self, device) -> "Batch":
         """The batch with its tensors on `device`; `source` and `rng` stay on the CPU."""
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()
                                 if isinstance(value, torch.Tensor)})
+
+
+def read_sequence(packing: Packing, number: int, sequences: Sequences, row: int, key: int = 0):
+    """Fill `row` of `sequences` with sequence `number` of a source, in the epoch that `key` stands for."""
+    for begin, length, was_target in packing.pieces(number, key):
+        tokens, begins = packing.shards.read(begin, length)
+        sequences.append(row, tokens, tokens, begins)
+        if was_target:
+            sequences.labels[row, sequences.end[row] - length] = IGNORE
 
 
 class Loader:
@@ -100,20 +112,17 @@ class Loader:
         order = permute(np.arange(B), B, mix_keys(self.seed, "slots", step))[first:last]
         source, ordinal = source[order], ordinal[order]
 
-        sequences = Sequences(len(order), self.config.context + 1)
+        sequences, place = Sequences(len(order), self.config.context + 1), np.zeros(len(order), np.int64)
+        keys = np.zeros(len(order), np.uint64)
         for i, (name, packing) in enumerate(self.packings.items()):
             rows = np.flatnonzero(source == i)
             epoch, position = np.divmod(ordinal[rows], packing.sequences)
-            place = permute(position, packing.sequences, mix_keys(self.seed, name, "window", epoch))
+            place[rows] = permute(position, packing.sequences, mix_keys(self.seed, name, "window", epoch))
+            keys[rows] = mix_keys(self.seed, name, "corrupt", epoch, place[rows])
             offset = mix_keys(self.seed, name, "offset", epoch)
-            for row, at, key in zip(rows.tolist(), place.tolist(), offset.tolist()):
-                for begin, length, was_target in packing.pieces(at, key):
-                    tokens, begins = packing.shards.read(begin, length)
-                    sequences.append(row, tokens, tokens, begins)
-                    if was_target:
-                        sequences.labels[row, sequences.end[row] - length] = IGNORE
-        keys = mix_keys(self.seed, "rows", step, np.arange(first, first + len(order)))
-        return Batch(**sequences.finish(self.config.reset_positions), source=source, rng=RowRandom(keys))
+            for row, key in zip(rows.tolist(), offset.tolist()):
+                read_sequence(packing, int(place[row]), sequences, row, key)
+        return Batch(**sequences.finish(self.config.reset_positions), source=source, place=place, rng=RowRandom(keys))
 
     def epochs(self, step: int) -> dict[str, float]:
         """How often each source has been read before `step`."""

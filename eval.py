@@ -13,7 +13,6 @@ not. Windows of several documents share a sequence and cannot see each other. Sh
 
 import core.threads
 
-import copy
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -82,8 +81,7 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     without it, the model computes in its own type. With a world, the ranks share the batches and all return the same.
     Documents of one sequence do not see each other, whatever they do in training.
     """
-    objective = copy.copy(objective)
-    objective.mask_documents = True
+    objective = objective.part_documents()
     device, mode = next(model.parameters()).device, model.training
     world = world or parallel.World(0, 1, device)
     batches = make_batches(objective, [ids for ids, _ in documents], prefix, context, B)
@@ -113,6 +111,41 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     return {"nats_per_token": per_token, "perplexity": math.exp(min(per_token, 700)), "tokens": int(tokens),
             "bytes": size, **(by_text if objective.causal else by_token), "documents": len(documents),
             "nats_by_document": [round(value, 4) for value in by_document]}
+
+
+@torch.no_grad()
+def score_objective(model, objective, held: packing.Packing, most_tokens: int, world=None, B: int = 4,
+                    autocast=None) -> dict:
+    """{"loss", each of the objective's measures} on the held-out sequences of a source, at most about `most_tokens`.
+
+    Unlike `score` it corrupts as the training does, each sequence in the same way in every evaluation, so that the
+    curves of a run are of one thing. Arguments as in `score`.
+    """
+    objective, mode = objective.part_documents(), model.training
+    device = next(model.parameters()).device
+    world = world or parallel.World(0, 1, device)
+    n, T = min(held.sequences, max(1, most_tokens // held.context)), held.context
+    totals = torch.zeros(2 + 2 * len(objective.measures), dtype=torch.float64, device=device)
+    model.eval()
+    starts = range(0, n, B)
+    # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again and does not count it.
+    for own in range(world.rank, world.rank + len(starts), world.size):
+        numbers = np.arange(starts[min(own, len(starts) - 1)], n)[:B]
+        sequences = packing.Sequences(len(numbers), T + 1)
+        for row, number in enumerate(numbers.tolist()):
+            data.read_sequence(held, number, sequences, row)
+        batch = data.Batch(**sequences.finish(), source=np.zeros(len(numbers), np.int64), place=numbers)
+        batch = objective.corrupt(batch, data.RowRandom(hashing.mix_keys("eval", numbers))).to(device)
+        with autocast() if autocast else torch.autocast(device.type, enabled=False):
+            loss, count, metrics = objective.loss(model, batch)
+        values = [loss, count, *(value for name in objective.measures for value in metrics["measures"][name])]
+        if own < len(starts):
+            totals += torch.stack([torch.as_tensor(value, device=device).double() for value in values])
+    model.train(mode)
+    sums = world.sum(totals.tolist())
+    means = {name: total / number for name, total, number in zip(("loss", *objective.measures), sums[::2], sums[1::2])
+             if number}
+    return means | {"sequences": n}
 
 
 def heldout_documents(shards: Shards, max_tokens: int) -> list:

@@ -35,7 +35,8 @@ from core.signals import Stopped, raise_stops
 from data import Batch
 from forget import ForgetConfig
 from learn import schedules
-from learn.objectives import IGNORE, ObjectiveConfig, sum_by_source
+from learn.choose_objective import ObjectiveConfig
+from learn.objectives import sum_step
 from learn.optim import OptimConfig
 from lora import LoraConfig
 from stages.build import PARTS, ModelSection, Run, TrainSection, build, refuse_combinations
@@ -85,14 +86,14 @@ def micro_batches(run: Run, step: int) -> list[Batch]:
 
 
 def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
-    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "methods": {name: value},
-    "fault": why the update was not made, or None}.
+    """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "measured": {name: mean},
+    "methods": {name: value}, "fault": why the update was not made, or None}.
 
     The loss is summed over all targets of the step and divided by their number on all ranks, so that gradient
     accumulation, packing and the number of ranks change nothing.
     """
     c, world, scale = run.c, run.world, run.scale
-    targets = max(1.0, world.sum([sum((batch.labels != IGNORE).sum().item() for batch in batches)])[0])
+    targets = max(1.0, world.sum([sum(map(run.objective.count, batches))])[0])
     # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
     torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
     scored = []
@@ -103,9 +104,9 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
                 loss, _, metrics = run.objective.loss(run.model, batch)
                 for method in run.methods:
                     loss = method.loss_computed(run.inner, batch, loss, metrics)            # loss computed
-            scored.append((batch.source, metrics["sequence_loss"], metrics["sequence_targets"]))
             # The hidden states must not live through the next forward pass.
             del metrics["hidden"]
+            scored.append((batch.source, metrics))
             # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by world.size.
             (loss * (scale.scale * world.size / targets)).backward()
 
@@ -115,7 +116,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
         logged |= method.before_step(step, run.inner)                                       # before the step
     norm = parallel.clip_gradients(run.inner, c.optim.clip)
     # The one point of a step at which the CPU waits for the device.
-    sources, norm = sum_by_source(run.loader.names, scored, norm, world)
+    sources, measured, norm = sum_step(run.objective, run.loader.names, scored, norm, world)
     loss = sum(nats for nats, _ in sources.values()) / targets
     lr = schedules.set_learning_rate(run.optimizer, step, run.steps, c.optim)
     fault = None if scale.overflowed(loss, norm) else run.guard.judge(step, loss, norm, sources)
@@ -128,7 +129,8 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
         method.after_step(step, run.inner, run.optimizer, moved)                            # after the step
     run.optimizer.zero_grad(set_to_none=True)
     run.done = step + 1
-    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "methods": logged, "fault": fault}
+    return {"loss": loss, "grad_norm": norm, "lr": lr, "sources": sources, "measured": measured,
+            "methods": logged, "fault": fault}
 
 
 def train(c: Config, world) -> int:

@@ -6,19 +6,14 @@ The predictions of both are softmax(logits / temperature). Two tokens, where the
 (0.8, 0.2) at temperature 1: KL = 0.5 log(0.5 / 0.8) + 0.5 log(0.5 / 0.2) = 0.223 nats. At step 0 the KL is exactly 0.
 """
 
-import contextlib
-import copy
 from dataclasses import dataclass
 from typing import Literal
-
-import torch
-from torch import nn
 
 from core.config import setting
 from core.errors import UserError
 from kernels import linear_kl
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
-from learn.method import Method, take_sequences
+from learn.method import Method, evaluating, take_sequences
 
 
 @dataclass
@@ -40,17 +35,8 @@ class LwF(Method):
             raise UserError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
                             "LwF out with --forget.lwf.alpha 0")
-        self.base, self.divergence, self.targets = self.learning.base, 0.0, 0
-        if self.base is None:
-            assert not self.learning.sharded, "FSDP cannot copy a model: the run must hand in a base"
-            teacher = copy.deepcopy(model).requires_grad_(False)
-            for module in teacher.modules() if self.learning.precision else ():
-                # Autocast would round these weights in every matmul anyway: kept rounded they take half the memory.
-                if isinstance(module, nn.Linear) and module is not teacher.head:
-                    module.weight.data = module.weight.to(self.learning.precision)
-            self.base = lambda _: contextlib.nullcontext(teacher)
-            gigabytes = sum(p.nbytes for p in teacher.parameters()) / 1e9
-            self.notes = [f"lwf: a frozen copy of the base stays in memory, {gigabytes:.2f} GB"]
+        self.divergence, self.targets = 0.0, 0
+        self.notes = [f"lwf: {note}" for note in self.learning.keep_base(model)]
 
     def loss_computed(self, model, batch, loss, metrics):
         hidden, sequences, general = metrics["hidden"], range(len(batch.tokens)), self.learning.general_sources
@@ -60,10 +46,8 @@ class LwF(Method):
         # All ranks must gather a sharded teacher together, so a rank without such sequences runs one for nothing.
         part = batch if len(chosen) == len(sequences) else take_sequences(batch, chosen or [0])
         labels = part.labels.to(hidden.device)
-        with torch.no_grad(), self.base(model) as teacher:
-            training = teacher.training
-            base_hidden, base_weight = self.learning.forward(teacher.eval(), part), teacher.head.weight.detach()
-            teacher.train(training)
+        with self.learning.base(model) as teacher, evaluating(teacher):
+            base_hidden, base_weight = self.learning.forward(teacher, part), teacher.head.weight.detach()
         if not chosen:
             return loss
         x = hidden if part is batch else hidden[chosen]

@@ -5,6 +5,7 @@ and add both to ForgetConfig and METHODS in forget.py. To remove one, delete tho
 """
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from core.parallel import World, distribute_like
 
@@ -34,7 +36,9 @@ class Learning:
     """replay_share(step) -> the share of general sequences that the data schedule has at that step"""
     base: Callable | None = None
     """base(model) -> context manager that yields a module which computes as the base does, e.g. the model with its
-    adapters switched off. None: a method that needs the base copies the model before the first step"""
+    adapters switched off. None: whoever needs the base calls `keep_base` before the first step"""
+    reference: Callable | None = None
+    """the same for the model of objective.reference; None: the reference is the base"""
     pretrained: bool = True
     """False: there is no base, the weights begin at random"""
     adapters: bool = False
@@ -47,6 +51,30 @@ class Learning:
     """the run folder, for estimates that a resumed run reads again; None: keep nothing"""
     fingerprint: str = ""
     """of the base and of the general text: an estimate made from others is not used again"""
+
+    def keep_base(self, model) -> list[str]:
+        """Make `base` if it is lacking: a frozen copy of the model (teacher) as it is before the first step. Returns
+        lines for the user."""
+        if self.base is not None:
+            return []
+        assert not self.sharded, "FSDP cannot copy a model: the run must hand in a base"
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        for module in teacher.modules() if self.precision else ():
+            # Autocast would round these weights in every matmul anyway: kept rounded they take half the memory.
+            if isinstance(module, nn.Linear) and module is not teacher.head:
+                module.weight.data = module.weight.to(self.precision)
+        self.base = lambda _: contextlib.nullcontext(teacher)
+        gigabytes = sum(p.nbytes for p in teacher.parameters()) / 1e9
+        return [f"a frozen copy of the base stays in memory, {gigabytes:.2f} GB"]
+
+
+@contextlib.contextmanager
+def evaluating(teacher):
+    """A teacher in the mode for evaluation and without gradients; afterwards it is in the mode that it was in."""
+    training = teacher.training
+    with torch.no_grad():
+        yield teacher.eval()
+    teacher.train(training)
 
 
 class Method:

@@ -6,29 +6,14 @@ leaves T. A loss is a sum over the targets that count; the caller divides by the
 Shapes: B sequences, T tokens, D model width, V vocabulary, S sources.
 """
 
+import copy
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from core.config import setting
-from core.errors import UserError
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
-
-
-@dataclass
-class ObjectiveConfig:
-    name: Literal["causal", "masked"] = "causal"
-    """causal: predict the next token; masked: predict masked tokens from both sides"""
-    mask_ratio: float = setting(0.15, above=0, at_most=1)
-    """masked: share of the positions that are predicted"""
-    mask_token_id: int | None = setting(None, at_least=0, below=2**31)
-    """masked: id that stands for a masked token; default: the tokenizer's mask token"""
-    z_loss: float = setting(0.0, at_least=0, at_most=1e3)
-    """weight of logsumexp(logits)^2 per target, which keeps logits from growing (PaLM, arXiv 2204.02311: 1e-4); it
-    counts in training losses and not in evaluations"""
 
 
 class Objective:
@@ -37,14 +22,35 @@ class Objective:
 
     causal: bool
     """whether attention sees only the tokens before"""
+    measures: tuple[str, ...] = ()
+    """names of what it measures beside its loss, the same on every rank"""
 
     @property
     def shift(self) -> int:
         """How far a target stands behind the input that predicts it."""
         return int(self.causal)
 
+    @property
+    def text_objective(self) -> "Objective":
+        """What text is scored with, in bits per byte (causal) or accuracy (masked)."""
+        return self
+
     def __init__(self, mask_documents: bool, z_loss: float = 0.0):
         self.mask_documents, self.z_loss = mask_documents, z_loss
+
+    def part_documents(self) -> "Objective":
+        """The same objective, under which documents of one sequence do not see each other."""
+        parted = copy.copy(self)
+        parted.mask_documents = True
+        return parted
+
+    def model_built(self, model, learning):
+        """Before DDP and the optimizer are made: the place to open a reference model, or to give the model more
+        modules that train. learning: what an objective may know of a run (learn/method.py)."""
+
+    def count(self, batch) -> int:
+        """What the loss of a corrupted batch is a mean over: its targets."""
+        return (batch.labels != IGNORE).sum().item()
 
     def hidden_states(self, model, batch) -> torch.Tensor:
         """[B, T, D] of a corrupted batch, seen as the objective sees it: both ways or not, across documents or not."""
@@ -55,8 +61,8 @@ class Objective:
         """(nats summed over the targets, their number, metrics) of a corrupted batch.
 
         metrics: "token_loss" [B, T], 0 where there is no target; "sequence_loss" [B] and "sequence_targets" [B], the
-        sums per sequence; "hidden" [B, T, D], part of the graph; with want_hits "hits", the number of targets that have
-        the largest logit.
+        sums per sequence; "hidden" [B, T, D], part of the graph; "measures", {name: (sum, number)} of which the mean is
+        told; with want_hits "hits", the number of targets that have the largest logit.
         """
         hidden = self.hidden_states(model, batch)
         # Under DDP the model stands inside its wrapper.
@@ -65,7 +71,7 @@ class Objective:
                                                       z_loss=self.z_loss if model.training else 0.0)
         valid = batch.labels != IGNORE
         metrics = {"token_loss": token_loss, "sequence_loss": token_loss.sum(1), "sequence_targets": valid.sum(1),
-                   "hidden": hidden}
+                   "hidden": hidden, "measures": {}}
         if want_hits:
             metrics["hits"] = hits.sum()
         return loss, valid.sum(), metrics
@@ -116,40 +122,32 @@ class Masked(Objective):
                        position_ids=batch.position_ids[:, :T], doc_start=batch.doc_start[:, :T])
 
 
-def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:
-    """The objective of the settings. UserError where masking lacks a mask token inside the vocabulary."""
-    if config.name == "causal":
-        return Causal(mask_documents, config.z_loss)
-    mask_id = config.mask_token_id if config.mask_token_id is not None else getattr(tokenizer, "mask_id", None)
-    if mask_id is None:
-        raise UserError("objective masked needs a mask token and the tokenizer has none; name an id that the text does "
-                        "not use, e.g. --objective.mask-token-id 0")
-    if not 0 <= mask_id < vocab_size:
-        raise UserError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
-    # Rows that only pad the embedding are no more drawn at random than special tokens are.
-    special = {*tokenizer.special_ids, *tokenizer.missing_ids(vocab_size)} if tokenizer is not None else ()
-    special = [i for i in special if i < vocab_size]
-    return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss)
+def sum_step(objective: Objective, names: list[str], scored: list[tuple], norm: torch.Tensor, world) -> tuple:
+    """({source: (nats, targets)} of a step, over its micro-batches and all ranks, {measure: mean}, the gradient norm as
+    a float).
 
-
-def sum_by_source(names: list[str], parts: list[tuple], norm: torch.Tensor, world) -> tuple[dict, float]:
-    """({source: (nats, targets)} of a step, over its micro-batches and all ranks, the gradient norm as a float).
-
-    parts: (batch.source, metrics["sequence_loss"], metrics["sequence_targets"]) of each micro-batch. This waits for the
-    device: everything that the loop must know of a step comes in one copy. fp32 holds the counts exactly, as they are
-    at most T. Sources without targets are left out. A norm that is not finite on one rank is finite on none.
+    scored: (batch.source, metrics of its loss) of each micro-batch. This waits for the device: everything that the loop
+    must know of a step comes in one copy. fp32 holds the counts exactly, as they are at most T. What has no target is
+    left out. A norm that is not finite on one rank is finite on none.
     """
-    sources, losses, counts = zip(*parts)
-    values = torch.cat([*losses, *counts, norm.flatten()]).float().cpu().double()
-    *parts, norm = values.split([values.numel() // 2, values.numel() // 2, 1])
+    sources, metrics = zip(*scored)
+    losses, targets = ([m[key] for m in metrics] for key in ("sequence_loss", "sequence_targets"))
+    measured = [value for m in metrics for name in objective.measures for value in m["measures"][name]]
+    values = torch.cat([*losses, *targets, *(value.reshape(1) for value in measured), norm.flatten()])
+    values = values.float().cpu().double()
+    n = sum(map(len, losses))
+    *parts, measured, norm = values.split([n, n, len(measured), 1])
     sums = torch.zeros(2, len(names), dtype=torch.float64)
     for total, part in zip(sums, parts):
         total.index_add_(0, torch.from_numpy(np.concatenate(sources)), part)
+    measured = measured.view(len(metrics), -1).sum(0)
     norm = norm.item()
-    *sums, spoiled = world.sum([*sums.flatten().tolist(), not math.isfinite(norm)])
-    if spoiled and math.isfinite(norm):
+    sums = world.sum([*sums.flatten().tolist(), *measured.tolist(), not math.isfinite(norm)])
+    if sums.pop() and math.isfinite(norm):
         norm = math.nan
-    nats, targets = torch.tensor(sums, dtype=torch.float64).view(2, -1)
+    nats, targets = torch.tensor(sums[:2 * len(names)], dtype=torch.float64).view(2, -1)
     # Losses are computed in fp32: more digits of their sum would say nothing.
     nats, targets = nats.float().tolist(), targets.long().tolist()
-    return {name: (nats[i], targets[i]) for i, name in enumerate(names) if targets[i]}, norm
+    pairs = zip(objective.measures, sums[2 * len(names)::2], sums[2 * len(names) + 1::2])
+    return ({name: (nats[i], targets[i]) for i, name in enumerate(names) if targets[i]},
+            {name: total / number for name, total, number in pairs if number}, norm)

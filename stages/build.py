@@ -26,8 +26,10 @@ from core.config import setting
 from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
-from learn import adapters, objectives, optim, peft_files
+from learn import adapters, optim, peft_files
+from learn.choose_objective import make_objective
 from learn.method import Learning
+from learn.objectives import Objective
 from model import Model, ModelConfig
 from text import mixture, packing
 from text.heldout import find_leaks, judge_leaks
@@ -113,9 +115,11 @@ class Run(contextlib.AbstractContextManager):
     loader: data.Loader
     # loader.plan as it was before adaptive replay
     planned: np.ndarray
-    objective: objectives.Objective
+    objective: Objective
     # {source: [(token ids, text bytes)]}
     heldout: dict = field(default_factory=dict)
+    # {source: its held-out sequences}, where the objective has measures of its own
+    held: dict = field(default_factory=dict)
     # A sentence for each source that trains on what another source holds out.
     leaks: list = field(default_factory=list)
     # The model itself, and what the loop calls: the same, or DDP around it.
@@ -210,7 +214,9 @@ def build(c, world, folder: Path | None = None) -> Run:
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, **{name: getattr(config, name) for name in sizes}))
     run = plan_data(c, world, folder, base, tokenizer, config)
     run.inner = build_model(c, config, base, world)
-    run.methods = forget.build(c.forget, describe_learning(run))
+    learning = describe_learning(run)
+    run.methods = forget.build(c.forget, learning)
+    run.objective.model_built(run.inner, learning)
     for method in run.methods:
         method.model_built(run.inner)                                                       # model built
     ddp = world.size > 1 and c.parallel.strategy == "ddp"
@@ -318,11 +324,13 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
         if found := evaluation.heldout_documents(Shards(source.path, "heldout"), tokens):
             heldout[name] = found
 
-    objective = objectives.make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
+    objective = make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
     packings = packing.pack_sources(shards, c.data, objective.shift)
     plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
     loader = data.Loader(packings, plan, c.data, seed=c.seed)
-    run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout)
+    held = packing.pack_sources({name: Shards(sources[name].path, "heldout") for name in heldout}, c.data,
+                                objective.shift) if objective.measures else {}
+    run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout, held)
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:
         raise UserError(refusal)
@@ -331,7 +339,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
         drawn = {name: shards[name] for name, n in zip(sources, plan[-1]) if n}
         run.leaks = judge_leaks(find_leaks(heldout, drawn, decode), heldout)
     both = len({sources[name].role for name in heldout}) == 2
-    if c.forget.merge.method != "none" and not (objective.causal and both):
+    if c.forget.merge.method != "none" and not (objective.text_objective.causal and both):
         raise UserError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
                         "general source, and one is lacking; pack both with --heldout above 0, or merge after the "
                         "run: python forget.py merge --alpha 0.5")
@@ -406,6 +414,16 @@ def describe_learning(run: Run) -> Learning:
         # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
+    reference = None
+    if c.objective.reference:
+        other = hf.open_base(c.objective.reference)
+        if other.config.vocab_size != run.config.vocab_size:
+            raise UserError(f"objective.reference {other} has a vocabulary of {other.config.vocab_size:,} and the "
+                            f"model one of {run.config.vocab_size:,}; name a model with the same tokenizer")
+        plain = dataclasses.replace(c, compile=False, lora=lora.LoraConfig(),
+                                    model=dataclasses.replace(c.model, init="pretrained"))
+        judge = build_model(plain, other.config, other, world).requires_grad_(False)
+        reference = lambda model: contextlib.nullcontext(judge)        # noqa: E731
     # What an estimate from general text, such as EWC's, depends on.
     tokens = [record["sha256"] for name in loader.names if name in general for record in loader.shards[name].records]
     made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens,
@@ -414,7 +432,7 @@ def describe_learning(run: Run) -> Learning:
         steps=run.steps, seed=c.seed, world=world, sharded=sharded, forward=run.forward,
         general_text=draw_general_text(run) if general else None,
         general_sources=frozenset(i for i, name in enumerate(loader.names) if name in general and loader.plan[-1][i]),
-        replay_share=lambda step: round(1 - run.domain_share_at(step), 9), base=base,
+        replay_share=lambda step: round(1 - run.domain_share_at(step), 9), base=base, reference=reference,
         pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
         precision=None if c.train.precision == "fp32" else devices.DTYPES[c.train.precision],
         folder=run.folder, fingerprint=hashing.short_digest(json.dumps(made_of).encode()))

@@ -99,7 +99,8 @@ def with_full_paths(c):
         return dataclasses.replace(section, **{name: path if not path or path.startswith("hf://")
                                                else str(Path(path).absolute()) for name, path in paths.items()})
     sources = {name: full(source, "path") for name, source in c.data.sources.items()}
-    return dataclasses.replace(c, model=full(c.model, "path", "tokenizer"), train=full(c.train, "branch_from"),
+    return dataclasses.replace(c, model=full(c.model, "path", "tokenizer"),
+                               objective=full(c.objective, "reference"), train=full(c.train, "branch_from"),
                                data=dataclasses.replace(c.data, sources=sources))
 
 
@@ -167,6 +168,8 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
     replay = adaptive.share_in_force(run.decisions, step - 1)
     values["domain_share"] = run.domain_share_at(step - 1) if replay is None else 1 - replay
     values |= result["methods"]
+    if result["measured"]:
+        values["objective"] = result["measured"]
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
                          for name, (nats, n) in result["sources"].items()}
     if result["fault"]:
@@ -204,11 +207,12 @@ def score(run: Run, model, world) -> tuple[dict, dict]:
     """({source: {"role", "bits_per_byte", ...}}, protocol) of the held-out documents under any model, computed as the
     run computes; the ranks of `world` share the batches. None: this rank alone scores them."""
     c, prefix = run.c, vocabulary.token_before_document(run.tokenizer) if run.tokenizer else 0
+    objective = run.objective.text_objective
     scores = {name: {"role": run.sources[name].role, **run.loader.shards[name].lost,
-                     **evaluation.score(model, run.objective, documents, prefix, c.data.context, world,
+                     **evaluation.score(model, objective, documents, prefix, c.data.context, world,
                                         c.train.micro_batch_size, run.autocast)}
               for name, documents in run.heldout.items()}
-    return scores, evaluation.protocol(run.objective, prefix, c.data.context, devices.DTYPES[c.train.precision])
+    return scores, evaluation.protocol(objective, prefix, c.data.context, devices.DTYPES[c.train.precision])
 
 
 def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool = False) -> dict:
@@ -220,14 +224,21 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
     adapted = f"{c.lora.base.replace('plain', '')} base with the adapter".strip()
     name = name or (adapted if c.lora.rank else "weights in training")
     scores, protocol = score(run, model or run.inner, None if alone else run.world)
+    # Of the weights in training, because a reference model or further modules may belong to the objective.
+    measured = {} if alone and parallel.is_sharded(run.inner) else {
+        source: evaluation.score_objective(run.inner, run.objective, held, c.eval.tokens, None if alone else run.world,
+                                           c.train.micro_batch_size, run.autocast)
+        for source, held in run.held.items()}
     run.log.record("eval", step, protocol=protocol, model=name, sources={name: {
-        key: value for key, value in found.items() if key != "nats_by_document"} for name, found in scores.items()})
-    unit = "bits_per_byte" if run.objective.causal else "accuracy"
+        key: value for key, value in found.items() if key != "nats_by_document"} for name, found in scores.items()},
+                   **({"objective": measured} if measured else {}))
+    unit = "bits_per_byte" if run.objective.text_objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
     run.log.say(f"eval at step {step}: {shown} ({unit.replace('_', ' ')})")
     if run.world.main:
         file = f"eval_step_{step}.json"
-        run.evaluations[file] = {"step": step, "texts": scores, "protocol": protocol, "model": name}
+        run.evaluations[file] = {"step": step, "texts": scores, "protocol": protocol, "model": name,
+                                 **({"objective": measured} if measured else {})}
         with run.log.going_on():
             # Those too that a full disk has not taken.
             for each in run.evaluations:
@@ -239,7 +250,7 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
 def draw_samples(run: Run, step: int, model=None):
     """Continue the run's prompts, so that a reader of the report sees what changed."""
     c, tok = run.c, run.tokenizer
-    if not run.objective.causal or tok is None or not c.eval.sample_tokens:
+    if not run.objective.text_objective.causal or tok is None or not c.eval.sample_tokens:
         return
     prompts = c.eval.prompts or [tok.decode(ids[:12].tolist()) for documents in run.heldout.values()
                                  for ids, _ in documents[:2]]
@@ -303,9 +314,11 @@ def finish(run: Run):
         before, names["before"] = score(run, base, None)[0], "base"
     held = f"Held-out documents, {names['before']} against {names['after']}; protocol: {json.dumps(protocol)}"
     write_card(run, out / "final", f"{evaluation.format_table(before, after)}\n\n{held}{merged}")
-    comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.causal else {}
+    comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.text_objective.causal else {}
+    objective = {"objective": {"name": c.objective.name, "before": first["objective"],
+                               "after": last["objective"]}} if last.get("objective") else {}
     write_json(out / "eval.json",
-               {"protocol": protocol, "model": names, "before": before, "after": after, **comparison})
+               {"protocol": protocol, "model": names, "before": before, "after": after, **comparison, **objective})
     say(evaluation.format_table(before, after))
     run.log.close()
     try:

@@ -13,9 +13,13 @@ from core.config import is_on
 from core.errors import Diverged, UserError
 from core.files import write_json
 from learn import schedules
+from learn.choose_objective import ObjectiveConfig
 from stages.build import Run
 from stages.evaluate import apply_decision, export_dtype, write_plan
 from text.shards import SPLITS
+
+# Settings of the objective that stand in every checkpoint, whatever their values.
+LONG_KNOWN = ("name", "mask_ratio", "mask_token_id")
 
 
 def identity(run: Run, step: int) -> dict:
@@ -30,12 +34,14 @@ def identity(run: Run, step: int) -> dict:
     rates = [schedules.learning_rate(s, run.steps, c.optim) for s in range(step)]
     optimizer = {key: value for key, value in dataclasses.asdict(c.optim).items()
                  if key not in schedules.SCHEDULE_FIELDS}
-    # Without what is off, so that a default of it may change, and checkpoints from before there was one go on.
-    objective = {key: value for key, value in dataclasses.asdict(c.objective).items() if key != "z_loss" or value}
+    # Without what is as it is by default, so that checkpoints from before there was such a setting go on.
+    objective, usual = dataclasses.asdict(c.objective), dataclasses.asdict(ObjectiveConfig())
+    objective = {key: value for key, value in objective.items() if key in LONG_KNOWN or value != usual[key]}
     methods = {name: dataclasses.asdict(section) for name, section in vars(c.forget).items() if is_on(section)}
     known = {
-        # A masked run's sequences are cut in another way since its second version.
-        "order_version": data.ORDER_VERSION + (not run.objective.causal), "seed": c.seed, "context": c.data.context,
+        # A masked run's sequences are cut in another way since its second version, and masked by their place in the
+        # data since its third.
+        "order_version": data.ORDER_VERSION + 2 * (not run.objective.causal), "seed": c.seed, "context": c.data.context,
         "batch_size": c.train.batch_size, "precision": c.train.precision, "mask_documents": c.data.mask_documents,
         "reset_positions": c.data.reset_positions, "drop_last": c.data.drop_last, "packing": c.data.packing,
         "eval_tokens": c.eval.tokens,

@@ -154,7 +154,7 @@ def test_gradient_is_that_of_the_mean_over_all_targets(lab, whole, tmp_path, mic
     rows.labels = rows.labels.clone()
     rows.labels[1, 12:], rows.labels[4, 3:] = -100, -100        # two rows with few targets
     run.loader.batch = lambda s, lo=0, hi=None: data.Batch(
-        *(getattr(rows, k)[lo:hi] for k in ("tokens", "labels", "position_ids", "doc_start", "source")),
+        *(getattr(rows, k)[lo:hi] for k in ("tokens", "labels", "position_ids", "doc_start", "source", "place")),
         rng=data.RowRandom(rows.rng.keys[lo:hi]))
 
     total, count = 0.0, 0

@@ -63,7 +63,7 @@ class Packing:
     """
 
     def __init__(self, shards: Shards, config, shift: int = 1):
-        self.shards, self.is_circle = shards, config.packing == "window"
+        self.shards, self.is_circle, self.context = shards, config.packing == "window", config.context
         T, L = config.context, shards.tokens
         ends = np.array([L + shift]) if self.is_circle else shards.document_ends()
         lengths = np.diff(ends, prepend=0)

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.config import check_limits
 from core.hashing import mix_keys
 from data import Batch, RowRandom
-from learn.objectives import IGNORE, Causal, Masked, ObjectiveConfig, make_objective, sum_by_source
+from learn.choose_objective import ObjectiveConfig, make_objective
+from learn.objectives import IGNORE, Causal, Masked, sum_step
 
 SPECIAL = (0, 1, 2)
 MASK = 3
@@ -227,51 +227,26 @@ def test_who_sees_the_future(tiny_model, objective, sees):
 
 # ---- the sums of a step
 
+def metrics_of(sources, losses, targets, **measures) -> tuple:
+    measures = {name: tuple(map(torch.tensor, pair)) for name, pair in measures.items()}
+    return np.array(sources), {"sequence_loss": torch.tensor(losses), "sequence_targets": torch.tensor(targets),
+                               "measures": measures}
+
+
 def test_loss_by_source_adds_micro_batches_and_ranks():
     """Truth: sums by hand; the second rank here has the first one's values again."""
     two_ranks = SimpleNamespace(sum=lambda values: [2 * value for value in values])
-    parts = [(np.array(sources), torch.tensor(losses), torch.tensor(targets)) for sources, losses, targets in (
-        ([0, 1], [1.5, 2.0], [3, 4]), ([1, 1], [0.25, 4.0], [1, 2]))]
+    objective = Causal(True)
+    objective.measures = ("margin", "unseen")
+    parts = [metrics_of([0, 1], [1.5, 2.0], [3, 4], margin=(2.0, 1), unseen=(0.0, 0)),
+             metrics_of([1, 1], [0.25, 4.0], [1, 2], margin=(1.0, 3), unseen=(0.0, 0))]
     norm = torch.tensor(0.75, dtype=torch.bfloat16)
-    sums, norm = sum_by_source(["law", "tales", "unread"], parts, norm, two_ranks)
+    sums, measured, norm = sum_step(objective, ["law", "tales", "unread"], parts, norm, two_ranks)
     assert (sums, norm) == ({"law": (3.0, 6), "tales": (12.5, 14)}, 0.75)
+    assert measured == {"margin": 0.75}
 
 
 def test_counts_of_targets_are_exact_above_24_bits():
     many = SimpleNamespace(sum=lambda values: [value * (2**24 + 1) for value in values])
-    parts = [(np.array([0]), torch.tensor([1.0]), torch.tensor([1]))]
-    assert sum_by_source(["law"], parts, torch.tensor(1.0), many)[0]["law"][1] == 2**24 + 1
-
-
-# ---- settings
-
-def test_where_the_mask_token_comes_from():
-    tokenizer = SimpleNamespace(mask_id=5, special_ids=[0, 5], missing_ids=lambda rows: [*range(10, rows)])
-    config = ObjectiveConfig(name="masked", mask_ratio=0.3)
-    made = make_objective(config, True, tokenizer, 10)
-    assert (made.mask_id, made.special.tolist(), made.mask_ratio, made.mask_documents) == (5, [0, 5], 0.3, True)
-    assert made.ordinary.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
-    config.mask_token_id = 7
-    assert make_objective(config, False, tokenizer, 10).special.tolist() == [0, 5, 7]
-    assert make_objective(config, False, None, 10).special.tolist() == [7]
-    # Rows that pad the embedding are never drawn.
-    assert make_objective(config, False, tokenizer, 13).ordinary.tolist() == [1, 2, 3, 4, 6, 8, 9]
-    # A special token past the model's vocabulary.
-    few = SimpleNamespace(mask_id=5, special_ids=[0, 5, 300], missing_ids=lambda rows: [])
-    assert make_objective(config, False, few, 10).special.tolist() == [0, 5, 7]
-    causal = make_objective(ObjectiveConfig(), True, None, 10)
-    assert isinstance(causal, Causal)
-    assert causal.mask_documents
-
-
-def test_settings_that_cannot_be():
-    config = ObjectiveConfig(name="masked")
-    for tokenizer in (None, SimpleNamespace(mask_id=None, special_ids=[], missing_ids=lambda rows: [])):
-        with pytest.raises(ValueError, match=r"needs a mask token and the tokenizer has none; .*--objective"):
-            make_objective(config, True, tokenizer, 10)
-    for wrong in (-1, 10, 999):
-        with pytest.raises(ValueError, match=f"mask_token_id is {wrong}, outside the vocabulary of 10"):
-            make_objective(ObjectiveConfig(name="masked", mask_token_id=wrong), True, None, 10)
-    for ratio in (0.0, -0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="mask_ratio"):
-            check_limits(ObjectiveConfig(mask_ratio=ratio), "objective.")
+    parts = [metrics_of([0], [1.0], [1])]
+    assert sum_step(Causal(True), ["law"], parts, torch.tensor(1.0), many)[0]["law"][1] == 2**24 + 1

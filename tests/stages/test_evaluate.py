@@ -23,6 +23,7 @@ import tokenizer
 import train
 from core import checkpoint
 from learn import peft_files
+from learn.objectives import Causal
 from stages import evaluate
 from stages.build import build
 from stages.evaluate import score
@@ -164,10 +165,33 @@ def test_a_runs_samples_hold_no_id_that_the_tokenizer_lacks(tiny_model, tiny_bpe
     """Rows that pad the embedding; decoding them would end the run."""
     tok, said, sampling = tokenizer.load(tiny_bpe), [], SimpleNamespace(sample_tokens=60, prompts=["a", "b"])
     run = SimpleNamespace(c=SimpleNamespace(eval=sampling, seed=0), tokenizer=tok, inner=tiny_model(vocab_size=900),
-                          objective=SimpleNamespace(causal=True),
+                          objective=Causal(True),
                           log=SimpleNamespace(record=lambda *_, samples: said.extend(samples)))
     evaluate.draw_samples(run, 0)
     assert [sample["prompt"] for sample in said] == ["a", "b"]
+
+
+def test_measures_of_an_objective_are_logged_scored_and_compared(lab, tmp_path, monkeypatch):
+    """Of an objective that counts its targets beside the loss: their share is 1, and the held-out loss is a mean."""
+    class Counting(Causal):
+        measures = ("share", "never")
+
+        def loss(self, model, batch, want_hits=False):
+            nats, count, metrics = super().loss(model, batch, want_hits)
+            return nats, count, metrics | {"measures": {"share": (count, count), "never": (0 * count, 0 * count)}}
+    monkeypatch.setattr("stages.build.make_objective", lambda config, mask, *_: Counting(mask))
+    out = tmp_path / "run"
+    assert train.run_command(settings(lab, out, "--train.steps", 2, "--eval.every", 10)) is not None
+    assert [line["objective"] for line in lines(out, "train")] == 2 * [{"share": 1.0}]
+    found = json.loads((out / "eval.json").read_text())["objective"]
+    assert found["name"] == "causal"
+    for side in ("before", "after"):
+        for scores in found[side].values():
+            assert scores["share"] == 1.0
+            assert "never" not in scores
+            assert 0 < scores["loss"] < 12
+    assert found["after"] != found["before"]
+    assert [line["objective"] for line in lines(out, "eval")] == [found["before"], found["after"]]
 
 
 @torch.no_grad()

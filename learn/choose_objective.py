@@ -1,0 +1,39 @@
+"""Which objective a run has, by its settings. To add one, write its class in learn/, and name it here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from core.config import setting
+from core.errors import UserError
+from learn.objectives import Causal, Masked, Objective
+
+
+@dataclass
+class ObjectiveConfig:
+    name: Literal["causal", "masked"] = "causal"
+    """causal: predict the next token; masked: predict masked tokens from both sides"""
+    mask_ratio: float = setting(0.15, above=0, at_most=1)
+    """masked: share of the positions that are predicted"""
+    mask_token_id: int | None = setting(None, at_least=0, below=2**31)
+    """masked: id that stands for a masked token; default: the tokenizer's mask token"""
+    reference: str = ""
+    """model folder or hf:// id of the reference model, where the objective has one; default: the base"""
+    z_loss: float = setting(0.0, at_least=0, at_most=1e3)
+    """weight of logsumexp(logits)^2 per target, which keeps logits from growing (PaLM, arXiv 2204.02311: 1e-4); it
+    counts in training losses and not in evaluations"""
+
+
+def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:
+    """The objective of the settings. UserError where masking lacks a mask token inside the vocabulary."""
+    if config.name == "causal":
+        return Causal(mask_documents, config.z_loss)
+    mask_id = config.mask_token_id if config.mask_token_id is not None else getattr(tokenizer, "mask_id", None)
+    if mask_id is None:
+        raise UserError("objective masked needs a mask token and the tokenizer has none; name an id that the text does "
+                        "not use, e.g. --objective.mask-token-id 0")
+    if not 0 <= mask_id < vocab_size:
+        raise UserError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
+    # Rows that only pad the embedding are no more drawn at random than special tokens are.
+    special = {*tokenizer.special_ids, *tokenizer.missing_ids(vocab_size)} if tokenizer is not None else ()
+    special = [i for i in special if i < vocab_size]
+    return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss)
