@@ -96,7 +96,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     targets = max(1.0, world.sum([sum(map(run.objective.count, batches))])[0])
     # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
     torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
-    scored = []
+    scored, logged = [], {}
     for i, batch in enumerate(batches):
         with parallel.accumulate(run.model, last=i == len(batches) - 1):
             batch = batch.to(world.device)
@@ -111,7 +111,6 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
             (loss * (scale.scale * world.size / targets)).backward()
 
     scale.unscale_(run.inner)
-    logged = {}
     for method in run.methods:
         logged |= method.before_step(step, run.inner)                                       # before the step
     norm = parallel.clip_gradients(run.inner, c.optim.clip)
