@@ -86,8 +86,9 @@ class Forgetting(Study):
     out: str = "out/forgetting"
 
 
-def prepare(c: Study, sampled: int = 0) -> Path:
-    """Pack the domain and the general text, and `sampled` documents of the base's own; returns the new folder."""
+def prepare(c: Study, sampled: int = 0, domain_heldout: float = 0.05) -> Path:
+    """Pack the domain and the general text, and `sampled` documents of the base's own; returns the new folder.
+    domain_heldout: share of the domain's documents that is scored and not trained on."""
     refuse_existing(c.out)
     out, sides = Path(c.out).resolve(), {"domain": c.domain, "general": c.general}
     if sampled:
@@ -97,7 +98,8 @@ def prepare(c: Study, sampled: int = 0) -> Path:
     for side, files in sides.items():
         separator = ["--separator", c.separator] if side == "general" and c.separator else []
         cli.run_command("data.py", "pack", "--tokenizer", c.model, "--out", out / "shards" / side, *files, *separator,
-                        "--heldout", 0.05, threads=1)
+                        "--heldout", domain_heldout if side == "domain" else 0.05,
+                        threads=1)
     return out
 
 
