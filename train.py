@@ -31,6 +31,7 @@ from core.errors import Diverged
 from core.guard import GuardConfig
 from core.log import LogConfig
 from core.parallel import ParallelConfig
+from core.run_folder import run_folder
 from core.signals import Stopped, raise_stops
 from data import Batch
 from forget import ForgetConfig
@@ -135,7 +136,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
 def train(c: Config, world) -> int:
     """The whole run; the exit status: 0, or 128 + the number of the signal that ended it after a save."""
     # Before the loop there is nothing to save, and after it everything is saved: there a signal ends the run at once.
-    with raise_stops(), files.run_folder(c.out, world, PARTS) as folder, build(c, world, folder) as run, \
+    with raise_stops(), run_folder(c.out, world, PARTS) as folder, build(c, world, folder) as run, \
             ThreadPoolExecutor(1) as pool:
         describe(run)
         start = resume(run)

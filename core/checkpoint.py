@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from core.errors import UserError
 from core.files import new_folder, read_json, remove, write_json, write_text
-from core.foreign_files import read_own
+from core.foreign_files import find_odd, first_line, read_own, read_own_json, without_collector
 from core.hashing import hash_file
 from core.parallel import World
 
@@ -39,9 +40,30 @@ STATE, MANIFEST = "state.json", "manifest.json"
 FILE_BYTES = 2 * 10**9
 # Free space that a save asks for, as a multiple of its tensors.
 SPARE = 1.2
-# What a run's state.json holds.
-FIELDS = {"step": int, "base": str, "tokenizer": str, "dtype": str, "decisions": list,
-          **dict.fromkeys(("identity", "loss_scale", "guard", "methods", "evaluations", "optim"), dict)}
+# The largest state.json: one of a million steps with 2,000 evaluations of 400 documents has 16 MB.
+STATE_BYTES = 256 << 20
+
+
+def within(kind: type, low: float, high: float):
+    """A shape for `find_odd`: numbers between two others."""
+    return lambda value: find_odd(value, kind) is None and low <= value <= high
+
+
+# A plan holds ten million steps. What is squared and summed must stay a number.
+STEP, COUNT, SHARE = within(int, 0, 10**7), within(int, 0, 2**62), within(float, 0, 1)
+FINITE = within(float, -1e99, 1e99)
+PLAIN = (str, float, bool, None)
+# What a run's state.json holds, as a shape for `find_odd`.
+FIELDS = {
+    "step": STEP, "base": str, "tokenizer": str, "dtype": str, "methods": {str: dict},
+    "optim": {str: (*PLAIN, [PLAIN])},
+    "identity": {"base": (str, None), "lora": dict, "forget": dict, "model": dict, str: lambda value: True},
+    "loss_scale": {"scale": within(float, 1e-300, 1e300), "good_steps": COUNT, str: PLAIN},
+    "guard": {"window": [lambda pair: find_odd(pair, [FINITE]) is None and len(pair) == 2],
+              "left_out": COUNT, "in_a_row": COUNT},
+    "decisions": [{"step": STEP, "replay_share": (SHARE, None), str: PLAIN}],
+    "evaluations": {str: {"step": STEP, "protocol": {str: PLAIN}, "texts": {str: {"perplexity": float, str: (
+        *PLAIN, [float])}}, str: PLAIN}}, str: PLAIN}
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -104,12 +126,17 @@ def write_together(path: Path, shards: Shards, state: dict, world: World):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if (free := shutil.disk_usage(path.parent).free) < needed:
                     raise UserError(f"{free:,} bytes are free and {needed:,} are needed")
+                if path.is_symlink():
+                    # What it names is not replaced: in a folder of a stranger's that may be anything of the user's.
+                    path.unlink()
                 return stack.enter_context(new_folder(path, overwrite=True))
             return None
 
         def seal():
             if world.main:
                 write_json(partial / STATE, state)
+                if (size := (partial / STATE).stat().st_size) > STATE_BYTES:
+                    raise UserError(f"its {STATE} has {size:,} bytes and {STATE_BYTES:,} are read; lower --eval.tokens")
                 write_text(partial / MANIFEST, render(files | {STATE: record_of(partial / STATE)}))
         partial = run_on_all(world, begin)[0]
         files = {name: record for part in run_on_all(world, lambda: shards.write(partial, world.rank))
@@ -175,6 +202,8 @@ def find_damage(path: Path, world: World = ALONE, hashed: bool = False) -> str |
     path = Path(path)
     try:
         files = read_manifest(path)
+        if files[STATE]["bytes"] > STATE_BYTES:
+            raise UserError(f"checkpoint {path} is damaged: {STATE} has more than {STATE_BYTES >> 20} MB")
         for name in sorted(files)[world.rank::world.size]:
             if (path / name).stat().st_size != files[name]["bytes"] or (
                     not hashed and hash_file(path / name) != files[name]["sha256"]):
@@ -194,7 +223,8 @@ def read_manifest(path: Path) -> dict[str, dict]:
     of another format, not what was written to the last bit, or not about the files that are there."""
     try:
         text = read_own(path / MANIFEST)
-        manifest = json.loads(text)
+        with without_collector():
+            manifest = json.loads(text)
         files = manifest["files"]
         version = manifest.get("format", 1)
         is_own = version != FORMAT or text == render(files).encode()
@@ -233,10 +263,13 @@ def newest(folder, say=print, world: World = ALONE, every: int = 1) -> Path | No
     checkpoint. UserError where there are some and none verifies, or an earlier version wrote them. A collective."""
     damages = []
     for step in world.broadcast(in_order(folder, every)):
-        if not (damage := find_damage(path_of(folder, step), world)):
-            return path_of(folder, step)
-        damages.append(damage)
-        say(f"warning: {damage}; trying the one before")
+        path = path_of(folder, step)
+        # It may lead to anything of the user's, in a folder of a stranger's.
+        damage = f"checkpoint {path} is a link" if path.is_symlink() else find_damage(path, world)
+        if not damage:
+            return path
+        damages.append(" ".join(damage.split()))
+        say(f"warning: {damages[-1]}; trying the one before")
     if damages:
         raise UserError(f"no checkpoint in {folder} can be used: {'; '.join(damages)}; put a good copy of one there, "
                         f"or remove {folder} to begin again at step 0")
@@ -250,7 +283,12 @@ class Stored:
 
     def __init__(self, path: Path):
         self.reader = HuggingFaceStorageReader(str(path))
-        self.metadata = self.reader.read_metadata()
+        try:
+            self.metadata = self.reader.read_metadata()
+        except Exception as error:
+            # PyTorch's reader believes what the files say, and raises what comes of it.
+            raise UserError(f"the shards in {path} cannot be read ({first_line(error)}); put a good copy there, or "
+                            f"move it away") from None
         self.known = {name: (tensor.size, tensor.properties.dtype)
                       for name, tensor in self.metadata.state_dict_metadata.items()}
 
@@ -266,9 +304,12 @@ class Stored:
 
 def read_state(path: Path) -> dict:
     """What a run's checkpoint holds beside tensors; UserError where a value is missing or of a wrong type."""
-    state = read_json(Path(path) / STATE, dict)
-    if wrong := [name for name, kind in FIELDS.items() if type(state.get(name)) is not kind]:
-        raise UserError(f"{path}/{STATE} has {wrong[0]} {state.get(wrong[0])!r:.80}; it was made by another version")
+    state = read_own_json(Path(path) / STATE, STATE_BYTES)
+    if odd := find_odd(state, FIELDS):
+        raise UserError(f"{path}/{STATE} has {odd}; it was made by another version")
+    for name, found in state["evaluations"].items():
+        if name != f"eval_step_{found['step']}.json" or found["step"] > state["step"]:
+            raise UserError(f"{path}/{STATE} has an evaluation {reprlib.repr(name)}; it was made by another version")
     return state
 
 

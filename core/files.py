@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -36,9 +37,8 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 # The errors of a file system that has no locks, and those of a disk that takes no more.
 NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LEFTOVER = re.compile(r"\.(.+)\.(partial|old|lock)")
-# What every config.toml of a run holds.
-RUN_MARK = b"[forget."
+# Of "." and ".." nothing is left: they are the folder itself and the one above it.
+LEFTOVER = re.compile(r"\.(?!\.?\.\w+\Z)(.+)\.(partial|old|lock)")
 # Descriptors of the locks that this process holds, and the lock files that a whole command of it holds.
 _held, _claimed = set(), set()
 
@@ -58,11 +58,12 @@ class FolderKind:
         """UserError with what was found if `path` is neither missing, nor an empty folder, nor one of this kind."""
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file, and no {self.name}; choose another --out, or move it away")
-        foreign = next((name for name in walk_names(path) if not self.holds(name)), None)
-        if foreign:
-            raise UserError(f"{path} holds {str(foreign)!r}, which is no part of a {self.name}, so it is not replaced; "
-                            f"choose another --out, or move it away")
-        first = next(walk_names(path), None)
+        first = None
+        for name in walk_names(path):
+            if not self.holds(name):
+                raise UserError(f"{path} holds {str(name)!r}, which is no part of a {self.name}, so it is not "
+                                f"replaced; choose another --out, or move it away")
+            first = first or name
         if first and not any(file_holds(path / name, mark) for name, mark in self.marks.items()):
             raise UserError(f"{path} holds {str(first)!r}, but no command of ours has made a {self.name} of that, so "
                             f"it is not replaced; choose another --out, or move it away")
@@ -73,17 +74,25 @@ class FolderKind:
             name.match(pattern) and len(name.parts) == pattern.count("/") + 1 for pattern in self.files)
 
 
-# What a run makes before its config.toml, and what shells and batch systems log beside it.
-BEGUN = FolderKind("run folder", (".lock", "fisher_*/*", "events.out.tfevents.*", "*.log", "*.out", "*.err"))
-
-
 def walk_names(folder: Path) -> Iterator[PurePath]:
-    """Each file and link in a folder, relative to it, those of one folder in order. The folder may be somebody's home:
-    who looks for one file ends the walk there."""
-    for place, inner, names in os.walk(folder):
-        inner.sort()
-        for name in sorted([*names, *(name for name in inner if Path(place, name).is_symlink())]):
-            yield Path(place, name).relative_to(folder)
+    """Each file and link in a folder, relative to it, those of one folder in order; and each folder that cannot be
+    read. The folder may be somebody's home: who looks for one file ends the walk there."""
+    # os.walk calls itself for each folder in a folder, and so has a limit.
+    waiting = [""]
+    while waiting:
+        place = waiting.pop()
+        try:
+            entries = sorted(os.scandir(os.path.join(folder, place)), key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            yield PurePath(place)
+            continue
+        inner = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
+        for entry in entries:
+            if entry not in inner:
+                yield PurePath(place, entry.name)
+        waiting += [os.path.join(place, entry.name) for entry in reversed(inner)]
 
 
 def file_holds(path: Path, mark: bytes) -> bool:
@@ -267,6 +276,9 @@ def clear_name(path: Path) -> None:
     """Remove what a writer of the folder `path` has left beside it; an old folder without its name gets that back.
     The caller holds the folder's lock."""
     partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    if old.is_symlink():
+        # None of ours: the folder that it names would be taken for the old one.
+        old.unlink()
     if old.exists() and not os.path.lexists(path):
         old.rename(path)
     remove(partial)
@@ -281,7 +293,10 @@ def clear_leftovers(folder: Path) -> None:
     for path in sorted(folder.glob(".*.*")):
         name = LEFTOVER.fullmatch(path.name)
         with contextlib.suppress(UserError):
-            if name and name[2] == "partial" and path.is_file():
+            if name and (path.is_symlink() or not (path.is_file() or path.is_dir())):
+                # No process of ours makes a link or a pipe. It would be in the way of the next that writes there.
+                path.unlink(missing_ok=True)
+            elif name and name[2] == "partial" and path.is_file():
                 with lock_file(path):
                     path.unlink()
             elif name:
@@ -374,63 +389,14 @@ def let_children_go() -> None:
     os.register_at_fork(after_in_child=let_go)
 
 
-@contextlib.contextmanager
-def run_folder(path, world, parts: dict[str, FolderKind] | None = None):
-    """The folder of a run, locked for this process by rank 0 until the context or the process ends.
-
-    UserError where it holds a finished run, or files that are no run's, or another process writes it; parts: the kinds
-    of its folders that are replaced as a whole. A run that wrote nothing leaves no folder.
-    """
-    folder = Path(path)
-    # eval.json is the last file that a run writes.
-    if (folder / "eval.json").exists():
-        raise UserError(f"{folder} holds a finished run; choose another --out, or remove it to run again")
-    if not world.main:
-        yield folder
-        return
-    refuse_no_run(folder)
-    refuse_odd_files(folder)
-    for name, kind in (parts or {}).items():
-        kind.refuse_others(folder / name)
-    make_folder(folder)
-    with lock_folder(folder / ".lock", folder):
-        for place in (folder, folder / "checkpoints"):
-            clear_leftovers(place)
-        try:
-            yield folder
-        except BaseException:
-            if [file.name for file in folder.iterdir()] == [".lock"]:
-                remove(folder)
-            raise
-
-
-def refuse_no_run(folder: Path) -> None:
-    """UserError if a folder holds files and no run's config.toml; what BEGUN names, a run makes before that."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, and the run wants a folder; choose another --out")
-    if file_holds(folder / "config.toml", RUN_MARK):
-        return
-    for name in walk_names(folder):
-        is_empty = str(name) == "metrics.jsonl" and not (folder / name).stat().st_size
-        if not (BEGUN.holds(name) or name.parts[0] == "wandb" or is_empty):
-            raise UserError(f"{folder} holds {str(name)!r} and is no run folder, so files could be lost there; choose "
-                            f"another --out")
-
-
-def refuse_odd_files(folder: Path) -> None:
-    """UserError if what a run writes is a link, which leads to a file elsewhere, or a pipe or a folder, which is found
-    late. Its folders may be links, as to a larger disk."""
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".jsonl", ".toml", ".html") and (path.is_symlink() or not path.is_file()):
-            raise UserError(f"{path} is no regular file, and a run writes one there; move it away")
-    if (folder / "checkpoints").exists() and not (folder / "checkpoints").is_dir():
-        raise UserError(f"{folder}/checkpoints is no folder, and a run makes one there; move it away")
-
-
 def remove(path: Path) -> None:
     """Remove a folder with all that is in it, or a file; nothing where nothing is."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+        except RecursionError:
+            # It calls itself for each folder in a folder; the system's own command has no limit.
+            subprocess.run(["rm", "-rf", "--", path], check=False)
     else:
         path.unlink(missing_ok=True)
 

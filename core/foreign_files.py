@@ -7,7 +7,9 @@ may take thirty of memory. Weights are read through safetensors, or torch.load's
 """
 
 import collections
+import contextlib
 import functools
+import gc
 import json
 import os
 import pickle
@@ -15,7 +17,6 @@ import re
 import reprlib
 import warnings
 import zipfile
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,11 +70,22 @@ def read_own(path: Path, most: int = SETTINGS) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def without_collector():
+    """While JSON is read: Python would look through millions of new lists again and again, and find nothing lost."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def read_own_json(path: Path, most: int = SETTINGS) -> dict:
     """The object in a JSON file; UserErrors as in `read_own`, and for what no reader takes in one way."""
     data = read_own(path, most)
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_take_pairs)
+        with without_collector():
+            value = json.loads(data.decode(), object_pairs_hook=_take_pairs)
         if re.search(rb"\\u[dD][89abAB]", data):
             # Half a surrogate pair could be read and never written again.
             json.dumps(value, ensure_ascii=False).encode()
@@ -84,6 +96,32 @@ def read_own_json(path: Path, most: int = SETTINGS) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not an object of named values")
     return value
+
+
+def find_odd(value, shape, place: str = "") -> str | None:
+    """Where a JSON value is not as `shape` says, in words, such as "guard.window.3 'a'"; None where all of it is.
+
+    A shape is a type (float: any number), None, a function of the value, (shape, ...) for one of several, [shape] for
+    a list, or {name: shape} for an object with just these names, to which the name `str` adds any others.
+    """
+    def find_within(items):
+        found = (find_odd(each, kind, f"{place}.{name}".lstrip(".")) for name, each, kind in items)
+        return next(filter(None, found), None)
+    if isinstance(shape, list) and type(value) is list:
+        return find_within((i, each, shape[0]) for i, each in enumerate(value))
+    if isinstance(shape, dict) and type(value) is dict:
+        lost = next((name for name in shape if name is not str and name not in value), None)
+        return f"no {place}.{lost}".replace(" .", " ") if lost else find_within(
+            (name, each, shape.get(name, shape.get(str, lambda _: False))) for name, each in value.items())
+    if isinstance(shape, tuple):
+        fits = any(find_odd(value, each) is None for each in shape)
+    elif shape is float:
+        fits = type(value) is float or (type(value) is int and abs(value) < 2**63)
+    elif isinstance(shape, type):
+        fits = type(value) is shape
+    else:
+        fits = shape(value) if callable(shape) else shape is value is None
+    return None if fits else f"{place} {reprlib.repr(value)}"
 
 
 def _take_pairs(pairs: list) -> dict:
@@ -113,7 +151,7 @@ def open_tensors(path: Path):
     try:
         if path.suffix != ".bin":
             return safe_open(path, framework="pt")
-        return nullcontext(_open_pickle(path))
+        return contextlib.nullcontext(_open_pickle(path))
     except (SafetensorError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or cut short: {first_line(error)}") from None
     except pickle.UnpicklingError:

@@ -44,8 +44,9 @@ class Logger:
         if not main:
             return
         path = Path(folder) / "metrics.jsonl"
-        # A killed run may leave half a line, which must not swallow the next record.
-        is_cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        with open(path, "ab+") as file:
+            # A killed run may leave half a line, which must not swallow the next record.
+            is_cut = file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         self.file = self.opened.enter_context(open(path, "ab", buffering=0))        # noqa: SIM115
         # What the disk has not taken yet. The thread that saves looks at it too.
         self.waiting, self.lock = b"\n" if is_cut else b"", threading.Lock()

@@ -8,9 +8,11 @@ against epsilon and three quarters of it. Epsilon 0.02, smoothing 0.5, two evalu
     level 0.01375, trend 0.005625, forecast 0.030625     above 0.02:  the share rises by 0.1
 """
 
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
+from core.checkpoint import SHARE
 from core.config import setting
 from core.errors import UserError
 from learn.method import Learning, Method
@@ -51,6 +53,9 @@ class Adaptive(Method):
     change; from then on the decisions hold.
     """
 
+    shape: typing.ClassVar = {"baseline": ({str: float}, None), "share": (SHARE, None), "acted": bool,
+                              "level": float, "trend": float}
+
     def __init__(self, config: AdaptiveConfig, learning: Learning):
         super().__init__(config, learning)
         if not learning.general_sources:
@@ -74,10 +79,13 @@ class Adaptive(Method):
         if memory["baseline"] is None:
             memory["baseline"] = now
             return None
+        if other := sorted(now.keys() ^ memory["baseline"].keys()):
+            raise UserError(f"forget.adaptive began with other general sources than these, among them {other[0]}; put "
+                            f"back the checkpoints that this run wrote, or begin again with another --out")
         lost = {name: value - memory["baseline"][name] for name, value in now.items()}
         if config.policy == "degradation":
             lost = {name: rise / (memory["baseline"][name] or 1.0) for name, rise in lost.items()}
-        if not memory["acted"]:
+        if not memory["acted"] or memory["share"] is None:
             # The schedule is in force until a decision first wants a change.
             memory["share"] = self.learning.replay_share(step) if config.start is None else config.start
         source = max(lost, key=lost.get)

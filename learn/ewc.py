@@ -13,6 +13,7 @@ gradient 2 * 0.4 * 1.0625 * 0.1 = 0.085.
 
 import itertools
 import json
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,8 @@ class EWCConfig:
 class EWC(Method):
     """Holds the base's values of the trainable parameters (`anchor`) and their F (`fisher`, empty for l2sp). F is
     estimated once and kept in the run folder, under a digest of what it was made from, for a resumed run to read."""
+
+    shape: typing.ClassVar = {"fingerprint": str}
 
     def model_built(self, model):
         config, learning, parameters = self.config, self.learning, trainable_parameters(model)

@@ -7,6 +7,7 @@ and add both to ForgetConfig and METHODS in forget.py. To remove one, delete tho
 import contextlib
 import copy
 import dataclasses
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,8 @@ class Method:
     """
 
     notes: tuple | list = ()
+    # What `values` are, for core/foreign_files.py's find_odd: a checkpoint may be a stranger's.
+    shape: typing.ClassVar[dict] = {}
 
     def __init_subclass__(cls):
         # That of the method's section in forget.*: EWC has ewc.

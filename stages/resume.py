@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import reprlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from core import checkpoint, hashing, parallel
 from core.config import is_on
 from core.errors import Diverged, UserError
 from core.files import write_json
+from core.foreign_files import find_odd
 from learn import schedules
 from learn.choose_objective import ObjectiveConfig
 from stages.build import Run
@@ -212,6 +214,7 @@ def restore(run: Run, found: Path) -> dict:
     which has been verified; returns its state. A collective."""
     state = checkpoint.read_state(found)
     refuse_other_run(run, found, state)
+    refuse_odd_state(run, found, state)
     stored, tensors = checkpoint.Stored(found), state_tensors(run)
     # What has come since is not in the checkpoint, and the rest need not be there twice.
     run.optimizer.state.clear()
@@ -224,7 +227,7 @@ def restore(run: Run, found: Path) -> dict:
     stored.read_into(wanted)
     refuse_not_finite(run, wanted, f"{found} holds", "remove it, and the run goes on from the one before")
     parallel.load_optimizer_state(run.inner, run.optimizer, moments)
-    vars(run.scale).update(state["loss_scale"])
+    run.scale.scale, run.scale.good_steps = (state["loss_scale"][name] for name in ("scale", "good_steps"))
     return state
 
 
@@ -260,22 +263,35 @@ def find_checkpoint(run: Run) -> Path | None:
 
 def refuse_other_run(run: Run, found: Path, state: dict):
     """UserError with what differs, where the checkpoint `found` is not of this run up to its step."""
-    step, was, now = state["step"], state["identity"], identity(run, state["step"])
+    step, was = state["step"], state["identity"]
     own = found.parent.parent == run.folder
     if own and found != checkpoint.path_of(found.parent, step):
         # By its name it would be the newest again and again.
         raise UserError(f"{found} holds step {step}, so it has been renamed; give it back its name, or move it away")
     if step > run.steps:
         raise UserError(f"{found} is at step {step}, and the run is to end at {run.steps}; lengthen it")
-    optim_now = dataclasses.asdict(run.c.optim)
-    changed = [f"optim.{key} was {value} and is {optim_now[key]}" for key, value in state["optim"].items()
-               if optim_now[key] != value]
+    now, optim_now = identity(run, step), dataclasses.asdict(run.c.optim)
+    changed = [f"optim.{key} was {reprlib.repr(state['optim'][key])} and is {value}" for key, value in optim_now.items()
+               if state["optim"].get(key, value) != value]
     why = ", ".join(changed) or "the run's length"
     reasons = {"mix": f"the sequences of the first {step} steps are others (data.*, or the run's length)",
                "rates": f"the learning rates of the first {step} steps are others ({why})"}
-    differ = [reasons.get(key, f"{key} was {was.get(key)} and is {value}") for key, value in now.items()
+    differ = [reasons.get(key, f"{key} was {reprlib.repr(was.get(key))} and is {value}") for key, value in now.items()
               if was.get(key) != value]
     if not differ:
         return
     what, remedy = (run.folder, "another --out to start anew") if own else (found, "no branch")
     raise UserError(f"{what} holds another run: {'; '.join(differ)}; use the same settings to resume it, or {remedy}")
+
+
+def refuse_odd_state(run: Run, found: Path, state: dict):
+    """UserError where a state, whose values have the right types, is not one that this run could have written."""
+    unit = "bits_per_byte" if run.objective.text_objective.causal else "accuracy"
+    scores = {"texts": {str: {unit: float, str: lambda _: True}}, str: lambda _: True}
+    odd = find_odd(state["methods"], {method.name: method.shape for method in run.methods}, "methods") or find_odd(
+        state["evaluations"], {str: scores} | ({"eval_step_0.json": scores} if state["step"] else {}), "evaluations")
+    steps, every = [decision["step"] for decision in state["decisions"]], run.c.eval.every
+    if steps != sorted({step for step in steps if step <= state["step"] and step % every == 0}):
+        odd = "decisions that no evaluation made"
+    if odd:
+        raise UserError(f"{found}/{checkpoint.STATE} has {odd}; it was made by another version")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from core import checkpoint, files, parallel
+from core import checkpoint, parallel, run_folder
 from core.checkpoint import Shards
 
 MODEL = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1.5], dtype=torch.bfloat16)}
@@ -106,8 +106,8 @@ def test_leftovers_of_a_killed_process_are_no_checkpoint_and_are_removed(tmp_pat
         shutil.copytree(tmp_path / "checkpoints/step_00000001", tmp_path / "checkpoints" / name)
     (tmp_path / "checkpoints/step_x").mkdir()
     assert checkpoint.steps(tmp_path / "checkpoints") == [1]
-    (tmp_path / "config.toml").write_bytes(files.RUN_MARK)
-    with files.run_folder(tmp_path, checkpoint.ALONE):
+    (tmp_path / "config.toml").write_bytes(run_folder.RUN_MARK)
+    with run_folder.run_folder(tmp_path, checkpoint.ALONE):
         assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000001", "step_x"]
 
 
@@ -240,6 +240,20 @@ def test_damage_is_named_and_the_one_before_is_newest(tmp_path, name, damage):
         checkpoint.newest(tmp_path, said.append)
 
 
+def test_a_checkpoint_that_is_a_link_is_not_used_and_not_written_through(tmp_path):
+    put(tmp_path / "checkpoints", 1)
+    mine = put(tmp_path / "mine", 2)
+    link = tmp_path / "checkpoints" / mine.name
+    link.symlink_to(mine)
+    said = []
+    assert checkpoint.newest(tmp_path / "checkpoints", said.append) == tmp_path / "checkpoints/step_00000001"
+    assert "step_00000002 is a link" in said[0]
+    before = (mine / "state.json").stat()
+    put(tmp_path / "checkpoints", 2)
+    assert not link.is_symlink()
+    assert (mine / "state.json").stat() == before
+
+
 def test_a_manifest_that_is_a_pipe_or_has_no_end_is_not_waited_for(tmp_path):
     path = put(tmp_path, 1)
     (path / "manifest.json").unlink()
@@ -336,7 +350,11 @@ def test_a_manifest_that_is_none_is_refused(tmp_path, text):
 
 @pytest.mark.parametrize("change", [{"step": "1"}, {"identity": []}, {"decisions": None}, {"base": 3}])
 def test_a_state_of_wrong_types_is_refused(tmp_path, change):
-    good = {name: kind() for name, kind in checkpoint.FIELDS.items()}
+    good = {"step": 1, "base": "", "tokenizer": "", "dtype": "float32", "methods": {}, "optim": {"lr": 0.1},
+            "identity": {"base": None, "lora": {}, "forget": {}, "model": {}, "seed": 0}, "decisions": [],
+            "guard": {"window": [[2.0, 1]], "left_out": 0, "in_a_row": 0}, "loss_scale": {"scale": 1, "good_steps": 0},
+            "evaluations": {"eval_step_0.json": {"step": 0, "protocol": {"context": 32}, "model": "m", "texts": {
+                "law": {"role": "domain", "perplexity": 9.0, "nats_by_document": [1.0, 2]}}}}}
     for state, wrong in ((good, False), (good | change, True)):
         checkpoint.write(tmp_path / "c", Shards({}), state)
         with pytest.raises(ValueError, match=f"state.json has {next(iter(change))} ") if wrong else \

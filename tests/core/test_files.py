@@ -26,10 +26,10 @@ from core.files import (
     new_folder,
     read_json,
     remove,
-    run_folder,
     write_json,
     write_text,
 )
+from core.run_folder import run_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -266,11 +266,34 @@ def test_a_link_in_a_folder_is_no_part_of_it(tmp_path):
         pytest.fail("the block must not run")
 
 
+def nest(folder: Path, depth: int):
+    """So many folders, one in another, with a file in the last; no path to it is short enough for the system."""
+    folder.mkdir(parents=True)
+    place = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=place)
+        outer, place = place, os.open("d", os.O_RDONLY, dir_fd=place)
+        os.close(outer)
+    os.close(os.open("file", os.O_CREAT, dir_fd=place))
+    os.close(place)
+
+
+def test_folders_in_folders_have_no_limit(tmp_path):
+    nest(tmp_path / "box/part_1", 2_500)
+    with pytest.raises(UserError, match="holds 'part_1/d/d/"), new_folder(tmp_path / "box", True, KIND):
+        pytest.fail("the block must not run")
+    nest(tmp_path / ".box.partial", 2_500)
+    with pytest.raises(UserError, match="holds 'part_1/d/d/"), new_folder(tmp_path / "box", True, KIND):
+        pytest.fail("the block must not run")
+    files.remove(tmp_path / "box")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- one process at a time
 
 HOLD = """
 import sys; sys.path.insert(0, sys.argv[2])
-import types; from core.files import new_folder, run_folder
+import types; from core.files import new_folder; from core.run_folder import run_folder
 with (run_folder(sys.argv[1], types.SimpleNamespace(main=True), {}) if sys.argv[3] == "run" else
       new_folder(sys.argv[1], True)):
     print("held", flush=True); sys.stdin.read()

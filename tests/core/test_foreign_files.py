@@ -9,7 +9,16 @@ import torch
 from safetensors.torch import save_file
 
 from core.errors import UserError
-from core.foreign_files import list_tensors, open_tensors, own_file, own_files, read_own, read_own_json, read_tensor
+from core.foreign_files import (
+    find_odd,
+    list_tensors,
+    open_tensors,
+    own_file,
+    own_files,
+    read_own,
+    read_own_json,
+    read_tensor,
+)
 
 
 def test_files_and_links_of_a_folder_are_its_own(tmp_path):
@@ -69,6 +78,25 @@ def test_a_list_of_files_has_no_folders_and_no_strangers(tmp_path):
     assert len(own_files(tmp_path, ["LICENSE*"])) == 2               # what is not asked for does not matter
     with pytest.raises(UserError, match="other is a link to /etc/passwd"):
         own_files(tmp_path, ["*"])
+
+
+SHAPE = {"a": int, "b": (str, None), "c": [float], "d": {str: {"e": lambda value: value == 1}}, str: bool}
+GOOD = {"a": 1, "b": None, "c": [1, 2.5, float("nan")], "d": {"x": {"e": 1}}, "new": True}
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({}, None), ({"b": "x"}, None), ({"c": []}, None), ({"d": {}}, None),
+    ({"a": True}, "a True"), ({"a": 1.0}, "a 1.0"), ({"b": 3}, "b 3"), ({"c": [1, "x"]}, "c.1 'x'"),
+    ({"c": [2**63]}, "c.0 9223372036854775808"), ({"c": {}}, "c {}"), ({"d": []}, "d []"),
+    ({"d": {"x": {}}}, "no d.x.e"), ({"d": {"x": {"e": 2}}}, "d.x.e 2"), ({"d": {"x": {"e": 1, "f": 1}}}, "d.x.f 1"),
+    ({"new": 1}, "new 1"), ({"a": "x" * 999}, "a 'xxxxxxxxxxxx...xxxxxxxxxxxxx'")])
+def test_values_are_as_their_shape_says(change, says):
+    assert find_odd(GOOD | change, SHAPE) == says
+
+
+def test_what_is_no_object_or_lacks_a_name_is_odd():
+    assert find_odd([], SHAPE) == " []"
+    assert find_odd({name: value for name, value in GOOD.items() if name != "a"}, SHAPE) == "no a"
 
 
 @pytest.mark.parametrize(("text", "says"), [

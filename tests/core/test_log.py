@@ -1,5 +1,6 @@
 """log.py against json, TensorBoard's own reader, and lines written by hand."""
 
+import contextlib
 import io
 import json
 import os
@@ -82,6 +83,15 @@ def test_half_a_line_of_a_killed_run_stays_alone(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert lines.pop(1) == '{"kind": "tr'
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_lines_that_are_there_are_not_read(tmp_path):
+    os.truncate(os.open(tmp_path / "metrics.jsonl", os.O_CREAT | os.O_WRONLY), 1 << 40)
+    with contextlib.closing(Logger(tmp_path, LogConfig(), 10)) as logger:
+        logger.record("train", 1)
+    with open(tmp_path / "metrics.jsonl", "rb") as file:
+        file.seek(1 << 40)
+        assert file.read() == b'\n{"kind": "train", "step": 1}\n'
 
 
 def test_console_line():

@@ -17,7 +17,7 @@ def records(out: Path, kind: str) -> list[dict]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and record.get("kind") == kind:
             found.append(record)

@@ -3,18 +3,24 @@
 process of its own, which tells what it opened."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch.distributed
 
+from core.files import write_text
 from core.output import CONTROL
 
-from . import bad_settings, hostile_models, hostile_texts
+from . import bad_settings, hostile_models, hostile_runs, hostile_texts
 from .commands import content
+from .damages import broken_off
 from .harness import Lab, Outcome, Row, command, run, start, timed
 from .hostile_models import BYTES, SECONDS
+from .kills import ONE, uninterrupted, words_of
+from .results import differences
 
+ADAPTIVE = ONE[3]
 OPENED = "OPENED WHAT STANDS OUTSIDE"
 
 
@@ -92,4 +98,27 @@ def settings(lab: Lab) -> Row:
     return row
 
 
-STRANGERS = [hostile_models.hostile_models, corpora, settings]
+def runs(lab: Lab) -> Row:
+    """train.py goes on with a run of a stranger's as if nothing had happened to it, or refuses it."""
+    row, begun = Row("strangers", "run folders that are gone on with"), broken_off(lab, ADAPTIVE)
+    reference, _ = uninterrupted(lab, ADAPTIVE)
+    with timed(row):
+        for case in hostile_runs.CASES[::lab.count(1, 40)]:
+            here = lab.room("stranger")
+            shutil.copytree(begun, here / "run")
+            for name in ("secret.txt", "thesis/thesis.txt", "thesis/.notes.partial"):
+                write_text(here / "outside" / name, hostile_models.SECRET)
+            shutil.copytree(lab.base, here / "outside/model")
+            case.spoil(here / "run", here / "outside")
+            before = content(here / "outside")
+            outcome = watched("train", words_of(lab, ADAPTIVE, here / "run"), here / "outside/secret.txt")
+            wrong = [faults_of(outcome, case.names, [], here / "none", harmless=not case.names)]
+            wrong += differences(reference, here / "run") if outcome.status == 0 else []
+            wrong += ["what stands outside was changed"] if content(here / "outside") != before else []
+            wrong += [f"left beside it: {path.name}" for path in here.iterdir() if path.name not in ("run", "outside")]
+            row.check(not any(wrong), f"{case.name}: {'; '.join(filter(None, wrong))}")
+            lab.clear(here)
+    return row
+
+
+STRANGERS = [hostile_models.hostile_models, corpora, settings, runs]

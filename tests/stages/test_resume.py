@@ -36,8 +36,8 @@ import hf
 import tokenizer
 import train
 from core import checkpoint
-from core.files import run_folder
 from core.guard import Guard
+from core.run_folder import run_folder
 from stages import resume
 from stages.build import build
 from text.shards import pack
