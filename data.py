@@ -14,7 +14,6 @@ import core.threads
 
 import functools
 import itertools
-import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -32,8 +31,9 @@ from core.config import setting
 from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
 from kernels.cross_entropy import IGNORE
-from text import foreign, mixture, shards
-from text.corpus import read_cleaning, read_records, utf8
+from text import chat, foreign, mixture, shards
+from text.conversations import RECORDS
+from text.corpus import describe_inputs, read_records
 from text.kinds import TEXTS, identify, list_files
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
@@ -83,7 +83,9 @@ def read_sequence(packing: Packing, number: int, sequences: Sequences, row: int,
     """Fill `row` of `sequences` with sequence `number` of a source, in the epoch that `key` stands for."""
     for begin, length, was_target in packing.pieces(number, key):
         tokens, begins = packing.shards.read(begin, length)
-        sequences.append(row, tokens, tokens, begins)
+        learned = packing.shards.read_mask(begin, length)
+        labels = tokens if learned is None else np.where(learned, tokens.astype(np.int32), IGNORE)
+        sequences.append(row, tokens, labels, begins)
         if was_target:
             sequences.labels[row, sequences.end[row] - length] = IGNORE
 
@@ -156,6 +158,12 @@ class Pack:
     """Batches of documents tokenised at a time."""
     dtype: Literal["uint16", "uint32"] | None = None
     """Type of the ids in raw token files; default: what the vocabulary needs."""
+    format: Literal["text", "chat", "preference"] = "text"
+    """What a record is: a text, a conversation or instruction with its answer, or a prompt with two answers."""
+    learn: Literal["responses", "all"] = "responses"
+    """What is learned of a conversation: the assistant's answers, or all of it."""
+    max_tokens: int | None = setting(None, at_least=1)
+    """Leave out conversations of more tokens."""
     part: str | None = None
     """K/N packs the K-th of N parts, each on a machine of its own; join them with manifest --merge."""
     buckets: int | None = setting(None, at_least=2, at_most=100)
@@ -168,19 +176,55 @@ class Pack:
 
 def run_pack(options: Pack) -> dict:
     """Pack files into shards, a part of them or score buckets; returns what print_info does."""
+    refuse_pack(options)
+    part, is_text = shards.read_part(options.part or "1/1"), options.format == "text"
+    inputs = list_files(options.files, (*TEXTS, "tokens") if is_text else RECORDS)
+    out = shards.part_folder(options.output.out, *part) if options.part else options.output.out
+    tokenizer, start = tokenizers.load(options.tokenizer), time.perf_counter()
+    settings = {"heldout": options.heldout, "heldout_hash": options.heldout_hash, "inputs": describe_inputs(inputs),
+                "shard_tokens": options.shard_tokens, "workers": options.workers,
+                "overwrite": options.output.overwrite, "allow_empty": bool(options.part)}
+    with tqdm(unit=" documents", disable=None, desc="pack") as bar:
+        if is_text:
+            pack_text(options, inputs, tokenizer, out, part, bar, settings)
+        else:
+            chat.pack_conversations(inputs, tokenizer, out, options.format, learn=options.learn,
+                                    max_tokens=options.max_tokens, reading=options.reading, part=part, bar=bar,
+                                    **settings)
+    seconds = time.perf_counter() - start
+    result = print_info(out)
+    manifests = result.get("manifests", [result])
+    tokens = sum(made["splits"][split]["tokens"] for made in manifests for split in shards.SPLITS)
+    print(f"packed {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds / 1e6:.2f} M tokens/s) into {out}")
+    if lost := manifests[0]["lost_share"]:
+        print(f"warning: {100 * lost:.2f} % of the bytes of sampled documents are in no token, so bits per byte are "
+              f"too low and do not compare with another tokenizer's", file=sys.stderr)
+    if options.heldout and not any(made["splits"]["heldout"]["documents"] for made in manifests):
+        print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
+              "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
+    return result
+
+
+def refuse_pack(options: Pack):
+    """UserError for options of `pack` that exclude each other."""
     if options.bos and options.no_bos:
         raise UserError("--bos and --no-bos contradict each other; leave one of them out")
     if (options.buckets is None) != (options.score is None) or (options.first and not options.score):
         raise UserError("--buckets K and --score NAME go together, and --first with them")
     if options.part and options.buckets:
         raise UserError("--part and --buckets do not go together: a bucket's bounds come from all scores at once")
-    part = shards.read_part(options.part or "1/1")
-    inputs = list_files(options.files, (*TEXTS, "tokens"))
+    if options.format != "text" and (options.bos or options.no_bos or options.buckets or options.dtype):
+        raise UserError(f"--format {options.format} takes none of --bos, --no-bos, --buckets and --dtype: a "
+                        f"conversation begins and ends as its template says; leave them out")
+    if options.format == "text" and (options.learn != "responses" or options.max_tokens):
+        raise UserError("--learn and --max-tokens are for conversations; name their --format, chat or preference")
+
+
+def pack_text(options: Pack, inputs: list[str], tokenizer, out, part: tuple, bar, settings: dict):
+    """Pack texts and token files, a part of them or score buckets."""
+    column = options.reading.column
     if options.buckets and "tokens" in map(identify, inputs):
         raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
-    out = shards.part_folder(options.output.out, *part) if options.part else options.output.out
-    tokenizer, column = tokenizers.load(options.tokenizer), options.reading.column
-    bar = tqdm(unit=" documents", disable=None, desc="pack")
 
     def records(files: list[str] = inputs):
         """(where, record) of each document; the text of a document of a token file is its ids."""
@@ -198,34 +242,14 @@ def run_pack(options: Pack) -> dict:
         # A file that cannot be read should be known before hours of work.
         first = (record[column] for _, record in itertools.islice(records([path]), max(1, 64 // len(mine))))
         sample += [text for text in first if isinstance(text, str)]
-    lost = measure_loss(tokenizer, sample)
-    start = time.perf_counter()
-    # A file's name may be no UTF-8, and a manifest is.
-    described = [{"name": utf8(Path(path).name).decode(), "cleaning": read_cleaning(path),
-                  "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for path in inputs]
-    settings = {"heldout": options.heldout, "heldout_hash": options.heldout_hash,
-                "bos": options.bos or (False if options.no_bos else None),
-                "inputs": described, "lost_share": lost, "shard_tokens": options.shard_tokens,
-                "workers": options.workers, "overwrite": options.output.overwrite}
+    settings["bos"] = options.bos or (False if options.no_bos else None)
+    settings["lost_share"] = measure_loss(tokenizer, sample)
     if options.buckets:
         settings["first"] = options.first or ("high" if "quality" in options.score else "low")
         shards.pack_buckets(records, tokenizer, out, options.buckets, options.score, column=column, **settings)
     else:
         texts = (record[column] for _, record in shards.deal_documents(inputs, records, *part))
-        shards.pack(texts, tokenizer, out, allow_empty=bool(options.part), **settings)
-    bar.close()
-    seconds = time.perf_counter() - start
-    result = print_info(out)
-    splits = [manifest["splits"] for manifest in result.get("manifests", [result])]
-    tokens = sum(made[split]["tokens"] for made in splits for split in shards.SPLITS)
-    print(f"packed {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds / 1e6:.2f} M tokens/s) into {out}")
-    if lost:
-        print(f"warning: {100 * lost:.2f} % of the bytes of {len(sample)} sampled documents are in no token, so bits "
-              f"per byte are too low and do not compare with another tokenizer's", file=sys.stderr)
-    if options.heldout and not any(made["heldout"]["documents"] for made in splits):
-        print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
-              "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
-    return result
+        shards.pack(texts, tokenizer, out, **settings)
 
 
 @dataclass
@@ -261,11 +285,15 @@ def print_info(folder) -> dict:
         for split in shards.SPLITS:
             totals = manifest["splits"][split]
             ratio = f"{totals['tokens'] / totals['bytes']:.3f} tokens per byte" if totals["bytes"] else ""
+            ratio = "" if manifest.get("records") else ratio
             print(f"  {split:8} {totals['documents']:>10,} documents {totals['tokens']:>14,} tokens "
                   f"{totals['bytes']:>14,} bytes  {ratio}".rstrip())
     made, empty = manifests[-1], sum(manifest["empty_documents_dropped"] for manifest in manifests)
     print(f"  {made['dtype']}, {made['tokenizer']['library']}, vocabulary {made['tokenizer']['vocab_size']:,}, "
-          f"{'BOS, ' if made['bos'] else ''}EOS; {empty} empty documents dropped")
+          f"{'BOS, ' if made['bos'] else ''}{'EOS; ' if made.get('eos', True) else ''}{empty} empty documents dropped")
+    if records := made.get("records"):
+        print(f"  {records['format']}, {records['learn']} learned (these are the bytes), template "
+              f"{records['template'][:12]}; {records['too_long']} left out as too long")
     return {**index, "manifests": manifests} if index else made
 
 

@@ -13,6 +13,7 @@ not. Windows of several documents share a sequence and cannot see each other. Sh
 
 import core.threads
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass, field, replace
@@ -36,27 +37,35 @@ from text.shards import Shards, check_tokenizer
 
 # ---- documents under an objective
 
-def cut_windows(objective, documents: list, prefix: int, context: int):
+def cut_windows(objective, documents: list, prefix: int, context: int, masks=None):
     """Yield (inputs [n], targets [n]), n <= context, of each window of each document [its tokens].
 
     Inputs stand one token before their targets. A masked objective gets the tokens as both, and masks them later.
+    masks: which tokens of each document are learned, and so scored, bool [its tokens]; None: all, in that document or
+    in any. A conversation has one, and begins with its first token: nothing but its form stands before it.
     """
-    for ids in documents:
+    for ids, learned in zip(documents, masks or itertools.repeat(None)):
         ids = ids.astype(np.int32)
         inputs = np.concatenate([np.array([prefix], np.int32), ids[:-1]]) if objective.causal else ids
+        if learned is not None:
+            ids = np.where(learned, ids, objectives.IGNORE)[objective.shift:]
+            inputs = inputs[objective.shift:]
         for start in range(0, len(ids), context):
             yield inputs[start:start + context], ids[start:start + context]
 
 
-def make_batches(objective, documents: list, prefix: int, context: int, B: int) -> list[tuple]:
+def make_batches(objective, documents: list, prefix: int, context: int, B: int, masks=None) -> list[tuple]:
     """[(batch, owner)] of the documents [its tokens]: a batch [B, T] (the last may have fewer sequences) that is ready
     for `objective.loss`, and the number of the document that each of its tokens belongs to, int64 [B, T]; 0 in padding.
     """
-    windows = cut_windows(objective, documents, prefix, context)
-    batches = [data.Batch(**sequences.finish()) for sequences in packing.pack_in_order(windows, context, B)]
+    packed = list(packing.pack_in_order(cut_windows(objective, documents, prefix, context, masks), context, B))
+    batches = [data.Batch(**sequences.finish()) for sequences in packed]
     # Windows are packed in order: read row after row, the tokens are those of the documents, one after another.
-    numbers = torch.arange(len(documents)).repeat_interleave(torch.tensor([len(ids) for ids in documents]))
-    filled = [batch.labels[:, :context] != objectives.IGNORE for batch in batches]
+    lengths = [len(ids) - objective.shift * (masks is not None and masks[i] is not None)
+               for i, ids in enumerate(documents)]
+    numbers = torch.arange(len(documents)).repeat_interleave(torch.tensor(lengths))
+    filled = [torch.arange(context) < torch.from_numpy(sequences.end[:len(batch.tokens), None])
+              for sequences, batch in zip(packed, batches)]
     owners = [torch.zeros_like(is_token, dtype=torch.int64).masked_scatter_(is_token, part) for is_token, part in
               zip(filled, numbers.split([int(is_token.sum()) for is_token in filled]))]
     for i, batch in enumerate(batches):
@@ -75,7 +84,8 @@ def make_batches(objective, documents: list, prefix: int, context: int, B: int) 
 @torch.no_grad()
 def score(model, objective, documents: list, prefix: int, context: int, world=None, B: int = 4, autocast=None) -> dict:
     """nats_per_token, perplexity, tokens, bytes and bits_per_byte (masked: accuracy) of [(token ids [n], text bytes)];
-    also the number of documents, and the nats of each, from which measure/verdict.py finds how sure a change is.
+    also the number of documents, and the nats of each, from which measure/verdict.py finds how sure a change is. Of a
+    conversation, (ids, bytes of what is learned, which tokens are learned [n]), these tokens alone are scored.
 
     prefix: the token before a document. B: sequences per forward pass. autocast: () -> the context of a forward pass;
     without it, the model computes in its own type. With a world, the ranks share the batches and all return the same.
@@ -84,7 +94,8 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     objective = objective.part_documents()
     device, mode = next(model.parameters()).device, model.training
     world = world or parallel.World(0, 1, device)
-    batches = make_batches(objective, [ids for ids, _ in documents], prefix, context, B)
+    masks = [learned[0] if learned else None for _, _, *learned in documents]
+    batches = make_batches(objective, [ids for ids, *_ in documents], prefix, context, B, masks)
     nats = tokens = hits = 0.0
     by_document = torch.zeros(len(documents), dtype=torch.float64)
     model.eval()
@@ -104,7 +115,7 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
         by_document.index_add_(0, owner.flatten(), metrics["token_loss"].double().cpu().flatten())
     model.train(mode)
     nats, tokens, hits, *by_document = world.sum([nats, tokens, hits, *by_document.tolist()])
-    per_token, size = nats / tokens if tokens else math.nan, int(sum(nbytes for _, nbytes in documents))
+    per_token, size = nats / tokens if tokens else math.nan, int(sum(nbytes for _, nbytes, *_ in documents))
     by_text = {"bits_per_byte": nats / math.log(2) / max(1, size)}
     by_token = {"accuracy": hits / tokens if tokens else math.nan}
     # exp overflows above 709.
@@ -149,14 +160,15 @@ def score_objective(model, objective, held: packing.Packing, most_tokens: int, w
 
 
 def heldout_documents(shards: Shards, max_tokens: int) -> list:
-    """[(token ids [n], text bytes)] of the first held-out documents, at most `max_tokens` tokens or one document."""
+    """[(token ids [n], text bytes)] of the first held-out documents, at most `max_tokens` tokens or one document; of a
+    conversation (ids, bytes of what is learned, which tokens are learned [n]), and of a preference the chosen one."""
     documents, total = [], 0
-    for i in range(shards.documents):
-        ids, nbytes = shards.text_document(i)
-        if documents and total + len(ids) > max_tokens:
+    for i in range(0, shards.documents, 2 if shards.format == "preference" else 1):
+        document = shards.text_document(i)
+        if documents and total + len(document[0]) > max_tokens:
             break
-        documents.append((ids, nbytes))
-        total += len(ids)
+        documents.append(document if shards.mask_maps is None else (*document, shards.document_mask(i)))
+        total += len(document[0])
     return documents
 
 

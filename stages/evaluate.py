@@ -78,7 +78,7 @@ def describe(run: Run):
     if schedules.warmup_length(run.steps, c.optim) >= run.steps:
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards in loader.shards.items():
-        scored = sum(len(ids) for ids, _ in run.heldout.get(name, []))
+        scored = sum(len(ids) for ids, *_ in run.heldout.get(name, []))
         say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs[name]:.2f} times; "
             f"{scored:,} held-out tokens scored")
         if not scored:
@@ -87,6 +87,10 @@ def describe(run: Run):
         say(line)
     say(f"run: {run.steps:,} steps of {c.train.batch_size} x {c.data.context} = {run.tokens_per_step:,} tokens, "
         f"seed {c.seed}, {c.train.precision}, {run.world.size} x {run.world.device.type}")
+    for name, packing in loader.packings.items():
+        if packing.pairs_left_out:
+            say(f"warning: {packing.pairs_left_out:,} pairs of source {name} are longer than data.context "
+                f"{c.data.context}, and left out")
     lost = [f"{name} {abs(packing.padded):,} {'padded' if packing.padded > 0 else 'dropped'}"
             for name, packing in loader.packings.items() if packing.padded]
     say(f"packing: {c.data.packing}; positions an epoch without a token: {', '.join(lost) or 'none'}")
@@ -253,7 +257,7 @@ def draw_samples(run: Run, step: int, model=None):
     if not run.objective.text_objective.causal or tok is None or not c.eval.sample_tokens:
         return
     prompts = c.eval.prompts or [tok.decode(ids[:12].tolist()) for documents in run.heldout.values()
-                                 for ids, _ in documents[:2]]
+                                 for ids, *_ in documents[:2]]
     settings = Settings(max_new_tokens=c.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=c.seed)
     ends, samples = {tok.eos_id} - {None}, []
     for prompt in prompts:

@@ -289,6 +289,13 @@ def to_line(record: dict) -> bytes:
     return utf8(_to_json(record)) + b"\n"
 
 
+def describe_inputs(files: list[str]) -> list[dict]:
+    """What a manifest says of the files that a source was packed from."""
+    # A file's name may be no UTF-8, and a manifest is.
+    return [{"name": utf8(Path(path).name).decode(), "cleaning": read_cleaning(path),
+             "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for path in files]
+
+
 def read_cleaning(path, seen: set | None = None) -> list[dict]:
     """What clean.py and dedup.py did to what became the file `path`, by the reports that they left beside it, the first
     step first: [{"by", "documents", "kept"}]; of clean.py, documents are the parts that it cut them into. At most

@@ -28,17 +28,18 @@ def is_held_out(text: bytes, share: float) -> bool:
 def find_leaks(heldout: dict, sources: dict, decode) -> dict[tuple[str, str], int]:
     """{(source, another): how many documents held out in the one are trained on in the other}, of equal normal forms.
 
-    heldout: {source: [(ids, text bytes)]}. sources: {source: Shards of what is trained on}. decode: ids -> text. Only
-    documents that are within 2 tokens and 2 bytes of a held-out one are read.
+    heldout: {source: [(ids, text bytes, ...)]}. sources: {source: Shards of what is trained on}. decode: ids -> text.
+    Only documents that are within 2 tokens and 2 bytes of a held-out one are read.
     """
     texts, near = {}, set()
     for name, documents in heldout.items():
-        for i, (ids, nbytes) in enumerate(documents):
+        for i, (ids, nbytes, *_) in enumerate(documents):
             texts.setdefault(normalise(decode(ids)), []).append((name, i))
             near |= {(nbytes + b << 32) + len(ids) + t for b in range(-2, 3) for t in range(-2, 3)}
     near, found = np.array(sorted(near), np.int64), {}
     for other, shards in sources.items():
-        lengths = np.diff(shards.document_ends(), prepend=0) - 1 - shards.manifest["bos"]
+        around = shards.manifest["bos"] + shards.manifest.get("eos", True)
+        lengths = np.diff(shards.document_ends(), prepend=0) - around
         nbytes = np.concatenate([np.zeros(0, np.int64), *(part.astype(np.int64) for part in shards.byte_maps)])
         for index in np.flatnonzero(np.isin((nbytes << 32) + lengths, near)).tolist():
             for name, i in texts.get(normalise(decode(shards.text_document(index)[0])), ()):

@@ -2,6 +2,7 @@
 has its type, because an index may be a downloaded one.
 
 Since the second version an index ends with the SHA-256 of all that stands before it: {..., "sha256": "9f86d0..."}.
+Since the third a manifest says what its documents are: {..., "records": {"format": "chat", ...}}, None for plain text.
 """
 
 import hashlib
@@ -11,8 +12,10 @@ from pathlib import Path
 from core.errors import UserError
 from core.files import read_json, write_text
 
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 SPLITS = ("train", "heldout")
+# The formats of documents of which not all tokens are learned.
+MASKED = ("chat", "preference")
 
 
 def write_index(path: Path, index: dict) -> None:
@@ -32,7 +35,7 @@ def read_index(path: Path, kind: str, entries_of) -> dict:
         if index["format"] != kind or index["version"] not in VERSIONS:
             raise UserError(f"it is {index['format']} {index['version']}")
         body, _, end = path.read_bytes().rpartition(b',\n "sha256": "')
-        if index["version"] == 2 and end != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
+        if index["version"] > 1 and end != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
             raise UserError("it is not what was written")
         names = [entry["name"] for entry in entries_of(index)]
     except (UserError, LookupError, TypeError, ValueError) as error:
@@ -62,9 +65,14 @@ def check_manifest(manifest: dict) -> list[dict]:
     tokenizer = manifest["tokenizer"]
     ids = {key: 2**31 for key in ("bos_id", "eos_id") if tokenizer[key] is not None}
     check(tokenizer, fingerprint=None, library=None, vocab_size=2**31, **ids)
+    records = manifest.get("records")
+    if records is not None:
+        check(records, format=None, template=None, learn=None, too_long=2**62)
+        if records["format"] not in MASKED or type(manifest["eos"]) is not bool:
+            raise ValueError(f"its documents are of the format {records['format']!r}")
     for split in SPLITS:
         check(manifest["splits"][split], tokens=2**62, documents=2**62, bytes=2**62)
     for shard in list_shards(manifest):
         check(shard, name=None, tokens=2**31, documents=2**31, max_id=2**31, bytes=2**62,
-              sha256=None, idx_sha256=None, bytes_sha256=None)
+              sha256=None, idx_sha256=None, bytes_sha256=None, **({"mask_sha256": None} if records else {}))
     return list_shards(manifest)

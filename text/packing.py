@@ -60,10 +60,17 @@ class Packing:
     window: the source is one document of L + shift tokens, which with a shift ends with its first token again. It
     begins at another place in every epoch. Only its last piece is short; with drop_last it is left out. Otherwise the
     sequences are the same in every epoch. About 40 bytes of memory per document.
+
+    A preference source is packed by pairs, chosen and rejected whole in one sequence: best_fit, or with `document` a
+    pair in each. A pair of more than T + shift tokens is left out.
     """
 
     def __init__(self, shards: Shards, config, shift: int = 1):
-        self.shards, self.is_circle, self.context = shards, config.packing == "window", config.context
+        self.context, self.pairs_left_out = config.context, 0
+        if shards.format == "preference":
+            self._pack_pairs(shards, config, shift)
+            return
+        self.shards, self.is_circle = shards, config.packing == "window"
         T, L = config.context, shards.tokens
         ends = np.array([L + shift]) if self.is_circle else shards.document_ends()
         lengths = np.diff(ends, prepend=0)
@@ -72,13 +79,33 @@ class Packing:
         begin = np.repeat(ends - lengths, parts) + part * T
         length = np.minimum(np.repeat(lengths, parts) - part * T, T + shift)
         sequence = best_fit_decreasing(length, T + shift) if config.packing == "best_fit" else np.arange(len(length))
-        order = np.argsort(sequence, kind="stable")
-        # [pieces, 3], sequence after sequence; sequence n has the pieces from first[n] to before first[n + 1]
-        self.table = np.stack([begin, length, (part > 0) & (shift and not self.is_circle)], axis=1)[order]
-        self.first = np.cumsum([0, *np.bincount(sequence)])
-        self.sequences = len(self.first) - 1
+        self._lay_out(sequence, begin, length, (part > 0) & (shift and not self.is_circle))
         # Positions of an epoch without a token; below 0, the tokens that drop_last leaves out.
         self.padded = self.sequences * T - L if self.is_circle else self.sequences * (T + shift) - int(length.sum())
+
+    def _pack_pairs(self, shards: Shards, config, shift: int):
+        self.shards, self.is_circle, room = shards, False, config.context + shift
+        ends = shards.document_ends()
+        lengths = np.diff(ends, prepend=0)
+        if len(lengths) % 2:
+            raise UserError(f"{shards.folder} holds {len(lengths)} documents, and those of preferences come in pairs; "
+                            f"pack it again")
+        sizes = lengths.reshape(-1, 2).sum(1)
+        kept = sizes <= room
+        self.pairs_left_out = int((~kept).sum())
+        alone = config.packing == "document" or not kept.any()
+        sequence = np.arange(kept.sum()) if alone else best_fit_decreasing(sizes[kept], room)
+        length = lengths[kept.repeat(2)]
+        self._lay_out(sequence.repeat(2), (ends - lengths)[kept.repeat(2)], length, np.zeros(len(length), bool))
+        self.padded = self.sequences * room - int(length.sum())
+
+    def _lay_out(self, sequence: np.ndarray, begin: np.ndarray, length: np.ndarray, was_target: np.ndarray):
+        """Put pieces into the sequences of these numbers; the pieces of one keep their order."""
+        order = np.argsort(sequence, kind="stable")
+        # [pieces, 3], sequence after sequence; sequence n has the pieces from first[n] to before first[n + 1]
+        self.table = np.stack([begin, length, was_target], axis=1)[order]
+        self.first = np.cumsum([0, *np.bincount(sequence)])
+        self.sequences = len(self.first) - 1
 
     def pieces(self, number: int, key: int) -> list[list[int]]:
         """[where in the source it begins, its tokens, whether its first token is a target in another piece] of each
@@ -127,7 +154,12 @@ def pack_sources(sources: dict[str, Shards], config, shift: int = 1) -> dict[str
     for name, shards in sources.items():
         if not shards.tokens:
             raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
-    return {name: Packing(shards, config, shift) for name, shards in sources.items()}
+    packings = {name: Packing(shards, config, shift) for name, shards in sources.items()}
+    for name, packing in packings.items():
+        if not packing.sequences:
+            raise UserError(f"each of the {packing.pairs_left_out:,} pairs of source {name} is longer than "
+                            f"data.context {config.context}, and must stand whole in one sequence; raise it")
+    return packings
 
 
 def pack_in_order(segments, context: int, B: int):

@@ -3,7 +3,9 @@
     manifest.json       the commit record, written last: tokenizer, counts, hashes of every file
     train_000000.bin    1024-byte header (llm.c's, our fields in its spare words), then uint16 or uint32 tokens
     train_000000.idx    uint64, where each document ends (datatrove's); documents are never split over shards
-    train_000000.bytes  uint32, UTF-8 bytes of each document's text, so that bits per byte are exact
+    train_000000.bytes  uint32, UTF-8 bytes of each document's text, so that bits per byte are exact; of a conversation
+                        those of the answers that are learned
+    train_000000.mask   1 bit per token, whether it is learned (np.packbits); of conversations alone (text/chat.py)
     heldout_000000.*    documents whose text hash falls in the held-out share; never trained on
 
 A folder appears whole or not at all. Nothing is mapped for writing, where a full disk would be a signal and no error.
@@ -34,10 +36,10 @@ HEADER_BYTES = 1024
 MAGIC = {2: (20240520, 1), 4: (20240801, 7)}
 # "nCPT" in llm.c's first spare word
 OUR_MAGIC, FORMAT_VERSION = 0x5450436E, 1
-# The files of a shard: (suffix, bytes before the array, its type or None for the tokens' own, the manifest's keys of
-# its length and its hash)
-FILES = (("bin", HEADER_BYTES, None, "tokens", "sha256"), ("idx", 0, "<u8", "documents", "idx_sha256"),
-         ("bytes", 0, "<u4", "documents", "bytes_sha256"))
+# The files of a shard: (suffix, bytes before the array, its type or None for the tokens' own, what its length counts in
+# the manifest and how many of these share an element, the manifest's key of its hash)
+FILES = (("bin", HEADER_BYTES, None, "tokens", 1, "sha256"), ("idx", 0, "<u8", "documents", 1, "idx_sha256"),
+         ("bytes", 0, "<u4", "documents", 1, "bytes_sha256"), ("mask", 0, "u1", "tokens", 8, "mask_sha256"))
 FOLDER = FolderKind("packed source", tuple(
     inner + name for inner in ("", "part_*_of_*/", "bucket_*/") for name in (
         "manifest.json", "buckets.json", *(f"{split}_*.{suffix}" for split in SPLITS for suffix, *_ in FILES))),
@@ -60,15 +62,16 @@ class ShardWriter:
         # What the manifest says of each finished shard.
         self.records = []
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray, nbytes: np.ndarray):
-        """Append documents: their token ids [n] one after the other, tokens [documents] and text bytes [documents]."""
+    def add(self, ids: np.ndarray, lengths: np.ndarray, nbytes: np.ndarray, learned: np.ndarray | None = None):
+        """Append documents: their token ids [n] one after the other, tokens [documents] and text bytes [documents], and
+        which of the tokens are learned, bool [n], where not all are."""
         while len(lengths):
             if self.file is None:
                 name = f"{self.split}_{len(self.records):06d}"
                 self.record = {"name": name, "tokens": 0, "documents": 0, "bytes": 0, "max_id": 0}
                 self.file = open(self.folder / f"{name}.bin", "wb")     # noqa: SIM115  (stays open until close())
                 self.file.write(bytes(HEADER_BYTES))
-                self.hash, self.ends, self.nbytes = hashlib.sha256(), [], []
+                self.hash, self.ends, self.nbytes, self.learned = hashlib.sha256(), [], [], []
             shard = self.record
             ends = shard["tokens"] + np.cumsum(lengths)
             # A document larger than a shard is not cut: it gets a shard of its own.
@@ -80,12 +83,15 @@ class ShardWriter:
             self.nbytes.append(nbytes[:fits])
             shard["max_id"] = int(payload.max(initial=shard["max_id"]))
             shard["tokens"] += len(payload)
+            if learned is not None:
+                self.learned.append(learned[:len(payload)])
+                learned = learned[len(payload):]
             ids, lengths, nbytes = ids[len(payload):], lengths[fits:], nbytes[fits:]
             if len(lengths):
                 self.close()
 
     def close(self):
-        """Finish the shard under way: its header, its other two files and its record."""
+        """Finish the shard under way: its header, its other files and its record."""
         if self.file is None:
             return
         ends, nbytes = np.concatenate(self.ends).astype("<u8"), np.concatenate(self.nbytes).astype("<u4")
@@ -93,7 +99,8 @@ class ShardWriter:
         self.file.seek(0)
         self.file.write(shard_header(self.record, self.tokenizer, self.dtype.itemsize).tobytes())
         self.file.close()
-        for suffix, array in (("idx", ends), ("bytes", nbytes)):
+        mask = {"mask": np.packbits(np.concatenate(self.learned))} if self.learned else {}
+        for suffix, array in {"idx": ends, "bytes": nbytes, **mask}.items():
             with open(self.folder / f"{self.record['name']}.{suffix}", "wb") as file:
                 file.write(array.tobytes())
             self.record[f"{suffix}_sha256"] = hashlib.sha256(array).hexdigest()
@@ -121,7 +128,7 @@ def pack(texts, tokenizer, out, *, overwrite: bool = False, **options) -> dict:
 def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float = 0.02, bos: bool | None = None,
                   shard_tokens: int = 10**8, workers: int = 2, inputs: list | None = None, batch_bytes: int = 1 << 21,
                   allow_empty: bool = False, heldout_hash: str = "normal",
-                  lost_share: float | None = None) -> list[dict]:
+                  lost_share: float | None = None, records: dict | None = None, encode=None) -> list[dict]:
     """Tokenise documents (k, text) into shards in folders[k], and write and return the manifest of each folder.
 
     Every document gets an EOS at its end, and a BOS at its start where the tokenizer says that the model was trained so
@@ -130,22 +137,26 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
     instead (uint32 [n], without BOS and EOS). `inputs` and `lost_share` go into the manifest. No training document is
     an error, unless `allow_empty`: a part of a source may have none.
 
+    records, encode: what the manifest says of conversations, and what encodes them (text/chat.py) in the place of
+    `_encode_batch`; they get no BOS and EOS here, and those that `encode` leaves out were too long.
+
     The result depends neither on `workers` (threads: every tokenizer releases the GIL) nor on `batch_bytes`.
     """
-    bos = tokenizer.add_bos if bos is None else bos
+    bos = not records and (tokenizer.add_bos if bos is None else bos)
     if tokenizer.eos_id is None:
         raise UserError("the tokenizer has no EOS token, and every document must end with one; name it as eos_token "
                         "in tokenizer_config.json beside the tokenizer")
     if bos and tokenizer.bos_id is None:
         raise UserError("--bos was asked for, but the tokenizer has no BOS token")
-    itemsize, empty, manifests = 2 if tokenizer.vocab_size <= 65536 else 4, collections.Counter(), []
+    itemsize, manifests = 2 if tokenizer.vocab_size <= 65536 else 4, []
+    empty, too_long = collections.Counter(), collections.Counter()
     described = {key: getattr(tokenizer, key) for key in ("fingerprint", "library", "vocab_size", "bos_id", "eos_id")}
     writers = {(k, split): ShardWriter(folder, split, described, itemsize, shard_tokens)
                for k, folder in enumerate(folders) for split in SPLITS}
     batches = batches_by_size(documents, lambda document: len(document[1]), batch_bytes)
     with WorkerPool(workers, (tokenizer, bos, heldout, heldout_hash), threads=True) as pool:
-        for encoded, without_text in pool.map(_encode_batch, batches):
-            empty.update(without_text)
+        for encoded, left_out in pool.map(encode or _encode_batch, batches):
+            (too_long if records else empty).update(left_out)
             for place, arrays in encoded.items():
                 writers[place].add(*arrays)
     for k, folder in enumerate(folders):
@@ -154,12 +165,13 @@ def write_folders(documents, folders: list[Path], tokenizer, *, heldout: float =
         splits = {split: describe_split(writers[k, split].records) for split in SPLITS}
         if not splits["train"]["tokens"] and not allow_empty:
             which = f"bucket {k} of {len(folders)}: " if len(folders) > 1 else ""
-            raise UserError(f"{which}nothing to train on: {empty[k]} empty documents, "
+            longer = f"{too_long[k]} longer than --max-tokens, " if records else ""
+            raise UserError(f"{which}nothing to train on: {empty[k]} empty documents, {longer}"
                             f"{splits['heldout']['documents']} held out")
         manifests.append({"format": "nanocpt-shards", "version": VERSIONS[-1], "dtype": f"uint{8 * itemsize}",
-                          "tokenizer": described, "bos": bos, "eos": True, "heldout": heldout,
+                          "tokenizer": described, "bos": bos, "eos": not records, "heldout": heldout,
                           "heldout_rule": HELDOUT_RULES[heldout_hash], "inputs": inputs or [],
-                          "lost_share": lost_share,
+                          "lost_share": lost_share, "records": records and {**records, "too_long": too_long[k]},
                           "empty_documents_dropped": empty[k], "splits": splits})
         write_index(folder / "manifest.json", manifests[k])
     return manifests
@@ -239,8 +251,8 @@ def merge_parts(out) -> Path:
     parts = {name: read_manifest(out / name) for name in wanted}
     first = parts[wanted[0]]
     for name, manifest in parts.items():
-        for key in ("tokenizer", "bos", "heldout", "heldout_rule", "dtype", "inputs"):
-            if manifest[key] != first[key]:
+        for key in ("tokenizer", "bos", "heldout", "heldout_rule", "dtype", "inputs", "records"):
+            if _without_counts(manifest.get(key)) != _without_counts(first.get(key)):
                 raise UserError(f"{out}/{name} has another {key} than {wanted[0]}: {manifest[key]} and {first[key]}; "
                                 f"pack it again like the others")
     splits = {split: describe_split([{**shard, "name": f"{name}/{shard['name']}"} for name, manifest in parts.items()
@@ -253,9 +265,16 @@ def merge_parts(out) -> Path:
                 for manifest in parts.values() if manifest.get("lost_share") is not None]
     weight = sum(nbytes for _, nbytes in measured)
     lost = sum(share * nbytes for share, nbytes in measured) / weight if weight else None
-    write_index(out / "manifest.json", {**first, "version": VERSIONS[-1], "lost_share": lost,
+    records = first.get("records")
+    if records:
+        records = {**records, "too_long": sum(manifest["records"]["too_long"] for manifest in parts.values())}
+    write_index(out / "manifest.json", {**first, "version": VERSIONS[-1], "lost_share": lost, "records": records,
                                         "empty_documents_dropped": empty, "splits": splits})
     return out
+
+
+def _without_counts(value):
+    return {key: each for key, each in value.items() if key != "too_long"} if isinstance(value, dict) else value
 
 
 # ---- score buckets
@@ -325,8 +344,12 @@ class Shards:
         # What stands with the scores of this text, if there is any.
         self.lost = {key: share for key, share in self.manifest.items() if key == "lost_share" and share}
         self.records = self.manifest["splits"][split]["shards"]
+        # "text", "chat" or "preference": in the last, documents come in pairs, a chosen one and a rejected one.
+        self.format = (self.manifest.get("records") or {"format": "text"})["format"]
         opened = [open_shard(self.folder, self.manifest, record) for record in self.records]
-        self.token_maps, self.end_maps, self.byte_maps = zip(*opened) if opened else ((), (), ())
+        # The masks are there of conversations alone.
+        self.token_maps, self.end_maps, self.byte_maps, *masks = zip(*opened) if opened else ((), (), ())
+        self.mask_maps = masks[0] if masks else None
         # Where each shard begins in the virtual array, and the number of its first document; the totals stand last.
         self.first_token = np.cumsum([0] + [len(t) for t in self.token_maps]).tolist()
         self.first_document = np.cumsum([0] + [len(e) for e in self.end_maps]).tolist()
@@ -355,12 +378,35 @@ class Shards:
             at += len(part)
         return (tokens[0], begins[0]) if len(begins) == 1 else (np.concatenate(tokens), np.concatenate(begins))
 
+    def read_mask(self, start: int, n: int) -> np.ndarray | None:
+        """bool [n], which of the n tokens from `start` on are learned; None where all are, as in text."""
+        if self.mask_maps is None:
+            return None
+        parts, at = [], 0
+        while at < n:
+            place = (start + at) % self.tokens
+            shard = bisect.bisect_right(self.first_token, place) - 1
+            local, length = place - self.first_token[shard], len(self.token_maps[shard])
+            end = min(length, local + n - at)
+            bits = np.unpackbits(self.mask_maps[shard][local // 8:-(-end // 8)])
+            parts.append(bits[local % 8:local % 8 + end - local].astype(bool))
+            at += end - local
+        return np.concatenate(parts)
+
+    def document_mask(self, index: int) -> np.ndarray:
+        """bool [its tokens], which tokens of a conversation are learned."""
+        shard = bisect.bisect_right(self.first_document, index) - 1
+        local, ends = index - self.first_document[shard], self.end_maps[shard]
+        begin = int(ends[local - 1]) if local else 0
+        return self.read_mask(self.first_token[shard] + begin, int(ends[local]) - begin)
+
     def text_document(self, index: int) -> tuple[np.ndarray, int]:
-        """(tokens, bytes of text) of one document, without its BOS and EOS."""
+        """(tokens, bytes of text) of one document, without its BOS and EOS; a conversation has none but its own."""
         shard = bisect.bisect_right(self.first_document, index) - 1
         local, ends = index - self.first_document[shard], self.end_maps[shard]
         begin = (int(ends[local - 1]) if local else 0) + self.manifest["bos"]
-        return self.token_maps[shard][begin:int(ends[local]) - 1], int(self.byte_maps[shard][local])
+        end = int(ends[local]) - self.manifest.get("eos", True)
+        return self.token_maps[shard][begin:end], int(self.byte_maps[shard][local])
 
 
 def read_manifest(folder: Path) -> dict:
@@ -380,18 +426,21 @@ def _describe_fault(folder: Path, record: dict, suffix: str, fault: str) -> User
     return UserError(f"shard file {folder}/{record['name']}.{suffix} {fault}; {remedy}")
 
 
-def open_shard(folder: Path, manifest: dict, record: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Memory maps of (tokens, document ends, document bytes), after sizes and header are found to fit the manifest."""
+def open_shard(folder: Path, manifest: dict, record: dict) -> tuple[np.ndarray, ...]:
+    """Memory maps of (tokens, document ends, document bytes[, mask]), after sizes and header are found to fit the
+    manifest."""
     dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
     arrays = []
-    for suffix, skip, kind, count, _ in FILES:
-        path, kind = folder / f"{record['name']}.{suffix}", np.dtype(kind or dtype)
-        wanted = skip + record[count] * kind.itemsize
+    for suffix, skip, kind, count, shared, key in FILES:
+        if key not in record:
+            continue
+        path, kind, length = folder / f"{record['name']}.{suffix}", np.dtype(kind or dtype), -(-record[count] // shared)
+        wanted = skip + length * kind.itemsize
         size = path.stat().st_size if path.exists() else None
         if size != wanted:
             raise _describe_fault(folder, record, suffix, "is missing" if size is None else
                                   f"has {size} bytes instead of {wanted}: it was cut short or changed")
-        arrays.append(np.asarray(np.memmap(path, kind, "r", skip, (record[count],))))
+        arrays.append(np.asarray(np.memmap(path, kind, "r", skip, (length,))))
     header = np.fromfile(folder / f"{record['name']}.bin", "<i4", 256)
     if header.tolist() != shard_header(record, manifest["tokenizer"], dtype.itemsize).tolist():
         raise _describe_fault(folder, record, "bin", "has a header that does not fit the manifest")
@@ -407,7 +456,7 @@ def verify(folder, budget_bytes: float = float("inf"), seed: int = 0) -> int:
         record = records[position]
         if read and read + record["tokens"] * np.dtype(manifest["dtype"]).itemsize > budget_bytes:
             continue
-        tokens, ends, _ = arrays = open_shard(folder, manifest, record)
+        tokens, ends, *_ = arrays = open_shard(folder, manifest, record)
         for (suffix, *_, key), array in zip(FILES, arrays):
             if hashlib.sha256(array).hexdigest() != record[key]:
                 raise _describe_fault(folder, record, suffix, "has another content than was written (its hash differs)")

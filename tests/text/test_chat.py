@@ -1,0 +1,167 @@
+"""text/chat.py: what of a conversation is learned. Truth: ids put together by hand from the tokenizer's own, a loop
+over documents."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from synthetic import counts_of, run
+
+import data
+import tokenizer as tokenizers
+from core.errors import UserError
+from text.conversations import ALPACA
+from text.mixture import DataConfig
+from text.packing import pack_sources
+from text.shards import Shards, verify
+
+IGNORE = -100
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def preferences(n: int, seed: int = 0) -> list[dict]:
+    rng = random.Random(seed)
+    return [{"prompt": f"Ask {i}", "chosen": "yes " * (rng.randint(1, 30) + 200 * (i % 10 == 9)),
+             "rejected": "no " * rng.randint(1, 30)}
+            for i in range(n)]
+
+
+def answers(records: list[dict]) -> list[dict]:
+    return [{"prompt": record["prompt"], "response": record["chosen"]} for record in records]
+
+
+def pack(monkeypatch, folder, records, tokenizer, *options):
+    file = write_lines(folder / "records.jsonl", records)
+    status = run(monkeypatch, "pack", file, "--tokenizer", tokenizer, "--out", folder / "packed", "--overwrite",
+                 "--heldout", 0, *options)
+    return status, folder / "packed"
+
+
+def documents_of(tok, records, key) -> list[tuple[list, list]]:
+    """(ids, labels) of each record's conversation in Alpaca's form, one token after the other, by hand."""
+    found = []
+    for record in records:
+        prompt = [tok.bos_id, *tok.encode(ALPACA.format(record["prompt"]))]
+        answer = [*tok.encode(record[key]), tok.eos_id]
+        found.append((prompt + answer, [IGNORE] * len(prompt) + answer))
+    return found
+
+
+@pytest.mark.parametrize("packing", ["window", "best_fit", "document"])
+@pytest.mark.parametrize("shard_tokens", [10**8, 700])
+def test_a_pair_stands_whole_in_one_sequence(tmp_path, monkeypatch, tiny_bpe, packing, shard_tokens):
+    """Each pair that fits comes once in an epoch, chosen before rejected; one that does not is counted."""
+    tok, records, T = tokenizers.load(tiny_bpe), preferences(40), 850
+    status, folder = pack(monkeypatch, tmp_path, records, tiny_bpe, "--format", "preference", "--shard-tokens",
+                          shard_tokens)
+    assert status == 0
+    chosen, rejected = (documents_of(tok, records, key) for key in ("chosen", "rejected"))
+    pairs = [(tuple(a[0]), tuple(a[1]), tuple(b[0]), tuple(b[1])) for a, b in zip(chosen, rejected)]
+    fits = [pair for pair in pairs if len(pair[0]) + len(pair[2]) <= T + 1]
+    assert 0 < len(fits) < len(pairs)
+    config = DataConfig(context=T, packing=packing)
+    packings = pack_sources({"p": Shards(folder)}, config)
+    assert packings["p"].pairs_left_out == len(pairs) - len(fits)
+    rows, found = packings["p"].sequences, []
+    for batch in map(data.Loader(packings, counts_of([rows], [rows]), config, 3).batch, range(2)):
+        seen = []
+        for tokens, labels, start in zip(batch.tokens, batch.labels, batch.doc_start):
+            begins = start.unique().tolist()
+            ends = [*begins[1:], T + 1]
+            pieces = [(tuple(tokens[a:b].tolist()), tuple(labels[a:b].tolist())) for a, b in zip(begins, ends)]
+            if set(pieces[-1][1]) == {IGNORE}:
+                pieces.pop()                                         # padding
+            assert len(pieces) % 2 == 0
+            assert packing != "document" or len(pieces) == 2
+            seen += [(*a, *b) for a, b in zip(pieces[::2], pieces[1::2])]
+        assert sorted(seen) == sorted(fits)
+        found.append(seen)
+    assert found[0] != found[1]
+
+
+def test_pairs_that_are_all_too_long_are_refused(tmp_path, monkeypatch, tiny_bpe):
+    _, folder = pack(monkeypatch, tmp_path, preferences(3), tiny_bpe, "--format", "preference")
+    with pytest.raises(UserError, match=r"each of the 3 pairs of source p is longer than data\.context 32"):
+        pack_sources({"p": Shards(folder)}, DataConfig(context=32))
+
+
+def test_halves_of_a_pair_are_held_out_together_and_left_out_together(tmp_path, monkeypatch, tiny_bpe, capsys):
+    records, tok = preferences(200), tokenizers.load(tiny_bpe)
+    _, folder = pack(monkeypatch, tmp_path, records, tiny_bpe, "--format", "preference", "--heldout", 0.3,
+                     "--max-tokens", 220)
+    short = [record for record in records if max(
+        len(documents_of(tok, [record], key)[0][0]) for key in ("chosen", "rejected")) <= 220]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert 0 < manifest["records"]["too_long"] == len(records) - len(short)
+    assert f"{len(records) - len(short)} left out as too long" in capsys.readouterr().out
+    found = []
+    for split in ("train", "heldout"):
+        shards = Shards(folder, split)
+        texts = [tok.decode(shards.text_document(i)[0]) for i in range(shards.documents)]
+        assert [text.split("### Response:\n")[0] for text in texts[::2]] == [
+            text.split("### Response:\n")[0] for text in texts[1::2]]
+        found.append(len(texts) // 2)
+    assert sum(found) == len(short)
+    assert min(found) > 0
+
+
+# ---- masks in shards
+
+@pytest.mark.parametrize("shard_tokens", [10**8, 300])
+def test_masks_against_a_loop(tmp_path, monkeypatch, tiny_bpe, shard_tokens):
+    records, tok, rng = preferences(12), tokenizers.load(tiny_bpe), random.Random(0)
+    _, folder = pack(monkeypatch, tmp_path, answers(records), tiny_bpe, "--format", "chat", "--shard-tokens",
+                     shard_tokens)
+    shards, documents = Shards(folder), documents_of(tok, records, "chosen")
+    ids, labels = (np.concatenate([document[i] for document in documents]) for i in range(2))
+    assert shards.tokens == len(ids)
+    for _ in range(200):
+        start, n = rng.randrange(len(ids)), rng.randrange(1, 2 * len(ids))
+        places = np.arange(start, start + n) % len(ids)
+        assert shards.read(start, n)[0].tolist() == ids[places].tolist()
+        assert shards.read_mask(start, n).tolist() == (labels != IGNORE)[places].tolist()
+    assert [shards.document_mask(i).tolist() for i in range(12)] == [
+        [label != IGNORE for label in document[1]] for document in documents]
+    # Bits per byte are those of what is learned.
+    assert [shards.text_document(i)[1] for i in range(12)] == [len(record["chosen"]) for record in records]
+
+
+def test_a_flipped_bit_of_a_mask_is_found(tmp_path, monkeypatch, tiny_bpe):
+    _, folder = pack(monkeypatch, tmp_path, preferences(4), tiny_bpe, "--format", "preference")
+    path = folder / "train_000000.mask"
+    whole = path.read_bytes()
+    assert len(whole) == -(-Shards(folder).tokens // 8)
+    for at in (0, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+        with pytest.raises(UserError, match=r"train_000000\.mask has another content"):
+            verify(folder)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"train_000000\.mask has \d+ bytes instead of"):
+        Shards(folder)
+    path.unlink()
+    with pytest.raises(UserError, match=r"train_000000\.mask is missing"):
+        Shards(folder)
+
+
+def test_chat_and_text_stand_in_one_batch(tmp_path, monkeypatch, tiny_bpe):
+    """Labels of a batch of both, worked out by hand: all of a text is learned, of a conversation its answers."""
+    tok, records = tokenizers.load(tiny_bpe), preferences(6)
+    _, folder = pack(monkeypatch, tmp_path, answers(records), tiny_bpe, "--format", "chat")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"the law {i}" for i in range(6)))
+    assert run(monkeypatch, "pack", tmp_path / "text.txt", "--tokenizer", tiny_bpe, "--out", tmp_path / "text",
+               "--heldout", 0, "--documents", "blank") == 0
+    config = DataConfig(context=300, packing="document")
+    packings = pack_sources({"chat": Shards(folder), "text": Shards(tmp_path / "text")}, config)
+    batch = data.Loader(packings, counts_of([6, 6]), config, 0).batch(0)
+    found = {0: [], 1: []}
+    for tokens, labels, source in zip(batch.tokens, batch.labels, batch.source):
+        n = int(torch.nonzero(labels != IGNORE).max()) + 1
+        found[source].append((tokens[:n].tolist(), labels[:n].tolist()))
+    assert sorted(found[0]) == sorted(documents_of(tok, records, "chosen"))
+    assert sorted(found[1]) == sorted(([tok.bos_id, *tok.encode(f"the law {i}"), tok.eos_id],) * 2 for i in range(6))

@@ -1,0 +1,133 @@
+"""text/conversations.py: what each published form of a record means, and one line for what is none. Truth: the forms as
+their data sets document them, written out by hand."""
+
+import json
+
+import pytest
+
+from core.errors import UserError
+from text.conversations import read_conversations
+
+USER, ANSWER = {"role": "user", "content": "Name a colour."}, {"role": "assistant", "content": "Blue."}
+OTHER = {"role": "assistant", "content": "A dog."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def read(tmp_path, record, form="chat", plain=False, name="data.jsonl"):
+    (tmp_path / name).write_text(json.dumps([record]) if name.endswith(".json") else json.dumps(record) + "\n")
+    (found,) = read_conversations([str(tmp_path / name)], form, plain)
+    return [conversation.messages for conversation in found]
+
+
+CHATS = [
+    ({"messages": [USER, ANSWER]}, [USER, ANSWER]),
+    ({"messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
+    ({"conversations": [human("Name a colour."), {"from": "gpt", "value": "Blue."}]}, [USER, ANSWER]),
+    ({"conversations": [USER, ANSWER], "system": "Be brief."}, [SYSTEM, USER, ANSWER]),
+    ({"instruction": "Name a colour.", "output": "Blue."}, [USER, ANSWER]),
+    ({"instruction": "Name a colour.", "input": "", "output": "Blue."}, [USER, ANSWER]),
+    ({"instruction": "Name it.", "input": "the sky", "output": "Blue."},
+     [{"role": "user", "content": "Name it.\n\nthe sky"}, ANSWER]),
+    ({"prompt": "Name a colour.", "response": "Blue."}, [USER, ANSWER]),
+    ({"prompt": "Name a colour.", "completion": "Blue.", "system": None}, [USER, ANSWER]),
+    ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
+    ({"messages": [{**USER, "name": "Ann"}, ANSWER]}, [{**USER, "name": "Ann"}, ANSWER]),
+]
+
+
+@pytest.mark.parametrize(("record", "messages"), CHATS)
+def test_a_record_of_each_form_is_a_conversation(tmp_path, record, messages):
+    assert read(tmp_path, record) == [messages]
+    assert read(tmp_path, record, name="data.json") == [messages]
+
+
+PREFERENCES = [
+    {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "A dog."},
+    {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+    {"prompt": [USER], "chosen": ANSWER, "rejected": OTHER},
+    {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    {"prompt": "Name a colour.", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    {"conversations": [human("Name a colour.")], "chosen": {"from": "gpt", "value": "Blue."},
+     "rejected": {"from": "gpt", "value": "A dog."}},
+    {"instruction": "Name a colour.", "chosen": "Blue.", "rejected": "A dog."},
+]
+
+
+@pytest.mark.parametrize("record", PREFERENCES)
+def test_a_preference_of_each_form_is_two_conversations(tmp_path, record):
+    assert read(tmp_path, record, "preference") == [[USER, ANSWER], [USER, OTHER]]
+
+
+def test_alpacas_prompts(tmp_path):
+    """As github.com/tatsu-lab/stanford_alpaca, train.py has them."""
+    (tmp_path / "a.jsonl").write_text('{"instruction": "Name {it}.", "input": "sky", "output": "Blue."}\n'
+                                      '{"prompt": "Name it.", "response": "Blue."}\n')
+    (with_input,), (without,) = read_conversations([str(tmp_path / "a.jsonl")], "chat", plain=True)
+    assert with_input.write_alpaca() == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nName {it}.\n\n### Input:\nsky\n\n"
+        "### Response:\n", "Blue.")
+    assert without.write_alpaca() == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName it.\n\n### Response:\n", "Blue.")
+
+
+WRONG = [
+    ([], "is a list, and no object"),
+    ({"text": "law"}, r"has none of messages, conversations, instruction and prompt \(it has: text\)"),
+    ({"prompt": "law"}, r"has no answer under output, response or completion \(it has: prompt\)"),
+    ({"prompt": 5, "response": "x"}, "has 5 under prompt; it must be a text or a list of messages"),
+    ({"prompt": "x", "response": ["y"]}, "has in message 1 of response 'y', and no object"),
+    ({"messages": []}, r"has \[\] under messages"),
+    ({"messages": "x"}, "has no answer: no message of the assistant's"),
+    ({"messages": [USER]}, "has no answer"),
+    ({"messages": [USER, {"role": "assistant", "content": " "}]}, "has no answer"),
+    ({"messages": [USER, {"role": "assistant"}]}, r"has in message 2 of messages no content \(it has: role\)"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2 of messages null as its content"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]}, "a list as its content"),
+    ({"messages": [{"role": "bot", "content": "x"}, ANSWER]}, "in message 1 of messages the unknown role 'bot'; known"),
+    ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "unknown role"),
+    ({"conversations": [human("x"), {"from": "gpt"}]}, "no value"),
+    ({"instruction": "x", "input": 5, "output": "y"}, "has a number under input"),
+    ({"messages": [USER, ANSWER], "tools": "x"}, "has a string under tools"),
+    ({"prompt": "x", "chosen": "y", "rejected": "z"}, "pack such records with --format preference"),
+]
+
+
+@pytest.mark.parametrize(("record", "match"), WRONG)
+def test_a_record_that_is_none_is_refused_with_its_place(tmp_path, record, match):
+    with pytest.raises(UserError, match=match) as refused:
+        read(tmp_path, record)
+    assert str(refused.value).startswith(f"{tmp_path}/data.jsonl line 1 ")
+    assert "\n" not in str(refused.value)
+
+
+WRONG_PAIRS = [
+    ({"prompt": "x", "chosen": "y"}, r"has nothing under rejected \(it has: prompt, chosen\)"),
+    ({"chosen": "y", "rejected": "z"}, "has no prompt"),
+    ({"chosen": [SYSTEM, USER, ANSWER], "rejected": [USER, OTHER]}, "differ before their last turn"),
+    ({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [ANSWER, {**USER, "content": "?"}]}, "last turn is not"),
+    ({"prompt": "x", "chosen": "y", "rejected": ""}, "has no answer"),
+]
+
+
+@pytest.mark.parametrize(("record", "match"), WRONG_PAIRS)
+def test_a_preference_that_is_none_is_refused_with_its_place(tmp_path, record, match):
+    with pytest.raises(UserError, match=match):
+        read(tmp_path, record, "preference")
+
+
+def test_the_place_in_a_list_of_json(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": [USER, ANSWER]}, {"messages": [USER]}]))
+    with pytest.raises(UserError, match=r"a\.json entry 2 has no answer"):
+        list(read_conversations([str(tmp_path / "a.json")], "chat", False))
+
+
+@pytest.mark.parametrize("messages", [[USER, ANSWER, USER, ANSWER], [SYSTEM, USER, ANSWER], [ANSWER]])
+def test_a_base_without_a_template_takes_no_chats(tmp_path, messages):
+    with pytest.raises(UserError, match=r"is a chat, and the model has no chat template.*chat_template\.jinja"):
+        read(tmp_path, {"messages": messages}, plain=True)

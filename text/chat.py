@@ -1,0 +1,169 @@
+"""Conversations -> token ids, and which of them are learned: the assistant's answers, or all.
+
+A conversation is written as text in segments that are encoded one by one, so that no token stands on both sides of a
+border between what is learned and what is not. Control tokens that belong to the form, such as <|im_end|>, become their
+ids; where a user wrote the same letters, they stay plain text. Nothing is left out because of its id: the token that
+ends an answer is learned, also where it is the padding token or EOS.
+"""
+
+import collections
+import functools
+import itertools
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from text import shards
+from text.conversations import Conversation, read_conversations
+from text.corpus import utf8
+from text.heldout import is_held_out, normalise
+from text.vocabulary import measure_loss
+
+# Stands within a control token's letters where these are plain text, and is no character (Unicode, 23.7).
+MARK = "\ufdd0"
+
+
+class Segment(NamedTuple):
+    text: str
+    learned: bool
+
+
+@dataclass
+class Example:
+    """What is held out or trained on together: one conversation, or the two of a preference, chosen before rejected."""
+
+    # The text whose hash holds it out: of a preference the prompt's, so that all answers to it stand on one side.
+    key: str
+    documents: list[list[Segment]]
+
+    def __len__(self):
+        return sum(len(segment.text) for document in self.documents for segment in document)
+
+
+class Renderer:
+    """render(conversations) -> Example: in Alpaca's form, between BOS (where the model was trained with one) and EOS.
+
+    learn: "responses" or "all".
+    """
+
+    def __init__(self, tokenizer, learn: str):
+        self.controls, self.learn_all = control_tokens(tokenizer), learn == "all"
+        self.first = tokenizer.tokens[tokenizer.bos_id] if tokenizer.add_bos else ""
+        self.last = tokenizer.tokens[tokenizer.eos_id]
+
+    def render(self, conversations: list[Conversation]) -> Example:
+        documents = [self._write_plain(conversation) for conversation in conversations]
+        of_key = documents[0][:1] if len(documents) > 1 else documents[0]
+        return Example("".join(segment.text for segment in of_key).replace(MARK, ""), documents)
+
+    def _write_plain(self, conversation: Conversation) -> list[Segment]:
+        prompt, answer = (mark_controls(text, self.controls) for text in conversation.write_alpaca())
+        return [Segment(self.first + prompt, self.learn_all), Segment(answer + self.last, True)]
+
+
+# ---- control tokens
+
+def control_tokens(tokenizer) -> dict[str, int]:
+    """{text: id} of the tokens that no text contains but by its form: BOS, EOS, <|im_end|>."""
+    return {token: i for i in tokenizer.special_ids if (token := tokenizer.tokens[i])}
+
+
+def find_any(tokens) -> re.Pattern:
+    """A pattern that finds each of these tokens, the longest that begins at a place, and keeps it in a split."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+
+def mark_controls(text: str, tokens) -> str:
+    """`text` with a MARK behind the first letter of each of these tokens in it, as often as there is one."""
+    text, pattern = text.replace(MARK, ""), find_any(token for token in tokens if len(token) > 1)
+    while pattern.search(text):
+        text = pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+    return text
+
+
+class SegmentEncoder:
+    """encode(segments) -> (ids uint32 [n], learned bool [n], UTF-8 bytes of the learned text without control tokens).
+
+    The package `tokenizers` finds control tokens in a text, the others do not: there the text is cut at them here. What
+    follows one begins anew, which for SentencePiece means a blank before it, as in a document of its own. What goes on
+    within a text is encoded behind something else, whose ids are then cut off.
+    """
+
+    def __init__(self, tokenizer):
+        self.encode_text = lambda text: tokenizer.encode_batch([text])[0].tolist()
+        self.prefix_of = functools.cache(self.encode_text)
+        self.controls = control_tokens(tokenizer)
+        own = [token for token, i in self.controls.items() if self.encode_text(token) != [i]]
+        self.own, self.any = find_any(own), find_any(self.controls)
+        # Whether a text gets a blank at its beginning that it does not have within another.
+        newline = self.encode_text("\n")
+        self.adds_prefix = self.encode_text("\na")[len(newline):] != self.encode_text("a")
+
+    def encode(self, segments: list[Segment]) -> tuple[np.ndarray, np.ndarray, int]:
+        ids, learned, nbytes, before = [], [], 0, None
+        for segment in segments:
+            start = len(ids)
+            for run in segment.text.split(MARK):
+                for part in filter(None, self.own.split(run)):
+                    ids += self._encode_part(part, before)
+                    before = next((token for token in self.any.findall(part)[-1:] if part.endswith(token)), "")
+            learned += [segment.learned] * (len(ids) - start)
+            nbytes += len(utf8(self.any.sub("", segment.text).replace(MARK, ""))) if segment.learned else 0
+        return np.array(ids, np.uint32), np.array(learned, bool), nbytes
+
+    def _encode_part(self, part: str, before: str | None) -> list[int]:
+        """The ids of a control token or of a text; before: the control token before it, "" where a text stands there,
+        None at the beginning of the document."""
+        if self.own.fullmatch(part):
+            return [self.controls[part]]
+        anew = before is None or (before and self.own.fullmatch(before))
+        prefix = "" if anew else before or ("\n" if self.adds_prefix else "")
+        ids, skipped = self.encode_text(prefix + part), self.prefix_of(prefix) if prefix else []
+        return ids[len(skipped):] if ids[:len(skipped)] == skipped else self.encode_text(part)
+
+
+# ---- packing
+
+def pack_conversations(files: list[str], tokenizer, out, form: str, *, learn: str = "responses",
+                       max_tokens: int | None = None, reading=None, part: tuple[int, int] = (1, 1), bar=None,
+                       **options) -> dict:
+    """Pack the conversations of files in Alpaca's form; returns the manifest. form: "chat" or "preference".
+
+    A conversation of more than `max_tokens` tokens is left out, of a preference with its other half. bar: a tqdm, moved
+    by each record. `options` are those of shards.write_folders."""
+    renderer = Renderer(tokenizer, learn)
+    read = functools.partial(read_conversations, form=form, plain=True, reading=reading)
+    found = iter(shards.deal_documents(files, read, *part))
+    first = list(itertools.islice(found, 64))
+    said = [turn["content"] for conversations in first for turn in conversations[0].messages]
+
+    def examples():
+        for conversations in itertools.chain(first, found):
+            yield renderer.render(conversations)
+            if bar is not None:
+                bar.update()
+    return shards.pack(examples(), tokenizer, out,
+                       encode=functools.partial(encode_examples, max_tokens), lost_share=measure_loss(tokenizer, said),
+                       records={"format": form, "learn": learn, "template": "alpaca"}, **options)
+
+
+def encode_examples(max_tokens: int | None, shared, batch: list):
+    """In a worker thread, Examples (k, example) -> ({(k, split): (ids [n], tokens of each document, bytes of each,
+    which tokens are learned [n])}, the k of each Example with a document of more than `max_tokens`)."""
+    tokenizer, _, heldout, heldout_hash = shared
+    documents, too_long, encoder = collections.defaultdict(lambda: ([], [], [], [])), [], SegmentEncoder(tokenizer)
+    for k, example in batch:
+        encoded = [encoder.encode(document) for document in example.documents]
+        if max_tokens and max(len(ids) for ids, *_ in encoded) > max_tokens:
+            too_long.append(k)
+            continue
+        hashed = utf8(normalise(example.key) if heldout_hash == "normal" else example.key)
+        place = documents[k, "heldout" if is_held_out(hashed, heldout) else "train"]
+        for ids, learned, nbytes in encoded:
+            for column, value in zip(place, (ids, len(ids), nbytes, learned)):
+                column.append(value)
+    return {place: (np.concatenate(ids), np.array(lengths), np.array(nbytes), np.concatenate(learned))
+            for place, (ids, lengths, nbytes, learned) in documents.items()}, too_long
