@@ -102,7 +102,7 @@ class Watch(threading.Thread):
             frame = frame.f_back
         self.store.set(f"rank {self.rank}", json.dumps({
             "looks": self.looks, "begun": self.group._get_sequence_number_for_group(), "what": self.what,
-            "where": where}))
+            "where": where, "seconds": time.monotonic() - self.since}))
 
     def read_all(self) -> list[dict]:
         return [json.loads(self.store.get(f"rank {rank}")) for rank in range(self.size)]
@@ -168,8 +168,8 @@ class Watch(threading.Thread):
         """What takes too long: say which ranks have begun the fewest collectives, and end."""
         seconds, known = time.monotonic() - self.since, self.read_all()
         least = min(row["begun"] for row in known)
-        # A process that was halted did not say where it is now.
-        last = [f"rank {rank}{row['where'] if row['what'] == self.what else ''}" for rank, row in enumerate(known)
+        # A process that was halted said for the last time where it was when it was busy with this for a moment.
+        last = [f"rank {rank}{row['where'] if row['seconds'] > seconds / 2 else ''}" for rank, row in enumerate(known)
                 if row["begun"] == least]
         if not self.claim(1):
             self.end()

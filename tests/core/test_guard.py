@@ -66,6 +66,16 @@ def test_what_was_left_out_since_a_checkpoint_was_left_out_in_a_row_once_the_run
         guard.check()
 
 
+def test_each_kind_of_fault_has_its_own_policy():
+    guard = Guard(GuardConfig(spike="rewind", window=8))
+    assert not any(judged(guard, [2.0, 2.2] * 4))
+    found = []
+    for loss in (math.nan, 9.0, 2.1):
+        guard.judge(8, loss, 1.0, ["law"])
+        found.append(guard.goes_back)
+    assert found == [False, True, False]
+
+
 def test_spikes_are_off_unless_asked_for():
     assert not any(judged(Guard(), [2.0] * 200 + [1e30]))
 

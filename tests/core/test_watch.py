@@ -20,6 +20,7 @@ from runs import ENV, arguments, lines, make_lab, same_checkpoint
 
 from core import checkpoint
 from core.errors import UserError
+from core.watch import Watch
 
 pytestmark = pytest.mark.slow
 STEPS = 12
@@ -173,6 +174,21 @@ def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault,
     assert checkpoint.steps(out / "checkpoints")[0] == 2
     for step in checkpoint.steps(out / "checkpoints"):
         checkpoint.verify(checkpoint.path_of(out / "checkpoints", step))
+
+
+@pytest.mark.parametrize(("spent", "place"), [(58.0, " (at data.py:7)"), (0.4, "")])
+def test_the_place_of_a_halted_rank_is_not_told(monkeypatch, capsys, spent, place):
+    """Rank 1 was last heard of two seconds ago, or when it had just begun."""
+    seen = Watch.__new__(Watch)
+    vars(seen).update(rank=0, size=2, since=time.monotonic() - 60, what="the start")
+    rows = [{"seconds": 59.0, "begun": 5, "what": "the start", "where": " (at eval.py:3)"},
+            {"seconds": spent, "begun": 4, "what": "the start", "where": " (at data.py:7)"}]
+    monkeypatch.setattr(Watch, "read_all", lambda self: rows)
+    monkeypatch.setattr(Watch, "claim", lambda self, status: True)
+    monkeypatch.setattr(Watch, "wait_for", lambda self, *what: None)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    seen.name_the_last()
+    assert capsys.readouterr().err.startswith(f"error: rank 1{place} hangs in the start: no rank went on for 60 sec")
 
 
 def test_a_rank_that_dies_while_the_ranks_connect_is_not_waited_for_long(shared_lab, tmp_path):
