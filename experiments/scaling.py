@@ -29,6 +29,7 @@ from power_law import judge, predict_largest
 from scratch import RESULTS, SIZES, Scratch, choose_results  # noqa: F401
 
 import hf
+import tokenizer as tokenizers
 from core import cli
 from core.config import read_toml, setting
 from core.errors import UserError
@@ -205,9 +206,9 @@ def run_study(c: Scaling) -> dict:
     if len(set(c.sizes)) < 4:
         raise UserError(f"--sizes has {len(set(c.sizes))} sizes, and a law of three parameters needs four or more")
     began, out = time.perf_counter(), scratch.make_folder(c)
-    scratch.train_tokenizer(c, out / "tokenizer", c.text, separator=c.separator)
-    scratch.pack_text(out / "shards", out / "tokenizer", c.text, c.separator)
-    steps = scratch.count_steps(c, out / "shards")
+    texts = scratch.read_text(c.text, c.separator)
+    tokenizers.train(texts, "bpe", c.vocab_size, out / "tokenizer")
+    steps = scratch.count_steps(c, scratch.pack_text(texts, out / "shards", out / "tokenizer"))
     # The largest first, so that the last runs to end are short ones.
     sizes = sorted(set(c.sizes), key=scratch.count_block_parameters, reverse=True)
     asked = [(size, seed, c, steps, out) for size in sizes for seed in c.seeds]

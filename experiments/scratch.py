@@ -16,10 +16,13 @@ HERE = Path(__file__).resolve().parent
 # The checkout, wherever a study is run from; and this folder last, because `import tokenizers` means the library.
 sys.path[:] = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE), str(HERE)]
 
+import tokenizer as tokenizers  # noqa: E402
 from core import cli  # noqa: E402
 from core.config import read_toml, setting  # noqa: E402
 from core.errors import UserError  # noqa: E402
 from core.files import read_json, refuse_existing  # noqa: E402
+from text.corpus import read_documents  # noqa: E402
+from text.shards import pack  # noqa: E402
 
 RESULTS = cli.ROOT / "experiments/results"
 HELDOUT = 0.05
@@ -56,21 +59,13 @@ def make_folder(c) -> Path:
     return Path(c.out).resolve()
 
 
-def split_words(separator: str | None) -> list[str]:
-    return ["--separator", separator] if separator else []
+def read_text(files: list[str], separator: str | None) -> list[str]:
+    return [text for text in read_documents(files, cli.Reading(separator=separator)) if text]
 
 
-def train_tokenizer(c: Scratch, folder: Path, files: Iterable, kind: str = "bpe", separator: str | None = None) -> Path:
-    cli.run_command("tokenizer.py", "train", "--kind", kind, "--vocab-size", c.vocab_size, "--out", folder, *files,
-                    *split_words(separator), threads=1)
-    return folder
-
-
-def pack_text(folder: Path, tokenizer: Path, files: Iterable, separator: str | None = None,
-              heldout: float = HELDOUT) -> Path:
-    cli.run_command("data.py", "pack", "--tokenizer", tokenizer, "--out", folder, *files, *split_words(separator),
-                    "--heldout", heldout, threads=1)
-    return folder
+def pack_text(texts: list[str], folder: Path, tokenizer: Path, heldout: float = HELDOUT) -> int:
+    """Pack documents; returns how many tokens are trained on."""
+    return pack(texts, tokenizers.load(tokenizer), folder, heldout=heldout, workers=1)["splits"]["train"]["tokens"]
 
 
 def size_words(size: str) -> list:
@@ -85,13 +80,11 @@ def count_block_parameters(size: str) -> int:
     return blocks * (4 * D * D + 3 * D * F + 2 * D) + D
 
 
-def count_steps(c: Scratch, shards: Path) -> int:
-    """The steps of --steps, or else of the recipe: given, or in epochs of the packed text."""
+def count_steps(c: Scratch, tokens: int) -> int:
+    """The steps of --steps, or else of the recipe: given, or in epochs of a text of so many tokens."""
     recipe = read_toml(cli.ROOT / c.recipe)
-    if steps := c.steps or recipe["train"].get("steps"):
-        return steps
-    tokens = read_json(shards / "manifest.json")["splits"]["train"]["tokens"]
-    return max(1, int(recipe["train"]["epochs"] * tokens / (recipe["train"]["batch_size"] * recipe["data"]["context"])))
+    per_step = recipe["train"]["batch_size"] * recipe["data"]["context"]
+    return c.steps or recipe["train"].get("steps") or max(1, int(recipe["train"]["epochs"] * tokens / per_step))
 
 
 def train_model(c, folder: Path, tokenizer: Path, words: list, seed: int) -> tuple[dict, list[dict]]:
