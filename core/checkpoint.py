@@ -63,7 +63,7 @@ FIELDS = {
               "left_out": COUNT, "in_a_row": COUNT},
     "decisions": [{"step": STEP, "replay_share": (SHARE, None), str: PLAIN}],
     "evaluations": {str: {"step": STEP, "protocol": {str: PLAIN}, "texts": {str: {"perplexity": float, str: (
-        *PLAIN, [float])}}, str: PLAIN}}, str: PLAIN}
+        *PLAIN, [float])}}, str: (*PLAIN, {str: {str: float}})}}, str: PLAIN}
 ALONE = World(0, 1, torch.device("cpu"))
 
 

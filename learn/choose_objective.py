@@ -6,16 +6,20 @@ from typing import Literal
 from core.config import setting
 from core.errors import UserError
 from learn.objectives import Causal, Masked, Objective
+from learn.selective import Selective
 
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["causal", "masked"] = "causal"
-    """causal: predict the next token; masked: predict masked tokens from both sides"""
+    name: Literal["causal", "masked", "selective"] = "causal"
+    """causal: predict the next token; masked: predict masked tokens from both sides; selective: causal, but only the
+    tokens count whose loss is the most above that of the reference (Rho-1)"""
     mask_ratio: float = setting(0.15, above=0, at_most=1)
     """masked: share of the positions that are predicted"""
     mask_token_id: int | None = setting(None, at_least=0, below=2**31)
     """masked: id that stands for a masked token; default: the tokenizer's mask token"""
+    keep: float = setting(0.6, above=0, at_most=1)
+    """selective: share of each document's targets that count"""
     reference: str = ""
     """model folder or hf:// id of the reference model, where the objective has one; default: the base"""
     z_loss: float = setting(0.0, at_least=0, at_most=1e3)
@@ -27,6 +31,8 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
     """The objective of the settings. UserError where masking lacks a mask token inside the vocabulary."""
     if config.name == "causal":
         return Causal(mask_documents, config.z_loss)
+    if config.name == "selective":
+        return Selective(mask_documents, config.keep, config.z_loss)
     mask_id = config.mask_token_id if config.mask_token_id is not None else getattr(tokenizer, "mask_id", None)
     if mask_id is None:
         raise UserError("objective masked needs a mask token and the tokenizer has none; name an id that the text does "

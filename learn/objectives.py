@@ -24,6 +24,8 @@ class Objective:
     """whether attention sees only the tokens before"""
     measures: tuple[str, ...] = ()
     """names of what it measures beside its loss, the same on every rank"""
+    uses_reference: bool = False
+    """whether it compares the model with a frozen one: that of objective.reference, or else the base"""
 
     @property
     def shift(self) -> int:
@@ -64,10 +66,12 @@ class Objective:
         sums per sequence; "hidden" [B, T, D], part of the graph; "measures", {name: (sum, number)} of which the mean is
         told; with want_hits "hits", the number of targets that have the largest logit.
         """
-        hidden = self.hidden_states(model, batch)
         # Under DDP the model stands inside its wrapper.
-        head = getattr(model, "module", model).head
-        loss, token_loss, hits = linear_cross_entropy(hidden, head.weight, batch.labels, want_hits,
+        return self.loss_of(self.hidden_states(model, batch), getattr(model, "module", model), batch, want_hits)
+
+    def loss_of(self, hidden, model, batch, want_hits: bool = False):
+        """`loss` of hidden states [B, T, D] of the batch that are known already."""
+        loss, token_loss, hits = linear_cross_entropy(hidden, model.head.weight, batch.labels, want_hits,
                                                       z_loss=self.z_loss if model.training else 0.0)
         valid = batch.labels != IGNORE
         metrics = {"token_loss": token_loss, "sequence_loss": token_loss.sum(1), "sequence_targets": valid.sum(1),

@@ -243,6 +243,9 @@ def refuse_combinations(c, ranks: int):
                         "them out")
     if c.lora.rank and c.optim.embedding_lr_scale != 1:
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
+    if c.forget.lwf.alpha and c.objective.name == "selective":
+        raise UserError("forget.lwf takes its KL on every target and objective selective leaves most out; use one of "
+                        "them")
     if c.train.batch_size % ranks:
         raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {ranks} ranks")
     if c.train.batch_size * c.data.context > MOST_TOKENS:
@@ -410,7 +413,7 @@ def describe_learning(run: Run) -> Learning:
     base, sharded = None, world.size > 1 and c.parallel.strategy == "fsdp"
     if c.lora.rank:
         base = adapters.disabled
-    elif c.forget.lwf.alpha and sharded:
+    elif sharded and (c.forget.lwf.alpha or (run.objective.uses_reference and not c.objective.reference)):
         # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
