@@ -206,7 +206,11 @@ def run_pack(options: Pack) -> dict:
 
 
 def refuse_pack(options: Pack):
-    """UserError for options of `pack` that exclude each other."""
+    """UserError for options of `pack` that exclude each other, and for a place in what another `pack` made."""
+    outer = next((path for path in Path(options.output.out).absolute().parents if shards.FOLDER.marks_it(path)), None)
+    if outer:
+        raise UserError(f"--out {options.output.out} is in {outer}, a packed source, which could then not be replaced; "
+                        f"choose another --out")
     if options.bos and options.no_bos:
         raise UserError("--bos and --no-bos contradict each other; leave one of them out")
     if (options.buckets is None) != (options.score is None) or (options.first and not options.score):

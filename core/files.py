@@ -64,9 +64,12 @@ class FolderKind:
                 raise UserError(f"{path} holds {str(name)!r}, which is no part of a {self.name}, so it is not "
                                 f"replaced; choose another --out, or move it away")
             first = first or name
-        if first and not any(file_holds(path / name, mark) for name, mark in self.marks.items()):
+        if first and not self.marks_it(path):
             raise UserError(f"{path} holds {str(first)!r}, but no command of ours has made a {self.name} of that, so "
                             f"it is not replaced; choose another --out, or move it away")
+
+    def marks_it(self, path: Path) -> bool:
+        return any(file_holds(path / name, mark) for name, mark in self.marks.items())
 
     def holds(self, name: PurePath) -> bool:
         """Whether a folder of this kind may hold the file `name`, relative to it, or a killed process has left it."""

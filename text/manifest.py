@@ -11,9 +11,13 @@ from pathlib import Path
 
 from core.errors import UserError
 from core.files import read_json, write_text
+from core.foreign_files import find_odd
 
 VERSIONS = (1, 2, 3)
 SPLITS = ("train", "heldout")
+# What a buckets.json holds, as a shape for `find_odd`; the first version had no hash.
+BUCKETS = {"score": str, "first": lambda value: value in ("low", "high"), str: (str, int), "buckets": [
+    {"name": str, "low": float, "high": float, "documents": int, "tokens": int}]}
 # The formats of documents of which not all tokens are learned.
 MASKED = ("chat", "preference")
 
@@ -35,7 +39,8 @@ def read_index(path: Path, kind: str, entries_of) -> dict:
         if index["format"] != kind or index["version"] not in VERSIONS:
             raise UserError(f"it is {index['format']} {index['version']}")
         body, _, end = path.read_bytes().rpartition(b',\n "sha256": "')
-        if index["version"] > 1 and end != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
+        # A flipped bit makes the first version of the third, which had no hash.
+        if (index["version"] > 1 or "sha256" in index) and end != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
             raise UserError("it is not what was written")
         names = [entry["name"] for entry in entries_of(index)]
     except (UserError, LookupError, TypeError, ValueError) as error:
@@ -49,6 +54,13 @@ def read_index(path: Path, kind: str, entries_of) -> dict:
 def list_shards(manifest: dict) -> list[dict]:
     """What a manifest says of each shard, those of the held-out split last."""
     return [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+
+
+def check_buckets(index: dict) -> list[dict]:
+    """The score buckets in a buckets.json; ValueError where a value is of a wrong type."""
+    if odd := find_odd(index, BUCKETS):
+        raise ValueError(odd)
+    return index["buckets"]
 
 
 def check_manifest(manifest: dict) -> list[dict]:

@@ -29,7 +29,7 @@ from core.files import FolderKind, find_folder, new_folder
 from core.pool import WorkerPool, batches_by_size
 from text.corpus import utf8
 from text.heldout import is_held_out, normalise
-from text.manifest import SPLITS, VERSIONS, check_manifest, list_shards, read_index, write_index
+from text.manifest import SPLITS, VERSIONS, check_buckets, check_manifest, list_shards, read_index, write_index
 
 HEADER_BYTES = 1024
 # llm.c's magic and version, by bytes per token
@@ -323,7 +323,7 @@ def _score_of(record: dict, score: str, where: str) -> float:
 def read_buckets(folder) -> dict | None:
     """What buckets.json says of a folder of score buckets; None for a folder without one."""
     path = find_folder(folder) / "buckets.json"
-    return read_index(path, "nanocpt-buckets", lambda index: index["buckets"]) if path.is_file() else None
+    return read_index(path, "nanocpt-buckets", check_buckets) if path.is_file() else None
 
 
 def packed_folders(folder) -> list[Path]:

@@ -108,8 +108,8 @@ def kill_at_random(lab: Lab, what: str, cases: list[Case], total: int) -> Row:
     return row
 
 
-KILLS = [lambda lab: kill_at_random(lab, "one process", ONE, lab.count(200, 10)),
-         lambda lab: kill_at_random(lab, "two ranks", TWO, lab.count(50, 4))]
+KILLS = [lambda lab: kill_at_random(lab, "one process", ONE[::3] if lab.short else ONE, lab.count(200, 6)),
+         lambda lab: kill_at_random(lab, "two ranks", TWO[1:] if lab.short else TWO, lab.count(50, 2))]
 
 
 # ---- the control: the same harness over a rule that is wrong

@@ -37,7 +37,8 @@ def test_a_bad_setting_is_one_line(section, tools, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     here, faults, before = tmp_path / "here", [], devices.peak_bytes(torch.device("cpu"))
     here.mkdir()
-    for case in SECTIONS[section](tmp_path / "recipes"):
+    # One in four; `make faults` has them all.
+    for case in SECTIONS[section](tmp_path / "recipes")[::4]:
         try:
             status, said, seconds = run(case, here, tools, monkeypatch, capsys)
         except (Exception, SystemExit) as error:

@@ -12,13 +12,15 @@ import hf
 import tokenizer
 import train
 from core import checkpoint
+from stages import export as export_stage
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def export(monkeypatch, capsys, *words) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["hf.py", "export", *map(str, words)])
-    return hf.main(), *capsys.readouterr()
+def export(monkeypatch, capsys, *words, command=export_stage.main) -> tuple[int, str, str]:
+    """In this process, but where hf.py is asked, which starts another one."""
+    monkeypatch.setattr(sys, "argv", ["hf.py", *["export"] * (command is hf.main), *map(str, words)])
+    return command(), *capsys.readouterr()
 
 
 def same_model(mine, final):
@@ -66,6 +68,7 @@ def test_a_run_from_scratch_and_what_is_refused(lab, tmp_path, monkeypatch, caps
         assert str(wrong) in errors
         assert not (tmp_path / "hf").exists()
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
-    assert export(monkeypatch, capsys, step, "--out", tmp_path / "hf")[0] == 0
+    assert export(monkeypatch, capsys, whole[0], "--out", tmp_path / "hf", command=hf.main)[0] == 2
+    assert export(monkeypatch, capsys, step, "--out", tmp_path / "hf", command=hf.main)[0] == 0
     same_model(tmp_path / "hf", whole[0] / "final")
     assert tokenizer.load(tmp_path / "hf").vocab_size == tokenizer.load(lab / "tok").vocab_size

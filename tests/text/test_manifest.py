@@ -75,8 +75,18 @@ def test_a_flipped_bit_in_a_manifest_is_found(tmp_path):
     verify(folder)
 
 
+def test_a_flipped_bit_in_the_version_does_not_undo_the_hash(tmp_path):
+    path = packed(tmp_path / "s") / "manifest.json"
+    text = path.read_text()
+    for version in range(256):
+        path.write_text(text.replace('"version": 3', f'"version": {version}'))
+        if version != 3:
+            refused(tmp_path / "s", "is damaged or of another version")
+
+
 def test_a_manifest_of_the_first_version_which_has_no_hash_is_read(tmp_path):
     folder = packed(tmp_path / "s")
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 1, "sha256": None}))
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
     assert verify(folder)

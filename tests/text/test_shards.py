@@ -524,6 +524,9 @@ def test_parts_that_do_not_fit(tmp_path, tiny_bpe, monkeypatch, capsys):
     pack([], Bytes(), part_folder(tmp_path / "e", 1, 1), allow_empty=True)
     refused("the parts of", "manifest", "--merge", tmp_path / "e")
     refused("do not go together", *pack_line, "--part", "1/2", "--buckets", 3, "--score", "quality")
+    pack(some_texts(9), Bytes(), tmp_path / "whole")
+    refused("whole, a packed source, which could then not be replaced", "pack", "--tokenizer", tiny_bpe, "--out",
+            tmp_path / "whole/new/inner", "x.txt")
 
 
 # ---- score buckets
@@ -583,6 +586,10 @@ def test_buckets_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is no part of a packed source"):
         made(good, tmp_path / "other", overwrite=True)
     index = json.loads((tmp_path / "s/buckets.json").read_text())
+    for name, value in (("low", "0"), ("high", None), ("tokens", 1.5), ("documents", True), ("new", 1)):
+        write_index(tmp_path / "s/buckets.json", index | {"buckets": [index["buckets"][0] | {name: value}]})
+        with pytest.raises(ValueError, match=rf"damaged .*buckets\.0\.{name} "):
+            packed_folders(tmp_path / "s")
     for name in ("../../x", "..", ""):
         index["buckets"][0]["name"] = name
         write_index(tmp_path / "s/buckets.json", index)
