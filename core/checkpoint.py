@@ -40,8 +40,8 @@ STATE, MANIFEST = "state.json", "manifest.json"
 FILE_BYTES = 2 * 10**9
 # Free space that a save asks for, as a multiple of its tensors.
 SPARE = 1.2
-# The largest state.json: one of a million steps with 2,000 evaluations of 400 documents has 16 MB.
-STATE_BYTES = 256 << 20
+# The largest manifest, of 100,000 files, and state.json; one of 2,000 evaluations of 400 documents each has 16 MB.
+MANIFEST_BYTES, STATE_BYTES = 16 << 20, 256 << 20
 
 
 def within(kind: type, low: float, high: float):
@@ -222,7 +222,7 @@ def read_manifest(path: Path) -> dict[str, dict]:
     """{file name: {"bytes", "sha256"}} of exactly the files in a checkpoint; UserError where the manifest is missing,
     of another format, not what was written to the last bit, or not about the files that are there."""
     try:
-        text = read_own(path / MANIFEST)
+        text = read_own(path / MANIFEST, MANIFEST_BYTES)
         with without_collector():
             manifest = json.loads(text)
         files = manifest["files"]

@@ -69,7 +69,7 @@ def refuse_odd_files(folder: Path, parts) -> None:
     late. checkpoints/ may be a link, as to a larger disk, if nothing but checkpoints is there."""
     for path in sorted(folder.glob("*")):
         if (path.suffix in (".json", ".jsonl", ".toml", ".html") and (path.is_symlink() or not path.is_file())) or (
-                path.suffix == ".lock" and path.is_dir()):
+                path.suffix == ".lock" and path.is_dir() and not path.is_symlink()):
             raise UserError(f"{path} is no regular file, and a run writes one there; move it away")
     for path in (folder / name for name in parts if (folder / name).is_symlink()):
         raise UserError(f"{path} is a link, and a run replaces what is there; move it away")

@@ -256,7 +256,7 @@ SHARDS = [
 MANIFESTS = [
     *[(f"manifest.json is {what}", manifest(text), "no checkpoint") for what, text in (
         ("deep", "[" * DEEP), ("empty", ""), ("a list", "[]"), ("40 MB", " " * (40 * MB)),
-        ("a number", "9" * 10**5), ("20 MB of empty lists", '{"files": [' + "[]," * (7 * MB) + "[]]}"))],
+        ("a number", "9" * 10**5), ("15 MB of empty lists", '{"files": [' + "[]," * (5 * MB) + "[]]}"))],
     *[(f"files of a manifest: {ascii(value)[:30]}", manifest(lambda held, value=value: checkpoint.render(value)
                                                               if isinstance(value, dict) else json.dumps(
         {"format": 2, "files": value})), "no checkpoint") for value in (None, [], 1, {}, {"a": None}, {"a": 1},
