@@ -300,6 +300,7 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
     identity, name = state["identity"], "weights in training"
     if averaged := {key.removeprefix("ema:"): mean for key, mean in moments.items() if key.startswith("ema:")}:
         tensors, name = tensors | averaged, "moving average of the weights"
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(hf.OF_OBJECTIVE)}
     try:
         adapters, config = lora.LoraConfig(**identity["lora"]), ModelConfig(**identity["model"])
     except (TypeError, KeyError) as error:

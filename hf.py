@@ -48,6 +48,8 @@ from model import Model
 
 # The bytes of a file that its fingerprint reads: all of up to 64 MB, else so many pieces of a MB, evenly spaced.
 PIECES, PIECE = 64, 1 << 20
+# How the names of the modules begin that an objective gives a model in training; a model folder holds none of them.
+OF_OBJECTIVE = "objective."
 # The model folder that `save` writes; every card says who made it.
 FOLDER = FolderKind("model folder", (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md",
@@ -296,7 +298,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
     # A tied head is not stored: it is the embedding.
     tensors = {to_hf_name(name): tensor.detach().cpu().contiguous()
                for name, tensor in (state or model.state_dict()).items()
-               if not (config.tie_word_embeddings and name == "head.weight")}
+               if not (config.tie_word_embeddings and name == "head.weight") and not name.startswith(OF_OBJECTIVE)}
     dtype = next(iter(tensors.values())).dtype
     if name := parallel.find_not_finite(tensors):
         raise UserError(f"{path} was not written: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; "

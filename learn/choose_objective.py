@@ -5,19 +5,25 @@ from typing import Literal
 
 from core.config import setting
 from core.errors import UserError
+from learn.electra import Electra
 from learn.objectives import Causal, Masked, Objective
 from learn.selective import Selective
 
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["causal", "masked", "selective"] = "causal"
+    name: Literal["causal", "masked", "selective", "electra"] = "causal"
     """causal: predict the next token; masked: predict masked tokens from both sides; selective: causal, but only the
-    tokens count whose loss is the most above that of the reference (Rho-1)"""
+    tokens count whose loss is the most above that of the reference (Rho-1); electra: say which tokens a small generator
+    has replaced, from both sides"""
     mask_ratio: float = setting(0.15, above=0, at_most=1)
-    """masked: share of the positions that are predicted"""
+    """masked, electra: share of the positions that are predicted"""
     mask_token_id: int | None = setting(None, at_least=0, below=2**31)
-    """masked: id that stands for a masked token; default: the tokenizer's mask token"""
+    """masked, electra: id that stands for a masked token; default: the tokenizer's mask token"""
+    generator_ratio: float = setting(0.25, above=0, at_most=1)
+    """electra: the generator's widths as a share of the model's; it has as many blocks"""
+    discriminator_weight: float = setting(50.0, above=0, at_most=1e6)
+    """electra: weight of the discriminator's loss beside the generator's"""
     keep: float = setting(0.6, above=0, at_most=1)
     """selective: share of each document's targets that count"""
     reference: str = ""
@@ -35,11 +41,14 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
         return Selective(mask_documents, config.keep, config.z_loss)
     mask_id = config.mask_token_id if config.mask_token_id is not None else getattr(tokenizer, "mask_id", None)
     if mask_id is None:
-        raise UserError("objective masked needs a mask token and the tokenizer has none; name an id that the text does "
-                        "not use, e.g. --objective.mask-token-id 0")
+        raise UserError(f"objective {config.name} needs a mask token and the tokenizer has none; name an id that the "
+                        f"text does not use, e.g. --objective.mask-token-id 0")
     if not 0 <= mask_id < vocab_size:
         raise UserError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
     # Rows that only pad the embedding are no more drawn at random than special tokens are.
     special = {*tokenizer.special_ids, *tokenizer.missing_ids(vocab_size)} if tokenizer is not None else ()
     special = [i for i in special if i < vocab_size]
-    return Masked(mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss)
+    masking = mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss
+    if config.name == "electra":
+        return Electra(*masking, generator_ratio=config.generator_ratio, weight=config.discriminator_weight)
+    return Masked(*masking)

@@ -22,7 +22,7 @@ import lora
 import tokenizer as tokenizers
 from core import checkpoint, cli, devices, hashing, parallel
 from core.architecture import set_positions
-from core.config import setting
+from core.config import is_on, setting
 from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
@@ -243,6 +243,10 @@ def refuse_combinations(c, ranks: int):
                         "them out")
     if c.lora.rank and c.optim.embedding_lr_scale != 1:
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
+    on = [name for name in ("ewc", "lwf", "freeze", "merge") if is_on(getattr(c.forget, name))]
+    if on and c.objective.name == "electra":
+        raise UserError(f"forget.{on[0]} keeps what a model predicts, and with objective electra it predicts no "
+                        f"tokens; leave one of them out")
     if c.forget.lwf.alpha and c.objective.name == "selective":
         raise UserError("forget.lwf takes its KL on every target and objective selective leaves most out; use one of "
                         "them")

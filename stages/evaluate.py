@@ -299,8 +299,9 @@ def finish(run: Run):
         if not (run.world.main or sharded):
             return
         merged = merge_with_base(run) if merges and run.world.main else ""
-        # No rank holds a sharded model, so what is scored there is the one in memory, before it is rounded.
-        model = None if sharded else load_beside(run, out / "final")
+        # No rank holds a sharded model, and final/ no modules of an objective: what is scored there is the one in
+        # memory, before it is rounded.
+        model = None if sharded or hasattr(run.inner, "objective") else load_beside(run, out / "final")
         after = score_heldout(run, run.steps, model, "final/" if model else "", alone=not sharded)
         draw_samples(run, run.steps, model)
     if not run.world.main:
