@@ -99,11 +99,11 @@ def run_draw(c: Draw) -> dict:
 class Curves(Study):
     """Continue a base with and without re-warming, and look for a stability gap."""
 
-    steps: int = setting(120, above=0)
+    steps: int = setting(60, above=0)
     """Length of each run."""
     replay: float = setting(0.25, above=0, below=1)
     """Share of general text where it is replayed."""
-    every: int = setting(5, above=0)
+    every: int = setting(4, above=0)
     """Steps between evaluations."""
     out: str = "out/curves"
 
@@ -112,7 +112,7 @@ def words_of(c: Curves) -> dict[str, list]:
     """{what is tried: words of train.py}"""
     def mix(share):
         return ["--data.schedule", "static", "--data.domain-share", 1 - share, "--eval.every", c.every, "--eval.tokens",
-                6000, "--log.every", 2]
+                4000, "--log.every", 2]
     warm = ["--optim.lr", HIGH, "--optim.min-lr", LOW, "--optim.warmup-ratio", 0.1]
     low = ["--optim.lr", LOW, "--optim.min-lr", LOW, "--optim.warmup-ratio", 0, "--optim.schedule", "constant"]
     return {"re-warmed": [*mix(c.replay), *warm], "not re-warmed": [*mix(c.replay), *low],

@@ -14,7 +14,7 @@ The same small model is trained from scratch on versions of one corpus, on the s
 
 A version with less text is read more often. All are scored in bits per byte on the same clean held-out documents. The
 probe is logistic regression on the frozen mean states: which --probe file is a passage of --passage tokens from?
-Full size: recipes/scratch_full.toml with --size 100M.
+Full size: --recipe recipes/scratch_full.toml --size 100M --steps 10000 --vocab-size 32000 --jobs 1.
 """
 
 import json
@@ -131,6 +131,8 @@ class Quality(Scratch):
     """Share of the documents that are spoilt, or are copies."""
     size: Literal[*SIZES] = "83K"
     """Parameters without the embedding."""
+    steps: int | None = setting(120, above=0)
+    """Length of each run."""
     out: str = "out/quality"
 
 
