@@ -125,6 +125,8 @@ class Run(contextlib.AbstractContextManager):
     # The model itself, and what the loop calls: the same, or DDP around it.
     inner: Model = None
     model: torch.nn.Module = None
+    # What objective.reference names; None: no path.
+    reference: hf.Base | None = None
     # The retention methods that are on, and what adaptive replay decided so far
     methods: list = field(default_factory=list)
     decisions: list = field(default_factory=list)
@@ -423,7 +425,7 @@ def describe_learning(run: Run) -> Learning:
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
     reference = None
     if c.objective.reference:
-        other = hf.open_base(c.objective.reference)
+        other = run.reference = hf.open_base(c.objective.reference)
         if other.config.vocab_size != run.config.vocab_size:
             raise UserError(f"objective.reference {other} has a vocabulary of {other.config.vocab_size:,} and the "
                             f"model one of {run.config.vocab_size:,}; name a model with the same tokenizer")

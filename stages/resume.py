@@ -31,7 +31,9 @@ def identity(run: Run, step: int) -> dict:
     (static mix; infinite, constant or wsd rates) can therefore be prolonged, or annealed from any of its checkpoints.
     """
     c = run.c
-    tokens = {name: [record["sha256"] for split in SPLITS for record in shards.manifest["splits"][split]["shards"]]
+    # Of conversations also which of the tokens are learned.
+    tokens = {name: [record[key] for split in SPLITS for record in shards.manifest["splits"][split]["shards"]
+                     for key in ("sha256", "mask_sha256") if key in record]
               for name, shards in run.loader.shards.items()}
     rates = [schedules.learning_rate(s, run.steps, c.optim) for s in range(step)]
     optimizer = {key: value for key, value in dataclasses.asdict(c.optim).items()
@@ -39,6 +41,8 @@ def identity(run: Run, step: int) -> dict:
     # Without what is as it is by default, so that checkpoints from before there was such a setting go on.
     objective, usual = dataclasses.asdict(c.objective), dataclasses.asdict(ObjectiveConfig())
     objective = {key: value for key, value in objective.items() if key in LONG_KNOWN or value != usual[key]}
+    if run.reference:
+        objective["reference"] = run.reference.fingerprint
     methods = {name: dataclasses.asdict(section) for name, section in vars(c.forget).items() if is_on(section)}
     known = {
         # A masked run's sequences are cut in another way since its second version, and masked by their place in the

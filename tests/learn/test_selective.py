@@ -5,6 +5,7 @@ objective where all is kept. Laws: what is kept of a document depends on neither
 import contextlib
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,8 @@ from core import checkpoint
 from learn.method import take_sequences
 from learn.objectives import IGNORE, Causal
 from learn.selective import Selective, select
+from stages.build import build
+from stages.resume import identity
 
 TOKENS = random_tokens(3, 22)
 
@@ -132,6 +135,12 @@ def test_a_run_with_a_reference_is_resumed_bit_for_bit(base, tmp_path, monkeypat
     crash_at(monkeypatch, settings(lab, tmp_path / "run", *words, steps=5), 4)
     train.train(settings(lab, tmp_path / "run", *words, steps=5), one())
     assert trace(tmp_path / "run") == trace(tmp_path / "whole")
+    # The reference counts by what it is, and not by where it stands.
+    copy = shutil.copytree(final, tmp_path / "copy")
+    known = [identity(build(settings(lab, tmp_path / "whole", *words[:2], "--objective.reference", path, steps=5),
+                            one()), 3)["objective"] for path in (final, copy)]
+    assert known[0] == known[1]
+    assert known[0]["reference"] == hf.open_base(final).fingerprint
     measured = [line["objective"] for line in lines(tmp_path / "whole", "train")]
     # Documents of a few targets keep more than their share.
     assert all(0.6 <= m["kept_share"] < 0.7 for m in measured)
