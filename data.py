@@ -72,6 +72,8 @@ class Batch:
     rng: RowRandom | None = None
     # int64 [B]: which sequence of its source each is.
     place: np.ndarray | None = None
+    # int64 [B]: which objective of a mixture each sequence has (learn/multitask.py).
+    task: np.ndarray | None = None
 
     def to(self, device) -> "Batch":
         """The batch with its tensors on `device`; `source` and `rng` stay on the CPU."""

@@ -1,21 +1,23 @@
 """Which objective a run has, by its settings. To add one, write its class in learn/, and name it here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from core.config import setting
 from core.errors import UserError
 from learn.electra import Electra
+from learn.multitask import Mixture, Weights
 from learn.objectives import Causal, Masked, Objective
 from learn.selective import Selective
 
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["causal", "masked", "selective", "electra"] = "causal"
+    name: Literal["causal", "masked", "selective", "electra", "mixture"] = "causal"
     """causal: predict the next token; masked: predict masked tokens from both sides; selective: causal, but only the
     tokens count whose loss is the most above that of the reference (Rho-1); electra: say which tokens a small generator
-    has replaced, from both sides"""
+    has replaced, from both sides; mixture: each sequence by one of several, as objective.weights say"""
+    weights: Weights = field(default_factory=Weights)
     mask_ratio: float = setting(0.15, above=0, at_most=1)
     """masked, electra: share of the positions that are predicted"""
     mask_token_id: int | None = setting(None, at_least=0, below=2**31)
@@ -35,6 +37,14 @@ class ObjectiveConfig:
 
 def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:
     """The objective of the settings. UserError where masking lacks a mask token inside the vocabulary."""
+    weights = vars(config.weights)
+    if config.name == "mixture":
+        members = {name: make_objective(replace(config, name=name, weights=Weights()), mask_documents, tokenizer,
+                                        vocab_size) for name, weight in weights.items() if weight}
+        return Mixture(members, weights)
+    if config.weights != Weights():
+        raise UserError(f"objective.weights belong to objective mixture, and objective.name is {config.name}; set "
+                        f"--objective.name mixture, or leave them out")
     if config.name == "causal":
         return Causal(mask_documents, config.z_loss)
     if config.name == "selective":

@@ -47,6 +47,8 @@ METHODS = {
                "--train.micro-batch-size", 1],
     "selective": ["--objective.name", "selective"],
     "electra": ["--objective.name", "electra", "--objective.mask-token-id", 0],
+    "mixture": ["--objective.name", "mixture", "--objective.weights.causal", 1, "--objective.weights.masked", 1,
+                "--objective.mask-token-id", 0, "--train.micro-batch-size", 1],
     "muon": ["--optim.name", "muon", "--forget.ema.decay", 0.9],
     "everything": ["--forget.freeze.schedule", "progressive", "--forget.ewc.strength", 1, "--forget.ewc.samples", 12,
                    "--forget.ewc.fisher", "true", "--forget.lwf.alpha", 0.3, "--forget.adaptive.policy", "budget",
