@@ -37,6 +37,7 @@ from text.corpus import describe_inputs, read_records
 from text.kinds import TEXTS, identify, list_files
 from text.mixture import DataConfig, SourceConfig
 from text.packing import Packing, Sequences
+from text.template import read_template
 from text.vocabulary import measure_loss
 
 # Raise it when the same seed gives another order.
@@ -190,9 +191,9 @@ def run_pack(options: Pack) -> dict:
         if is_text:
             pack_text(options, inputs, tokenizer, out, part, bar, settings)
         else:
-            chat.pack_conversations(inputs, tokenizer, out, options.format, learn=options.learn,
-                                    max_tokens=options.max_tokens, reading=options.reading, part=part, bar=bar,
-                                    **settings)
+            chat.pack_conversations(inputs, tokenizer, read_template(options.tokenizer), out, options.format,
+                                    learn=options.learn, max_tokens=options.max_tokens, reading=options.reading,
+                                    part=part, bar=bar, **settings)
     seconds = time.perf_counter() - start
     result = print_info(out)
     manifests = result.get("manifests", [result])
@@ -224,6 +225,8 @@ def refuse_pack(options: Pack):
                         f"conversation begins and ends as its template says; leave them out")
     if options.format == "text" and (options.learn != "responses" or options.max_tokens):
         raise UserError("--learn and --max-tokens are for conversations; name their --format, chat or preference")
+    if options.format == "preference" and options.learn == "all":
+        raise UserError("--learn all does nothing for preferences, whose answers alone are compared; leave it out")
 
 
 def pack_text(options: Pack, inputs: list[str], tokenizer, out, part: tuple, bar, settings: dict):

@@ -7,6 +7,7 @@ ends an answer is learned, also where it is the padding token or EOS.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import re
@@ -15,11 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from core.errors import UserError
 from text import shards
 from text.conversations import Conversation, read_conversations
 from text.corpus import utf8
 from text.heldout import is_held_out, normalise
-from text.vocabulary import measure_loss
+from text.template import ChatTemplate, TemplateProcess
+from text.vocabulary import ROLES, measure_loss
 
 # Stands within a control token's letters where these are plain text, and is no character (Unicode, 23.7).
 MARK = "\ufdd0"
@@ -42,32 +45,68 @@ class Example:
         return sum(len(segment.text) for document in self.documents for segment in document)
 
 
-class Renderer:
-    """render(conversations) -> Example: in Alpaca's form, between BOS (where the model was trained with one) and EOS.
+class Renderer(contextlib.AbstractContextManager):
+    """render(conversations) -> Example, as the tokenizer's chat template writes them; without one in Alpaca's form,
+    between BOS (where the model was trained with one) and EOS.
 
-    learn: "responses" or "all".
+    learn: "responses" or "all"; of a preference only its last answer is learned. Where no control token ends an answer
+    that ends its conversation, EOS does.
     """
 
-    def __init__(self, tokenizer, learn: str):
-        self.controls, self.learn_all = control_tokens(tokenizer), learn == "all"
-        self.first = tokenizer.tokens[tokenizer.bos_id] if tokenizer.add_bos else ""
-        self.last = tokenizer.tokens[tokenizer.eos_id]
+    def __init__(self, tokenizer, template: ChatTemplate | None, learn: str):
+        self.learn_all, self.special = learn == "all", control_tokens(tokenizer)
+        self.controls = control_tokens(tokenizer, template)
+        roles = {f"{role}_token": tokenizer.tokens[i] for role in ROLES
+                 if (i := getattr(tokenizer, f"{role}_id")) is not None}
+        self.first, self.last = roles["bos_token"] if tokenizer.add_bos else "", roles["eos_token"]
+        ends = [token for token in self.controls if token == self.last or token != roles.get("bos_token")]
+        self.ended = re.compile(rf"({find_any(ends).pattern})\s*$")
+        self.process = TemplateProcess(template, roles, ends) if template else None
+
+    def __exit__(self, *error):
+        if self.process:
+            self.process.__exit__(*error)
 
     def render(self, conversations: list[Conversation]) -> Example:
-        documents = [self._write_plain(conversation) for conversation in conversations]
-        of_key = documents[0][:1] if len(documents) > 1 else documents[0]
+        write = self._write if self.process else self._write_plain
+        documents = [write(conversation, len(conversations) > 1) for conversation in conversations]
+        of_key = [segment for segment in documents[0] if not segment.learned] if len(documents) > 1 else documents[0]
         return Example("".join(segment.text for segment in of_key).replace(MARK, ""), documents)
 
-    def _write_plain(self, conversation: Conversation) -> list[Segment]:
+    def _write_plain(self, conversation: Conversation, last_only: bool) -> list[Segment]:
         prompt, answer = (mark_controls(text, self.controls) for text in conversation.write_alpaca())
         return [Segment(self.first + prompt, self.learn_all), Segment(answer + self.last, True)]
+
+    def _write(self, conversation: Conversation, last_only: bool) -> list[Segment]:
+        where, messages, tools = conversation
+        # The assistant may write whatever is not a special token of the model's, such as <think>.
+        marked = [{key: mark_controls(value, self.special if message["role"] == "assistant" else self.controls)
+                   if isinstance(value, str) and key != "role" else value for key, value in message.items()}
+                  for message in messages]
+        text, spans = self.process.write(where, marked, tools)
+        spans = spans[-1:] if last_only else spans
+        if not any(begin < end for begin, end in spans):
+            raise UserError(f"{where} has nothing to learn: the chat template in {self.process.template.file} writes "
+                            f"none of its answers")
+        if messages[-1]["role"] == "assistant" and not text[spans[-1][1]:].strip() and not self.ended.search(text):
+            # The answer goes on to the end of what the template writes.
+            spans = [*spans[:-1], (spans[-1][0], len(text) + len(self.last))]
+            text += self.last
+        if self.learn_all:
+            return [Segment(text, True)]
+        borders = [0, *itertools.chain(*spans), len(text)]
+        return [Segment(text[begin:end], i % 2 == 1) for i, (begin, end) in enumerate(itertools.pairwise(borders))
+                if begin < end]
 
 
 # ---- control tokens
 
-def control_tokens(tokenizer) -> dict[str, int]:
-    """{text: id} of the tokens that no text contains but by its form: BOS, EOS, <|im_end|>."""
-    return {token: i for i in tokenizer.special_ids if (token := tokenizer.tokens[i])}
+def control_tokens(tokenizer, template: ChatTemplate | None = None) -> dict[str, int]:
+    """{text: id} of the tokens that belong to a form and not to a text: the special ones, such as BOS and EOS, and of
+    the others that were added to a vocabulary those that the template writes."""
+    added = getattr(tokenizer.backend, "get_added_tokens_decoder", dict)().items()
+    written = {i for i, token in added if template and token.content in template.source}
+    return {token: i for i in sorted({*tokenizer.special_ids, *written}) if (token := tokenizer.tokens[i])}
 
 
 def find_any(tokens) -> re.Pattern:
@@ -92,10 +131,10 @@ class SegmentEncoder:
     within a text is encoded behind something else, whose ids are then cut off.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, controls: dict[str, int]):
         self.encode_text = lambda text: tokenizer.encode_batch([text])[0].tolist()
         self.prefix_of = functools.cache(self.encode_text)
-        self.controls = control_tokens(tokenizer)
+        self.controls = controls
         own = [token for token, i in self.controls.items() if self.encode_text(token) != [i]]
         self.own, self.any = find_any(own), find_any(self.controls)
         # Whether a text gets a blank at its beginning that it does not have within another.
@@ -127,34 +166,39 @@ class SegmentEncoder:
 
 # ---- packing
 
-def pack_conversations(files: list[str], tokenizer, out, form: str, *, learn: str = "responses",
-                       max_tokens: int | None = None, reading=None, part: tuple[int, int] = (1, 1), bar=None,
-                       **options) -> dict:
-    """Pack the conversations of files in Alpaca's form; returns the manifest. form: "chat" or "preference".
+def pack_conversations(files: list[str], tokenizer, template: ChatTemplate | None, out, form: str, *,
+                       learn: str = "responses", max_tokens: int | None = None, reading=None,
+                       part: tuple[int, int] = (1, 1), bar=None, **options) -> dict:
+    """Pack the conversations of files as the template writes them; returns the manifest. form: "chat" or "preference".
 
     A conversation of more than `max_tokens` tokens is left out, of a preference with its other half. bar: a tqdm, moved
     by each record. `options` are those of shards.write_folders."""
-    renderer = Renderer(tokenizer, learn)
-    read = functools.partial(read_conversations, form=form, plain=True, reading=reading)
+    read = functools.partial(read_conversations, form=form, plain=template is None, reading=reading)
     found = iter(shards.deal_documents(files, read, *part))
     first = list(itertools.islice(found, 64))
     said = [turn["content"] for conversations in first for turn in conversations[0].messages]
+    with Renderer(tokenizer, template, learn) as renderer:
+        def examples():
+            for conversations in itertools.chain(first, found):
+                yield renderer.render(conversations)
+                if bar is not None:
+                    bar.update()
+        return shards.pack(examples(), tokenizer, out, lost_share=measure_loss(tokenizer, said),
+                           encode=functools.partial(encode_examples, renderer.controls, max_tokens),
+                           records=describe(form, learn, template), **options)
 
-    def examples():
-        for conversations in itertools.chain(first, found):
-            yield renderer.render(conversations)
-            if bar is not None:
-                bar.update()
-    return shards.pack(examples(), tokenizer, out,
-                       encode=functools.partial(encode_examples, max_tokens), lost_share=measure_loss(tokenizer, said),
-                       records={"format": form, "learn": learn, "template": "alpaca"}, **options)
+
+def describe(form: str, learn: str, template: ChatTemplate | None) -> dict:
+    """What a manifest says of how conversations were written."""
+    return {"format": form, "learn": learn, "template": template.fingerprint if template else "alpaca"}
 
 
-def encode_examples(max_tokens: int | None, shared, batch: list):
+def encode_examples(controls: dict[str, int], max_tokens: int | None, shared, batch: list):
     """In a worker thread, Examples (k, example) -> ({(k, split): (ids [n], tokens of each document, bytes of each,
     which tokens are learned [n])}, the k of each Example with a document of more than `max_tokens`)."""
     tokenizer, _, heldout, heldout_hash = shared
-    documents, too_long, encoder = collections.defaultdict(lambda: ([], [], [], [])), [], SegmentEncoder(tokenizer)
+    documents, too_long = collections.defaultdict(lambda: ([], [], [], [])), []
+    encoder = SegmentEncoder(tokenizer, controls)
     for k, example in batch:
         encoded = [encoder.encode(document) for document in example.documents]
         if max_tokens and max(len(ids) for ids, *_ in encoded) > max_tokens:

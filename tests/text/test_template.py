@@ -1,0 +1,166 @@
+"""text/template.py and text/sandbox.py: what a chat template writes, and what it cannot do. Truth: transformers'
+apply_chat_template, and the answers as tests/chat_templates.py spells them out."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from chat_templates import ANSWERS, CHATML, TEMPLATES, TURNS, make_tokenizer
+
+import tokenizer as tokenizers
+from core.errors import UserError
+from text.chat import control_tokens
+from text.template import ChatTemplate, TemplateProcess, read_template
+
+pytest.importorskip("transformers", minversion="5", reason="the truth is transformers 5")
+SYSTEM = {"role": "system", "content": "Be brief. "}
+
+
+def process(source: str, roles=None, ends=("<|im_end|>",)):
+    return TemplateProcess(ChatTemplate(source, Path("model/chat_template.jinja")), roles or {}, list(ends))
+
+
+def open_template(folder):
+    """A TemplateProcess as packing opens it."""
+    tok, template = tokenizers.load(folder), read_template(folder)
+    roles = {f"{role}_token": tok.tokens[getattr(tok, f"{role}_id")] for role in ("bos", "eos", "pad")}
+    return TemplateProcess(template, roles, [t for t in control_tokens(tok, template) if t != roles["bos_token"]])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_text_is_transformers_and_the_answers_are_the_assistants(tmp_path, tiny_bpe, name):
+    truth = make_tokenizer(tiny_bpe, tmp_path / name, name)
+    conversations = [TURNS[:2], TURNS] + ([[SYSTEM, *TURNS]] if name not in ("mistral", "gemma") else [])
+    with open_template(tmp_path / name) as writer:
+        for messages in conversations:
+            text, spans = writer.write("x", messages, None)
+            assert text == truth.apply_chat_template(messages, tokenize=False)
+            found = [text[begin:end] for begin, end in spans]
+            if name in ANSWERS:
+                assert found == ANSWERS[name][:len(found)]
+            assert len(found) == sum(turn["role"] == "assistant" for turn in messages)
+
+
+def test_blocks_of_generation_are_transformers_mask(tmp_path, tiny_bpe):
+    truth = make_tokenizer(tiny_bpe, tmp_path / "t", "generation")
+    found = truth.apply_chat_template(TURNS, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    with open_template(tmp_path / "t") as writer:
+        text, spans = writer.write("x", TURNS, None)
+    offsets = truth(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert found["assistant_masks"] == [int(any(a <= begin and end <= b for a, b in spans)) for begin, end in offsets]
+    assert sum(found["assistant_masks"]) > 5
+
+
+def test_thoughts_of_an_answer_are_the_assistants(tmp_path, tiny_bpe):
+    """They stand in the last answer alone, and there they are learned."""
+    make_tokenizer(tiny_bpe, tmp_path / "t", "thinking")
+    thought = "<think>\nHm.\n</think>\n\n"
+    think = [{**turn, "content": thought * (turn["role"] == "assistant") + turn["content"]} for turn in TURNS]
+    with open_template(tmp_path / "t") as writer:
+        text, spans = writer.write("x", think, None)
+    assert [text[begin:end] for begin, end in spans] == [
+        "Blue, or grey.<|im_end|>", "<think>\nHm.\n</think>\n\nGreen.\n\nMostly.<|im_end|>"]
+
+
+def test_roles_and_tools_reach_the_template():
+    source = ("{{ bos_token }}{{ unk_token }}{{ tools | tojson(indent=1) }}{% for m in messages %}{{ m.role }}:"
+              "{{ m.content }}{{ m.name }}{% if loop.first %}{% continue %}{% endif %};{% endfor %}")
+    with process(source, {"bos_token": "<s>"}) as writer:
+        text, _ = writer.write("x", [{**TURNS[0], "name": "Änn"}, TURNS[1]], [{"name": "<f>"}])
+    assert text == ('<s>[\n {\n  "name": "<f>"\n }\n]user:Name a colour of the sky, please.Änn'
+                    'assistant:Blue, or grey.;')
+
+
+# ---- templates that fail, or would do what they must not
+
+FAILING = {
+    "no template": ("{{ x", "is none: unexpected end of template"),
+    "its own refusal": ("{{ raise_exception('only user and assistant') }}", "only user and assistant"),
+    "an attribute of Python's": ("{{ ''.__class__.__mro__ }}", "'__class__' of 'str' object is unsafe"),
+    "globals of a function": ("{{ cycler.__init__.__globals__ }}", "'__init__' of 'type' object is unsafe"),
+    "format": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "'__class__' of 'list' object is unsafe"),
+    "a filter that gets attributes": ("{{ messages | attr('__class__') }}|{{ (messages | attr('__class__')).x }}",
+                                      "is unsafe|undefined"),
+    "a namespace": ("{% set n = namespace(__init__=1) %}", "a namespace has no '__init__'"),
+    "a change of its input": ("{% set x = messages.append(1) %}{{ x }}", "'append' of 'list' object is unsafe"),
+    "import": ("{% import 'os' as os %}", "no loader"),
+    "include": ("{% include '/etc/passwd' %}", "no loader"),
+    "extends": ("{% extends 'base.html' %}", "no loader"),
+    "a long range": ("{{ range(10 ** 9) | list }}", "Range too big"),
+    "a huge string": ("{{ 'a' * 10 ** 10 }}", "more than 512 MB of memory"),
+    "a huge string at run time": ("{{ messages[0].content * 10 ** 9 }}", "more than 512 MB of memory"),
+    "a wide field": ("{{ 'a' | center(10 ** 9) }}", "more than 512 MB of memory"),
+    "a string that doubles": ("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}"
+                              "{% endfor %}", "more than 512 MB of memory"),
+    "a text far longer than its conversation": ("{{ 'a' * 10 ** 7 }}", "makes 10,000,000 characters"),
+    "recursion": ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth"),
+    "an answer twice": ("{% for m in messages %}{{ m.content + m.content }}{% endfor %}", "message 2 2 times"),
+    "an answer never": ("{{ messages[0].content }}", "message 2 0 times"),
+    "an answer that changes what stands around it": (
+        "{% for m in messages %}{{ m.content }}{{ m.content | length }}{% endfor %}",
+        "depends on what that answer says"),
+}
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_a_template_that_fails_is_one_line(name):
+    source, match = FAILING[name]
+    with pytest.raises(UserError, match=match) as refused, process(source) as writer:
+        writer.write("data.jsonl line 3", TURNS[:2], None)
+    assert "\n" not in str(refused.value)
+    assert "model/chat_template.jinja" in str(refused.value)
+    assert ("data.jsonl line 3 cannot be written by" in str(refused.value)) == (name != "no template")
+
+
+LOOPS = "{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4
+POWERS = "{% set n = namespace(x=7) %}{% for i in range(99) %}{% set n.x = n.x ** 9 %}{% endfor %}"
+ENDLESS = {"loops": LOOPS, "a power": POWERS, "a power, at compile time": "{{ 9 ** (9 ** (9 ** 9)) }}"}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_that_does_not_end_is_ended(monkeypatch, name):
+    monkeypatch.setattr("text.template.START", "import text.sandbox; text.sandbox.SECONDS = 0.3; text.sandbox.serve()")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    start = time.process_time()
+    with pytest.raises(UserError, match="more than 5 s of computing, or more memory"), \
+            process(ENDLESS[name]) as writer:
+        writer.write("data.jsonl line 3", TURNS[:2], None)
+    assert time.process_time() - start < 2
+
+
+def test_after_a_conversation_that_fails_the_next_one_is_written():
+    with process("{% for m in messages %}{{ m.missing.name }}{{ m.content }}<|im_end|>{% endfor %}") as writer:
+        with pytest.raises(UserError, match="has no attribute 'missing'"):
+            writer.write("x", TURNS[:2], None)
+        assert writer.write("x", [{**turn, "missing": {}} for turn in TURNS[:2]], None)[1] == [(43, 67)]
+
+
+# ---- where a template stands
+
+def write(folder, template=None, **files):
+    (folder / "tokenizer.json").write_text("{}")
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text if isinstance(text, str) else json.dumps(text))
+    return read_template(folder)
+
+
+def test_a_template_is_found_where_transformers_finds_it(tmp_path):
+    assert write(tmp_path) is None
+    assert write(tmp_path, chat_template__json={"chat_template": "legacy"}).source == "legacy"
+    assert write(tmp_path, tokenizer_config__json={"chat_template": None}).source == "legacy"
+    assert write(tmp_path, tokenizer_config__json={"chat_template": CHATML}).source == CHATML
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert write(tmp_path, tokenizer_config__json={"chat_template": named}).source == "d"
+    assert write(tmp_path, chat_template__jinja="own").source == "own"
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"none of the name default \(it has: tool_use\)"):
+        write(tmp_path, tokenizer_config__json={"chat_template": named[:1]})
+    with pytest.raises(UserError, match="a chat_template that is no text"):
+        write(tmp_path, tokenizer_config__json={"chat_template": 5})
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        read_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"x" * (1 << 21))
+    with pytest.raises(UserError, match="more than 1 MB"):
+        read_template(tmp_path)

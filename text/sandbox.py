@@ -1,0 +1,182 @@
+"""A model's chat template, run in a process of its own: it is a stranger's program, and may neither do anything but
+compute text nor compute for long. text/template.py starts this process and speaks with it, a line of JSON each way.
+
+Jinja's sandbox keeps a template from Python's insides, as it does in transformers. What it does not keep it from is
+endless loops and strings that fill the memory, in a single step of C that no other thread could end: so the kernel
+counts this process's time and memory, and ends it. Nothing here is of ours but this file, and no file can be opened.
+"""
+
+import contextlib
+import json
+import re
+import resource
+import signal
+import sys
+from datetime import datetime
+
+import jinja2
+import jinja2.debug
+import jinja2.ext
+import jinja2.sandbox
+
+# Seconds of computing for one conversation, and bytes of memory. Known templates take a thousandth of the one, and a
+# tenth of the other.
+SECONDS, MEMORY = 5, 1 << 29
+# How many times as long as its conversation a text may be, and characters that it may have in any case.
+MOST_GROWTH, FREE_LENGTH = 100, 1 << 20
+# Stands in the place of an answer to find where it goes; no character, as Unicode says (23.7).
+PROBE = "\ufdd1"
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, with which a template tells what the assistant wrote."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_note"), [], [], body).set_lineno(line)
+
+    def _note(self, caller):
+        text, written = caller(), self.environment.written
+        begin = sum(map(len, written.parts))
+        written.spans.append((begin, begin + len(text)))
+        return text
+
+
+class Written:
+    """The parts of a text that is being written, and which of it are the assistant's: [(begin, end)]."""
+
+    def __init__(self):
+        self.parts, self.spans = [], []
+
+
+class Names(jinja2.utils.Namespace):
+    """namespace(...), whose names begin with no underscore."""
+
+    def __init__(*arguments, **named):
+        self, *others = arguments
+        values = dict(*others, **named)
+        for name in values:
+            Names.refuse(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name, value):
+        Names.refuse(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+    @staticmethod
+    def refuse(name):
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace has no {name!r}")
+
+
+def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Jinja's sandbox with the filters and globals that transformers gives to chat templates, and without a loader."""
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals |= {"raise_exception": raise_exception, "namespace": Names,
+                            "strftime_now": lambda form: datetime.now().strftime(form)}
+    environment.written = Written()
+    return environment
+
+
+class Template:
+    """write(messages, tools) -> (text, [(begin, end)]): a conversation, and what of it the assistant is to learn.
+
+    roles: {"bos_token": "<s>", ...}. ends: the tokens of which one ends an answer.
+    """
+
+    def __init__(self, source: str, roles: dict[str, str], ends: list[str]):
+        self.environment, self.roles = make_environment(), roles
+        self.template = self.environment.from_string(source)
+        self.marks_answers = bool(re.search(r"\{\%-?\s*generation\s*-?\%\}", source))
+        longest_first = sorted(ends, key=len, reverse=True)
+        self.end = re.compile(r"\s*(?:" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
+
+    def render(self, messages: list[dict], tools, add_generation_prompt: bool = False) -> tuple[str, list]:
+        written = self.environment.written = Written()
+        for part in self.template.generate(messages=messages, tools=tools, documents=None,
+                                           add_generation_prompt=add_generation_prompt, **self.roles):
+            written.parts.append(part)
+        return "".join(written.parts), written.spans
+
+    def write(self, messages: list[dict], tools) -> tuple[str, list]:
+        text, spans = self.render(messages, tools)
+        if len(text) > FREE_LENGTH + MOST_GROWTH * sum(len(message["content"]) for message in messages):
+            raise jinja2.exceptions.TemplateError(f"it makes {len(text):,} characters of one conversation")
+        if not self.marks_answers:
+            spans = [self.find_answer(text, messages, tools, i) for i, message in enumerate(messages)
+                     if message["role"] == "assistant"]
+        return text, spans
+
+    def find_answer(self, text: str, messages: list[dict], tools, i: int) -> tuple[int, int]:
+        """Where in `text` the answer that message i is stands: from behind the prompt for it to the token that ends it.
+
+        With another answer in its place, the text before it and the text behind it must stay what they are. The answer
+        begins where the template, asked for a prompt to generate from, ends: a blank before an answer, which Llama 2's
+        writes, is the model's to write, as it belongs to the first word's token.
+        """
+        other, _ = self.render([*messages[:i], {**messages[i], "content": PROBE}, *messages[i + 1:]], tools)
+        if other.count(PROBE) != 1:
+            raise jinja2.exceptions.TemplateError(
+                f"it writes the answer in message {i + 1} {other.count(PROBE)} times, and what of it is learned is not "
+                f"known; put {{% generation %}} around the answer in the template")
+        before, after = other.split(PROBE)
+        prompt = None
+        if i:
+            with contextlib.suppress(Exception):
+                prompt, _ = self.render(messages[:i], tools, add_generation_prompt=True)
+        begin = next((len(start) for start in (prompt, before) if start is not None and text.startswith(start)), None)
+        end = len(text) - len(after)
+        if begin is None or not text.endswith(after) or begin > end:
+            raise jinja2.exceptions.TemplateError(
+                f"its text around message {i + 1} depends on what that answer says, so where it begins and ends is not "
+                f"known; put {{% generation %}} around the answer in the template")
+        ended = self.end.match(after)
+        return begin, end + (ended.end() if ended else 0)
+
+
+def answer(function, line: str) -> dict:
+    """What function(**the object in a line of JSON) returns, within SECONDS; {"error": why} where it fails."""
+    # The signal ends the process, whatever that does: also within one step of Python.
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        return function(**json.loads(line))
+    except MemoryError:
+        return {"error": f"it takes more than {MEMORY >> 20} MB of memory"}
+    except Exception as error:
+        # Whatever Python raises in what a template asks of it.
+        return {"error": " ".join(f"{error}".split())[:300] or type(error).__name__}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def serve() -> None:
+    """Make the template of the first line of the input, and write the conversation of each further one by it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    templates = []
+
+    def make(**template) -> dict:
+        templates.append(Template(**template))
+        return {}
+
+    def write(**conversation) -> dict:
+        text, spans = templates[0].write(**conversation)
+        return {"text": text, "spans": spans}
+    # Jinja imports some of its parts where they are first needed, and under the limits no file is opened.
+    for source in ("{{ none.name.name }}", "{{ [{}] | tojson }}{{ strftime_now('%d %b %Y') }}"):
+        answer(lambda source: Template(source, {}, []).write([], None), json.dumps({"source": source}))
+    for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0),
+                        (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 3)):
+        resource.setrlimit(limit, (most, most))
+    for line in iter(sys.stdin.readline, ""):
+        print(json.dumps(answer(write if templates else make, line)), flush=True)
