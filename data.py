@@ -71,9 +71,8 @@ class Batch:
     # int64 [B]: which source each sequence is from. Text to be scored has none, and is given an rng only to be masked.
     source: np.ndarray | None = None
     rng: RowRandom | None = None
-    # int64 [B]: which sequence of its source each is.
+    # int64 [B]: which sequence of its source each is, and which objective of a mixture it has.
     place: np.ndarray | None = None
-    # int64 [B]: which objective of a mixture each sequence has (learn/multitask.py).
     task: np.ndarray | None = None
 
     def to(self, device) -> "Batch":
