@@ -8,8 +8,11 @@ LoRA learns less and forgets less than full training, says arXiv 2405.09673. To 
 run at several learning rates. The last models of a method make a curve, forgetting over the domain's bits per byte, and
 each other model is set beside the curve of full training where that has the same bits per byte. Two more curves part
 what else differs: full training with frozen embeddings, and LoRA with trained ones.
-experiments/results/lora_rates.json has a row per method, with every evaluation along its runs; lora_rates.png beside it
-draws the curves. Both stay in --out where only some --methods are run.
+
+A second curve needs no run: the last model is taken back to the base step by step, by a share of its change or by the
+rank of it. So one sees whether what full training learns has a low rank, which LoRA takes for granted.
+experiments/results/lora_rates.json has a row per method, with every evaluation along its runs and on the way back;
+lora_rates.png beside it draws both. They stay in --out where only some --methods are run.
 """
 
 import statistics
@@ -21,15 +24,24 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from forgetting import RESULTS, Study, measure_run, prepare, save_study
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
+import eval as evaluation
+import hf
+import tokenizer
 from core import cli
 from core.config import setting
+from learn.objectives import Causal
+from text.shards import Shards
+from text.vocabulary import token_before_document
 
 # The rate of full training in recipes/forgetting.toml, of which the rates here are multiples.
 RATE = 1e-3
-WORDS = ["--data.schedule", "static", "--data.domain-share", 1, "--eval.every", 25, "--eval.tokens", 20_000]
+TOKENS = 20_000
+WORDS = ["--data.schedule", "static", "--data.domain-share", 1, "--eval.every", 25, "--eval.tokens", TOKENS]
 
 FROZEN = ["--forget.freeze.schedule", "top", "--forget.freeze.blocks", 5]
 TRAINED = ["--lora.embeddings", "full"]
@@ -63,16 +75,62 @@ class Rates(Study):
     out: str = "out/lora_rates"
 
 
+def folder_of(method: str) -> str:
+    return method.replace(" ", "_").replace(",", "")
+
+
 def measure(method: str, seed: int, c: Rates, out: Path) -> dict:
     """One run; "way" is every evaluation along it: [step, domain bits per byte, forgetting]."""
-    words = METHODS[method][1]
-    folder = method.replace(" ", "_").replace(",", "")
-    row, lines = measure_run(folder, [*WORDS, *words], seed, c, out)
+    row, lines = measure_run(folder_of(method), [*WORDS, *METHODS[method][1]], seed, c, out)
     scores = [[line["step"], *(line["sources"][side]["bits_per_byte"] for side in ("domain", "general"))]
               for line in lines if line["kind"] == "eval"]
     way = [[step, domain, general / scores[0][2] - 1] for step, domain, general in scores]
     return row | {"method": method, "way": way}
 
+
+# ---- the way back to the base
+
+def take_share(change: torch.Tensor, share: float) -> torch.Tensor:
+    return share * change
+
+
+def take_rank(change: torch.Tensor, rank: int) -> torch.Tensor:
+    """The matrix of this rank that is nearest to the change [out, in]; a vector is kept."""
+    if change.ndim < 2:
+        return change
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+SHARES = [(take_share, share) for share in (0.25, 0.5, 0.75)]
+RANKS = [(take_rank, rank) for rank in (4, 8, 16, 32)]
+
+
+@torch.no_grad()
+def go_back(c: Rates, out: Path, run: dict) -> list[list]:
+    """["share" or "rank", how much of the run's change is kept, domain bits per byte, forgetting]; ranks where LoRA has
+    not chosen one."""
+    base, last = hf.load(c.model), hf.load(out / f"runs/{folder_of(run['method'])}_{run['seed']}/final")
+    changed = dict(last.named_parameters())
+    changes = {name: (p, changed[name] - p) for name, p in base.named_parameters()}
+    prefix, objective = token_before_document(tokenizer.load(c.model)), Causal(mask_documents=True)
+    held = [evaluation.heldout_documents(Shards(out / "shards" / side, "heldout"), TOKENS)
+            for side in ("domain", "general")]
+
+    def bits(model):
+        return [evaluation.score(model, objective, documents, prefix, model.config.max_position_embeddings)
+                ["bits_per_byte"] for documents in held]
+
+    before, found = bits(base)[1], []
+    for take, kept in SHARES + (RANKS if METHODS[run["method"]][0].startswith("full") else []):
+        for name, (p, change) in changes.items():
+            changed[name].copy_(p + take(change, kept))
+        domain, general = bits(last)
+        found.append([take.__name__.removeprefix("take_"), kept, domain, general / before - 1])
+    return found
+
+
+# ---- what came of it
 
 def summarise(runs: list[dict]) -> list[dict]:
     """A row per method, the means over its seeds. "full": what full training forgets where the domain has as many bits
@@ -116,22 +174,26 @@ def draw_table(rows: list[dict]) -> str:
 
 
 def draw_chart(rows: list[dict]) -> Figure:
-    """A line per curve through its last models, each marked with its rate, and dotted the way of each run there."""
-    figure = Figure(figsize=(8, 5.5), layout="constrained", dpi=110)
-    axes = figure.subplots()
+    """Left a line per curve through its last models, each marked with its rate. Right the ways back to the base of the
+    first seed: by shares a line, by ranks dashed."""
+    figure = Figure(figsize=(11, 5), layout="constrained", dpi=100)
+    left, right = figure.subplots(1, 2, sharey=True)
     for i, curve in enumerate(dict.fromkeys(row["curve"] for row in rows)):
-        own = [row for row in rows if row["curve"] == curve]
-        places = [(bits, 100 * forgetting) for bits, forgetting in map(place, own)]
-        axes.plot(*zip(*places), marker="o", color=f"C{i}", label=curve)
-        for row, at in zip(own, places):
-            axes.annotate(row["method"].rpartition(" ")[2], at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-            for run in row["runs"]:
-                axes.plot(*zip(*((bits, 100 * forgetting) for _, bits, forgetting in run["way"])), linestyle=":",
-                          linewidth=0.7, color=f"C{i}")
-    axes.invert_xaxis()
-    axes.set(xlabel="domain bits per byte, better to the right", ylabel="forgetting: general bits per byte, % above it",
-             title="same tokens, several rates; lower is better where as much was learned")
-    axes.legend(frameon=False, fontsize=8)
+        own, colour = [row for row in rows if row["curve"] == curve], f"C{i}"
+        left.plot(*zip(*map(place, own)), marker="o", color=colour, label=curve)
+        for row in own:
+            left.annotate(f"{row['method'].rpartition(' ')[2]}x", place(row), xytext=(4, 4), fontsize=7,
+                          textcoords="offset points")
+            for kind, style in (("share", "-"), ("rank", "--")):
+                way = [(domain, forgetting) for by, _, domain, forgetting in row["runs"][0]["back"] if by == kind]
+                if way:
+                    right.plot(*zip(*way, place(row)), linestyle=style, linewidth=1, marker=".", color=colour)
+    for axes, title in ((left, "last models, several rates"), (right, "parts of their changes: shares, ranks (--)")):
+        axes.invert_xaxis()
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set(xlabel="domain bits per byte, better to the right", title=title)
+    left.set(ylabel="forgetting: general bits per byte above the base's")
+    left.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -139,7 +201,10 @@ def run_study(c: Rates) -> None:
     began, out = time.perf_counter(), prepare(c)
     asked = [(method, seed) for method in c.methods for seed in c.seeds]
     with ThreadPoolExecutor(c.jobs) as pool:
-        rows = summarise(list(pool.map(lambda run: measure(*run, c, out), asked)))
+        runs = list(pool.map(lambda run: measure(*run, c, out), asked))
+    for run in runs:
+        run["back"] = go_back(c, out, run)
+    rows = summarise(runs)
     print(f"\n{draw_table(rows)}\n")
     save_study("lora_rates", c.seeds, RESULTS if c.methods == list(METHODS) else out, rows, draw_chart(rows), began)
 
