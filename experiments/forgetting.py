@@ -22,8 +22,9 @@ from typing import Literal
 
 from matplotlib.figure import Figure
 
-# The checkout, from whatever folder this file is run.
+# The checkout, from whatever folder this file is run; and this folder last, as `import tokenizers` means the library.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.sort(key=lambda path: Path(path).resolve() == Path(__file__).resolve().parent)
 
 from core import cli
 from core.config import setting
