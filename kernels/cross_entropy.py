@@ -1,10 +1,11 @@
 """Cross-entropy of a linear head without its logits: only those of a chunk of tokens exist at a time.
 
     z = x W^T        lse = logsumexp(z)        p = softmax(z)
-    loss = sum over labelled tokens of  lse - z[label] + c lse^2
-    dz = (1 + 2 c lse) p - onehot(label)        dx = dz W        dW = dz^T x
+    loss = sum over labelled tokens of  w (lse - z[label] + c lse^2)
+    dz = (1 + 2 c lse) p - onehot(label)        dx = w dz W      dW = dz^T (w x)
 
-c is the z-loss, which keeps lse near 0 (PaLM, arXiv 2204.02311). M tokens, x [M, D], W [V, D], z [M, V].
+c is the z-loss, which keeps lse near 0 (PaLM, arXiv 2204.02311), and w [M] a weight per token, 1 where none is given.
+M tokens, x [M, D], W [V, D], z [M, V].
 
 Since the loss is a plain sum, its gradients are known while the chunk's logits are at hand: the forward pass computes
 them in place of the logits, and the backward pass only scales them (the three matmuls a head needs, nothing twice).
@@ -76,12 +77,13 @@ def add_matmul(total, a, b, first: bool):
         total.add_(a @ b)
 
 
-def loss_by_chunks(heads, labels, want_dx: bool, want_dw: bool, chunk_loss):
+def loss_by_chunks(heads, labels, want_dx: bool, want_dw: bool, chunk_loss, token_weight=None):
     """-> token_loss [M], dx [M, D] and dw [V, D] in fp32 or wider, both empty where not wanted.
 
     heads: x [M, D] with weight [V, D] in x's dtype, then a teacher's if there is one. labels [M]. chunk_loss(rows, *z)
     gets the indices [m] of some tokens and each head's logits [m, V] of them, in fp32 or wider unless the Triton kernel
-    runs; it returns their losses [m] and leaves dz in place of the first logits.
+    runs; it returns their losses [m] and leaves dz in place of the first logits. token_weight [M] multiplies losses and
+    gradients: of a token's logits it would scale V values, of its x and dx it scales D.
     """
     x, weight = heads[0]
     V = len(weight)
@@ -104,13 +106,16 @@ def loss_by_chunks(heads, labels, want_dx: bool, want_dw: bool, chunk_loss):
     for i in range(0, len(labelled), step):
         rows = labelled[i:i + step]
         z = [make_logits(hidden[rows], head, buffer) for (hidden, head), buffer in zip(heads, buffers)]
-        token_loss[rows] = chunk_loss(rows, *z)
+        loss, scale = chunk_loss(rows, *z), token_weight[rows] if token_weight is not None else None
+        token_loss[rows] = loss if scale is None else loss * scale
         if want_dx or want_dw:
             dz = pad_rows(z[0].to(x.dtype))
         if want_dx:
-            dx[rows] = (dz @ weight)[:len(rows)]
+            dx_rows = (dz @ weight)[:len(rows)]
+            dx[rows] = dx_rows if scale is None else (dx_rows * scale[:, None]).to(x.dtype)
         if want_dw:
-            add_matmul(dw, dz.T, pad_rows(x[rows]), first=i == 0)
+            x_rows = x[rows] if scale is None else (x[rows] * scale[:, None]).to(x.dtype)
+            add_matmul(dw, dz.T, pad_rows(x_rows), first=i == 0)
     return token_loss, dx, dw
 
 
@@ -255,8 +260,10 @@ def kernel_rows(z, label, want_hits, want_dz, z_loss):
 @op
 def linear_cross_entropy_forward(
         x: torch.Tensor, weight: torch.Tensor, want_dx: bool, want_dw: bool, labels: torch.Tensor, want_hits: bool,
-        z_loss: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [M, D], weight [V, D] in x's dtype, labels [M] -> token_loss, dx, dw, hits; empty where not wanted."""
+        z_loss: float, token_weight: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [M, D], weight [V, D] in x's dtype, labels and token_weight [M] -> token_loss, dx, dw, hits; empty where not
+    wanted."""
     hits = torch.zeros(len(labels) if want_hits else 0, dtype=torch.bool, device=x.device)
     triton, want_dz = use_triton(x), want_dx or want_dw
 
@@ -269,13 +276,13 @@ def linear_cross_entropy_forward(
         if want_hits:
             hits[rows] = found
         return loss
-    return *loss_by_chunks([(x, weight)], labels, want_dx, want_dw, chunk_loss), hits
+    return *loss_by_chunks([(x, weight)], labels, want_dx, want_dw, chunk_loss, token_weight), hits
 
 
 # ---- public op
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, want_hits: bool = False,
-                         z_loss: float = 0.0):
+                         z_loss: float = 0.0, token_weight: torch.Tensor | None = None):
     """Summed cross-entropy in nats of the head `weight` [V, D] on hidden states x [..., D] against labels [...].
 
     Returns (loss, token_loss [...], hits [...] or None): the sum, which alone carries gradients, for one backward pass;
@@ -283,10 +290,12 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Te
     the label's. Under autocast the matmuls are in autocast's dtype; the softmax, the sums and the head's gradient stay
     in fp32.
 
-    z_loss: adds z_loss * logsumexp(logits)^2 to each labelled token.
+    z_loss: adds z_loss * logsumexp(logits)^2 to each labelled token. token_weight [...]: multiplies each token's loss; a
+    constant, through which no gradient goes.
     A label outside [0, V) other than -100 is an error: the CPU raises one; a GPU would have to wait for its device to
     do so, therefore it reads nothing out of bounds and makes the token's loss and gradient NaN.
     """
+    scale = None if token_weight is None else token_weight.detach().flatten()
     loss, token_loss, hits = apply_to_head(linear_cross_entropy_forward, x, weight, labels.flatten(), want_hits,
-                                           float(z_loss))
+                                           float(z_loss), scale)
     return loss, token_loss.view(labels.shape), hits.view(labels.shape) if want_hits else None

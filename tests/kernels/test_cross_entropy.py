@@ -132,6 +132,23 @@ def test_reference_is_exact_in_float64(options, monkeypatch):
         torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_weight_per_token_scales_its_loss_and_its_gradients(name, dtype, monkeypatch):
+    chunks_of(monkeypatch, 4, 300)
+    x, weight, labels = head((3, 5), 16, 300, dtype)
+    scale = torch.linspace(-2.0, 1.5, 15, dtype=torch.float64, device=DEVICE).view(3, 5)
+    scale[0, 0] = 0.0
+    given = scale.to(torch.promote_types(dtype, torch.float32))
+    with backend.using(name):
+        against_naive(lambda a, b: linear_cross_entropy(a, b, labels, z_loss=0.05, token_weight=given),
+                      lambda a, b: naive(a, b, labels, 0.05) * scale, x, weight, 300)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b: linear_cross_entropy(a, b, labels, token_weight=given), fullgraph=True,
+                             backend="aot_eager")
+    assert torch.equal(compiled(x, weight)[0], linear_cross_entropy(x, weight, labels, token_weight=given)[0])
+
+
 @pytest.mark.parametrize(("name", "shape"), slow_except(
     [("reference", SHAPES[0]), ("triton", SHAPES[2]), ("triton", SHAPES[4])], product(BACKENDS, SHAPES)))
 def test_shapes(name, shape):
