@@ -30,7 +30,6 @@ from core.cli import Output, Positional, Reading
 from core.config import setting
 from core.errors import UserError
 from core.hashing import fmix64, mix_keys, permute
-from kernels.cross_entropy import IGNORE
 from text import chat, foreign, mixture, shards
 from text.conversations import RECORDS
 from text.corpus import describe_inputs, read_records
@@ -81,15 +80,13 @@ class Batch:
                                 if isinstance(value, torch.Tensor)})
 
 
-def read_sequence(packing: Packing, number: int, sequences: Sequences, row: int, key: int = 0):
-    """Fill `row` of `sequences` with sequence `number` of a source, in the epoch that `key` stands for."""
-    for begin, length, was_target in packing.pieces(number, key):
-        tokens, begins = packing.shards.read(begin, length)
-        learned = packing.shards.read_mask(begin, length)
-        labels = tokens if learned is None else np.where(learned, tokens.astype(np.int32), IGNORE)
-        sequences.append(row, tokens, labels, begins)
-        if was_target:
-            sequences.labels[row, sequences.end[row] - length] = IGNORE
+def read_batch(packing: Packing, numbers: np.ndarray, source: int = 0) -> Batch:
+    """These sequences of a source, as batches of its first epoch hold them, in the order of their `numbers`."""
+    sequences = Sequences(len(numbers), packing.context + 1)
+    for row, number in enumerate(numbers.tolist()):
+        packing.read(number, sequences, row)
+    return Batch(**sequences.finish(), source=np.full(len(numbers), source, np.int64), place=numbers,
+                 rng=RowRandom(mix_keys("eval", numbers)))
 
 
 class Loader:
@@ -125,7 +122,7 @@ class Loader:
             keys[rows] = mix_keys(self.seed, name, "corrupt", epoch, place[rows])
             offset = mix_keys(self.seed, name, "offset", epoch)
             for row, key in zip(rows.tolist(), offset.tolist()):
-                read_sequence(packing, int(place[row]), sequences, row, key)
+                packing.read(int(place[row]), sequences, row, key)
         return Batch(**sequences.finish(self.config.reset_positions), source=source, place=place, rng=RowRandom(keys))
 
     def epochs(self, step: int) -> dict[str, float]:

@@ -126,27 +126,23 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
 
 @torch.no_grad()
 def score_objective(model, objective, held: packing.Packing, most_tokens: int, world=None, B: int = 4,
-                    autocast=None) -> dict:
+                    autocast=None, source: int = 0) -> dict:
     """{"loss", each of the objective's measures} on the held-out sequences of a source, at most about `most_tokens`.
 
     Unlike `score` it corrupts as the training does, each sequence in the same way in every evaluation, so that the
-    curves of a run are of one thing. Arguments as in `score`.
+    curves of a run are of one thing. source: what batch.source is to say. Other arguments as in `score`.
     """
     objective, mode = objective.part_documents(), model.training
     device = next(model.parameters()).device
     world = world or parallel.World(0, 1, device)
-    n, T = min(held.sequences, max(1, most_tokens // held.context)), held.context
+    n = min(held.sequences, max(1, most_tokens // held.context))
     totals = torch.zeros(2 + 2 * len(objective.measures), dtype=torch.float64, device=device)
     model.eval()
     starts = range(0, n, B)
     # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again and does not count it.
     for own in range(world.rank, world.rank + len(starts), world.size):
-        numbers = np.arange(starts[min(own, len(starts) - 1)], n)[:B]
-        sequences = packing.Sequences(len(numbers), T + 1)
-        for row, number in enumerate(numbers.tolist()):
-            data.read_sequence(held, number, sequences, row)
-        batch = data.Batch(**sequences.finish(), source=np.zeros(len(numbers), np.int64), place=numbers)
-        batch = objective.corrupt(batch, data.RowRandom(hashing.mix_keys("eval", numbers))).to(device)
+        batch = data.read_batch(held, np.arange(starts[min(own, len(starts) - 1)], n)[:B], source)
+        batch = objective.corrupt(batch, batch.rng).to(device)
         with autocast() if autocast else torch.autocast(device.type, enabled=False):
             loss, count, metrics = objective.loss(model, batch)
         values = [loss, count, *(value for name in objective.measures for value in metrics["measures"][name])]

@@ -190,7 +190,8 @@ def leave(run: Run, stop: Stopped) -> int:
 def dry_run(c: Config, world) -> int:
     """One evaluation, one step and one save in a folder that is thrown away; says what the whole run would take."""
     with tempfile.TemporaryDirectory() as folder, \
-            build(dataclasses.replace(c, log=LogConfig()), world, Path(folder)) as run:
+            build(dataclasses.replace(c, log=LogConfig(), objective=dataclasses.replace(c.objective, precompute=False)),
+                  world, Path(folder)) as run:
         describe(run)
         batches, seconds, run.saver = micro_batches(run, 0), [], Saver(run)
         for function in (lambda: score_heldout(run, 0), lambda: train_step(run, 0, batches),

@@ -290,12 +290,14 @@ def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Te
     the label's. Under autocast the matmuls are in autocast's dtype; the softmax, the sums and the head's gradient stay
     in fp32.
 
-    z_loss: adds z_loss * logsumexp(logits)^2 to each labelled token. token_weight [...]: multiplies each token's loss; a
-    constant, through which no gradient goes.
+    z_loss: adds z_loss * logsumexp(logits)^2 to each labelled token. token_weight [...]: a constant by which
+    each token's loss is multiplied.
     A label outside [0, V) other than -100 is an error: the CPU raises one; a GPU would have to wait for its device to
     do so, therefore it reads nothing out of bounds and makes the token's loss and gradient NaN.
     """
-    scale = None if token_weight is None else token_weight.detach().flatten()
+    scale = None
+    if token_weight is not None:
+        scale = token_weight.detach().flatten().to(torch.promote_types(x.dtype, torch.float32))
     loss, token_loss, hits = apply_to_head(linear_cross_entropy_forward, x, weight, labels.flatten(), want_hits,
                                            float(z_loss), scale)
     return loss, token_loss.view(labels.shape), hits.view(labels.shape) if want_hits else None

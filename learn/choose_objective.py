@@ -8,15 +8,19 @@ from core.errors import UserError
 from learn.electra import Electra
 from learn.multitask import Mixture, Weights
 from learn.objectives import Causal, Masked, Objective
+from learn.preference import DPO, IPO, ORPO
 from learn.selective import Selective
+
+PREFERENCES = {"dpo": DPO, "ipo": IPO, "orpo": ORPO}
 
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["causal", "masked", "selective", "electra", "mixture"] = "causal"
+    name: Literal["causal", "masked", "selective", "electra", "mixture", "dpo", "ipo", "orpo"] = "causal"
     """causal: predict the next token; masked: predict masked tokens from both sides; selective: causal, but only the
     tokens count whose loss is the most above that of the reference (Rho-1); electra: say which tokens a small generator
-    has replaced, from both sides; mixture: each sequence by one of several, as objective.weights say"""
+    has replaced, from both sides; mixture: each sequence by one of several, as objective.weights say; dpo, ipo, orpo:
+    of two answers make the chosen one likelier than the rejected one, from sources packed with --format preference"""
     weights: Weights = field(default_factory=Weights)
     mask_ratio: float = setting(0.15, above=0, at_most=1)
     """masked, electra: share of the positions that are predicted"""
@@ -30,6 +34,10 @@ class ObjectiveConfig:
     """selective: share of each document's targets that count"""
     reference: str = ""
     """model folder or hf:// id of the reference model, where the objective has one; default: the base"""
+    beta: float = setting(0.1, above=0, at_most=1e3)
+    """dpo, ipo: how closely the model is held to the reference, less where it is small; orpo: weight of the log odds"""
+    precompute: bool = False
+    """dpo, ipo: score all pairs with the reference once, before the first step; it then takes no memory and no time"""
     z_loss: float = setting(0.0, at_least=0, at_most=1e3)
     """weight of logsumexp(logits)^2 per target, which keeps logits from growing (PaLM, arXiv 2204.02311: 1e-4); it
     counts in training losses and not in evaluations"""
@@ -49,6 +57,8 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
         return Causal(mask_documents, config.z_loss)
     if config.name == "selective":
         return Selective(mask_documents, config.keep, config.z_loss)
+    if config.name in PREFERENCES:
+        return PREFERENCES[config.name](config.beta, config.precompute)
     mask_id = config.mask_token_id if config.mask_token_id is not None else getattr(tokenizer, "mask_id", None)
     if mask_id is None:
         raise UserError(f"objective {config.name} needs a mask token and the tokenizer has none; name an id that the "

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,13 @@ class Learning:
     adapters switched off. None: whoever needs the base calls `keep_base` before the first step"""
     reference: Callable | None = None
     """the same for the model of objective.reference; None: the reference is the base"""
+    reference_fingerprint: str = ""
+    """of the reference, and of all that its log-probabilities depend on but the text"""
+    packings: Sequence = ()
+    """the sequences of each source, by batch.source, and then those of the held-out parts"""
+    micro_batch_size: int = 1
+    autocast: Callable = contextlib.nullcontext
+    """() -> the context of a forward pass in the run's precision"""
     pretrained: bool = True
     """False: there is no base, the weights begin at random"""
     adapters: bool = False

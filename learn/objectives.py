@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from core.errors import UserError
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -26,6 +27,10 @@ class Objective:
     """names of what it measures beside its loss, the same on every rank"""
     uses_reference: bool = False
     """whether it compares the model with a frozen one: that of objective.reference, or else the base"""
+    forms: tuple[str, ...] = ("text", "chat")
+    """what a source's documents may be (text.shards.Shards.format)"""
+    notes: tuple | list = ()
+    """lines for the user to read before the run"""
 
     @property
     def shift(self) -> int:
@@ -49,6 +54,17 @@ class Objective:
     def model_built(self, model, learning):
         """Before DDP and the optimizer are made: the place to open a reference model, or to give the model more
         modules that train. learning: what an objective may know of a run (learn/method.py)."""
+
+    def check_source(self, name: str, shards):
+        """UserError where the objective cannot learn from a source's documents."""
+        if shards.format not in self.forms:
+            raise UserError(f"source {name} holds documents of the form {shards.format}, and the objective learns from "
+                            f"{' and '.join(self.forms)}; preferences are for --objective.name dpo, ipo and orpo, and "
+                            f"for these alone")
+
+    def judge(self, before: dict, after: dict) -> list[str]:
+        """What is to be said of a source's measures before and after a run, in sentences; nothing where all is well."""
+        return []
 
     def count(self, batch) -> int:
         """What the loss of a corrupted batch is a mean over: its targets."""

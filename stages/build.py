@@ -6,6 +6,7 @@ the model cannot read before the model is made, a plan that reads a source too o
 
 import contextlib
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
 from learn import adapters, optim, peft_files
-from learn.choose_objective import make_objective
+from learn.choose_objective import PREFERENCES, make_objective
 from learn.method import Learning
 from learn.objectives import Objective
 from model import Model, ModelConfig
@@ -268,10 +269,27 @@ def refuse_combinations(c, ranks: int):
         refuse_sizes(c)
     if not c.data.sources:
         raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
+    if c.objective.name in PREFERENCES:
+        refuse_preferences(c)
     for name, source in c.data.sources.items():
         if not source.path or not Path(source.path).is_dir():
             wrong = f"{source.path} does not exist" if source.path else "is not set"
             raise UserError(f"data.sources.{name}.path {wrong}; name a folder made by data.py pack")
+
+
+def refuse_preferences(c):
+    """UserError for settings under which answers could not be compared, or that do nothing in such a loss."""
+    name = c.objective.name
+    if not (c.data.mask_documents and c.data.reset_positions):
+        raise UserError(f"objective {name} compares documents that stand in one sequence as if each stood alone; leave "
+                        f"data.mask_documents and data.reset_positions true")
+    if c.forget.lwf.alpha:
+        raise UserError(f"forget.lwf has a divergence per token, and objective {name} a loss per pair; leave LwF out: "
+                        f"objective.beta of dpo and ipo says how closely the base is kept")
+    if c.objective.z_loss:
+        raise UserError(f"objective.z_loss is no part of objective {name}; leave it out")
+    if name == "orpo" and (c.objective.reference or c.objective.precompute):
+        raise UserError("objective orpo has no reference; leave out objective.reference and objective.precompute")
 
 
 def refuse_sizes(c):
@@ -337,16 +355,21 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     packings = packing.pack_sources(shards, c.data, objective.shift)
     plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
     loader = data.Loader(packings, plan, c.data, seed=c.seed)
-    held = packing.pack_sources({name: Shards(sources[name].path, "heldout") for name in heldout}, c.data,
-                                objective.shift) if objective.measures else {}
+    drawn = {name: shards[name] for name, n in zip(sources, plan[-1]) if n}
+    held = {name: Shards(sources[name].path, "heldout") for name in heldout if shards[name].format in objective.forms
+            } if objective.measures else {}
+    for name, each in [*drawn.items(), *held.items()]:
+        objective.check_source(name, each)
+    held = packing.pack_sources(held, c.data, objective.shift)
     run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout, held)
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:
         raise UserError(refusal)
     if world.main:
         decode = tokenizer.decode if tokenizer else lambda ids: " ".join(map(str, ids))
-        drawn = {name: shards[name] for name, n in zip(sources, plan[-1]) if n}
         run.leaks = judge_leaks(find_leaks(heldout, drawn, decode), heldout)
+    # Answers that are preferred to others are no text to be learned as it stands: their measures are the objective's.
+    heldout = run.heldout = {name: found for name, found in heldout.items() if shards[name].format != "preference"}
     both = len({sources[name].role for name in heldout}) == 2
     if c.forget.merge.method != "none" and not (objective.text_objective.causal and both):
         raise UserError("forget.merge finds its coefficient by bits per byte on held-out text of the domain and of a "
@@ -419,7 +442,8 @@ def describe_learning(run: Run) -> Learning:
     base, sharded = None, world.size > 1 and c.parallel.strategy == "fsdp"
     if c.lora.rank:
         base = adapters.disabled
-    elif sharded and (c.forget.lwf.alpha or (run.objective.uses_reference and not c.objective.reference)):
+    elif sharded and (c.forget.lwf.alpha or (run.objective.uses_reference and not c.objective.reference
+                                             and not c.objective.precompute)):
         # Sharded weights cannot be copied: the frozen copy of the base (teacher) is loaded and sharded a second time.
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
@@ -431,12 +455,15 @@ def describe_learning(run: Run) -> Learning:
                             f"model one of {run.config.vocab_size:,}; name a model with the same tokenizer")
         plain = dataclasses.replace(c, compile=False, lora=lora.LoraConfig(),
                                     model=dataclasses.replace(c.model, init="pretrained"))
-        judge = build_model(plain, other.config, other, world).requires_grad_(False)
-        reference = lambda model: contextlib.nullcontext(judge)        # noqa: E731
+        judge = functools.cache(lambda: build_model(plain, other.config, other, world).requires_grad_(False))
+        reference = lambda model: contextlib.nullcontext(judge())        # noqa: E731
     # What an estimate from general text, such as EWC's, depends on.
     tokens = [record["sha256"] for name in loader.names if name in general for record in loader.shards[name].records]
     made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens,
                *(["drop_last"] if c.data.drop_last else [])]
+    judge_config = run.reference.config if run.reference else run.config
+    judged_by = [run.reference.fingerprint if run.reference else run.base_fingerprint, dataclasses.asdict(judge_config),
+                 c.data.context, c.train.precision, c.lora.rank and c.lora.base]
     return Learning(
         steps=run.steps, seed=c.seed, world=world, sharded=sharded, forward=run.forward,
         general_text=draw_general_text(run) if general else None,
@@ -444,4 +471,7 @@ def describe_learning(run: Run) -> Learning:
         replay_share=lambda step: round(1 - run.domain_share_at(step), 9), base=base, reference=reference,
         pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
         precision=None if c.train.precision == "fp32" else devices.DTYPES[c.train.precision],
-        folder=run.folder, fingerprint=hashing.short_digest(json.dumps(made_of).encode()))
+        folder=run.folder, fingerprint=hashing.short_digest(json.dumps(made_of).encode()),
+        reference_fingerprint=hashing.short_digest(json.dumps(judged_by).encode()),
+        packings=[*loader.packings.values(), *run.held.values()], micro_batch_size=c.train.micro_batch_size,
+        autocast=run.autocast)

@@ -66,7 +66,7 @@ def describe(run: Run):
         if c.lora.rank:
             say(f"lora: {lora.trainable_share(run.inner)}")
         say(schedules.hint(parameters, "lora" if c.lora.rank else "full", c.optim))
-    for note in (note for method in run.methods for note in method.notes):
+    for note in [*run.objective.notes, *(note for method in run.methods for note in method.notes)]:
         say(note)
     longest = run.config.max_position_embeddings
     if c.data.context > longest:
@@ -79,9 +79,10 @@ def describe(run: Run):
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards in loader.shards.items():
         scored = sum(len(ids) for ids, *_ in run.heldout.get(name, []))
+        pairs = len(run.held[name].table) // 2 if shards.format == "preference" and name in run.held else 0
         say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs[name]:.2f} times; "
-            f"{scored:,} held-out tokens scored")
-        if not scored:
+            + (f"{pairs:,} held-out pairs" if pairs else f"{scored:,} held-out tokens scored"))
+        if not scored and not pairs:
             say(f"warning: source {name} has no held-out documents, so it is not evaluated")
     for line in mixture.describe_mix(c.data, run.sources) + mixture.judge_epochs(epochs, run.sources)[1] + run.leaks:
         say(line)
@@ -231,14 +232,18 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
     # Of the weights in training, because a reference model or further modules may belong to the objective.
     measured = {} if alone and parallel.is_sharded(run.inner) else {
         source: evaluation.score_objective(run.inner, run.objective, held, c.eval.tokens, None if alone else run.world,
-                                           c.train.micro_batch_size, run.autocast)
-        for source, held in run.held.items()}
+                                           c.train.micro_batch_size, run.autocast, number)
+        # In batch.source they stand behind the sources that are trained on.
+        for number, (source, held) in enumerate(run.held.items(), len(run.loader.names))}
     run.log.record("eval", step, protocol=protocol, model=name, sources={name: {
         key: value for key, value in found.items() if key != "nats_by_document"} for name, found in scores.items()},
                    **({"objective": measured} if measured else {}))
     unit = "bits_per_byte" if run.objective.text_objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
-    run.log.say(f"eval at step {step}: {shown} ({unit.replace('_', ' ')})")
+    shown = [f"{shown} ({unit.replace('_', ' ')})"] if scores else []
+    shown += [f"{source}: " + ", ".join(f"{measure} {value:.4g}" for measure, value in found.items()
+                                        if measure != "sequences") for source, found in measured.items()]
+    run.log.say(f"eval at step {step}: {'; '.join(shown)}")
     if run.world.main:
         file = f"eval_step_{step}.json"
         run.evaluations[file] = {"step": step, "texts": scores, "protocol": protocol, "model": name,
@@ -306,12 +311,14 @@ def finish(run: Run):
         draw_samples(run, run.steps, model)
     if not run.world.main:
         return
-    if lost := [name for name, score in after.items() if not math.isfinite(score["nats_per_token"])]:
+    first, last = (run.evaluations[f"eval_step_{step}.json"] for step in (0, run.steps))
+    losses = {name: score["nats_per_token"] for name, score in after.items()} | {
+        name: found["loss"] for name, found in last.get("objective", {}).items() if "loss" in found}
+    if lost := [name for name, loss in losses.items() if not math.isfinite(loss)]:
         # Weights can be finite and so large that nothing which is computed with them is.
         raise UserError(f"the trained model has no finite loss on the held-out text of {lost[0]}, so this run is not "
                         f"finished; lower --optim.lr and begin again, or export an earlier checkpoint: python hf.py "
                         f"export {out}/checkpoints/step_N --out DIR")
-    first, last = (run.evaluations[f"eval_step_{step}.json"] for step in (0, run.steps))
     before, protocol = first["texts"], first["protocol"]
     names = {"before": first.get("model", ""), "after": last["model"]}
     if c.lora.base != "plain" and model and (base := load_beside(run, run.base)):
@@ -320,8 +327,7 @@ def finish(run: Run):
     held = f"Held-out documents, {names['before']} against {names['after']}; protocol: {json.dumps(protocol)}"
     write_card(run, out / "final", f"{evaluation.format_table(before, after)}\n\n{held}{merged}")
     comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.text_objective.causal else {}
-    objective = {"objective": {"name": c.objective.name, "before": first["objective"],
-                               "after": last["objective"]}} if last.get("objective") else {}
+    objective = judge_objective(run, first, last) if last.get("objective") else {}
     write_json(out / "eval.json",
                {"protocol": protocol, "model": names, "before": before, "after": after, **comparison, **objective})
     say(evaluation.format_table(before, after))
@@ -336,6 +342,15 @@ def finish(run: Run):
             raise
         words, report = [], f"no report: {error}"
     print(*words, f"model: {out}/final   {report}", sep="\n", flush=True)
+
+
+def judge_objective(run: Run, first: dict, last: dict) -> dict:
+    """What eval.json says of the objective's measures before and after; each warning is said here too."""
+    before, after = first["objective"], last["objective"]
+    warnings = [f"source {name}: {line}" for name in after for line in run.objective.judge(before[name], after[name])]
+    for line in warnings:
+        run.log.say(f"warning: {line}")
+    return {"objective": {"name": run.c.objective.name, "before": before, "after": after, "warnings": warnings}}
 
 
 def load_beside(run: Run, folder):

@@ -113,6 +113,16 @@ class Packing:
         offset = key % self.shards.tokens if self.is_circle else 0
         return (self.table[self.first[number]:self.first[number + 1]] + [offset, 0, 0]).tolist()
 
+    def read(self, number: int, sequences: Sequences, row: int, key: int = 0):
+        """Fill `row` of `sequences` with sequence `number`, in the epoch that `key` stands for."""
+        for begin, length, was_target in self.pieces(number, key):
+            tokens, begins = self.shards.read(begin, length)
+            learned = self.shards.read_mask(begin, length)
+            labels = tokens if learned is None else np.where(learned, tokens.astype(np.int32), IGNORE)
+            sequences.append(row, tokens, labels, begins)
+            if was_target:
+                sequences.labels[row, sequences.end[row] - length] = IGNORE
+
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     """int64 [n]: the bin of each size [n], the largest placed first, each in the fullest bin that has room for it.
