@@ -4,6 +4,7 @@
     python tokenizer.py encode --tokenizer out/tokenizer "Habeas corpus"
     python tokenizer.py extend --model BASE --new-tokens 2000 --out out/legal_base legal.jsonl
     python tokenizer.py add --model BASE --out out/marked "<legal_case>" res_judicata --pad "<|pad|>"
+    python tokenizer.py add --model BASE --for span --out out/span_base
     python tokenizer.py report --tokenizer BASE --extended out/legal_base --domain law.jsonl --general wiki.txt
     python tokenizer.py compare --vocab-size 8000 legal.jsonl
 
@@ -16,10 +17,14 @@ import core.threads
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
 
 import hf
 from core import cli
 from core.cli import Output, Positional, Reading
+from core.config import setting
 from core.errors import UserError
 from core.files import claim_folder, new_folder
 from text.corpus import read_documents
@@ -72,6 +77,11 @@ class Add(Change):
     """The terms are control tokens."""
     pad: str | None = None
     """A new padding token, whose row is zero."""
+    objectives: Annotated[list[Literal["masked", "span", "ul2", "fim"]], tyro.conf.arg(name="for")] = field(
+        default_factory=list)
+    """Objectives of train.py: the control tokens that they need and the vocabulary lacks."""
+    sentinels: int = setting(100, at_least=2, at_most=100_000)
+    """How many sentinels span and ul2 get: one more than a document may have spans."""
 
 
 def encode_command(options: Encode) -> dict:
@@ -95,7 +105,8 @@ def extend_command(options: Extend) -> dict:
 
 
 def add_command(options: Add) -> dict:
-    new = write_change(options, lambda base, folder: add(base, options.terms, folder, options.special, options.pad))
+    new = write_change(options, lambda base, folder: add(
+        base, options.terms, folder, options.special, options.pad, options.objectives, options.sentinels))
     # A plain word, once added, has no form with a space before it, and is cut out of longer words: "lien" of "client".
     plain = [term for term in options.terms if term.replace(" ", "").isalpha()]
     if plain and not options.special:

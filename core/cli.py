@@ -324,6 +324,8 @@ def _find_options(value, recipe: bool, prefix: str = "") -> dict[str, tuple[str,
     for item in dataclasses.fields(cls):
         hint, name = hints[item.name], prefix + item.name
         marks = getattr(hint, "__metadata__", ())
+        # An option may have another name than its field, where that would be a word of Python: --for.
+        name = next((prefix + mark.name for mark in marks if getattr(mark, "name", None)), name)
         plain = typing.get_args(hint)[0] if marks else hint
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         current = default if isinstance(value, type) else getattr(value, item.name)

@@ -6,24 +6,35 @@ from typing import Literal
 from core.config import setting
 from core.errors import UserError
 from learn.electra import Electra
+from learn.infilling import UL2, FillInTheMiddle, Span
 from learn.multitask import Mixture, Weights
 from learn.objectives import Causal, Masked, Objective
 from learn.preference import DPO, IPO, ORPO
 from learn.selective import Selective
+from text import objective_tokens
 
 PREFERENCES = {"dpo": DPO, "ipo": IPO, "orpo": ORPO}
 
 
 @dataclass
 class ObjectiveConfig:
-    name: Literal["causal", "masked", "selective", "electra", "mixture", "dpo", "ipo", "orpo"] = "causal"
+    name: Literal["causal", "masked", "selective", "electra", "span", "ul2", "fim", "mixture", "dpo", "ipo",
+                  "orpo"] = "causal"
     """causal: predict the next token; masked: predict masked tokens from both sides; selective: causal, but only the
     tokens count whose loss is the most above that of the reference (Rho-1); electra: say which tokens a small generator
-    has replaced, from both sides; mixture: each sequence by one of several, as objective.weights say; dpo, ipo, orpo:
-    of two answers make the chosen one likelier than the rejected one, from sources packed with --format preference"""
+    has replaced, from both sides; span: write the spans that a text lacks behind it (T5); ul2: the same with seven
+    kinds of spans; fim: fill in the middle of code; mixture: each sequence by one of several, as objective.weights say;
+    dpo, ipo, orpo: of two answers make the chosen one likelier than the rejected one, from sources packed with --format
+    preference"""
     weights: Weights = field(default_factory=Weights)
     mask_ratio: float = setting(0.15, above=0, at_most=1)
-    """masked, electra: share of the positions that are predicted"""
+    """masked, electra, span: share of the positions that are predicted"""
+    span_length: float = setting(3.0, at_least=1, at_most=1e6)
+    """span: mean tokens of a span"""
+    fim_rate: float = setting(0.5, at_least=0, at_most=1)
+    """fim: share of the documents whose middle moves to the end"""
+    spm_share: float = setting(0.5, at_least=0, at_most=1)
+    """fim: share of those that begin with the suffix instead of the prefix"""
     mask_token_id: int | None = setting(None, at_least=0, below=2**31)
     """masked, electra: id that stands for a masked token; default: the tokenizer's mask token"""
     generator_ratio: float = setting(0.25, above=0, at_most=1)
@@ -44,7 +55,7 @@ class ObjectiveConfig:
 
 
 def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:
-    """The objective of the settings. UserError where masking lacks a mask token inside the vocabulary."""
+    """The objective of the settings. UserError where it needs special tokens that are not in the vocabulary."""
     weights = vars(config.weights)
     if config.name == "mixture":
         members = {name: make_objective(replace(config, name=name, weights=Weights()), mask_documents, tokenizer,
@@ -59,16 +70,38 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
         return Selective(mask_documents, config.keep, config.z_loss)
     if config.name in PREFERENCES:
         return PREFERENCES[config.name](config.beta, config.precompute)
-    mask_id = config.mask_token_id if config.mask_token_id is not None else getattr(tokenizer, "mask_id", None)
-    if mask_id is None:
-        raise UserError(f"objective {config.name} needs a mask token and the tokenizer has none; name an id that the "
-                        f"text does not use, e.g. --objective.mask-token-id 0")
-    if not 0 <= mask_id < vocab_size:
-        raise UserError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
     # Rows that only pad the embedding are no more drawn at random than special tokens are.
     special = {*tokenizer.special_ids, *tokenizer.missing_ids(vocab_size)} if tokenizer is not None else ()
     special = [i for i in special if i < vocab_size]
-    masking = mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss
-    if config.name == "electra":
+    if config.name in ("masked", "electra"):
+        mask_id = find_mask(config, tokenizer, vocab_size)
+        masking = mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss
+        if config.name == "masked":
+            return Masked(*masking)
         return Electra(*masking, generator_ratio=config.generator_ratio, weight=config.discriminator_weight)
-    return Masked(*masking)
+    if tokenizer is None:
+        raise UserError(f"objective {config.name} needs special tokens, and the base has no tokenizer that names them; "
+                        f"name one with --model.tokenizer")
+    if config.name == "fim":
+        parts = objective_tokens.find_named(tokenizer, objective_tokens.PARTS) or objective_tokens.refuse_missing(
+            "fim", "tokens for prefix, suffix and middle")
+        return FillInTheMiddle(mask_documents, special, parts, config.fim_rate, config.spm_share, config.z_loss)
+    sentinels = objective_tokens.find_sentinels(tokenizer) or objective_tokens.refuse_missing(config.name, "sentinels")
+    if config.name == "ul2":
+        modes = objective_tokens.find_named(tokenizer, objective_tokens.MODES)
+        return UL2(mask_documents, special, sentinels, modes, config.z_loss)
+    return Span(mask_documents, special, sentinels, config.mask_ratio, config.span_length, config.z_loss)
+
+
+def find_mask(config: ObjectiveConfig, tokenizer, vocab_size: int) -> int:
+    """The id of the mask token, of the settings or of the tokenizer. UserError where there is none."""
+    mask_id = config.mask_token_id
+    if mask_id is None and tokenizer is not None:
+        mask_id = objective_tokens.find_mask(tokenizer)
+    if mask_id is None:
+        raise UserError(f"objective {config.name} needs a mask token and the tokenizer has none; python tokenizer.py "
+                        "add --model DIR --for masked --out DIR2 makes a base that has one; or name an id that the "
+                        "text does not use, e.g. --objective.mask-token-id 0")
+    if not 0 <= mask_id < vocab_size:
+        raise UserError(f"objective.mask_token_id is {mask_id}, outside the vocabulary of {vocab_size}")
+    return mask_id

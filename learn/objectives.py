@@ -45,6 +45,10 @@ class Objective:
     def __init__(self, mask_documents: bool, z_loss: float = 0.0):
         self.mask_documents, self.z_loss = mask_documents, z_loss
 
+    def text_length(self, context: int) -> int:
+        """How many tokens of text a sequence reads, so that what `corrupt` makes of them fits into `context`."""
+        return context
+
     def part_documents(self) -> "Objective":
         """The same objective, under which documents of one sequence do not see each other."""
         parted = copy.copy(self)
@@ -87,6 +91,7 @@ class Objective:
 
     def loss_of(self, hidden, model, batch, want_hits: bool = False):
         """`loss` of hidden states [B, T, D] of the batch that are known already."""
+        want_hits = want_hits or "accuracy" in self.measures
         loss, token_loss, hits = linear_cross_entropy(hidden, model.head.weight, batch.labels, want_hits,
                                                       z_loss=self.z_loss if model.training else 0.0)
         valid = batch.labels != IGNORE
@@ -94,6 +99,8 @@ class Objective:
                    "hidden": hidden, "measures": {}}
         if want_hits:
             metrics["hits"] = hits.sum()
+        if "accuracy" in self.measures:
+            metrics["measures"]["accuracy"] = metrics["hits"], metrics["sequence_targets"].sum()
         return loss, valid.sum(), metrics
 
 
@@ -120,6 +127,7 @@ class Masked(Objective):
     10 % stay; only they are targets. Special tokens are never chosen and never put in at random."""
 
     causal = False
+    measures = ("accuracy",)
 
     def __init__(self, mask_documents: bool, mask_id: int, special_ids, vocab_size: int, mask_ratio: float = 0.15,
                  z_loss: float = 0.0):

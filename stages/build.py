@@ -352,7 +352,8 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
             heldout[name] = found
 
     objective = make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)
-    packings = packing.pack_sources(shards, c.data, objective.shift)
+    text_length = objective.text_length(c.data.context)
+    packings = packing.pack_sources(shards, c.data, objective.shift, text_length)
     plan = mixture.make_plan(c.data, c.train, sources, {name: each.sequences for name, each in packings.items()})
     loader = data.Loader(packings, plan, c.data, seed=c.seed)
     drawn = {name: shards[name] for name, n in zip(sources, plan[-1]) if n}
@@ -360,7 +361,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
             } if objective.measures else {}
     for name, each in [*drawn.items(), *held.items()]:
         objective.check_source(name, each)
-    held = packing.pack_sources(held, c.data, objective.shift)
+    held = packing.pack_sources(held, c.data, objective.shift, text_length)
     run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout, held)
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:

@@ -33,6 +33,7 @@ from core.config import setting
 from core.errors import UserError
 from core.files import write_text
 from text.corpus import read_documents
+from text.objective_tokens import list_missing
 from text.train_vocabulary import count_text, cut_for_counting, hold_out
 from text.vocabulary import TiktokenTokenizer, Tokenizer, load, measure_loss, replace_surrogates
 from text.vocabulary_files import (
@@ -227,17 +228,23 @@ def extend(path, texts, new_tokens: int, folder, min_count: int = 4) -> dict[int
     return parts
 
 
-def add(path, terms: list[str], folder, special: bool = False, pad: str | None = None) -> dict[int, list[int]]:
-    """Give `terms`, and the padding token `pad`, one id each behind all others; -> {new id: the old ids of its text}.
-    special: the terms are control tokens, as `pad` always is.
+def add(path, terms: list[str], folder, special: bool = False, pad: str | None = None, objectives: list[str] = (),
+        sentinels: int = 100) -> dict[int, list[int]]:
+    """Give `terms`, the padding token `pad` and what `objectives` need and the vocabulary lacks one id each behind all
+    others; -> {new id: the old ids of its text}. special: the terms are control tokens, as the others always are.
     Only tokenizer.json is written into `folder`: it alone can say how an added token is found, which is as it is spelt,
     anywhere in the text, before anything is joined, and so even inside words. The text around it stays as it is."""
     base = BaseTokenizer(path)
-    old, wanted = base.tokenizer, terms if pad is None else [*terms, pad]
+    old = base.tokenizer
+    needed, mask = list_missing(old, objectives, sentinels)
+    roles = {f"{role}_token": token for role, token in (("pad", pad), ("mask", mask)) if token is not None}
+    control = {*needed, *roles.values(), *(terms if special else ())}
+    wanted = [*terms, *needed, *([] if pad is None else [pad])]
     if pad is not None and old.pad_id is not None:
         raise UserError(f"the tokenizer has the pad token {old.tokens[old.pad_id]!r} already")
     if not wanted:
-        raise UserError("there is no term to add; name some, or --pad TOKEN")
+        raise UserError(f"there is nothing to add: the vocabulary has the tokens for {' and '.join(objectives)}"
+                        if objectives else "there is no term to add; name some, or --pad TOKEN, or --for OBJECTIVE")
     for n, term in enumerate(wanted):
         if not term:
             raise UserError("a term is empty")
@@ -257,10 +264,10 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
     description["model"]["vocab"] |= ids
     as_spelt = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
     as_spelt["normalized"] = description["normalizer"] is not None
-    description["added_tokens"] += [{"id": i, "content": term, **as_spelt, "special": special or term == pad}
+    description["added_tokens"] += [{"id": i, "content": term, **as_spelt, "special": term in control}
                                     for term, i in ids.items()]
     write_text(Path(folder, "tokenizer.json"), json.dumps(description, ensure_ascii=False))
-    write_settings(base, Path(folder), "PreTrainedTokenizerFast", **({} if pad is None else {"pad_token": pad}))
+    write_settings(base, Path(folder), "PreTrainedTokenizerFast", **roles)
     new = load(folder)
     for term, i in ids.items():
         if new.backend.normalizer and (read := new.backend.normalizer.normalize_str(term)) not in (

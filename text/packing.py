@@ -61,17 +61,19 @@ class Packing:
     begins at another place in every epoch. Only its last piece is short; with drop_last it is left out. Otherwise the
     sequences are the same in every epoch. About 40 bytes of memory per document.
 
+    text_length: T, where the objective puts more into a sequence than text; the rest of the context is then padding.
+
     A preference source is packed by pairs, chosen and rejected whole in one sequence: best_fit, or with `document` a
     pair in each. A pair of more than T + shift tokens is left out.
     """
 
-    def __init__(self, shards: Shards, config, shift: int = 1):
+    def __init__(self, shards: Shards, config, shift: int = 1, text_length: int | None = None):
         self.context, self.pairs_left_out = config.context, 0
         if shards.format == "preference":
             self._pack_pairs(shards, config, shift)
             return
         self.shards, self.is_circle = shards, config.packing == "window"
-        T, L = config.context, shards.tokens
+        T, L = text_length or config.context, shards.tokens
         ends = np.array([L + shift]) if self.is_circle else shards.document_ends()
         lengths = np.diff(ends, prepend=0)
         parts = np.maximum(1, (lengths - shift) // T if config.drop_last else -(-(lengths - shift) // T))
@@ -158,13 +160,14 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     return bins
 
 
-def pack_sources(sources: dict[str, Shards], config, shift: int = 1) -> dict[str, Packing]:
-    """Cut each source into sequences for an objective of this `shift`. The plan comes after it: it must know how many
-    `sequences` one pass has."""
+def pack_sources(sources: dict[str, Shards], config, shift: int = 1, text_length: int | None = None
+                 ) -> dict[str, Packing]:
+    """Cut each source into sequences for an objective of this `shift` and `text_length`. The plan comes
+    after it: it must know how many `sequences` one pass has."""
     for name, shards in sources.items():
         if not shards.tokens:
             raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
-    packings = {name: Packing(shards, config, shift) for name, shards in sources.items()}
+    packings = {name: Packing(shards, config, shift, text_length) for name, shards in sources.items()}
     for name, packing in packings.items():
         if not packing.sequences:
             raise UserError(f"each of the {packing.pairs_left_out:,} pairs of source {name} is longer than "

@@ -10,7 +10,7 @@ from learn.objectives import Causal
 
 
 def test_where_the_mask_token_comes_from():
-    tokenizer = SimpleNamespace(mask_id=5, special_ids=[0, 5], missing_ids=lambda rows: [*range(10, rows)])
+    tokenizer = SimpleNamespace(mask_id=5, vocab={}, special_ids=[0, 5], missing_ids=lambda rows: [*range(10, rows)])
     config = ObjectiveConfig(name="masked", mask_ratio=0.3)
     made = make_objective(config, True, tokenizer, 10)
     assert (made.mask_id, made.special.tolist(), made.mask_ratio, made.mask_documents) == (5, [0, 5], 0.3, True)
@@ -21,7 +21,7 @@ def test_where_the_mask_token_comes_from():
     # Rows that pad the embedding are never drawn.
     assert make_objective(config, False, tokenizer, 13).ordinary.tolist() == [1, 2, 3, 4, 6, 8, 9]
     # A special token past the model's vocabulary.
-    few = SimpleNamespace(mask_id=5, special_ids=[0, 5, 300], missing_ids=lambda rows: [])
+    few = SimpleNamespace(mask_id=5, vocab={}, special_ids=[0, 5, 300], missing_ids=lambda rows: [])
     assert make_objective(config, False, few, 10).special.tolist() == [0, 5, 7]
     causal = make_objective(ObjectiveConfig(), True, None, 10)
     assert isinstance(causal, Causal)
@@ -30,7 +30,7 @@ def test_where_the_mask_token_comes_from():
 
 def test_settings_that_cannot_be():
     config = ObjectiveConfig(name="masked")
-    for tokenizer in (None, SimpleNamespace(mask_id=None, special_ids=[], missing_ids=lambda rows: [])):
+    for tokenizer in (None, SimpleNamespace(mask_id=None, vocab={}, special_ids=[], missing_ids=lambda rows: [])):
         with pytest.raises(ValueError, match=r"needs a mask token and the tokenizer has none; .*--objective"):
             make_objective(config, True, tokenizer, 10)
     for wrong in (-1, 10, 999):
