@@ -52,6 +52,9 @@ class Run:
     # {source: scores} of the last evaluation.
     after: dict = field(default_factory=dict)
     protocol: dict = field(default_factory=dict)
+    # What the objective measured of held-out sequences: {"name", "before": {source: {measure: value}}, "after",
+    # "warnings"}.
+    objective: dict = field(default_factory=lambda: {"name": "", "before": {}, "after": {}, "warnings": []})
     # Which model was scored: {"before", "after"}.
     scored: dict = field(default_factory=dict)
     config: str = ""
@@ -152,7 +155,7 @@ class Run:
         if back := [row for row in self.events if row["kind"] == "rewind"]:
             said += [f"the run was rewound {'once' if len(back) == 1 else f'{len(back):,} times'}, the last time from "
                      f"step {back[-1].get('step')} to {back[-1].get('to')}"]
-        return said + ([f"the run stopped: {self.stopped}"] if self.stopped else [])
+        return said + ([f"the run stopped: {self.stopped}"] if self.stopped else []) + self.objective["warnings"]
 
     @cached_property
     def evidence(self) -> verdict.Evidence:
@@ -221,6 +224,7 @@ def read_metrics(run: Run, path: Path) -> None:
             unreadable += [number] if line.strip() else []
             continue
         row["sources"] = sources_in(row.get("sources"))
+        row["objective"] = (sources_in if kind == "eval" else dict_or_empty)(row.get("objective"))
         if kind in kinds:
             kinds[kind][row["step"]] = row
         elif kind == "start":
@@ -250,6 +254,7 @@ def read_evaluation(run: Run, path: Path) -> None:
     run.after = sources_in(stated.get("after")) or (detailed(run, last, measured[last]) if last else {})
     protocols = [dict_or_empty(where.get("protocol")) for where in (stated, *reversed(run.evals))]
     run.protocol = next((protocol for protocol in protocols if protocol), {})
+    read_objective(run, dict_or_empty(stated.get("objective")), last)
     total = finite(run.start.get("total_steps"))
     reached_end = total is not None and run.step >= total
     run.finished = bool(stated.get("after")) or (run.folder / "final").is_dir() or reached_end
@@ -258,6 +263,17 @@ def read_evaluation(run: Run, path: Path) -> None:
         if None not in (theirs, ours) and abs(theirs - ours) > 5e-4:
             run.notes.append(f"eval.json states a {key.replace('_', ' ')} of {percent(theirs)}; its values before and "
                              f"after give {percent(ours)}, which is what this page shows.")
+
+
+def read_objective(run: Run, stated: dict, last: int) -> None:
+    """Fill objective from eval.json, else from the evaluations in the metrics, of which the last was at step `last`."""
+    measured = {row["step"]: row["objective"] for row in run.evals}
+    warnings = stated.get("warnings")
+    run.objective = {
+        "name": str(stated.get("name") or dict_or_empty(run.settings.get("objective")).get("name", "the objective")),
+        "before": sources_in(stated.get("before")) or measured.get(0, {}),
+        "after": sources_in(stated.get("after")) or (measured[last] if last else {}),
+        "warnings": [str(line) for line in warnings] if isinstance(warnings, list) else []}
 
 
 def read_dict(run: Run, path: Path) -> dict:
@@ -321,7 +337,8 @@ def render(runs: list):
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True)
     filters = (finite, percent, span, decimal, short, utc, verdict.grade_gain, verdict.grade_forgetting, np.median,
-               charts.logged, charts.draw_run, source_table, sample_pairs, describe_data, judge_budget, dict_or_empty)
+               charts.logged, charts.draw_run, charts.draw_objective, measure_table, source_table, sample_pairs,
+               describe_data, judge_budget, dict_or_empty)
     environment.filters |= {function.__name__: function for function in filters}
     environment.filters["json"] = partial(json.dumps, ensure_ascii=False)
     for number, run in enumerate(runs, 1):
@@ -397,6 +414,14 @@ def source_table(run: Run) -> tuple[list, set]:
             **{column: finite(run.trained.get(name, {}).get(column)) for column in ("tokens", "epochs")},
         })
     return rows, {key for row in rows for key, value in row.items() if value not in (None, [])}
+
+
+def measure_table(run: Run) -> list[tuple]:
+    """[(source, measure, value before, value after)] of what the objective measured of held-out sequences."""
+    before, after = run.objective["before"], run.objective["after"]
+    names = {source: dict.fromkeys([*before.get(source, {}), *after.get(source, {})]) for source in before | after}
+    return [(source, name, *(finite(side.get(source, {}).get(name)) for side in (before, after)))
+            for source, measures in names.items() for name in measures if name != "sequences"]
 
 
 def sample_pairs(run: Run) -> list:

@@ -259,6 +259,29 @@ def chart_column(run, name: str, title: str, caption: str, axes) -> tuple | None
     return title, caption + ".", []
 
 
+def draw_objective(run) -> list:
+    """A chart of each of the objective's measures, as `draw_charts` returns them."""
+    held = [measures for row in run.evals for measures in row["objective"].values()]
+    names = dict.fromkeys(name for measures in [*held, *(row["objective"] for row in run.train)] for name in measures)
+    return draw_charts([partial(chart_measure, run, name) for name in names if name != "sequences"],
+                       f"objective{run.number}", end=run.step)
+
+
+def chart_measure(run, name: str, axes) -> tuple | None:
+    """A measure of the objective: of the training steps, and of the held-out sequences of each source."""
+    trained = series(run.train, lambda row: row["objective"].get(name))
+    held = {source: series(run.evals, lambda row, source=source: row["objective"].get(source, {}).get(name))
+            for source in dict.fromkeys(source for row in run.evals for source in row["objective"])}
+    held = {source: curve for source, curve in held.items() if len(curve[0])}
+    if len(trained[0]):
+        draw_curve(axes, *trained, "muted", smoothed=True)
+    for source, curve in held.items():
+        draw_curve(axes, *curve, run.colours.get(source, "g5"))
+    legend = [("muted", "training")] if len(trained[0]) else []
+    legend += [(run.colours.get(source, "g5"), f"{source}, held out") for source in held]
+    return (name.replace("_", " ").capitalize(), "Measured by the objective, by step.", legend) if legend else None
+
+
 # ---- charts of several runs
 
 def draw_comparison(runs: list, ranked: bool = True) -> list:

@@ -167,6 +167,50 @@ def test_masked_lm_without_bits_per_byte(tmp_path):
     assert shown.row("legal")[1:3] == ["3.750", "3.000"]
 
 
+# --- what an objective measures ---
+
+def measured(step, margin, **more):
+    return {"kind": "eval", "step": step, "sources": {}, "objective": {
+        "prefs": {"loss": 0.7 - margin, "margin": margin, "sequences": 12} | more, "web": {"margin": 2 * margin}}}
+
+
+def test_what_an_objective_measures_is_drawn_and_stands_in_a_table(tmp_path):
+    lines = [START, measured(0, 0.0), train(10, objective={"margin": 0.1, "kept": 0.6}), measured(10, 0.2),
+             train(20, objective={"margin": 0.2, "kept": None}), measured(20, 0.4)]
+    folder = write(tmp_path / "run", lines, stated=False)
+    shown = page(folder, draw=True)
+    said = "So far, at step 20 of 30, the held-out loss of the objective went from 0.700 to 0.300 on prefs"
+    assert said in shown.text
+    assert "no text was evaluated" in shown.text
+    assert [row for row in shown.rows if len(row) == 4][1:] == [
+        ["prefs", "loss", "0.700", "0.300"], ["prefs", "margin", "0.000", "0.400"], ["web", "margin", "0.000", "0.800"]]
+    titles = [chart["title"] for chart in charts.draw_objective(report.read_run(folder))]
+    assert titles == ["Loss", "Margin", "Kept"]
+    figure = Figure()
+    _, _, legend = charts.chart_measure(report.read_run(folder), "margin", figure.add_subplot())
+    assert [text for _, text in legend] == ["training", "prefs, held out", "web, held out"]
+    drawn = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert drawn == [[[10, 0.1], [20, 0.2]], [[0, 0.0], [10, 0.2], [20, 0.4]], [[0, 0.0], [10, 0.4], [20, 0.8]]]
+    # At its end a run says itself what it measured, of which model, and what is wrong.
+    (folder / "eval.json").write_text(json.dumps({"before": {}, "after": {}, "objective": {
+        "name": "dpo", "before": {"prefs": {"margin": 0.0}}, "after": {"prefs": {"margin": 0.5}},
+        "warnings": ["the <b>chosen</b> fell"]}}))
+    shown = page(folder)
+    assert [row for row in shown.rows if len(row) == 4][1:] == [["prefs", "margin", "0.000", "0.500"]]
+    assert "What dpo measures" in shown.text
+    assert "the <b>chosen</b> fell" in shown.text
+
+
+@pytest.mark.parametrize("odd", [3, "x", [1], {"prefs": 3}, {"prefs": {"margin": "x"}}, {"prefs": {"margin": [1]}}])
+def test_what_is_no_measure_is_left_out(tmp_path, odd):
+    lines = [START, {"kind": "eval", "step": 0, "sources": side(), "objective": odd}, train(10, objective=odd),
+             {"kind": "eval", "step": 10, "sources": side(), "objective": odd}]
+    folder = write(tmp_path / "run", lines, objective=odd)
+    page(folder, draw=True)
+    (folder / "eval.json").write_text(json.dumps({"objective": {"before": odd, "after": odd, "warnings": odd}}))
+    page(folder, draw=True)
+
+
 # --- what is unknown ---
 
 def test_without_a_baseline_forgetting_is_unknown_and_never_zero(tmp_path):
