@@ -131,7 +131,7 @@ class Quality(Scratch):
     """Share of the documents that are spoilt, or are copies."""
     size: Literal[*SIZES] = "83K"
     """Parameters without the embedding."""
-    steps: int | None = setting(120, above=0)
+    steps: int | None = setting(300, above=0)
     """Length of each run."""
     out: str = "out/quality"
 

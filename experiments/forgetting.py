@@ -187,10 +187,11 @@ def draw_chart(rows: list[dict]) -> Figure:
     return figure
 
 
-def save_study(name: str, seeds, folder: Path, rows: list[dict], figure: Figure, began: float, **more) -> None:
-    """NAME.json and NAME.png in the folder; of paths in the command, the names alone."""
+def save_study(name: str, seeds, folder: Path, rows: list[dict], figure: Figure, began: float, file: str = "",
+               **more) -> None:
+    """NAME.json and NAME.png in the folder; of paths in the command, the names alone. file: the study, if not NAME."""
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    found = {"command": shlex.join(["python", f"experiments/{name}.py", *words]), "seeds": list(seeds), **more,
+    found = {"command": shlex.join(["python", f"experiments/{file or name}.py", *words]), "seeds": list(seeds), **more,
              "seconds": time.perf_counter() - began, "rows": rows}
     write_json(folder / f"{name}.json", found)
     figure.savefig(folder / f"{name}.png")

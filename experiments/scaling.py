@@ -155,9 +155,12 @@ def describe(rows: list[dict], law: dict, unseen: dict | None, optimum: dict) ->
         words.append(f"The best size changed {len(changes)} times between {changes[0]['flops']:.1e} and "
                      f"{changes[-1]['flops']:.1e} operations, as N_opt ~ C^{optimum['exponent']:.2f}{spread}; "
                      f"Chinchilla has about 0.5.")
-    else:
+    elif changes:
         words.append(f"The best size changed {len(changes)} times within these runs, too few for a compute-optimal "
                      f"line.")
+    else:
+        words.append("No larger model passed a smaller one at equal compute while both went on: these runs are too "
+                     "short for a compute-optimal line.")
     return " ".join(words)
 
 

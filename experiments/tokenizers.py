@@ -68,7 +68,7 @@ class Study:
     """kinds: text files; default: the two laws in --data."""
     vocab_sizes: list[int] = setting([500, 1000, 2000], above=256)
     """kinds: ids of the vocabularies."""
-    megabytes: float = setting(0.8, above=0)
+    megabytes: float = setting(0.6, above=0)
     """kinds: bytes of text that each model is trained on, in millions."""
     size: Literal[*SIZES] = "83K"
     """kinds: parameters without the embedding."""
@@ -236,8 +236,8 @@ def study_kinds(options: Study, data: Path, out: Path) -> None:
     shows = describe_kinds(rows, options.megabytes)
     print(f"\n{scratch.format_table(rows, COLUMNS)}\n\n{shows}")
     results = choose_results(options, out, "data", "out", "jobs", "part")
-    save_study("tokenizer_kinds", options.seeds, results, rows, draw_kinds(rows), began, megabytes=options.megabytes,
-               shows=shows)
+    save_study("tokenizer_kinds", options.seeds, results, rows, draw_kinds(rows), began, "tokenizers",
+               megabytes=options.megabytes, shows=shows)
 
 
 def study(options: Study) -> None:

@@ -69,7 +69,12 @@ def test_the_paragraph_says_what_was_found():
     assert "A power law with a floor fits: alpha 0.500 (95 %: 0.400 to 0.600)" in words
     assert "meets the expected 0.35 to 0.4" in words
     assert "2.700 was measured, outside that interval" in words
-    assert "too few for a compute-optimal line" in words
+    inside = scaling.describe(ROWS, LAW, unseen | {"measured": 2.5}, NO_LINE)
+    assert "2.500 was measured, inside that interval" in inside
+    assert "No larger model passed a smaller one" in words
+    change = {"flops": 1e9, "parameters": 10.0, "loss": 3.0}
+    words = scaling.describe(ROWS, LAW, None, NO_LINE | {"changes": [change]})
+    assert "changed 1 times within these runs, too few for a compute-optimal line" in words
     assert "lies outside the expected" in scaling.describe(ROWS, LAW | {"alpha_interval": [0.41, 0.6]}, None, NO_LINE)
     words = scaling.describe(ROWS, LAW | {"verdict": "misfit"}, unseen, NO_LINE)
     assert "No power law with a floor fits" in words

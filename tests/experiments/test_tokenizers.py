@@ -79,6 +79,7 @@ def test_what_the_study_of_kinds_leaves(tokenizer_study, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "out/tokenizer_kinds.json").read_text())
     rows = {(row["kind"], row["vocab_size"]): row for row in found["rows"]}
     assert len(rows) == 6
+    assert found["command"].startswith("python experiments/tokenizers.py")
     assert rows["unigram", 600]["by_seed"] == pytest.approx([1.8, 1.81])
     for (kind, size), row in rows.items():
         manifest = json.loads((tmp_path / f"out/shards/{kind}_{size}/manifest.json").read_text())["splits"]["train"]
