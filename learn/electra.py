@@ -119,6 +119,8 @@ class Electra(Masked):
                         generator=torch.Generator().manual_seed(learning.seed))
         weight = model.embed_tokens.weight
         model.objective = nn.ModuleDict({"generator": generator, "head": head.to(weight.device, weight.dtype)})
+        size = sum(p.numel() for p in generator.parameters())
+        self.notes = [f"electra: a generator of {size:,} parameters beside the embeddings trains with the model"]
         if not model.config.tie_word_embeddings:
             # The model predicts no tokens here, and DDP waits for the gradient of whatever trains.
             model.head.requires_grad_(False)

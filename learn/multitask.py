@@ -24,6 +24,7 @@ from core.config import setting
 from core.errors import UserError
 from data import RowRandom
 from kernels.cross_entropy import IGNORE
+from learn.infilling import Rewritten
 from learn.method import take_sequences
 from learn.objectives import Objective
 
@@ -34,9 +35,15 @@ CHOICE = 1000
 @dataclass
 class Weights:
     causal: float = setting(0.0, at_least=0, at_most=1e6)
-    """share of the sequences that are learned so, beside the other weights"""
+    """mixture: share of the sequences that are learned so, beside the other weights"""
     masked: float = setting(0.0, at_least=0, at_most=1e6)
-    """the same for masked"""
+    """mixture: the same of masked"""
+    span: float = setting(0.0, at_least=0, at_most=1e6)
+    """mixture: the same of span"""
+    ul2: float = setting(0.0, at_least=0, at_most=1e6)
+    """mixture: the same of ul2"""
+    fim: float = setting(0.0, at_least=0, at_most=1e6)
+    """mixture: the same of fim"""
 
 
 class Mixture(Objective):
@@ -63,6 +70,11 @@ class Mixture(Objective):
         found = [member.text_objective for member in self.members.values()]
         return next((objective for objective in found if objective.causal), found[0])
 
+    def text_length(self, context):
+        # Of a member whose targets stand less far behind their inputs, a sequence here has so many tokens more.
+        found = [(member.text_length(context), self.shift - member.shift) for member in self.members.values()]
+        return min(n - more if n < context else n for n, more in found)
+
     def part_documents(self):
         parted = copy.copy(self)
         parted.members = {name: member.part_documents() for name, member in self.members.items()}
@@ -82,10 +94,10 @@ class Mixture(Objective):
         batch = replace(batch, task=np.searchsorted(self.bounds, drawn, "right"))
         made = [(rows, member.corrupt(take_sequences(batch, rows), RowRandom(rng.keys[rows])))
                 for _, member, rows in self.parts(batch) if len(rows)]
-        T = max(part.tokens.shape[1] for _, part in made)
-        back = put_back([rows for rows, _ in made])
-        return replace(batch, **{name: torch.cat([pad(getattr(part, name), name, T) for _, part in made])[back]
-                                 for name in ("tokens", "labels", "position_ids", "doc_start")})
+        back, parts = put_back([rows for rows, _ in made]), [as_rewritten(part) for _, part in made]
+        tensors = {name: torch.cat([getattr(part, name) for part in parts])[back]
+                   for name, value in vars(parts[0]).items() if isinstance(value, torch.Tensor)}
+        return Rewritten(**vars(batch) | tensors)
 
     def count(self, batch) -> int:
         return sum(member.count(take_sequences(batch, rows)) for _, member, rows in self.parts(batch) if len(rows))
@@ -127,10 +139,9 @@ def put_back(rows: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.argsort(np.concatenate(rows)))
 
 
-def pad(tensor, name: str, T: int) -> torch.Tensor:
-    """A part's tensor [b, t] with padding up to T, as text.packing.Sequences has it: a document of its own."""
-    b, t = tensor.shape
-    values = {"tokens": 0, "labels": IGNORE, "position_ids": torch.arange(T - t, dtype=tensor.dtype), "doc_start": t}
-    padding = torch.empty((b, T - t), dtype=tensor.dtype)
-    padding[:] = values[name]
-    return torch.cat([tensor, padding], 1)
+def as_rewritten(batch) -> Rewritten:
+    """A corrupted batch with what infilling says of one; of other batches there is nothing to say."""
+    if isinstance(batch, Rewritten):
+        return batch
+    none = torch.zeros(len(batch.tokens), dtype=torch.int64)
+    return Rewritten(**vars(batch), part=torch.zeros_like(batch.tokens), read=none, cut=none)

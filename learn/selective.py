@@ -37,7 +37,8 @@ class Selective(Causal):
 
     def model_built(self, model, learning):
         if learning.reference is None:
-            learning.keep_base(model)
+            self.notes = [*learning.keep_base(model), "selective: without objective.reference the base is the "
+                          "reference, so those tokens count whose loss has risen most above the base's"]
         self.learning = learning
 
     def count(self, batch) -> int:

@@ -138,6 +138,8 @@ def test_samples_are_those_of_the_softmax():
     assert ((share - wanted).abs() < 5 * (wanted * (1 - wanted) / n).sqrt() + 1e-9).all()
     assert torch.equal(sample(logits.expand(7, 5), torch.eye(5), uniform[:7]), drawn[:7])
     assert sample(logits.expand(1, 5), torch.eye(5), torch.tensor([1 - 2**-24])).tolist() == [3]
+    # What has no probability is not drawn, even by the value 0.
+    assert sample(torch.tensor([[-300.0, 0.0]]), torch.eye(2), torch.tensor([0.0])).tolist() == [1]
     assert sample(logits.new_empty(0, 5), torch.eye(5), uniform[:0]).tolist() == []
 
 

@@ -16,23 +16,27 @@ from core.errors import UserError
 from core.hashing import mix_keys
 from data import RowRandom
 from learn.choose_objective import ObjectiveConfig, make_objective
+from learn.infilling import Span
 from learn.method import take_sequences
-from learn.multitask import Mixture, Weights, pad
-from learn.objectives import IGNORE, Causal, Masked
+from learn.multitask import Mixture, Weights
+from learn.objectives import Causal, Masked
 
-MASKED = (True, 3, (0, 1, 2), 97, 0.4)
+MEMBERS = {"causal": Causal(True), "masked": Masked(True, 3, (0, 1, 2), 97, 0.4),
+           "span": Span(True, (0, 1, 2, 3), list(range(80, 97)), 0.3)}
 WORDS = ("--objective.name", "mixture", "--objective.weights.causal", 3, "--objective.weights.masked", 1,
          "--objective.mask-token-id", 0)
 
 
 def mixture(sharded=False, **weights) -> Mixture:
-    made = Mixture({"causal": Causal(True), "masked": Masked(*MASKED)}, weights or {"causal": 1, "masked": 1})
+    weights = weights or dict.fromkeys(MEMBERS, 1)
+    made = Mixture({name: MEMBERS[name] for name in weights}, weights)
     made.model_built(None, SimpleNamespace(sharded=sharded))
     return made
 
 
-def a_batch(rows=9):
-    return batch_of(random_tokens(rows, 33), [(0, 7), (2, 20)], [(1, 11)])
+def a_batch():
+    """Texts of fewer tokens than a sequence has room for, as `text_length` asks for them."""
+    return batch_of(random_tokens(9, 33, 80), [(0, 7), (2, 20)], [(row, 11 if row == 1 else 25) for row in range(9)])
 
 
 def test_the_shares_are_the_weights_and_a_place_has_one_way():
@@ -58,8 +62,7 @@ def test_each_sequence_is_learned_by_its_own_objective(tiny_model, sharded):
     model.zero_grad()
     total, targets, hits, seen = 0.0, 0, 0, set()
     for i in range(9):
-        name = ("causal", "masked")[made.task[i]]
-        member = {"causal": Causal(True), "masked": Masked(*MASKED)}[name]
+        name, member = list(MEMBERS.items())[made.task[i]]
         alone = member.corrupt(take_sequences(batch, [i]), RowRandom(batch.rng.keys[[i]]))
         for part in ("tokens", "labels", "position_ids", "doc_start"):
             assert torch.equal(getattr(made, part)[i], getattr(alone, part)[0]), (i, part)
@@ -69,7 +72,7 @@ def test_each_sequence_is_learned_by_its_own_objective(tiny_model, sharded):
         torch.testing.assert_close(objective.hidden_states(model, made)[i], of_one["hidden"][0], rtol=1e-4, atol=1e-4)
         total, targets, hits, seen = total + nats, targets + n, hits + of_one["hits"], {*seen, name}
     total.backward()
-    assert seen == {"causal", "masked"}
+    assert seen == {*MEMBERS}
     assert count == targets == objective.count(made)
     assert metrics["hits"] == hits
     torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-3)
@@ -78,6 +81,7 @@ def test_each_sequence_is_learned_by_its_own_objective(tiny_model, sharded):
     measures = {name: [float(x) for x in pair] for name, pair in metrics["measures"].items()}
     assert measures.keys() == set(objective.measures)
     assert measures["causal/share"] == [(made.task == 0).sum(), 9]
+    assert measures["span/cut"][1] > 0
     assert sum(measures[f"{name}/loss"][0] for name in seen) == pytest.approx(loss.item(), rel=1e-5)
     assert sum(measures[f"{name}/loss"][1] for name in seen) == count
 
@@ -96,15 +100,6 @@ def test_micro_batches_without_one_of_the_ways_add_up(tiny_model, sharded):
             assert one_by_one == pytest.approx(float(metrics["measures"][name][i]), rel=1e-4), name
 
 
-def test_what_is_shorter_is_padded_with_a_document_of_its_own():
-    batch = take_sequences(a_batch(3), [0, 2])
-    padded = {name: pad(getattr(batch, name), name, 36) for name in ("tokens", "labels", "position_ids", "doc_start")}
-    assert all(torch.equal(value[:, :33], getattr(batch, name)) for name, value in padded.items())
-    assert {name: value[0, 33:].tolist() for name, value in padded.items()} == {
-        "tokens": [0] * 3, "labels": [IGNORE] * 3, "position_ids": [0, 1, 2], "doc_start": [33] * 3}
-    assert all(value.dtype == torch.int32 for value in padded.values())
-
-
 def test_the_members_come_from_the_settings():
     config = ObjectiveConfig(name="mixture", mask_token_id=5, mask_ratio=0.3, weights=Weights(causal=1, masked=2))
     made = make_objective(config, False, None, 10)
@@ -113,6 +108,9 @@ def test_the_members_come_from_the_settings():
     assert (made.causal, made.shift, made.mask_documents) == (True, 1, False)
     assert made.bounds.tolist() == pytest.approx([1 / 3])
     assert isinstance(made.text_objective, Causal)
+    # Beside causal, whose sequences share a token, a sequence of text has one more than with span alone.
+    assert mixture().text_length(32) == MEMBERS["span"].text_length(32) - 1
+    assert mixture(causal=1, masked=1).text_length(32) == 32
     assert made.part_documents().members["masked"].mask_documents
     assert not made.members["masked"].mask_documents
     with pytest.raises(UserError, match="two objectives or more"):
