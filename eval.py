@@ -2,6 +2,8 @@
 
     python eval.py --model out/legal/final --baseline DIR --text law=shards/domain tales=tales.txt --general tales
     python eval.py --run out/legal --text law=shards/domain
+    python eval.py --model out/spans/final --text law=shards/domain --objective.name span
+    python eval.py --model out/masked/final --text law=shards/domain --objective.name masked --pll
 
 A document is scored in windows of T tokens, each of its tokens once. The first window sees the token that stands
 before a document (BOS, or EOS where there is no BOS), a later window the last token of the one before. BOS and EOS
@@ -13,6 +15,7 @@ not. Windows of several documents share a sequence and cannot see each other. Sh
 
 import core.threads
 
+import functools
 import itertools
 import math
 import sys
@@ -30,9 +33,11 @@ from core import checkpoint, cli, devices, hashing, parallel
 from core.config import setting
 from core.errors import UserError
 from learn import objectives
+from learn.choose_objective import CAUSAL, ObjectiveConfig, make_objective, read_settings
 from measure import verdict
 from model import Model, ModelConfig
 from text import corpus, packing, vocabulary
+from text.mixture import DataConfig
 from text.shards import Shards, check_tokenizer
 
 # ---- documents under an objective
@@ -99,16 +104,17 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     nats = tokens = hits = 0.0
     by_document = torch.zeros(len(documents), dtype=torch.float64)
     model.eval()
+    passes = [(batch, owner, k) for batch, owner in batches for k in range(objective.passes(batch))]
     # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again, without targets.
-    for own in range(world.rank, world.rank + len(batches), world.size):
+    for own in range(world.rank, world.rank + len(passes), world.size):
         world.barrier()
         world.check()
-        batch, owner = batches[min(own, len(batches) - 1)]
-        batch = batch.to(device)
-        if own >= len(batches):
+        batch, owner, k = passes[min(own, len(passes) - 1)]
+        batch = objective.view(batch, k).to(device)
+        if own >= len(passes):
             batch.labels = torch.full_like(batch.labels, objectives.IGNORE)
         with autocast() if autocast else torch.autocast(device.type, enabled=False):
-            loss, n_valid, metrics = objective.loss(model, batch, want_hits=not objective.causal)
+            loss, n_valid, metrics = objective.loss(model, batch, want_hits=objective.unit == "accuracy")
         nats += loss.double().item()
         tokens += n_valid.item()
         hits += float(metrics.get("hits", 0))
@@ -116,11 +122,10 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     model.train(mode)
     nats, tokens, hits, *by_document = world.sum([nats, tokens, hits, *by_document.tolist()])
     per_token, size = nats / tokens if tokens else math.nan, int(sum(nbytes for _, nbytes, *_ in documents))
-    by_text = {"bits_per_byte": nats / math.log(2) / max(1, size)}
-    by_token = {"accuracy": hits / tokens if tokens else math.nan}
+    found = {"bits_per_byte": nats / math.log(2) / max(1, size), "accuracy": hits / tokens if tokens else math.nan}
     # exp overflows above 709.
     return {"nats_per_token": per_token, "perplexity": math.exp(min(per_token, 700)), "tokens": int(tokens),
-            "bytes": size, **(by_text if objective.causal else by_token), "documents": len(documents),
+            "bytes": size, objective.unit: found[objective.unit], "documents": len(documents),
             "nats_by_document": [round(value, 4) for value in by_document]}
 
 
@@ -171,6 +176,8 @@ def heldout_documents(shards: Shards, max_tokens: int) -> list:
 def protocol(objective, prefix: int, context: int, dtype) -> dict:
     """How a result was measured; results compare where their protocols are equal."""
     masked = {} if objective.causal else {"mask_ratio": objective.mask_ratio, "mask_token_id": objective.mask_id}
+    if isinstance(objective, objectives.PseudoLikelihood):
+        masked["mask_ratio"] = "one token of each document at a time"
     return {"prefix_token_id": prefix, "context": context, "stride": context, "bos_eos_scored": False,
             "dtype": str(dtype).removeprefix("torch."), "documents_see_each_other": False, **masked}
 
@@ -200,19 +207,22 @@ def format_table(before: dict | None, after: dict) -> str:
 
 # ---- files
 
-def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, context: int | None = None) -> tuple:
-    """({name: scores}, protocol) of {name: text file or packed folder}; of a packed folder, the held-out documents.
+def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, context: int | None = None,
+                config: ObjectiveConfig = CAUSAL, pll: bool = False) -> tuple:
+    """({name: scores}, protocol) of {name: text file or packed folder}; of a packed folder, the held-out documents, and
+    under "objective" what an objective measures on sequences of them.
 
-    context: tokens per window; by default the model's, at most 2,048.
+    context: tokens per window; by default the model's, at most 2,048. pll: whether by pseudo-log-likelihood.
     """
     longest = model.config.max_position_embeddings
     context = context or min(longest, 2048)
     if context > longest:
         print(f"warning: --context {context} is beyond the {longest} positions of the model", file=sys.stderr)
-    prefix, objective = vocabulary.token_before_document(tokenizer), objectives.Causal(mask_documents=True)
-    results = {}
+    prefix = vocabulary.token_before_document(tokenizer)
+    learned, results = make_objective(config, True, tokenizer, model.config.vocab_size), {}
+    objective = objectives.PseudoLikelihood(learned) if pll else learned.text_objective
     for name, file in texts.items():
-        if (Path(file) / "manifest.json").is_file():
+        if is_packed := (Path(file) / "manifest.json").is_file():
             shards = Shards(file, "heldout")
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
             documents = heldout_documents(shards, max_tokens=2**62)
@@ -228,6 +238,10 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
         if not documents:
             raise UserError(f"text {name} ({file}) is empty")
         results[name] = score(model, objective, documents, prefix, context) | counted
+        if is_packed and learned.measures:
+            held = packing.pack_sources({name: shards}, DataConfig(context=context), learned.shift,
+                                        learned.text_length(context))[name]
+            results[name]["objective"] = score_objective(model, learned, held, 2**62)
     return results, protocol(objective, prefix, context, next(model.parameters()).dtype)
 
 
@@ -248,11 +262,16 @@ class Eval:
     """Names of the texts that are general: their rise is forgetting, the fall of the others the domain gain."""
     context: int | None = setting(None, at_least=1)
     """Tokens per window (default: the model's, at most 2048)."""
+    pll: bool = False
+    """Of a masked model: mask one token at a time, and tell the pseudo-log-likelihood in bits per byte."""
     reading: cli.Reading = field(default_factory=cli.Reading)
     device: cli.Device = field(default_factory=cli.Device)
 
 
-def run_eval(options: Eval) -> dict:
+def run_eval(options: Eval, settings: list[str] = ()) -> dict:
+    config = read_settings(settings)
+    if options.pll and config.name != "masked":
+        raise UserError("--pll is for a masked model: set --objective.name masked, or leave it out")
     if bool(options.model) == bool(options.run):
         raise UserError("name one of --model and --run")
     if options.run and (options.baseline or options.general):
@@ -264,10 +283,11 @@ def run_eval(options: Eval) -> dict:
         raise UserError("--text gives one name to two texts; name each once (a folder, a pattern or @LIST joins files)")
     if unknown := [name for name in options.general if name not in texts]:
         raise UserError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
-    return score_run(options, texts) if options.run else score_model(options, texts)
+    how = options.reading, options.context, config, options.pll
+    return (score_run if options.run else score_model)(options, texts, how)
 
 
-def score_run(options: Eval, texts: dict) -> dict:
+def score_run(options: Eval, texts: dict, how: tuple) -> dict:
     folder, device = Path(options.run, "checkpoints"), devices.pick_device(options.device.device)
     result = {"run": options.run, "checkpoints": []}
     for step in checkpoint.steps(folder):
@@ -276,14 +296,13 @@ def score_run(options: Eval, texts: dict) -> dict:
         model, state, name = load_checkpoint(path)
         place = state["tokenizer"]
         tokenizer = tokenizers.load(hf.open_base(place).folder if place.startswith("hf://") else place)
-        scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, options.reading, options.context)
+        scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, *how)
         result["checkpoints"].append({"step": step, "model": name, "texts": scores})
         print(f"step {step}: {name}\n{format_table(None, scores)}")
     if not result["checkpoints"]:
         raise UserError(f"{options.run} holds no checkpoints")
     if (final := Path(options.run, "final")).is_dir():
-        scores, _ = score_files(hf.load(final, device=device), tokenizers.load(final), texts, options.reading,
-                                options.context)
+        scores, _ = score_files(hf.load(final, device=device), tokenizers.load(final), texts, *how)
         result["final"] = {"model": "final/", "texts": scores}
         print(f"final/\n{format_table(None, scores)}")
     return result
@@ -326,18 +345,20 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
     return model, state, name + (", before the merge with the base" if merges else "")
 
 
-def score_model(options: Eval, texts: dict) -> dict:
+def score_model(options: Eval, texts: dict, how: tuple) -> dict:
     device, dtype, found = devices.pick_device(options.device.device), devices.DTYPES[options.device.dtype], []
     for path in filter(None, (options.model, options.baseline)):
         base = hf.open_base(path)
-        scores, used = score_files(hf.load(base, dtype, device), tokenizers.load(base.folder), texts, options.reading,
-                                   options.context)
+        scores, used = score_files(hf.load(base, dtype, device), tokenizers.load(base.folder), texts, *how)
         found.append({"model": path, "texts": scores, "protocol": used})
     result, before = found[0], None
     if options.baseline:
         result["baseline"], before = found[1], found[1]["texts"]
         result |= verdict.compare(before, result["texts"], options.general)
     print(format_table(before, result["texts"]))
+    for name, scores in result["texts"].items():
+        if measured := scores.get("objective"):
+            print(f"{name}, objective: {', '.join(f'{key} {value:.4g}' for key, value in measured.items())}")
     print("windows of {context} tokens, prefix token {prefix_token_id}, {dtype}".format(**result["protocol"]))
     if before:
         print(verdict.describe(result, result["texts"]))
@@ -345,7 +366,8 @@ def score_model(options: Eval, texts: dict) -> dict:
 
 
 def main() -> int:
-    return cli.run("eval.py", __doc__, (Eval, run_eval))
+    words, settings = cli.take_settings(sys.argv[1:], "objective")
+    return cli.run("eval.py", __doc__, (Eval, functools.partial(run_eval, settings=settings)), argv=words)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,17 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
         return status
 
 
+def take_settings(argv: list[str], section: str) -> tuple[list[str], list[str]]:
+    """(the other words, those of a recipe's section: --section.key and the values behind it)."""
+    words, settings = [], []
+    taken = words
+    for word in argv:
+        if word.startswith("--"):
+            taken = settings if word.startswith(f"--{section}.") else words
+        taken.append(word)
+    return words, settings
+
+
 def _run(program: str, description: str, commands, recipe: bool, argv: list[str]) -> int:
     try:
         if isinstance(commands, dict):

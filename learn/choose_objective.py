@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from core import cli
 from core.config import setting
 from core.errors import UserError
 from learn.electra import Electra
@@ -12,6 +13,7 @@ from learn.objectives import Causal, Masked, Objective
 from learn.preference import DPO, IPO, ORPO
 from learn.selective import Selective
 from text import objective_tokens
+from text.words import find_word_borders
 
 PREFERENCES = {"dpo": DPO, "ipo": IPO, "orpo": ORPO}
 
@@ -29,6 +31,8 @@ class ObjectiveConfig:
     weights: Weights = field(default_factory=Weights)
     mask_ratio: float = setting(0.15, above=0, at_most=1)
     """masked, electra, span: share of the positions that are predicted"""
+    whole_words: bool = False
+    """masked: choose words instead of tokens"""
     span_length: float = setting(3.0, at_least=1, at_most=1e6)
     """span: mean tokens of a span"""
     fim_rate: float = setting(0.5, at_least=0, at_most=1)
@@ -54,6 +58,25 @@ class ObjectiveConfig:
     counts in training losses and not in evaluations"""
 
 
+CAUSAL = ObjectiveConfig()
+# The objectives whose measures need the model alone.
+ALONE = ("causal", "masked", "span", "ul2", "fim", "mixture")
+
+
+@dataclass
+class _Recipe:
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+def read_settings(words: list[str]) -> ObjectiveConfig:
+    """The settings of words such as --objective.name span. UserError for an objective that needs a second model."""
+    config = cli.parse(_Recipe, list(words), recipe=True).objective
+    if config.name not in ALONE:
+        raise UserError(f"--objective.name is {config.name}, whose measures need a second model or pairs: a run writes "
+                        f"them into eval.json, and eval.py knows those of {', '.join(ALONE)}")
+    return config
+
+
 def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:
     """The objective of the settings. UserError where it needs special tokens that are not in the vocabulary."""
     weights = vars(config.weights)
@@ -77,7 +100,10 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
         mask_id = find_mask(config, tokenizer, vocab_size)
         masking = mask_documents, mask_id, special, vocab_size, config.mask_ratio, config.z_loss
         if config.name == "masked":
-            return Masked(*masking)
+            if config.whole_words and tokenizer is None:
+                raise UserError("objective.whole_words needs a tokenizer, which says where words begin; name one with "
+                                "--model.tokenizer")
+            return Masked(*masking, find_word_borders(tokenizer, vocab_size) if config.whole_words else None)
         return Electra(*masking, generator_ratio=config.generator_ratio, weight=config.discriminator_weight)
     if tokenizer is None:
         raise UserError(f"objective {config.name} needs special tokens, and the base has no tokenizer that names them; "

@@ -25,6 +25,8 @@ class Objective:
     """whether attention sees only the tokens before"""
     measures: tuple[str, ...] = ()
     """names of what it measures beside its loss, the same on every rank"""
+    unit = "bits_per_byte"
+    """what it says of text that it scores"""
     uses_reference: bool = False
     """whether it compares the model with a frozen one: that of objective.reference, or else the base"""
     forms: tuple[str, ...] = ("text", "chat")
@@ -48,6 +50,14 @@ class Objective:
     def text_length(self, context: int) -> int:
         """How many tokens of text a sequence reads, so that what `corrupt` makes of them fits into `context`."""
         return context
+
+    def passes(self, batch) -> int:
+        """How many forward passes score a corrupted batch of text."""
+        return 1
+
+    def view(self, batch, k: int):
+        """The batch as pass number k scores it."""
+        return batch
 
     def part_documents(self) -> "Objective":
         """The same objective, under which documents of one sequence do not see each other."""
@@ -124,15 +134,22 @@ class Causal(Objective):
 
 class Masked(Objective):
     """BERT's masking (arXiv 1810.04805): of the chosen positions 80 % become the mask token, 10 % a random token and
-    10 % stay; only they are targets. Special tokens are never chosen and never put in at random."""
+    10 % stay; only they are targets. Special tokens are never chosen and never put in at random.
+
+    Where `words` are known (text/words.py), whole words are chosen instead of tokens, each with the probability
+    mask_ratio, so that the share of the tokens is the same; what becomes of a token is still its own affair. A word
+    ends with its document and at special tokens.
+    """
 
     causal = False
     measures = ("accuracy",)
+    unit = "accuracy"
 
     def __init__(self, mask_documents: bool, mask_id: int, special_ids, vocab_size: int, mask_ratio: float = 0.15,
-                 z_loss: float = 0.0):
+                 z_loss: float = 0.0, words: tuple[np.ndarray, np.ndarray] | None = None):
         super().__init__(mask_documents, z_loss)
         self.mask_id, self.mask_ratio = mask_id, mask_ratio
+        self.words = words and tuple(map(torch.from_numpy, words))
         special = {*special_ids, mask_id}
         self.special = torch.tensor(sorted(special), dtype=torch.int32)
         self.ordinary = torch.tensor([i for i in range(vocab_size) if i not in special], dtype=torch.int32)
@@ -141,13 +158,54 @@ class Masked(Objective):
         T = batch.tokens.shape[1] - 1
         tokens, labels = batch.tokens[:, :T], batch.labels[:, :T]
         # Three independent streams of random values: which positions, what becomes of each, and which random token.
-        chosen = (rng.uniform(0, T) < self.mask_ratio) & (labels != IGNORE) & ~torch.isin(tokens, self.special)
+        draws = rng.uniform(0, T)
+        if self.words:
+            draws = draws.gather(1, self.find_words(tokens, batch.doc_start[:, :T]))
+        chosen = (draws < self.mask_ratio) & (labels != IGNORE) & ~torch.isin(tokens, self.special)
         kind = rng.uniform(1, T)
         random_token = self.ordinary[(rng.uniform(2, T).double() * len(self.ordinary)).long()]
         inputs = torch.where(chosen & (kind < 0.8), self.mask_id, tokens)
         inputs = torch.where(chosen & (kind >= 0.8) & (kind < 0.9), random_token, inputs)
         return replace(batch, tokens=inputs, labels=torch.where(chosen, labels, IGNORE),
                        position_ids=batch.position_ids[:, :T], doc_start=batch.doc_start[:, :T])
+
+
+    def find_words(self, tokens, doc_start) -> torch.Tensor:
+        """int64 [B, T]: where the word that each token belongs to begins."""
+        begins, after = (of_token[tokens.long()] for of_token in self.words)
+        after = torch.where(torch.isin(tokens, self.special), 1, after).roll(1, 1)
+        positions = torch.arange(tokens.shape[1])
+        # Nothing stands before the first position, which is where a document begins.
+        begins = (begins & (after >= 0)) | (after > 0) | (doc_start == positions)
+        return torch.where(begins, positions, 0).cummax(1).values
+
+
+class PseudoLikelihood(Masked):
+    """Text under a masked model: each token is predicted with itself alone masked, and the sum of these
+    log-probabilities is the pseudo-log-likelihood (Salazar et al., arXiv 1910.14659). No likelihood, as every token has
+    seen the others: its bits per byte compare with those of masked models alone.
+
+    Documents of a sequence do not see each other, so in each pass one token of every document is masked. A batch takes
+    as many passes as its longest document has tokens.
+    """
+
+    unit = "bits_per_byte"
+
+    def __init__(self, masked: Masked):
+        vars(self).update(vars(masked))
+
+    def corrupt(self, batch, rng):
+        return replace(batch, **{name: getattr(batch, name)[:, :-1]
+                                 for name in ("tokens", "labels", "position_ids", "doc_start")})
+
+    def passes(self, batch):
+        places = torch.arange(batch.tokens.shape[1]) - batch.doc_start
+        return int(places[batch.labels != IGNORE].max()) + 1
+
+    def view(self, batch, k):
+        here = (torch.arange(batch.tokens.shape[1]) - batch.doc_start == k) & (batch.labels != IGNORE)
+        return replace(batch, tokens=torch.where(here, self.mask_id, batch.tokens),
+                       labels=torch.where(here, batch.labels, IGNORE))
 
 
 def sum_step(objective: Objective, names: list[str], scored: list[tuple], norm: torch.Tensor, world) -> tuple:

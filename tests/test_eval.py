@@ -153,6 +153,57 @@ def test_masked_loss_and_accuracy(tiny_model):
     assert sum(result["nats_by_document"]) == pytest.approx(nats, rel=1e-5)
 
 
+@torch.no_grad()
+def test_pseudo_likelihood_against_a_loop_over_tokens(tiny_model):
+    """Truth: each document's windows alone, one forward pass for each token, which alone is masked (1910.14659)."""
+    model, documents = tiny_model().eval(), random_documents(6, 30)
+    by_document = []
+    for ids, _ in documents:
+        ids, nats = torch.from_numpy(ids.astype(np.int64)), 0.0
+        for window in ids.split(16):
+            for k in range(len(window)):
+                seen = window.clone()
+                seen[k] = 96
+                positions = torch.arange(len(window))[None]
+                logits = model.head(model(seen[None], positions, None, False)).double()
+                nats -= logits[0, k].log_softmax(-1)[window[k]].item()
+        by_document.append(nats)
+    objective = objectives.PseudoLikelihood(objectives.Masked(False, 96, [0], 97))
+    nats, nbytes = sum(by_document), sum(n for _, n in documents)
+    tokens = sum(len(ids) for ids, _ in documents)
+    for B in (1, 4):
+        result = evaluation.score(model, objective, documents, 0, 16, B=B)
+        assert same(result, {"nats_per_token": nats / tokens, "perplexity": math.exp(nats / tokens), "tokens": tokens,
+                             "bytes": nbytes, "bits_per_byte": nats / math.log(2) / nbytes, "documents": len(documents),
+                             "nats_by_document": by_document}, rel=1e-5)
+    assert "at a time" in evaluation.protocol(objective, 0, 16, torch.float32)["mask_ratio"]
+
+
+def test_an_objective_is_scored_by_the_command(base, tmp_path, monkeypatch, capsys):
+    """Truth: score_objective on the same sequences; accuracy and pseudo-likelihood of a masked model."""
+    lab, model = base
+    words = ["eval.py", "--model", str(model), "--device", "cpu", "--context", "32", "--text", f"law={lab}/legal"]
+    results = []
+    for more in (["--objective.mask-token-id", "5", "--objective.name", "masked"],
+                 ["--objective.name", "masked", "--objective.mask-ratio", "0.3", "--pll"]):
+        monkeypatch.setattr(sys, "argv", [*words, *more, "--json", str(tmp_path / "e.json")])
+        assert evaluation.main() == 0
+        results.append(json.loads((tmp_path / "e.json").read_text()))
+    measured = results[0]["texts"]["law"]["objective"]
+    assert results[0]["protocol"]["mask_token_id"] == 5
+    assert set(measured) == {"loss", "accuracy", "sequences"}
+    assert results[0]["texts"]["law"]["accuracy"] < 1
+    assert results[1]["texts"]["law"]["bits_per_byte"] > 0
+    assert "law, objective: loss " in capsys.readouterr().out
+    for more, message in ((["--objective.name", "span"], "tokenizer.py add --model DIR --for span"),
+                          (["--pll"], "--pll is for a masked model"),
+                          (["--objective.name", "dpo"], "need a second model or pairs"),
+                          (["--objective.nam", "span"], "objective.nam")):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        assert evaluation.main() == 2
+        assert message in capsys.readouterr().err
+
+
 def test_held_out_documents_end_before_the_limit(tmp_path):
     """Documents of 4, 3 and 2 tokens beside their EOS. The first is taken whatever its length."""
     naive_write(tmp_path / "s", [([1] * n + [257], 10 * n) for n in (4, 3, 2)], split="heldout")

@@ -109,6 +109,29 @@ def test_bert_s_shares_over_a_million_tokens():
     assert abs(columns - 0.15 * 496 / 500).max() < 5 * math.sqrt(0.15 * 0.85 / 1000)
 
 
+def test_whole_words_over_a_million_tokens():
+    """Ids 4 to 249 begin a word and 250 to 499 go on with one: words of two tokens in the mean, none in two parts."""
+    T, V = 1000, 500
+    borders = np.arange(V) < 250, np.zeros(V, np.int8)
+    batch = batch_of(random_tokens(1000, T + 1, V), [(row, 100 + row % 800) for row in range(1000)])
+    made = masked(vocab_size=V, words=borders).corrupt(batch, batch.rng)
+    before, chosen = batch.tokens[:, :T], made.labels != IGNORE
+    ordinary = before > MASK
+    assert not (chosen & ~ordinary).any()
+    # Words are chosen, so the share varies more: by the mean of their squared lengths over that of their lengths, 3.
+    n = int(ordinary.sum())
+    assert abs(int(chosen.sum()) / n - 0.15) < 5 * math.sqrt(0.15 * 0.85 * 3 / n)
+    to_mask, same = chosen & (made.tokens == MASK), chosen & (made.tokens == before)
+    for part, share in ((to_mask, 0.8), (same, 0.1 + 0.1 / 496)):
+        assert abs(int(part.sum()) / int(chosen.sum()) - share) < 5 * math.sqrt(share * (1 - share) / int(chosen.sum()))
+    inside = (before[:, 1:] >= 250) & ordinary[:, :-1] & (batch.doc_start[:, 1:T] != torch.arange(1, T))
+    assert inside.sum() > 400_000
+    assert torch.equal(chosen[:, 1:][inside], chosen[:, :-1][inside])
+    # A new document's first token may begin no word by itself, and is chosen apart.
+    parted = (batch.doc_start[:, 1:T] == torch.arange(1, T)) & (before[:, 1:] >= 250) & ordinary[:, :-1]
+    assert (chosen[:, 1:][parted] != chosen[:, :-1][parted]).any()
+
+
 def test_the_ratio_can_be_set():
     batch = batch_of(random_tokens(100, 1001, 500))
     for ratio in (0.02, 0.5, 1.0):
