@@ -157,6 +157,10 @@ def recommended(parameters: float, method: Literal["full", "lora"] = "full") -> 
 
     Sizes between and beyond those of SIZES lie on the straight lines through these in log-log, in one digit and never
     above the rate from scratch. Outside 7B to 70B that is an extrapolation: try half and double.
+
+    LoRA's factor is one of widths of thousands. At equal rates the first steps of rank r, with alpha 2r, move a weight
+    [D, D] 2 sqrt(r / (3 D)) times as far as those of full training, because a new A has entries of size 1 / sqrt(3 D):
+    with r 8 that is 0.05 times at D 4096, and 0.4 times at D 64.
     """
     (n0, lr0), (n1, lr1) = SIZES[:2] if parameters < SIZES[1][0] else SIZES[1:]
     lr = min(SCRATCH, lr0 * (lr1 / lr0) ** (math.log(parameters / n0) / math.log(n1 / n0)))

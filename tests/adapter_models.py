@@ -66,9 +66,9 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train_some(model, x, steps=3, lr=1e-2):
+def train_some(model, x, steps=3, lr=1e-2, weight_decay=0.5):
     """A few steps as train.py makes them: the loss without logits, AdamW with decay."""
-    optimizer = make_optimizer(model, OptimConfig(lr=lr, weight_decay=0.5))
+    optimizer = make_optimizer(model, OptimConfig(lr=lr, weight_decay=weight_decay))
     model.train()
     for _ in range(steps):
         loss, _, _ = kernels.linear_cross_entropy(model(x[:, :-1]), model.head.weight, x[:, 1:])

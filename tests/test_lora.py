@@ -36,6 +36,21 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
               pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")]
 
 
+@pytest.mark.parametrize(("width", "times"), [(64, 0.408), (256, 0.204)])
+def test_how_far_a_first_step_moves_the_weights(tiny_model, width, times):
+    """Beside full training at the same rate: 2 sqrt(r / (3 D)), as learn/schedules.py says of its recommended rates."""
+    def build():
+        return tiny_model(hidden_size=width, num_key_value_heads=4, num_hidden_layers=1).train()
+    before, lengths = dict(build().named_parameters()), []
+    for model in (build(), adapted(build, LoraConfig(rank=8, alpha=16))):
+        train_some(model, tokens(), steps=1, lr=1e-5, weight_decay=0.0)
+        lora.merge(model)
+        lengths.append({name: (p - before[name]).norm().item() for name, p in model.named_parameters()
+                        if "attn." in name})
+    assert len(lengths[0]) == 4
+    assert [lengths[1][name] / lengths[0][name] for name in lengths[0]] == pytest.approx([times] * 4, rel=0.08)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_only_what_is_trained_moves(tiny_model, tied):
     """Three steps with strong decay: every number of the base stays bit for bit, and of new tokens' rows all move."""
