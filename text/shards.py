@@ -473,7 +473,7 @@ def check_tokenizer(name: str, shards: Shards, tokenizer, vocab_size: int):
     if largest >= vocab_size:
         raise UserError(f"source {name} ({shards.folder}) holds token id {largest}, but the model's vocabulary has "
                         f"{vocab_size} entries; pack it with the model's tokenizer or resize the model")
-    if tokenizer is not None and theirs["fingerprint"] != tokenizer.fingerprint:
+    if tokenizer is not None and not tokenizer.reads(theirs["fingerprint"], theirs["vocab_size"]):
         raise UserError(f"source {name} ({shards.folder}) was packed with another tokenizer ({theirs['library']}, "
                         f"{theirs['vocab_size']} entries) than the model's ({tokenizer.library}, "
                         f"{tokenizer.vocab_size} entries); pack it again with the model's")

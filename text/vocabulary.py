@@ -155,7 +155,18 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 (64 hex digits) of the tokens by id and of the ids of PROBES: equal for files that encode alike, and
         different for an extended vocabulary or a package whose Unicode tables have changed."""
-        return hashlib.sha256(json.dumps([self.tokens, [self.encode(t) for t in PROBES]]).encode()).hexdigest()
+        return self._hash_tokens(self.vocab_size)
+
+    def _hash_tokens(self, size: int) -> str:
+        return hashlib.sha256(json.dumps([self.tokens[:size], [self.encode(t) for t in PROBES]]).encode()).hexdigest()
+
+    def reads(self, fingerprint: str, vocab_size: int) -> bool:
+        """Whether the ids of the tokenizer with this fingerprint and size mean the same here: it is this one, or this
+        one is it with control tokens behind its own, which change the ids of no text but one that spells them."""
+        if fingerprint == self.fingerprint:
+            return True
+        added = {*range(vocab_size, self.vocab_size)}
+        return bool(added) and added <= {*self.special_ids} and fingerprint == self._hash_tokens(vocab_size)
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -4,6 +4,7 @@ within itself, by its row's random values alone; a packed document has the loss 
 """
 
 import itertools
+import json
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import crash_at, lines, one, settings, trace
 
+import tokenizer
+import train
 from core.hashing import mix_keys
 from data import Batch, RowRandom
 from learn.choose_objective import ObjectiveConfig, make_objective
 from learn.infilling import UL2, FillInTheMiddle, Span, count_spans
 from learn.objectives import IGNORE
-from text import packing
+from text import extend_vocabulary, packing
 
 BOS, EOS, PRE, SUF, MID, MODE_R, MODE_S, MODE_X = 1, 2, 3, 4, 5, 6, 7, 8
 SENTINELS = [*range(100, 140)]
@@ -398,6 +402,27 @@ def test_a_packed_document_has_the_loss_that_it_has_alone(make, tiny_model):
     split = [objective.loss(model, one) for one in micro_batches]
     assert sum(part[0].item() for part in split) == pytest.approx(loss.item(), rel=1e-5)
     assert sum(part[1].item() for part in split) == count
+
+
+# ---- runs
+
+@pytest.mark.parametrize("name", ["span", "ul2", "fim"])
+def test_a_run_resumes_bit_for_bit_and_accumulates_the_same_loss(name, lab, tmp_path, monkeypatch, quick):
+    """The sources are those that the tokenizer packed before it got its tokens."""
+    extend_vocabulary.add(lab / "tok", [], tmp_path / "tok", objectives=["ul2", "fim"], sentinels=20)
+    words = ["--model.tokenizer", tmp_path / "tok", "--objective.name", name, "--train.save-every", 3]
+    runs = {size: settings(lab, tmp_path / str(size), *words, "--train.micro-batch-size", size) for size in (1, 4)}
+    for c in runs.values():
+        assert train.train(c, one()) == 0
+    losses = [[record["loss"] for record in lines(tmp_path / size, "train")] for size in ("1", "4")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    again = settings(lab, tmp_path / "again", *words, "--train.micro-batch-size", 4)
+    crash_at(monkeypatch, again, 7)
+    assert train.train(again, one()) == 0
+    assert trace(tmp_path / "again") == trace(tmp_path / "4")
+    measured = json.loads((tmp_path / "4/eval.json").read_text())["objective"]["after"]["legal"]
+    made = make_objective(again.objective, True, tokenizer.load(tmp_path / "tok"), 400)
+    assert {"loss", "accuracy", "cut"} <= {*measured} <= {"loss", "sequences", *made.measures}
 
 
 # ---- the settings

@@ -56,3 +56,18 @@ def test_what_a_base_has_is_not_added(small_bases, tmp_path):
     assert (find_mask(base), find_named(base, PARTS)) == (T.load(file).mask_id, [first, first + 2, first + 1])
     wanted, mask = list_missing(base, ["masked", "fim", "span"], 2)
     assert (wanted, mask) == (["<extra_id_0>", "<extra_id_1>"], None)
+
+
+def test_text_that_the_base_has_packed_stays_readable(small_bases, tmp_path):
+    """Truth: the ids, which are the base's. With other additions, or other ids, the text must be packed again."""
+    path = small_bases["small bytes"]
+    old = T.load(path)
+    X.add(path, [], tmp_path / "spans", objectives=["span"], sentinels=4)
+    X.add(path, ["res_judicata"], tmp_path / "term")
+    spans, term = T.load(tmp_path / "spans"), T.load(tmp_path / "term")
+    assert all(tokenizer.reads(old.fingerprint, old.vocab_size) for tokenizer in (old, spans))
+    assert not term.reads(old.fingerprint, old.vocab_size)
+    assert not old.reads(spans.fingerprint, spans.vocab_size)
+    assert not spans.reads(term.fingerprint, term.vocab_size)
+    spans.tokens[20], spans.tokens[21] = spans.tokens[21], spans.tokens[20]
+    assert not spans.reads(old.fingerprint, old.vocab_size)
