@@ -232,7 +232,8 @@ STATES = [
         ("deep", "[" * DEEP), ("a list", "[]"), ("cut short", '{"step": 9'), ("empty", ""), ("a number", "9"),
         ("20 MB of empty lists", '{"a": [' + "[]," * (7 * MB) + "[]]}"))],
     (f"{STATE}: a number of a million digits", state(lambda held: '{"step": ' + "9" * 10**6 + "}"), STATE),
-    (f"{STATE} of 3 GB", both(sparse(f"{GOOD}/{STATE}", 3 << 30), lambda run, outside: seal(run / GOOD)), STATE),
+    # It counts as damaged, and the checkpoint before it is gone on with.
+    (f"{STATE} of 3 GB", both(sparse(f"{GOOD}/{STATE}", 3 << 30), lambda run, outside: seal(run / GOOD)), ""),
     (f"{STATE}: a baseline of nothing", at("methods/adaptive/baseline", {}), "general sources"),
     *[(f"{STATE}: {place} is new", at(place, 1), "") for place in ("loss_scale/unscale_", "optim/odd", "identity/odd")],
     *[(f"{STATE}: the seed was {ascii(value)[:30]}", at("identity/seed", value), "seed was") for value in (
@@ -286,7 +287,7 @@ FILES = [
     (".final.lock is a link out", link(".final.lock", "OUTSIDE/secret.txt"), ""),
     (".final.lock is a folder", folder(".final.lock"), ".final.lock"),
     ("a leftover is a pipe", pipe(".final.lock"), ""),
-    ("config.toml is a folder", folder("config.toml"), "no run folder"),
+    ("config.toml is a folder", folder("config.toml"), "config.toml"),
     *[(f"eval.json is a {what}", make("eval.json"), "a finished run") for what, make in (("folder", folder),
                                                                                          ("pipe", pipe))],
     *[(f"a checkpoint's {name} is a link out", link(f"{GOOD}/{name}", "OUTSIDE/secret.txt"), "")
