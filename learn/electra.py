@@ -79,11 +79,20 @@ def round_up(width: float) -> int:
     return -(-int(width) // 8) * 8
 
 
+def modules_of(model) -> nn.ModuleDict:
+    """The generator and the discriminator's head of a model in training, perhaps inside DDP's wrapper."""
+    found = getattr(getattr(model, "module", model), "objective", None)
+    if found is None:
+        raise UserError("objective electra scores with a generator and a head that a run's checkpoints hold, and no "
+                        "model folder; what they reached stands in the run's eval.json")
+    return found
+
+
 class OfGenerator(Masked):
     """Masked language modelling, of the generator that stands in a model."""
 
     def loss(self, model, batch, want_hits=False):
-        return super().loss(getattr(model, "module", model).objective.generator, batch, want_hits)
+        return super().loss(modules_of(model).generator, batch, want_hits)
 
 
 class Electra(Masked):
@@ -134,7 +143,7 @@ class Electra(Masked):
                        labels=torch.where(torch.isin(tokens, self.special), IGNORE, labels), rng=rng)
 
     def loss(self, model, batch, want_hits=False):
-        inner = getattr(model, "module", model)
+        head, embedding = modules_of(model).head, getattr(model, "module", model).embed_tokens
         judged = batch.labels != IGNORE
         is_masked = judged & (batch.tokens == self.mask_id)
         masked = replace(batch, labels=torch.where(is_masked, batch.labels, IGNORE))
@@ -142,11 +151,11 @@ class Electra(Masked):
 
         # [B, T]: the text, with what the generator would write at the masked positions.
         uniform = batch.rng.uniform(SAMPLES, batch.tokens.shape[1]).to(batch.tokens.device)
-        sampled = sample(of_generator.pop("hidden").detach()[is_masked], inner.embed_tokens.weight, uniform[is_masked])
+        sampled = sample(of_generator.pop("hidden").detach()[is_masked], embedding.weight, uniform[is_masked])
         written = batch.tokens.masked_scatter(is_masked, sampled.to(batch.tokens.dtype))
         replaced = judged & (written != batch.labels)
         hidden = self.hidden_states(model, replace(batch, tokens=written))
-        logits = inner.objective.head(hidden).squeeze(-1).float()
+        logits = head(hidden).squeeze(-1).float()
         wrong = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
         wrong = torch.where(judged, wrong, 0.0)
 

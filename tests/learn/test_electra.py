@@ -129,6 +129,14 @@ def test_fsdp_is_refused_in_one_line(tiny_model):
         objective.model_built(tiny_model(), SimpleNamespace(adapters=False, sharded=True, seed=1))
 
 
+def test_a_plain_model_is_refused_in_one_line(tiny_model):
+    objective = electra(tiny_model())
+    _, batch = a_batch(objective)
+    for each in (objective, objective.text_objective):
+        with pytest.raises(UserError, match="and no model folder"):
+            each.loss(tiny_model(), batch)
+
+
 def test_samples_are_those_of_the_softmax():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -30.0])
     n = 200_000
