@@ -232,15 +232,9 @@ def pack_text(options: Pack, inputs: list[str], tokenizer, out, part: tuple, bar
         raise UserError("--buckets orders records by a score, and token files carry none; pack them without")
 
     def records(files: list[str] = inputs):
-        """(where, record) of each document; the text of a document of a token file is its ids."""
-        for path in files:
-            if identify(path) == "tokens":
-                found = ((path, {column: ids}) for ids in foreign.read_token_documents(path, tokenizer, options.dtype))
-            else:
-                found = read_records([path], options.reading, text_only=not options.score)
-            for where, record in found:
-                bar.update()
-                yield where, record
+        for found in foreign.read_texts(files, tokenizer, options.reading, options.dtype, bool(options.score)):
+            bar.update()
+            yield found
 
     sample, mine = [], shards.deal_files(inputs, *part)
     for path in mine:

@@ -12,7 +12,8 @@ from core.files import FolderKind, clear_leftovers, file_holds, lock_folder, mak
 # What every config.toml of a run holds.
 RUN_MARK = b"[forget."
 # What a run makes before its config.toml, and what shells and batch systems log beside it.
-BEGUN = FolderKind("run folder", (".lock", "fisher_*/*", "events.out.tfevents.*", "*.log", "*.out", "*.err"))
+BEGUN = FolderKind("run folder", (".lock", "fisher_*/*", "packed/*/*", "events.out.tfevents.*", "*.log", "*.out",
+                                  "*.err"))
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from learn.choose_objective import PREFERENCES, make_objective
 from learn.method import Learning
 from learn.objectives import Objective
 from model import Model, ModelConfig
+from stages.sources import pack_sources, refuse_sources
 from text import mixture, packing
 from text.heldout import find_leaks, judge_leaks
 from text.shards import Shards, check_tokenizer, verify
@@ -271,10 +272,7 @@ def refuse_combinations(c, ranks: int):
         raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
     if c.objective.name in PREFERENCES:
         refuse_preferences(c)
-    for name, source in c.data.sources.items():
-        if not source.path or not Path(source.path).is_dir():
-            wrong = f"{source.path} does not exist" if source.path else "is not set"
-            raise UserError(f"data.sources.{name}.path {wrong}; name a folder made by data.py pack")
+    refuse_sources(c.data.sources)
 
 
 def refuse_preferences(c):
@@ -340,7 +338,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     Shards are verified on rank 0. UserError where the model cannot read a source, where the plan reads one too often,
     and for settings that the sources or the run's length make senseless.
     """
-    sources, shards, heldout = mixture.open_buckets(c.data.sources), {}, {}
+    sources, shards, heldout = mixture.open_buckets(pack_sources(c, world, folder, base, tokenizer)), {}, {}
     for name, source in sources.items():
         shards[name] = Shards(source.path)
         check_tokenizer(name, shards[name], tokenizer, config.vocab_size)

@@ -60,9 +60,10 @@ def describe(run: Run):
     say(f"model: {parameters / 1e6:.1f}M parameters, {run.config.family}, vocabulary {run.config.vocab_size:,}")
     if c.model.init == "pretrained":
         say(f"base: {run.base}, licence: {run.base.facts['license']}")
-        if run.base.facts["chat_template"]:
+        rehearsed = any(shards.format != "text" for shards in loader.shards.values())
+        if run.base.facts["chat_template"] and not rehearsed:
             say("warning: the base carries a chat template; continuing the pretraining of a chat model costs it its "
-                "chat ability, its base model is the better start")
+                "chat ability: mix in conversations (data.sources.NAME.format chat), or begin with its base model")
         if c.lora.rank:
             say(f"lora: {lora.trainable_share(run.inner)}")
         say(schedules.hint(parameters, "lora" if c.lora.rank else "full", c.optim))
@@ -101,8 +102,10 @@ def with_full_paths(c):
     """The settings with what the run reads by absolute paths, so that they rerun it from any folder."""
     def full(section, *names):
         paths = {name: getattr(section, name) for name in names}
-        return dataclasses.replace(section, **{name: path if not path or path.startswith("hf://")
-                                               else str(Path(path).absolute()) for name, path in paths.items()})
+        # @ stands before a list of files.
+        return dataclasses.replace(section, **{
+            name: path if not path or path.startswith("hf://") else path[:path.startswith("@")] + str(
+                Path(path.removeprefix("@")).absolute()) for name, path in paths.items()})
     sources = {name: full(source, "path") for name, source in c.data.sources.items()}
     return dataclasses.replace(c, model=full(c.model, "path", "tokenizer"),
                                objective=full(c.objective, "reference"), train=full(c.train, "branch_from"),
@@ -257,17 +260,23 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
 
 
 def draw_samples(run: Run, step: int, model=None):
-    """Continue the run's prompts, so that a reader of the report sees what changed."""
+    """Continue the run's prompts, so that a reader of the report sees what changed: the beginnings of texts, and what
+    stands before the first answer of conversations, which ends where theirs does."""
     c, tok = run.c, run.tokenizer
     if not run.objective.text_objective.causal or tok is None or not c.eval.sample_tokens:
         return
-    prompts = c.eval.prompts or [tok.decode(ids[:12].tolist()) for documents in run.heldout.values()
-                                 for ids, *_ in documents[:2]]
-    settings = Settings(max_new_tokens=c.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=c.seed)
-    ends, samples = {tok.eos_id} - {None}, []
-    for prompt in prompts:
-        new = generate(model or run.inner, first_ids(tok, prompt), settings, ends, tok=tok)
-        samples.append({"prompt": prompt, "text": tok.decode([i for i in new if i not in ends])})
+    ends, prompts = {tok.eos_id} - {None}, [(text, first_ids(tok, text)) for text in c.eval.prompts]
+    for ids, _, *learned in (document for documents in run.heldout.values() for document in documents[:2]):
+        # A conversation that is learned from its first token on begins as a text does.
+        asked = ids[:learned[0].argmax()].tolist() if learned else []
+        ends |= {int(ids[learned[0]][-1])} if learned else set()
+        if not c.eval.prompts:
+            text = tok.decode(asked or ids[:12].tolist())
+            prompts.append((text, asked or first_ids(tok, text)))
+    settings, samples = Settings(max_new_tokens=c.eval.sample_tokens, temperature=0.7, top_p=0.95, seed=c.seed), []
+    for text, prompt in prompts:
+        new = generate(model or run.inner, prompt, settings, ends, tok=tok)
+        samples.append({"prompt": text, "text": tok.decode([i for i in new if i not in ends])})
     run.log.record("samples", step, samples=samples)
 
 

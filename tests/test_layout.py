@@ -31,7 +31,7 @@ LINES_OF_ANY_FILE = 480                     # outside kernels/
 LINES_OF_A_FUNCTION = 60                    # but the body of a Triton kernel
 LINES_OF_A_LOOP = {("train", "train"): 45, ("train", "train_step"): 45}
 # Where the house stands. What it could do before it was right for others' text, models and machines took 15,734 lines.
-LINES_OF_THE_PRODUCT = 23_571
+LINES_OF_THE_PRODUCT = 24_000
 LINES_OF_THE_README = 250
 
 
@@ -166,6 +166,7 @@ def test_the_readme_is_a_front_page():
 # What is tested by the file of what it belongs to.
 TESTED_ELSEWHERE = {
     "kernels.flash": "kernels/test_attention.py",
+    "text.sandbox": "text/test_template.py",
 }
 FILES = [name for name in HOUSE if not name.startswith("experiments") and not (ROOT / name.replace(".", "/")).is_dir()]
 

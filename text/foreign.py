@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from core.cli import Reading
 from core.errors import UserError
 from core.files import make_folder, naming_full_disks, new_file
 from core.hashing import mix_keys, permute
-from text.corpus import to_line
+from text.corpus import read_records, to_line
+from text.kinds import identify
 from text.mixture import SourceConfig, judge_epochs
 from text.shards import HEADER_BYTES, MAGIC, OUR_MAGIC
 
@@ -27,6 +29,16 @@ MEGATRON = b"MMIDIDX\0\0"
 MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
 # Tokens that are searched at a time.
 CHUNK = 1 << 24
+
+
+def read_texts(files: list[str], tokenizer, reading: Reading, dtype: str | None = None, all_columns: bool = False):
+    """Yield (where it stands, record) of each document of files of text, of records and of tokens; the text of a
+    document of a token file is its ids."""
+    for path in files:
+        if identify(path) == "tokens":
+            yield from ((path, {reading.column: ids}) for ids in read_token_documents(path, tokenizer, dtype))
+        else:
+            yield from read_records([path], reading, text_only=not all_columns)
 
 
 def read_token_documents(path: str, tokenizer, dtype: str | None = None):

@@ -32,7 +32,12 @@ STRATA = ("reasoning", "knowledge", "language", "coding", "math", "instruction_f
 @dataclass
 class SourceConfig:
     path: str = ""
-    """folder made by data.py pack"""
+    """folder made by data.py pack; of conversations also their files, which the run then packs itself"""
+    format: Literal["", "text", "chat", "preference"] = ""
+    """what the source holds: plain text, conversations and instructions, or pairs of a chosen and a rejected answer;
+    default: what the folder was packed as"""
+    learn: Literal["responses", "all"] = "responses"
+    """chat that the run packs itself: learn the assistant's answers, or all"""
     role: Literal["domain", "general"] = "domain"
     """domain: text to be learned; general: replay, which keeps what the model knows"""
     weight: float = setting(1.0, at_least=0, at_most=1e9)

@@ -165,7 +165,7 @@ def test_a_runs_samples_hold_no_id_that_the_tokenizer_lacks(tiny_model, tiny_bpe
     """Rows that pad the embedding; decoding them would end the run."""
     tok, said, sampling = tokenizer.load(tiny_bpe), [], SimpleNamespace(sample_tokens=60, prompts=["a", "b"])
     run = SimpleNamespace(c=SimpleNamespace(eval=sampling, seed=0), tokenizer=tok, inner=tiny_model(vocab_size=900),
-                          objective=Causal(True),
+                          objective=Causal(True), heldout={},
                           log=SimpleNamespace(record=lambda *_, samples: said.extend(samples)))
     evaluate.draw_samples(run, 0)
     assert [sample["prompt"] for sample in said] == ["a", "b"]
