@@ -3,15 +3,28 @@ Laws: a reference is the same with the adapters off, as a copy and from the file
 not change a step; a resumed run is the same in every bit."""
 
 import contextlib
+import dataclasses
+import functools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from runs import arguments, command, crash_at, lines, one, same_checkpoint, settings, trace
+from safetensors.torch import load_file
+from synthetic import texts
 
-from data import Batch
-from learn.preference import DPO, IPO, ORPO, Preference
+import tokenizer as tokenizers
+import train
+from core import parallel
+from core.errors import UserError
+from data import Batch, read_batch
+from learn.preference import DPO, IPO, ORPO, Preference, StoredReference
+from stages.build import build, describe_learning
+from text.chat import Example, Segment, encode_examples
 from text.packing import Sequences
+from text.shards import Shards, pack
 
 IGNORE = -100
 KINDS = {"dpo": DPO, "ipo": IPO, "orpo": ORPO}
@@ -164,10 +177,10 @@ def test_an_answer_that_is_certain_has_a_finite_loss():
 
 
 def test_no_logits_of_the_sequence_exist(tiny_model, monkeypatch):
-    monkeypatch.setattr("kernels.cross_entropy.CHUNK_BYTES", 97 * 4 * 8)
+    monkeypatch.setattr("kernels.cross_entropy.CHUNK_BYTES", 97 * 4 * 64)
     model, objective = tiny_model(1), DPO(0.1)
     with_reference(objective, tiny_model(2))
-    batch, largest = corrupted(objective, [draw_pairs(8)] * 4, 200), 0
+    batch, largest = corrupted(objective, [draw_pairs(5)] * 3, 100), 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -179,3 +192,218 @@ def test_no_logits_of_the_sequence_exist(tiny_model, monkeypatch):
     with Watch():
         objective.loss(model, batch)[0].backward()
     assert largest <= 97
+
+
+# ---- runs
+
+def pack_pairs(folder, tokenizer, documents, heldout=0.2):
+    """A preference source of documents [(prompt, chosen, rejected)] that stand alone, without any template."""
+    examples = [Example(f"{i} {asked}", [[Segment(asked, False), Segment(answer, True)] for answer in answers])
+                for i, (asked, *answers) in enumerate(documents)]
+    pack(examples, tokenizer, folder, encode=functools.partial(encode_examples, {}, None), heldout=heldout,
+         records={"format": "preference", "learn": "responses", "template": "none"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefs(base, tmp_path_factory):
+    """(lab, base, a preference source): the chosen answers are of another kind of text than the rejected ones."""
+    folder = tmp_path_factory.mktemp("prefs")
+    asked, chosen, rejected = (texts(kind, 60) for kind in ("story", "legal", "story"))
+    documents = [(a[:12], c[:30], r[:30]) for a, c, r in zip(asked, chosen, reversed(rejected))]
+    return *base, pack_pairs(folder / "prefs", tokenizers.load(base[0] / "tok"), documents)
+
+
+def words_of(prefs, out, *more, steps=6, name="dpo") -> list[str]:
+    """A run on the preferences alone; the lab's general text is scored and not learned."""
+    lab, base, folder = prefs
+    return arguments(lab, out, "--model.init", "pretrained", "--model.path", base, "--data.sources.legal.path", folder,
+                     "--data.sources.story.weight", 0, "--objective.name", name, "--data.context", 64, "--optim.lr",
+                     "3e-3", "--eval.tokens", 2000, *more, steps=steps)
+
+
+def run_of_pairs(prefs, out, *more, **options):
+    lab = prefs[0]
+    return settings(lab, out, *words_of(prefs, out, *more, **options))
+
+
+def built(prefs, tmp_path, *more):
+    tmp_path.mkdir()
+    return build(run_of_pairs(prefs, tmp_path, *more), one(), tmp_path)
+
+
+REFERENCES = {"a frozen copy": [], "precomputed": ["--objective.precompute"],
+              "adapters off": ["--lora.rank", 2], "the base, named": ["--objective.reference"],
+              "named, precomputed": ["--objective.precompute", "--objective.reference"]}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_reference_is_the_same_wherever_it_comes_from(prefs, tmp_path):
+    """A model that has moved away from its base, and five ways to ask the base: equal in every bit."""
+    found = {}
+    for name, words in REFERENCES.items():
+        words = [*words, prefs[1]] if words and words[-1] == "--objective.reference" else words
+        with built(prefs, tmp_path / name, *words, "--train.micro-batch-size", 1) as run:
+            with torch.no_grad():
+                for p in run.inner.parameters():
+                    if p.requires_grad:
+                        p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            assert (run.objective.stored is not None) == ("precomputed" in name)
+            assert (run.objective.reference is None) == ("precomputed" in name)
+            packings, found[name] = [*run.loader.packings.values(), *run.held.values()], []
+            # The first source, and its held-out part behind the two.
+            for source in (0, 2):
+                for number in range(0, packings[source].sequences, 3):
+                    batch = read_batch(packings[source], np.array([number]), source)
+                    batch = run.objective.corrupt(batch, batch.rng)
+                    own = run.objective.log_probabilities(run.inner, batch)
+                    found[name].append(run.objective.reference_log_probabilities(run.inner, batch))
+                    assert not torch.equal(own, found[name][-1])
+    wanted = found.pop("a frozen copy")
+    assert sum(int((values < 0).sum()) for values in wanted) > 20
+    for name, values in found.items():
+        assert all(torch.equal(a, b) for a, b in zip(values, wanted)), name
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_resumed_run_takes_the_stored_values_and_another_run_does_not(prefs, tmp_path, monkeypatch, capsys):
+    whole, out = (run_of_pairs(prefs, tmp_path / name, "--objective.precompute") for name in ("whole", "out"))
+    assert train.train(whole, one()) == 0
+    passes, real = [], Preference.log_probabilities
+    monkeypatch.setattr(Preference, "log_probabilities", lambda *given: passes.append(1) or real(*given))
+    with pytest.MonkeyPatch.context() as patch:
+        crash_at(patch, run_of_pairs(prefs, tmp_path / "out", "--objective.precompute", "--train.save-every", 2), 3)
+    folder, = (tmp_path / "out").glob("reference_*")
+    n, first = len(passes), {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert n > 5
+    assert train.train(out, one()) == 0
+    assert len(passes) == n, "the reference was asked again"
+    assert trace(tmp_path / "out") == trace(tmp_path / "whole")
+    same_checkpoint(tmp_path / "out", tmp_path / "whole", 6)
+    # A file that a disk has damaged is made again, and is what it was.
+    damaged, = folder.glob("*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-9] + b"damaged!!")
+    build(out, one(), tmp_path / "out").__exit__(None, None, None)
+    assert len(passes) == 2 * n
+    (tmp_path / "first").write_bytes(first[damaged.name])
+    was, now = load_file(tmp_path / "first"), load_file(damaged)
+    assert was.keys() == now.keys()
+    assert all(torch.equal(was[key], now[key]) for key in was)
+    # Other weights, another context, other pairs: other values.
+    documents = [("ab", "b " * k, "c") for k in range(1, 30)]
+    other = pack_pairs(tmp_path / "other", tokenizers.load(prefs[0] / "tok"), documents)
+    for words in (["--data.context", 60], ["--data.sources.legal.path", other],
+                  ["--objective.reference", f"{whole.out}/final"]):
+        before = len(passes)
+        build(run_of_pairs(prefs, tmp_path / "out", "--objective.precompute", *words), one(),
+              tmp_path / "out").__exit__(None, None, None)
+        assert len(passes) > before, words
+    assert len(list((tmp_path / "out").glob("reference_*"))) == 4
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", KINDS)
+def test_a_run_prefers_what_was_chosen_and_says_what_that_cost(prefs, tmp_path, name, capsys):
+    out = tmp_path / "run"
+    assert train.train(run_of_pairs(prefs, out, steps=12, name=name), one()) == 0
+    result = json.loads((out / "eval.json").read_text())
+    before, after = (result["objective"][side]["legal"] for side in ("before", "after"))
+    assert result["objective"]["name"] == name
+    assert after["margin"] > before["margin"] + 0.05
+    assert after["loss"] < before["loss"]
+    assert set(after) == {"loss", "sequences", *KINDS[name].measures}
+    if name != "orpo":
+        assert (before["margin"], before["accuracy"], before["chosen_change"]) == (0, 0.5, 0)
+        assert after["accuracy"] > 0.7
+        assert after["chosen_change"] == pytest.approx(after["chosen_logp"] - before["chosen_logp"], rel=1e-4)
+    # Pairs are no text: only the general source is scored in bits per byte.
+    assert list(result["after"]) == ["story"]
+    assert "held-out pairs" in capsys.readouterr().out
+    for row in lines(out, "train"):
+        assert set(row["objective"]) == set(KINDS[name].measures)
+        assert row["loss"] == row["sources"]["legal"]["loss"]
+
+
+def test_a_fall_of_the_chosen_answers_is_said():
+    def sides(chosen, rejected):
+        return {"chosen_logp": -40.0, "rejected_logp": -42.0}, {"chosen_logp": chosen, "rejected_logp": rejected}
+    for chosen, rejected in ((-38, -50), (-41, -50), (-45, -53), (-40.1, -42.1)):
+        assert DPO(0.1).judge(*sides(chosen, rejected)) == [], (chosen, rejected)
+    for chosen, rejected in ((-45, -51), (-60, -62), (-45, -40)):
+        line, = DPO(0.1).judge(*sides(chosen, rejected))
+        assert f"lost {-40 - chosen:.3g} nats of log-probability" in line
+        assert f"rose by {chosen - rejected - 2:.3g}" in line
+
+
+@pytest.mark.usefixtures("quick")
+def test_two_ranks_share_the_pairs_of_a_step_and_of_the_reference(prefs, tmp_path):
+    """The sums over two ranks, one after the other, are those of one: counts, losses, gradients, stored values."""
+    found = []
+    for name, ranks in (("one", 1), ("two", 2)):
+        sums, stored = {}, 0
+        for rank in range(ranks):
+            (tmp_path / name).mkdir(exist_ok=True)
+            with build(run_of_pairs(prefs, tmp_path / name, "--data.context", 160), one(), tmp_path / name) as run:
+                run.world = parallel.World(rank, ranks, torch.device("cpu"))
+                # What each rank would give to the others.
+                run.world.sum = lambda values: [float(value) for value in values]
+                learning = dataclasses.replace(describe_learning(run), folder=None)
+                values = StoredReference(run.objective, run.inner, contextlib.nullcontext, learning).values
+                stored = stored + torch.cat([*values.values()])
+                for batch in train.micro_batches(run, 1):
+                    loss, count, _ = run.objective.loss(run.inner, batch)
+                    loss.backward()
+                    assert count == run.objective.count(batch)
+                    sums["count"] = sums.get("count", 0) + int(count)
+                    sums["loss"] = sums.get("loss", 0) + loss.item()
+                for key, gradient in gradients(run.inner).items():
+                    sums[key] = sums.get(key, 0) + gradient
+        found.append((sums, stored))
+    (one_rank, stored), (two_ranks, shared) = found
+    assert one_rank["count"] == two_ranks["count"] > 4
+    assert torch.equal(stored, shared)
+    assert (stored < 0).all()
+    for key, value in one_rank.items():
+        torch.testing.assert_close(two_ranks[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+# ---- mistakes
+
+MISTAKES = {
+    "text": (["--data.sources.story.weight", 1], r"source story holds documents of the form text, and the objective "
+             r"learns from preference"),
+    "a causal run": (["--objective.name", "causal"], r"source legal holds documents of the form preference.*dpo, ipo"),
+    "neighbours": (["--data.mask-documents", "false"], r"objective dpo compares documents .* data\.mask_documents"),
+    "lwf": (["--forget.lwf.alpha", 0.5], r"forget\.lwf has a divergence per token, and objective dpo"),
+    "z-loss": (["--objective.z-loss", 0.1], r"objective\.z_loss is no part of objective dpo"),
+    "orpo's reference": (["--objective.name", "orpo", "--objective.precompute"], r"orpo has no reference"),
+    "scratch": (["--model.init", "scratch"], r"model\.init scratch has none"),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(prefs, tmp_path, monkeypatch, capsys, name):
+    words, message = MISTAKES[name]
+    status, _, errors = command(monkeypatch, capsys, words_of(prefs, tmp_path / "run", *words))
+    assert status == 2
+    assert len(errors.splitlines()) == 1
+    with pytest.raises(UserError, match=message):
+        raise UserError(errors)
+
+
+def test_answers_of_which_nothing_is_learned_are_found_before_the_run(prefs, tmp_path):
+    tok = tokenizers.load(prefs[0] / "tok")
+    documents = [("abc", "def", "ghi")] * 7
+    folder = pack_pairs(tmp_path / "whole", tok, documents, heldout=0)
+    DPO(0.1).check_source("prefs", Shards(folder))
+    examples = [Example(str(i), [[Segment("abc", False), Segment("def", True)],
+                                 [Segment("abc", False), Segment("ghi", i != 4)]]) for i in range(7)]
+    pack(examples, tok, tmp_path / "masked", encode=functools.partial(encode_examples, {}, None), heldout=0,
+         records={"format": "preference", "learn": "responses", "template": "none"})
+    with pytest.raises(UserError, match="in 1 answers nothing is learned, first the rejected one of pair 4"):
+        DPO(0.1).check_source("prefs", Shards(tmp_path / "masked"))
+    shards = Shards(folder)
+    shards.document_ends = lambda: Shards(folder).document_ends()[:-1]
+    with pytest.raises(UserError, match="source prefs holds 13 documents, and those of preferences come in pairs"):
+        DPO(0.1).check_source("prefs", shards)
