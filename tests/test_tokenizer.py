@@ -314,3 +314,14 @@ def test_mistakes_end_in_one_line(small_bases, tmp_path, command):
         assert stderr.count("\n") == 1
         assert stderr.startswith("error: ")
         assert not out.exists()
+
+
+def test_add_what_objectives_need(small_bases, tmp_path, command):
+    path = small_bases["small bytes"]
+    status, stdout, _ = command(f"add --tokenizer {path} --out {tmp_path}/out --for span fim --sentinels 3")
+    assert status == 0
+    assert [line.split()[1] for line in stdout.splitlines()] == [
+        "<extra_id_0>", "<extra_id_1>", "<extra_id_2>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
+    status, _, stderr = command(f"add --tokenizer {tmp_path}/out --out {tmp_path}/more --for fim")
+    assert (status, stderr.strip()) == (2, "error: there is nothing to add: the vocabulary has the tokens for fim")
+    assert command(f"add --tokenizer {path} --out {tmp_path}/more --for spam")[0] == 2
