@@ -46,6 +46,7 @@ from text.heldout import is_held_out, normalise  # noqa: E402
 from text.shards import pack  # noqa: E402
 from text.train_vocabulary import Kind, measure_kind  # noqa: E402
 
+NAMES = {"bpe": "BPE", "unigram": "Unigram", "wordpiece": "WordPiece"}
 LEGAL = ("corpora/legal_en_dc/dc_code_title16.txt", "corpora/legal_en_dc/dc_code_title28.txt")
 STORIES, BASE = "corpora/tinystories/tinystories_sample_2MiB.txt", "models/stories260K"
 NEW_TOKENS, HELDOUT, STEP_TOKENS = 500, 0.04, 16 * 512
@@ -185,16 +186,17 @@ def describe_kinds(rows: list[dict], megabytes: float) -> str:
     for size in sorted({row["vocab_size"] for row in rows}):
         ranked = sorted((row for row in rows if row["vocab_size"] == size), key=lambda row: row["bits_per_byte"])
         lead = ranked[1]["bits_per_byte"] - ranked[0]["bits_per_byte"]
-        words.append(f"With {size:,} ids {ranked[0]['kind']} is best ({ranked[0]['bits_per_byte']:.3f}), ahead of "
-                     f"{ranked[1]['kind']} by {lead:.3f}, {'' if lead > noise else 'no '}more than the seeds spread.")
+        first, second = (NAMES[row["kind"]] for row in ranked[:2])
+        words.append(f"With {size:,} ids {first} is best ({ranked[0]['bits_per_byte']:.3f}), ahead of {second} by "
+                     f"{lead:.3f}, {'' if lead > noise else 'no '}more than the seeds spread.")
     for kind in dict.fromkeys(row["kind"] for row in rows):
         same = sorted((row for row in rows if row["kind"] == kind), key=lambda row: row["vocab_size"])
         change = same[-1]["bits_per_byte"] - same[0]["bits_per_byte"]
         judged = "does not change" if abs(change) <= noise else "gets better" if change < 0 else "gets worse"
-        words.append(f"{kind.capitalize()} {judged} from {same[0]['vocab_size']:,} to {same[-1]['vocab_size']:,} ids "
+        words.append(f"{NAMES[kind]} {judged} from {same[0]['vocab_size']:,} to {same[-1]['vocab_size']:,} ids "
                      f"({change:+.3f}), with {same[-1]['steps']} updates instead of {same[0]['steps']}.")
-    if lossy := sorted({row["kind"] for row in rows if row["exact"] < 0.5}):
-        words.append(f"{' and '.join(lossy).capitalize()} cannot give most documents back as they were (white space, "
+    if lossy := sorted({NAMES[row["kind"]] for row in rows if row["exact"] < 0.5}):
+        words.append(f"{' and '.join(lossy)} cannot give most documents back as they were (white space, "
                      f"unknown characters), and pays nothing for what it drops.")
     return " ".join(words)
 

@@ -86,9 +86,9 @@ def test_what_the_study_of_kinds_leaves(tokenizer_study, tmp_path, monkeypatch):
         # the same bytes for all: updates of 8 x 256 tokens, as recipes/scratch.toml has it
         assert row["steps"] == round(50_000 * manifest["tokens"] / manifest["bytes"] / 2048)
         assert row["exact"] == (kind != "wordpiece")
-    assert "With 400 ids wordpiece is best (1.805), ahead of unigram by 0.100, more than the seeds" in found["shows"]
-    assert "Bpe gets better from 400 to 600 ids (-0.100)" in found["shows"]
-    assert "Wordpiece cannot give most documents back" in found["shows"]
+    assert "With 400 ids WordPiece is best (1.805), ahead of Unigram by 0.100, more than the seeds" in found["shows"]
+    assert "BPE gets better from 400 to 600 ids (-0.100)" in found["shows"]
+    assert "WordPiece cannot give most documents back" in found["shows"]
     assert (tmp_path / "out/tokenizer_kinds.png").stat().st_size > 10_000
     assert {file: file.read_bytes() for file in tokenizer_study.RESULTS.iterdir()} == before, "another study"
 
@@ -97,6 +97,6 @@ def test_what_lies_within_the_noise_is_no_difference(tokenizer_study):
     rows = [{"kind": kind, "vocab_size": size, "bits_per_byte": 2 + change, "by_seed": [2 + change, 2.05 + change],
              "steps": 10, "exact": 1.0} for kind, change in (("bpe", 0.0), ("unigram", 0.04)) for size in (300, 400)]
     words = tokenizer_study.describe_kinds(rows, 0.5)
-    assert "ahead of unigram by 0.040, no more than the seeds spread" in words
-    assert "Bpe does not change from 300 to 400 ids" in words
+    assert "ahead of Unigram by 0.040, no more than the seeds spread" in words
+    assert "BPE does not change from 300 to 400 ids" in words
     assert "give most documents back" not in words
