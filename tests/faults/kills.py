@@ -9,12 +9,15 @@ from pathlib import Path
 
 from runs import arguments
 
+from core.parallel import CONNECT
+
 from .harness import Lab, Row, Team, timed
 from .results import differences, records, snapshot, steps_done
 
 STEPS, SAVE_EVERY = 24, 3
-# Seconds in which a rank notices that another one died (gloo: one), and those after torchrun's signal.
-ALONE, GRACE = 5.0, 20.0
+# Seconds in which a rank notices that another one died (gloo: one), and those after torchrun's signal: while the ranks
+# connect for their saves it takes CONNECT seconds, and on a busy machine some more until the process has ended.
+ALONE, GRACE = 5.0, 2.0 * CONNECT
 
 
 @dataclass
