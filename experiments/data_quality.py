@@ -201,7 +201,8 @@ def summarise(rows: list[dict]) -> list[dict]:
 def describe(table: list[dict], untrained: float | None, classes: int, share: float) -> str:
     """A paragraph that is true of any result. A difference counts where the seeds of both versions spread less."""
     rows = {row["version"]: row for row in table}
-    words = [f"{share:.0%} of the documents were spoilt, or were copies; all versions were read for the same tokens."]
+    words = [f"{share:.0%} of the documents were spoilt, or of the bytes were copies; all versions were read for the "
+             f"same tokens."]
     for spoilt, mended, command in (("noisy", "noisy, cleaned", "clean.py"),
                                     ("duplicated", "duplicated, deduped", "dedup.py")):
         cost = rows[spoilt]["bits_per_byte"] - rows["clean"]["bits_per_byte"]
