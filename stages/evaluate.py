@@ -79,7 +79,8 @@ def describe(run: Run):
     if schedules.warmup_length(run.steps, c.optim) >= run.steps:
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards in loader.shards.items():
-        scored = sum(len(ids) for ids, *_ in run.heldout.get(name, []))
+        scored = sum(int(learned[0].sum()) if learned else len(ids)
+                     for ids, _, *learned in run.heldout.get(name, []))
         pairs = len(run.held[name].table) // 2 if shards.format == "preference" and name in run.held else 0
         say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs[name]:.2f} times; "
             + (f"{pairs:,} held-out pairs" if pairs else f"{scored:,} held-out tokens scored"))
