@@ -11,6 +11,7 @@ some --methods are run.
 """
 
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -190,7 +191,7 @@ def draw_chart(rows: list[dict]) -> Figure:
 def save_study(name: str, seeds, folder: Path, rows: list[dict], figure: Figure, began: float, file: str = "",
                **more) -> None:
     """NAME.json and NAME.png in the folder; of paths in the command, the names alone. file: the study, if not NAME."""
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    words = [re.sub("[^=]*/", "", word, count=1) for word in sys.argv[1:]]
     found = {"command": shlex.join(["python", f"experiments/{file or name}.py", *words]), "seeds": list(seeds), **more,
              "seconds": time.perf_counter() - began, "rows": rows}
     write_json(folder / f"{name}.json", found)

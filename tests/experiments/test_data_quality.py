@@ -157,8 +157,10 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "pack_versions", lambda *a: {"clean": 10_000})
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text("\n\n".join(TEXTS))
+    monkeypatch.setattr(sys, "argv", ["x.py", "--text", "/a/b.txt", "--probe", "law=/a/c.txt", "--seeds", "0"])
     assert study("--text", text, "--vocab-size", 300, "--out", out) == 0
     result = json.loads((out / "data_quality.json").read_text())
+    assert result["command"] == "python experiments/data_quality.py --text b.txt --probe law=c.txt --seeds 0"
     assert [row["version"] for row in result["rows"]] == [version for version in quality.VERSIONS for seed in (0, 1)]
     assert "dedup.py kept 41% of its documents and brought back 50% of that" in result["shows"]
     assert (out / "data_quality.png").stat().st_size > 10_000
