@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from core import cli
+from text.mixture import SourceConfig
 
 ROOT = Path(__file__).parent.parent
 README, GUIDE, RESULTS = ROOT / "README.md", ROOT / "docs/GUIDE.md", ROOT / "docs/RESULTS.md"
@@ -84,14 +85,16 @@ def test_options_in_the_text_exist(page, monkeypatch):
     """`--section.key` is an option of train.py, any other one of some command."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     named = {word for span in re.findall(r"`([^`]*)`", text) for word in re.findall(r"--([a-z][\w.-]*)", span)}
-    known = {"help", "json", "section.key", "data.sources.NAME.max-epochs"}
+    # The name of a source is the user's.
+    named = {re.sub(r"^data\.sources\.\w+", "data.sources.NAME", name) for name in named}
+    known = {"help", "json", "section.key", *(f"data.sources.NAME.{name}" for name in vars(SourceConfig()))}
     for file in sorted([*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]):
         if "cli.run(" in file.read_text(encoding="utf-8"):
             commands, recipe = commands_of(name_of(file), monkeypatch)
             for options, _ in commands.values() if isinstance(commands, dict) else [commands]:
                 known |= set(cli._find_options(options() if recipe else options, recipe))
     known = {name.replace("_", "-") for name in known}
-    assert not named - known
+    assert not named - known, sorted(named - known)
 
 
 def heading_ids(page: Path) -> set[str]:
