@@ -15,6 +15,7 @@ not. Windows of several documents share a sequence and cannot see each other. Sh
 
 import core.threads
 
+import contextlib
 import functools
 import itertools
 import math
@@ -208,11 +209,11 @@ def format_table(before: dict | None, after: dict) -> str:
 # ---- files
 
 def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, context: int | None = None,
-                config: ObjectiveConfig = CAUSAL, pll: bool = False) -> tuple:
+                config: ObjectiveConfig = CAUSAL, pll: bool = False, reference=None) -> tuple:
     """({name: scores}, protocol) of {name: text file or packed folder}; of a packed folder, the held-out documents, and
     under "objective" what an objective measures on sequences of them.
 
-    context: tokens per window; by default the model's, at most 2,048. pll: whether by pseudo-log-likelihood.
+    context: tokens per window; default: the model's, at most 2,048. pll: by pseudo-log-likelihood. reference: a model.
     """
     longest = model.config.max_position_embeddings
     context = context or min(longest, 2048)
@@ -221,6 +222,9 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
     prefix = vocabulary.token_before_document(tokenizer)
     learned, results = make_objective(config, True, tokenizer, model.config.vocab_size), {}
     objective = objectives.PseudoLikelihood(learned) if pll else learned.text_objective
+    if learned.uses_reference and reference is None:
+        raise UserError(f"objective {config.name} compares a --model with a reference; name that with --baseline")
+    learned.reference = lambda _: contextlib.nullcontext(reference)
     for name, file in texts.items():
         if is_packed := (Path(file) / "manifest.json").is_file():
             shards = Shards(file, "heldout")
@@ -238,7 +242,7 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
         if not documents:
             raise UserError(f"text {name} ({file}) is empty")
         results[name] = score(model, objective, documents, prefix, context) | counted
-        if is_packed and learned.measures:
+        if is_packed and learned.measures and shards.format in learned.forms:
             held = packing.pack_sources({name: shards}, DataConfig(context=context), learned.shift,
                                         learned.text_length(context))[name]
             results[name]["objective"] = score_objective(model, learned, held, 2**62)
@@ -347,9 +351,11 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
 
 def score_model(options: Eval, texts: dict, how: tuple) -> dict:
     device, dtype, found = devices.pick_device(options.device.device), devices.DTYPES[options.device.dtype], []
+    bases = {path: hf.open_base(path) for path in (options.model, options.baseline) if path}
+    models = {path: hf.load(base, dtype, device) for path, base in bases.items()}
     for path in filter(None, (options.model, options.baseline)):
-        base = hf.open_base(path)
-        scores, used = score_files(hf.load(base, dtype, device), tokenizers.load(base.folder), texts, *how)
+        scores, used = score_files(models[path], tokenizers.load(bases[path].folder), texts, *how,
+                                   reference=models.get(options.baseline))
         found.append({"model": path, "texts": scores, "protocol": used})
     result, before = found[0], None
     if options.baseline:

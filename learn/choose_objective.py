@@ -59,8 +59,8 @@ class ObjectiveConfig:
 
 
 CAUSAL = ObjectiveConfig()
-# The objectives whose measures need the model alone.
-ALONE = ("causal", "masked", "span", "ul2", "fim", "mixture")
+# The objectives whose measures need the model alone, or a baseline beside it.
+ALONE = ("causal", "masked", "span", "ul2", "fim", "mixture", *PREFERENCES)
 
 
 @dataclass
@@ -72,8 +72,8 @@ def read_settings(words: list[str]) -> ObjectiveConfig:
     """The settings of words such as --objective.name span. UserError for an objective that needs a second model."""
     config = cli.parse(_Recipe, list(words), recipe=True).objective
     if config.name not in ALONE:
-        raise UserError(f"--objective.name is {config.name}, whose measures need a second model or pairs: a run writes "
-                        f"them into eval.json, and eval.py knows those of {', '.join(ALONE)}")
+        raise UserError(f"--objective.name is {config.name}, whose measures need a second model: a run writes them "
+                        f"into eval.json, and eval.py knows those of {', '.join(ALONE)}")
     return config
 
 

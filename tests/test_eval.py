@@ -197,7 +197,7 @@ def test_an_objective_is_scored_by_the_command(base, tmp_path, monkeypatch, caps
     assert "law, objective: loss " in capsys.readouterr().out
     for more, message in ((["--objective.name", "span"], "tokenizer.py add --model DIR --for span"),
                           (["--pll"], "--pll is for a masked model"),
-                          (["--objective.name", "dpo"], "need a second model or pairs"),
+                          (["--objective.name", "electra"], "need a second model"),
                           (["--objective.nam", "span"], "objective.nam")):
         monkeypatch.setattr(sys, "argv", [*words, *more])
         assert evaluation.main() == 2

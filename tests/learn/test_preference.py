@@ -15,6 +15,7 @@ from runs import arguments, command, crash_at, lines, one, same_checkpoint, sett
 from safetensors.torch import load_file
 from synthetic import texts
 
+import eval as evaluation
 import tokenizer as tokenizers
 import train
 from core import parallel
@@ -322,6 +323,15 @@ def test_a_run_prefers_what_was_chosen_and_says_what_that_cost(prefs, tmp_path, 
     for row in lines(out, "train"):
         assert set(row["objective"]) == set(KINDS[name].measures)
         assert row["loss"] == row["sources"]["legal"]["loss"]
+    # eval.py finds the same of what was exported, beside the base.
+    words = {"model": f"{out}/final", "text": [f"prefs={prefs[2]}"], "context": 64}
+    with_base = evaluation.Eval(**words, baseline=str(prefs[1]))
+    scored = evaluation.run_eval(with_base, ["--objective.name", name])
+    assert scored["texts"]["prefs"]["objective"] == pytest.approx(after, rel=1e-3, abs=1e-3)
+    assert scored["baseline"]["texts"]["prefs"]["objective"] == pytest.approx(before, rel=1e-3, abs=1e-3)
+    if name != "orpo":
+        with pytest.raises(UserError, match=f"objective {name} compares .*--baseline"):
+            evaluation.run_eval(evaluation.Eval(**words), ["--objective.name", name])
 
 
 def test_a_fall_of_the_chosen_answers_is_said():
