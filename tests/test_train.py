@@ -154,8 +154,8 @@ def test_gradient_is_that_of_the_mean_over_all_targets(lab, whole, tmp_path, mic
     rows.labels = rows.labels.clone()
     rows.labels[1, 12:], rows.labels[4, 3:] = -100, -100        # two rows with few targets
     run.loader.batch = lambda s, lo=0, hi=None: data.Batch(
-        *(getattr(rows, k)[lo:hi] for k in ("tokens", "labels", "position_ids", "doc_start", "source", "place")),
-        rng=data.RowRandom(rows.rng.keys[lo:hi]))
+        *(getattr(rows, k)[lo:hi] for k in ("tokens", "labels", "position_ids", "doc_start", "source")),
+        rng=data.RowRandom(rows.rng.keys[lo:hi]), place=rows.place[lo:hi])
 
     total, count = 0.0, 0
     for tokens, labels, start in zip(rows.tokens.long(), rows.labels.long(), rows.doc_start):
@@ -380,6 +380,9 @@ def test_overflow_in_fp16_leaves_the_step_out_and_the_scale_is_kept(lab, tmp_pat
     assert train.train_step(run, 1, train.micro_batches(run, 1))["grad_norm"] < 1e4
     assert not all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
     run.folder = tmp_path / "run"
+    run.folder.mkdir()
+    # A run scores the held-out text before its first step, and a state without that score is refused.
+    evaluate.score_heldout(run, 0)
     run.saver = resume.Saver(run)
     run.saver.save(2)
     run.saver.finish()
