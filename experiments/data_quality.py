@@ -175,11 +175,11 @@ def measure(version: str, seed: int, c: Quality, steps: int, passages: tuple | N
     return row
 
 
-def probe_model(model: Model, passages: tuple | None) -> float | None:
+def probe_model(model: Model, passages: tuple | None, causal: bool = True) -> float | None:
     if passages is None:
         return None
     tokens, labels, is_test = passages
-    return probe.fit_probe(probe.mean_states(model, tokens), labels, is_test)["accuracy"]
+    return probe.fit_probe(probe.mean_states(model, tokens, causal), labels, is_test)["accuracy"]
 
 
 def summarise(rows: list[dict]) -> list[dict]:
