@@ -2,12 +2,14 @@
 
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}           what an API takes
     {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}    ShareGPT's
-    {"instruction": ..., "input": ..., "output": ...}                                      Alpaca's; input is optional
+    {"instruction": ..., "input": ..., "output": ...}                                      Alpaca's; input is optional,
+                                                                                           context means the same
     {"prompt": ..., "response": ...}                                                       or completion
     {"prompt": ..., "chosen": ..., "rejected": ...}                                        a preference
 
-Prompt, chosen and rejected may be texts or lists of messages; without a prompt, chosen and rejected are conversations
-that differ in their last turn. A record's keys say which form it has, and its `system` is a first message.
+Prompt, chosen and rejected may be texts or lists of messages; without a prompt, or where they hold a user's turn,
+chosen and rejected are conversations that differ in their last turn. A record's keys say which form it has (a null is
+none), and its `system` is a first message.
 """
 
 import reprlib
@@ -23,6 +25,9 @@ RECORDS = ("lines", "parquet", "json", "hub")
 # The names of roles, as data sets write them, by what templates call them.
 ROLES = {"system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "tool": "tool", "observation": "tool"}
+# The keys of whole chats, and of prompts too, in the order in which they are taken.
+CHATS = ("messages", "conversations")
+PROMPTS = (*CHATS, "instruction", "prompt")
 # Alpaca's prompts (Stanford, 2023), in which records are written for a base that has no chat template.
 ALPACA = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
           "\n\n### Instruction:\n{0}\n\n### Response:\n")
@@ -64,11 +69,12 @@ def read_conversations(files: list[str], form: str, plain: bool, reading: Readin
 
 
 def _read_chat(where: str, record: dict, plain: bool) -> list[Conversation]:
-    if "chosen" in record and "rejected" in record:
+    name, prompt = _find(record, PROMPTS), _find(record, ("instruction", "prompt"))
+    if not _is_answered(record, name) and _find(record, ("chosen",)) and _find(record, ("rejected",)):
         raise _refuse(where, "holds a preference, chosen and rejected; pack such records with --format preference")
-    answer = next((name for name in ("output", "response", "completion") if record.get(name) is not None), "")
-    turns = _read_prompt(where, record, plain)
-    if "messages" not in record and "conversations" not in record:
+    turns = _read_prompt(where, record, name, plain)
+    if name == prompt:
+        answer = _find(record, ("output", "response", "completion"))
         if not answer:
             raise _refuse(where, f"has no answer under output, response or completion (it has: {', '.join(record)})")
         turns = turns + _read_turns(where, answer, record[answer])
@@ -79,35 +85,65 @@ def _read_pair(where: str, record: dict, plain: bool) -> list[Conversation]:
     if missing := [name for name in ("chosen", "rejected") if record.get(name) is None]:
         raise _refuse(where, f"has nothing under {missing[0]} (it has: {', '.join(record)}); a preference is a prompt, "
                              f"chosen and rejected")
-    has_prompt = any(record.get(name) is not None for name in ("messages", "conversations", "instruction", "prompt"))
-    prompt = _read_prompt(where, record, plain) if has_prompt else []
-    if not has_prompt and isinstance(record["chosen"], str):
+    # Some data sets have the chosen conversation as messages too.
+    name = _find(record, [name for name in PROMPTS if not _is_answered(record, name)])
+    prompt = _read_prompt(where, record, name, plain) if name else []
+    if not name and isinstance(record["chosen"], str):
         raise _refuse(where, "has no prompt, and its chosen answer is a text; name the prompt as prompt")
     both = []
-    for name in ("chosen", "rejected"):
-        turns = _read_turns(where, name, record[name])
-        # Some data sets repeat the prompt before each answer.
-        both.append(turns if turns[:len(prompt)] == prompt else prompt + turns)
+    for half in ("chosen", "rejected"):
+        turns = _read_turns(where, half, record[half])
+        if turns[-1]["role"] != "assistant":
+            raise _refuse(where, "has a chosen or a rejected conversation whose last turn is not the assistant's")
+        both.append(_join(where, half, prompt, turns))
     if both[0][:-1] != both[1][:-1]:
         raise _refuse(where, "has a chosen and a rejected conversation that differ before their last turn")
-    if {turns[-1]["role"] for turns in both} != {"assistant"}:
-        raise _refuse(where, "has a chosen or a rejected conversation whose last turn is not the assistant's")
     return [Conversation(where, turns, record.get("tools")) for turns in both]
 
 
-def _read_prompt(where: str, record: dict, plain: bool) -> list[dict]:
-    """The messages of a record: all of a chat, else those before the answer."""
-    name = next((name for name in ("messages", "conversations", "instruction", "prompt")
-                 if record.get(name) is not None), None)
+def _join(where: str, half: str, prompt: list[dict], turns: list[dict]) -> list[dict]:
+    """The conversation of a prompt and what stands under chosen or rejected: an answer, or with a user's turn in it
+    the whole conversation, in which the prompt must stand. Blanks around a text make no other prompt."""
+    if not any(turn["role"] == "user" for turn in turns):
+        return prompt + turns
+    instructs = [bool(part) and part[0]["role"] in ("system", "developer") for part in (prompt, turns)]
+    system = prompt[:1] if instructs == [True, False] else []
+    asked, said = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (prompt[len(system):], turns))
+    if not any(said[i:i + len(asked)] == asked for i in range(len(said) - len(asked) + 1)):
+        raise _refuse(where, f"has a whole conversation under {half}, and not with the turns of its prompt in it; make "
+                             f"{half} the answer alone, or the prompt the one that it has")
+    return system + turns
+
+
+def _find(record: dict, names) -> str | None:
+    """The first of these names under which a record has something."""
+    return next((name for name in names if record.get(name) is not None), None)
+
+
+def _is_answered(record: dict, name: str | None) -> bool:
+    """Whether a record has under `name` a conversation that the assistant ends."""
+    last = record[name][-1:] if name in CHATS and isinstance(record.get(name), list) else ()
+    return any(isinstance(turn, dict) and ROLES.get(str(turn.get("from", turn.get("role")))) == "assistant"
+               for turn in last)
+
+
+def _read_prompt(where: str, record: dict, name: str | None, plain: bool) -> list[dict]:
+    """The messages of a record under `name`, with its system turn: all of a chat, else those before the answer."""
     if name is None:
         raise _refuse(where, f"has none of messages, conversations, instruction and prompt (it has: "
                              f"{', '.join(record)}); give it one of these forms, or pack it with --format text")
-    extra = record.get("input") if name == "instruction" else None
-    if not isinstance(extra or "", str):
-        raise _refuse(where, f"has {FOUND.get(type(extra), 'something else')} under input; make it a text")
     turns = _read_turns(where, name, record[name], role="user")
-    if extra:
-        turns[-1] |= {"input": extra} if plain else {"content": f"{turns[-1]['content']}\n\n{extra}"}
+    if name not in CHATS:
+        if record.get("history"):
+            raise _refuse(where, "has earlier turns under history, which are not read; put all turns under messages")
+        # Dolly calls it context.
+        extras = {key: record[key] for key in ("input", "context") if record.get(key)}
+        for key, extra in extras.items():
+            if not isinstance(extra, str):
+                raise _refuse(where, f"has {FOUND.get(type(extra), 'something else')} under {key}; make it a text")
+        extra = "\n\n".join(extras.values())
+        if extra:
+            turns[-1] |= {"input": extra} if plain else {"content": f"{turns[-1]['content']}\n\n{extra}"}
     if record.get("system"):
         turns = _read_turns(where, "system", record["system"], role="system") + turns
     return turns
@@ -134,6 +170,10 @@ def _read_turns(where: str, name: str, value, role: str = "assistant") -> list[d
         if not isinstance(content, str):
             raise _refuse(where, f"{at} {FOUND.get(type(content), 'something else')} as its content; make it a text "
                                  f"(a call of a tool: as the model is to write it)")
+        if ROLES[said] == "assistant" and (message.get("weight") not in (None, 1) or message.get("train") is False):
+            field = "train" if message.get("train") is False else "weight"
+            raise _refuse(where, f"{at} {field} {reprlib.repr(message[field])}, and all answers of a conversation are "
+                                 f"learned alike; end it before that message, or remove the field")
         # What else a message says (a name, its reasoning) is for the template.
         turns.append({**{key: each for key, each in message.items() if key not in (*keys, "input")},
                       "role": ROLES[said], "content": content})

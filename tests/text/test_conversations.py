@@ -35,6 +35,15 @@ CHATS = [
     ({"prompt": "Name a colour.", "response": "Blue."}, [USER, ANSWER]),
     ({"prompt": "Name a colour.", "completion": "Blue.", "system": None}, [USER, ANSWER]),
     ({"prompt": [USER], "completion": [ANSWER]}, [USER, ANSWER]),
+    ({"messages": None, "prompt": "Name a colour.", "response": "Blue."}, [USER, ANSWER]),
+    ({"instruction": "Name it.", "context": "the sky", "response": "Blue."},
+     [{"role": "user", "content": "Name it.\n\nthe sky"}, ANSWER]),
+    ({"prompt": "Name it.", "input": "the sky", "response": "Blue.", "history": []},
+     [{"role": "user", "content": "Name it.\n\nthe sky"}, ANSWER]),
+    ({"messages": [{**USER, "weight": 0}, {**ANSWER, "weight": 1}]},
+     [{**USER, "weight": 0}, {**ANSWER, "weight": 1}]),
+    ({"prompt": "Name a colour.", "messages": [USER, ANSWER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+     [USER, ANSWER]),
     ({"messages": [{**USER, "name": "Ann"}, ANSWER]}, [{**USER, "name": "Ann"}, ANSWER]),
 ]
 
@@ -51,6 +60,10 @@ PREFERENCES = [
     {"prompt": [USER], "chosen": ANSWER, "rejected": OTHER},
     {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
     {"prompt": "Name a colour.", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    {"prompt": "Name a colour. ", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    {"prompt": "Name a colour.", "messages": [USER, ANSWER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    {"messages": [USER, ANSWER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    {"prompt": [USER], "chosen": [USER, ANSWER], "rejected": OTHER},
     {"conversations": [human("Name a colour.")], "chosen": {"from": "gpt", "value": "Blue."},
      "rejected": {"from": "gpt", "value": "A dog."}},
     {"instruction": "Name a colour.", "chosen": "Blue.", "rejected": "A dog."},
@@ -62,15 +75,25 @@ def test_a_preference_of_each_form_is_two_conversations(tmp_path, record):
     assert read(tmp_path, record, "preference") == [[USER, ANSWER], [USER, OTHER]]
 
 
+@pytest.mark.parametrize("record", [
+    {"prompt": "Name a colour.", "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, OTHER]},
+    {"prompt": [SYSTEM, USER], "chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+    {"prompt": [SYSTEM, USER], "chosen": [SYSTEM, USER, ANSWER], "rejected": "A dog."}])
+def test_a_whole_conversation_holds_its_prompt_once(tmp_path, record):
+    assert read(tmp_path, record, "preference") == [[SYSTEM, USER, ANSWER], [SYSTEM, USER, OTHER]]
+
+
 def test_alpacas_prompts(tmp_path):
     """As github.com/tatsu-lab/stanford_alpaca, train.py has them."""
     (tmp_path / "a.jsonl").write_text('{"instruction": "Name {it}.", "input": "sky", "output": "Blue."}\n'
-                                      '{"prompt": "Name it.", "response": "Blue."}\n')
-    (with_input,), (without,) = read_conversations([str(tmp_path / "a.jsonl")], "chat", plain=True)
+                                      '{"prompt": "Name it.", "response": "Blue."}\n'
+                                      '{"instruction": "Name {it}.", "context": "sky", "response": "Blue."}\n')
+    (with_input,), (without,), (dolly,) = read_conversations([str(tmp_path / "a.jsonl")], "chat", plain=True)
     assert with_input.write_alpaca() == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nName {it}.\n\n### Input:\nsky\n\n"
         "### Response:\n", "Blue.")
+    assert dolly.write_alpaca() == with_input.write_alpaca()
     assert without.write_alpaca() == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName it.\n\n### Response:\n", "Blue.")
@@ -93,6 +116,12 @@ WRONG = [
     ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "unknown role"),
     ({"conversations": [human("x"), {"from": "gpt"}]}, "no value"),
     ({"instruction": "x", "input": 5, "output": "y"}, "has a number under input"),
+    ({"prompt": "x", "context": ["y"], "response": "z"}, "has a list under context; make it a text"),
+    ({"instruction": "x", "history": [["a", "b"]], "output": "y"}, "has earlier turns under history"),
+    ({"messages": [USER, {**ANSWER, "weight": 0}]}, "in message 2 of messages weight 0, and all answers"),
+    ({"messages": [USER, {**ANSWER, "train": False}]}, "in message 2 of messages train False, and all answers"),
+    ({"messages": None, "prompt": "law"}, "has no answer under output"),
+    ({"messages": [USER], "chosen": "y", "rejected": "z"}, "pack such records with --format preference"),
     ({"messages": [USER, ANSWER], "tools": "x"}, "has a string under tools"),
     ({"prompt": "x", "chosen": "y", "rejected": "z"}, "pack such records with --format preference"),
 ]
@@ -109,6 +138,8 @@ def test_a_record_that_is_none_is_refused_with_its_place(tmp_path, record, match
 WRONG_PAIRS = [
     ({"prompt": "x", "chosen": "y"}, r"has nothing under rejected \(it has: prompt, chosen\)"),
     ({"chosen": "y", "rejected": "z"}, "has no prompt"),
+    ({"prompt": "x", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "under chosen, and not with the turns of"),
+    ({"prompt": "x", "chosen": "y", "rejected": [USER, OTHER]}, "under rejected, and not with the turns of its prompt"),
     ({"chosen": [SYSTEM, USER, ANSWER], "rejected": [USER, OTHER]}, "differ before their last turn"),
     ({"prompt": [USER], "chosen": [ANSWER, USER], "rejected": [ANSWER, {**USER, "content": "?"}]}, "last turn is not"),
     ({"prompt": "x", "chosen": "y", "rejected": ""}, "has no answer"),
