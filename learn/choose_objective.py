@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from core import cli
-from core.config import setting
+from core.config import is_on, setting
 from core.errors import UserError
 from learn.electra import Electra
 from learn.infilling import UL2, FillInTheMiddle, Span
@@ -75,6 +75,38 @@ def read_settings(words: list[str]) -> ObjectiveConfig:
         raise UserError(f"--objective.name is {config.name}, whose measures need a second model: a run writes them "
                         f"into eval.json, and eval.py knows those of {', '.join(ALONE)}")
     return config
+
+
+def refuse_objective(c):
+    """UserError for settings of a run that do not go with its objective, before anything is read."""
+    name, lwf = c.objective.name, c.forget.lwf.alpha
+    on = [method for method in ("ewc", "lwf", "freeze", "merge") if is_on(getattr(c.forget, method))]
+    if on and name == "electra":
+        raise UserError(f"forget.{on[0]} keeps what a model predicts, and with objective electra it predicts no "
+                        f"tokens; leave one of them out")
+    if lwf and name == "selective":
+        raise UserError("forget.lwf takes its KL on every target and objective selective leaves most out; use one of "
+                        "them")
+    if lwf and name == "mixture":
+        raise UserError("forget.lwf compares the model with the base under one objective, and mixture has several; "
+                        "leave one of them out")
+    if name in PREFERENCES:
+        refuse_preferences(c)
+
+
+def refuse_preferences(c):
+    """UserError for settings under which answers could not be compared, or that do nothing in such a loss."""
+    name = c.objective.name
+    if not (c.data.mask_documents and c.data.reset_positions):
+        raise UserError(f"objective {name} compares documents that stand in one sequence as if each stood alone; leave "
+                        f"data.mask_documents and data.reset_positions true")
+    if c.forget.lwf.alpha:
+        raise UserError(f"forget.lwf has a divergence per token, and objective {name} a loss per pair; leave LwF out: "
+                        f"objective.beta of dpo and ipo says how closely the base is kept")
+    if c.objective.z_loss:
+        raise UserError(f"objective.z_loss is no part of objective {name}; leave it out")
+    if name == "orpo" and (c.objective.reference or c.objective.precompute):
+        raise UserError("objective orpo has no reference; leave out objective.reference and objective.precompute")
 
 
 def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:

@@ -23,12 +23,12 @@ import lora
 import tokenizer as tokenizers
 from core import checkpoint, cli, devices, hashing, parallel
 from core.architecture import set_positions
-from core.config import is_on, setting
+from core.config import setting
 from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
 from learn import adapters, optim, peft_files
-from learn.choose_objective import PREFERENCES, make_objective
+from learn.choose_objective import make_objective, refuse_objective
 from learn.method import Learning
 from learn.objectives import Objective
 from model import Model, ModelConfig
@@ -247,13 +247,7 @@ def refuse_combinations(c, ranks: int):
                         "them out")
     if c.lora.rank and c.optim.embedding_lr_scale != 1:
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
-    on = [name for name in ("ewc", "lwf", "freeze", "merge") if is_on(getattr(c.forget, name))]
-    if on and c.objective.name == "electra":
-        raise UserError(f"forget.{on[0]} keeps what a model predicts, and with objective electra it predicts no "
-                        f"tokens; leave one of them out")
-    if c.forget.lwf.alpha and c.objective.name == "selective":
-        raise UserError("forget.lwf takes its KL on every target and objective selective leaves most out; use one of "
-                        "them")
+    refuse_objective(c)
     if c.train.batch_size % ranks:
         raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {ranks} ranks")
     if c.train.batch_size * c.data.context > MOST_TOKENS:
@@ -270,24 +264,7 @@ def refuse_combinations(c, ranks: int):
         refuse_sizes(c)
     if not c.data.sources:
         raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
-    if c.objective.name in PREFERENCES:
-        refuse_preferences(c)
     refuse_sources(c.data.sources)
-
-
-def refuse_preferences(c):
-    """UserError for settings under which answers could not be compared, or that do nothing in such a loss."""
-    name = c.objective.name
-    if not (c.data.mask_documents and c.data.reset_positions):
-        raise UserError(f"objective {name} compares documents that stand in one sequence as if each stood alone; leave "
-                        f"data.mask_documents and data.reset_positions true")
-    if c.forget.lwf.alpha:
-        raise UserError(f"forget.lwf has a divergence per token, and objective {name} a loss per pair; leave LwF out: "
-                        f"objective.beta of dpo and ipo says how closely the base is kept")
-    if c.objective.z_loss:
-        raise UserError(f"objective.z_loss is no part of objective {name}; leave it out")
-    if name == "orpo" and (c.objective.reference or c.objective.precompute):
-        raise UserError("objective orpo has no reference; leave out objective.reference and objective.precompute")
 
 
 def refuse_sizes(c):

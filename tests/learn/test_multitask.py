@@ -139,3 +139,13 @@ def test_what_is_no_member_is_refused_by_name(lab, tmp_path, monkeypatch, capsys
     status, _, said = command(monkeypatch, capsys, words)
     assert status == 2
     assert "objective.weights.electra" in said.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("quick")
+def test_lwf_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    """Under FSDP its base would gather its weights on the ranks unequally often, and hang."""
+    words = arguments(tmp_path / "none", tmp_path / "run", *WORDS, "--forget.lwf.alpha", 0.5)
+    status, _, said = command(monkeypatch, capsys, words)
+    assert (status, len(said.splitlines())) == (2, 1)
+    assert "forget.lwf compares" in said
+    assert "mixture has several" in said
