@@ -200,7 +200,8 @@ class PseudoLikelihood(Masked):
 
     def passes(self, batch):
         places = torch.arange(batch.tokens.shape[1]) - batch.doc_start
-        return int(places[batch.labels != IGNORE].max()) + 1
+        # None where no token is scored, as in a window of a conversation that no answer reaches.
+        return max((places[batch.labels != IGNORE] + 1).tolist(), default=0)
 
     def view(self, batch, k):
         here = (torch.arange(batch.tokens.shape[1]) - batch.doc_start == k) & (batch.labels != IGNORE)

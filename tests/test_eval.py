@@ -179,6 +179,32 @@ def test_pseudo_likelihood_against_a_loop_over_tokens(tiny_model):
     assert "at a time" in evaluation.protocol(objective, 0, 16, torch.float32)["mask_ratio"]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("learned", [[39], []], ids=["last", "none"])
+def test_pseudo_likelihood_where_batches_have_nothing_to_score(tiny_model, size, learned):
+    """Of three conversations the last token alone is learned, or none. Truth: the last window with that token masked,
+    and of nothing a sum of no tokens."""
+    objective, model = objectives.PseudoLikelihood(objectives.Masked(False, 96, [0], 97)), tiny_model().eval()
+    draw, nats = np.random.default_rng(3), 0.0
+    documents = [(draw.integers(0, 96, 40).astype(np.uint16), 3, np.isin(np.arange(40), learned)) for _ in range(3)]
+    for ids, *_ in documents if learned else ():
+        window = torch.from_numpy(ids[32:].astype(np.int64))
+        seen = torch.where(torch.arange(8) == 7, 96, window)[None]
+        with torch.no_grad():
+            logits = model.head(model(seen, torch.arange(8)[None], None, False)).double()
+        nats -= logits[0, 7].log_softmax(-1)[window[7]].item()
+    ranks, found = Ranks(size), {}
+
+    def run(rank):
+        found[rank] = evaluation.score(tiny_model(), objective, documents, 0, 16, ranks.world(rank), B=1)
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    assert [found[rank]["tokens"] for rank in range(size)] == [3 * len(learned)] * size
+    assert sum(found[0]["nats_by_document"]) == pytest.approx(nats, rel=1e-5, abs=2e-4)
+
+
 def test_an_objective_is_scored_by_the_command(base, tmp_path, monkeypatch, capsys):
     """Truth: score_objective on the same sequences; accuracy and pseudo-likelihood of a masked model."""
     lab, model = base
