@@ -44,6 +44,10 @@ class Infilling(Causal):
         self.special = np.array(sorted(special_ids), np.int32)
 
     @property
+    def token_ids(self):
+        return [self.special.tolist()]
+
+    @property
     def measures(self) -> tuple[str, ...]:
         return "accuracy", *self.parts, "cut"
 
@@ -149,6 +153,10 @@ class Span(Infilling):
         self.sentinels, self.density, self.mean = np.array(sentinels, np.int32), density, mean
 
     @property
+    def token_ids(self):
+        return [*super().token_ids, self.sentinels.tolist()]
+
+    @property
     def shift(self) -> int:
         # A span's token is a target itself: sequences of text need no token in common.
         return 0
@@ -216,6 +224,10 @@ class UL2(Span):
         super().__init__(mask_documents, {*special_ids, *(modes or [])}, sentinels, z_loss=z_loss)
         self.modes = modes
 
+    @property
+    def token_ids(self):
+        return [*super().token_ids, self.modes]
+
     def settings(self):
         return [(density, mean) for _, density, mean in self.denoisers if density]
 
@@ -251,6 +263,10 @@ class FillInTheMiddle(Infilling):
         """tokens: the ids that stand before prefix, suffix and middle."""
         super().__init__(mask_documents, {*special_ids, *tokens}, z_loss)
         self.tokens, self.rate, self.spm_share = tokens, rate, spm_share
+
+    @property
+    def token_ids(self):
+        return [*super().token_ids, self.tokens]
 
     def longest(self, n):
         return n + 3

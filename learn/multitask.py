@@ -65,6 +65,10 @@ class Mixture(Objective):
         return max(member.shift for member in self.members.values())
 
     @property
+    def token_ids(self):
+        return [[name, *member.token_ids] for name, member in self.members.items()]
+
+    @property
     def text_objective(self):
         """Text is scored as causal where one of them is."""
         found = [member.text_objective for member in self.members.values()]

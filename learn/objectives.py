@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from core.errors import UserError
+from core.hashing import short_digest
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 
 
@@ -43,6 +44,12 @@ class Objective:
     def text_objective(self) -> "Objective":
         """What text is scored with, in bits per byte (causal) or accuracy (masked)."""
         return self
+
+    @property
+    def token_ids(self) -> list:
+        """The token ids, as JSON can hold them, by which `corrupt` rewrites text: a run resumed with others would be
+        another. Empty where text is learned as it stands."""
+        return []
 
     def __init__(self, mask_documents: bool, z_loss: float = 0.0):
         self.mask_documents, self.z_loss = mask_documents, z_loss
@@ -153,6 +160,11 @@ class Masked(Objective):
         special = {*special_ids, mask_id}
         self.special = torch.tensor(sorted(special), dtype=torch.int32)
         self.ordinary = torch.tensor([i for i in range(vocab_size) if i not in special], dtype=torch.int32)
+
+    @property
+    def token_ids(self):
+        return [self.mask_id, self.special.tolist(),
+                *(short_digest(of_token.numpy().tobytes()) for of_token in self.words or ())]
 
     def corrupt(self, batch, rng):
         T = batch.tokens.shape[1] - 1

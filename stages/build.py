@@ -28,7 +28,7 @@ from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
 from learn import adapters, optim, peft_files
-from learn.choose_objective import make_objective, refuse_objective
+from learn.choose_objective import ObjectiveConfig, make_objective, refuse_objective
 from learn.method import Learning
 from learn.objectives import Objective
 from model import Model, ModelConfig
@@ -151,6 +151,17 @@ class Run(contextlib.AbstractContextManager):
     @property
     def tokens_per_step(self) -> int:
         return self.c.train.batch_size * self.c.data.context
+
+    @property
+    def objective_settings(self) -> dict:
+        """What of the objective is not as it is by default, by what it is: the reference, the tokens found."""
+        usual = dataclasses.asdict(ObjectiveConfig())
+        found = {key: value for key, value in dataclasses.asdict(self.c.objective).items() if value != usual[key]}
+        if self.reference:
+            found["reference"] = self.reference.fingerprint
+        if ids := self.objective.token_ids:
+            found["token_ids"] = hashing.short_digest(json.dumps(ids).encode())
+        return found
 
     @property
     def trained(self) -> str:

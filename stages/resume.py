@@ -15,7 +15,6 @@ from core.errors import Diverged, UserError
 from core.files import write_json
 from core.foreign_files import find_odd
 from learn import schedules
-from learn.choose_objective import ObjectiveConfig
 from stages.build import Run
 from stages.evaluate import apply_decision, export_dtype, write_plan
 from text.shards import SPLITS
@@ -39,10 +38,7 @@ def identity(run: Run, step: int) -> dict:
     optimizer = {key: value for key, value in dataclasses.asdict(c.optim).items()
                  if key not in schedules.SCHEDULE_FIELDS}
     # Without what is as it is by default, so that checkpoints from before there was such a setting go on.
-    objective, usual = dataclasses.asdict(c.objective), dataclasses.asdict(ObjectiveConfig())
-    objective = {key: value for key, value in objective.items() if key in LONG_KNOWN or value != usual[key]}
-    if run.reference:
-        objective["reference"] = run.reference.fingerprint
+    objective = {key: getattr(c.objective, key) for key in LONG_KNOWN} | run.objective_settings
     methods = {name: dataclasses.asdict(section) for name, section in vars(c.forget).items() if is_on(section)}
     known = {
         # A masked run's sequences are cut in another way since its second version, and masked by their place in the

@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from core.config import check_limits
 from learn.choose_objective import ObjectiveConfig, make_objective
-from learn.objectives import Causal
+from learn.objectives import Causal, Masked
 
 
 def test_where_the_mask_token_comes_from():
@@ -26,6 +27,27 @@ def test_where_the_mask_token_comes_from():
     causal = make_objective(ObjectiveConfig(), True, None, 10)
     assert isinstance(causal, Causal)
     assert causal.mask_documents
+
+
+def test_every_token_that_rewrites_text_is_told():
+    """Each pair of tokenizers differs in one role: that of a token that is put into text or left out."""
+    def told(name, *names, **more):
+        vocab = {text: i for i, text in enumerate(names)}
+        tokenizer = SimpleNamespace(mask_id=None, vocab=vocab, special_ids=[], missing_ids=lambda rows: [])
+        vars(tokenizer).update(more)
+        return make_objective(ObjectiveConfig(name), True, tokenizer, 20).token_ids
+    spans, modes = [f"<extra_id_{i}>" for i in range(4)], ["[NLU]", "[S2S]", "[NLG]"]
+    middle = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+    assert told("masked", mask_id=5) == told("masked", mask_id=5) != told("masked", mask_id=6)
+    assert told("electra", mask_id=5) != told("electra", mask_id=5, special_ids=[3])
+    assert told("span", *spans) != told("span", *spans[::-1])
+    assert told("ul2", *spans, *modes) != told("ul2", *spans, *modes[::-1]) != told("ul2", *spans)
+    assert told("fim", *middle) != told("fim", *middle[::-1])
+    assert told("causal") == told("selective") == told("dpo") == []
+    masking = True, 5, [0], 20, 0.15, 0.0
+    begins = [np.arange(20) % n == 0 for n in (2, 3)]
+    first, second = (Masked(*masking, (each, np.zeros(20, np.int32))).token_ids for each in begins)
+    assert first != second != Masked(*masking).token_ids
 
 
 def test_settings_that_cannot_be():

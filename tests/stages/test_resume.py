@@ -40,6 +40,7 @@ from core.guard import Guard
 from core.run_folder import run_folder
 from stages import resume
 from stages.build import build
+from text import objective_tokens
 from text.shards import pack
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -179,6 +180,18 @@ def test_whatever_changes_the_steps_makes_it_another_run(base, tmp_path):
                         (["--forget.freeze.schedule", "progressive", "--data.schedule", "static",
                           "--optim.schedule", "constant"], ["--train.steps", 9])):
         assert known(*words) != known(*words, *more), words
+
+
+def test_the_tokens_that_an_objective_found_make_it_another_run(base, tmp_path, monkeypatch):
+    """Of a tokenizer that came to have another mask token. Text that is learned as it stands knows of none."""
+    def known(mask_id, *words):
+        monkeypatch.setattr(objective_tokens, "find_mask", lambda tokenizer: mask_id)
+        return resume.identity(build(run_of(base, tmp_path / "run", *words), one()), 4)["objective"]
+    mixed = ["--objective.name", "mixture", "--objective.weights.causal", 1, "--objective.weights.masked", 1]
+    for words in (["--objective.name", "masked"], mixed):
+        assert known(5, *words) == known(5, *words) != known(7, *words)
+    # As before there were such tokens: older checkpoints go on.
+    assert known(5) == known(7) == {"name": "causal", "mask_ratio": 0.15, "mask_token_id": None}
 
 
 def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, capsys, whole):
