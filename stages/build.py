@@ -316,6 +316,11 @@ def open_tokenizer(c, base: hf.Base | None):
     """The model's tokenizer; None where the base has none, and then only the vocabulary's size is checked."""
     if c.model.tokenizer:
         return tokenizers.load(c.model.tokenizer)
+    return tokenizer_of(base)
+
+
+def tokenizer_of(base: hf.Base):
+    """The tokenizer in a model's folder, or None."""
     has = any((base.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     return tokenizers.load(base.folder) if has else None
 
@@ -440,6 +445,10 @@ def describe_learning(run: Run) -> Learning:
         if other.config.vocab_size != run.config.vocab_size:
             raise UserError(f"objective.reference {other} has a vocabulary of {other.config.vocab_size:,} and the "
                             f"model one of {run.config.vocab_size:,}; name a model with the same tokenizer")
+        theirs, own = tokenizer_of(other), run.tokenizer
+        if theirs and own and not theirs.reads(own.fingerprint, own.vocab_size):
+            raise UserError(f"objective.reference {other} has another tokenizer than the model, so that ids mean other "
+                            f"text to it; name a model with the same tokenizer")
         plain = dataclasses.replace(c, compile=False, lora=lora.LoraConfig(),
                                     model=dataclasses.replace(c.model, init="pretrained"))
         judge = functools.cache(lambda: build_model(plain, other.config, other, world).requires_grad_(False))

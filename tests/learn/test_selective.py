@@ -12,10 +12,13 @@ import pytest
 import torch
 from batches import batch_of, logits_of, random_tokens
 from runs import arguments, command, crash_at, lines, one, settings, trace
+from synthetic import texts
 
 import hf
+import tokenizer as tokenizers
 import train
 from core import checkpoint
+from core.errors import UserError
 from learn.method import take_sequences
 from learn.objectives import IGNORE, Causal
 from learn.selective import Selective, select
@@ -152,6 +155,24 @@ def test_a_run_with_a_reference_is_resumed_bit_for_bit(base, tmp_path, monkeypat
     assert "bits_per_byte" in scored["after"]["legal"]
     # The reference is no part of what the run keeps.
     assert hf.load(tmp_path / "whole/final").count_parameters() == hf.load(final).count_parameters()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_reference_with_another_tokenizer_of_the_same_size_is_refused(base, tmp_path):
+    lab, final = base
+    other = shutil.copytree(final, tmp_path / "other")
+    made = tokenizers.train([text[::-1] for text in texts("story")], "bpe", 300, tmp_path / "tok")
+    for file in other.glob("tokenizer*"):
+        file.unlink()
+    shutil.copytree(tmp_path / "tok", other, dirs_exist_ok=True)
+    assert made.vocab_size == tokenizers.load(final).vocab_size
+    words = ("--objective.name", "selective", "--objective.reference")
+    with pytest.raises(UserError, match="has another tokenizer than the model"):
+        build(settings(lab, tmp_path / "run", *words, other), one())
+    # Without one, as with the same, there is nothing to refuse.
+    for file in other.glob("tokenizer*"):
+        file.unlink()
+    build(settings(lab, tmp_path / "run", *words, other), one())
 
 
 @pytest.mark.usefixtures("quick")
