@@ -34,7 +34,7 @@ from core import checkpoint, cli, devices, hashing, parallel
 from core.config import setting
 from core.errors import UserError
 from learn import objectives
-from learn.choose_objective import CAUSAL, ObjectiveConfig, make_objective, read_settings
+from learn.choose_objective import CAUSAL, ObjectiveConfig, check_scoring, make_objective, read_settings
 from measure import verdict
 from model import Model, ModelConfig
 from text import corpus, packing, vocabulary
@@ -223,14 +223,13 @@ def score_files(model, tokenizer, texts: dict[str, str], reading: cli.Reading, c
     learned, results = make_objective(config, True, tokenizer, model.config.vocab_size), {}
     objective = objectives.PseudoLikelihood(learned) if pll else learned.text_objective
     if learned.uses_reference and reference is None:
-        raise UserError(f"objective {config.name} compares a --model with a reference; name that with --baseline")
+        raise UserError(f"objective {config.name} compares two models; name --model and --baseline, not --run")
     learned.reference = lambda _: contextlib.nullcontext(reference)
     for name, file in texts.items():
         if is_packed := (Path(file) / "manifest.json").is_file():
             shards = Shards(file, "heldout")
             check_tokenizer(name, shards, tokenizer, model.config.vocab_size)
-            documents = heldout_documents(shards, max_tokens=2**62)
-            counted = shards.lost
+            documents, counted = heldout_documents(shards, max_tokens=2**62), shards.lost
         else:
             texts_of_file = corpus.read_documents([file], reading)
             raw = [text for text in texts_of_file if text]
@@ -295,9 +294,10 @@ def score_run(options: Eval, texts: dict, how: tuple) -> dict:
     folder, device = Path(options.run, "checkpoints"), devices.pick_device(options.device.device)
     result = {"run": options.run, "checkpoints": []}
     for step in checkpoint.steps(folder):
-        path = checkpoint.path_of(folder, step)
-        checkpoint.verify(path)
+        checkpoint.verify(path := checkpoint.path_of(folder, step))
         model, state, name = load_checkpoint(path)
+        if not result["checkpoints"]:
+            check_scoring(options.run, state["identity"], how[2])
         place = state["tokenizer"]
         tokenizer = tokenizers.load(hf.open_base(place).folder if place.startswith("hf://") else place)
         scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, *how)

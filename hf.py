@@ -282,7 +282,7 @@ def check_tied_head(config: ModelConfig, stored: dict[str, Path], folder) -> Non
 # ---- saving
 
 def save(model: Model, path, base=None, state: dict | None = None, card: str = "", tokenizer=None, scratch=False,
-         pad_id: int | None = None, shard_bytes: int = 5 * 10**9):
+         pad_id: int | None = None, causal: bool = True, shard_bytes: int = 5 * 10**9):
     """Write `model` as a Hugging Face folder; one that `save` made at `path` is replaced when the new one is complete.
 
     base       a Base, folder or hf:// id it came from; its tokenizer files and licence are copied byte for byte, and
@@ -292,6 +292,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
     tokenizer  a folder or file whose tokenizer takes the place of the base's
     scratch    the weights did not come from the base, only the sizes, and the card says so
     pad_id     the id of a padding token that the base does not have yet
+    causal     whether it generates text, as the card then says
     """
     path, config = Path(path), model.config
     base = open_base(base) if base else None
@@ -318,7 +319,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
             copy_files(base.folder, LICENCES, out)
         if tokenizer or base:
             copy_tokenizer(Path(tokenizer or base.folder), out)
-        write_text(out / "README.md", make_card(None if scratch else base, path.name, card))
+        write_text(out / "README.md", make_card(None if scratch else base, path.name, card, causal))
 
 
 def copy_files(folder: Path, patterns, out: Path):
@@ -335,9 +336,10 @@ def copy_tokenizer(source: Path, out: Path):
         shutil.copyfile(source, out / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
 
 
-def make_card(base: Base | None, name: str, card: str) -> str:
-    """The model card: front matter as the Hub reads it, and `card`."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- continued-pretraining"]
+def make_card(base: Base | None, name: str, card: str, causal: bool = True) -> str:
+    """The model card: front matter as the Hub reads it, and `card`. causal: whether the model generates text."""
+    lines = ["---", "library_name: transformers", *(["pipeline_tag: text-generation"] if causal else []), "tags:",
+             "- continued-pretraining"]
     if base:
         known = base.facts["license"]
         if base.name.startswith("hf://"):

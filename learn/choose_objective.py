@@ -1,5 +1,6 @@
 """Which objective a run has, by its settings. To add one, write its class in learn/, and name it here."""
 
+import sys
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -61,6 +62,8 @@ class ObjectiveConfig:
 CAUSAL = ObjectiveConfig()
 # The objectives whose measures need the model alone, or a baseline beside it.
 ALONE = ("causal", "masked", "span", "ul2", "fim", "mixture", *PREFERENCES)
+# Those of models whose tokens see both sides alone.
+BOTH_WAYS = ("masked", "electra")
 
 
 @dataclass
@@ -107,6 +110,36 @@ def refuse_preferences(c):
         raise UserError(f"objective.z_loss is no part of objective {name}; leave it out")
     if name == "orpo" and (c.objective.reference or c.objective.precompute):
         raise UserError("objective orpo has no reference; leave out objective.reference and objective.precompute")
+
+
+def read_trained(identity: dict) -> tuple[str, int | None]:
+    """(name, mask_token_id) of the objective of a run, by the identity that its checkpoints hold."""
+    trained = identity.get("objective")
+    return (trained.get("name"), trained.get("mask_token_id")) if isinstance(trained, dict) else ("causal", None)
+
+
+def describe_both_ways(name: str, mask_id: int | None) -> str:
+    """A line for the card of a model whose tokens see both sides; nothing of other models. mask_id None: that of the
+    tokenizer's mask token."""
+    if name not in BOTH_WAYS:
+        return ""
+    mask = "the tokenizer's mask token" if mask_id is None else f"token id {mask_id}"
+    return (f"Trained with objective {name}: each token sees those before and after it, and {mask} stands for a masked "
+            f"one. The causal class that config.json names hides what comes after a token, so this model does not "
+            f"generate text as it is.\n\n")
+
+
+def check_scoring(run: str, identity: dict, config: ObjectiveConfig):
+    """A warning where a run of masked text is scored in another way; UserError for ELECTRA's models, which predict no
+    tokens."""
+    name, mask_id = read_trained(identity)
+    if name == "electra":
+        raise UserError(f"{run} was trained with objective electra, whose model predicts no tokens; eval_step_N.json "
+                        f"and eval.json in it hold its measures")
+    if name in BOTH_WAYS and config.name != name:
+        mask = "" if mask_id is None else f" --objective.mask-token-id {mask_id}"
+        print(f"warning: {run} was trained with objective {name} and is scored as {config.name}, where no token sees "
+              f"those after it; set --objective.name {name}{mask}", file=sys.stderr)
 
 
 def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, vocab_size: int) -> Objective:

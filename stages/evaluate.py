@@ -23,6 +23,7 @@ from core.files import write_json, write_text
 from generate import Settings, first_ids, generate
 from learn import adapters, adaptive, peft_files, schedules
 from learn import merge as merging
+from learn.choose_objective import describe_both_ways
 from measure import verdict
 from model import matmul_flops_per_token
 from stages.build import Run
@@ -379,7 +380,8 @@ def load_beside(run: Run, folder):
 
 def write_card(run: Run, folder: Path, text: str):
     base = run.base if run.c.model.init == "pretrained" else None
-    write_text(folder / "README.md", hf.make_card(base, folder.name, text))
+    both_ways = describe_both_ways(run.c.objective.name, getattr(run.objective, "mask_id", None))
+    write_text(folder / "README.md", hf.make_card(base, folder.name, both_ways + text, not both_ways))
 
 
 def export_dtype(run: Run) -> torch.dtype:

@@ -12,6 +12,7 @@ from core import checkpoint, cli
 from core.devices import DTYPES
 from core.errors import UserError
 from core.files import claim_folder
+from learn.choose_objective import describe_both_ways, read_trained
 
 
 def export_checkpoint(options: hf.Export) -> dict:
@@ -23,10 +24,11 @@ def export_checkpoint(options: hf.Export) -> dict:
     with claim_folder(out, options.output.overwrite, hf.FOLDER):
         checkpoint.verify(path)
         model, state, name = evaluation.load_checkpoint(path)
+        both_ways = describe_both_ways(*read_trained(state["identity"]))
         weights = {key: weight.to(DTYPES[state["dtype"]]) for key, weight in model.named_parameters()}
         hf.save(model, out, base=state["base"] or None, state=weights, scratch=state["identity"]["base"] is None,
                 tokenizer=state["tokenizer"] if state["tokenizer"] != state["base"] else None,
-                card=f"Step {state['step']} of a run: {name}.")
+                card=f"{both_ways}Step {state['step']} of a run: {name}.", causal=not both_ways)
     print(f"{out}: step {state['step']}, {name}, {state['dtype']}")
     return {"out": out, "step": state["step"], "model": name, "dtype": state["dtype"]}
 

@@ -393,6 +393,7 @@ def test_mistakes_are_one_line(runs, monkeypatch, capsys, tmp_path):
                         ((*model, *law, "--general", "tales"), "--general names 'tales'"),
                         (("--model", "/nowhere", *law), "/nowhere"), (("--run", tmp_path, *law), "no checkpoints"),
                         ((*model, *law, "--context", "0"), "--context is 0"),
+                        (("--run", runs / "run", *law, "--objective.name", "dpo"), "name --model and --baseline, not"),
                         ((*model, *law, *law), "one name to two texts"),
                         ((*model, *law, "--contxt", "9"), "did you mean --context?")):
         status, said, errors = command(monkeypatch, capsys, *words, "--device", "cpu")

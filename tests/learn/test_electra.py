@@ -5,6 +5,7 @@ a sequence's place; micro-batches add up.
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from batches import batch_of, random_tokens
 from runs import arguments, command, crash_at, lines, one, same_checkpoint, settings, trace
 
+import eval as evaluation
 import hf
 import train
 from core import checkpoint
@@ -182,7 +184,7 @@ def test_documents_do_not_see_each_other_in_either_model(tiny_model):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_is_resumed_bit_for_bit_and_leaves_a_plain_model(base, tmp_path, monkeypatch):
+def test_a_run_is_resumed_bit_for_bit_and_leaves_a_plain_model(base, tmp_path, monkeypatch, capsys):
     lab, final = base
     words = (*WORDS, "--model.init", "pretrained", "--model.path", final, "--train.save-every", 3,
              "--forget.ema.decay", 0.5)
@@ -202,6 +204,12 @@ def test_a_run_is_resumed_bit_for_bit_and_leaves_a_plain_model(base, tmp_path, m
     assert "accuracy" in result["after"]["legal"]
     trained = checkpoint.load(checkpoint.path_of(tmp_path / "whole/checkpoints", 5))[0]
     assert any(name.startswith(hf.OF_OBJECTIVE) for name in trained)
+    card = (tmp_path / "whole/final/README.md").read_text()
+    assert "pipeline_tag" not in card
+    assert "objective electra: each token sees those before and after it, and token id 0 stands" in card
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(tmp_path / "whole"), "--text", f"law={lab}/legal"])
+    assert evaluation.main() == 2
+    assert "objective electra, whose model predicts no tokens" in capsys.readouterr().err
     plain = hf.load(tmp_path / "whole/final")
     assert plain.state_dict().keys() == hf.load(final).state_dict().keys()
 

@@ -25,6 +25,7 @@ from core import checkpoint
 from learn import peft_files
 from learn.objectives import Causal
 from stages import evaluate
+from stages import export as export_stage
 from stages.build import build
 from stages.evaluate import score
 from text.shards import Shards, pack
@@ -230,6 +231,28 @@ def test_an_evaluation_does_not_follow_the_mask_of_the_training(base, tmp_path):
     base_bits = true["story"].expected
     assert decided["lost"] == pytest.approx(scored / base_bits - 1, abs=1e-5)
     assert json.loads((out / "eval.json").read_text())["protocol"]["documents_see_each_other"] is False
+
+
+def test_a_masked_model_is_not_taken_for_a_causal_one(base, tmp_path, monkeypatch, capsys):
+    """The cards of final/ and of a checkpoint's export say how it reads; eval.py warns where it scores it otherwise."""
+    from huggingface_hub import ModelCard
+    out, lab = tmp_path / "run", base[0]
+    train.train(run_of(base, out, "--objective.name", "masked", "--objective.mask-token-id", 5), one())
+    monkeypatch.setattr(sys, "argv", ["hf.py", str(out / "checkpoints/step_00000008"), "--out", str(tmp_path / "hf")])
+    assert export_stage.main() == 0
+    for folder in (out / "final", tmp_path / "hf"):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.pipeline_tag is None
+        assert "objective masked: each token sees those before and after it, and token id 5 stands" in card.text
+    masked = ["--objective.name", "masked", "--objective.mask-token-id", "5"]
+    for words, warned in (([], 1), (masked, 0)):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--run", str(out), "--device", "cpu", "--context", "32",
+                                          "--text", f"law={lab}/legal", *words])
+        capsys.readouterr()
+        assert evaluation.main() == 0
+        said = capsys.readouterr().err
+        assert said.count("warning:") == said.count(f"is scored as causal, where no token sees those after it; set "
+                                                    f"{' '.join(masked)}") == warned
 
 
 def test_a_masked_evaluation_depends_on_the_text_alone(base, tmp_path):
