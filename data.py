@@ -198,7 +198,9 @@ def run_pack(options: Pack) -> dict:
     if lost := manifests[0]["lost_share"]:
         print(f"warning: {100 * lost:.2f} % of the bytes of sampled documents are in no token, so bits per byte are "
               f"too low and do not compare with another tokenizer's", file=sys.stderr)
-    if options.heldout and not any(made["splits"]["heldout"]["documents"] for made in manifests):
+    if options.part and not tokens:
+        print("this part has no documents")
+    elif options.heldout and not any(made["splits"]["heldout"]["documents"] for made in manifests):
         print("warning: no document fell into the held-out share, so this source cannot be evaluated; "
               "cut the text into more documents (--documents) or raise --heldout", file=sys.stderr)
     return result
@@ -289,7 +291,7 @@ def print_info(folder) -> dict:
                   f"{totals['bytes']:>14,} bytes  {ratio}".rstrip())
     made, empty = manifests[-1], sum(manifest["empty_documents_dropped"] for manifest in manifests)
     print(f"  {made['dtype']}, {made['tokenizer']['library']}, vocabulary {made['tokenizer']['vocab_size']:,}, "
-          f"{'BOS, ' if made['bos'] else ''}{'EOS; ' if made.get('eos', True) else ''}{empty} empty documents dropped")
+          f"{'BOS, ' * made['bos']}{'EOS' * made.get('eos', True)}".rstrip(", ") + f"; {empty} empty documents dropped")
     if records := made.get("records"):
         print(f"  {records['format']}, {records['learn']} learned (these are the bytes), template "
               f"{records['template'][:12]}; {records['too_long']} left out as too long")

@@ -102,11 +102,11 @@ class Logger:
             self.write()
             os.fsync(self.file.fileno())
 
-    def show_step(self, step: int, values: dict | None = None):
+    def show_step(self, step: int, values: dict | None = None, is_likelihood: bool = True):
         """Move the progress bar on by one step; where its `values` are given, show them as a line."""
         self.bar.update(1)
         if values and self.main:
-            line = format_line(step, self.total, values)
+            line = format_line(step, self.total, values, is_likelihood)
             print(line, flush=True) if self.bar.disable else self.bar.set_postfix_str(line.partition(" | ")[2])
 
     def close(self):
@@ -117,14 +117,16 @@ class Logger:
         self.main = False
 
 
-def format_line(step: int, total: int, values: dict) -> str:
-    """step 120/2000 | loss 2.134 | ppl 8.4 | legal 2.01 stories 2.3 | replay 30% | lr 2.9e-05 | ... | eta 0:42:10"""
+def format_line(step: int, total: int, values: dict, is_likelihood: bool = True) -> str:
+    """step 120/2000 | loss 2.134 | ppl 8.4 | legal 2.01 stories 2.3 | replay 30% | lr 2.9e-05 | ... | eta 0:42:10
+
+    There is no perplexity of a loss that is not the nats of a token (is_likelihood)."""
     sources = " ".join(f"{name} {source['loss']:.3f}" for name, source in values["sources"].items())
     seconds_left = int((total - step) * values["step_ms"] / 1000)
     mfu = [f"mfu {100 * values['mfu']:.0f}%"] if values.get("mfu") else []
     perplexity = math.exp(min(values["loss"], 99))
-    parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}",
-             f"ppl {perplexity:{'.1f' if perplexity < 1e6 else '.1e'}}",
+    shown = [f"ppl {perplexity:{'.1f' if perplexity < 1e6 else '.1e'}}"] if is_likelihood else []
+    parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}", *shown,
              sources, f"replay {100 * values['replay_share']:.0f}%", f"lr {values['lr']:.2e}",
              f"gnorm {values['grad_norm']:.2f}", f"{values['tokens_per_second'] / 1000:.1f}k tok/s", *mfu,
              f"mem {values['peak_gb']:.1f}G",

@@ -98,6 +98,7 @@ class OfGenerator(Masked):
 class Electra(Masked):
     measures = ("generator_loss", "generator_accuracy", "discriminator_loss", "discriminator_accuracy",
                 "replaced_share", "precision", "recall")
+    is_likelihood = False
 
     def __init__(self, *masking, generator_ratio: float, weight: float):
         """masking: the arguments of Masked."""

@@ -28,6 +28,8 @@ class Objective:
     """names of what it measures beside its loss, the same on every rank"""
     unit = "bits_per_byte"
     """what it says of text that it scores"""
+    is_likelihood: bool = True
+    """whether its loss is the nats of a token, so that exp(loss) is a perplexity"""
     uses_reference: bool = False
     """whether it compares the model with a frozen one: that of objective.reference, or else the base"""
     forms: tuple[str, ...] = ("text", "chat")

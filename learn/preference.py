@@ -48,6 +48,7 @@ class Preference(Causal):
     is_mean = False
     """log-probabilities are means over an answer's tokens, not sums"""
     measures = ("margin", "accuracy", "chosen_logp", "rejected_logp", "chosen_change", "rejected_change")
+    is_likelihood = False
 
     def __init__(self, beta: float, precompute: bool = False):
         # Documents that saw each other would tell a rejected answer what was chosen.

@@ -92,12 +92,13 @@ def describe(run: Run):
     say(f"run: {run.steps:,} steps of {c.train.batch_size} x {c.data.context} = {run.tokens_per_step:,} tokens, "
         f"seed {c.seed}, {c.train.precision}, {run.world.size} x {run.world.device.type}")
     for name, packing in loader.packings.items():
-        if packing.pairs_left_out:
-            say(f"warning: {packing.pairs_left_out:,} pairs of source {name} are longer than data.context "
-                f"{c.data.context}, and left out")
+        for line in packing.describe_loss(name):
+            say(f"warning: {line}")
     lost = [f"{name} {abs(packing.padded):,} {'padded' if packing.padded > 0 else 'dropped'}"
             for name, packing in loader.packings.items() if packing.padded]
-    say(f"packing: {c.data.packing}; positions an epoch without a token: {', '.join(lost) or 'none'}")
+    kinds = {name: packing.kind for name, packing in loader.packings.items()}
+    kind = ", ".join({*kinds.values()} if len({*kinds.values()}) == 1 else map(" ".join, kinds.items()))
+    say(f"packing: {kind}; positions an epoch without a token: {', '.join(lost) or 'none'}")
 
 
 def with_full_paths(c):
@@ -186,7 +187,7 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
         run.log.record("left_out", step, message=result["fault"])
         run.log.say(f"warning: {result['fault']}: the update was left out, {run.guard.left_out} by now")
     run.log.record("train", step, **values)
-    run.log.show_step(step, values)
+    run.log.show_step(step, values, run.objective.is_likelihood)
 
 
 # ---- an evaluation

@@ -34,6 +34,10 @@ def identity(run: Run, step: int) -> dict:
     tokens = {name: [record[key] for split in SPLITS for record in shards.manifest["splits"][split]["shards"]
                      for key in ("sha256", "mask_sha256") if key in record]
               for name, shards in run.loader.shards.items()}
+    for name, each in run.loader.packings.items():
+        # Conversations are packed in another way since their second version, where that cuts fewer or leaves some out.
+        if run.loader.shards[name].format == "chat" and (each.pieces_left_out or each.kind != c.data.packing):
+            tokens[name].append("packed by 2")
     rates = [schedules.learning_rate(s, run.steps, c.optim) for s in range(step)]
     optimizer = {key: value for key, value in dataclasses.asdict(c.optim).items()
                  if key not in schedules.SCHEDULE_FIELDS}

@@ -79,7 +79,8 @@ class DataConfig:
     """positions restart with each document"""
     packing: Literal["window", "best_fit", "document"] = "window"
     """window: documents one after the other, cut every T tokens; best_fit: whole documents, put where they leave the
-    least room (longer ones in pieces); document: each in sequences of its own"""
+    least room (longer ones in pieces), which conversations are under window too; document: each in sequences of its
+    own"""
     drop_last: bool = False
     """window: drop the last, short sequence of a source's epoch instead of padding it"""
     strata: Strata = field(default_factory=Strata)

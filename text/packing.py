@@ -63,27 +63,63 @@ class Packing:
 
     text_length: T, where the objective puts more into a sequence than text; the rest of the context is then padding.
 
+    A source with a loss mask, conversations, is packed as best_fit also where the rest is in windows, which would part
+    most answers from their prompts. A piece in which nothing is learned is left out, so each sequence has a target.
+
     A preference source is packed by pairs, chosen and rejected whole in one sequence: best_fit, or with `document` a
     pair in each. A pair of more than T + shift tokens is left out.
+
+    kind: how the source is packed, in words.
     """
 
     def __init__(self, shards: Shards, config, shift: int = 1, text_length: int | None = None):
-        self.context, self.pairs_left_out = config.context, 0
+        self.context, self.pairs_left_out, self.pieces_left_out, self.kind = config.context, 0, 0, config.packing
+        self.room, self.cut, self.torn = (text_length or config.context) + shift, 0, 0
         if shards.format == "preference":
             self._pack_pairs(shards, config, shift)
             return
-        self.shards, self.is_circle = shards, config.packing == "window"
+        is_masked = shards.mask_maps is not None
+        if is_masked and config.packing == "window":
+            self.kind = "best_fit"
+        self.shards, self.is_circle = shards, self.kind == "window"
         T, L = text_length or config.context, shards.tokens
         ends = np.array([L + shift]) if self.is_circle else shards.document_ends()
         lengths = np.diff(ends, prepend=0)
-        parts = np.maximum(1, (lengths - shift) // T if config.drop_last else -(-(lengths - shift) // T))
+        is_dropped = config.drop_last and self.is_circle
+        parts = np.maximum(1, (lengths - shift) // T if is_dropped else -(-(lengths - shift) // T))
         part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
         begin = np.repeat(ends - lengths, parts) + part * T
         length = np.minimum(np.repeat(lengths, parts) - part * T, T + shift)
-        sequence = best_fit_decreasing(length, T + shift) if config.packing == "best_fit" else np.arange(len(length))
+        if is_masked:
+            kept = self._find_learned(begin, length, ends, lengths, shift)
+            part, begin, length = part[kept], begin[kept], length[kept]
+        is_fitted = self.kind == "best_fit" and len(length)
+        sequence = best_fit_decreasing(length, T + shift) if is_fitted else np.arange(len(length))
         self._lay_out(sequence, begin, length, (part > 0) & (shift and not self.is_circle))
         # Positions of an epoch without a token; below 0, the tokens that drop_last leaves out.
         self.padded = self.sequences * T - L if self.is_circle else self.sequences * (T + shift) - int(length.sum())
+
+    def _find_learned(self, begin: np.ndarray, length: np.ndarray, ends: np.ndarray, lengths: np.ndarray, shift: int
+                      ) -> np.ndarray:
+        """Which pieces have something to learn, bool [pieces]. begin, length: theirs; ends, lengths: the documents'."""
+        long = np.flatnonzero(lengths > self.room)
+        # What stands behind the first piece of a conversation does not see where that begins.
+        answers = count_answers(self.shards, np.append(begin + shift, ends[long] - lengths[long] + self.room),
+                                np.append(begin + length, ends[long]))
+        kept = answers[:len(begin)] > 0
+        self.cut, self.torn, self.pieces_left_out = len(long), int(answers[len(begin):].sum()), int((~kept).sum())
+        return kept
+
+    def describe_loss(self, name: str) -> list[str]:
+        """What the context is too short for, in lines for the user; name: the source's."""
+        longer, lines = f"of source {name} are longer than data.context {self.context}", []
+        if self.pairs_left_out:
+            lines.append(f"{self.pairs_left_out:,} pairs {longer}, and left out")
+        if self.cut and self.shards.manifest["records"]["learn"] == "responses":
+            lines.append(f"{self.cut:,} of {self.shards.documents:,} conversations {longer}: {self.torn:,} answers "
+                         f"stand without their whole prompt, and {self.pieces_left_out:,} pieces without an answer are "
+                         f"left out; raise it, or pack with --max-tokens {self.room}")
+        return lines
 
     def _pack_pairs(self, shards: Shards, config, shift: int):
         self.shards, self.is_circle, room = shards, False, config.context + shift
@@ -96,6 +132,7 @@ class Packing:
         kept = sizes <= room
         self.pairs_left_out = int((~kept).sum())
         alone = config.packing == "document" or not kept.any()
+        self.kind = "a pair in each sequence" if config.packing == "document" else "best_fit of whole pairs"
         sequence = np.arange(kept.sum()) if alone else best_fit_decreasing(sizes[kept], room)
         length = lengths[kept.repeat(2)]
         self._lay_out(sequence.repeat(2), (ends - lengths)[kept.repeat(2)], length, np.zeros(len(length), bool))
@@ -124,6 +161,19 @@ class Packing:
             sequences.append(row, tokens, labels, begins)
             if was_target:
                 sequences.labels[row, sequences.end[row] - length] = IGNORE
+
+
+def count_answers(shards: Shards, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """int64 [n]: how many answers, runs of learned tokens, there are in the tokens from begin [n] to before end [n] of
+    a source with a mask, each range within a document. Each shard's mask is read once, a byte of memory per token."""
+    found = np.zeros(len(begin), np.int64)
+    for mask, tokens, first in zip(shards.mask_maps, shards.token_maps, shards.first_token):
+        own = np.flatnonzero((first <= begin) & (begin < end) & (end <= first + len(tokens)))
+        learned = np.unpackbits(mask, count=len(tokens))
+        starts = np.flatnonzero(learned[1:] > learned[:-1]) + 1
+        low, high = begin[own] - first, end[own] - first
+        found[own] = starts.searchsorted(high) - starts.searchsorted(low, "right") + learned[low]
+    return found
 
 
 def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
@@ -169,6 +219,9 @@ def pack_sources(sources: dict[str, Shards], config, shift: int = 1, text_length
             raise UserError(f"source {name} ({shards.folder}) has no tokens in its {shards.split} split")
     packings = {name: Packing(shards, config, shift, text_length) for name, shards in sources.items()}
     for name, packing in packings.items():
+        if not packing.sequences and not packing.pairs_left_out:
+            raise UserError(f"source {name} ({packing.shards.folder}) has nothing to learn in its "
+                            f"{packing.shards.split} split: none of its tokens is a target; pack it again")
         if not packing.sequences:
             raise UserError(f"each of the {packing.pairs_left_out:,} pairs of source {name} is longer than "
                             f"data.context {config.context}, and must stand whole in one sequence; raise it")

@@ -98,6 +98,7 @@ def test_console_line():
     assert format_line(120, 2000, VALUES) == ("step 120/2000 | loss 2.134 | ppl 8.5 | legal 2.010 stories 2.300 | "
                                               "replay 25% | lr 2.90e-05 | "
                                               "gnorm 0.71 | 41.2k tok/s | mem 12.3G | eta 0:42:18")
+    assert format_line(120, 2000, VALUES, False) == format_line(120, 2000, VALUES).replace(" | ppl 8.5", "")
     assert " | mfu 41% | " in format_line(1, 2, VALUES | {"mfu": 0.412})
     assert format_line(0, 100_000, VALUES).endswith("eta 37:30:00")
 

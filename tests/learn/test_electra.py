@@ -23,7 +23,7 @@ from core.errors import UserError
 from data import RowRandom
 from learn.electra import Electra, sample
 from learn.method import take_sequences
-from learn.objectives import IGNORE
+from learn.objectives import IGNORE, Causal
 
 SPECIAL, MASK = (0, 1, 2), 3
 WORDS = ("--objective.name", "electra", "--objective.mask-token-id", 0)
@@ -224,3 +224,9 @@ def test_what_does_not_go_with_it_is_one_line(base, tmp_path, monkeypatch, capsy
         lab, tmp_path / "run", *WORDS, "--model.init", "pretrained", "--model.path", final, *words))
     assert status == 2
     assert told in said.splitlines()[-1]
+
+
+def test_its_loss_is_no_likelihood_of_which_there_is_a_perplexity():
+    """It adds the nats of a masked token to those of a guess whether a token was replaced."""
+    assert Causal.is_likelihood
+    assert not Electra.is_likelihood

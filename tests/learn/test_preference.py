@@ -319,7 +319,12 @@ def test_a_run_prefers_what_was_chosen_and_says_what_that_cost(prefs, tmp_path, 
         assert after["chosen_change"] == pytest.approx(after["chosen_logp"] - before["chosen_logp"], rel=1e-4)
     # Pairs are no text: only the general source is scored in bits per byte.
     assert list(result["after"]) == ["story"]
-    assert "held-out pairs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "held-out pairs" in said
+    assert "packing: legal best_fit of whole pairs, story window; " in said
+    # Their losses are no nats of a token, so that exp(loss) would be no perplexity.
+    assert "| loss " in said
+    assert " ppl " not in said
     for row in lines(out, "train"):
         assert set(row["objective"]) == set(KINDS[name].measures)
         assert row["loss"] == row["sources"]["legal"]["loss"]

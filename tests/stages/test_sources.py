@@ -107,6 +107,20 @@ def test_labels_of_a_mixed_run_are_the_answers(chats, tmp_path):
         assert tuple(i for i in batch.labels[row].tolist() if i != -100) in wanted
 
 
+def test_a_run_on_conversations_longer_than_its_context_says_so_and_learns_in_each_step(chats, tmp_path, capsys):
+    home, file = chats
+    words = ("--data.context", 24, "--train.batch-size", 2, "--log.every", 1)
+    assert train.train(mixed(home, tmp_path / "run", file, *words, steps=12), one()) == 0
+    said, shards = capsys.readouterr().out, Shards(tmp_path / "run/packed/chat")
+    lengths = [int(shards.document_mask(i).size) for i in range(shards.documents)]
+    assert said.count(f"warning: {sum(n > 25 for n in lengths)} of {len(lengths)} conversations of source chat are "
+                      f"longer than data.context 24: ") == 1
+    assert "packing: legal window, story window, chat best_fit; " in said
+    scored = [row["sources"] for row in lines(tmp_path / "run", "train")]
+    assert any("chat" in sources for sources in scored)
+    assert all(source["loss"] > 0 for sources in scored for source in sources.values())
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(chats, tmp_path):
     home, file = chats

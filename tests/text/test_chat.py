@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from core.errors import UserError
 from text.chat import MARK, mark_controls
 from text.conversations import ALPACA
 from text.mixture import DataConfig
-from text.packing import pack_sources
+from text.packing import count_answers, pack_sources
 from text.shards import Shards, verify
 
 IGNORE = -100
@@ -171,6 +172,79 @@ def test_chat_and_text_stand_in_one_batch(tmp_path, monkeypatch, tiny_bpe):
         found[source].append((tokens[:n].tolist(), labels[:n].tolist()))
     assert sorted(found[0]) == sorted(documents_of(tok, records, "chosen"))
     assert sorted(found[1]) == sorted(([tok.bos_id, *tok.encode(f"the law {i}"), tok.eos_id],) * 2 for i in range(6))
+
+
+# ---- conversations longer than the context
+
+@pytest.mark.parametrize("packing", ["window", "best_fit", "document"])
+@pytest.mark.parametrize("shard_tokens", [10**8, 700])
+def test_each_sequence_of_conversations_has_a_target(tmp_path, monkeypatch, tiny_bpe, packing, shard_tokens):
+    """In every epoch each piece with an answer, or a part of one, comes once, and no other does."""
+    tok, T, rng = tokenizers.load(tiny_bpe), 64, random.Random(1)
+    records = [{"prompt": "Ask " * rng.choice([1, 120]), "chosen": "yes " * rng.choice([1, 9, 150])} for _ in range(30)]
+    status, folder = pack(monkeypatch, tmp_path, answers(records), tiny_bpe, "--format", "chat", "--shard-tokens",
+                          shard_tokens)
+    assert status == 0
+    wanted, left_out, cut, torn = [], 0, 0, 0
+    for ids, labels in documents_of(tok, records, "chosen"):
+        for start in range(0, len(ids) - 1, T):
+            # A piece's first token has nothing before it, or is a target in the piece before.
+            known = [IGNORE if start else labels[0], *labels[start + 1:start + T + 1]]
+            if set(known[1:]) == {IGNORE}:
+                left_out += 1
+            else:
+                wanted.append((tuple(ids[start:start + T + 1]), tuple(known)))
+        cut += len(ids) > T + 1
+        torn += any(label != IGNORE for label in labels[T + 1:])
+    assert left_out > 0
+    assert 0 < torn <= cut
+    packings = pack_sources({"p": Shards(folder)}, DataConfig(context=T, packing=packing))
+    rows, found = packings["p"].sequences, []
+    for batch in map(data.Loader(packings, counts_of([rows], [rows]), DataConfig(context=T), 3).batch, range(2)):
+        assert (batch.labels[:, 1:] != IGNORE).any(1).all()
+        seen = []
+        for tokens, labels, start in zip(batch.tokens, batch.labels, batch.doc_start):
+            begins = start.unique().tolist()
+            pieces = [(tuple(tokens[a:b].tolist()), tuple(labels[a:b].tolist()))
+                      for a, b in zip(begins, [*begins[1:], T + 1])]
+            seen += pieces[:-1] if set(pieces[-1][1]) == {IGNORE} else pieces        # without padding
+        assert sorted(seen) == sorted(wanted)
+        found.append(seen)
+    assert found[0] != found[1]
+    assert packings["p"].describe_loss("p") == [
+        f"{cut} of 30 conversations of source p are longer than data.context 64: {torn} answers stand without their "
+        f"whole prompt, and {left_out} pieces without an answer are left out; raise it, or pack with --max-tokens 65"]
+    whole = pack_sources({"p": Shards(folder)}, DataConfig(context=2000, packing=packing))["p"]
+    assert whole.describe_loss("p") == []
+
+
+def test_answers_are_counted_as_a_loop_counts_them():
+    rng = np.random.default_rng(0)
+    masks = [rng.random(n) < 0.6 for n in (1, 77, 200)]
+    first = np.cumsum([0, *map(len, masks)]).tolist()
+    shards = types.SimpleNamespace(mask_maps=[np.packbits(mask) for mask in masks], token_maps=masks, first_token=first)
+    ranges = [(at + a, at + b, mask[a:b]) for at, mask in zip(first, masks)
+              for a, b in np.sort(rng.integers(0, len(mask) + 1, (100, 2)), axis=1)]
+    assert count_answers(shards, *map(np.array, list(zip(*ranges))[:2])).tolist() == [
+        sum(bool(is_learned) for is_learned, _ in itertools.groupby(part)) for *_, part in ranges]
+
+
+def test_conversations_without_a_target_are_refused(tmp_path, monkeypatch, tiny_bpe):
+    _, folder = pack(monkeypatch, tmp_path, answers(preferences(4)), tiny_bpe, "--format", "chat")
+    path = folder / "train_000000.mask"
+    path.write_bytes(bytes(len(path.read_bytes())))
+    for packing in ("window", "best_fit", "document"):
+        with pytest.raises(UserError, match=r"source p \(.*packed\) has nothing to learn in its train split"):
+            pack_sources({"p": Shards(folder)}, DataConfig(context=32, packing=packing))
+
+
+def test_what_pack_says_of_conversations_and_of_a_part_without_any(tmp_path, monkeypatch, tiny_bpe, capsys):
+    pack(monkeypatch, tmp_path, answers(preferences(4)), tiny_bpe, "--format", "chat")
+    said = capsys.readouterr().out
+    assert f"vocabulary {tokenizers.load(tiny_bpe).vocab_size:,}; 0 empty documents dropped" in said
+    assert "this part has no documents" not in said
+    pack(monkeypatch, tmp_path, answers(preferences(4)), tiny_bpe, "--format", "chat", "--part", "2/2")
+    assert "this part has no documents" in capsys.readouterr().out
 
 
 # ---- conversations by a template
