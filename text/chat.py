@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 class Example:
     """What is held out or trained on together: one conversation, or the two of a preference, chosen before rejected."""
 
-    # The text whose hash holds it out: of a preference the prompt's, so that all answers to it stand on one side.
+    # The text whose hash holds it out: of a preference its prompt, so that all answers to it stand on one side.
     key: str
     documents: list[list[Segment]]
 
@@ -70,8 +70,7 @@ class Renderer(contextlib.AbstractContextManager):
     def render(self, conversations: list[Conversation]) -> Example:
         write = self._write if self.process else self._write_plain
         documents = [write(conversation, len(conversations) > 1) for conversation in conversations]
-        of_key = [segment for segment in documents[0] if not segment.learned] if len(documents) > 1 else documents[0]
-        return Example("".join(segment.text for segment in of_key).replace(MARK, ""), documents)
+        return Example(conversations[0].key(last=len(conversations) == 1), documents)
 
     def _write_plain(self, conversation: Conversation, last_only: bool) -> list[Segment]:
         prompt, answer = (mark_controls(text, self.controls) for text in conversation.write_alpaca())
@@ -80,10 +79,9 @@ class Renderer(contextlib.AbstractContextManager):
     def _write(self, conversation: Conversation, last_only: bool) -> list[Segment]:
         where, messages, tools = conversation
         # The assistant may write whatever is not a special token of the model's, such as <think>.
-        marked = [{key: mark_controls(value, self.special if message["role"] == "assistant" else self.controls)
-                   if isinstance(value, str) and key != "role" else value for key, value in message.items()}
-                  for message in messages]
-        text, spans = self.process.write(where, marked, tools)
+        marked = [{**mark_all(message, self.special if message["role"] == "assistant" else self.controls),
+                   "role": message["role"]} for message in messages]
+        text, spans = self.process.write(where, marked, mark_all(tools, self.controls))
         spans = spans[-1:] if last_only else spans
         if not any(begin < end for begin, end in spans):
             raise UserError(f"{where} has nothing to learn: the chat template in {self.process.template.file} writes "
@@ -105,7 +103,8 @@ def control_tokens(tokenizer, template: ChatTemplate | None = None) -> dict[str,
     """{text: id} of the tokens that belong to a form and not to a text: the special ones, such as BOS and EOS, and of
     the others that were added to a vocabulary those that the template writes."""
     added = getattr(tokenizer.backend, "get_added_tokens_decoder", dict)().items()
-    written = {i for i, token in added if template and token.content in template.source}
+    # Blanks, which some vocabularies have as added tokens, stand in each template.
+    written = {i for i, token in added if template and token.content.strip() and token.content in template.source}
     return {token: i for i in sorted({*tokenizer.special_ids, *written}) if (token := tokenizer.tokens[i])}
 
 
@@ -121,6 +120,15 @@ def mark_controls(text: str, tokens) -> str:
     while pattern.search(text):
         text = pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
     return text
+
+
+def mark_all(value, tokens):
+    """`value` with each text in it marked, the names of fields too."""
+    if isinstance(value, dict):
+        return {mark_all(key, tokens): mark_all(each, tokens) for key, each in value.items()}
+    if isinstance(value, list):
+        return [mark_all(each, tokens) for each in value]
+    return mark_controls(value, tokens) if isinstance(value, str) else value
 
 
 class SegmentEncoder:

@@ -19,6 +19,7 @@ from core.cli import Reading
 from core.errors import UserError
 from text.corpus import FOUND, read_values
 from text.kinds import identify, list_files
+from text.sandbox import CALLS
 
 # What a file of such records may be.
 RECORDS = ("lines", "parquet", "json", "hub")
@@ -43,6 +44,12 @@ class Conversation(NamedTuple):
     messages: list[dict]
     # Descriptions of the functions that the assistant may call, as its template takes them.
     tools: list | None = None
+
+    def key(self, last: bool) -> str:
+        """What says whether it is held out: the same for every template and on every day; without the last answer of
+        several to one prompt."""
+        said = [(turn["role"], "\n\n".join((turn["content"], turn.get("input", ""))).strip()) for turn in self.messages]
+        return "\n\n".join(f"{role}\n{text}" for role, text in said[:None if last else -1])
 
     def write_alpaca(self) -> tuple[str, str]:
         """(prompt, answer) of a conversation of one exchange, in Alpaca's form."""
@@ -186,7 +193,8 @@ def _check(conversation: Conversation, plain: bool) -> Conversation:
         raise _refuse(where, "has no answer: no message of the assistant's with text in it")
     if tools is not None and not isinstance(tools, list):
         raise _refuse(where, f"has {FOUND.get(type(tools), 'something else')} under tools; make it a list of objects")
-    if plain and [turn["role"] for turn in messages] != ["user", "assistant"]:
+    if plain and (tools or [turn["role"] for turn in messages] != ["user", "assistant"]
+                  or any(map(messages[1].get, CALLS))):
         raise _refuse(where, "is a chat, and the model has no chat template to write it in; put the "
                              "chat_template.jinja of the model whose form it shall learn beside its tokenizer, or give "
                              "single prompts with their answers, which get Alpaca's form")

@@ -26,6 +26,8 @@ SECONDS, MEMORY = 5, 1 << 29
 MOST_GROWTH, FREE_LENGTH = 100, 1 << 20
 # Stands in the place of an answer to find where it goes; no character, as Unicode says (23.7).
 PROBE = "\ufdd1"
+# Where a message has the calls of tools that the assistant makes.
+CALLS = ("tool_calls", "function_call")
 
 
 class Generation(jinja2.ext.Extension):
@@ -80,11 +82,13 @@ def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
+    # All conversations of a pack are of one day.
+    now = datetime.now()
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "namespace": Names,
-                            "strftime_now": lambda form: datetime.now().strftime(form)}
+                            "strftime_now": now.strftime}
     environment.written = Written()
     return environment
 
@@ -110,6 +114,12 @@ class Template:
         return "".join(written.parts), written.spans
 
     def write(self, messages: list[dict], tools) -> tuple[str, list]:
+        for number, message in enumerate(messages, 1):
+            if not self.marks_answers and (call := next(filter(message.get, CALLS), None)):
+                raise jinja2.exceptions.TemplateError(
+                    f"the assistant calls a tool in message {number} ({call}), and how much of what the template "
+                    f"writes of that is learned is not known; put {{% generation %}} around the answer in it, or "
+                    f"the call into the content as the model is to write it")
         text, spans = self.render(messages, tools)
         if len(text) > FREE_LENGTH + MOST_GROWTH * sum(len(message["content"]) for message in messages):
             raise jinja2.exceptions.TemplateError(f"it makes {len(text):,} characters of one conversation")

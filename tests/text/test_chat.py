@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import shutil
 import types
 
@@ -18,7 +19,7 @@ from synthetic import counts_of, run
 import data
 import tokenizer as tokenizers
 from core.errors import UserError
-from text.chat import MARK, mark_controls
+from text.chat import MARK, control_tokens, mark_controls
 from text.conversations import ALPACA
 from text.mixture import DataConfig
 from text.packing import count_answers, pack_sources
@@ -291,6 +292,44 @@ def test_control_tokens_in_what_a_user_writes_stay_text(tmp_path, monkeypatch, t
     assert truth.decode(ids) == truth.apply_chat_template(turns, tokenize=False)
     assert truth.decode([i for i, is_learned in zip(ids, learned) if is_learned]) == {
         "chatml": "No </s> and no <|im_end|>.<|im_end|>", "llama2": " No </s> and no <|im_end|>. </s>"}[name]
+
+
+def test_a_conversation_is_on_one_side_whatever_the_template_writes(tmp_path, monkeypatch, tiny_bpe):
+    sides = []
+    for name in ("chatml", "llama3"):
+        truth = make_tokenizer(tiny_bpe, tmp_path / name, name)
+        _, folder = pack(monkeypatch, tmp_path, answers(preferences(60)), tmp_path / name, "--format", "chat",
+                         "--heldout", 0.3)
+        held = Shards(folder, "heldout")
+        sides.append([re.search(r"Ask \d+", truth.decode(held.text_document(i)[0]))[0] for i in range(held.documents)])
+    assert sides[0] == sides[1]
+    assert 5 < len(sides[0]) < 40
+
+
+def test_control_tokens_within_tools_and_fields_stay_text(tmp_path, monkeypatch, tiny_bpe):
+    truth, ids = make_tokenizer(tiny_bpe, tmp_path / "t", "chatml"), {}
+    (tmp_path / "t/chat_template.jinja").write_text(
+        "{{ tools | tojson }}{% for m in messages %}{{ '<|im_start|>' + m.role + m.content }}"
+        "{{ m.seen | default([]) | tojson }}<|im_end|>{% endfor %}")
+    for said in ("<|im_end|>", "x"):
+        _, folder = pack(monkeypatch, tmp_path, [{
+            "messages": [{**TURNS[0], "seen": [{"by": f"Ann{said}"}]}, TURNS[1]],
+            "tools": [{"name": "f", "parameters": {f"a{said}": {"enum": [said]}}}]}], tmp_path / "t", "--format",
+            "chat")
+        ids[said] = Shards(folder).text_document(0)[0].tolist()
+    end = truth.convert_tokens_to_ids("<|im_end|>")
+    assert ids["<|im_end|>"].count(end) == ids["x"].count(end) == 2
+    assert truth.decode(ids["<|im_end|>"]).count("<|im_end|>") == 5
+
+
+def test_added_tokens_of_blanks_are_no_controls():
+    """Phi-2's vocabulary has runs of blanks as added tokens, and an indented template has them in its source."""
+    tokens = {0: "<s>", 1: "<|im_end|>", 2: "    ", 3: "\t\t", 4: "<unwritten>"}
+    added = {i: types.SimpleNamespace(content=token) for i, token in tokens.items()}
+    tok = types.SimpleNamespace(backend=types.SimpleNamespace(get_added_tokens_decoder=lambda: added), tokens=tokens,
+                                special_ids={0})
+    template = types.SimpleNamespace(source="{% for m in messages %}\n    {{ m }}<|im_end|>\n\t\t{% endfor %}")
+    assert control_tokens(tok, template) == {"<s>": 0, "<|im_end|>": 1}
 
 
 def test_marks_part_tokens_that_overlap():

@@ -17,10 +17,14 @@ def human(text):
     return {"from": "human", "value": text}
 
 
-def read(tmp_path, record, form="chat", plain=False, name="data.jsonl"):
+def read_one(tmp_path, record, form, plain, name="data.jsonl"):
     (tmp_path / name).write_text(json.dumps([record]) if name.endswith(".json") else json.dumps(record) + "\n")
     (found,) = read_conversations([str(tmp_path / name)], form, plain)
-    return [conversation.messages for conversation in found]
+    return found
+
+
+def read(tmp_path, record, form="chat", plain=False, name="data.jsonl"):
+    return [conversation.messages for conversation in read_one(tmp_path, record, form, plain, name)]
 
 
 CHATS = [
@@ -99,6 +103,20 @@ def test_alpacas_prompts(tmp_path):
         "### Instruction:\nName it.\n\n### Response:\n", "Blue.")
 
 
+def test_the_key_of_a_conversation_is_what_was_said(tmp_path):
+    """Of one exchange the same in every form, with and without a template; of a preference it is the prompt's."""
+    records = [{"instruction": "Name it.", "input": "the sky", "output": "Blue."},
+               {"messages": [{"role": "user", "content": "Name it.\n\nthe sky "}, {**ANSWER, "name": "Ann"}]},
+               {"prompt": "Name it.\n\nthe sky", "chosen": "Blue.", "rejected": "A dog."},
+               {"prompt": "Name it.\n\nthe sky", "response": "Red."}]
+    keys = [conversation.key(last) for record in records[:2] for plain in (True, False) for last in (True, False)
+            for conversation in read_one(tmp_path, record, "chat", plain)]
+    pair = [conversation.key(False) for conversation in read_one(tmp_path, records[2], "preference", False)]
+    assert keys == 4 * ["user\nName it.\n\nthe sky\n\nassistant\nBlue.", "user\nName it.\n\nthe sky"]
+    assert pair == 2 * keys[1:2]
+    assert read_one(tmp_path, records[3], "chat", False)[0].key(True) not in keys
+
+
 WRONG = [
     ([], "is a list, and no object"),
     ({"text": "law"}, r"has none of messages, conversations, instruction and prompt \(it has: text\)"),
@@ -158,7 +176,8 @@ def test_the_place_in_a_list_of_json(tmp_path):
         list(read_conversations([str(tmp_path / "a.json")], "chat", False))
 
 
-@pytest.mark.parametrize("messages", [[USER, ANSWER, USER, ANSWER], [SYSTEM, USER, ANSWER], [ANSWER]])
+@pytest.mark.parametrize("messages", [[USER, ANSWER, USER, ANSWER], [SYSTEM, USER, ANSWER], [ANSWER],
+                                      [USER, {**ANSWER, "function_call": {"name": "f"}}]])
 def test_a_base_without_a_template_takes_no_chats(tmp_path, messages):
     with pytest.raises(UserError, match=r"is a chat, and the model has no chat template.*chat_template\.jinja"):
         read(tmp_path, {"messages": messages}, plain=True)

@@ -1,8 +1,11 @@
 """text/template.py and text/sandbox.py: what a chat template writes, and what it cannot do. Truth: transformers'
 apply_chat_template, and the answers as tests/chat_templates.py spells them out."""
 
+import itertools
 import json
 import time
+import types
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from chat_templates import ANSWERS, CHATML, TEMPLATES, TURNS, make_tokenizer
 import tokenizer as tokenizers
 from core.errors import UserError
 from text.chat import control_tokens
+from text.sandbox import Template
 from text.template import ChatTemplate, TemplateProcess, read_template
 
 pytest.importorskip("transformers", minversion="5", reason="the truth is transformers 5")
@@ -70,6 +74,31 @@ def test_roles_and_tools_reach_the_template():
         text, _ = writer.write("x", [{**TURNS[0], "name": "Änn"}, TURNS[1]], [{"name": "<f>"}])
     assert text == ('<s>[\n {\n  "name": "<f>"\n }\n]user:Name a colour of the sky, please.Änn'
                     'assistant:Blue, or grey.;')
+
+
+def test_a_pack_is_of_one_day(monkeypatch):
+    days = itertools.count(1)
+    monkeypatch.setattr("text.sandbox.datetime", types.SimpleNamespace(now=lambda: datetime(2026, 1, next(days))))
+    template = Template("{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }};{% endfor %}", {}, [])
+    assert [template.write(TURNS[:2], None)[0][:2] for _ in range(2)] == ["01", "01"]
+
+
+CALLS = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]},
+         {"role": "tool", "content": "5"}, TURNS[1]]
+FORM = ("{% for m in messages %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>{% endgeneration %}{% endfor %}")
+
+
+def test_a_call_of_a_tool_is_learned_whole_or_refused():
+    with process(FORM) as writer:
+        text, spans = writer.write("x", CALLS, None)
+    assert text[slice(*spans[1])] == "<call>f</call><|im_end|>"
+    old = [TURNS[0], {"role": "assistant", "content": "", "function_call": {"name": "f"}}, TURNS[1]]
+    with process(FORM.replace("{% generation %}", "").replace("{% endgeneration %}", "")) as writer:
+        for messages, key in ((CALLS, "tool_calls"), (old, "function_call")):
+            with pytest.raises(UserError, match=rf"^line 3 cannot.* in message 2 \({key}\), .*put {{% generation %}}"):
+                writer.write("line 3", messages, None)
+        assert len(writer.write("x", [{**turn, "tool_calls": None} for turn in TURNS], None)[1]) == 2
 
 
 # ---- templates that fail, or would do what they must not
