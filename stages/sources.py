@@ -83,16 +83,15 @@ def pack_source(name: str, source, folder: Path, tokenizer, template):
                         f"--model.tokenizer")
     place, files = folder / "packed" / name, list_files([source.path], RECORDS)
     inputs, records = describe_inputs(files), describe(source.format, source.learn, template)
-    if is_packed(str(place)):
+    # Before the first checkpoint all is packed anew: a file that was changed may have the size that it had.
+    if is_packed(str(place)) and any(checkpoint.steps(folder / "checkpoints")):
         was = read_manifest(place)
         # What is left out as too long is counted there, and nothing is here.
         kept = {key: was["records"][key] for key in records} if was.get("records") else None
         if (kept, was["tokenizer"]["fingerprint"], was["inputs"]) == (records, tokenizer.fingerprint, inputs):
             return
-        if any(checkpoint.steps(folder / "checkpoints")):
-            raise UserError(f"{source.path}, the tokenizer, its chat template or data.sources.{name} has changed since "
-                            f"{place} was packed, and the run has begun with that; put them back, or choose another "
-                            f"--out")
+        raise UserError(f"{source.path}, the tokenizer, its chat template or data.sources.{name} has changed since "
+                        f"{place} was packed, and the run has begun with that; put them back, or choose another --out")
     with tqdm(unit=" documents", disable=None, desc=f"pack {name}") as bar:
         pack_conversations(files, tokenizer, template, place, source.format, learn=source.learn, bar=bar,
                            inputs=inputs, overwrite=True)

@@ -94,6 +94,18 @@ def test_files_that_changed_are_packed_again_before_the_first_save_and_refused_a
             assert Shards(out / "packed/chat").tokens > before
 
 
+def test_a_changed_file_of_the_same_size_is_packed_again(chats, tmp_path):
+    home, file = chats
+    build(mixed(home, tmp_path / "run", file), one(), tmp_path / "run")
+    before = Shards(tmp_path / "run/packed/chat").manifest
+    text = file.read_text()
+    file.write_text(text[:-20] + text[-20:].replace("e", "a").replace("o", "a"))
+    assert len(file.read_text()) == len(text)
+    assert file.read_text() != text
+    build(mixed(home, tmp_path / "run", file), one(), tmp_path / "run")
+    assert Shards(tmp_path / "run/packed/chat").manifest != before
+
+
 def test_labels_of_a_mixed_run_are_the_answers(chats, tmp_path):
     home, file = chats
     made = build(mixed(home, tmp_path / "run", file, "--data.packing", "document", "--data.context", 256,
