@@ -352,7 +352,9 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
             } if objective.measures else {}
     for name, each in [*drawn.items(), *held.items()]:
         objective.check_source(name, each)
-    held = packing.pack_sources(held, c.data, objective.shift, text_length)
+    # Whose held-out pairs are all longer than a sequence is not evaluated, and can be trained on still.
+    held = {name: packed for name, each in held.items()
+            if (packed := packing.Packing(each, c.data, objective.shift, text_length)).sequences}
     run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout, held)
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:

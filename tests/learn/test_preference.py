@@ -24,6 +24,7 @@ from data import Batch, read_batch
 from learn.preference import DPO, IPO, ORPO, Preference, StoredReference
 from stages.build import build, describe_learning
 from text.chat import Example, Segment, encode_examples
+from text.heldout import is_held_out, normalise
 from text.packing import Sequences
 from text.shards import Shards, pack
 
@@ -394,6 +395,20 @@ MISTAKES = {
     "orpo's reference": (["--objective.name", "orpo", "--objective.precompute"], r"orpo has no reference"),
     "scratch": (["--model.init", "scratch"], r"model\.init scratch has none"),
 }
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_source_whose_held_out_pairs_are_all_too_long_is_trained_on_and_not_evaluated(prefs, tmp_path, capsys):
+    asked, chosen, rejected = (texts(kind, 60) for kind in ("story", "legal", "story"))
+    long = [is_held_out(normalise(f"{i} {a[:12]}").encode(), 0.2) for i, a in enumerate(asked)]
+    assert 0 < sum(long) < 60
+    documents = [(a[:12], c[:30] * (1 + 20 * longer), r[:30]) for a, c, r, longer in
+                 zip(asked, chosen, reversed(rejected), long)]
+    folder = pack_pairs(tmp_path / "long", tokenizers.load(prefs[0] / "tok"), documents)
+    assert Shards(folder, "heldout").documents == 2 * sum(long)
+    train.train(run_of_pairs((*prefs[:2], folder), tmp_path / "run", steps=2), one())
+    assert "source legal has no held-out documents that fit into data.context 64, so" in capsys.readouterr().out
+    assert "objective" not in json.loads((tmp_path / "run/eval.json").read_text())
 
 
 @pytest.mark.usefixtures("quick")
