@@ -118,16 +118,14 @@ class Logger:
 
 
 def format_line(step: int, total: int, values: dict, is_likelihood: bool = True) -> str:
-    """step 120/2000 | loss 2.134 | ppl 8.4 | legal 2.01 stories 2.3 | replay 30% | lr 2.9e-05 | ... | eta 0:42:10
-
-    There is no perplexity of a loss that is not the nats of a token (is_likelihood)."""
+    """step 120/2000 | loss 2.134 | ppl 8.4 | legal 2.01 | ... | eta 0:42:10; ppl only where is_likelihood"""
     sources = " ".join(f"{name} {source['loss']:.3f}" for name, source in values["sources"].items())
     seconds_left = int((total - step) * values["step_ms"] / 1000)
     mfu = [f"mfu {100 * values['mfu']:.0f}%"] if values.get("mfu") else []
     perplexity = math.exp(min(values["loss"], 99))
     shown = [f"ppl {perplexity:{'.1f' if perplexity < 1e6 else '.1e'}}"] if is_likelihood else []
-    parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}", *shown,
-             sources, f"replay {100 * values['replay_share']:.0f}%", f"lr {values['lr']:.2e}",
+    parts = [f"step {step}/{total}", f"loss {values['loss']:.3f}", *shown, sources,
+             f"replay {100 * values['replay_share']:.0f}%", f"lr {values['lr']:.2e}",
              f"gnorm {values['grad_norm']:.2f}", f"{values['tokens_per_second'] / 1000:.1f}k tok/s", *mfu,
              f"mem {values['peak_gb']:.1f}G",
              f"eta {seconds_left // 3600}:{seconds_left // 60 % 60:02d}:{seconds_left % 60:02d}"]

@@ -98,7 +98,7 @@ def describe(run: Run):
     lost = [f"{name} {abs(packing.padded):,} {'padded' if packing.padded > 0 else 'dropped'}"
             for name, packing in loader.packings.items() if packing.padded]
     kinds = {name: packing.kind for name, packing in loader.packings.items()}
-    kind = ", ".join({*kinds.values()} if len({*kinds.values()}) == 1 else map(" ".join, kinds.items()))
+    kind = ", ".join(map(" ".join, kinds.items()) if len({*kinds.values()}) > 1 else {*kinds.values()})
     say(f"packing: {kind}; positions an epoch without a token: {', '.join(lost) or 'none'}")
 
 

@@ -68,8 +68,7 @@ class Packing:
 
     A preference source is packed by pairs, chosen and rejected whole in one sequence: best_fit, or with `document` a
     pair in each. A pair of more than T + shift tokens is left out.
-
-    kind: how the source is packed, in words.
+    `kind` is how the source is packed, in words.
     """
 
     def __init__(self, shards: Shards, config, shift: int = 1, text_length: int | None = None):
@@ -78,29 +77,26 @@ class Packing:
         if shards.format == "preference":
             self._pack_pairs(shards, config, shift)
             return
-        is_masked = shards.mask_maps is not None
-        if is_masked and config.packing == "window":
+        if shards.mask_maps is not None and config.packing == "window":
             self.kind = "best_fit"
         self.shards, self.is_circle = shards, self.kind == "window"
         T, L = text_length or config.context, shards.tokens
         ends = np.array([L + shift]) if self.is_circle else shards.document_ends()
         lengths = np.diff(ends, prepend=0)
-        is_dropped = config.drop_last and self.is_circle
-        parts = np.maximum(1, (lengths - shift) // T if is_dropped else -(-(lengths - shift) // T))
+        drop = config.drop_last and self.is_circle
+        parts = np.maximum(1, (lengths - shift) // T if drop else -(-(lengths - shift) // T))
         part = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
         begin = np.repeat(ends - lengths, parts) + part * T
         length = np.minimum(np.repeat(lengths, parts) - part * T, T + shift)
-        if is_masked:
+        if shards.mask_maps is not None:
             kept = self._find_learned(begin, length, ends, lengths, shift)
             part, begin, length = part[kept], begin[kept], length[kept]
-        is_fitted = self.kind == "best_fit" and len(length)
-        sequence = best_fit_decreasing(length, T + shift) if is_fitted else np.arange(len(length))
+        sequence = best_fit_decreasing(length, T + shift) if self.kind == "best_fit" else np.arange(len(length))
         self._lay_out(sequence, begin, length, (part > 0) & (shift and not self.is_circle))
         # Positions of an epoch without a token; below 0, the tokens that drop_last leaves out.
         self.padded = self.sequences * T - L if self.is_circle else self.sequences * (T + shift) - int(length.sum())
 
-    def _find_learned(self, begin: np.ndarray, length: np.ndarray, ends: np.ndarray, lengths: np.ndarray, shift: int
-                      ) -> np.ndarray:
+    def _find_learned(self, begin, length, ends, lengths, shift: int) -> np.ndarray:
         """Which pieces have something to learn, bool [pieces]. begin, length: theirs; ends, lengths: the documents'."""
         long = np.flatnonzero(lengths > self.room)
         # What stands behind the first piece of a conversation does not see where that begins.
@@ -112,14 +108,14 @@ class Packing:
 
     def describe_loss(self, name: str) -> list[str]:
         """What the context is too short for, in lines for the user; name: the source's."""
-        longer, lines = f"of source {name} are longer than data.context {self.context}", []
+        longer = f"of source {name} are longer than data.context {self.context}"
         if self.pairs_left_out:
-            lines.append(f"{self.pairs_left_out:,} pairs {longer}, and left out")
-        if self.cut and self.shards.manifest["records"]["learn"] == "responses":
-            lines.append(f"{self.cut:,} of {self.shards.documents:,} conversations {longer}: {self.torn:,} answers "
-                         f"stand without their whole prompt, and {self.pieces_left_out:,} pieces without an answer are "
-                         f"left out; raise it, or pack with --max-tokens {self.room}")
-        return lines
+            return [f"{self.pairs_left_out:,} pairs {longer}, and left out"]
+        if not self.cut or self.shards.manifest["records"]["learn"] == "all":
+            return []
+        return [f"{self.cut:,} of {self.shards.documents:,} conversations {longer}: {self.torn:,} answers stand "
+                f"without their whole prompt, and {self.pieces_left_out:,} pieces without an answer are left out; "
+                f"raise it, or pack with --max-tokens {self.room}"]
 
     def _pack_pairs(self, shards: Shards, config, shift: int):
         self.shards, self.is_circle, room = shards, False, config.context + shift
@@ -169,9 +165,8 @@ def count_answers(shards: Shards, begin: np.ndarray, end: np.ndarray) -> np.ndar
     found = np.zeros(len(begin), np.int64)
     for mask, tokens, first in zip(shards.mask_maps, shards.token_maps, shards.first_token):
         own = np.flatnonzero((first <= begin) & (begin < end) & (end <= first + len(tokens)))
-        learned = np.unpackbits(mask, count=len(tokens))
+        learned, low, high = np.unpackbits(mask, count=len(tokens)), begin[own] - first, end[own] - first
         starts = np.flatnonzero(learned[1:] > learned[:-1]) + 1
-        low, high = begin[own] - first, end[own] - first
         found[own] = starts.searchsorted(high) - starts.searchsorted(low, "right") + learned[low]
     return found
 
@@ -190,7 +185,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     # The bins by the room that they have left, and how many these are. At first all are empty.
     bins_with = [*([] for _ in range(capacity)), [np.arange(len(sizes))]]
     count = np.append(np.zeros(capacity, np.int64), len(sizes))
-    for items in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1):
+    for items in np.split(order, np.flatnonzero(np.diff(sizes[order])) + 1) if len(sizes) else ():
         size = int(sizes[items[0]])
         while len(items):
             room = size + int((count[size:] > 0).argmax())
@@ -220,8 +215,8 @@ def pack_sources(sources: dict[str, Shards], config, shift: int = 1, text_length
     packings = {name: Packing(shards, config, shift, text_length) for name, shards in sources.items()}
     for name, packing in packings.items():
         if not packing.sequences and not packing.pairs_left_out:
-            raise UserError(f"source {name} ({packing.shards.folder}) has nothing to learn in its "
-                            f"{packing.shards.split} split: none of its tokens is a target; pack it again")
+            where = f"{name} ({packing.shards.folder}) has nothing to learn in its {packing.shards.split} split"
+            raise UserError(f"source {where}: none of its tokens is a target; pack it again")
         if not packing.sequences:
             raise UserError(f"each of the {packing.pairs_left_out:,} pairs of source {name} is longer than "
                             f"data.context {config.context}, and must stand whole in one sequence; raise it")
