@@ -80,19 +80,28 @@ def read_settings(words: list[str]) -> ObjectiveConfig:
     return config
 
 
-def refuse_objective(c):
+def refuse_objective(c, ranks: int):
     """UserError for settings of a run that do not go with its objective, before anything is read."""
     name, lwf = c.objective.name, c.forget.lwf.alpha
     on = [method for method in ("ewc", "lwf", "freeze", "merge") if is_on(getattr(c.forget, method))]
     if on and name == "electra":
         raise UserError(f"forget.{on[0]} keeps what a model predicts, and with objective electra it predicts no "
                         f"tokens; leave one of them out")
+    if c.lora.rank and name == "electra":
+        raise UserError("objective electra trains a generator and a head of its own beside all of the model, and with "
+                        "adapters the base does not train; leave out lora.rank")
+    if ranks > 1 and c.parallel.strategy == "fsdp" and name == "electra":
+        raise UserError("objective electra shares the embeddings between two models, which FSDP would gather for one "
+                        "of them alone; use --parallel.strategy ddp")
     if lwf and name == "selective":
         raise UserError("forget.lwf takes its KL on every target and objective selective leaves most out; use one of "
                         "them")
     if lwf and name == "mixture":
         raise UserError("forget.lwf compares the model with the base under one objective, and mixture has several; "
                         "leave one of them out")
+    if name in ("selective", "dpo", "ipo") and c.model.init == "scratch" and not c.objective.reference:
+        raise UserError(f"objective {name} compares with the model that the run begins from, and model.init scratch "
+                        f"has none; name a base, or a reference with --objective.reference")
     if name in PREFERENCES:
         refuse_preferences(c)
 

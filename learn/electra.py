@@ -116,12 +116,6 @@ class Electra(Masked):
         return parted
 
     def model_built(self, model, learning):
-        if learning.adapters:
-            raise UserError("objective electra trains a generator and a head of its own beside all of the model, and "
-                            "with adapters the base does not train; leave out lora.rank")
-        if learning.sharded:
-            raise UserError("objective electra shares the embeddings between two models, which FSDP would gather for "
-                            "one of them alone; use --parallel.strategy ddp")
         generator = Generator(model, self.generator_ratio, learning.seed)
         head = nn.Linear(model.config.hidden_size, 1)
         nn.init.zeros_(head.bias)

@@ -65,9 +65,6 @@ class Preference(Causal):
     def model_built(self, model, learning: Learning):
         if not self.uses_reference:
             return
-        if not learning.pretrained and not learning.reference:
-            raise UserError("objective dpo and ipo compare with the model that the run begins from, and model.init "
-                            "scratch has none; name a base, or a reference with --objective.reference, or use orpo")
         if self.precompute:
             # Before its first step the model is the base, so that nothing needs a copy of it.
             reference = learning.reference or learning.base or contextlib.nullcontext

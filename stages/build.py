@@ -258,7 +258,7 @@ def refuse_combinations(c, ranks: int):
                         "them out")
     if c.lora.rank and c.optim.embedding_lr_scale != 1:
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
-    refuse_objective(c)
+    refuse_objective(c, ranks)
     if c.train.batch_size % ranks:
         raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {ranks} ranks")
     if c.train.batch_size * c.data.context > MOST_TOKENS:
@@ -458,7 +458,7 @@ def describe_learning(run: Run) -> Learning:
     # What an estimate from general text, such as EWC's, depends on.
     tokens = [record["sha256"] for name in loader.names if name in general for record in loader.shards[name].records]
     made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens,
-               *(["drop_last"] if c.data.drop_last else [])]
+               *(["drop_last"] if c.data.drop_last else []), *filter(None, [run.objective_settings])]
     judge_config = run.reference.config if run.reference else run.config
     judged_by = [run.reference.fingerprint if run.reference else run.base_fingerprint, dataclasses.asdict(judge_config),
                  c.data.context, c.train.precision, c.lora.rank and c.lora.base]

@@ -24,6 +24,7 @@ from data import RowRandom
 from learn.electra import Electra, sample
 from learn.method import take_sequences
 from learn.objectives import IGNORE, Causal
+from stages.build import refuse_combinations
 
 SPECIAL, MASK = (0, 1, 2), 3
 WORDS = ("--objective.name", "electra", "--objective.mask-token-id", 0)
@@ -125,10 +126,12 @@ def test_an_untied_head_does_not_train(tiny_model):
     assert not model.head.weight.requires_grad
 
 
-def test_fsdp_is_refused_in_one_line(tiny_model):
-    objective = Electra(True, MASK, SPECIAL, 97, generator_ratio=0.5, weight=50.0)
-    with pytest.raises(UserError, match=r"--parallel\.strategy ddp"):
-        objective.model_built(tiny_model(), SimpleNamespace(adapters=False, sharded=True, seed=1))
+@pytest.mark.parametrize(("words", "told"), [(("--parallel.strategy", "fsdp"), r"--parallel\.strategy ddp"),
+                                             (("--lora.rank", 2), r"leave out lora\.rank")])
+def test_what_cannot_train_two_models_is_refused_before_anything_is_read(tmp_path, words, told):
+    c = settings(tmp_path, tmp_path / "run", *WORDS, "--model.init", "pretrained", "--model.path", tmp_path, *words)
+    with pytest.raises(UserError, match=told):
+        refuse_combinations(c, ranks=2)
 
 
 def test_a_plain_model_is_refused_in_one_line(tiny_model):

@@ -19,10 +19,11 @@ import tokenizer as tokenizers
 import train
 from core import checkpoint
 from core.errors import UserError
+from learn.choose_objective import refuse_objective
 from learn.method import take_sequences
 from learn.objectives import IGNORE, Causal
 from learn.selective import Selective, select
-from stages.build import build
+from stages.build import build, refuse_combinations
 from stages.resume import identity
 
 TOKENS = random_tokens(3, 22)
@@ -118,9 +119,10 @@ def test_all_kept_is_causal_bit_for_bit(tiny_model):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_that_keeps_all_is_the_causal_run_bit_for_bit(lab, whole, tmp_path):
-    plain, out = whole[0], tmp_path / "run"
-    train.train(settings(lab, out, "--objective.name", "selective", "--objective.keep", 1), one())
+def test_a_run_that_keeps_all_is_the_causal_run_bit_for_bit(base, whole, tmp_path):
+    (lab, final), plain, out = base, whole[0], tmp_path / "run"
+    train.train(settings(lab, out, "--objective.name", "selective", "--objective.keep", 1, "--objective.reference",
+                         final), one())
     assert trace(out) == trace(plain)
     theirs, mine = (checkpoint.load(checkpoint.path_of(folder / "checkpoints", 8)) for folder in (plain, out))
     for a, b in zip(mine[:2], theirs[:2]):
@@ -173,6 +175,17 @@ def test_a_reference_with_another_tokenizer_of_the_same_size_is_refused(base, tm
     for file in other.glob("tokenizer*"):
         file.unlink()
     build(settings(lab, tmp_path / "run", *words, other), one())
+
+
+@pytest.mark.parametrize("name", ["selective", "dpo", "ipo"])
+def test_a_random_model_is_no_reference(tmp_path, name):
+    """Found before anything is read, as no folder here exists."""
+    words = ("--objective.name", name)
+    with pytest.raises(UserError, match=r"model\.init scratch has none"):
+        refuse_combinations(settings(tmp_path, tmp_path / "run", *words), 1)
+    pretrained = ("--model.init", "pretrained", "--model.path", "base")
+    for more in (("--objective.reference", "judge"), pretrained):
+        refuse_objective(settings(tmp_path, tmp_path / "run", *words, *more), 1)
 
 
 @pytest.mark.usefixtures("quick")

@@ -3,6 +3,7 @@
 Laws: a base is opened once in a run, and is one commit of the Hub on every rank.
 """
 
+import json
 import types
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import forget
 import hf
 import lora
 import train
-from core import checkpoint, cli, parallel
+from core import checkpoint, cli, hashing, parallel
 from stages import build as stage
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -106,6 +107,21 @@ def test_a_masked_run_asks_for_every_token_of_an_epoch(base, tmp_path, packing):
     asked = torch.bincount(targets[targets != -100].long(), minlength=300)
     there = torch.bincount(tokens[~torch.isin(tokens, kept)].long(), minlength=300)
     assert torch.equal(asked, there)
+
+
+def test_an_estimate_from_text_is_that_of_its_objective(base, tmp_path):
+    """EWC's stored Fisher is used again under the same fingerprint alone; that of causal runs is as it was."""
+    def known(*words):
+        run = stage.build(run_of(base, tmp_path / "run", *words), one())
+        return stage.describe_learning(run).fingerprint, run
+    masked = ("--objective.name", "masked", "--objective.mask-token-id")
+    others = (*masked, 5), (*masked, 6), (*masked, 5, "--objective.mask-ratio", 0.3)
+    found = [known(*words)[0] for words in ((), *others)]
+    assert len({*found}) == 4
+    plain, run = known()
+    general = run.loader.shards["story"].records
+    made_of = [run.base_fingerprint, 32, run.c.data.packing, True, *(record["sha256"] for record in general)]
+    assert plain == found[0] == hashing.short_digest(json.dumps(made_of).encode())
 
 
 @pytest.mark.parametrize("layout", ["whole", "sharded", "adapters", "sharded adapters", "merged"])
