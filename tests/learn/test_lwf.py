@@ -84,7 +84,7 @@ def test_a_base_kept_in_half_precision_computes_what_the_whole_one_does_under_au
     for precision in (None, dtype):
         lwf = LwF(LwFConfig(0.3, tokens="all"), learning(forward=cast, precision=precision))
         lwf.model_built(model)
-        with lwf.base(model) as teacher:
+        with lwf.learning.base(model) as teacher:
             assert torch.equal(cast(teacher, batch), cast(model, batch))
             sizes.append(sum(p.numel() * p.element_size() for p in teacher.parameters()))
             assert not {id(p) for p in teacher.parameters()} & {id(p) for p in model.parameters()}
@@ -103,7 +103,7 @@ def test_the_teacher_drops_nothing():
     hidden = forward(model.eval(), batch)
     model.train()
     assert lwf.loss_computed(model, batch, torch.zeros(()), {"hidden": hidden}).item() == 0
-    with lwf.base(model) as teacher:
+    with lwf.learning.base(model) as teacher:
         assert teacher.training
 
 
@@ -132,7 +132,7 @@ def test_the_base_may_be_the_same_network_with_its_adapters_off():
         net.head.weight = adapted
 
     off, = methods(built=model, lwf=LwFConfig(0.3, tokens="all"), base=adapters_off)
-    assert off.notes == ()
+    assert not off.notes
     losses = []
     for made in (with_copy, off):
         torch.manual_seed(0)
