@@ -60,6 +60,14 @@ class ObjectiveConfig:
 
 
 CAUSAL = ObjectiveConfig()
+# The settings that each objective reads; a mixture reads those of its members too.
+READS = {
+    "causal": ("z_loss",), "masked": ("mask_ratio", "whole_words", "mask_token_id", "z_loss"),
+    "selective": ("keep", "reference", "z_loss"),
+    "electra": ("mask_ratio", "mask_token_id", "generator_ratio", "discriminator_weight", "z_loss"),
+    "span": ("mask_ratio", "span_length", "z_loss"), "ul2": ("z_loss",), "fim": ("fim_rate", "spm_share", "z_loss"),
+    "mixture": ("weights",), "dpo": ("beta", "reference", "precompute"), "ipo": ("beta", "reference", "precompute"),
+    "orpo": ("beta",)}
 # The objectives whose measures need the model alone, or a baseline beside it.
 ALONE = ("causal", "masked", "span", "ul2", "fim", "mixture", *PREFERENCES)
 # Those of models whose tokens see both sides alone.
@@ -77,11 +85,25 @@ def read_settings(words: list[str]) -> ObjectiveConfig:
     if config.name not in ALONE:
         raise UserError(f"--objective.name is {config.name}, whose measures need a second model: a run writes them "
                         f"into eval.json, and eval.py knows those of {', '.join(ALONE)}")
+    refuse_unread(config)
     return config
+
+
+def refuse_unread(config: ObjectiveConfig):
+    """UserError where a setting was changed that the objective does not read."""
+    members = [name for name, weight in vars(config.weights).items() if weight] if config.name == "mixture" else []
+    read = {"name", *(key for name in (config.name, *members) for key in READS[name])}
+    for key, value in vars(CAUSAL).items():
+        if key not in read and getattr(config, key) != value:
+            owners = ", ".join(name for name, keys in READS.items() if key in keys)
+            given = "set" if key == "weights" else repr(getattr(config, key))
+            raise UserError(f"objective.{key} is {given}, but objective {config.name} does not read it, so it would do "
+                            f"nothing; set objective.name to what does ({owners}), or leave it out")
 
 
 def refuse_objective(c, ranks: int):
     """UserError for settings of a run that do not go with its objective, before anything is read."""
+    refuse_unread(c.objective)
     name, lwf = c.objective.name, c.forget.lwf.alpha
     on = [method for method in ("ewc", "lwf", "freeze", "merge") if is_on(getattr(c.forget, method))]
     if on and name == "electra":
@@ -115,10 +137,6 @@ def refuse_preferences(c):
     if c.forget.lwf.alpha:
         raise UserError(f"forget.lwf has a divergence per token, and objective {name} a loss per pair; leave LwF out: "
                         f"objective.beta of dpo and ipo says how closely the base is kept")
-    if c.objective.z_loss:
-        raise UserError(f"objective.z_loss is no part of objective {name}; leave it out")
-    if name == "orpo" and (c.objective.reference or c.objective.precompute):
-        raise UserError("objective orpo has no reference; leave out objective.reference and objective.precompute")
 
 
 def read_trained(identity: dict) -> tuple[str, int | None]:
@@ -158,9 +176,6 @@ def make_objective(config: ObjectiveConfig, mask_documents: bool, tokenizer, voc
         members = {name: make_objective(replace(config, name=name, weights=Weights()), mask_documents, tokenizer,
                                         vocab_size) for name, weight in weights.items() if weight}
         return Mixture(members, weights)
-    if config.weights != Weights():
-        raise UserError(f"objective.weights belong to objective mixture, and objective.name is {config.name}; set "
-                        f"--objective.name mixture, or leave them out")
     if config.name == "causal":
         return Causal(mask_documents, config.z_loss)
     if config.name == "selective":

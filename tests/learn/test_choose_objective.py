@@ -1,12 +1,15 @@
 """The objective that the settings name. Truth: what the settings' help promises."""
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from core.config import check_limits
-from learn.choose_objective import ObjectiveConfig, make_objective
+from core.errors import UserError
+from learn.choose_objective import ObjectiveConfig, make_objective, refuse_unread
+from learn.multitask import Weights
 from learn.objectives import Causal, Masked
 
 
@@ -27,6 +30,37 @@ def test_where_the_mask_token_comes_from():
     causal = make_objective(ObjectiveConfig(), True, None, 10)
     assert isinstance(causal, Causal)
     assert causal.mask_documents
+
+
+OTHER = {"mask_ratio": 0.3, "whole_words": True, "span_length": 2.0, "fim_rate": 0.4, "spm_share": 0.4, "keep": 0.3,
+         "mask_token_id": 5, "generator_ratio": 0.5, "discriminator_weight": 1.0, "reference": "judge", "beta": 0.2,
+         "precompute": True, "z_loss": 0.1, "weights": Weights(masked=1)}
+# By the settings' help, which names the objectives that each is for: z_loss is for all whose loss is of tokens.
+USED = {"causal": "z_loss", "masked": "mask_ratio whole_words mask_token_id z_loss",
+        "selective": "keep reference z_loss",
+        "electra": "mask_ratio mask_token_id generator_ratio discriminator_weight z_loss", "ul2": "z_loss",
+        "span": "mask_ratio span_length z_loss", "fim": "fim_rate spm_share z_loss", "orpo": "beta",
+        "dpo": "beta reference precompute", "ipo": "beta reference precompute", "mixture": "weights"}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_what_an_objective_does_not_read_is_refused(name):
+    assert {item.name for item in fields(ObjectiveConfig)} == {"name", *OTHER}
+    refuse_unread(ObjectiveConfig(name))
+    for key, value in OTHER.items():
+        given = ObjectiveConfig(name, **{key: value})
+        if key in USED[name].split():
+            refuse_unread(given)
+        else:
+            with pytest.raises(UserError, match=rf"objective\.{key} is .*, but objective {name} does not read it"):
+                refuse_unread(given)
+
+
+def test_a_mixture_reads_what_its_members_do():
+    weights = Weights(causal=1, masked=1)
+    refuse_unread(ObjectiveConfig("mixture", weights, mask_ratio=0.3, whole_words=True, z_loss=0.1))
+    with pytest.raises(UserError, match=r"objective\.fim_rate is 0\.4, but objective mixture .*\(fim\)"):
+        refuse_unread(ObjectiveConfig("mixture", weights, fim_rate=0.4))
 
 
 def test_every_token_that_rewrites_text_is_told():

@@ -115,8 +115,6 @@ def test_the_members_come_from_the_settings():
     assert not made.members["masked"].mask_documents
     with pytest.raises(UserError, match="two objectives or more"):
         make_objective(ObjectiveConfig(name="mixture", weights=Weights(causal=1)), True, None, 10)
-    with pytest.raises(UserError, match="belong to objective mixture"):
-        make_objective(ObjectiveConfig(weights=Weights(causal=1)), True, None, 10)
 
 
 @pytest.mark.usefixtures("quick")

@@ -391,8 +391,9 @@ MISTAKES = {
     "a causal run": (["--objective.name", "causal"], r"source legal holds documents of the form preference.*dpo, ipo"),
     "neighbours": (["--data.mask-documents", "false"], r"objective dpo compares documents .* data\.mask_documents"),
     "lwf": (["--forget.lwf.alpha", 0.5], r"forget\.lwf has a divergence per token, and objective dpo"),
-    "z-loss": (["--objective.z-loss", 0.1], r"objective\.z_loss is no part of objective dpo"),
-    "orpo's reference": (["--objective.name", "orpo", "--objective.precompute"], r"orpo has no reference"),
+    "z-loss": (["--objective.z-loss", 0.1], r"objective\.z_loss is 0\.1, but objective dpo does not"),
+    "orpo's reference": (["--objective.name", "orpo", "--objective.precompute"],
+                         r"objective\.precompute is True, but objective orpo"),
     "scratch": (["--model.init", "scratch"], r"model\.init scratch has none"),
 }
 
