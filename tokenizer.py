@@ -143,7 +143,7 @@ def save_model(base, tokenizer_folder, parts: dict[int, list[int]], out, rows: N
     model, new = hf.load(base, base.dtype), load(tokenizer_folder)
     size = model.config.vocab_size
     card = f"No training yet: {len(parts)} tokens were added to the vocabulary of {size}, rows by `{rows.init}`."
-    resize(model, load(base.folder), new.vocab_size, parts, rows, new.pad_id)
+    resize(model, load(base.folder), new.vocab_size, parts, rows, new.pad_id, frozenset(new.special_ids))
     hf.save(model, out, base=base, tokenizer=tokenizer_folder, card=card, pad_id=new.pad_id)
 
 

@@ -325,3 +325,27 @@ def test_add_what_objectives_need(small_bases, tmp_path, command):
     status, _, stderr = command(f"add --tokenizer {tmp_path}/out --out {tmp_path}/more --for fim")
     assert (status, stderr.strip()) == (2, "error: there is nothing to add: the vocabulary has the tokens for fim")
     assert command(f"add --tokenizer {path} --out {tmp_path}/more --for spam")[0] == 2
+
+
+def test_rows_of_sentinels_all_differ(data_dir, tmp_path, monkeypatch):
+    """<extra_id_12> and <extra_id_21> have the same parts. Rows stay near those of the parts, and old ones as they are.
+    """
+    model = data_dir / "models/stories260K"
+    weights = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        monkeypatch.setattr(sys, "argv", ["tokenizer.py", "add", "--model", str(model), "--for", "span", "--out",
+                                          str(out)])
+        assert tokenizer.main() == 0
+        weights.append(hf.load(out).state_dict())
+    old = hf.load(model).state_dict()
+    tok = tokenizer.load(tmp_path / "a")
+    ids = [tok.vocab[f"<extra_id_{i}>"] for i in range(100)]
+    for name in ("embed_tokens.weight", "head.weight"):
+        rows = weights[0][name][ids].float()
+        assert torch.equal(weights[0][name], weights[1][name])
+        assert torch.equal(weights[0][name][:len(old[name])], old[name])
+        apart = torch.cdist(rows, rows) / rows.norm(dim=1)
+        assert apart[~torch.eye(100, dtype=torch.bool)].min() > 1e-3
+        parts = torch.stack([old[name][tokenizer.load(model).encode(f"<extra_id_{i}>")].float().mean(0)
+                             for i in range(100)])
+        assert (rows - parts).norm(dim=1).max() < old[name].float().norm(dim=1).mean()

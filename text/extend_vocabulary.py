@@ -58,6 +58,8 @@ SYMBOLS = 0x110000
 # share of a text's tokens, when they are single bytes, from which new rows pay however seldom they are seen: the base
 # has hardly trained its bytes (docs/RESULTS.md, a larger vocabulary).
 WORTH_IT, TIMES_SEEN, IN_BYTES = 0.15, 100, 0.9
+# How far the rows of new control tokens are drawn apart, as a share of the old rows' deviation.
+SPREAD = 0.1
 
 
 @dataclass
@@ -287,24 +289,31 @@ def add(path, terms: list[str], folder, special: bool = False, pad: str | None =
 
 @torch.no_grad()
 def resize(model, old: Tokenizer, vocab_size: int, parts: dict[int, list[int]], new_rows: NewRows,
-           zero_id: int | None = None) -> None:
+           zero_id: int | None = None, spread_ids: frozenset[int] = frozenset()) -> None:
     """Grow the embedding and the head, [V, D] each (one parameter if they are tied), to `vocab_size` rows, in place.
     old: the base's tokenizer. Rows of its ids keep their bits; rows that a base has beyond them count as free.
-    parts: {new id: the old ids it stands for}. zero_id: an id whose row is zero whatever new_rows.init says."""
+    parts: {new id: the old ids it stands for}. zero_id: an id whose row is zero whatever new_rows.init says.
+    spread_ids: those whose rows are drawn around what new_rows.init says, as control tokens are no text of their parts:
+    <extra_id_12> and <extra_id_21> have the same, and rows that were equal would train alike and could not be told
+    apart."""
     config = model.config
     if config.vocab_size < old.vocab_size:
         raise UserError(f"the model has {config.vocab_size} rows, but its tokenizer {old.vocab_size} ids; the two "
                         f"belong to different models")
     known = [i for i, token in enumerate(old.tokens) if token is not None]
-    generator = torch.Generator().manual_seed(new_rows.seed)
+    generator, apart = (torch.Generator().manual_seed(new_rows.seed) for _ in range(2))
     for module in [model.embed_tokens] if config.tie_word_embeddings else [model.embed_tokens, model.head]:
         weight = module.weight                                          # [V, D]
         make_row = _choose_row_rule(weight[known].float().cpu(), new_rows.init, config.initializer_range, generator)
+        deviation = SPREAD * weight[known].float().std(0).cpu()         # [D]
         grown = weight.new_zeros(max(vocab_size, len(weight)), weight.shape[1])
         grown[:len(weight)] = weight
         for i, old_ids in parts.items():
             if i != zero_id:
-                grown[i] = make_row(weight[list(old_ids)].float().mean(0).cpu()).to(weight)
+                row = make_row(weight[list(old_ids)].float().mean(0).cpu())
+                if i in spread_ids and new_rows.init in ("subtoken", "subtoken_norm", "mean"):
+                    row = row + deviation * torch.randn(len(row), generator=apart)
+                grown[i] = row.to(weight)
         module.weight = torch.nn.Parameter(grown)
     config.vocab_size = len(grown)
     model.tie()
