@@ -51,7 +51,7 @@ OBJECTIVES = {"causal": [], "masked": [], "span": [], "ul2": [], "fim": [], "ele
 BOTH_WAYS = ("masked", "electra")
 # What is followed of a run: the loss, but the model's own part of it where there is another's in the sum.
 OWN_LOSS = {"electra": "discriminator_loss"}
-POINTS = 8
+POINTS = 6
 CONVERGED = 0.9
 # {size: (the guides' name, causal perplexity, masked loss in nats, masked accuracy)} after 10,000 steps. 19M are the
 # blocks of their smallest model, which they count with the embedding.
@@ -68,7 +68,7 @@ class Objectives(Scratch):
     """Tokens of a passage of the probe."""
     size: Literal[*SIZES] = "83K"
     """Parameters without the embedding."""
-    steps: int | None = setting(200, above=0)
+    steps: int | None = setting(180, above=0)
     """Length of each run."""
     out: str = "out/objectives"
 
