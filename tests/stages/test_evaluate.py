@@ -43,7 +43,8 @@ def test_a_chat_model_and_a_source_without_held_out_text_are_warned_of(lab, tmp_
         "--data.sources.legal.path", tmp_path / "all"))
     assert status == 0
     assert "warning: the base carries a chat template" in said
-    assert "warning: source legal has no held-out documents" in said
+    assert ("warning: source legal has no held-out documents, so it is not evaluated; to hold some out, pack it with "
+            "data.py pack --format text --heldout 0.1") in said
 
 
 def test_what_is_in_no_token_stands_with_the_scores_of_a_run(lab, tmp_path):
