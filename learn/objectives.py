@@ -183,9 +183,10 @@ class Masked(Objective):
         return replace(batch, tokens=inputs, labels=torch.where(chosen, labels, IGNORE),
                        position_ids=batch.position_ids[:, :T], doc_start=batch.doc_start[:, :T])
 
-
     def find_words(self, tokens, doc_start) -> torch.Tensor:
         """int64 [B, T]: where the word that each token belongs to begins."""
+        # Of each token, whether it begins a word, and what it says of the token behind it: above 0, that one begins a
+        # word; below 0, it does not; 0, that is the other token's own to say.
         begins, after = (of_token[tokens.long()] for of_token in self.words)
         after = torch.where(torch.isin(tokens, self.special), 1, after).roll(1, 1)
         positions = torch.arange(tokens.shape[1])

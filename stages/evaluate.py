@@ -86,9 +86,10 @@ def describe(run: Run):
         say(f"  {name} ({run.sources[name].role}): {shards.tokens:,} tokens, read {epochs[name]:.2f} times; "
             + (f"{pairs:,} held-out pairs" if pairs else f"{scored:,} held-out tokens scored"))
         if not scored and not pairs:
-            fit = f" that fit into data.context {c.data.context}" if shards.format == "preference" else ""
-            say(f"warning: source {name} has no held-out documents{fit}, so it is not evaluated; to hold some out, "
-                f"pack it with data.py pack --format {shards.format} --heldout 0.1")
+            fit, more = (f" that fit into data.context {c.data.context}", "raise that, or ") \
+                if shards.format == "preference" else ("", "")
+            say(f"warning: source {name} has no held-out documents{fit}, so it is not evaluated; {more}to hold some "
+                f"out, pack it with data.py pack --format {shards.format} --heldout 0.1")
     for line in mixture.describe_mix(c.data, run.sources) + mixture.judge_epochs(epochs, run.sources)[1] + run.leaks:
         say(line)
     say(f"run: {run.steps:,} steps of {c.train.batch_size} x {c.data.context} = {run.tokens_per_step:,} tokens, "
