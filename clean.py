@@ -31,7 +31,6 @@ from typing import Literal
 
 from tqdm import tqdm
 
-import eval as evaluation
 import hf
 from core import cli
 from core.cli import Output, Positional, Reading, Repeated
@@ -41,6 +40,7 @@ from core.errors import UserError, nearest
 from core.files import file_holds, lock_folder, make_folder, new_file, refuse_existing, settle
 from core.pool import WorkerPool, batches_by_size
 from learn import objectives
+from measure import scoring
 from text import corpus, gate, kinds, pii, repair, vocabulary
 from text.scores import SCORES_VERSION, compile_keywords, estimate_log_odds, parse_languages, score_text
 
@@ -221,7 +221,7 @@ def load_perplexity(folder: str, context: int = 512):
         ids = tokenizer.encode_batch([text[:16 * context]])[0][:context]
         if not len(ids):
             return None
-        return evaluation.score(model, objective, [(ids, len(text))], prefix, len(ids))["perplexity"]
+        return scoring.score(model, objective, [(ids, len(text))], prefix, len(ids))["perplexity"]
     return measure_perplexity
 
 

@@ -29,12 +29,12 @@ from forgetting import RESULTS, Study, measure_run, prepare, save_study
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-import eval as evaluation
 import hf
 import tokenizer
 from core import cli
 from core.config import setting
 from learn.objectives import Causal
+from measure import scoring
 from text.shards import Shards
 from text.vocabulary import token_before_document
 
@@ -114,11 +114,11 @@ def go_back(c: Rates, out: Path, run: dict) -> list[list]:
     changed = dict(last.named_parameters())
     changes = {name: (p, changed[name] - p) for name, p in base.named_parameters()}
     prefix, objective = token_before_document(tokenizer.load(c.model)), Causal(mask_documents=True)
-    held = [evaluation.heldout_documents(Shards(out / "shards" / side, "heldout"), TOKENS)
+    held = [scoring.heldout_documents(Shards(out / "shards" / side, "heldout"), TOKENS)
             for side in ("domain", "general")]
 
     def bits(model):
-        return [evaluation.score(model, objective, documents, prefix, model.config.max_position_embeddings)
+        return [scoring.score(model, objective, documents, prefix, model.config.max_position_embeddings)
                 ["bits_per_byte"] for documents in held]
 
     before, found = bits(base)[1], []

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 import data
-import eval as evaluation
 import forget
 import hf
 import lora
@@ -31,6 +30,7 @@ from learn import adapters, optim, peft_files
 from learn.choose_objective import ObjectiveConfig, make_objective, refuse_objective
 from learn.method import Learning
 from learn.objectives import Objective
+from measure import scoring
 from model import Model, ModelConfig
 from stages.sources import pack_sources, refuse_sources
 from text import mixture, packing
@@ -339,7 +339,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
             verify(source.path, budget_bytes=4e9, seed=c.seed)
         # The buckets of a source share its tokens.
         tokens = -(-c.eval.tokens // round(1 / (source.high - source.low)))
-        if found := evaluation.heldout_documents(Shards(source.path, "heldout"), tokens):
+        if found := scoring.heldout_documents(Shards(source.path, "heldout"), tokens):
             heldout[name] = found
 
     objective = make_objective(c.objective, c.data.mask_documents, tokenizer, config.vocab_size)

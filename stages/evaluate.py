@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-import eval as evaluation
 import forget
 import hf
 import lora
@@ -24,7 +23,7 @@ from generate import Settings, first_ids, generate
 from learn import adapters, adaptive, peft_files, schedules
 from learn import merge as merging
 from learn.choose_objective import describe_both_ways
-from measure import verdict
+from measure import scoring, verdict
 from model import matmul_flops_per_token
 from stages.build import Run
 from text import mixture, vocabulary
@@ -223,10 +222,10 @@ def score(run: Run, model, world) -> tuple[dict, dict]:
     c, prefix = run.c, vocabulary.token_before_document(run.tokenizer) if run.tokenizer else 0
     objective = run.objective.text_objective
     scores = {name: {"role": run.sources[name].role, **run.loader.shards[name].lost,
-                     **evaluation.score(model, objective, documents, prefix, c.data.context, world,
+                     **scoring.score(model, objective, documents, prefix, c.data.context, world,
                                         c.train.micro_batch_size, run.autocast)}
               for name, documents in run.heldout.items()}
-    return scores, evaluation.protocol(objective, prefix, c.data.context, devices.DTYPES[c.train.precision])
+    return scores, scoring.protocol(objective, prefix, c.data.context, devices.DTYPES[c.train.precision])
 
 
 def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool = False) -> dict:
@@ -240,7 +239,7 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
     scores, protocol = score(run, model or run.inner, None if alone else run.world)
     # Of the weights in training, because a reference model or further modules may belong to the objective.
     measured = {} if alone and parallel.is_sharded(run.inner) else {
-        source: evaluation.score_objective(run.inner, run.objective, held, c.eval.tokens, None if alone else run.world,
+        source: scoring.score_objective(run.inner, run.objective, held, c.eval.tokens, None if alone else run.world,
                                            c.train.micro_batch_size, run.autocast, number)
         # In batch.source they stand behind the sources that are trained on.
         for number, (source, held) in enumerate(run.held.items(), len(run.loader.names))}
@@ -340,12 +339,12 @@ def finish(run: Run):
         # In training the base was in few bits; what it was before is the base itself.
         before, names["before"] = score(run, base, None)[0], "base"
     held = f"Held-out documents, {names['before']} against {names['after']}; protocol: {json.dumps(protocol)}"
-    write_card(run, out / "final", f"{evaluation.format_table(before, after)}\n\n{held}{merged}")
+    write_card(run, out / "final", f"{scoring.format_table(before, after)}\n\n{held}{merged}")
     comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.text_objective.causal else {}
     objective = judge_objective(run, first, last) if last.get("objective") else {}
     write_json(out / "eval.json",
                {"protocol": protocol, "model": names, "before": before, "after": after, **comparison, **objective})
-    say(evaluation.format_table(before, after))
+    say(scoring.format_table(before, after))
     run.log.close()
     try:
         # The report reads all that the folder holds of the run, so its verdict is the one that is shown.

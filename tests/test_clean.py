@@ -19,12 +19,12 @@ from kill_points import run_and_kill, trace
 
 import clean
 import dedup
-import eval as evaluation
 import hf
 import tokenizer as tokenizers
 from clean import Settings, clean_corpus, clean_document
 from core.cli import Output, Reading
 from learn import objectives
+from measure import scoring
 from text.corpus import read_input
 from text.foreign import mix_files
 from text.gate import PRESETS
@@ -266,7 +266,7 @@ def test_perplexity_of_a_model_and_its_percentile_gate(tmp_path, monkeypatch, da
         if not len(ids):
             assert value is None
             continue
-        wanted = evaluation.score(model, objectives.Causal(True), [(ids, 1)], tokenizer.bos_id, 64)["perplexity"]
+        wanted = scoring.score(model, objectives.Causal(True), [(ids, 1)], tokenizer.bos_id, 64)["perplexity"]
         assert value == pytest.approx(wanted, rel=1e-4)
     assert found[0] < found[2]
     rows = records([STATUTE, *(texts[0] + " They were happy." * i for i in range(2, 21))])

@@ -19,9 +19,11 @@ FLOORS = [
     ["kernels", "text"],
     ["model", "moe", "hf", "tokenizer", "data"],
     ["learn", "lora"],
-    ["generate", "measure.tasks", "measure.probes", "measure.verdict", "eval", "forget"],
+    ["generate", "measure.verdict", "measure.scoring", "measure.run_code", "measure.tasks", "measure.probes",
+     "measure.retention", "eval", "forget"],
     ["stages"],
-    ["train", "clean", "dedup", "plan", "measure.charts", "report", "measure", "bench", "experiments"],
+    ["train", "clean", "dedup", "measure.laws", "measure.gap", "measure.memory", "measure.budget", "measure.ladder",
+     "plan", "measure.charts", "report", "measure", "bench", "experiments"],
 ]
 PLACES = {name: (floor, place) for floor, line in enumerate(FLOORS) for place, name in enumerate(line)}
 
@@ -31,8 +33,8 @@ LINES_OF_ANY_FILE = 480                     # outside kernels/
 LINES_OF_A_FUNCTION = 60                    # but the body of a Triton kernel
 LINES_OF_A_LOOP = {("train", "train"): 45, ("train", "train_step"): 45}
 # Where the house stands. What it could do before it was right for others' text, models and machines took 15,734 lines.
-LINES_OF_THE_PRODUCT = 24_461
-LINES_OF_THE_README = 250
+LINES_OF_THE_PRODUCT = 34_000
+LINES_OF_THE_README = 280
 
 
 def read_house() -> dict[str, str]:

@@ -22,7 +22,6 @@ from runs import ROOT, arguments, command, crash_at, lines, one, process, run_of
 from synthetic import KINDS, texts
 
 import data
-import eval as evaluation
 import hf
 import report
 import tokenizer
@@ -31,6 +30,7 @@ from core import checkpoint, cli, parallel
 from core.errors import UserError
 from core.signals import STOPS
 from learn import optim, schedules
+from measure import scoring
 from stages import evaluate, resume
 from stages.build import build
 from text.shards import Shards, pack, pack_buckets
@@ -684,7 +684,7 @@ def test_a_signal_ends_a_run_at_once_where_it_has_nothing_to_save(lab, tmp_path,
 
 
 # (module, function, the call of it in which a signal comes, the step at which the run is left)
-PLACES = {"first evaluation": (evaluation, "score", 2, 0), "evaluation": (evaluation, "score", 3, 4),
+PLACES = {"first evaluation": (scoring, "score", 2, 0), "evaluation": (scoring, "score", 3, 4),
           "save": (resume.Saver, "save", 1, 4), "last save": (resume.Saver, "save", 2, 8)}
 
 

@@ -143,7 +143,7 @@ def test_train_py_on_two_ranks(runs, strategy):
 RANDOM_LENGTHS = """
 import sys
 import numpy as np, torch
-from eval import make_batches
+from measure.scoring import make_batches
 from learn.objectives import Causal
 from model import Model, ModelConfig
 
