@@ -114,13 +114,13 @@ def run(program: str, description: str, commands, recipe: bool = False, argv: li
         return status
 
 
-def take_settings(argv: list[str], section: str) -> tuple[list[str], list[str]]:
-    """(the other words, those of a recipe's section: --section.key and the values behind it)."""
+def take_settings(argv: list[str], section: str = r"[a-z_-]+") -> tuple[list[str], list[str]]:
+    """(the other words, those of a recipe's section, or of any: --section.key and the values behind it)."""
     words, settings = [], []
     taken = words
     for word in argv:
         if word.startswith("--"):
-            taken = settings if word.startswith(f"--{section}.") else words
+            taken = settings if re.match(rf"--{section}\.", word) else words
         taken.append(word)
     return words, settings
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "forget.py merge": "base model alpha out",
     "forget.py replay": "model out",
     "report.py": "out",
+    "plan.py memory": "gpu gpus",
     "bench.py data": "",
     "bench.py train": "",
     "bench.py kernels": "",

@@ -1,0 +1,160 @@
+"""What a training keeps in memory, in bytes on each rank, from arithmetic alone: no weight is read, no tensor made.
+
+    always there    weights + optimizer state + copies that methods against forgetting keep + what FSDP has gathered
+    forward         + gradients of earlier micro-batches + activations + the head's chunk of logits and its gradients
+    backward        + activations, which go, and gradients, which come, block by block + one block's workspace
+    update          + gradients
+
+The peak is the largest of the last three on top of the first. A process takes more: Python, the libraries and a GPU's
+context (OVERHEAD), and what its allocator cannot use. tests/measure/test_memory.py holds the arithmetic to the tensors
+that autograd keeps and to the peaks of real processes.
+
+Shapes: B sequences and T tokens of a micro-batch, D model width, H heads, K key-value heads, d head size, F MLP width,
+V vocabulary, L blocks.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import lora
+from core.architecture import ModelConfig
+from kernels.cross_entropy import chunk_rows
+from learn.adapters import linear_layers
+from model import Model
+
+# Bytes of a weight of the base, by lora.base: its code, and its share of the scales of blocks of 64 and 256 (arXiv
+# 2305.14314); int8 has one fp32 scale per output, which is next to nothing.
+FOUR_BITS = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
+# Bytes of AdamW's 8-bit moments and their scales, per parameter (kernels/adamw.py).
+EIGHT_BIT = 2 + 6 / 32
+# What a process takes beside its tensors: the CUDA context with the libraries' workspaces; on a CPU, Python and torch.
+OVERHEAD = {"cuda": 1.0e9, "cpu": 0.35e9}
+
+
+@dataclass(frozen=True)
+class Elements:
+    """How many elements a model has, and which of them train."""
+    base: int                   # all weights of the base
+    linear: int                 # those of its blocks' linear layers, which may be kept in few bits
+    block: int                  # those of one block
+    trained: int                # what has gradients and moments
+    matrices: int               # those of `trained` that are matrices in the blocks, which Muon updates
+    low: int                    # the sum of the ranks of one block's adapters
+
+
+def count_elements(config: ModelConfig, adapters: lora.LoraConfig) -> Elements:
+    """UserError where the adapters name layers that the model does not have."""
+    with torch.device("meta"):
+        model = Model(config)
+    own = dict(model.named_parameters())
+    base, block = sum(p.numel() for p in own.values()), sum(p.numel() for p in model.layers[0].parameters())
+    linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
+    if not adapters.rank:
+        matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.ndim == 2)
+        return Elements(base, linear, block, base, matrices, 0)
+    ranks = lora.choose_ranks(model, adapters)
+    lora.attach(model, replace(adapters, base="plain"), seed=0)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Elements(base, linear, block, trained, 0, sum(ranks.values()) // config.num_hidden_layers)
+
+
+@dataclass(frozen=True)
+class Types:
+    """Bytes of an element of each kind of tensor."""
+    weight: int                 # a plain weight as it is kept
+    gradient: int
+    matmul: int                 # an operand of a matmul
+    stream: int                 # the residual stream between the blocks
+    attention: int              # q, k, v and o as attention keeps them
+
+    @property
+    def casts(self) -> bool:
+        """Whether autocast makes copies of weights and of norms' outputs for the matmuls."""
+        return self.matmul != self.stream
+
+
+def find_types(c, kind: str) -> Types:
+    half = c.train.precision != "fp32"
+    # As in stages/build.py: bf16 weights where they do not train, or their optimizer keeps what bf16 rounds away.
+    plain = 2 if c.train.precision == "bf16" and (c.lora.rank or c.optim.name == "adamw_8bit") else 4
+    return Types(plain, 4 if c.lora.rank else plain, 2 if half else 4, plain, 2 if half and kind == "cuda" else 4)
+
+
+def block_bytes(config: ModelConfig, types: Types, low: int, whole_documents: bool = True) -> int:
+    """Bytes per token that autograd keeps of one block for its backward pass.
+
+    The inputs of its norms; their outputs, of which autocast makes a copy for each layer that reads them; q, k, v and
+    o, and what o_proj reads, which is another tensor where documents attend apart or types differ; gate, up and their
+    product; S of the adapters; in fp32 a value per norm and per head.
+    """
+    D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    copies = 5 if types.casts and not low else 2
+    apart = 0 if whole_documents and types.attention == types.matmul else H * d
+    return (2 * D * types.stream + (copies * D + 3 * F + low + apart) * types.matmul
+            + (2 * H + 2 * K) * d * types.attention + 4 * (H + 2))
+
+
+def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict[str, float]:
+    """{part: bytes on each rank}, and the "peak" of them, of a training with the settings `c` (train.Config) of a model
+    `config` on `ranks` devices of a kind, cuda or cpu. Parts that are not needed at the same time do not add up."""
+    count, types = count_elements(config, c.lora), find_types(c, kind)
+    L, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
+    shards = ranks if c.parallel.strategy == "fsdp" else 1
+    M = c.train.micro_batch_size * c.data.context
+    accumulates = c.train.batch_size // ranks > c.train.micro_batch_size
+    quantised = {"nf4": FOUR_BITS[c.lora.double_quant], "int4": FOUR_BITS[c.lora.double_quant], "int8": 1.0}
+    linear = quantised.get(c.lora.base if c.lora.rank else "plain", types.weight)
+    adapters = 4 * count.trained if c.lora.rank else 0
+    weights = (linear * count.linear + types.weight * (count.base - count.linear) + adapters) / shards
+    gradients = types.gradient * count.trained / shards
+    ecc = types.weight == 2 and not c.lora.rank
+    state = {"adamw": 8 * count.trained, "adamw_8bit": (EIGHT_BIT + ecc) * count.trained,
+             "muon": 8 * count.trained - 4 * count.matrices}[c.optim.name] / shards
+
+    apart = kind == "cpu" and c.data.mask_documents
+    of_block = M * block_bytes(config, types, count.low, not apart)
+    checkpoints = c.model.activation_checkpointing
+    # The inputs of the blocks and of the last norm, the hidden states, and the angles.
+    stream = M * D * types.stream
+    activations = (L * stream if checkpoints else L * of_block) + 2 * stream + 4 * M * config.head_dim
+    if c.lora.rank and c.lora.embeddings == "frozen" and not checkpoints:
+        # Nothing that trains stands before the first norm, so that it keeps no input.
+        activations -= stream
+    if types.casts and not c.lora.rank and shards == 1:
+        # Autocast keeps its copies of the weights from the forward pass to the backward pass.
+        activations += types.matmul * count.linear
+    # One block's workspace: recomputed activations, and the gradients of gate, up and their product at once.
+    workspace = (of_block if checkpoints else 0) + M * 4 * (4 * config.intermediate_size + D)
+    trains_head = not c.lora.rank or c.lora.embeddings == "full"
+    logits = V * (types.matmul if kind == "cuda" else 4 + (types.matmul if types.matmul < 4 else 0))
+    chunk = chunk_rows(M, logits, torch.device(kind)) * logits
+    head = chunk + M * D * types.matmul + (4 * V * D if trains_head else 0)
+    head_copy = types.matmul * V * D if types.matmul != types.weight else 0
+    # FSDP has two blocks gathered at a time, this one and the next, in the matmuls' type, and one block's gradients.
+    of_params = types.weight if c.lora.rank else types.matmul
+    gathered = (2 * of_params + 4 * (not c.lora.rank)) * count.block + of_params * V * D if shards > 1 else 0
+
+    methods = copies_of_methods(c, count, types) / shards
+    kept = weights + state + methods + gathered
+    before = gradients if accumulates else 0
+    of_head = 4 * V * D / shards if trains_head else 0
+    forward = before + activations + head + head_copy
+    backward = max(before + activations + of_head, gradients) + workspace
+    if accumulates:
+        backward = before + activations + workspace
+    return {"weights": weights, "optimizer": state, "methods": methods, "gathered": gathered, "gradients": gradients,
+            "activations": activations, "head": head + head_copy, "workspace": workspace,
+            "peak": kept + max(forward, backward, gradients)}
+
+
+def copies_of_methods(c, count: Elements, types: Types) -> float:
+    """Bytes of what the methods against forgetting keep, over all shards: EMA's means, EWC's anchor and Fisher
+    information, LwF's teacher, unless that is the model with its adapters off."""
+    of_method = 4 * count.trained if c.forget.ema.decay else 0
+    if c.forget.ewc.strength:
+        of_method += count.trained * (types.weight + (0 if c.forget.ewc.fisher == "l2sp" else 4))
+    if c.forget.lwf.alpha and not c.lora.rank:
+        of_method += types.matmul * count.linear + types.weight * (count.base - count.linear)
+    return of_method
