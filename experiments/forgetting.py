@@ -11,6 +11,7 @@ some --methods are run.
 """
 
 import json
+import os
 import re
 import shlex
 import statistics
@@ -190,13 +191,14 @@ def draw_chart(rows: list[dict]) -> Figure:
 
 def save_study(name: str, seeds, folder: Path, rows: list[dict], figure: Figure, began: float, file: str = "",
                **more) -> None:
-    """NAME.json and NAME.png in the folder; of paths in the command, the names alone. file: the study, if not NAME."""
+    """NAME.json and NAME.png in the folder; of paths in the command, the names alone. file: the study, if not NAME.
+    cpu_seconds: of this process and of the commands that it ran, whatever else the machine did."""
     words = [re.sub("[^=]*/", "", word, count=1) for word in sys.argv[1:]]
     found = {"command": shlex.join(["python", f"experiments/{file or name}.py", *words]), "seeds": list(seeds), **more,
-             "seconds": time.perf_counter() - began, "rows": rows}
+             "seconds": time.perf_counter() - began, "cpu_seconds": sum(os.times()[:4]), "rows": rows}
     write_json(folder / f"{name}.json", found)
     figure.savefig(folder / f"{name}.png")
-    print(f"{found['seconds']:.0f} s; {folder}/{name}.*")
+    print(f"{found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of CPU; {folder}/{name}.*")
 
 
 def run_study(c: Forgetting) -> None:

@@ -11,8 +11,8 @@ what else differs: full training with frozen embeddings, and LoRA with trained o
 
 A second curve needs no run: the last model is taken back to the base step by step, by a share of its change or by the
 rank of it. So one sees whether what full training learns has a low rank, which LoRA takes for granted.
-experiments/results/lora_rates.json has a row per method, with every evaluation along its runs and on the way back;
-lora_rates.png beside it draws both. They stay in --out where only some --methods are run.
+experiments/results/lora_rates.json has a row per method, with every evaluation along its runs and, of the first seed,
+on the way back; lora_rates.png beside it draws both. They stay in --out where only some --methods are run.
 """
 
 import statistics
@@ -199,10 +199,10 @@ def draw_chart(rows: list[dict]) -> Figure:
 
 def run_study(c: Rates) -> None:
     began, out = time.perf_counter(), prepare(c)
-    asked = [(method, seed) for method in c.methods for seed in c.seeds]
+    asked = [(method, seed) for seed in c.seeds for method in c.methods]
     with ThreadPoolExecutor(c.jobs) as pool:
         runs = list(pool.map(lambda run: measure(*run, c, out), asked))
-    for run in runs:
+    for run in runs[:len(c.methods)]:
         run["back"] = go_back(c, out, run)
     rows = summarise(runs)
     print(f"\n{draw_table(rows)}\n")
