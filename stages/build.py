@@ -215,7 +215,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     refuse_combinations(c, world.size)
     # TF32 on GPUs for what stays in fp32; a CPU computes as before.
     torch.set_float32_matmul_precision("high")
-    base = open_base(c, world)
+    base = open_base(c.model.path, world)
     tokenizer = open_tokenizer(c, base)
     # A model without a base has the sizes of the settings.
     sizes = {f.name: getattr(c.model, f.name) for f in dataclasses.fields(ModelConfig)
@@ -228,6 +228,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     # What the run writes of its settings has the model's own sizes, also where they are the base's.
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, **{name: getattr(config, name) for name in sizes}))
     run = plan_data(c, world, folder, base, tokenizer, config)
+    run.reference = open_reference(c, world, config, tokenizer)
     run.inner = build_model(c, config, base, world)
     learning = describe_learning(run)
     run.methods = forget.build(c.forget, learning)
@@ -301,15 +302,28 @@ def refuse_memory(parameters: int, c, device: torch.device, remedy: str):
 
 # ---- base, tokenizer and data
 
-def open_base(c, world) -> hf.Base | None:
-    """model.path, opened once in a run; every rank takes the commit that rank 0 found, as branches of the Hub move."""
-    if not c.model.path:
+def open_base(path: str, world) -> hf.Base | None:
+    """A model, opened once in a run; every rank takes the commit that rank 0 found, as branches of the Hub move."""
+    if not path:
         return None
-    if not c.model.path.startswith("hf://"):
-        return hf.open_base(c.model.path)
-    found = hf.open_base(c.model.path) if world.main else None
+    if not path.startswith("hf://"):
+        return hf.open_base(path)
+    found = hf.open_base(path) if world.main else None
     pinned = world.broadcast(found.pinned if found else "")
     return found or hf.open_base(pinned)
+
+
+def open_reference(c, world, config: ModelConfig, tokenizer) -> hf.Base | None:
+    """What objective.reference names. UserError where it reads other ids than the model."""
+    reference = open_base(c.objective.reference, world)
+    if reference and reference.config.vocab_size != config.vocab_size:
+        raise UserError(f"objective.reference {reference} has a vocabulary of {reference.config.vocab_size:,} and the "
+                        f"model one of {config.vocab_size:,}; name a model with the same tokenizer")
+    theirs = reference and tokenizer_of(reference)
+    if theirs and tokenizer and not theirs.reads(tokenizer.fingerprint, tokenizer.vocab_size):
+        raise UserError(f"objective.reference {reference} has another tokenizer than the model, so that ids mean other "
+                        f"text to it; name a model with the same tokenizer")
+    return reference
 
 
 def open_tokenizer(c, base: hf.Base | None):
@@ -442,15 +456,7 @@ def describe_learning(run: Run) -> Learning:
         teacher = build_model(c, run.config, run.base, world).requires_grad_(False)
         base = lambda model: contextlib.nullcontext(teacher)        # noqa: E731
     reference = None
-    if c.objective.reference:
-        other = run.reference = hf.open_base(c.objective.reference)
-        if other.config.vocab_size != run.config.vocab_size:
-            raise UserError(f"objective.reference {other} has a vocabulary of {other.config.vocab_size:,} and the "
-                            f"model one of {run.config.vocab_size:,}; name a model with the same tokenizer")
-        theirs, own = tokenizer_of(other), run.tokenizer
-        if theirs and own and not theirs.reads(own.fingerprint, own.vocab_size):
-            raise UserError(f"objective.reference {other} has another tokenizer than the model, so that ids mean other "
-                            f"text to it; name a model with the same tokenizer")
+    if other := run.reference:
         plain = dataclasses.replace(c, compile=False, lora=lora.LoraConfig(),
                                     model=dataclasses.replace(c.model, init="pretrained"))
         judge = functools.cache(lambda: build_model(plain, other.config, other, world).requires_grad_(False))
@@ -459,9 +465,8 @@ def describe_learning(run: Run) -> Learning:
     tokens = [record["sha256"] for name in loader.names if name in general for record in loader.shards[name].records]
     made_of = [run.base_fingerprint, c.data.context, c.data.packing, c.data.mask_documents, *tokens,
                *(["drop_last"] if c.data.drop_last else []), *filter(None, [run.objective_settings])]
-    judge_config = run.reference.config if run.reference else run.config
-    judged_by = [run.reference.fingerprint if run.reference else run.base_fingerprint, dataclasses.asdict(judge_config),
-                 c.data.context, c.train.precision, c.lora.rank and c.lora.base]
+    judged_by = [run.reference.fingerprint if run.reference else run.base_fingerprint, dataclasses.asdict(
+        (run.reference or run).config), c.data.context, c.train.precision, c.lora.rank and c.lora.base]
     return Learning(
         steps=run.steps, seed=c.seed, world=world, sharded=sharded, forward=run.forward,
         general_text=draw_general_text(run) if general else None,

@@ -20,6 +20,7 @@ import hf
 import lora
 import train
 from core import checkpoint, cli, hashing, parallel
+from learn.choose_objective import ObjectiveConfig
 from stages import build as stage
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -77,7 +78,8 @@ def test_the_base_is_opened_once_in_a_run(base, tmp_path, monkeypatch, words):
     assert len(lines(tmp_path / "run", "train")) == 8
 
 
-def test_every_rank_opens_the_commit_that_rank_0_found(monkeypatch):
+@pytest.mark.parametrize("what", ["base", "reference"])
+def test_every_rank_opens_the_commit_that_rank_0_found(what, monkeypatch):
     """A branch of the Hub that moves at every question; the ranks exchange values through a box."""
     commits, box = iter(["first", "second"]), []
 
@@ -88,9 +90,18 @@ def test_every_rank_opens_the_commit_that_rank_0_found(monkeypatch):
         return types.SimpleNamespace(size=2, main=rank == 0,
                                      broadcast=lambda value: box.append(value) or box[0])
     monkeypatch.setattr(hf, "open_base", open_base)
-    c = types.SimpleNamespace(model=stage.ModelSection(path="hf://org/name"))
-    assert [stage.open_base(c, world(rank)).revision for rank in (0, 1)] == ["first", "first"]
-    assert stage.open_base(c, world(0)).pinned == "hf://org/name@second"
+    if what == "base":
+        def find(rank):
+            return stage.open_base("hf://org/name", world(rank))
+    else:
+        monkeypatch.setattr(stage, "tokenizer_of", lambda base: None)
+        monkeypatch.setattr(hf.Base, "config", property(lambda self: types.SimpleNamespace(vocab_size=8)))
+        c = types.SimpleNamespace(objective=ObjectiveConfig(reference="hf://org/name"))
+
+        def find(rank):
+            return stage.open_reference(c, world(rank), types.SimpleNamespace(vocab_size=8), None)
+    assert [find(rank).revision for rank in (0, 1)] == ["first", "first"]
+    assert find(0).pinned == "hf://org/name@second"
 
 
 @pytest.mark.parametrize("packing", ["window", "best_fit", "document"])
