@@ -40,6 +40,9 @@ class ScheduleConfig:
     rate at which the base's training ended)"""
     warmup_steps: int | None = setting(None, at_least=0)
     """the same in steps, instead of the share"""
+    moment_warmup: int = setting(0, at_least=0, at_most=10**6)
+    """first steps of the run, at rate 0: an optimizer that begins without its moments fills them, no weight changes,
+    and the schedule begins behind them. They count as steps, and read the run's first batches without learning them"""
     cycles: int = setting(4, above=0, at_most=10**6)
     """cosine_restarts: number of equal parts of the run, each with a cosine of its own"""
     decay: Literal["linear", "cosine", "1-sqrt"] = "1-sqrt"
@@ -72,11 +75,15 @@ SCHEDULE_FIELDS = {field.name for field in fields(ScheduleConfig)}
 
 
 def learning_rate(step: int, total: int, config: ScheduleConfig) -> float:
-    """The rate of step 0..total-1, never 0 in the warm-up and never below min_lr after it.
+    """The rate of step 0..total-1: 0 in config.moment_warmup, and behind it that of a run which begins there: never 0
+    in the warm-up and never below min_lr after it.
 
     The last step of the warm-up has all of lr, and the last step of a falling schedule has min_lr. Steps after the end
     keep the end's rate.
     """
+    if step < config.moment_warmup:
+        return 0.0
+    step, total = step - config.moment_warmup, total - config.moment_warmup
     warmup, start = warmup_length(total, config), decay_start(total, config)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -85,6 +92,13 @@ def learning_rate(step: int, total: int, config: ScheduleConfig) -> float:
         return max(config.min_lr, schedule(step, total, warmup, config))
     left = 1 - DECAYS[config.decay](progress(step, start, total))
     return max(config.min_lr, config.min_lr + (schedule(start - 1, total, warmup, config) - config.min_lr) * left)
+
+
+def refuse_length(total: int, config: ScheduleConfig) -> None:
+    """UserError for a run of `total` steps that would all be at rate 0."""
+    if config.moment_warmup >= total:
+        raise UserError(f"optim.moment_warmup {config.moment_warmup} leaves none of the run's {total} steps a learning "
+                        f"rate; lower it, or lengthen the run")
 
 
 def set_learning_rate(optimizer, step: int, total: int, config: ScheduleConfig) -> float:
@@ -170,5 +184,6 @@ def recommended(parameters: float, method: Literal["full", "lora"] = "full") -> 
 def hint(parameters: float, method: str, config: ScheduleConfig) -> str:
     """One line that sets the configured rates beside the recommended ones."""
     lr, min_lr = recommended(parameters, method)
-    return (f"learning rate: {config.schedule}, {config.lr:g} down to {config.min_lr:g}; recommended for "
+    moments = f"0 for {config.moment_warmup} steps, then " if config.moment_warmup else ""
+    return (f"learning rate: {moments}{config.schedule}, {config.lr:g} down to {config.min_lr:g}; recommended for "
             f"{parameters / 1e9:.3g}B parameters ({method}): {lr:g} down to {min_lr:g}")

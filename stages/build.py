@@ -26,7 +26,7 @@ from core.config import setting
 from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
-from learn import adapters, optim, peft_files
+from learn import adapters, optim, peft_files, schedules
 from learn.choose_objective import ObjectiveConfig, make_objective, refuse_objective
 from learn.method import Learning
 from learn.objectives import Objective
@@ -370,6 +370,7 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     held = {name: packed for name, each in held.items()
             if (packed := packing.Packing(each, c.data, objective.shift, text_length)).sequences}
     run = Run(c, world, folder, base, tokenizer, config, sources, loader, plan, objective, heldout, held)
+    schedules.refuse_length(run.steps, c.optim)
 
     for refusal in mixture.judge_epochs(loader.epochs(run.steps), sources)[0]:
         raise UserError(refusal)

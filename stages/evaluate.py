@@ -76,7 +76,8 @@ def describe(run: Run):
             f"--model.rope-scaling yarn or a larger --model.rope-theta")
     if c.lora.rank and (c.model.max_positions or c.model.rope_scaling or c.model.rope_theta):
         say("warning: adapter/ does not hold the positions that are set here; use final/, which does")
-    if schedules.warmup_length(run.steps, c.optim) >= run.steps:
+    moving = run.steps - c.optim.moment_warmup
+    if schedules.warmup_length(moving, c.optim) >= moving:
         say("warning: the learning rate rises over the whole run; shorten optim.warmup_steps or optim.warmup_ratio")
     for name, shards in loader.shards.items():
         scored = sum(int(learned[0].sum()) if learned else len(ids)

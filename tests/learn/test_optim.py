@@ -63,6 +63,59 @@ def test_adamw_written_out():
             torch.testing.assert_close(p.detach().double(), truth[name], rtol=1e-5, atol=1e-6)
 
 
+def step_all(optimizer, model, lr, gradients):
+    set_rates(optimizer, lr)
+    for p, g in zip(model.parameters(), gradients):
+        p.grad = g.clone().to(p.dtype)
+    optimizer.step()
+
+
+def test_moments_from_steps_at_rate_0_are_adams_and_the_first_real_step_uses_them():
+    """Truth: three steps of zero and one of 0.01, of AdamW written out in float64."""
+    torch.manual_seed(0)
+    model, config = torch.nn.Linear(5, 4), OptimConfig(weight_decay=0.1, moment_warmup=3, warmup_steps=1, lr=0.01)
+    gradients = [[torch.randn_like(p) for p in model.parameters()] for _ in range(4)]
+    before, without = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = make_optimizer(model, config)
+    for step in range(3):
+        step_all(optimizer, model, learning_rate(step, 10, config), gradients[step])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters())), "a weight has moved"
+    means, squares = [], []
+    for i, p in enumerate(model.parameters()):
+        g = torch.stack([each[i].double() for each in gradients])
+        # The newest gradient has the weight 1 - beta.
+        means.append(sum(0.1 * 0.9 ** (2 - k) * g[k] for k in range(3)))
+        squares.append(sum(0.05 * 0.95 ** (2 - k) * g[k] ** 2 for k in range(3)))
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"].double(), means[-1], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg_sq"].double(), squares[-1], rtol=1e-5, atol=1e-7)
+        assert optimizer.state[p]["step"] == 3
+    assert learning_rate(3, 10, config) == 0.01
+    step_all(optimizer, model, 0.01, gradients[3])
+    step_all(make_optimizer(without, config), without, 0.01, gradients[3])
+    nets = (net.parameters() for net in (model, without, before))
+    for p, cold, w, mean, square, g in zip(*nets, means, squares, gradients[3]):
+        w, g = w.detach().double() * (1 - 0.01 * 0.1 * (w.ndim > 1)), g.double()
+        mean, square = (0.9 * mean + 0.1 * g) / (1 - 0.9 ** 4), (0.95 * square + 0.05 * g ** 2) / (1 - 0.95 ** 4)
+        torch.testing.assert_close(p.detach().double(), w - 0.01 * mean / (square.sqrt() + 1e-8), rtol=1e-5, atol=1e-7)
+        # Without moments of its own Adam's first step has one size, whatever the gradient.
+        torch.testing.assert_close(cold.detach().double(), w - 0.01 * g.sign(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("adamw", torch.float32), ("muon", torch.float32),
+                                             ("adamw_8bit", torch.float32), ("adamw_8bit", torch.bfloat16)])
+def test_steps_at_rate_0_move_no_weight_of_any_optimizer(tiny_model, name, dtype):
+    torch.manual_seed(0)
+    model = tiny_model().to(dtype)
+    before = copy.deepcopy(model)
+    optimizer = make_optimizer(model, OptimConfig(name=name, weight_decay=0.5))
+    for _ in range(3):
+        step_all(optimizer, model, 0.0, [torch.randn_like(p) for p in model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
+    # What bf16 rounds away (ecc) is nothing, of weights that have not moved.
+    assert all(value.any() for p in model.parameters() for name, value in optimizer.state[p].items()
+               if value.dim() and name != "ecc"), "no moments"
+
+
 def set_rates(optimizer, lr):
     """The loop's line."""
     for group in optimizer.param_groups:

@@ -20,6 +20,7 @@ from learn.schedules import (
     hint,
     learning_rate,
     recommended,
+    refuse_length,
     set_learning_rate,
     warmup_length,
 )
@@ -226,6 +227,21 @@ def test_a_floor_of_zero_and_a_flat_rate():
         assert end == pytest.approx(0, abs=1e-18)
     flat = OptimConfig(lr=1e-3, min_lr=1e-3, warmup_ratio=0.0)
     assert {learning_rate(step, 50, flat) for step in range(60)} == {1e-3}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_behind_the_moments_steps_the_schedule_is_that_of_a_shorter_run(schedule):
+    config = of(schedule)
+    later = dataclasses.replace(config, moment_warmup=7)
+    assert [learning_rate(step, 47, later) for step in range(60)] == \
+        [0.0] * 7 + [learning_rate(step, 40, config) for step in range(53)]
+    assert "learning rate: 0 for 7 steps, then" in hint(7e9, "full", later)
+
+
+def test_a_run_that_would_never_move_is_refused():
+    refuse_length(8, OptimConfig(moment_warmup=7))
+    with pytest.raises(UserError, match=r"optim\.moment_warmup 8 leaves none of the run's 8 steps a learning rate"):
+        refuse_length(8, OptimConfig(moment_warmup=8))
 
 
 def test_the_names_in_the_settings_are_the_functions():

@@ -75,6 +75,34 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(lab, tmp_path, monkeyp
     assert (out / "eval.json").read_text() == (whole[0] / "eval.json").read_text()
 
 
+def test_moments_are_filled_before_a_weight_moves_also_where_the_run_is_resumed(lab, tmp_path, monkeypatch, whole):
+    """Truth: the base itself, the run without such steps, and the run that nothing interrupted."""
+    words = ("--optim.moment-warmup", 3, "--train.save-every", 3)
+    ends = []
+    for name, at in (("through", None), ("stopped", 1)):
+        out = tmp_path / name
+        c = settings(lab, out, *words)
+        if at is not None:
+            with monkeypatch.context() as patch:
+                spy(patch, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+                assert train.train(c, one()) == 128 + signal.SIGTERM
+        with monkeypatch.context() as patch:
+            seen = spy(patch)
+            assert train.train(c, one()) == 0
+        ends.append((out, seen))
+    (out, seen), (other, _) = ends
+    assert seen == whole[1], "such steps read the run's own batches in their order"
+    assert [r["lr"] for r in lines(out, "train")[:3]] == [0, 0, 0]
+    assert lines(out, "train")[3]["lr"] == lines(whole[0], "train")[0]["lr"]
+    weights, moments, _ = checkpoint.load(checkpoint.path_of(out / "checkpoints", 3))
+    with run_folder(tmp_path / "fresh", one()) as folder, build(settings(lab, folder), one(), folder) as fresh:
+        begun = {name: p.detach().clone() for name, p in fresh.inner.named_parameters()}
+    assert all(torch.equal(weights[name], p) for name, p in begun.items())
+    assert all(moments[f"{name}/exp_avg_sq"].any() for name in begun)
+    assert trace(out) == trace(other)
+    same_checkpoint(out, other, 8)
+
+
 def test_killed_run_goes_on_from_its_last_checkpoint(lab, tmp_path, monkeypatch, whole, capsys):
     out, c = tmp_path / "run", settings(lab, tmp_path / "run", "--train.save-every", 3)
     crash_at(monkeypatch, c, 7)
