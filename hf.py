@@ -3,6 +3,7 @@
     model = hf.load("path/to/folder", dtype=torch.bfloat16)        a folder, or hf://org/name@revision
     hf.save(model, "out/final", base="path/to/folder")             a folder that transformers and vLLM read
     python hf.py export out/legal/checkpoints/step_00001000 --out DIR
+    python hf.py import model.Q8_0.gguf --out DIR
 
 Tensors are copied one at a time into a model built on the meta device, so that the peak is the weights and one tensor.
 What of a folder may be read, and how far, stands in core/foreign_files.py; no file is unpickled.
@@ -42,6 +43,7 @@ from core.foreign_files import (
     read_own_json,
     read_tensor,
 )
+from core.gguf_files import write_folder
 from core.output import escape
 from core.settings_files import read_settings
 from model import Model
@@ -354,7 +356,7 @@ def make_card(base: Base | None, name: str, card: str, causal: bool = True) -> s
     return "\n".join([*lines, "---", "", f"# {name}", "", f"{origin} with nanoCPT.", "", card, ""])
 
 
-# ---- its command
+# ---- its commands
 
 @dataclass(kw_only=True)
 class Export:
@@ -372,8 +374,26 @@ def export_command(options: Export) -> dict:
     return {"checkpoint": options.checkpoint, "out": options.output.out}
 
 
+@dataclass(kw_only=True)
+class Import:
+    """Write the Llama in a GGUF file as a Hugging Face folder. What its quantisation lost stays lost."""
+
+    file: cli.Positional[str]
+    """The file: model.gguf."""
+    dtype: cli.Dtype = "bfloat16"
+    """The type of the weights."""
+    output: cli.Output
+
+
+def import_command(options: Import) -> dict:
+    with new_folder(options.output.out, options.output.overwrite, FOLDER) as out:
+        write_folder(options.file, out, DTYPES[options.dtype])
+        copy_files(Path(options.file).parent, LICENCES, out)
+    return {"file": options.file, "out": options.output.out}
+
+
 def main() -> int:
-    return cli.run("hf.py", __doc__, {"export": (Export, export_command)})
+    return cli.run("hf.py", __doc__, {"export": (Export, export_command), "import": (Import, import_command)})
 
 
 if __name__ == "__main__":

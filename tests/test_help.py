@@ -31,6 +31,7 @@ COMMANDS = {
     "eval.py": "model text baseline",
     "generate.py": "model prompt max-new-tokens temperature",
     "hf.py export": "out",
+    "hf.py import": "out",
     "lora.py merge": "base adapter out",
     "forget.py merge": "base model alpha out",
     "forget.py replay": "model out",
