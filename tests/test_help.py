@@ -36,6 +36,7 @@ COMMANDS = {
     "forget.py merge": "base model alpha out",
     "forget.py replay": "model out",
     "report.py": "out",
+    "plan.py gap": "model domain general",
     "plan.py memory": "gpu gpus",
     "bench.py data": "",
     "bench.py train": "",
