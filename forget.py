@@ -36,6 +36,7 @@ from core.config import is_on, setting
 from core.devices import DTYPES, pick_device
 from core.errors import UserError
 from core.files import claim_folder, new_file
+from core.parameter_names import from_hf_name, split_experts
 from generate import Settings, decode, end_ids, first_ids
 from learn.adaptive import Adaptive, AdaptiveConfig
 from learn.ema import EMA, EMAConfig
@@ -83,12 +84,12 @@ def merge_best(base, result, out, score, general, config: MergeConfig, dtype: to
     """
     before = score(hf.load(base, dtype, device), base)
     pair, model, rows = Pair(base, result), hf.load(result, dtype, device), []
-    parameters = dict(model.named_parameters())
+    parameters = split_experts(dict(model.named_parameters()))
     for alpha in sorted(set(config.alphas)):
         for name in pair.names:
             # A tied head may be stored all the same; the model has no parameter for it.
-            if (ours := hf.from_hf_name(name)) in parameters:
-                parameters[ours].data.copy_(pair.merge_one(name, alpha, config))
+            if (ours := from_hf_name(name)) in parameters:
+                parameters[ours].detach().copy_(pair.merge_one(name, alpha, config))
         texts = score(model, result)
         rows.append({"alpha": alpha, "texts": texts, **verdict.compare(before, texts, general)})
     if rows[0]["score"] is None:

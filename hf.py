@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints <-> model.py: one rename rule, used in both directions.
+"""Hugging Face checkpoints <-> model.py: one rename rule (core/parameter_names.py), used in both directions.
 
     model = hf.load("path/to/folder", dtype=torch.bfloat16)        a folder, or hf://org/name@revision
     hf.save(model, "out/final", base="path/to/folder")             a folder that transformers and vLLM read
@@ -45,6 +45,7 @@ from core.foreign_files import (
 )
 from core.gguf_files import write_folder
 from core.output import escape
+from core.parameter_names import from_hf_name, is_of_experts, list_parts, split_experts, to_hf_name
 from core.settings_files import read_settings
 from model import Model
 
@@ -56,19 +57,6 @@ OF_OBJECTIVE = "objective."
 FOLDER = FolderKind("model folder", (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md",
     *VOCABULARIES, *TOKENIZER_SETTINGS, *LICENCES), {"README.md": b"nanoCPT"})
-
-
-# ---- names of layers and parameters: ours have no `model.` in front, and the head is `head`
-
-def to_hf_name(name: str) -> str:
-    return "lm_" + name if name.partition(".")[0] == "head" else "model." + name
-
-
-def from_hf_name(name: str) -> str | None:
-    """Our name; None for the rotary frequencies and angles that old checkpoints hold, which are computed here."""
-    if re.search(r"\brotary_emb\.\w+$", name):
-        return None
-    return name.removeprefix("lm_") if name.partition(".")[0] == "lm_head" else name.removeprefix("model.")
 
 
 # ---- folders
@@ -228,7 +216,9 @@ def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
     """{name of a parameter of the base: (its tensor's name, file)}; UserError where a tensor is missing, left over,
     there twice, or of another shape or type. Only the files' headers are read, and `model` may be on the meta device:
     ask this before memory is taken for what a config.json says and the files do not hold."""
-    files, wanted = {}, base_parameters(model)
+    files, family = {}, model.config.family
+    wanted = {part: p.shape[1:] if is_of_experts(name) else p.shape for name, p in base_parameters(model).items()
+              for part in list_parts(name, len(p))}
     for hf_name, file in tensor_files(folder).items():
         if (name := from_hf_name(hf_name)) in files:
             raise UserError(f"{folder} holds one tensor twice, as {name_some([files[name][0], hf_name])}")
@@ -237,14 +227,15 @@ def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
     tied_head = {"head.weight"} if model.config.tie_word_embeddings else set()
     if left_over := [hf_name for name, (hf_name, _) in files.items() if name not in wanted]:
         raise UserError(f"{folder} holds tensors this model has no place for, among them {name_some(left_over)}")
-    if missing := [to_hf_name(name) for name in wanted if name not in files.keys() | tied_head]:
+    if missing := [to_hf_name(name, family) for name in wanted if name not in files.keys() | tied_head]:
         raise UserError(f"{folder} lacks tensors the model needs, among them {name_some(missing)}")
     for file in sorted({file for _, file in files.values()}):
         with open_tensors(file) as opened:
             for name, (hf_name, place) in files.items():
                 if place == file:
-                    check_tensor(opened, hf_name, file, wanted[name].shape)
+                    check_tensor(opened, hf_name, file, wanted[name])
     return files
+
 
 
 def base_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
@@ -258,8 +249,12 @@ def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
     files = find_weights(model, folder)
     check_tied_head(model.config, dict(files.values()), folder)
     for name, parameter in base_parameters(model).items():
-        if name in files:
-            parameter.copy_(layout(read_tensor(*files[name], parameter.shape, parameter.dtype), parameter))
+        # A tied head is the embedding, and may be absent.
+        if name in files or is_of_experts(name):
+            shape = parameter.shape[1:] if is_of_experts(name) else parameter.shape
+            parts = [read_tensor(*files[part], shape, parameter.dtype) for part in list_parts(name, len(parameter))]
+            full = torch.stack(parts) if is_of_experts(name) else parts[0]
+            parameter.copy_(layout(full, parameter))
     load_pickle.cache_clear()
 
 
@@ -299,8 +294,8 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
     path, config = Path(path), model.config
     base = open_base(base) if base else None
     # A tied head is not stored: it is the embedding.
-    tensors = {to_hf_name(name): tensor.detach().cpu().contiguous()
-               for name, tensor in (state or model.state_dict()).items()
+    tensors = {to_hf_name(name, config.family): tensor.detach().cpu().contiguous()
+               for name, tensor in split_experts(state or model.state_dict(), copy=True).items()
                if not (config.tie_word_embeddings and name == "head.weight") and not name.startswith(OF_OBJECTIVE)}
     dtype = next(iter(tensors.values())).dtype
     if name := parallel.find_not_finite(tensors):

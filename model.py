@@ -1,9 +1,10 @@
-"""The decoder of the LLaMA family: Llama 1 to 3.2, Mistral, Qwen2, Qwen3, SmolLM, TinyLlama, Falcon3.
+"""The decoder of the LLaMA family: Llama 1 to 3.2, Mistral, Mixtral, Qwen2, Qwen3, SmolLM, TinyLlama, Falcon3.
 
 Pre-norm blocks of grouped-query attention with rotary positions (arXiv 2104.09864) and a SwiGLU MLP (2002.05202), with
 RMSNorm (1910.07467), as in the LLaMA papers (2302.13971, 2307.09288). Parameter names and the half-split rotation are
 Hugging Face's, so that loading a checkpoint is renaming. The model knows no optimiser, no file and no process group.
-Left out: mixtures of experts, dropout (nobody continues a pretraining with it), soft-capped logits.
+The MLP of Mixtral and Qwen3-MoE stands in moe.py. Left out: dropout (nobody continues a pretraining with it), and
+soft-capped logits.
 
 Shapes: B sequences, T tokens, D model width, H heads, K key-value heads, d head size, F MLP width, V vocabulary.
 """
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels
+import moe
 from core.architecture import ModelConfig
 
 # Scalings whose frequencies depend on the length of the sequence.
@@ -137,7 +139,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        is_sparse = config.num_experts and layer not in config.dense_layers
+        self.mlp = moe.SparseMLP(config) if is_sparse else MLP(config)
 
     def forward(self, x, cos, sin, causal, doc_start, cache):
         """x [B, T, D] -> [B, T, D]; cos and sin [B or 1, T, d/2]; the rest as in Model.forward."""
@@ -249,7 +252,7 @@ class Model(nn.Module):
             if name.endswith(".bias") or kind.endswith("norm"):
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
-            assert kind.endswith("_proj") or kind in ("embed_tokens", "head"), f"no rule initialises {name}"
+            assert kind.endswith("_proj") or kind in ("embed_tokens", "head", "gate"), f"no rule initialises {name}"
             into_residual = kind in ("o_proj", "down_proj")
             scale = std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std
             full = torch.empty(parameter.shape, device="cpu").normal_(0.0, scale, generator=generator)
@@ -267,6 +270,9 @@ def matmul_flops_per_token(config: ModelConfig, context: int) -> float:
     """Floating-point operations of a training step's matmuls, per token: three matmuls per weight (output, gradient of
     the input, gradient of the weight), and attention's two, of which a causal mask needs half."""
     D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    weights = D * d * 2 * (H + K) + 3 * D * config.intermediate_size
-    attention = 2 * H * d * context / 2
-    return 6.0 * (config.num_hidden_layers * (weights + attention) + config.vocab_size * D)
+    layers, dense = config.num_hidden_layers, 3 * D * config.intermediate_size
+    # Of the experts, those that a token goes to.
+    sparse = config.num_experts * D + config.num_experts_per_tok * 3 * D * config.moe_intermediate_size
+    with_experts = layers - len(config.dense_layers) if config.num_experts else 0
+    attention = D * d * 2 * (H + K) + 2 * H * d * context / 2
+    return 6.0 * (layers * attention + with_experts * sparse + (layers - with_experts) * dense + config.vocab_size * D)

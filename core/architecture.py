@@ -17,7 +17,8 @@ from core.errors import UserError
 # What transformers assumes where a config.json is silent. SmolLM2, TinyLlama and Falcon3 are plain Llama.
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02, "rope_theta": 10000.0,
             "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
-            "no_rope_layer_interval": 4}
+            "no_rope_layer_interval": 4, "decoder_sparse_step": 1, "num_experts_per_tok": 2, "norm_topk_prob": False,
+            "moe_intermediate_size": 768}
 FAMILIES = {
     "llama": {"architecture": "LlamaForCausalLM"},
     "mistral": {"architecture": "MistralForCausalLM", "num_key_value_heads": 8, "max_position_embeddings": 131072},
@@ -25,9 +26,17 @@ FAMILIES = {
               "max_window_layers": 28},
     "qwen3": {"architecture": "Qwen3ForCausalLM", "num_key_value_heads": 32, "max_position_embeddings": 32768,
               "head_dim": 128, "max_window_layers": 28},
+    "mixtral": {"architecture": "MixtralForCausalLM", "num_key_value_heads": 8, "max_position_embeddings": 131072,
+                "rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True},
+    "qwen3_moe": {"architecture": "Qwen3MoeForCausalLM", "num_key_value_heads": 4, "max_position_embeddings": 32768,
+                  "num_experts_per_tok": 8},
     "smollm3": {"architecture": "SmolLM3ForCausalLM", "num_key_value_heads": 4, "max_position_embeddings": 32768,
                 "rope_theta": 2e6, "tie_word_embeddings": True},
 }
+# Families whose blocks have experts (moe.py), and how many where a config.json is silent. Their number has two names,
+# of which transformers 4 and 5 write one or the other.
+EXPERTS = {"mixtral": 8, "qwen3_moe": 128}
+NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Settings that a config.json and a ModelConfig call the same.
 SHARED = (*SIZES, "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
@@ -67,6 +76,11 @@ class ModelConfig:
     # Per layer: how many tokens a query sees, itself included; None: all.
     windows: list[int | None] | None = None
     no_rope_layers: list[int] = field(default_factory=list)    # indices of layers without rotation (SmolLM3)
+    num_experts: int = setting(0, at_least=0)                  # E; 0: every MLP is dense
+    num_experts_per_tok: int = setting(0, at_least=0)          # k
+    moe_intermediate_size: int = setting(0, at_least=0)        # F of an expert
+    norm_topk_prob: bool = False                               # whether the k weights of a token add up to 1
+    dense_layers: list[int] = field(default_factory=list)      # indices of layers that have no experts
     initializer_range: float = 0.02
     family: str = "llama"                        # Hugging Face's model_type, see hf.py
 
@@ -84,6 +98,9 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.num_experts and not (0 < self.num_experts_per_tok <= self.num_experts and self.moe_intermediate_size):
+            raise UserError(f"num_experts_per_tok {self.num_experts_per_tok} of {self.num_experts} experts of width "
+                            f"{self.moe_intermediate_size} cannot be; give 1 to {self.num_experts}, and a width")
         if self.windows is not None and len(self.windows) != self.num_hidden_layers:
             raise UserError(f"windows names {len(self.windows)} layers of {self.num_hidden_layers}")
         if any(window is not None and window < 1 for window in self.windows or ()):
@@ -159,8 +176,23 @@ def parse_config(values: dict, folder: Path) -> ModelConfig:
     config["num_key_value_heads"] = values.get("num_key_value_heads", known.get("num_key_value_heads"))
     theta, scaling = parse_rope(values, known, folder)
     return ModelConfig(**config, rope_theta=theta, rope_scaling=scaling, qkv_bias=family == "qwen2",
-                       qk_norm=family == "qwen3", no_rope_layers=no_rope, family=family,
-                       windows=find_windows(family, values, known, no_rope))
+                       qk_norm=family in ("qwen3", "qwen3_moe"), no_rope_layers=no_rope, family=family,
+                       windows=find_windows(family, values, known, no_rope), **parse_experts(family, known, folder))
+
+
+def parse_experts(family: str, known: dict, folder: Path) -> dict:
+    """The fields of a ModelConfig that say which layers have how many experts; {} for a family without them."""
+    if family not in EXPERTS:
+        return {}
+    if len(numbers := {known[name] for name in NUMBER_OF_EXPERTS if name in known}) > 1:
+        raise UserError(f"{folder}/config.json says num_experts {known['num_experts']} and num_local_experts "
+                        f"{known['num_local_experts']}; keep the one that is true")
+    layers, dense = range(known["num_hidden_layers"]), set(known.get("mlp_only_layers") or ())
+    if family == "qwen3_moe":
+        dense |= {i for i in layers if (i + 1) % known["decoder_sparse_step"]}
+    width = known["intermediate_size" if family == "mixtral" else "moe_intermediate_size"]
+    return {"num_experts": min(numbers, default=EXPERTS[family]), "num_experts_per_tok": known["num_experts_per_tok"],
+            "moe_intermediate_size": width, "norm_topk_prob": known["norm_topk_prob"], "dense_layers": sorted(dense)}
 
 
 def parse_rope(values: dict, known: dict, folder: Path) -> tuple[float, dict]:
@@ -203,9 +235,9 @@ def parse_rope(values: dict, known: dict, folder: Path) -> tuple[float, dict]:
 def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> list[int | None] | None:
     """Each layer's sliding window in tokens, which the families give in three ways; None: no layer has one."""
     layers = range(known["num_hidden_layers"])
-    if family == "llama" or (family != "mistral" and not values.get("use_sliding_window")):
+    if family == "llama" or (family not in ("mistral", "mixtral") and not values.get("use_sliding_window")):
         return None
-    if family == "mistral":
+    if family in ("mistral", "mixtral", "qwen3_moe"):
         slides = [True for _ in layers]
     elif kinds := values.get("layer_types"):
         slides = [kind == "sliding_attention" for kind in kinds]
@@ -214,7 +246,8 @@ def find_windows(family: str, values: dict, known: dict, no_rope: list[int]) -> 
     else:
         slides = [i >= known["max_window_layers"] for i in layers]
     # Without the key the families' default holds; a null means no window.
-    windows = [values.get("sliding_window", 4096) if slide else None for slide in slides]
+    default = None if family == "mixtral" else 4096
+    windows = [values.get("sliding_window", default) if slide else None for slide in slides]
     return windows if any(windows) else None
 
 
@@ -233,14 +266,22 @@ def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
         "rope_scaling": rope or None,
         "rope_parameters": {"rope_type": "default", **rope, "rope_theta": config.rope_theta},
     }
-    if config.family == "mistral":
+    if config.family in ("mistral", "mixtral"):
         made["sliding_window"] = windows[0] if windows else None
+    elif config.family == "qwen3_moe":
+        made |= {"use_sliding_window": windows is not None, "sliding_window": windows[0] if windows else None}
     elif config.family != "llama":
         made["use_sliding_window"] = windows is not None
         made["sliding_window"] = next((window for window in windows or [] if window), None)
         made["layer_types"] = ["sliding_attention" if windows and windows[i] else "full_attention" for i in layers]
         if windows and config.family != "smollm3":
             made["max_window_layers"] = next(i for i in layers if windows[i])
+    if config.num_experts:
+        made |= {**dict.fromkeys(NUMBER_OF_EXPERTS, config.num_experts),
+                 "num_experts_per_tok": config.num_experts_per_tok}
+    if config.family == "qwen3_moe":
+        made |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob,
+                 "decoder_sparse_step": 1, "mlp_only_layers": config.dense_layers}
     if config.family == "smollm3":
         made["no_rope_layers"] = [int(i not in config.no_rope_layers) for i in layers]
     return made

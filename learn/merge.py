@@ -25,6 +25,7 @@ from core.config import setting
 from core.errors import UserError
 from core.files import new_folder, read_json, write_json, write_text
 from core.foreign_files import own_files
+from core.parameter_names import from_hf_name
 from learn.method import upcast_dtype
 
 ALPHAS = [i / 10 for i in range(11)]
@@ -97,11 +98,11 @@ class Pair:
         for each, files in zip(bases, self.files):
             hf.check_tied_head(each.config, files, each.folder)
         for names, other, folder in ((in_result, in_base, base), (in_base, in_result, result)):
-            lacking = [n for n in names if n not in other and hf.from_hf_name(n) and n != "lm_head.weight"]
+            lacking = [n for n in names if n not in other and from_hf_name(n) and n != "lm_head.weight"]
             if lacking:
                 raise UserError(f"{folder} has no tensor {lacking[0]}; base and result must be of one architecture")
         # A tied head may be stored or not, so one of the two folders may lack it.
-        self.names = [name for name in in_result if hf.from_hf_name(name) and name in in_base]
+        self.names = [name for name in in_result if from_hf_name(name) and name in in_base]
         if "lm_head.weight" in in_result and "lm_head.weight" not in self.names:
             raise UserError(f"{result} has a head of its own and {base} has none; untie the base's to merge them")
 

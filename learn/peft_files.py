@@ -13,6 +13,7 @@ import hf
 from core.errors import UserError
 from core.files import FolderKind, new_folder, write_json
 from core.foreign_files import list_tensors, own_file, read_tensor
+from core.parameter_names import from_hf_name, to_hf_name
 from core.settings_files import read_settings
 from learn import adapters
 
@@ -36,7 +37,7 @@ HARMLESS = {
 
 def peft_names(model: nn.Module) -> dict[str, str]:
     """{parameter of the active adapter: its key in PEFT's file}"""
-    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + hf.to_hf_name(path) + suffix
+    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + to_hf_name(path) + suffix
             for path, layer in adapters.active_layers(model)
             for leaf, suffix in layer.adapter.peft_suffixes.items() if getattr(layer.adapter, leaf) is not None}
 
@@ -86,7 +87,7 @@ def shorten_paths(values: dict[str, object]) -> dict[str, object]:
 def peft_config(model: nn.Module, base) -> dict:
     """adapter_config.json of the active adapter. base: a Base or a name."""
     name, revision = hf.split_name(base)
-    active = {hf.to_hf_name(path): layer.adapter for path, layer in adapters.active_layers(model)}
+    active = {to_hf_name(path): layer.adapter for path, layer in adapters.active_layers(model)}
     low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, adapters.LowRank)}
     rows = {path.rpartition(".")[2]: adapter.token_ids for path, adapter in active.items() if path not in low_rank}
     full = [path for path, token_ids in rows.items() if token_ids is None]
@@ -98,7 +99,7 @@ def peft_config(model: nn.Module, base) -> dict:
         return common, {path: value for path, value in shorten_paths(values).items() if value != common}
     rank, rank_pattern = find_common({path: adapter.rank for path, adapter in low_rank.items()})
     alpha, alpha_pattern = find_common({path: adapter.alpha for path, adapter in low_rank.items()})
-    targets = shorten_paths({path: path in low_rank for path in map(hf.to_hf_name, adapters.linear_layers(model))})
+    targets = shorten_paths({path: path in low_rank for path in map(to_hf_name, adapters.linear_layers(model))})
     one = next(iter(low_rank.values()))
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision or None,
@@ -139,7 +140,7 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
         # The end is that of a layer's A, with which B and m come, of a full table, or of some rows of one.
         module, end = re.fullmatch(r"(.*?)(\.lora_A\.weight|\.weight|\.token_adapter\.\w+|)", key.removeprefix(PREFIX),
                                    re.DOTALL).groups()
-        path = hf.from_hf_name(module)
+        path = from_hf_name(module)
         if end == ".lora_A.weight" and path in known:
             check_pair(key, tensors, known[path], settings, folder)
             chosen[path], modules[path] = {"rank": len(tensor), **same}, module

@@ -26,12 +26,12 @@ import torch
 from torch.nn.functional import linear
 
 import data
-import hf
 import lora
 import train
 from core import parallel
 from core.architecture import make_config
 from core.devices import peak_bytes
+from core.parameter_names import to_hf_name
 from kernels.cross_entropy import IGNORE, chunk_rows
 from learn import peft_files
 from learn.adapters import adapted_layers
@@ -220,7 +220,7 @@ def peer_of(model, side: str):
     import transformers
     who = f"transformers {transformers.__version__}"
     peer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**make_config(model.config, torch.float32, {})))
-    peer.load_state_dict({hf.to_hf_name(k): v for k, v in model.state_dict().items() if ".adapters." not in k})
+    peer.load_state_dict({to_hf_name(k): v for k, v in model.state_dict().items() if ".adapters." not in k})
     if side == "peft":
         import peft
         who = f"peft {peft.__version__} on {who}"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import hf
 from core.errors import UserError
+from core.parameter_names import from_hf_name, to_hf_name
 from model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -446,7 +447,7 @@ def test_pytorch_bin_loads(folder, sharded):
     else:
         torch.save(tensors, folder / "pytorch_model.bin")
     loaded = hf.load(folder)
-    same_bytes({hf.to_hf_name(name): p.detach() for name, p in loaded.named_parameters()}, tensors)
+    same_bytes({to_hf_name(name): p.detach() for name, p in loaded.named_parameters()}, tensors)
     for file in folder.glob("pytorch_model*.bin"):                    # the tensors own their memory, not the file's
         file.write_bytes(b"\0" * file.stat().st_size)
     assert torch.equal(loaded.norm.weight, tensors["model.norm.weight"])
@@ -565,7 +566,7 @@ def test_tied_head_stored_twice_loads(tiny_model, tmp_path):
 
 def test_names_are_a_bijection(tiny_model):
     for name, _ in tiny_model(qk_norm=True, attention_bias=True, mlp_bias=True).named_parameters():
-        assert hf.from_hf_name(hf.to_hf_name(name)) == name
+        assert from_hf_name(to_hf_name(name)) == name
 
 
 # ---- what is wrong is said in one line

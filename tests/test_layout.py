@@ -17,7 +17,7 @@ FOLDERS = ("core", "kernels", "text", "learn", "stages", "measure", "experiments
 FLOORS = [
     ["core"],
     ["kernels", "text"],
-    ["model", "moe", "hf", "tokenizer", "data"],
+    ["moe", "model", "hf", "tokenizer", "data"],
     ["learn", "lora"],
     ["generate", "measure.verdict", "measure.scoring", "measure.run_code", "measure.tasks", "measure.probes",
      "measure.retention", "eval", "forget"],

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import hf
 import kernels
+from core.parameter_names import to_hf_name
 from model import KVCache, Model, matmul_flops_per_token, rope_frequencies
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -213,7 +214,7 @@ def test_gradients_equal_transformers(hf_model, name, packed):
     assert loss.item() == pytest.approx(total.item(), rel=1e-6)
     expected = dict(theirs.named_parameters())
     for parameter_name, parameter in ours.named_parameters():
-        truth = expected.pop(hf.to_hf_name(parameter_name)).grad
+        truth = expected.pop(to_hf_name(parameter_name)).grad
         assert truth.abs().max() > 0.01, parameter_name
         assert (parameter.grad - truth).abs().max() < 1e-5 * truth.abs().max(), parameter_name
     assert not expected

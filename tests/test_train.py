@@ -28,6 +28,7 @@ import tokenizer
 import train
 from core import checkpoint, cli, parallel
 from core.errors import UserError
+from core.parameter_names import from_hf_name
 from core.signals import STOPS
 from learn import optim, schedules
 from measure import scoring
@@ -170,7 +171,7 @@ def test_gradient_is_that_of_the_mean_over_all_targets(lab, whole, tmp_path, mic
 
     done, ours = gradients(run)
     assert done["loss"] == pytest.approx((total / count).item(), rel=1e-5)
-    theirs = {hf.from_hf_name(n): p.grad for n, p in truth.named_parameters()}
+    theirs = {from_hf_name(n): p.grad for n, p in truth.named_parameters()}
     assert sum(n for _, n in done["sources"].values()) == count
     for name, grad in ours.items():                             # fp32, another order of sums
         torch.testing.assert_close(grad, theirs[name], rtol=2e-4, atol=2e-6, msg=name)

@@ -11,9 +11,9 @@ import torch
 from runs import lines, one, run_of
 from safetensors.torch import load_file
 
-import hf
 import train
 from core import checkpoint
+from core.parameter_names import from_hf_name
 from learn.peft_files import save_adapter
 from stages.build import build
 
@@ -81,7 +81,7 @@ def test_a_run_is_the_loop_written_out(base, tmp_path):
     follow(model, groups, (EMBEDDINGS, 1.0, 1.0), loader, lines(tmp_path / "run", "train"))
     weights = checkpoint.load(checkpoint.path_of(tmp_path / "run/checkpoints", STEPS))[0]
     for name, p in model.named_parameters():
-        torch.testing.assert_close(weights[hf.from_hf_name(name)], p.detach(), rtol=1e-2, atol=1e-3, msg=name)
+        torch.testing.assert_close(weights[from_hf_name(name)], p.detach(), rtol=1e-2, atol=1e-3, msg=name)
 
 
 def test_a_run_with_adapters_is_the_loop_written_out_with_peft(base, peft, tmp_path):
