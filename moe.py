@@ -99,16 +99,22 @@ def balance_loss(logits: list, k: int, counted=None):
     """E * sum over experts of (assignments per token) * (mean score): k where the experts are used evenly, and E where
     one has it all (Switch Transformer, arXiv 2101.03961, eq. 4 to 6, over all layers together, as in transformers).
 
-    logits: of each layer [N, E]. counted: which tokens count, bool [N]; None: all.
+    logits: of each layer [N, E]. counted: which tokens count, bool [N]; None: all, and 0 where none does.
     """
     scores = torch.stack(logits).float().softmax(-1)                                        # [layers, N, E]
     used = torch.zeros_like(scores).scatter_(-1, scores.topk(k).indices, 1.0)
-    if counted is not None:
-        scores, used = scores[:, counted], used[:, counted]
-    return scores.shape[-1] * (used.mean((0, 1)) * scores.mean((0, 1))).sum()
+    weight = weigh_tokens(scores, counted)
+    return scores.shape[-1] * ((used * weight).sum((0, 1)) * (scores * weight).sum((0, 1))).sum()
 
 
 def z_loss(logits: list, counted=None):
     """The mean of (log of the sum of exp(logits))^2, which keeps logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
     logits = torch.stack(logits).float()
-    return (logits if counted is None else logits[:, counted]).logsumexp(-1).square().mean()
+    return (logits.logsumexp(-1, keepdim=True).square() * weigh_tokens(logits, counted)).sum()
+
+
+def weigh_tokens(x, counted):
+    """[N, 1]: with it, a sum over layers and tokens of x [layers, N, E] is the mean over those that count. Weights,
+    because to pick tokens a GPU's host would have to know how many there are."""
+    counted = torch.ones(x.shape[1:2], device=x.device) if counted is None else counted.float()
+    return (counted / (len(x) * counted.sum().clamp(min=1))).unsqueeze(-1)

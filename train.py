@@ -39,6 +39,7 @@ from learn import schedules
 from learn.choose_objective import ObjectiveConfig
 from learn.objectives import sum_step
 from learn.optim import OptimConfig
+from learn.router import RouterConfig
 from lora import LoraConfig
 from stages.build import PARTS, ModelSection, Run, TrainSection, build, refuse_combinations
 from stages.evaluate import EvalSection, ExportSection, begin, describe, evaluate, finish, log_step, score_heldout
@@ -63,6 +64,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     forget: ForgetConfig = field(default_factory=ForgetConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainSection = field(default_factory=TrainSection)
     guard: GuardConfig = field(default_factory=GuardConfig)
@@ -73,6 +75,7 @@ class Config:
 
     def __post_init__(self):
         refuse_unused(self.lora, "lora")
+        refuse_unused(self.router, "router")
         for name, section in vars(self.forget).items():
             refuse_unused(section, f"forget.{name}")
 

@@ -279,6 +279,8 @@ def make_config(config: ModelConfig, dtype: torch.dtype, base: dict) -> dict:
     if config.num_experts:
         made |= {**dict.fromkeys(NUMBER_OF_EXPERTS, config.num_experts),
                  "num_experts_per_tok": config.num_experts_per_tok}
+    if config.family == "mixtral":
+        made["intermediate_size"] = config.moe_intermediate_size
     if config.family == "qwen3_moe":
         made |= {"moe_intermediate_size": config.moe_intermediate_size, "norm_topk_prob": config.norm_topk_prob,
                  "decoder_sparse_step": 1, "mlp_only_layers": config.dense_layers}

@@ -103,6 +103,9 @@ def refuse_unread(config: ObjectiveConfig):
 
 def refuse_objective(c, ranks: int):
     """UserError for settings of a run that do not go with its objective, before anything is read."""
+    if c.router.balance and c.objective.name in ("dpo", "ipo", "orpo"):
+        raise UserError(f"router.balance weighs with the number of targets, and objective {c.objective.name} counts "
+                        f"pairs; leave it out")
     refuse_unread(c.objective)
     name, lwf = c.objective.name, c.forget.lwf.alpha
     on = [method for method in ("ewc", "lwf", "freeze", "merge") if is_on(getattr(c.forget, method))]

@@ -22,7 +22,7 @@ import lora
 import tokenizer as tokenizers
 from core import checkpoint, cli, devices, hashing, parallel
 from core.architecture import set_positions
-from core.config import setting
+from core.config import is_on, setting
 from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
@@ -30,6 +30,7 @@ from learn import adapters, optim, peft_files, schedules
 from learn.choose_objective import ObjectiveConfig, make_objective, refuse_objective
 from learn.method import Learning
 from learn.objectives import Objective
+from learn.router import Router
 from measure import scoring
 from model import Model, ModelConfig
 from stages.sources import pack_sources, refuse_sources
@@ -231,7 +232,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.reference = open_reference(c, world, config, tokenizer)
     run.inner = build_model(c, config, base, world)
     learning = describe_learning(run)
-    run.methods = forget.build(c.forget, learning)
+    run.methods = forget.build(c.forget, learning) + ([Router(c.router, learning)] if is_on(c.router) else [])
     run.objective.model_built(run.inner, learning)
     for method in run.methods:
         method.model_built(run.inner)                                                       # model built

@@ -39,6 +39,9 @@ CASES = {
     "qwen2_beyond": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3}),
     "qwen3": ("qwen3", {"head_dim": 24, "attention_bias": True, "use_sliding_window": True, "sliding_window": 6,
                         "max_window_layers": 2}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+                                "moe_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": [1]}),
     "smollm3": ("smollm3", {**SMOL3, "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 5}),
 }
 
@@ -622,7 +625,7 @@ def test_truncated_pickles_are_named(folder, length):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "falcon"}, "'falcon', which is not supported; .*Falcon3 are llama"),
-    ({"model_type": "bert"}, r"'bert', which is not supported; known are llama, mistral, qwen2, qwen3, smollm3"),
+    ({"model_type": "bert"}, r"'bert', which is not supported; known are llama, mistral, qwen2, qwen3, mixtral"),
     ({"model_type": None}, "None, which is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu"),
     ({"hidden_size": None}, "no usable hidden_size"),

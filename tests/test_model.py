@@ -59,6 +59,13 @@ FAMILIES = {
                                   "tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
     "smollm3_windows": ("smollm3", {**SMOL3, "no_rope_layer_interval": 2, "use_sliding_window": True,
                                     "sliding_window": 5}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral_window": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7}),
+    "qwen3_moe": ("qwen3_moe", {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+                                "moe_intermediate_size": 24, "norm_topk_prob": True}),
+    "qwen3_moe_dense": ("qwen3_moe", {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3,
+                                      "moe_intermediate_size": 24, "mlp_only_layers": [2], "decoder_sparse_step": 2,
+                                      "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 6}),
     "tinyllama": ("llama", {"num_attention_heads": 8, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}),
     "falcon3": ("llama", {"head_dim": 64, "num_key_value_heads": 1, "rms_norm_eps": 1e-6,
                           "rope_parameters": {"rope_type": "default", "rope_theta": 1000042.0}}),
@@ -385,8 +392,8 @@ def test_initialise(tiny_config):
 
 def test_initialise_refuses_an_unknown_parameter(tiny_config):
     model = Model(tiny_config())
-    model.layers[0].gate = torch.nn.Linear(2, 2)
-    with pytest.raises(AssertionError, match=r"layers\.0\.gate\.weight"):
+    model.layers[0].other = torch.nn.Linear(2, 2)
+    with pytest.raises(AssertionError, match=r"layers\.0\.other\.weight"):
         model.initialise(0)
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import hf
 import train
 from core import checkpoint, parallel
+from model import Model, ModelConfig
 from stages import evaluate
 from stages.build import build
 from stages.resume import resume
@@ -49,6 +50,7 @@ METHODS = {
     "electra": ["--objective.name", "electra", "--objective.mask-token-id", 0],
     "mixture": ["--objective.name", "mixture", "--objective.weights.causal", 1, "--objective.weights.masked", 1,
                 "--objective.mask-token-id", 0, "--train.micro-batch-size", 1],
+    "experts": ["--train.micro-batch-size", 1],
     "muon": ["--optim.name", "muon", "--forget.ema.decay", 0.9],
     "everything": ["--forget.freeze.schedule", "progressive", "--forget.ewc.strength", 1, "--forget.ewc.samples", 12,
                    "--forget.ewc.fisher", "true", "--forget.lwf.alpha", 0.3, "--forget.adaptive.policy", "budget",
@@ -92,7 +94,7 @@ def eight_bit(lab, out, strategy):
 
 def method(folder, name, out, *words):
     """Four steps on a base that knows the general source, with a checkpoint half-way."""
-    base = folder / ("untied" if name == "lora_rows" else "tied") / "final"
+    base = folder / {"lora_rows": "untied", "experts": "experts"}.get(name, "tied") / "final"
     return settings(folder / "lab", folder / "methods" / f"{name}_{out}", "--model.init", "pretrained", "--model.path",
                     base, "--train.save-every", 2, *METHODS[name], *words, steps=4)
 
@@ -179,6 +181,12 @@ def ranks(tmp_path_factory):
         for tied in (True, False):
             train.train(settings(lab, folder / ("tied" if tied else "untied"), "--model.tie-word-embeddings", tied,
                                  "--data.domain-share", 0, "--data.schedule", "static", steps=20), one())
+        # Fewer tokens than a step has for each of these experts: some get none on a rank.
+        config = ModelConfig(300, 32, 64, 2, 4, 2, num_experts=12, num_experts_per_tok=2, moe_intermediate_size=24,
+                             norm_topk_prob=True, dense_layers=[1], qk_norm=True, family="qwen3_moe")
+        experts = Model(config)
+        experts.initialise(0)
+        hf.save(experts, folder / "experts/final", tokenizer=lab / "tok")
         for name in METHODS:
             train.train(method(folder, name, "one"), one())
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
