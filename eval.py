@@ -4,8 +4,9 @@
     python eval.py --run out/legal --text law=shards/domain
     python eval.py --model out/spans/final --text law=shards/domain --objective.name span
     python eval.py --model out/masked/final --text law=shards/domain --objective.name masked --pll
+    python eval.py --model out/legal/final --baseline DIR --tasks arc_easy=arc_easy.jsonl mine=questions.jsonl
 
-How a document is scored stands in measure/scoring.py.
+How a document is scored stands in measure/scoring.py, how an item of a benchmark in measure/tasks.py.
 """
 
 import core.threads
@@ -26,6 +27,7 @@ from core.config import setting
 from core.errors import UserError
 from learn import objectives
 from learn.choose_objective import CAUSAL, ObjectiveConfig, check_scoring, make_objective, read_settings
+from measure import tasks as benchmarks
 from measure import verdict
 from measure.scoring import format_table, heldout_documents, protocol, score, score_objective
 from model import Model, ModelConfig
@@ -86,8 +88,17 @@ class Eval:
     """The model before: adds changes, domain gain and forgetting."""
     run: str | None = None
     """A run folder: score each of its checkpoints instead."""
-    text: list[str]
+    text: list[str] = field(default_factory=list)
     """NAME=FILE ...: texts to score, also a folder, a pattern or @LIST; of a packed folder, its held-out documents."""
+    tasks: list[str] = field(default_factory=list)
+    """NAME or NAME=FILE ...: benchmarks to score, their items from the Hub or a file; also multiple-choice or cloze
+    files of your own (.jsonl)."""
+    limit: int | None = setting(None, at_least=1)
+    """Items of each task at most, spread evenly over its file."""
+    shots: int | None = setting(None, at_least=0, at_most=100)
+    """Examples before each item (default: the task's own number)."""
+    batch_size: int = setting(32, at_least=1)
+    """Sequences of a task that go through the model at a time."""
     general: list[str] = field(default_factory=list)
     """Names of the texts that are general: their rise is forgetting, the fall of the others the domain gain."""
     context: int | None = setting(None, at_least=1)
@@ -106,6 +117,8 @@ def run_eval(options: Eval, settings: list[str] = ()) -> dict:
         raise UserError("name one of --model and --run")
     if options.run and (options.baseline or options.general):
         raise UserError("--baseline and --general go with --model; --run scores each checkpoint alone")
+    if not options.text and not options.tasks:
+        raise UserError("name what to score: --text NAME=FILE, --tasks NAME=FILE, or both")
     if wrong := [text for text in options.text if text.find("=") < 1]:
         raise UserError(f"--text is {wrong[0]!r}, but must be NAME=FILE")
     texts = dict(text.split("=", 1) for text in options.text)
@@ -113,11 +126,39 @@ def run_eval(options: Eval, settings: list[str] = ()) -> dict:
         raise UserError("--text gives one name to two texts; name each once (a folder, a pattern or @LIST joins files)")
     if unknown := [name for name in options.general if name not in texts]:
         raise UserError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
+    if options.tasks and config.name != "causal":
+        raise UserError(f"--tasks are for models that continue a text, not for objective {config.name}")
+    tasks = benchmarks.open_tasks(read_tasks(options))
     how = options.reading, options.context, config, options.pll
-    return (score_run if options.run else score_model)(options, texts, how)
+    return (score_run if options.run else score_model)(options, texts, tasks, how)
 
 
-def score_run(options: Eval, texts: dict, how: tuple) -> dict:
+def read_tasks(options: Eval) -> dict[str, benchmarks.TaskSettings]:
+    """{name: settings} of the words NAME or NAME=FILE."""
+    named = [word.partition("=")[::2] for word in options.tasks]
+    if len(dict(named)) < len(named):
+        raise UserError("--tasks names one task twice; name each once")
+    return {name: benchmarks.TaskSettings(file or None, options.limit, options.shots) for name, file in named}
+
+
+def score_all(options: Eval, model: Model, tokenizer, texts: dict, tasks: dict, how: tuple, reference=None) -> dict:
+    """{"texts", "protocol"} and, where tasks are asked for, "tasks"."""
+    found = dict(zip(("texts", "protocol"), score_files(model, tokenizer, texts, *how, reference=reference)))
+    if tasks:
+        found["tasks"] = benchmarks.score_tasks(model, tokenizer, tasks, options.context,
+                                                batch_size=options.batch_size)
+    return found
+
+
+def print_tables(before: dict, after: dict):
+    """What `score_all` found of two models, or of one."""
+    if after["texts"]:
+        print(format_table(before.get("texts"), after["texts"]))
+    if "tasks" in after:
+        print(benchmarks.format_tasks(before.get("tasks"), after["tasks"]))
+
+
+def score_run(options: Eval, texts: dict, tasks: dict, how: tuple) -> dict:
     folder, device = Path(options.run, "checkpoints"), devices.pick_device(options.device.device)
     result = {"run": options.run, "checkpoints": []}
     for step in checkpoint.steps(folder):
@@ -127,15 +168,19 @@ def score_run(options: Eval, texts: dict, how: tuple) -> dict:
             check_scoring(options.run, state["identity"], how[2])
         place = state["tokenizer"]
         tokenizer = tokenizers.load(hf.open_base(place).folder if place.startswith("hf://") else place)
-        scores, result["protocol"] = score_files(model.to(device), tokenizer, texts, *how)
-        result["checkpoints"].append({"step": step, "model": name, "texts": scores})
-        print(f"step {step}: {name}\n{format_table(None, scores)}")
+        scores = score_all(options, model.to(device), tokenizer, texts, tasks, how)
+        result["protocol"] = scores.pop("protocol")
+        result["checkpoints"].append({"step": step, "model": name, **scores})
+        print(f"step {step}: {name}")
+        print_tables({}, scores)
     if not result["checkpoints"]:
         raise UserError(f"{options.run} holds no checkpoints")
     if (final := Path(options.run, "final")).is_dir():
-        scores, _ = score_files(hf.load(final, device=device), tokenizers.load(final), texts, *how)
-        result["final"] = {"model": "final/", "texts": scores}
-        print(f"final/\n{format_table(None, scores)}")
+        scores = score_all(options, hf.load(final, device=device), tokenizers.load(final), texts, tasks, how)
+        del scores["protocol"]
+        result["final"] = {"model": "final/", **scores}
+        print("final/")
+        print_tables({}, scores)
     return result
 
 
@@ -176,19 +221,18 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
     return model, state, name + (", before the merge with the base" if merges else "")
 
 
-def score_model(options: Eval, texts: dict, how: tuple) -> dict:
+def score_model(options: Eval, texts: dict, tasks: dict, how: tuple) -> dict:
     device, dtype, found = devices.pick_device(options.device.device), devices.DTYPES[options.device.dtype], []
     bases = {path: hf.open_base(path) for path in (options.model, options.baseline) if path}
     models = {path: hf.load(base, dtype, device) for path, base in bases.items()}
     for path in filter(None, (options.model, options.baseline)):
-        scores, used = score_files(models[path], tokenizers.load(bases[path].folder), texts, *how,
-                                   reference=models.get(options.baseline))
-        found.append({"model": path, "texts": scores, "protocol": used})
+        found.append({"model": path} | score_all(options, models[path], tokenizers.load(bases[path].folder), texts,
+                                                 tasks, how, models.get(options.baseline)))
     result, before = found[0], None
     if options.baseline:
         result["baseline"], before = found[1], found[1]["texts"]
         result |= verdict.compare(before, result["texts"], options.general)
-    print(format_table(before, result["texts"]))
+    print_tables(result.get("baseline", {}), result)
     for name, scores in result["texts"].items():
         if measured := scores.get("objective"):
             print(f"{name}, objective: {', '.join(f'{key} {value:.4g}' for key, value in measured.items())}")

@@ -1,0 +1,309 @@
+"""Benchmarks under a model: items out of a file or a Hub dataset, few-shot prompts, scores with how sure they are.
+
+    items = load_items("arc_easy", TASKS["arc_easy"], "arc_easy.jsonl", limit=200)
+    result = score_tasks(model, tokenizer, {"arc_easy": (TASKS["arc_easy"], items)})["arc_easy"]
+
+Scores are lm-evaluation-harness' (0.4.13): acc takes the choice with the largest log-likelihood, acc_norm the largest
+per character, acc_bytes per byte of UTF-8. A context and its continuation are encoded together and cut at the length
+of the encoded context; blanks at the end of a context go to the continuation; BOS stands before the context where the
+model was trained so, and before an empty one always. What is longer than the model's positions is cut on the left.
+"""
+
+import json
+import math
+import random
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from core import hashing
+from core.cli import Reading
+from core.config import setting
+from core.errors import UserError, nearest
+from measure.likelihoods import log_likelihoods
+from measure.task_list import OWN, OWN_TEXT, TASKS, Form, Item, Task
+from text import corpus, vocabulary
+
+# Of the normal distribution: the middle 95 %.
+Z = 1.959963984540054
+EXAMPLES_END = "\n\n"
+CAPABILITIES = Literal["reasoning", "knowledge", "math", "coding", "language", "domain"]
+
+
+@dataclass
+class TaskSettings:
+    """One task: a benchmark of the list by its name, or a file of the user's own."""
+    file: str | None = None
+    """the items, a file or a folder; default: the Hub's dataset of the benchmark"""
+    limit: int | None = setting(None, at_least=1)
+    """items at most, spread evenly over the file"""
+    shots: int | None = setting(None, at_least=0, at_most=100)
+    """examples before each item; default: the task's own number"""
+    seed: int = setting(0, at_least=0)
+    """draws the examples"""
+    capability: CAPABILITIES | None = None
+    """what it measures; default: the benchmark's, and of an own file domain"""
+
+
+# ---- items
+
+def open_tasks(wanted: dict[str, TaskSettings]) -> dict[str, tuple[Task, list[Item]]]:
+    """{name: (task, its items with their examples)} of {name: settings}; UserError for what is wrong with one."""
+    opened = {}
+    for name, settings in wanted.items():
+        task = find_task(name, settings.file)
+        if settings.capability:
+            task = replace(task, capability=settings.capability)
+        shots = task.shots if settings.shots is None else settings.shots
+        task = replace(task, shots=shots)
+        opened[name] = task, load_items(name, task, settings.file, settings.limit, settings.seed)
+    return opened
+
+
+def find_task(name: str, file: str | None) -> Task:
+    """The benchmark `name`, or, of a file of the user's own, the kind of task that its first record makes it."""
+    if name in TASKS:
+        return TASKS[name]
+    if not file:
+        raise UserError(f"unknown task {name}{nearest(name, TASKS)} (there are {', '.join(TASKS)}; a task of your own "
+                        f"needs a file: {name}=FILE.jsonl)")
+    for _, record in read_records(name, file):
+        for task in (OWN, OWN_TEXT):
+            if any(has_columns(form, record) for form in task.forms):
+                return task
+        raise refuse_columns(name, file, record, (*OWN.forms[:2], *OWN_TEXT.forms))
+    raise UserError(f"task {name}: {file} holds no items")
+
+
+def load_items(name: str, task: Task, file: str | None = None, limit: int | None = None, seed: int = 0) -> list[Item]:
+    """The items of a task, at most `limit` of them spread evenly over the file, with `task.shots` examples before each.
+
+    All items of a part have the same examples, so that a model computes them once.
+    """
+    items, chosen = read_items(name, task, file), {}
+    if task.shots:
+        pool, is_apart = read_examples(name, task, file, items)
+        for part in dict.fromkeys(item.part for item in items):
+            chosen[part] = choose_examples(name, task, [item for item in pool if item.part == part], seed)
+        if not is_apart:
+            used = {id(item) for examples in chosen.values() for item in examples}
+            items = [item for item in items if id(item) not in used]
+            if not items:
+                raise UserError(f"task {name}: {file or task.hub[0]} has no items beside its {task.shots} examples")
+    if limit and limit < len(items):
+        items = [items[i * len(items) // limit] for i in range(limit)]
+    return [add_examples(task, item, chosen.get(item.part, ())) for item in items]
+
+
+def add_examples(task: Task, item: Item, examples) -> Item:
+    """The item with description and examples before its context."""
+    before = task.description.format(part=item.part.replace("_", " "))
+    for example in examples:
+        context = example.contexts[example.gold] if example.contexts else example.context
+        answer = example.choices[example.gold] if example.answer is None else example.answer
+        before += context + task.delimiter + answer + EXAMPLES_END
+    return replace(item, context=before + item.context, contexts=tuple(before + each for each in item.contexts))
+
+
+def choose_examples(name: str, task: Task, pool: list[Item], seed: int) -> list[Item]:
+    if len(pool) < task.shots:
+        raise UserError(f"task {name}: {task.shots} examples are wanted, but there are {len(pool)}; lower shots")
+    return pool[:task.shots] if task.first else random.Random(seed).sample(pool, task.shots)
+
+
+def read_examples(name: str, task: Task, file: str | None, items: list[Item]) -> tuple[list[Item], bool]:
+    """(items to choose examples from, whether they are others than those to score): of the split or the file beside
+    this one that has them, else of the task's own items."""
+    if not file:
+        return (read_items(name, task, None, task.examples), True) if task.examples else (items, False)
+    path = Path(file)
+    for word in ("test", "validation", "val"):
+        # Of MMLU both the folder and the file say which split it is: test/anatomy_test.csv, dev/anatomy_dev.csv.
+        beside = path.with_name(path.name.replace(word, task.examples or "train"))
+        for other in (beside, beside.parent.with_name(task.examples or "train") / beside.name):
+            if beside.name != path.name and other.is_file():
+                return read_items(name, task, str(other)), True
+    return items, False
+
+
+def read_items(name: str, task: Task, file: str | None, split: str | None = None) -> list[Item]:
+    items = []
+    for where, record in read_records(name, file, task, split):
+        form = next((form for form in task.forms if has_columns(form, record)), None)
+        if form is None:
+            raise refuse_columns(name, file or task.hub[0], record, task.forms)
+        try:
+            item = form.make_item(record)
+            check_item(task, item)
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"task {name}: {where} makes no item ({error}); correct it, or leave it out") from None
+        items.append(item)
+    if not items:
+        raise UserError(f"task {name}: {file or task.hub[0]} holds no items")
+    return items
+
+
+def check_item(task: Task, item: Item):
+    """ValueError with what is wrong with an item."""
+    texts = (item.context, *item.contexts, *item.choices)
+    if odd := next((text for text in texts if not isinstance(text, str)), None):
+        raise ValueError(f"a text is {odd!r}")
+    if task.kind == "choice" and len(item.choices) < 2:
+        raise ValueError(f"it has {len(item.choices)} choices")
+    if not 0 <= item.gold < len(item.choices):
+        raise ValueError(f"the right choice is number {item.gold}, but its {len(item.choices)} choices are numbered "
+                         f"from 0")
+    if task.kind in ("choice", "cloze") and not all(item.choices):
+        raise ValueError("a choice is empty")
+
+
+def read_records(name: str, file: str | None, task: Task | None = None, split: str | None = None):
+    """Yield (where it stands, record) of a task's file, or of its dataset on the Hub."""
+    if file:
+        path, reading = file, Reading(documents="file")
+    else:
+        dataset, config, own = task.hub
+        path, reading = f"hf://{dataset}", Reading(config=config, split=split or own)
+    if not file or Path(path).is_file() or path.startswith("hf://"):
+        yield from corpus.read_values(path, reading, lists=True)
+    else:
+        raise UserError(f"task {name}: {path} is no file" if Path(path).exists() else
+                        f"task {name}: {path} does not exist")
+
+
+def has_columns(form: Form, record) -> bool:
+    return isinstance(record, dict) and set(form.columns.split()) <= record.keys()
+
+
+def refuse_columns(name: str, file: str, record, forms) -> UserError:
+    found = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
+    known = " or ".join(form.columns.replace(" ", ", ") for form in forms)
+    return UserError(f"task {name}: {file} has the columns {found}, but needs {known}")
+
+
+# ---- requests
+
+def encode_pairs(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """[(ids of the context, ids of the continuation)] of texts, cut as lm-evaluation-harness does."""
+    moved = []
+    for context, continuation in pairs:
+        stripped = context.rstrip()
+        moved.append((stripped, context[len(stripped):] + continuation) if stripped else ("", context + continuation))
+    bos = [tokenizer.bos_id] * tokenizer.add_bos
+    prefix = vocabulary.token_before_document(tokenizer)
+    contexts = list(dict.fromkeys(context for context, _ in moved))
+    known = dict(zip(contexts, (ids.tolist() for ids in tokenizer.encode_batch(contexts))))
+    encoded = []
+    for (context, _), ids in zip(moved, tokenizer.encode_batch([a + b for a, b in moved])):
+        ids = ids.tolist()
+        if context:
+            length = len(known[context])
+            encoded.append((bos + known[context], ids[length:]))
+        else:
+            encoded.append(([prefix], ids) if ids[:1] != [prefix] else (ids[:1], ids[1:]))
+    return encoded
+
+
+def make_requests(tokenizer, name: str, task: Task, items: list[Item]) -> list[list[tuple]]:
+    """The requests of each item: one for each of its choices."""
+    pairs = [[(context, task.delimiter + choice) for context, choice in zip(
+        item.contexts or [item.context] * len(item.choices), item.choices)] for item in items]
+    encoded = iter(encode_pairs(tokenizer, [pair for own in pairs for pair in own]))
+    requests = [[next(encoded) for _ in own] for own in pairs]
+    for item, own in zip(items, requests):
+        if empty := [choice for choice, (_, ids) in zip(item.choices, own) if not ids]:
+            raise UserError(f"task {name}: the tokenizer makes no token of the choice {empty[0]!r}; leave out its item")
+    return requests
+
+
+# ---- scores
+
+def score_tasks(model, tokenizer, tasks: dict[str, tuple[Task, list[Item]]], context: int | None = None, world=None,
+                batch_size: int = 32, autocast=None) -> dict[str, dict]:
+    """{name: result} of {name: (task, items)}; with a world, the ranks share the work and all return the same.
+
+    A result: each metric; "metric", "value", "direction" and "interval" of the headline, at 95 %; "chance", "n",
+    "capability", "version", "shots", "hits" (a character an item, of the headline), "items_hash" and "protocol".
+    """
+    longest = min(model.config.max_position_embeddings, context or math.inf)
+    results = {}
+    for name, (task, items) in tasks.items():
+        requests = make_requests(tokenizer, name, task, items)
+        answers, cut = log_likelihoods(model, requests, [item.part for item in items], longest, batch_size, world,
+                                       autocast)
+        if cut:
+            print(f"warning: task {name}: {cut} of {sum(map(len, requests))} requests are longer than the {longest} "
+                  f"tokens of the context and were cut on the left", file=sys.stderr)
+        score = {"choice": score_choices, "cloze": score_clozes}[task.kind]
+        first = requests[0][0]
+        results[name] = summarise(task, items, score(items, answers)) | {"cut": cut, "protocol": {
+            "bos": bool(tokenizer.add_bos), "prefix_token_id": vocabulary.token_before_document(tokenizer),
+            "first_ids": [*first[0], *first[1]][:8], "context": longest, "batch_size": batch_size,
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}}
+    return results
+
+
+def score_choices(items: list[Item], answers: list) -> dict[str, list]:
+    """{metric: hit of each item}."""
+    measures = {"acc": lambda choice: 1, "acc_norm": len, "acc_bytes": lambda choice: len(corpus.utf8(choice))}
+    hits = {}
+    for metric, measure in measures.items():
+        # argmax takes the first of equal ones, as lm-evaluation-harness does.
+        hits[metric] = [int(np.argmax([nats / measure(choice) for choice, (nats, _) in zip(item.choices, own)])
+                            == item.gold) for item, own in zip(items, answers)]
+    return hits
+
+
+def score_clozes(items: list[Item], answers: list) -> dict[str, list]:
+    """{"acc": whether greedy decoding gives the continuation, "perplexity": its nats} of each item."""
+    return {"acc": [int(is_greedy) for [(_, is_greedy)] in answers], "perplexity": [-nats for [(nats, _)] in answers]}
+
+
+def summarise(task: Task, items: list[Item], scores: dict[str, list]) -> dict:
+    """The result of a task, of {metric: value of each item}."""
+    headline, n = task.metrics[0], len(items)
+    values = {metric: sum(scores[metric]) / n for metric in task.metrics}
+    if "perplexity" in values:
+        values["perplexity"] = math.exp(min(values["perplexity"], 700))
+    chance = sum(1 / len(item.choices) for item in items) / n if task.kind == "choice" else 0.0
+    result = {**values, "metric": headline, "value": values[headline], "direction": "up", "chance": chance,
+              "interval": wilson(sum(scores[headline]), n), "n": n, "capability": task.capability,
+              "version": task.version, "shots": task.shots, "hits": "".join(map(str, scores[headline])),
+              "items_hash": hash_items(items)}
+    parts = dict.fromkeys(item.part for item in items)
+    if len(parts) > 1:
+        result["parts"] = {part: mean_of_part(part, items, scores[headline]) for part in parts}
+    return result
+
+
+def mean_of_part(part: str, items: list[Item], hits: list[int]) -> dict:
+    own = [hit for item, hit in zip(items, hits) if item.part == part]
+    return {"value": sum(own) / len(own), "n": len(own), "interval": wilson(sum(own), len(own))}
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """[low, high] at 95 % of a share of hits (Wilson, 1927), which stays within 0 and 1."""
+    share, spread = hits / n, Z * Z / n
+    middle, half = share + spread / 2, Z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return [max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))]
+
+
+def hash_items(items: list[Item]) -> str:
+    """16 hex digits that are equal where the same questions were asked in the same way."""
+    asked = [[item.context, item.contexts, item.choices, item.gold] for item in items]
+    return hashing.short_digest(json.dumps(asked).encode())
+
+
+def format_tasks(before: dict | None, after: dict) -> str:
+    """Markdown table of the results {name: result}: the headline before and after with its interval, and chance."""
+    lines = ["| task | metric | before | after | 95 % | chance | items |", "|---|---|---|---|---|---|---|"]
+    for name, now in after.items():
+        was = f"{before[name]['value']:.4f}" if before and name in before else ""
+        low, high = now["interval"]
+        shown = " ".join(name.split()).replace("|", "\\|")
+        lines.append(f"| {shown} | {now['metric'].replace('_', ' ')} | {was} | {now['value']:.4f} | "
+                     f"{low:.4f} to {high:.4f} | {now['chance']:.3g} | {now['n']:,} |")
+    return "\n".join(lines)
