@@ -162,7 +162,7 @@ def measure(version: str, seed: int, c: Quality, steps: int, passages: tuple | N
     scores, lines = scratch.train_model(c, folder, out / "tokenizer", [
         *scratch.size_words(c.size), "--data.sources.text.path", shards, "--data.sources.text.max-epochs", 1000,
         "--data.sources.clean.path", out / "shards/all", "--data.sources.clean.role", "general",
-        "--data.sources.clean.weight", 0, "--train.steps", steps], seed)
+        "--data.sources.clean.weight", 0, "--train.steps", steps, *scratch.batch_words(c)], seed)
     packed = read_json(shards / "manifest.json")["splits"]["train"]
     row = {"version": version, "seed": seed, "bits_per_byte": scores["clean"]["bits_per_byte"],
            "perplexity": scores["clean"]["perplexity"], "documents": packed["documents"], "tokens": packed["tokens"],

@@ -10,12 +10,14 @@ where the targets are alike (causal and masked). Where a model predicts the next
 held-out documents, read from left to right, compare it with any other.
 
 The probe is logistic regression on the frozen mean states under the objective's own attention (masked and electra see
-both ways): which --probe file is a passage of --passage tokens from? An untrained model has the same probe.
+both ways): which --probe file is a passage of --passage tokens from? An untrained model has the same probe. Of the same
+states it is counted in how many directions they vary: a model that so far knows the frequencies of its targets and
+nothing else has nearly the same states whatever it reads.
 
 Full size, 6 blocks of width 512 on WikiText-103 for 10,000 steps, on one GPU; it prints the guides' figures beside:
 
-    python experiments/objectives.py --recipe recipes/scratch_full.toml --size 19M --steps 10000 --vocab-size 32000 \\
-        --text wikitext103/train.txt --seeds 0 --jobs 1 --out out/objectives_full
+    python experiments/objectives.py --recipe recipes/scratch_full.toml --size 19M --steps 10000 --batch-size 128 \\
+        --vocab-size 32000 --text wikitext103/train.txt --seeds 0 --jobs 1 --out out/objectives_full
 """
 
 import sys
@@ -33,7 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 import probe
 import scratch
-from data_quality import PASSAGES, probe_model, read_probe
+from data_quality import PASSAGES, read_probe
 from forgetting import save_study
 from scratch import SIZES, Scratch, choose_results
 
@@ -68,8 +70,10 @@ class Objectives(Scratch):
     """Tokens of a passage of the probe."""
     size: Literal[*SIZES] = "83K"
     """Parameters without the embedding."""
-    steps: int | None = setting(180, above=0)
+    steps: int | None = setting(720, above=0)
     """Length of each run."""
+    batch_size: int | None = setting(2, above=0)
+    """Sequences of a step."""
     out: str = "out/objectives"
 
 
@@ -106,7 +110,7 @@ def measure(objective: str, seed: int, c: Objectives, steps: int, passages: tupl
     scores, lines = scratch.train_model(c, folder, out / "tokenizer", [
         *scratch.size_words(c.size), "--data.sources.text.path", out / "shards", "--data.sources.text.max-epochs", 1000,
         "--train.steps", steps, "--eval.every", max(1, steps // POINTS), "--objective.name", objective,
-        *OBJECTIVES[objective]], seed)
+        *OBJECTIVES[objective], *scratch.batch_words(c)], seed)
     curves = read_curves(lines)
     curve = curves[OWN_LOSS.get(objective, "loss")]
     measured = {name: values[-1][1] for name, values in curves.items()}
@@ -118,7 +122,7 @@ def measure(objective: str, seed: int, c: Objectives, steps: int, passages: tupl
            "constant_accuracy": 1 - measured["replaced_share"] if objective == "electra" else None,
            "bits_per_byte": scores["text"]["bits_per_byte"] if reads else None,
            "perplexity": scores["text"]["perplexity"] if reads else None,
-           "probe": probe_model(hf.load(folder / "final"), passages, causal=objective not in BOTH_WAYS),
+           **look(hf.load(folder / "final"), passages, causal=objective not in BOTH_WAYS),
            "step_ms": median(line["step_ms"] for line in lines if line["kind"] == "train"),
            "seconds": time.perf_counter() - began}
     print(f"{objective:8} seed {seed}: loss {row['loss_before']:.4f} to {row['loss']:.4f}"
@@ -133,21 +137,31 @@ def entropy_of(tokens: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def probe_untrained(c: Objectives, config, passages: tuple) -> dict[str, float]:
-    """{which way it sees: accuracy} of models as the runs begin, means over the seeds."""
+def look(model, passages: tuple | None, causal: bool) -> dict:
+    """{"probe": its accuracy, "directions": in how many the states vary}; None without passages."""
+    if passages is None:
+        return {"probe": None, "directions": None}
+    tokens, labels, is_test = passages
+    states = probe.mean_states(model, tokens, causal)
+    return {"probe": probe.fit_probe(states, labels, is_test)["accuracy"],
+            "directions": probe.count_directions(states)}
+
+
+def look_untrained(c: Objectives, config, passages: tuple) -> dict[str, dict]:
+    """{which way it sees: `look`} of models as the runs begin, means over the seeds."""
     found = {"one way": [], "both ways": []}
     for seed in c.seeds:
         model = Model(config)
         model.initialise(seed)
         for way, values in found.items():
-            values.append(probe_model(model, passages, causal=way == "one way"))
-    return {way: mean(values) for way, values in found.items()}
+            values.append(look(model, passages, causal=way == "one way"))
+    return {way: {key: mean(value[key] for value in values) for key in values[0]} for way, values in found.items()}
 
 
 # ---- what it shows
 
 MEANS = ("loss_before", "loss", "converged", "accuracy", "constant_accuracy", "bits_per_byte", "perplexity", "probe",
-         "step_ms", "seconds")
+         "directions", "step_ms", "seconds")
 
 
 def summarise(rows: list[dict]) -> list[dict]:
@@ -205,14 +219,17 @@ def tell_reading(found: dict) -> list[str]:
 
 def tell_probe(table: list[dict], untrained: dict, classes: int) -> list[str]:
     best, worst = (choose(table, key=lambda row: row["probe"]) for choose in (max, min))
-    above = {row["objective"]: row["probe"] - untrained[way_of(row["objective"])] for row in table}
+    above = {row["objective"]: row["probe"] - untrained[way_of(row["objective"])]["probe"] for row in table}
     beat = [row["objective"] for row in table if above[row["objective"]] > row["probe_spread"]]
     spread = max(row["probe_spread"] for row in table)
     return [f"The probe tells {classes} texts apart in {worst['probe']:.1%} ({worst['objective']}) to "
             f"{best['probe']:.1%} ({best['objective']}) of the passages; an untrained model in "
-            f"{untrained['one way']:.1%} seeing one way and {untrained['both ways']:.1%} both ways, chance is "
-            f"{1 / classes:.1%}. Above the untrained model by more than their seeds spread (up to {spread:.1%}): "
-            f"{', '.join(beat) or 'none'}."]
+            f"{untrained['one way']['probe']:.1%} seeing one way and {untrained['both ways']['probe']:.1%} both ways, "
+            f"chance is {1 / classes:.1%}. Above the untrained model by more than their seeds spread (up to "
+            f"{spread:.1%}): {', '.join(beat) or 'none'}. The states vary in as many directions as "
+            + ", ".join(f"{row['directions']:.1f} ({row['objective']})" for row in
+                        sorted(table, key=lambda row: row["directions"]))
+            + f"; an untrained model's in {untrained['one way']['directions']:.0f}."]
 
 
 def tell_expected(size: str, found: dict) -> list[str]:
@@ -240,7 +257,7 @@ def mean_curve(rows: list[dict], objective: str) -> tuple[np.ndarray, np.ndarray
 def draw_chart(table: list[dict], rows: list[dict], frequencies: float, untrained: dict | None,
                classes: int) -> Figure:
     """Losses over the steps; the same as shares of each one's fall; the probe, where there is one, a dot per seed."""
-    figure = Figure(figsize=(14 if untrained else 9.5, 4), layout="constrained", dpi=120)
+    figure = Figure(figsize=(14 if untrained else 9.5, 4.6), layout="constrained", dpi=120)
     losses, shares, *rest = figure.subplots(1, 3 if untrained else 2)
     for i, row in enumerate(table):
         steps, loss = mean_curve(rows, row["objective"])
@@ -249,7 +266,6 @@ def draw_chart(table: list[dict], rows: list[dict], frequencies: float, untraine
             shares.plot(steps, (loss[0] - loss) / (loss[0] - loss[-1]), color=f"C{i}", marker=".")
     losses.axhline(frequencies, color="grey", linestyle="--", linewidth=0.8, label="frequencies of the tokens alone")
     losses.set(title="held-out loss, each one's own", xlabel="step", ylabel="nats per target", ylim=(0, None))
-    losses.legend(frameon=False, fontsize=8)
     shares.axhline(CONVERGED, color="grey", linestyle="--", linewidth=0.8)
     shares.set(title="share of its fall that is done", xlabel="step")
     for axes in rest:
@@ -257,12 +273,14 @@ def draw_chart(table: list[dict], rows: list[dict], frequencies: float, untraine
                   color=[f"C{i}" for i in range(len(table))])
         places = {row["objective"]: i for i, row in enumerate(table)}
         axes.scatter([row["probe"] for row in rows], [places[row["objective"]] for row in rows], s=12, color="black")
-        for value, style, label in ((1 / classes, ":", "chance"), (untrained["one way"], "--", "untrained, one way"),
-                                    (untrained["both ways"], "-.", "untrained, both ways")):
+        for value, style, label in ((1 / classes, ":", "chance"),
+                                    (untrained["one way"]["probe"], "--", "untrained, one way"),
+                                    (untrained["both ways"]["probe"], "-.", "untrained, both ways")):
             axes.axvline(value, color="black", linestyle=style, linewidth=0.9, label=label)
         axes.set(title="accuracy of a linear probe", yticks=range(len(table)), yticklabels=places)
         axes.invert_yaxis()
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    # Below the axes, where it covers nothing.
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=6)
     return figure
 
 
@@ -270,6 +288,7 @@ COLUMNS = {"objective": ("objective", ""), "loss before": ("loss_before", ".4f")
            "between seeds": ("loss_spread", ".4f"), "90 % of the fall": ("converged", ".0f"),
            "accuracy": ("accuracy", ".1%"), "bits per byte": ("bits_per_byte", ".4f"),
            "perplexity": ("perplexity", ".2f"), "probe": ("probe", ".1%"), "its seeds": ("probe_spread", ".1%"),
+           "directions": ("directions", ".1f"),
            "ms a step": ("step_ms", ".0f")}
 
 
@@ -294,7 +313,7 @@ def run_study(c: Objectives) -> dict:
                                              for seed in c.seeds])
     if classes:
         config = hf.open_base(out / f"runs/{c.objectives[0]}_{c.seeds[0]}/final").config
-        untrained = probe_untrained(c, config, passages)
+        untrained = look_untrained(c, config, passages)
     table = summarise(rows)
     shows = describe(c, table, rows, frequencies, untrained)
     print(f"\n{scratch.format_table(table, COLUMNS)}\n\n{shows}")

@@ -41,12 +41,20 @@ def mean_states(model, tokens: torch.Tensor, causal: bool = True, B: int = 64) -
     return torch.cat([model(part, causal=causal).double().mean(1) for part in tokens.split(B)]).numpy()
 
 
+def decorrelate(states: np.ndarray, train: np.ndarray) -> np.ndarray:
+    """The principal components [n, up to D] of states [n, D], each with a variance of 1 over the `train` ones. Where
+    states vary in one direction far more than in others, a penalty on weights would hide what the others tell."""
+    x = states - states[train].mean(0)
+    _, scale, directions = np.linalg.svd(x[train], full_matrices=False)
+    kept = scale > 1e-9 * scale[0]
+    return x @ (directions[kept].T / scale[kept]) * np.sqrt(train.sum())
+
+
 def fit_probe(states: np.ndarray, labels: np.ndarray, is_test: np.ndarray, penalty: float = 1e-3) -> dict:
-    """Multinomial logistic regression on standardised states: {"accuracy" on the test passages, "loss" (train, with
-    the penalty / 2 |weights|^2), "weights" [D + 1, K], the last row the bias, which has no penalty}."""
+    """Multinomial logistic regression on decorrelated states: {"accuracy" on the test passages, "loss" (train, with the
+    penalty / 2 |weights|^2), "weights" [up to D + 1, K], the last row the bias, which has no penalty}."""
     train = ~is_test
-    scale = states[train].std(0)
-    x = (states - states[train].mean(0)) / np.where(scale > 0, scale, 1)
+    x = decorrelate(states, train)
     x = torch.from_numpy(np.concatenate([x, np.ones((len(x), 1))], 1))
     y, w = torch.from_numpy(labels), torch.zeros(x.shape[1], labels.max() + 1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-7, tolerance_change=1e-12,
@@ -60,3 +68,12 @@ def fit_probe(states: np.ndarray, labels: np.ndarray, is_test: np.ndarray, penal
     optimizer.step(closure)
     right = ((x @ w).argmax(1) == y).numpy()
     return {"accuracy": float(right[is_test].mean()), "loss": closure().item(), "weights": w.detach().numpy()}
+
+
+def count_directions(states: np.ndarray) -> float:
+    """In how many directions states [n, D] vary, each feature scaled to a variance of 1: (sum of the variances)^2 / sum
+    of their squares, over the principal components. D where all vary alike, 1 where one direction has everything."""
+    x = states - states.mean(0)
+    scale = x.std(0)
+    variances = np.linalg.svd(x / np.where(scale > 0, scale, 1), compute_uv=False) ** 2
+    return float(variances.sum() ** 2 / (variances ** 2).sum())

@@ -48,6 +48,8 @@ class Scratch:
     """Everything is trained once for each."""
     steps: int | None = setting(None, above=0)
     """Length of each run; default: the recipe's."""
+    batch_size: int | None = setting(None, above=0)
+    """Sequences of a step; default: the recipe's."""
     jobs: int = setting(2, above=0)
     """Runs at a time, each on one thread."""
     out: str
@@ -83,8 +85,16 @@ def count_block_parameters(size: str) -> int:
 def count_steps(c: Scratch, tokens: int) -> int:
     """The steps of --steps, or else of the recipe: given, or in epochs of a text of so many tokens."""
     recipe = read_toml(cli.ROOT / c.recipe)
-    per_step = recipe["train"]["batch_size"] * recipe["data"]["context"]
+    per_step = (c.batch_size or recipe["train"]["batch_size"]) * recipe["data"]["context"]
     return c.steps or recipe["train"].get("steps") or max(1, int(recipe["train"]["epochs"] * tokens / per_step))
+
+
+def batch_words(c: Scratch) -> list:
+    """Words of train.py for --batch-size; none for the recipe's."""
+    if not c.batch_size:
+        return []
+    micro = min(c.batch_size, read_toml(cli.ROOT / c.recipe)["train"]["micro_batch_size"])
+    return ["--train.batch-size", c.batch_size, "--train.micro-batch-size", micro]
 
 
 def train_model(c, folder: Path, tokenizer: Path, words: list, seed: int) -> tuple[dict, list[dict]]:

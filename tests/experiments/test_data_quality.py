@@ -81,9 +81,11 @@ def blobs(distance, n=300, D=6, seed=0):
 def test_the_probe_is_logistic_regression_at_its_optimum():
     states, labels, is_test = blobs(1.5)
     found = probe.fit_probe(states, labels, is_test, penalty=0.01)
+    train = probe.decorrelate(states, ~is_test)[~is_test]
+    np.testing.assert_allclose(train.mean(0), 0, atol=1e-9)
+    np.testing.assert_allclose(train.T @ train / len(train), np.eye(6), atol=1e-9)
     # by hand: the gradient of the mean cross-entropy and the penalty vanishes
-    train = states[~is_test]
-    x = np.concatenate([(train - train.mean(0)) / train.std(0), np.ones((len(train), 1))], 1)
+    x = np.concatenate([train, np.ones((len(train), 1))], 1)
     w = found["weights"]
     p = np.exp(x @ w)
     p /= p.sum(1, keepdims=True)
@@ -91,6 +93,20 @@ def test_the_probe_is_logistic_regression_at_its_optimum():
     gradient = x.T @ (p - one_hot) / len(x) + 0.01 * np.concatenate([w[:-1], np.zeros((1, 3))])
     assert np.abs(gradient).max() < 1e-5
     assert 0.5 < found["accuracy"] < 1
+
+
+def test_the_probe_reads_what_stands_beside_one_large_direction():
+    """What is read off states is the same after any linear map of them. One direction that is in every feature, as in a
+    model that has learned little but how frequent tokens are, hides nothing."""
+    states, labels, is_test = blobs(4.0)
+    rng = np.random.default_rng(1)
+    alone = probe.fit_probe(states, labels, is_test)["accuracy"]
+    assert alone > 0.9
+    large = states @ rng.standard_normal((6, 6)) + 1e4 * rng.standard_normal((len(states), 1)) * np.ones(6)
+    assert probe.fit_probe(large, labels, is_test)["accuracy"] > 0.9 * alone
+    assert probe.fit_probe(states @ rng.standard_normal((6, 6)), labels, is_test)["accuracy"] == alone
+    # a feature that says what others say is nothing new
+    assert probe.fit_probe(states[:, [0, 1, 2, 3, 4, 5, 5]], labels, is_test)["accuracy"] == alone
 
 
 def test_the_probe_finds_what_is_there_and_no_more():

@@ -11,6 +11,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "experiments"))       # at the end: experiments/tokenizers.py has a package's name
 
 import objectives  # noqa: E402
+import probe  # noqa: E402
+import scratch  # noqa: E402
 
 from core import cli  # noqa: E402
 from core.files import read_json  # noqa: E402
@@ -44,6 +46,18 @@ def test_curves_are_of_the_objective_s_measures_or_of_documents():
     assert objectives.read_curves(lines) == {"loss": [(0, 2.0), (2, 3.0)], "accuracy": [(0, 0.2), (2, 0.3)]}
 
 
+def test_in_how_many_directions_states_vary():
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((400, 3))
+    basis = np.linalg.qr(states - states.mean(0))[0]
+    # Three features, each on its own, whatever their scale; then all the same; then two that say the same and one
+    # alone: variances 2 and 1, so (2 + 1)^2 / (4 + 1).
+    assert probe.count_directions(basis * [1.0, 50.0, 0.1] + 7) == pytest.approx(3)
+    assert probe.count_directions(np.repeat(basis[:, :1], 8, 1)) == pytest.approx(1)
+    assert probe.count_directions(basis[:, [0, 0, 1]]) == pytest.approx(9 / 5)
+    assert probe.count_directions(np.concatenate([basis, np.ones((400, 1))], 1)) == pytest.approx(3), "a constant"
+
+
 def rows(**changes):
     """Two seeds of three objectives, 0.01 apart."""
     found = {"causal": {"loss": 3.0, "bits_per_byte": 2.0, "perplexity": 20.0, "probe": 0.7, "converged": 100.0},
@@ -52,13 +66,14 @@ def rows(**changes):
                       "converged": 150.0},
              "electra": {"loss": 0.4, "accuracy": 0.86, "constant_accuracy": 0.85, "probe": 0.45}}
     empty = dict.fromkeys(("accuracy", "constant_accuracy", "bits_per_byte", "perplexity", "converged"))
-    return [empty | {"objective": name, "seed": seed, "steps": 200, "loss_before": 7.0, "step_ms": 9.0, "seconds": 1.0}
-            | values | {"loss": values["loss"] + 0.01 * seed, "probe": values["probe"] + 0.01 * seed,
-                        "curve": [(0, 7.0), (200, values["loss"] + 0.01 * seed)]} | changes
+    return [empty | {"directions": 5.0, "objective": name, "seed": seed, "steps": 200, "loss_before": 7.0}
+            | {"step_ms": 9.0, "seconds": 1.0} | values
+            | {"loss": values["loss"] + 0.01 * seed, "probe": values["probe"] + 0.01 * seed,
+               "curve": [(0, 7.0), (200, values["loss"] + 0.01 * seed)]} | changes
             for name, values in found.items() for seed in (0, 1)]
 
 
-UNTRAINED = {"one way": 0.65, "both ways": 0.45}
+UNTRAINED = {"one way": {"probe": 0.65, "directions": 24.0}, "both ways": {"probe": 0.45, "directions": 23.0}}
 
 
 def test_the_paragraph_says_what_was_found():
@@ -76,7 +91,8 @@ def test_the_paragraph_says_what_was_found():
     assert "45.5% (electra) to 70.5% (causal)" in words
     assert "chance is 25.0%" in words
     # span's 0.605 is compared with 0.65, masked's 0.505 and electra's 0.455 with 0.45: electra's 0.005 is in its spread
-    assert words.endswith("(up to 1.0%): causal, masked.")
+    assert "(up to 1.0%): causal, masked." in words
+    assert words.endswith("5.0 (electra); an untrained model's in 24.")
     assert "probe" not in objectives.describe(c, table, rows(), 4.5, None)
 
 
@@ -109,7 +125,8 @@ def study(*words):
 def test_what_a_study_leaves(tmp_path, monkeypatch):
     found = {(row["objective"], row["seed"]): row for row in rows()}
     monkeypatch.setattr(objectives, "measure", lambda objective, seed, *rest: found[objective, seed])
-    monkeypatch.setattr(objectives, "probe_model", lambda model, passages, causal: 0.4 if causal else 0.3)
+    monkeypatch.setattr(objectives, "look", lambda model, passages, causal: {"probe": 0.4 if causal else 0.3,
+                                                                             "directions": 8.0})
     monkeypatch.setattr(objectives.hf, "open_base", lambda folder: type("Base", (), {"config": None}))
     monkeypatch.setattr(objectives, "Model", lambda config: type("Model", (), {"initialise": lambda *seed: None})())
     out = tmp_path / "out"
@@ -122,7 +139,8 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
     result = json.loads((out / "objectives.json").read_text())
     assert [row["objective"] for row in result["rows"]] == ["causal", "causal", "masked", "masked", "span", "span",
                                                             "electra", "electra"]
-    assert result["untrained"] == {"one way": 0.4, "both ways": 0.3}
+    assert result["untrained"] == {"one way": {"probe": 0.4, "directions": 8.0},
+                                   "both ways": {"probe": 0.3, "directions": 8.0}}
     assert 0 < result["frequencies"] < np.log(300)
     assert "tells 2 texts apart" in result["shows"]
     assert (out / "objectives.png").stat().st_size > 20_000
@@ -136,7 +154,7 @@ def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
                                                            "tinyshakespeare/input.txt"))
     out = tmp_path / "out"
     assert study("--text", tmp_path / "text.txt", "--separator", "<|endoftext|>", "--vocab-size", 300, "--size", "25K",
-                 "--objectives", "ul2", "electra", "--steps", 2, "--seeds", 3, "--jobs", 1,
+                 "--objectives", "ul2", "electra", "--steps", 2, "--batch-size", 3, "--seeds", 3, "--jobs", 1,
                  "--probe", f"law={law}", f"plays={plays}", "--out", out) == 0
     result = json.loads((out / "objectives.json").read_text())
     for row in result["rows"]:
@@ -144,6 +162,8 @@ def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
         assert row["bits_per_byte"] == ended["after"]["text"].get("bits_per_byte")
         assert [step for step, _ in row["curve"]] == [0, 1, 2]
         assert row["probe"] > 0.6
+        start, *_ = scratch.read_lines(out / f"runs/{row['objective']}_3/metrics.jsonl")
+        assert start["tokens_per_step"] == 3 * 256
     # small first weights give each of 300 ids and 106 marks nearly the same chance, and ELECTRA's judge a half
     assert [row["loss_before"] for row in result["rows"]] == pytest.approx(
         [np.log(406), np.log(2)], rel=0.03)
