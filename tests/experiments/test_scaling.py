@@ -121,8 +121,8 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
     assert "A power law with a floor fits" in found["shows"]
     assert (out / "scaling.png").stat().st_size > 10_000
     tokens = read_json(out / "shards/manifest.json")["splits"]["train"]["tokens"]
-    # an epoch, as recipes/scratch.toml has it
-    assert {row["steps"] for row in found["rows"]} == {max(1, tokens // (8 * 256))}
+    # an epoch, as recipes/scratch.toml has it, of steps of 2 sequences
+    assert {row["steps"] for row in found["rows"]} == {max(1, tokens // (2 * 256))}
     assert {file: file.read_bytes() for file in scratch.RESULTS.iterdir()} == before, "other options: another study"
 
 
