@@ -3,13 +3,13 @@ compute text nor compute for long. text/template.py starts this process and spea
 
 Jinja's sandbox keeps a template from Python's insides, as it does in transformers. What it does not keep it from is
 endless loops and strings that fill the memory, in a single step of C that no other thread could end: so the kernel
-counts this process's time and memory, and ends it. Nothing here is of ours but this file, and no file can be opened.
+counts this process's time and memory, and ends it. Nothing here is of ours but this file and core/confine.py, and no
+file can be opened.
 """
 
 import contextlib
 import json
 import re
-import resource
 import signal
 import sys
 from datetime import datetime
@@ -18,6 +18,8 @@ import jinja2
 import jinja2.debug
 import jinja2.ext
 import jinja2.sandbox
+
+from core.confine import limit_resources
 
 # Seconds of computing for one conversation, and bytes of memory. Known templates take a thousandth of the one, and a
 # tenth of the other.
@@ -185,8 +187,6 @@ def serve() -> None:
     # Jinja imports some of its parts where they are first needed, and under the limits no file is opened.
     for source in ("{{ none.name.name }}", "{{ [{}] | tojson }}{{ strftime_now('%d %b %Y') }}"):
         answer(lambda source: Template(source, {}, []).write([], None), json.dumps({"source": source}))
-    for limit, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0),
-                        (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, 3)):
-        resource.setrlimit(limit, (most, most))
+    limit_resources(MEMORY)
     for line in iter(sys.stdin.readline, ""):
         print(json.dumps(answer(write if templates else make, line)), flush=True)
