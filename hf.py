@@ -246,15 +246,20 @@ def base_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
 def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
     """Copy its tensor in `folder` into every parameter of the base; UserError as in `find_weights`, and where values
     are not finite. layout(full, parameter) gives the part of a full tensor that a shard holds."""
+    check_tied_head(model.config, dict(find_weights(model, folder).values()), folder)
+    for _, parameter, full in read_weights(model, folder):
+        parameter.copy_(layout(full, parameter))
+
+
+def read_weights(model: Model, folder: Path):
+    """Yield (name, parameter, its full tensor in `folder`, in its dtype), one by one; UserErrors as in `fill`."""
     files = find_weights(model, folder)
-    check_tied_head(model.config, dict(files.values()), folder)
     for name, parameter in base_parameters(model).items():
         # A tied head is the embedding, and may be absent.
         if name in files or is_of_experts(name):
             shape = parameter.shape[1:] if is_of_experts(name) else parameter.shape
             parts = [read_tensor(*files[part], shape, parameter.dtype) for part in list_parts(name, len(parameter))]
-            full = torch.stack(parts) if is_of_experts(name) else parts[0]
-            parameter.copy_(layout(full, parameter))
+            yield name, parameter, torch.stack(parts) if is_of_experts(name) else parts[0]
     load_pickle.cache_clear()
 
 

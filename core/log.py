@@ -20,6 +20,9 @@ from core.files import naming_full_disks
 class LogConfig:
     every: int = setting(10, above=0)
     """steps between console and metrics lines"""
+    distance: int | None = setting(None, at_least=0)
+    """steps between lines that also have the distance of the weights from the base, per block (the base is read again
+    for it); 0: none; default: eval.every"""
     tensorboard: bool = False
     """write TensorBoard events into the run folder (extra: log)"""
     wandb: str = ""

@@ -23,6 +23,7 @@ from generate import Settings, first_ids, generate
 from learn import adapters, adaptive, peft_files, schedules
 from learn import merge as merging
 from learn.choose_objective import describe_both_ways
+from learn.distance import measure_distance
 from measure import scoring, verdict
 from model import matmul_flops_per_token
 from stages.build import Run
@@ -182,6 +183,10 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
     replay = adaptive.share_in_force(run.decisions, step - 1)
     values["domain_share"] = run.domain_share_at(step - 1) if replay is None else 1 - replay
     values |= result["methods"]
+    every = c.eval.every if c.log.distance is None else c.log.distance
+    # In the first line at or behind a multiple, where log.every is none.
+    if every and c.model.init == "pretrained" and (step % every < c.log.every or step == run.steps):
+        values["distance"] = measure_distance(run.inner, run.base, run.world)
     if result["measured"]:
         values["objective"] = result["measured"]
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
