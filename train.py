@@ -41,8 +41,9 @@ from learn.objectives import sum_step
 from learn.optim import OptimConfig
 from learn.router import RouterConfig
 from lora import LoraConfig
-from stages.build import PARTS, ModelSection, Run, TrainSection, build, refuse_combinations
+from stages.build import PARTS, ModelSection, Run, TrainSection, build
 from stages.evaluate import EvalSection, ExportSection, begin, describe, evaluate, finish, log_step, score_heldout
+from stages.refuse import refuse_combinations
 from stages.resume import Saver, resume, rewind
 from text.mixture import DataConfig
 

@@ -32,7 +32,7 @@ from core.errors import UserError
 from core.files import new_folder, read_json, remove, write_json, write_text
 from core.foreign_files import find_odd, first_line, read_own, read_own_json, without_collector
 from core.hashing import hash_file
-from core.parallel import World
+from core.parallel import World, is_first_copy
 
 FORMAT = 2
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -82,7 +82,8 @@ class Shards:
         planner.set_up_planner(tensors, is_coordinator=world.main)
         items = planner.create_local_plan().items
         # A rank beyond the rows of a small tensor holds none of them.
-        own = [item for item in items if item.type == WriteItemType.SHARD and item.tensor_data.chunk.sizes.numel()]
+        own = [item for item in items if item.type == WriteItemType.SHARD and item.tensor_data.chunk.sizes.numel()
+               and is_first_copy(tensors[item.index.fqn])]
         shared = sorted((item for item in items if item.type == WriteItemType.TENSOR),
                         key=lambda item: item.tensor_data.size.numel(), reverse=True)
         self.items = own + shared[world.rank::world.size]

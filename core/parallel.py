@@ -7,6 +7,7 @@ CPU ranks exchange values over gloo, GPU ranks over NCCL. A single process joins
 
 import contextlib
 import ctypes
+import functools
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor import empty as empty_distributed
@@ -38,11 +39,26 @@ CONNECT = 20
 class ParallelConfig:
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every rank holds the full model; fsdp: every rank holds a share of each tensor (FSDP2, full shard)"""
+    replicas: int = setting(1, at_least=1)
+    """fsdp: how many groups of ranks hold the model, each group once (HSDP): with as many as there are nodes, weights
+    are gathered within a node, and gradients alone cross the network"""
+    reshard: bool = True
+    """fsdp: free a block's gathered weights after its forward pass; False: keep them until its backward pass (as
+    ZeRO-2), which saves gathering them again and takes the memory of the gathered model"""
     step_timeout: float = setting(120.0, at_least=1, below=math.inf)
     """seconds (or five times the slowest step so far, if longer) that a step may take: then the rank that hangs is
     named, and all end"""
     timeout: float = setting(7200.0, at_least=1, at_most=10**6)
     """the same for the build, the first step, evaluations, saves and the export"""
+
+    def refuse_layout(self, ranks: int):
+        """UserError where the ranks cannot be laid out as the settings say."""
+        if self.strategy != "fsdp" and (self.replicas > 1 or not self.reshard):
+            raise UserError(f"parallel.{'replicas' if self.replicas > 1 else 'reshard'} is about sharded weights; set "
+                            f"--parallel.strategy fsdp, or leave it out")
+        if ranks % self.replicas or (self.replicas > 1 and ranks == self.replicas):
+            raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of two or "
+                            f"more; take a divisor of {ranks} below it")
 
 
 @dataclass
@@ -214,16 +230,32 @@ def stop():
 
 # ---- strategies
 
-def shard(model: nn.Module, world: World, dtype: torch.dtype | None = None) -> nn.Module:
+def shard(model: nn.Module, world: World, config: ParallelConfig, dtype: torch.dtype | None = None) -> nn.Module:
     """FSDP2 over each block of model.shard_plan() and over the rest. To be called before the weights are loaded.
 
     dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = make_mesh(world.device.type, world.size, config.replicas)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*model.shard_plan(), model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard and module is not model)
     return model
+
+
+@functools.cache
+def make_mesh(device: str, ranks: int, replicas: int) -> DeviceMesh:
+    """The ranks as a table with a row per group that holds the model. Neighbours, which torchrun puts on one node,
+    stand in one row; one row is a mesh of one dimension. Made once: each mesh starts groups of ranks of its own."""
+    if replicas == 1:
+        return init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def is_first_copy(tensor: torch.Tensor) -> bool:
+    """Whether what this rank holds of a sharded tensor is held by none of the ranks before it (HSDP)."""
+    return all(place == 0 for place, placement in zip(tensor.device_mesh.get_coordinate(), tensor.placements)
+               if placement.is_replicate())
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:

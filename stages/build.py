@@ -27,19 +27,17 @@ from core.errors import Diverged, UserError
 from core.guard import Guard
 from core.log import Logger
 from learn import adapters, optim, peft_files, schedules
-from learn.choose_objective import ObjectiveConfig, make_objective, refuse_objective
+from learn.choose_objective import ObjectiveConfig, make_objective
 from learn.method import Learning
 from learn.objectives import Objective
 from learn.router import Router
 from measure import scoring
 from model import Model, ModelConfig
-from stages.sources import pack_sources, refuse_sources
+from stages.refuse import refuse_combinations, refuse_memory
+from stages.sources import pack_sources
 from text import mixture, packing
 from text.heldout import find_leaks, judge_leaks
 from text.shards import Shards, check_tokenizer, verify
-
-# Tokens of all sequences of a step, of which a rank holds its share.
-MOST_TOKENS = 2**30
 
 # ---- settings
 
@@ -250,57 +248,6 @@ def build(c, world, folder: Path | None = None) -> Run:
     return run
 
 
-def refuse_combinations(c, ranks: int):
-    """UserError for settings that exclude each other or name nothing, before anything is read or started."""
-    if c.optim.name == "muon" and c.lora.rank:
-        raise UserError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
-                        "use --optim.name adamw with adapters")
-    if c.lora.rank and c.model.init == "scratch":
-        raise UserError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one of "
-                        "them out")
-    if c.lora.rank and c.optim.embedding_lr_scale != 1:
-        raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
-    refuse_objective(c, ranks)
-    if c.train.batch_size % ranks:
-        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {ranks} ranks")
-    if c.train.batch_size * c.data.context > MOST_TOKENS:
-        raise UserError(f"train.batch_size {c.train.batch_size} times data.context {c.data.context} are more than "
-                        f"{MOST_TOKENS:,} tokens a step; lower one of them")
-    if c.train.branch_from and not Path(c.train.branch_from).is_dir():
-        raise UserError(f"train.branch_from {c.train.branch_from} does not exist; name a checkpoint, "
-                        f"out/RUN/checkpoints/step_N")
-    c.log.refuse_missing()
-    if not c.model.path and not (c.model.init == "scratch" and c.model.tokenizer):
-        raise UserError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
-                        "--model.tokenizer")
-    if not c.model.path:
-        refuse_sizes(c)
-    if not c.data.sources:
-        raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
-    refuse_sources(c.data.sources)
-
-
-def refuse_sizes(c):
-    """UserError for sizes of a model from scratch that do not go together, or whose blocks alone outgrow the memory."""
-    D, F, H, K = (getattr(c.model, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads",
-                                                      "num_key_value_heads"))
-    if D % (2 * H):
-        raise UserError(f"model.hidden_size {D} is not a multiple of twice the model.num_attention_heads {H}")
-    if H % K:
-        raise UserError(f"model.num_attention_heads {H} is not a multiple of the model.num_key_value_heads {K}")
-    refuse_memory(c.model.num_hidden_layers * (2 * D * D + 2 * D * (D // H) * K + 3 * D * F), c,
-                  devices.pick_device(c.device), "model.hidden_size, model.intermediate_size, model.num_hidden_layers")
-
-
-def refuse_memory(parameters: int, c, device: torch.device, remedy: str):
-    """UserError where so many parameters, in the least that a run keeps of each, are more than a device's memory."""
-    # bf16, and where all of them train as much for the gradient.
-    least, memory = parameters * (2 if c.lora.rank else 4), devices.memory_bytes(device)
-    if c.parallel.strategy == "ddp" and c.lora.base == "plain" and least > memory:
-        raise UserError(f"a model of {parameters:,} parameters takes at least {least / 1e9:,.0f} GB, and {device} has "
-                        f"{memory / 1e9:,.0f}; lower {remedy}")
-
-
 # ---- base, tokenizer and data
 
 def open_base(path: str, world) -> hf.Base | None:
@@ -414,7 +361,7 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     if sharded:
         # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
         gathered = None if c.lora.rank or c.train.precision == "fp32" else devices.DTYPES[c.train.precision]
-        parallel.shard(model, world, gathered)
+        parallel.shard(model, world, c.parallel, gathered)
     refuse_memory(sum(p.numel() for p in model.parameters()), c, world.device,
                   "its sizes, or use --parallel.strategy fsdp on more devices")
     model.to_empty(device="cpu" if quantised else world.device).tie()

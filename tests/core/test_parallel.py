@@ -7,7 +7,6 @@ none for a factor. AdamW does not see the scale of gradients, so that their norm
 keeps the base's knowledge go through the same: every number they log, what they leave, and checkpoints that move.
 """
 
-import dataclasses
 import itertools
 import json
 import os
@@ -17,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ENV, digest, lines, make_lab, one, same_checkpoint, settings, trace
+from ranks import pass_on, steps_of
+from runs import ENV, lines, make_lab, one, same_checkpoint, settings, trace
 from safetensors.torch import load_file
 
 import hf
@@ -26,7 +26,6 @@ from core import checkpoint, parallel
 from model import Model, ModelConfig
 from stages import evaluate
 from stages.build import build
-from stages.resume import resume
 
 pytestmark = pytest.mark.usefixtures("quick")
 STEPS, BATCH = 5, 8
@@ -61,27 +60,6 @@ PAIRS = [pair for pair in itertools.product(METHODS, ("ddp", "fsdp"))
          if pair not in (("qlora", "fsdp"), ("electra", "fsdp"))]
 
 
-def steps_of(c, world) -> dict:
-    """Losses, norms, rows of tokens and the weights' checksum of a short run without files."""
-    run = build(c, world)
-    rows = {}
-    out = {"loss": [], "norm": [], "sources": []}
-    for step in range(STEPS):
-        batches = train.micro_batches(run, step)
-        share = c.train.batch_size // world.size
-        parts = [dataclasses.replace(b, **{k: getattr(b, k)[i:i + 1] for k in
-                                           ("tokens", "labels", "position_ids", "doc_start")})
-                 for b in batches for i in range(len(b.tokens))]
-        rows |= {f"{step}/{world.rank * share + i}": digest([part]) for i, part in enumerate(parts)}
-        done = train.train_step(run, step, batches)
-        for key, value in (("loss", done["loss"]), ("norm", done["grad_norm"]), ("sources", done["sources"])):
-            out[key].append(value)
-    weights = parallel.model_state(run.inner)
-    moments = parallel.optimizer_state(run.inner, run.optimizer)
-    return out | {"rows": rows, "weights": {k: v.double().norm().item() for k, v in weights.items()},
-                  "moments": {k: v.double().norm().item() for k, v in moments.items()}}
-
-
 def case(lab, strategy, tied, micro):
     return settings(lab, "unused", "--parallel.strategy", strategy, "--model.tie-word-embeddings", str(tied),
                     "--train.batch-size", BATCH, "--train.micro-batch-size", micro, "--optim.clip", 0, steps=STEPS)
@@ -113,8 +91,8 @@ def as_rank(folder: Path):
     torch.set_num_threads(1)
     evaluate.run_command = lambda *words: ""
     lab, world = folder / "lab", parallel.start("cpu")
-    results = {str(k): steps_of(case(lab, *k), world) for k in CASES}
-    results |= {strategy: steps_of(half(folder, strategy), world) for strategy in ("ddp", "fsdp")}
+    results = {str(k): steps_of(case(lab, *k), world, STEPS) for k in CASES}
+    results |= {strategy: steps_of(half(folder, strategy), world, STEPS) for strategy in ("ddp", "fsdp")}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
 
     for strategy in ("ddp", "fsdp"):                   # whole runs: uninterrupted here, and begun or ended on one rank
@@ -142,15 +120,6 @@ def as_rank(folder: Path):
         train.train(method(folder, name, f"{strategy}_one_two", *words, *half_way(folder, name, "one")), world)
     world.barrier()                                    # as train.main: none leaves while another still waits for it
     parallel.stop()
-
-
-def pass_on(c, world):
-    """Read the checkpoint to branch from, and save the state that it gave as it is."""
-    Path(c.out).mkdir(exist_ok=True)
-    with build(c, world, Path(c.out)) as run:
-        step = resume(run)
-        run.saver.save(step)
-        run.saver.finish()
 
 
 def stop_after(c, world, steps: int):
@@ -200,7 +169,7 @@ def ranks(tmp_path_factory):
 def truth(lab):
     torch.set_num_threads(1)
     world = parallel.World(0, 1, torch.device("cpu"))
-    return {tied: steps_of(case(lab, "ddp", tied, BATCH), world) for tied in (True, False)}
+    return {tied: steps_of(case(lab, "ddp", tied, BATCH), world, STEPS) for tied in (True, False)}
 
 
 def close(mine, theirs, rel=1e-5):
@@ -231,7 +200,7 @@ def test_two_ranks_are_one(ranks, truth, key):
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
 def test_accumulation_on_one_rank_changes_nothing(lab, truth, micro):
-    mine = steps_of(case(lab, "ddp", True, micro), parallel.World(0, 1, torch.device("cpu")))
+    mine = steps_of(case(lab, "ddp", True, micro), parallel.World(0, 1, torch.device("cpu")), STEPS)
     assert mine["rows"] == truth[True]["rows"]
     assert mine["loss"] == pytest.approx(truth[True]["loss"], rel=1e-5)
     assert mine["norm"] == pytest.approx(truth[True]["norm"], rel=1e-5)
@@ -369,7 +338,7 @@ def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
     would be off by 1e-4 already. A matmul of other rows may be rounded to bf16 the other way, so that later steps
     differ by more."""
     mine = json.loads((ranks / "rank0.json").read_text())[strategy]
-    true = steps_of(half(ranks, "ddp"), one())
+    true = steps_of(half(ranks, "ddp"), one(), STEPS)
     for name in ("loss", "norm"):
         assert mine[name][0] == pytest.approx(true[name][0], rel=1e-5)
         assert mine[name][:3] == pytest.approx(true[name][:3], rel=1e-3)

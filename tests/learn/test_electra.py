@@ -24,7 +24,7 @@ from data import RowRandom
 from learn.electra import Electra, sample
 from learn.method import take_sequences
 from learn.objectives import IGNORE, Causal
-from stages.build import refuse_combinations
+from stages.refuse import refuse_combinations
 
 SPECIAL, MASK = (0, 1, 2), 3
 WORDS = ("--objective.name", "electra", "--objective.mask-token-id", 0)

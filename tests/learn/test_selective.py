@@ -23,7 +23,8 @@ from learn.choose_objective import refuse_objective
 from learn.method import take_sequences
 from learn.objectives import IGNORE, Causal
 from learn.selective import Selective, select
-from stages.build import build, refuse_combinations
+from stages.build import build
+from stages.refuse import refuse_combinations
 from stages.resume import identity
 
 TOKENS = random_tokens(3, 22)

@@ -1,0 +1,65 @@
+"""What a run refuses before anything is read or started: settings that exclude each other, and what cannot fit."""
+
+from pathlib import Path
+
+import torch
+
+from core import devices
+from core.errors import UserError
+from learn.choose_objective import refuse_objective
+from stages.sources import refuse_sources
+
+# Tokens of all sequences of a step, of which a rank holds its share.
+MOST_TOKENS = 2**30
+
+
+def refuse_combinations(c, ranks: int):
+    """UserError for settings that exclude each other or name nothing, before anything is read or started."""
+    if c.optim.name == "muon" and c.lora.rank:
+        raise UserError("optim.name muon makes whole weights' updates orthogonal, and an adapter's A and B are none; "
+                        "use --optim.name adamw with adapters")
+    if c.lora.rank and c.model.init == "scratch":
+        raise UserError("lora.rank puts adapters on a base, and model.init scratch has none that is kept; leave one of "
+                        "them out")
+    if c.lora.rank and c.optim.embedding_lr_scale != 1:
+        raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
+    c.parallel.refuse_layout(ranks)
+    refuse_objective(c, ranks)
+    if c.train.batch_size % ranks:
+        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {ranks} ranks")
+    if c.train.batch_size * c.data.context > MOST_TOKENS:
+        raise UserError(f"train.batch_size {c.train.batch_size} times data.context {c.data.context} are more than "
+                        f"{MOST_TOKENS:,} tokens a step; lower one of them")
+    if c.train.branch_from and not Path(c.train.branch_from).is_dir():
+        raise UserError(f"train.branch_from {c.train.branch_from} does not exist; name a checkpoint, "
+                        f"out/RUN/checkpoints/step_N")
+    c.log.refuse_missing()
+    if not c.model.path and not (c.model.init == "scratch" and c.model.tokenizer):
+        raise UserError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "
+                        "--model.tokenizer")
+    if not c.model.path:
+        refuse_sizes(c)
+    if not c.data.sources:
+        raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
+    refuse_sources(c.data.sources)
+
+
+def refuse_sizes(c):
+    """UserError for sizes of a model from scratch that do not go together, or whose blocks alone outgrow the memory."""
+    D, F, H, K = (getattr(c.model, name) for name in ("hidden_size", "intermediate_size", "num_attention_heads",
+                                                      "num_key_value_heads"))
+    if D % (2 * H):
+        raise UserError(f"model.hidden_size {D} is not a multiple of twice the model.num_attention_heads {H}")
+    if H % K:
+        raise UserError(f"model.num_attention_heads {H} is not a multiple of the model.num_key_value_heads {K}")
+    refuse_memory(c.model.num_hidden_layers * (2 * D * D + 2 * D * (D // H) * K + 3 * D * F), c,
+                  devices.pick_device(c.device), "model.hidden_size, model.intermediate_size, model.num_hidden_layers")
+
+
+def refuse_memory(parameters: int, c, device: torch.device, remedy: str):
+    """UserError where so many parameters, in the least that a run keeps of each, are more than a device's memory."""
+    # bf16, and where all of them train as much for the gradient.
+    least, memory = parameters * (2 if c.lora.rank else 4), devices.memory_bytes(device)
+    if c.parallel.strategy == "ddp" and c.lora.base == "plain" and least > memory:
+        raise UserError(f"a model of {parameters:,} parameters takes at least {least / 1e9:,.0f} GB, and {device} has "
+                        f"{memory / 1e9:,.0f}; lower {remedy}")
