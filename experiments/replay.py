@@ -12,7 +12,6 @@ the way. arXiv 2603.04964 finds that the domain gains by the replay there. exper
 replay.png beside it draws them.
 """
 
-import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from core import cli
 from core.config import setting
 from core.errors import UserError
 from core.files import read_json
+from measure import laws
 
 # The shares are those of forgetting.json's rows; tokens of a step and of a sequence those of recipes/forgetting.toml.
 SHARES = {"replay_5": 0.05, "replay_15": 0.15, "replay": 0.3}
@@ -48,20 +48,13 @@ class Replay(Study):
 # ---- the law
 
 def fit_law(shares: tuple[float, float], left: tuple[float, float]) -> tuple[float, float]:
-    """(B, alpha) of the law through two points, of shares p < q above 0. left: F(p) / F(0) and F(q) / F(0).
-
-    log(1 + B p) / log(1 + B q) rises with 1 / B between its limits p / q, where B is 0, and 1. UserError where the
-    points ask for a ratio outside.
-    """
-    (p, q), (low, high) = shares, [-math.log(part) for part in left]
-    if not p / q < low / high < 1:
-        raise UserError(f"no law (1 + B p)^-alpha leaves {left[0]:.1%} at a share of {p:g} and {left[1]:.1%} at {q:g}")
-    below, above = -40.0, 40.0
-    for _ in range(100):
-        middle = (below + above) / 2
-        larger = math.log1p(math.exp(middle) * p) / math.log1p(math.exp(middle) * q) > low / high
-        below, above = (below, middle) if larger else (middle, above)
-    return math.exp(below), low / math.log1p(math.exp(below) * p)
+    """(B, alpha) of the law through two points, of shares p < q above 0. left: F(p) / F(0) and F(q) / F(0). UserError
+    where none goes through them."""
+    found = laws.fit(laws.REPLAY, [0, *shares], [1, *left])
+    if found.error[0] > 1e-12:
+        raise UserError(f"no law (1 + B p)^-alpha leaves {left[0]:.1%} at a share of {shares[0]:g} and {left[1]:.1%} "
+                        f"at {shares[1]:g}")
+    return tuple(float(found.parameters()[name][0]) for name in ("B", "alpha"))
 
 
 def predict(share: float, law: tuple[float, float]) -> float:
