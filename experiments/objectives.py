@@ -16,8 +16,8 @@ nothing else has nearly the same states whatever it reads.
 
 Full size, 6 blocks of width 512 on WikiText-103 for 10,000 steps, on one GPU; it prints the guides' figures beside:
 
-    python experiments/objectives.py --recipe recipes/scratch_full.toml --size 19M --steps 10000 --batch-size 128 \\
-        --vocab-size 32000 --text wikitext103/train.txt --seeds 0 --jobs 1 --out out/objectives_full
+    python experiments/objectives.py --recipe recipes/scratch_full.toml --size 19M --steps 10000 --vocab-size 32000 \\
+        --text wikitext103/train.txt --seeds 0 --jobs 1 --out out/objectives_full
 """
 
 import sys
@@ -70,10 +70,8 @@ class Objectives(Scratch):
     """Tokens of a passage of the probe."""
     size: Literal[*SIZES] = "83K"
     """Parameters without the embedding."""
-    steps: int | None = setting(720, above=0)
+    steps: int | None = setting(180, above=0)
     """Length of each run."""
-    batch_size: int | None = setting(2, above=0)
-    """Sequences of a step."""
     out: str = "out/objectives"
 
 
