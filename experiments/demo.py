@@ -263,6 +263,29 @@ def plan_commands(out: Path, sides: dict[str, Path]) -> list[tuple[Path, list[st
     return [(done, list(map(str, words))) for done, words in commands]
 
 
+def follow_plan(out: Path, commands: list[tuple[Path, list[str]]], make_texts) -> None:
+    """Run those of `commands` whose file or folder is not there yet, and before all of them make_texts(). `out` keeps
+    the plan; a finished one, and one of other commands or of another checkout, begins anew: its files may not fit."""
+    plan = out / "plan.json"
+    code = b"".join(file.read_bytes() for file in sorted([*Path().glob("*.py"), *Path().glob("*/*.py")]))
+    stated = {"code": short_digest(code), "commands": [words for _, words in commands]}
+    if (out / "summary.json").exists() or not (plan.exists() and read_json(plan) == stated):
+        if not plan.exists():
+            refuse_existing(out)
+        # While the old files go, what says that this is a folder of ours stays, and says that they do not fit.
+        write_json(plan, {})
+        for path in out.iterdir():
+            if path != plan:
+                remove(path)
+        make_texts()
+        write_json(plan, stated)
+    for done, words in commands:
+        if done.exists():
+            print(f"done before: python {' '.join(words)}", flush=True)
+        else:
+            cli.run_command(*words, show=True)
+
+
 def demo(options: Demo) -> dict:
     """Everything from the corpora to the report; returns what summary.json holds: {"seconds", "runs": {name:
     {"domain_bpb", "general_bpb"}}}, the base among the runs."""
@@ -271,25 +294,8 @@ def demo(options: Demo) -> dict:
     os.chdir(cli.ROOT)
     began = time.perf_counter()
     sides = {side: out / f"{side}.jsonl" for side in ("general", "domain")}
-    commands, plan = plan_commands(out, sides), out / "plan.json"
-    # A demo of another checkout begins anew: what it left may not fit.
-    code = b"".join(file.read_bytes() for file in sorted([*Path().glob("*.py"), *Path().glob("*/*.py")]))
-    stated = {"code": short_digest(code), "commands": [words for _, words in commands]}
-    if (out / "summary.json").exists() or not (plan.exists() and read_json(plan) == stated):
-        if not plan.exists():
-            refuse_existing(out)
-        # While the old files go, what says that this is a demo's folder stays, and says that they do not fit.
-        write_json(plan, {})
-        for path in out.iterdir():
-            if path != plan:
-                remove(path)
-        make_corpora(out)
-        write_json(plan, stated)
-    for done, words in commands:
-        if done.exists():
-            print(f"done before: python {' '.join(words)}", flush=True)
-        else:
-            cli.run_command(*words, show=True)
+    commands = plan_commands(out, sides)
+    follow_plan(out, commands, lambda: make_corpora(out))
     texts = {"base": read_json(out / "replay/eval.json")["before"],
              **{name: read_json(out / name / "eval.json")["after"] for name in RUNS}}
     runs = {name: {f"{side}_bpb": scores[side]["bits_per_byte"] for side in sides} for name, scores in texts.items()}

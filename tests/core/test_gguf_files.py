@@ -7,9 +7,9 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from gguf_models import add_joins, write_gguf
 from tokenizers import Tokenizer, pre_tokenizers
 
 import hf
@@ -21,7 +21,6 @@ from text.vocabulary import PROBES
 gguf = pytest.importorskip("gguf", reason="GGUF files are read and written with the package gguf")
 SIZES = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 50000.0}
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 NUMBERS = ["a  12", "1234", "x2 \n\n  7", "٣٤ 5", "<a>12<b>"]
 
 
@@ -32,63 +31,18 @@ def transformers():
     return module
 
 
-def permute(weights: np.ndarray, heads: int) -> np.ndarray:
-    """As llama.cpp's convert_hf_to_gguf.py has it in LlamaModel.permute."""
-    return (weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
-            .swapaxes(1, 2).reshape(weights.shape))
-
-
 @pytest.fixture
 def known(tiny_bpe) -> dict:
-    """A tokenizer.json in which numbers and blanks would be joined, if the words that text is cut into let them."""
-    known = json.loads((tiny_bpe / "tokenizer.json").read_text())
-    known["model"]["merges"] += [["1", "2"], ["Ġ", "Ġ"]]
-    known["model"]["vocab"] |= {"12": 300, "ĠĠ": 301}
-    return known
+    return add_joins(tiny_bpe)
 
 
 @pytest.fixture
-def write_gguf(hf_model, known, tmp_path):
-    """write_gguf(kind="F32", split="gpt-2", tied=False, without=(), **fields) -> (model of transformers, file)."""
-    part = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "q_proj": "attn_q",
-            "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output", "gate_proj": "ffn_gate",
-            "up_proj": "ffn_up", "down_proj": "ffn_down", "input_layernorm": "attn_norm",
-            "post_attention_layernorm": "ffn_norm"}
-
-    def write(kind="F32", split="gpt-2", tied=False, without=(), architecture="llama", more=(), **fields):
+def make_file(hf_model, known, tmp_path):
+    """make_file(kind="F32", tied=False, ...) -> (model of transformers, its file)."""
+    def make(tied=False, **options):
         model, _ = hf_model("llama", **SIZES, tie_word_embeddings=tied)
-        path = tmp_path / "model.gguf"
-        writer = gguf.GGUFWriter(path, architecture)
-        tokens = sorted(known["model"]["vocab"], key=known["model"]["vocab"].get)
-        tokens += ["<b>", "<a>"]
-        fill = {"context_length": 128, "embedding_length": 64, "block_count": 2, "feed_forward_length": 96,
-                "head_count": 4, "head_count_kv": 2, "layer_norm_rms_eps": model.config.rms_norm_eps,
-                "rope_freq_base": 50000.0, "tokenizer_model": "gpt2", "tokenizer_pre": split, "token_list": tokens,
-                "token_types": [1] * 302 + [3, 3], "token_merges": [" ".join(m) for m in known["model"]["merges"]],
-                "bos_token_id": 303, "eos_token_id": 302, "chat_template": TEMPLATE, "add_bos_token": True,
-                "license": "apache-2.0", **fields}
-        for name, value in fill.items():
-            if name not in without:
-                getattr(writer, f"add_{name}")(value)
-        for name, tensor in model.state_dict().items():
-            *place, _ = name.removeprefix("model.").split(".")
-            if tied and place == ["lm_head"]:
-                continue
-            values = tensor.numpy()
-            if place[-1] in ("q_proj", "k_proj"):
-                values = permute(values, {"q_proj": 4, "k_proj": 2}[place[-1]])
-            layer = f"blk.{place[1]}." if place[0] == "layers" else ""
-            stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
-            writer.add_tensor(f"{layer}{part[place[-1]]}.weight", gguf.quants.quantize(values, stored),
-                              raw_dtype=stored)
-        for name in more:
-            writer.add_tensor(name, np.ones(16, np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return model, path
-    return write
+        return model, write_gguf(gguf, tmp_path / "model.gguf", model, known, **options)
+    return make
 
 
 def read(path, out, **options) -> Path:
@@ -97,8 +51,8 @@ def read(path, out, **options) -> Path:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_file_in_full_precision_is_the_model_that_it_was_made_from(write_gguf, tmp_path, tied):
-    model, path = write_gguf(tied=tied)
+def test_a_file_in_full_precision_is_the_model_that_it_was_made_from(make_file, tmp_path, tied):
+    model, path = make_file(tied=tied)
     ours = hf.load(read(path, tmp_path / "out", dtype="float32"))
     assert ours.config.tie_word_embeddings == tied
     assert ours.config.rms_norm_eps == model.config.rms_norm_eps
@@ -110,8 +64,8 @@ def test_a_file_in_full_precision_is_the_model_that_it_was_made_from(write_gguf,
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
-def test_quantised_weights_are_those_that_transformers_reads(write_gguf, tmp_path, transformers, kind):
-    model, path = write_gguf(kind)
+def test_quantised_weights_are_those_that_transformers_reads(make_file, tmp_path, transformers, kind):
+    model, path = make_file(kind=kind)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name).state_dict()
     ours = hf.load(read(path, tmp_path / "out", dtype="float32")).state_dict()
     assert {hf.to_hf_name(name) for name in ours} == theirs.keys()
@@ -123,8 +77,8 @@ def test_quantised_weights_are_those_that_transformers_reads(write_gguf, tmp_pat
 
 
 @pytest.mark.parametrize("split", ["gpt-2", "smollm"])
-def test_ids_are_those_of_the_tokenizer_with_its_own_way_to_split(write_gguf, tmp_path, known, transformers, split):
-    _, path = write_gguf(split=split)
+def test_ids_are_those_of_the_tokenizer_with_its_own_way_to_split(make_file, tmp_path, known, transformers, split):
+    _, path = make_file(split=split)
     out = read(path, tmp_path / "out")
     truth = Tokenizer.from_str(json.dumps(known))
     bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -156,16 +110,16 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_what_is_not_read_is_refused_by_name_and_nothing_is_written(write_gguf, tmp_path, name):
+def test_what_is_not_read_is_refused_by_name_and_nothing_is_written(make_file, tmp_path, name):
     changes, words = REFUSALS[name]
-    _, path = write_gguf(**changes)
+    _, path = make_file(**changes)
     with pytest.raises(UserError, match=words):
         read(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_no_gguf_file_is_refused(write_gguf, tmp_path):
-    _, path = write_gguf()
+def test_what_is_no_gguf_file_is_refused(make_file, tmp_path):
+    _, path = make_file()
     data = path.read_bytes()
     for content in (b"", b"GGUF", b"no model at all", data[:200], data[:len(data) // 2]):
         path.write_bytes(content)
