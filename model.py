@@ -98,6 +98,8 @@ class Attention(nn.Module):
         self.layer, self.head_dim, self.qk_norm = layer, d, config.qk_norm
         self.window = config.windows[layer] if config.windows else None
         self.use_rope = layer not in config.no_rope_layers
+        # Another function with its arguments where ranks share sequences (core/context_parallel.py).
+        self.attend = kernels.attention
         self.q_proj = nn.Linear(D, H * d, bias=bias)
         self.k_proj = nn.Linear(D, K * d, bias=bias)
         self.v_proj = nn.Linear(D, K * d, bias=bias)
@@ -117,7 +119,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)           # [B, past + T, K, d]
-        y = kernels.attention(q, k, v, causal, self.window, doc_start)
+        y = self.attend(q, k, v, causal, self.window, doc_start)
         return self.o_proj(y.flatten(2))                    # [B, T, D]
 
 
@@ -264,6 +266,10 @@ class Model(nn.Module):
     def shard_plan(self) -> list[nn.Module]:
         """The modules that FSDP gathers and frees one after the other."""
         return list(self.layers)
+
+    def attention_plan(self) -> list[nn.Module]:
+        """The modules whose `attend` needs all tokens of a sequence; everything else is computed per token."""
+        return [block.self_attn for block in self.layers]
 
 
 def matmul_flops_per_token(config: ModelConfig, context: int) -> float:

@@ -83,11 +83,12 @@ class Config:
 
 def micro_batches(run: Run, step: int) -> list[Batch]:
     """This rank's share of the step's global batch, corrupted, in micro-batches of at most train.micro_batch_size."""
-    share, size = run.c.train.batch_size // run.world.size, run.c.train.micro_batch_size
-    first = run.world.rank * share
-    batches = [run.loader.batch(step, begin, min(begin + size, first + share))
-               for begin in range(first, first + share, size)]
-    return [run.objective.corrupt(batch, batch.rng) for batch in batches]
+    part, parts = run.world.share
+    share, size = run.c.train.batch_size // parts, run.c.train.micro_batch_size
+    batches = [run.loader.batch(step, begin, min(begin + size, (part + 1) * share))
+               for begin in range(part * share, (part + 1) * share, size)]
+    batches = [run.objective.corrupt(batch, batch.rng) for batch in batches]
+    return list(map(run.world.sequences.cut, batches)) if run.world.sequences else batches
 
 
 def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
@@ -103,7 +104,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
     scored, logged = [], {}
     for i, batch in enumerate(batches):
-        with parallel.accumulate(run.model, last=i == len(batches) - 1):
+        with parallel.accumulate(run.model, world, last=i == len(batches) - 1):
             batch = batch.to(world.device)
             with run.autocast():
                 loss, _, metrics = run.objective.loss(run.model, batch)

@@ -26,6 +26,7 @@ from torch.distributed.tensor import empty as empty_distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from core.config import setting
+from core.context_parallel import SharedAttention, SharedSequences
 from core.devices import pick_device
 from core.errors import UserError
 from core.signals import REASONS, closed_output, note_stops, stopped_by
@@ -45,6 +46,9 @@ class ParallelConfig:
     reshard: bool = True
     """fsdp: free a block's gathered weights after its forward pass; False: keep them until its backward pass (as
     ZeRO-2), which saves gathering them again and takes the memory of the gathered model"""
+    context: int = setting(1, at_least=1)
+    """C: how many ranks share each sequence (context parallel), data.context / C tokens each: activations of long
+    sequences take 1 / C of the memory. C divides the heads, and is within one node"""
     step_timeout: float = setting(120.0, at_least=1, below=math.inf)
     """seconds (or five times the slowest step so far, if longer) that a step may take: then the rank that hangs is
     named, and all end"""
@@ -53,6 +57,8 @@ class ParallelConfig:
 
     def refuse_layout(self, ranks: int):
         """UserError where the ranks cannot be laid out as the settings say."""
+        if ranks % self.context:
+            raise UserError(f"parallel.context {self.context} does not divide the {ranks} ranks")
         if self.strategy != "fsdp" and (self.replicas > 1 or not self.reshard):
             raise UserError(f"parallel.{'replicas' if self.replicas > 1 else 'reshard'} is about sharded weights; set "
                             f"--parallel.strategy fsdp, or leave it out")
@@ -79,11 +85,19 @@ class World:
     group: dist.ProcessGroup | None = None
     # None where there is one rank.
     watch: Watch | None = None
+    # None where each rank has its own sequences.
+    sequences: SharedSequences | None = None
 
     @property
     def main(self) -> bool:
         """Rank 0, which writes the files and speaks to the user."""
         return self.rank == 0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(k, n): of a global batch this rank computes, alone or with others, the k-th of n parts."""
+        C = self.sequences.ranks if self.sequences else 1
+        return self.rank // C, self.size // C
 
     def sum(self, values) -> list[float]:
         """Each of the values summed over all ranks, in float64. A collective: all ranks call it together.
@@ -102,6 +116,12 @@ class World:
         requests, self.failed = total[-len(REASONS):], failed > 0
         self.asked = next((number for number, count in zip(REASONS, requests) if count), 0)
         return values
+
+    def share_sequences(self, C: int):
+        """From now on C neighbours share each sequence. A collective."""
+        if C > 1:
+            groups = [dist.new_group(range(first, first + C)) for first in range(0, self.size, C)]
+            self.sequences = SharedSequences(groups[self.rank // C], self.rank % C, C)
 
     @contextlib.contextmanager
     def note_stops(self):
@@ -180,6 +200,7 @@ def count_ranks() -> int:
 def together(device: str, config: ParallelConfig):
     """This process's place among torchrun's ranks. Where one rank fails, that one says why, and all end."""
     world = start(device, config.timeout)
+    world.share_sequences(config.context)
     if world.size > 1:
         world.watch = Watch(world.rank, world.size, config.step_timeout, config.timeout)
     try:
@@ -269,11 +290,21 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def accumulate(model: nn.Module, last: bool):
-    """The context of a micro-batch's backward pass: gradients go between ranks only for the `last` one of a step."""
+@contextlib.contextmanager
+def accumulate(model: nn.Module, world: World, last: bool):
+    """The context of a micro-batch's two passes: gradients go between ranks only for the `last` one of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext()
+    waits = isinstance(model, DistributedDataParallel) and not last
+    with (model.no_sync() if waits else contextlib.nullcontext()), \
+            (world.sequences.shared() if world.sequences else contextlib.nullcontext()):
+        yield
+
+
+def share_attention(model: nn.Module, world: World):
+    """Let the model's blocks attend over sequences that the ranks of `world` share, where they do."""
+    for attention in model.attention_plan() if world.sequences else ():
+        attention.attend = SharedAttention(attention.attend, world.sequences)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

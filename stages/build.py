@@ -33,7 +33,7 @@ from learn.objectives import Objective
 from learn.router import Router
 from measure import scoring
 from model import Model, ModelConfig
-from stages.refuse import refuse_combinations, refuse_memory
+from stages.refuse import refuse_combinations, refuse_memory, refuse_sharing
 from stages.sources import pack_sources
 from text import mixture, packing
 from text.heldout import find_leaks, judge_leaks
@@ -226,6 +226,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     base = base and dataclasses.replace(base, changed=config)
     # What the run writes of its settings has the model's own sizes, also where they are the base's.
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, **{name: getattr(config, name) for name in sizes}))
+    refuse_sharing(c, config)
     run = plan_data(c, world, folder, base, tokenizer, config)
     run.reference = open_reference(c, world, config, tokenizer)
     run.inner = build_model(c, config, base, world)
@@ -375,6 +376,7 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
         lora.attach(model, c.lora, c.seed, device=world.device)
         model.to(world.device)
     model.checkpoint_blocks = c.model.activation_checkpointing
+    parallel.share_attention(model, world)
     model.train()
     if c.compile:
         model.compile()

@@ -12,6 +12,9 @@ from stages.sources import refuse_sources
 # Tokens of all sequences of a step, of which a rank holds its share.
 MOST_TOKENS = 2**30
 
+# The objectives that sum over tokens, so that ranks may share a sequence.
+SHARING = ("causal", "masked", "span", "ul2", "fim")
+
 
 def refuse_combinations(c, ranks: int):
     """UserError for settings that exclude each other or name nothing, before anything is read or started."""
@@ -25,8 +28,9 @@ def refuse_combinations(c, ranks: int):
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     c.parallel.refuse_layout(ranks)
     refuse_objective(c, ranks)
-    if c.train.batch_size % ranks:
-        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {ranks} ranks")
+    if c.train.batch_size % (groups := ranks // c.parallel.context):
+        sharers = f"groups of {c.parallel.context} ranks" if c.parallel.context > 1 else "ranks"
+        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {groups} {sharers}")
     if c.train.batch_size * c.data.context > MOST_TOKENS:
         raise UserError(f"train.batch_size {c.train.batch_size} times data.context {c.data.context} are more than "
                         f"{MOST_TOKENS:,} tokens a step; lower one of them")
@@ -54,6 +58,17 @@ def refuse_sizes(c):
         raise UserError(f"model.num_attention_heads {H} is not a multiple of the model.num_key_value_heads {K}")
     refuse_memory(c.model.num_hidden_layers * (2 * D * D + 2 * D * (D // H) * K + 3 * D * F), c,
                   devices.pick_device(c.device), "model.hidden_size, model.intermediate_size, model.num_hidden_layers")
+
+
+def refuse_sharing(c, config):
+    """UserError where ranks cannot share the sequences of a model with this ModelConfig, by parallel.context."""
+    C, H, K = c.parallel.context, config.num_attention_heads, config.num_key_value_heads
+    if C > 1 and (H % C or (K % C and C % K) or c.data.context % C):
+        raise UserError(f"parallel.context {C} must divide data.context {c.data.context} and the model's {H} heads, "
+                        f"and divide its {K} key-value heads or be a multiple of them")
+    if C > 1 and c.objective.name not in SHARING:
+        raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel.context {C} parts; "
+                        f"leave one of them out")
 
 
 def refuse_memory(parameters: int, c, device: torch.device, remedy: str):

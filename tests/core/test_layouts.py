@@ -24,6 +24,14 @@ HSDP = ["--parallel.strategy", "fsdp", "--parallel.replicas", 2]
 CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings", "False"]),
          "hsdp_lora": (HSDP, ["--lora.rank", 4, "--model.init", "pretrained"]),
          "hsdp_8bit": (HSDP, ["--optim.name", "adamw_8bit"]),
+         "context": (["--parallel.context", 2], []),
+         "context_lora": (["--parallel.context", 2], ["--lora.rank", 4, "--model.init", "pretrained",
+                                                      "--forget.lwf.alpha", 0.5]),
+         "context_masked": (["--parallel.context", 2], ["--objective.name", "masked", "--objective.mask-token-id", 0]),
+         # Twice as many ranks as key-value heads.
+         "context_fsdp": (["--parallel.context", 4, "--parallel.strategy", "fsdp"],
+                          ["--model.activation-checkpointing", "--forget.ewc.strength", 1, "--forget.ewc.samples", 8,
+                           "--model.init", "pretrained"]),
          "gathered": (["--parallel.strategy", "fsdp", "--parallel.reshard", "False"], [])}
 
 
@@ -41,9 +49,13 @@ def as_rank(folder: Path):
     world = parallel.start("cpu")
     results = {}
     for name in CASES:
-        found = steps_of(case(folder, name, True), world, STEPS)
+        c = case(folder, name, True)
+        world.sequences = None
+        world.share_sequences(c.parallel.context)
+        found = steps_of(c, world, STEPS)
         results[name] = {key: found[key] for key in ("loss", "norm", "weights")}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
+    world.sequences = None
     c = case(folder, "hsdp", True, "moved")
     c.train.branch_from, c.train.steps = str(folder / "alone/checkpoints/step_00000003"), 3
     pass_on(c, world)
