@@ -64,6 +64,23 @@ def short(value) -> str:
     return f"{value:,.0f}" if value == int(value) or value >= 100 else f"{value:.3g}"
 
 
+def percent(value, signed: bool = False) -> str:
+    """0.3104 -> '31.0 %'; a dash where the value is unknown."""
+    value = finite(value)
+    if value is None:
+        return "–"
+    text = f"{value * 100:{'+' if signed else ''}.{'1f' if abs(value) < 1e5 else '1e'}}"
+    return ("0.0" if float(text) == 0 else text.replace("-", "−")) + " %"
+
+
+def span(interval, signed: bool = False) -> str:
+    """[0.121, 0.139] -> '12.1 to 13.9 %'; nothing where it is unknown."""
+    if interval is None:
+        return ""
+    low, high = (percent(end, signed) for end in interval)
+    return f"{low.removesuffix(' %')} to {high}"
+
+
 def tick_text(value, _position=None) -> str:
     """A label of an axis: 20000 -> '20k', 0.00002 -> '2e-5'."""
     size, letter = next(((size, letter) for size, letter in SIZES if abs(value) >= max(size, 1e4)), (1, ""))

@@ -7,19 +7,23 @@ import math
 import re
 import subprocess
 import sys
+import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 import report
 from core.errors import UserError
-from measure import charts
+from measure import charts, report_tables
 
 ROOT = Path(report.__file__).parent
 VOID = {"meta", "br", "link", "img", "input"}
+# Elements within a sentence: nothing stands between their text and the text beside them.
+INLINE = {"data", "bdi", "b", "abbr"}
 
 
 class Page(HTMLParser):
@@ -29,10 +33,12 @@ class Page(HTMLParser):
         super().__init__()
         self.tags, self.attributes, self.words, self.rows, self._open = [], [], [], [], []
         self.feed(text)
-        self.text = " ".join(" ".join(self.words).split())
+        self.rows = [[" ".join(cell.split()) for cell in row] for row in self.rows]
+        self.text = " ".join("".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.words += [" "] * (tag not in INLINE)
         self.attributes += [(tag, *pair) for pair in attrs]
         if tag not in VOID:
             self._open.append(tag)
@@ -40,8 +46,11 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+        elif tag not in INLINE and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += " "
 
     def handle_endtag(self, tag):
+        self.words += [" "] * (tag not in INLINE)
         while self._open and self._open.pop() != tag:
             pass
 
@@ -50,7 +59,7 @@ class Page(HTMLParser):
             return
         self.words.append(data)
         if "td" in self._open or "th" in self._open:
-            self.rows[-1][-1] = " ".join(f"{self.rows[-1][-1]} {data}".split())
+            self.rows[-1][-1] += data
 
     def row(self, start):
         return next(row for row in self.rows if row[0].startswith(start))
@@ -114,7 +123,7 @@ def test_numbers_equal_hand_computed_ones(tmp_path):
     assert run.overall == pytest.approx(0.15)  # forgetting below 5 % costs nothing
     assert run.notes == []
     shown = page(tmp_path / "run")
-    assert "The domain gained 15.0 % and general text lost 4.0 % , in bits per byte." in shown.text
+    assert "The domain gained 15.0 % and general text lost 4.0 %, in bits per byte." in shown.text
     assert "Forgetting is below 5 %: good. The source that lost most is stories, 5.0 %." in shown.text
     assert "What helps" not in shown.text
     # before, after, change, (bar), perplexity = 2 x bits, tokens = 70 and 30 a step, epochs
@@ -136,7 +145,8 @@ def test_forgetting_grades_and_advice(tmp_path, rise, grade):
     write(tmp_path / "run", after=side(1.0, 0.9, 0.8 * (1 + rise), 1.0 * (1 + rise)))
     run = report.read_run(tmp_path / "run")
     shown = page(tmp_path / "run")
-    assert f'<b class="{grade}">{report.percent(abs(rise))}</b>' in report.render([run]).headline(run)
+    said = str(report_tables.headline(run))
+    assert re.search(f'<b class="{grade}"><data [^>]*>{charts.percent(abs(rise))}</data></b>', said)
     assert ("general text gained" in shown.text) == (rise < 0)
     assert ("Forgetting. What helps: raise replay" in shown.text) == (grade == "bad")
     assert run.overall == pytest.approx(0.15 - max(0, rise - 0.05))
@@ -161,10 +171,136 @@ def test_masked_lm_without_bits_per_byte(tmp_path):
         return {name: {k: v for k, v in field.items() if k != "bits_per_byte"} for name, field in fields.items()}
 
     shown = page(write(tmp_path / "run", before=masked(0.5), after=masked(0.625, **AFTER)))
-    assert "gained 15.0 % and general text lost 4.0 % , in nats per predicted token." in shown.text
+    assert "gained 15.0 % and general text lost 4.0 %, in nats per predicted token." in shown.text
     assert "Accuracy on domain text went from 50.0 % to 62.5 %." in shown.text
     assert "50.0 % → 62.5 %" in shown.row("legal")
     assert shown.row("legal")[1:3] == ["3.750", "3.000"]
+
+
+# --- where each number stands ---
+
+# What stands on the page as it stands in report.html.j2, and in the files as text: no number of a run.
+CONSTANTS = re.compile(r"95 %|(below|above|between) 5 (%|and 10 %)|(below|above) 10 %|"
+                       r"max\(0, (mean )?forgetting − 5 %\)|at step 0\b")
+VERBATIM = {"bdi", "pre", "title", "style", "svg", "figure"}
+
+
+class Traces(HTMLParser):
+    """[(text, value, what was done, places)] of the <data> elements of a page, and the texts with a digit that stand in
+    none and are no name and no file's text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.untraced, self._open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "data":
+            *how, = attrs["title"].split("\n")
+            first = next(i for i, line in enumerate(how) if re.match(r"[\w.]+\.(jsonl|json|toml)\b", line))
+            self.found.append(["", attrs["value"], " ".join(how[:first]), how[first:]])
+        if tag not in VOID:
+            self._open.append("pre" if attrs.get("class") == "sample" else tag)
+
+    def handle_endtag(self, tag):
+        self._open.pop()
+
+    def handle_data(self, data):
+        if "data" in self._open:
+            self.found[-1][0] += data
+        elif not VERBATIM & set(self._open) and re.search(r"\d", CONSTANTS.sub("", data)):
+            self.untraced.append(data.strip())
+
+
+def look_up(folder, place):
+    """What stands at a place: the lines that it names must hold the value by the names that it gives."""
+    where, _, pointer = place.partition(" /")
+    file, _, lines = where.partition(":")
+    text = (folder / file).read_text()
+    names = [name.replace("~1", "/").replace("~0", "~") for name in pointer.split("/")] if pointer else []
+    if file == "metrics.jsonl":
+        first, _, last = lines.partition("-")
+        rows = [json.loads(line) for line in text.split("\n")[int(first) - 1:int(last or first)]]
+        rows = [row for row in rows if not last or names[0] in row]
+    else:
+        rows = [tomllib.loads(text) if file.endswith("toml") else json.loads(text)]
+    for name in names:
+        rows = [row[name] for row in rows]
+    value = rows if "-" in lines else rows[0]
+    if names and isinstance(value, int | float | str):
+        assert json.dumps(value) in text.split("\n")[int(lines) - 1], place
+        assert names[-1] in text.split("\n")[int(lines) - 1], place
+    return value
+
+
+def pairs(values):
+    return list(zip(values[::2], values[1::2]))
+
+
+HOW = {
+    "": lambda x: x, "after / before - 1": lambda was, now: now / was - 1,
+    "mean of 1 - after / before": lambda *v: sum(1 - now / was for was, now in pairs(v)) / len(v) * 2,
+    "mean of after / before - 1": lambda *v: sum(now / was - 1 for was, now in pairs(v)) / len(v) * 2,
+    "mean of": lambda *v: sum(v) / len(v), "median of": lambda v: float(np.median(v)),
+    "first / second, of": lambda first, second: first / second,
+    "number of lines, of": lambda *v: len(v), "number of lines whose value is not finite, of":
+        lambda v: sum(value is None or not math.isfinite(value) for value in v),
+    "seconds since 1970": lambda x: x}
+
+
+def follow(folder, shown) -> list:
+    """Find each number of a page in the files, work out again what was made of it, and compare what is shown. Returns
+    what was done with the values, of each."""
+    done = []
+    for text, value, how, places in Traces(shown).found:
+        values = [look_up(folder, place) for place in places]
+        done.append(how)
+        if how not in HOW:
+            continue
+        want = HOW[how](*values)
+        if not isinstance(want, int | float):
+            continue
+        assert json.loads(value) == pytest.approx(want, rel=1e-9), (text, how, places)
+        # What is shown is the value, rounded.
+        number = re.search(r"[+−-]?[\d,]*\d(\.\d+)?", text)[0]
+        digits = len(number.partition(".")[2])
+        scale = 1e-2 if "%" in text else {"k": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1)
+        shown_value = float(number.replace(",", "").replace("−", "-")) * scale
+        if "UTC" not in text and "<" not in text:
+            assert abs(shown_value) == pytest.approx(abs(want), abs=0.5001 * scale * 10**-digits), (text, want)
+    return done
+
+
+def test_every_number_of_the_page_stands_where_it_says(tmp_path):
+    start = START | {"base": {"name": "tiny 3", "license": "mit"}, "family": "llama", "vocab_size": 512,
+                     "world_size": 2, "tokenizer": {"name": "tiny", "vocab_size": 512}, "recommended_lr": 1e-4,
+                     "sources": START["sources"] | {"legal": {
+                         "role": "domain", "documents": 178, "bytes": 280_000, "tokens": 155_000, "cleaning": [
+                             {"by": "clean.py", "documents": 180, "kept": 179}]}}}
+    lines = [start, {"kind": "eval", "step": 0, "sources": side()}, train(10), {"kind": "left_out", "step": 11,
+             "message": "7 odd"}, train(20, math.nan), train(30),
+             {"kind": "samples", "step": 30, "samples": [{"prompt": "1 The", "text": "court 2"}]},
+             {"kind": "eval", "step": 30, "sources": side(**AFTER)}, {"kind": "replay", "step": 30, "policy": "budget"}]
+    run = write(tmp_path / "run", lines, spread(side(lost_share=0.1), 0), spread(side(**AFTER, accuracy=0.5), 0))
+    (run / "config.toml").write_text("[model]\nhidden_size = 64\nintermediate_size = 172\nnum_hidden_layers = 5\n"
+                                     "num_attention_heads = 8\nnum_key_value_heads = 4\n[optim]\nlr = 0.3\n"
+                                     '[forget.adaptive]\npolicy = "budget"\nepsilon = 0.02\n')
+    for stated in (True, False):
+        text = report.render([report.read_run(run)])
+        assert Traces(text).untraced == []
+        done = follow(run, text)
+        assert len(done) > 60
+        assert done.count("") > 40
+        assert {"after / before - 1", "mean of 1 - after / before", "median of"} <= set(done)
+        if stated:
+            assert sum("draws" in how for how in done) >= 7
+            assert {"64", "2.13.0"} <= {text for text, *_ in Traces(text).found}
+            # Without what a run writes at its end.
+            (run / "eval.json").unlink()
+    write(tmp_path / "other")
+    both = Traces(report.render([report.read_run(run), report.read_run(tmp_path / "other")]))
+    assert both.untraced == []
 
 
 # --- what an objective measures ---
@@ -228,7 +364,7 @@ def test_without_a_baseline_forgetting_is_unknown_and_never_zero(tmp_path):
 def test_without_general_text_forgetting_is_unknown(tmp_path):
     domain = {"stories": None, "web": None}
     shown = page(write(tmp_path / "run", before=side(**domain), after=side(**(AFTER | domain))))
-    assert "The domain gained 15.0 % , in bits per byte; forgetting is unknown: no general text was evaluated." \
+    assert "The domain gained 15.0 %, in bits per byte; forgetting is unknown: no general text was evaluated." \
         in shown.text
 
 
@@ -441,7 +577,8 @@ def test_report_imports_nothing_that_writes_a_run():
     ours = {path.stem for path in ROOT.glob("*.py")}
     imported = {name for name in done.stdout.split() if name.split(".")[0] in ours | folders}
     core = {name for name in imported if name.split(".")[0] == "core"}
-    assert imported - core == {"report", "measure", "measure.charts", "measure.verdict"}
+    assert imported - core == {"report", "measure", "measure.charts", "measure.read_run", "measure.report_tables",
+                               "measure.verdict"}
     assert "torch" not in done.stdout.split()
 
 
@@ -465,7 +602,7 @@ def test_intervals_and_what_cannot_be_told_from_no_change(tmp_path):
     after = side(1.24, 0.99, 0.801, 1.001)
     unsure = page(write(tmp_path / "unsure", before=spread(side(), 0), after=spread(after, 0.9)))
     assert "The domain gained 0.9 % (not distinguishable from no change) and general text lost 0.1 % " \
-        "(not distinguishable from no change), in bits per byte." in unsure.text.replace(" ,", ",")
+        "(not distinguishable from no change), in bits per byte." in unsure.text
     assert "More held-out documents would say more" in unsure.text
     few = page(write(tmp_path / "few", before=spread(side(), 0, 5), after=spread(side(**AFTER), 0, 5)))
     assert "no interval: it needs 6 documents" in few.text

@@ -49,7 +49,7 @@ def test_a_rewound_run_has_the_state_of_the_checkpoint_and_reads_on_behind_the_f
     for old, new in zip(states[3][:2], states[6][:2]):
         assert old.keys() == new.keys()
         assert all(torch.equal(old[name], new[name]) for name in old)
-    assert report.read_run(out).accidents[1] == "the run was rewound once, the last time from step 6 to 3"
+    assert [*report.read_run(out).accidents][1] == "the run was rewound once, the last time from step 6 to 3"
     assert states[6][2]["guard"] == states[3][2]["guard"] | {"left_out": 1, "in_a_row": 1}
 
 
