@@ -72,9 +72,12 @@ def summarise(change: dict, general, domain) -> dict:
     """{"domain_gain", "forgetting", "score"} of the changes {text: a number, or an array of draws, or None}."""
     rise, forgetting = (mean([change[name] for name in change if name in names]) for names in (domain, general))
     gain = None if rise is None else -rise
-    known = gain is not None and forgetting is not None
-    return {"domain_gain": gain, "forgetting": forgetting,
-            "score": gain - np.maximum(0.0, forgetting - GOOD) if known else None}
+    return {"domain_gain": gain, "forgetting": forgetting, "score": overall_score(gain, forgetting)}
+
+
+def overall_score(gain, forgetting):
+    """Gain less the forgetting beyond GOOD, of numbers or arrays; None where one is unknown."""
+    return None if gain is None or forgetting is None else gain - np.maximum(0.0, forgetting - GOOD)
 
 
 def draw_changes(name: str, before: dict, after: dict) -> np.ndarray | None:
