@@ -43,7 +43,6 @@ from core.foreign_files import (
     read_own_json,
     read_tensor,
 )
-from core.gguf_files import write_folder
 from core.output import escape
 from core.parameter_names import from_hf_name, is_of_experts, list_parts, split_experts, to_hf_name
 from core.settings_files import read_settings
@@ -386,9 +385,9 @@ class Import:
 
 
 def import_command(options: Import) -> dict:
-    with new_folder(options.output.out, options.output.overwrite, FOLDER) as out:
-        write_folder(options.file, out, DTYPES[options.dtype])
-        copy_files(Path(options.file).parent, LICENCES, out)
+    more = ["--overwrite"] if options.output.overwrite else []
+    print(cli.run_command("stages/import_gguf.py", options.file, "--dtype", options.dtype, "--out", options.output.out,
+                          *more), end="")
     return {"file": options.file, "out": options.output.out}
 
 

@@ -8,6 +8,7 @@ Of a kind of model or tokenizer that is not known here nothing is guessed: it is
 
 import json
 import re
+import reprlib
 from pathlib import Path
 
 import huggingface_hub
@@ -19,6 +20,7 @@ from core.errors import UserError
 from core.files import write_json, write_text
 from core.foreign_files import own_file
 from core.output import escape
+from core.settings_files import FILES, WRONG
 
 # gguf's name of a layer's part and Hugging Face's; of what stands outside of the layers.
 OF_LAYER = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
@@ -55,6 +57,8 @@ def write_folder(path, folder: Path, dtype: torch.dtype) -> None:
     for tensor in reader.tensors:
         name, heads = name_tensor(tensor.name, config, path)
         values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        if heads and (values.ndim != 2 or len(values) % (2 * heads)):
+            raise UserError(f"{path} holds {name} of shape {values.shape}, which is not rows of {heads} heads")
         tensors[name] = torch.from_numpy(join_pairs(values, heads) if heads else values).to(dtype)
     tokenizer, roles = read_tokenizer(fields, path)
     # What the head would repeat is not stored, as in hf.save.
@@ -95,24 +99,30 @@ def read_config(fields: dict, tensors: dict, path: Path) -> ModelConfig:
                 if name not in fields] or [name for name in ("token_embd.weight",) if name not in tensors]:
         raise UserError(f"{path} has no {lost[0]}; the file is incomplete, fetch it again")
     sizes = {name: fields[f"llama.{name_there}"] for name, name_there in names.items()}
+    sizes |= {"vocab_size": len(fields["tokenizer.ggml.tokens"]),
+              "num_key_value_heads": fields.get("llama.attention.head_count_kv"),
+              "head_dim": fields.get("llama.attention.key_length"),
+              "rope_theta": fields.get("llama.rope.freq_base", 10000.0)}
+    for name, value in sizes.items():
+        kind = FILES["config.json"][name]
+        try:
+            sizes[name] = None if value is None else kind.convert(value)
+        except WRONG:
+            raise UserError(f"{path} says {name} {reprlib.repr(value)}, but it must be {kind.wanted}") from None
     # The header holds 1e-5 as a float32; the shortest decimal that is the same float32 is what was meant.
     sizes["rms_norm_eps"] = float(str(np.float32(sizes["rms_norm_eps"])))
-    return ModelConfig(**sizes, vocab_size=len(fields["tokenizer.ggml.tokens"]),
-                       num_key_value_heads=fields.get("llama.attention.head_count_kv"),
-                       head_dim=fields.get("llama.attention.key_length"),
-                       rope_theta=float(fields.get("llama.rope.freq_base", 10000.0)),
-                       tie_word_embeddings="output.weight" not in tensors)
+    return ModelConfig(**sizes, tie_word_embeddings="output.weight" not in tensors)
 
 
 def name_tensor(name: str, config: ModelConfig, path: Path) -> tuple[str, int]:
     """(Hugging Face's name of a tensor, the heads whose rows stand in llama.cpp's order, or 0)."""
-    part, kind = re.fullmatch(r"(?:blk\.\d+\.)?(\w+)\.(\w+)", name).groups()
-    layer = re.match(r"blk\.(\d+)\.", name)
-    known = OF_LAYER.get(part) if layer else OUTSIDE.get(part)
-    if known is None or kind != "weight":
-        raise UserError(f"{path} holds the tensor {name}, for which a Llama has no place")
+    parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+    layer, part = parts.groups() if parts else (None, None)
+    known = (OF_LAYER if layer else OUTSIDE).get(part)
+    if known is None:
+        raise UserError(f"{path} holds the tensor {escape(name, line=True)}, for which a Llama has no place")
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(part, 0)
-    return f"model.layers.{layer[1]}.{known}.weight" if layer else f"{known}.weight", heads
+    return f"model.layers.{layer}.{known}.weight" if layer else f"{known}.weight", heads
 
 
 def join_pairs(values: np.ndarray, heads: int) -> np.ndarray:
@@ -127,19 +137,23 @@ def read_tokenizer(fields: dict, path: Path) -> tuple[dict, dict[str, str]]:
     if kind != "gpt2" or split not in SPLITS:
         raise UserError(f"{path} has a tokenizer of the kind {kind!r} that splits text as {split!r}; read are gpt2 "
                         f"with {', '.join(SPLITS)}: take the Hugging Face folder that it was made from")
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    tokens, types, merges = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges"))
+    ids = {role: i for role, name in ROLES.items() if (i := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None}
+    fits = all(isinstance(each, list) for each in (tokens, types, merges)) and len(tokens) == len(types) and all(
+        isinstance(each, str) for each in tokens + merges) and all(i in range(len(tokens)) for i in ids.values())
+    if not fits:
+        raise UserError(f"{path} has a damaged tokenizer: its lists of tokens, types and merges do not fit together")
     added = [{"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": type_of == CONTROL}
              for i, type_of in enumerate(types) if type_of in (CONTROL, ADDED)]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
              "vocab": {token: i for i, token in enumerate(tokens)},
-             "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]]}
-    ids = {role: fields.get(f"tokenizer.ggml.{name}_token_id") for role, name in ROLES.items()}
+             "merges": [merge.split(" ") for merge in merges]}
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     return ({"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
              "pre_tokenizer": SPLITS[split], "post_processor": None, "decoder": decoder, "model": model},
-            {role: tokens[i] for role, i in ids.items() if i is not None})
+            {role: tokens[i] for role, i in ids.items()})
 
 
 def make_card(fields: dict, path: Path) -> str:

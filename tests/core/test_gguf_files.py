@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 import hf
 import tokenizer as tokenizers
 from core.errors import UserError
+from stages.import_gguf import import_gguf
 from text.template import read_template
 from text.vocabulary import PROBES
 
@@ -46,7 +47,7 @@ def make_file(hf_model, known, tmp_path):
 
 
 def read(path, out, **options) -> Path:
-    hf.import_command(hf.Import(file=str(path), output=hf.cli.Output(out=str(out)), **options))
+    import_gguf(hf.Import(file=str(path), output=hf.cli.Output(out=str(out)), **options))
     return out
 
 
@@ -105,6 +106,11 @@ REFUSALS = {
     "a tensor of another model": ({"more": ["blk.0.attn_q.bias"]}, "blk.0.attn_q.bias, for which"),
     "another tokenizer": ({"tokenizer_model": "llama"}, "kind 'llama'"),
     "another split": ({"split": "qwen2"}, "splits text as 'qwen2'"),
+    "a size that is none": ({"block_count": 0}, "num_hidden_layers 0, but it must be"),
+    "a tensor of another shape": ({"feed_forward_length": 95}, "mlp.(gate|up|down)_proj.weight.* has shape"),
+    "a role outside the vocabulary": ({"bos_token_id": 4000}, "damaged tokenizer"),
+    "fewer types than tokens": ({"token_types": [1, 3]}, "damaged tokenizer"),
+    "merges of what is no token": ({"token_merges": ["zz yy"]}, "tokenizer.json cannot be read"),
     "no sizes": ({"without": ["block_count"]}, "no llama.block_count"),
 }
 
