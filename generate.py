@@ -107,18 +107,19 @@ def sample_logits(logits, settings: Settings, seen_ids, generators) -> list[int]
 
 # Not inference_mode, because training may go on with the same parameters.
 @torch.no_grad()
-def decode(model, tok, prompts, settings: Settings, generators, eos_ids=(), on_token=None) -> list[list[int]]:
-    """The decode loop: B sequences of one length, continued side by side -> the new ids of each.
+def decode(model, tok, prompts, settings: Settings, generators, eos_ids=(), on_token=None, start=None):
+    """The decode loop: B sequences of one length, continued side by side -> [the new ids of each].
 
     tok: the tokenizer, of whose ids and `eos_ids` alone the new ones are; None: any row of the model's embedding.
     prompts: B lists of ids. generators: as in `sample_logits`. A sequence ends with an id of `eos_ids`, which is
     included, or where on_token(sequence, id), called with each other new id, returns True. The loop ends with the last
-    sequence. The model is in eval mode meanwhile. With FSDP every rank must call this with the same arguments.
+    sequence. start: a cache of what the prompts begin with. The model is in eval mode meanwhile. With FSDP every rank
+    must call this with the same arguments.
     """
     device, ids = next(model.parameters()).device, [list(prompt) for prompt in prompts]
     capacity = len(ids[0]) + settings.max_new_tokens
     new, running = [[] for _ in ids], set(range(len(ids)))
-    cache = KVCache(capacity) if settings.cache else None
+    cache = start or (KVCache(capacity) if settings.cache else None)
     missing = [i for i in tok.missing_ids(model.config.vocab_size) if i not in eos_ids] if tok else []
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -12,6 +12,7 @@ model was trained so, and before an empty one always. What is longer than the mo
 import json
 import math
 import random
+import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,13 @@ from core import hashing
 from core.cli import Reading
 from core.config import setting
 from core.errors import UserError, nearest
+from generate import Settings
+from measure import verdict
+from measure.answers import RULES
+from measure.completions import complete_all
 from measure.likelihoods import log_likelihoods
-from measure.task_list import OWN, OWN_TEXT, TASKS, Form, Item, Task
-from text import corpus, vocabulary
+from measure.task_list import MMLU, OWN, OWN_TEXT, TASKS, Form, Item, Task, cut_pages
+from text import corpus, kinds, vocabulary
 
 # Of the normal distribution: the middle 95 %.
 Z = 1.959963984540054
@@ -67,9 +72,11 @@ def find_task(name: str, file: str | None) -> Task:
     """The benchmark `name`, or, of a file of the user's own, the kind of task that its first record makes it."""
     if name in TASKS:
         return TASKS[name]
+    if name.startswith("mmlu_"):
+        return replace(MMLU, parts=(name.removeprefix("mmlu_"),))
     if not file:
-        raise UserError(f"unknown task {name}{nearest(name, TASKS)} (there are {', '.join(TASKS)}; a task of your own "
-                        f"needs a file: {name}=FILE.jsonl)")
+        raise UserError(f"unknown task {name}{nearest(name, TASKS)} (there are {', '.join(TASKS)}, mmlu_SUBJECT; a "
+                        f"task of your own needs a file: {name}=FILE.jsonl)")
     for _, record in read_records(name, file):
         for task in (OWN, OWN_TEXT):
             if any(has_columns(form, record) for form in task.forms):
@@ -84,7 +91,10 @@ def load_items(name: str, task: Task, file: str | None = None, limit: int | None
     All items of a part have the same examples, so that a model computes them once.
     """
     items, chosen = read_items(name, task, file), {}
-    if task.shots:
+    if task.shots and task.fixed:
+        chosen = dict.fromkeys((item.part for item in items), choose_examples(name, replace(task, first=True),
+                                                                             task.fixed, seed))
+    elif task.shots:
         pool, is_apart = read_examples(name, task, file, items)
         for part in dict.fromkeys(item.part for item in items):
             chosen[part] = choose_examples(name, task, [item for item in pool if item.part == part], seed)
@@ -117,8 +127,8 @@ def choose_examples(name: str, task: Task, pool: list[Item], seed: int) -> list[
 def read_examples(name: str, task: Task, file: str | None, items: list[Item]) -> tuple[list[Item], bool]:
     """(items to choose examples from, whether they are others than those to score): of the split or the file beside
     this one that has them, else of the task's own items."""
-    if not file:
-        return (read_items(name, task, None, task.examples), True) if task.examples else (items, False)
+    if not file or Path(file).is_dir():
+        return (read_items(name, task, file, task.examples), True) if task.examples else (items, False)
     path = Path(file)
     for word in ("test", "validation", "val"):
         # Of MMLU both the folder and the file say which split it is: test/anatomy_test.csv, dev/anatomy_dev.csv.
@@ -140,9 +150,11 @@ def read_items(name: str, task: Task, file: str | None, split: str | None = None
             check_item(task, item)
         except (LookupError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"task {name}: {where} makes no item ({error}); correct it, or leave it out") from None
-        items.append(item)
+        if not task.parts or item.part in task.parts:
+            items.append(item)
     if not items:
-        raise UserError(f"task {name}: {file or task.hub[0]} holds no items")
+        of = f" of {', '.join(task.parts)}" if task.parts else ""
+        raise UserError(f"task {name}: {file or task.hub[0]} holds no items{of}")
     return items
 
 
@@ -153,7 +165,7 @@ def check_item(task: Task, item: Item):
         raise ValueError(f"a text is {odd!r}")
     if task.kind == "choice" and len(item.choices) < 2:
         raise ValueError(f"it has {len(item.choices)} choices")
-    if not 0 <= item.gold < len(item.choices):
+    if task.rule != "program" and not 0 <= item.gold < len(item.choices):
         raise ValueError(f"the right choice is number {item.gold}, but its {len(item.choices)} choices are numbered "
                          f"from 0")
     if task.kind in ("choice", "cloze") and not all(item.choices):
@@ -161,17 +173,36 @@ def check_item(task: Task, item: Item):
 
 
 def read_records(name: str, file: str | None, task: Task | None = None, split: str | None = None):
-    """Yield (where it stands, record) of a task's file, or of its dataset on the Hub."""
-    if file:
-        path, reading = file, Reading(documents="file")
-    else:
-        dataset, config, own = task.hub
-        path, reading = f"hf://{dataset}", Reading(config=config, split=split or own)
-    if not file or Path(path).is_file() or path.startswith("hf://"):
-        yield from corpus.read_values(path, reading, lists=True)
-    else:
-        raise UserError(f"task {name}: {path} is no file" if Path(path).exists() else
-                        f"task {name}: {path} does not exist")
+    """Yield (where it stands, record) of a task's file, of the files of a folder (in its folder of the split's name, or
+    in test/, if there is one), or of its dataset on the Hub. A row of a .csv becomes a record by the names of
+    `task.cells` or of its header; what the name of its file says is its subject."""
+    if not file:
+        dataset, configs, own = task.hub
+        for config in (configs or "").split() or [None]:
+            yield from corpus.read_values(f"hf://{dataset}", Reading(config=config, split=split or own))
+        return
+    path = Path(file)
+    inner = path / (split or "test")
+    paths = sorted((inner if inner.is_dir() else path).glob("*.*")) if path.is_dir() else [path]
+    if file.startswith("hf://"):
+        paths = [file]
+    elif not paths or not paths[0].is_file():
+        raise UserError(f"task {name}: {file} " + ("holds no files" if path.exists() else "does not exist"))
+    for path in paths:
+        header, is_table = task and task.cells, kinds.identify(str(path), True) in ("csv", "tsv")
+        has_pages = task is TASKS["wikitext"]
+        for where, record in corpus.read_values(str(path), Reading(documents="file"), lists=True):
+            if is_table and not header:
+                header = record
+            elif is_table:
+                if len(record) != len(header):
+                    raise UserError(f"task {name}: {where} has a row of {len(record)} cells instead of {len(header)}")
+                subject = re.sub("_(test|dev|val)$", "", path.stem)
+                yield where, {"subject": subject, **dict(zip(header, record))}
+            elif has_pages and isinstance(record, dict) and set(record) == {"text"}:
+                yield from ((where, {"page": page}) for page in cut_pages(record["text"]))
+            else:
+                yield where, record
 
 
 def has_columns(form: Form, record) -> bool:
@@ -207,7 +238,7 @@ def encode_pairs(tokenizer, pairs: list[tuple[str, str]]) -> list[tuple[list[int
     return encoded
 
 
-def make_requests(tokenizer, name: str, task: Task, items: list[Item]) -> list[list[tuple]]:
+def make_requests(tokenizer, name: str, task: Task, items: list[Item], longest: int | None = None) -> list[list[tuple]]:
     """The requests of each item: one for each of its choices."""
     pairs = [[(context, task.delimiter + choice) for context, choice in zip(
         item.contexts or [item.context] * len(item.choices), item.choices)] for item in items]
@@ -219,29 +250,57 @@ def make_requests(tokenizer, name: str, task: Task, items: list[Item]) -> list[l
     return requests
 
 
+def make_windows(tokenizer, name: str, task: Task, items: list[Item], longest: int) -> list[list[tuple]]:
+    """The requests of each text: windows of `longest` tokens, each token predicted once, the first behind the token
+    before a document and the last with as much context as there is room for."""
+    prefix, requests = vocabulary.token_before_document(tokenizer), []
+    for item, ids in zip(items, tokenizer.encode_batch([item.choices[0] for item in items])):
+        ids = ids.tolist()
+        if not ids:
+            raise UserError(f"task {name}: the tokenizer makes no token of the text {item.choices[0][:40]!r}; leave it "
+                            f"out")
+        windows = [([prefix], ids[:longest])]
+        for start in range(longest, len(ids), longest):
+            end = min(start + longest, len(ids))
+            windows.append((ids[end - longest - 1:start], ids[start:end]))
+        requests.append(windows)
+    return requests
+
+
 # ---- scores
 
 def score_tasks(model, tokenizer, tasks: dict[str, tuple[Task, list[Item]]], context: int | None = None, world=None,
-                batch_size: int = 32, autocast=None) -> dict[str, dict]:
+                batch_size: int = 32, autocast=None, judge=None, eos_ids=None) -> dict[str, dict]:
     """{name: result} of {name: (task, items)}; with a world, the ranks share the work and all return the same.
 
     A result: each metric; "metric", "value", "direction" and "interval" of the headline, at 95 %; "chance", "n",
-    "capability", "version", "shots", "hits" (a character an item, of the headline), "items_hash" and "protocol".
+    "capability", "version", "shots", "hits" (a character an item, of the headline), "items_hash", "cut" and "protocol".
+    judge: (item, completion) -> whether the program that the model wrote is right; eos_ids: what ends a completion.
     """
-    longest = min(model.config.max_position_embeddings, context or math.inf)
+    longest = min(model.config.max_position_embeddings, context or 2**62)
     results = {}
     for name, (task, items) in tasks.items():
-        requests = make_requests(tokenizer, name, task, items)
-        answers, cut = log_likelihoods(model, requests, [item.part for item in items], longest, batch_size, world,
-                                       autocast)
+        if task.rule == "program" and judge is None:
+            raise UserError(f"task {name} runs programs that the model writes, which is off here; leave it out")
+        if task.kind == "generate":
+            stop, greedy = task.stop, Settings(max_new_tokens=task.max_new_tokens, temperature=0)
+            completions, cut = complete_all(model, tokenizer, [item.context for item in items], stop, greedy, longest,
+                                            batch_size, world, eos_ids)
+            scores, n = score_completions(task, items, completions, judge), len(items)
+            first = tokenizer.encode(items[0].context, bos=tokenizer.add_bos)
+        else:
+            make = make_windows if task.kind == "rolling" else make_requests
+            requests = make(tokenizer, name, task, items, longest)
+            answers, cut = log_likelihoods(model, requests, [item.part for item in items], longest, batch_size, world,
+                                           autocast)
+            score = {"choice": score_choices, "cloze": score_clozes, "rolling": score_texts}[task.kind]
+            scores, n, first = score(items, answers), sum(map(len, requests)), [*requests[0][0][0], *requests[0][0][1]]
         if cut:
-            print(f"warning: task {name}: {cut} of {sum(map(len, requests))} requests are longer than the {longest} "
-                  f"tokens of the context and were cut on the left", file=sys.stderr)
-        score = {"choice": score_choices, "cloze": score_clozes}[task.kind]
-        first = requests[0][0]
-        results[name] = summarise(task, items, score(items, answers)) | {"cut": cut, "protocol": {
+            print(f"warning: task {name}: {cut} of {n} requests are longer than the {longest} tokens of the context "
+                  f"and were cut on the left", file=sys.stderr)
+        results[name] = summarise(task, items, scores) | {"cut": cut, "protocol": {
             "bos": bool(tokenizer.add_bos), "prefix_token_id": vocabulary.token_before_document(tokenizer),
-            "first_ids": [*first[0], *first[1]][:8], "context": longest, "batch_size": batch_size,
+            "first_ids": first[:8], "context": longest, "batch_size": batch_size,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}}
     return results
 
@@ -258,25 +317,57 @@ def score_choices(items: list[Item], answers: list) -> dict[str, list]:
 
 
 def score_clozes(items: list[Item], answers: list) -> dict[str, list]:
-    """{"acc": whether greedy decoding gives the continuation, "perplexity": its nats} of each item."""
-    return {"acc": [int(is_greedy) for [(_, is_greedy)] in answers], "perplexity": [-nats for [(nats, _)] in answers]}
+    """{"acc": whether greedy decoding gives the continuation, "nats": of it} of each item."""
+    return {"acc": [int(is_greedy) for [(_, is_greedy)] in answers], "nats": [-nats for [(nats, _)] in answers],
+            "sizes": {"perplexity": [1] * len(items)}}
 
 
-def summarise(task: Task, items: list[Item], scores: dict[str, list]) -> dict:
-    """The result of a task, of {metric: value of each item}."""
+def score_texts(items: list[Item], answers: list) -> dict[str, list]:
+    """{"nats": of each text, "sizes": {metric: what they are divided by}}: words and bytes of the text as it stood in
+    the file, as lm-evaluation-harness counts those of WikiText."""
+    texts = [item.record.get("page", item.record.get("text")) for item in items]
+    nbytes = [len(corpus.utf8(text)) for text in texts]
+    return {"nats": [-math.fsum(nats for nats, _ in own) for own in answers],
+            "sizes": {"word_perplexity": [len(re.split(r"\s+", text)) for text in texts], "byte_perplexity": nbytes,
+                      "bits_per_byte": [size * math.log(2) for size in nbytes]}}
+
+
+def score_completions(task: Task, items: list[Item], completions: list[str], judge) -> dict[str, list]:
+    """{metric: hit of each item}."""
+    if task.rule == "program":
+        return {task.metrics[0]: [int(judge(item, text)) for item, text in zip(items, completions)]}
+    judged = [RULES[task.rule](text, item.choices) for item, text in zip(items, completions)]
+    return {metric: [int(each[metric]) for each in judged] for metric in task.metrics}
+
+
+def summarise(task: Task, items: list[Item], scores: dict) -> dict:
+    """The result of a task, of {metric: hit of each item} and, of log-likelihoods, their "nats" and "sizes"."""
     headline, n = task.metrics[0], len(items)
-    values = {metric: sum(scores[metric]) / n for metric in task.metrics}
-    if "perplexity" in values:
-        values["perplexity"] = math.exp(min(values["perplexity"], 700))
+    values = {metric: sum(scores[metric]) / n for metric in task.metrics if metric in scores}
+    for metric, sizes in scores.get("sizes", {}).items():
+        per_unit = math.fsum(scores["nats"]) / sum(sizes)
+        values[metric] = per_unit if metric == "bits_per_byte" else math.exp(min(per_unit, 700))
+    is_share = headline in scores
     chance = sum(1 / len(item.choices) for item in items) / n if task.kind == "choice" else 0.0
-    result = {**values, "metric": headline, "value": values[headline], "direction": "up", "chance": chance,
-              "interval": wilson(sum(scores[headline]), n), "n": n, "capability": task.capability,
-              "version": task.version, "shots": task.shots, "hits": "".join(map(str, scores[headline])),
-              "items_hash": hash_items(items)}
+    interval = wilson(sum(scores[headline]), n) if is_share else redraw(scores["nats"], scores["sizes"][headline])
+    result = {**values, "metric": headline, "value": values[headline], "direction": "up" if is_share else "down",
+              "chance": chance, "interval": interval, "n": n, "capability": task.capability,
+              "version": task.version, "shots": task.shots,
+              "hits": "".join(map(str, scores[headline])) if is_share else "", "items_hash": hash_items(items)}
+    if "nats" in scores:
+        result["nats_by_item"] = [round(nats, 4) for nats in scores["nats"]]
     parts = dict.fromkeys(item.part for item in items)
     if len(parts) > 1:
         result["parts"] = {part: mean_of_part(part, items, scores[headline]) for part in parts}
     return result
+
+
+def redraw(nats: list[float], sizes: list) -> list[float] | None:
+    """[low, high] at 95 % of sum(nats) / sum(sizes) by drawing the texts anew; None where they are too few."""
+    if len(nats) < verdict.FEWEST:
+        return None
+    drawn = np.random.default_rng(0).integers(len(nats), size=(verdict.DRAWS, len(nats)))
+    return verdict.middle(np.array(nats)[drawn].sum(1) / np.array(sizes)[drawn].sum(1))
 
 
 def mean_of_part(part: str, items: list[Item], hits: list[int]) -> dict:
@@ -302,8 +393,8 @@ def format_tasks(before: dict | None, after: dict) -> str:
     lines = ["| task | metric | before | after | 95 % | chance | items |", "|---|---|---|---|---|---|---|"]
     for name, now in after.items():
         was = f"{before[name]['value']:.4f}" if before and name in before else ""
-        low, high = now["interval"]
+        interval = "{:.4f} to {:.4f}".format(*now["interval"]) if now["interval"] else ""
         shown = " ".join(name.split()).replace("|", "\\|")
         lines.append(f"| {shown} | {now['metric'].replace('_', ' ')} | {was} | {now['value']:.4f} | "
-                     f"{low:.4f} to {high:.4f} | {now['chance']:.3g} | {now['n']:,} |")
+                     f"{interval} | {now['chance']:.3g} | {now['n']:,} |")
     return "\n".join(lines)

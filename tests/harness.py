@@ -5,6 +5,7 @@ import logging
 import os
 
 import pytest
+import torch
 
 
 def need_lm_eval():
@@ -15,18 +16,27 @@ def need_lm_eval():
     return lm_eval
 
 
-def make_lm(model, encode, decode, bos: int, longest: int, batch_size: int = 8, add_bos: bool = True):
-    """lm-evaluation-harness' own class for transformers' models, over a tokenizer given by its two functions."""
+def make_lm(model, encode, decode, bos: int, longest: int, batch_size: int = 8):
+    """lm-evaluation-harness' own class for transformers' models, over a tokenizer given by its two functions. `add_bos`
+    of it says whether BOS stands before what is encoded."""
     need_lm_eval()
     from lm_eval.models.huggingface import HFLM
     from transformers import GPT2TokenizerFast
 
     class Model(HFLM):
+        add_bos = True
+
         def tok_encode(self, string, add_special_tokens=None, **_):
-            return [bos] * (add_bos if add_special_tokens is None else add_special_tokens) + encode(string)
+            return [bos] * (self.add_bos if add_special_tokens is None else add_special_tokens) + encode(string)
 
         def tok_decode(self, tokens, skip_special_tokens=True):
             return decode([tokens] if isinstance(tokens, int) else tokens)
+
+        def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=None, truncation=False):
+            encoded = [self.tok_encode(string)[-(left_truncate_len or longest):] for string in strings]
+            size = max(map(len, encoded))
+            return (torch.tensor([[0] * (size - len(ids)) + ids for ids in encoded]),
+                    torch.tensor([[0] * (size - len(ids)) + [1] * len(ids) for ids in encoded]))
 
         @property
         def prefix_token_id(self):

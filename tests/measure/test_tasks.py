@@ -1,6 +1,7 @@
 """Benchmarks under a model. Truth: lm-evaluation-harness over transformers on the same files; a planted answer key;
 chance; intervals of published tables."""
 
+import csv
 import json
 import random
 from dataclasses import replace
@@ -15,13 +16,15 @@ import eval as evaluation
 import hf
 import tokenizer as tokenizers
 from measure import tasks
-from measure.task_list import OWN, Item
+from measure.task_list import MMLU, OWN, TASKS, Item, cut_pages
 from measure.tasks import TaskSettings, load_items, open_tasks, score_tasks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BENCH = {"arc_easy": "jsonl/arc_easy.jsonl", "arc_challenge": "jsonl/arc_challenge.jsonl", "piqa": "jsonl/piqa.jsonl",
          "boolq": "jsonl/boolq.jsonl", "winogrande": "jsonl/winogrande.jsonl",
          "hellaswag": "hellaswag/hellaswag_val_1000.jsonl"}
+FILES = BENCH | {"lambada": "jsonl/lambada_openai.jsonl", "triviaqa": "jsonl/triviaqa_sm_sub.jsonl",
+                 "gsm8k": "gsm8k/test.jsonl"}
 ASK = {"doc_to_text": "{{query}}\nAnswer:", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
 
 
@@ -40,20 +43,75 @@ def assert_equal(found: dict, truth: dict):
     assert {key: found[key] for key in metrics} == pytest.approx(metrics, rel=1e-6, abs=1e-9)
 
 
+# What lm-evaluation-harness' own tasks say of how they are asked; the files are llm-foundry's and the authors'.
+def harness_tasks() -> dict[str, dict]:
+    from lm_eval.tasks.hellaswag import utils as hellaswag
+    from lm_eval.tasks.wikitext import preprocess_wikitext as wikitext
+    acc = {"metric_list": [{"metric": "acc"}]}
+    choice = harness.CHOICE | ASK
+    exact = {"output_type": "generate_until", "metric_list": [
+        {"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True}]}
+    return {
+        "own": choice | {"doc_to_text": "{{query}}"}, "arc_easy": choice, "arc_challenge": choice,
+        "piqa": choice | {"doc_to_text": "{{query}}Answer:"},
+        "boolq": choice | acc | {"doc_to_text": "{{query[9:]}}\nAnswer:"},
+        "hellaswag": choice | {"process_docs": hellaswag.process_docs, "doc_to_text": "{{query}}"},
+        "winogrande": choice | acc | {"doc_to_text": lambda r: r["gold"], "doc_to_choice": lambda r: r[
+            "context_options"], "doc_to_target": lambda r: r["continuation"]},
+        "mmlu_anatomy": choice | acc | {
+            "description": "The following are multiple choice questions (with answers) about anatomy.\n\n",
+            "doc_to_text": "{{question.strip()}}\nA. {{A}}\nB. {{B}}\nC. {{C}}\nD. {{D}}\nAnswer:",
+            "doc_to_choice": list("ABCD"), "doc_to_target": "{{'ABCD'.index(answer)}}"},
+        "lambada": {"output_type": "loglikelihood", "doc_to_text": "{{context}}",
+                    "doc_to_target": "{{' '+continuation}}", "metric_list": [
+                        {"metric": "perplexity"}, {"metric": "acc"}]},
+        "wikitext": {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target":
+                     wikitext.wikitext_detokenizer, "process_results": wikitext.process_results, "metric_list": [
+                         {"metric": metric} for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")]},
+        "pubmedqa": choice | acc | {
+            "doc_to_text": lambda r: "Abstract: {}\nQuestion: {}\nAnswer:".format("\n".join(r["CONTEXTS"]),
+                                                                                 r["QUESTION"]),
+            "doc_to_choice": ["yes", "no", "maybe"], "doc_to_target": "final_decision"},
+        "triviaqa": exact | {
+            "doc_to_text": "{{context}}", "doc_to_target": lambda r: [r["answer"], *r["aliases"]],
+            "generation_kwargs": {"until": ["\n", ".", ","], "do_sample": False, "max_gen_toks": 32}, "filter_list": [
+                    {"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]},
+        "gsm8k": {
+            "output_type": "generate_until", "doc_to_text": "Question: {{question}}\nAnswer:",
+            "doc_to_target": "{{answer}}", "generation_kwargs": {
+                "until": ["Question:", "</s>", "<|im_end|>"], "do_sample": False},
+            "metric_list": [{"metric": "exact_match", "ignore_case": True, "ignore_punctuation": False,
+                             "regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"]}],
+            "filter_list": [{"name": "none", "filter": [
+                {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"},
+                {"function": "take_first"}]}]}}
+
+
 def test_scores_are_those_of_the_harness(hf_model, tmp_path):
+    """A small random Llama: choices, one continuation, whole texts."""
     theirs, folder = hf_model("llama", vocab_size=259, max_position_embeddings=60)
-    file = harness.write_lines(tmp_path / "own.jsonl", make_questions(40))
+    questions = make_questions(16)
+    files = {name: harness.write_lines(tmp_path / f"{name}.jsonl", records) for name, records in (
+        ("own", questions),
+        ("lambada", [{"context": q["query"], "continuation": q["choices"][0][:3]} for q in questions]),
+        ("wikitext", [{"page": f" = {q['query']} = \n A ( {' , '.join(q['choices'])} ) 's @-@ N \n"}
+                      for q in questions]))}
     tok = Bytes(add_bos=True)
     lm = harness.make_lm(theirs, lambda text: list(text.encode()), tok.decode, tok.bos_id, 60)
-    truth, answers = harness.score(lm, {"own": harness.CHOICE | {"file": file, **ASK, "doc_to_text": "{{query}}"}})
-    model, opened = hf.load(folder), open_tasks({"own": TaskSettings(str(file))})
+    wanted = {name: harness_tasks()[name] | {"file": file} for name, file in files.items()}
+    # Of a whole text the harness scores BOS too, behind another BOS, where its tokenizer writes one.
+    rolling = wanted.pop("wikitext")
+    truth, answers = harness.score(lm, wanted)
+    lm.add_bos = False
+    truth |= harness.score(lm, {"wikitext": rolling})[0]
+    model, opened = hf.load(folder), open_tasks({name: TaskSettings(str(file)) for name, file in files.items()})
     for batch_size in (1, 32):
-        found = score_tasks(model, tok, opened, batch_size=batch_size)["own"]
-        assert_equal(found, truth["own"])
+        found = score_tasks(model, tok, opened, batch_size=batch_size)
+        for name in files:
+            assert_equal(found[name], truth[name])
     # Some were longer than the context.
-    assert found["cut"] > 0
-    requests = tasks.make_requests(tok, "own", *opened["own"])
-    ours = tasks.log_likelihoods(model, requests)[0]
+    assert found["own"]["cut"] > 0
+    ours = tasks.log_likelihoods(model, tasks.make_requests(tok, "own", *opened["own"]))[0]
     assert [nats for own in ours for nats, _ in own] == pytest.approx(
         [nats for own in answers["own"] for nats, _ in own], rel=1e-5)
 
@@ -79,9 +137,9 @@ def test_a_planted_answer_key_scores_one(tiny_model, monkeypatch):
 
 def test_chance_scores_chance(tiny_model):
     """Random items: within what the binomial distribution gives in all but one of 10,000 cases."""
-    items = [Item(q["query"], tuple(q["choices"]), q["gold"]) for q in make_questions(300, 3, seed=5)]
+    items = [Item(q["query"], tuple(q["choices"]), q["gold"]) for q in make_questions(150, 3, seed=5)]
     found = score_tasks(tiny_model(vocab_size=259, max_position_embeddings=128), Bytes(), {"own": (OWN, items)})["own"]
-    spread = NormalDist().inv_cdf(1 - 5e-5) * (1 / 3 * 2 / 3 / 300) ** 0.5
+    spread = NormalDist().inv_cdf(1 - 5e-5) * (1 / 3 * 2 / 3 / 150) ** 0.5
     assert abs(found["acc"] - 1 / 3) < spread
     assert found["chance"] == pytest.approx(1 / 3)
 
@@ -171,31 +229,136 @@ def test_the_command_scores_a_model_and_the_one_before(tmp_path, monkeypatch, ca
     assert f"| own | acc | {was['value']:.4f} | {now['value']:.4f} |" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_each_benchmark_scores_as_in_the_harness(data_dir, tmp_path):
-    """stories260K on the first items of each file, with the prompts of lm-evaluation-harness' own tasks."""
+@pytest.fixture(scope="module")
+def stories(data_dir):
+    """(our model, our tokenizer, lm-evaluation-harness over transformers) of stories260K."""
     transformers = pytest.importorskip("transformers")
     import sentencepiece
-    from lm_eval.tasks.hellaswag import utils as hellaswag
     folder = data_dir / "models/stories260K"
     sp = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     lm = harness.make_lm(transformers.AutoModelForCausalLM.from_pretrained(folder), sp.encode, sp.decode, 1, 512)
-    files = {name: tmp_path / f"{name}.jsonl" for name in BENCH}
-    for name, file in files.items():
-        lines = (data_dir / "bench" / BENCH[name]).read_text(encoding="utf-8").splitlines(keepends=True)
-        file.write_text("".join(lines[:40]), encoding="utf-8")
-    wanted = {name: harness.CHOICE | ASK | {"file": file} for name, file in files.items()}
-    wanted["piqa"] |= {"doc_to_text": "{{query}}Answer:"}
-    wanted["boolq"] |= {"doc_to_text": "{{query[9:]}}\nAnswer:"}
-    wanted["hellaswag"] |= {"process_docs": hellaswag.process_docs, "doc_to_text": "{{query}}"}
-    wanted["winogrande"] |= {"doc_to_text": lambda r: r["gold"], "doc_to_choice": lambda r: r["context_options"],
-                             "doc_to_target": lambda r: r["continuation"], "metric_list": [{"metric": "acc"}]}
-    truth, answers = harness.score(lm, wanted)
-    model, tok = hf.load(folder), tokenizers.load(folder)
+    return hf.load(folder), tokenizers.load(folder), lm
+
+
+def open_bench(data_dir, tmp_path, names, n) -> dict:
+    """{name: a file of the first n items}."""
+    files = {}
+    for name in names:
+        if name == "wikitext":
+            pages = cut_pages((data_dir / "corpora/wikitext2/wiki.test.raw").read_text(encoding="utf-8"))
+            records = [{"page": page[:3000]} for page in pages[:3]]
+        elif name == "pubmedqa":
+            whole = json.loads((data_dir / "corpora/medical_pubmedqa/ori_pqal.json").read_text())
+            records = [{key: record[key] for key in ("CONTEXTS", "QUESTION", "final_decision")} for record in
+                       whole.values()][:n]
+        elif name == "mmlu_anatomy":
+            rows = csv.reader((data_dir / "bench/mmlu/test/anatomy_test.csv").open(newline=""))
+            records = [{"subject": "anatomy", **dict(zip(MMLU.cells, row))} for row in rows][:n]
+        else:
+            records = [json.loads(line) for line in (data_dir / "bench" / FILES[name]).open(encoding="utf-8")][:n]
+        files[name] = harness.write_lines(tmp_path / f"{name}.jsonl", records)
+    return files
+
+
+@pytest.mark.slow
+def test_each_benchmark_scores_as_in_the_harness(data_dir, tmp_path, stories):
+    """stories260K on the first items of each file, with the prompts of lm-evaluation-harness' own tasks."""
+    model, tok, lm = stories
+    names = [*BENCH, "lambada", "pubmedqa", "mmlu_anatomy", "triviaqa"]
+    files = open_bench(data_dir, tmp_path, [*names, "wikitext"], 10)
+    settings = harness_tasks()
+    truth, answers = harness.score(lm, {name: settings[name] | {"file": files[name]} for name in names})
+    lm.add_bos = False
+    truth |= harness.score(lm, {"wikitext": settings["wikitext"] | {"file": files["wikitext"]}})[0]
+    lm.add_bos = True
     opened = open_tasks({name: TaskSettings(str(file)) for name, file in files.items()})
     found = score_tasks(model, tok, opened)
-    for name in wanted:
+    for name in files:
         assert_equal(found[name], truth[name])
+    for name, theirs in answers.items():
         ours = tasks.log_likelihoods(model, tasks.make_requests(tok, name, *opened[name]))[0]
         assert [nats for own in ours for nats, _ in own] == pytest.approx(
-            [nats for own in answers[name] for nats, _ in own], rel=1e-5), name
+            [nats for own in theirs for nats, _ in own], rel=1e-5), name
+    alone = score_tasks(model, tok, opened, batch_size=1)
+    assert {name: result["hits"] for name, result in alone.items()} == {
+        name: result["hits"] for name, result in found.items()}
+
+
+@pytest.mark.slow
+def test_examples_are_asked_as_in_the_harness(data_dir, tmp_path, stories):
+    """Two examples before each item: of MMLU the first ones, of others those that were drawn."""
+    model, tok, lm = stories
+    names = ["arc_easy", "winogrande", "mmlu_anatomy", "gsm8k"]
+    files, wanted, opened, settings = open_bench(data_dir, tmp_path, names, 14), {}, {}, harness_tasks()
+    for name, file in files.items():
+        # The files have no others beside them, so two of the items become examples.
+        [(task, items)] = open_tasks({name: TaskSettings(str(file), shots=2)}).values()
+        opened[name] = task, items[:6]
+        used = [item.record for item in tasks.choose_examples(name, task, tasks.read_items(name, task, str(file)), 0)]
+        rest = harness.write_lines(tmp_path / f"{name}_rest.jsonl", [item.record for item in items[:6]])
+        wanted[name] = settings[name] | {"file": rest, "fewshot_config": {"sampler": "first_n", "samples": used}}
+    truth, answers = harness.score(lm, wanted, shots=2)
+    found = score_tasks(model, tok, opened)
+    for name in names:
+        expected = truth[name] if name != "gsm8k" else {"flexible_match": truth[name]["exact_match"]}
+        assert_equal(found[name], expected)
+    for name, theirs in answers.items():
+        ours = tasks.log_likelihoods(model, tasks.make_requests(tok, name, *opened[name]))[0]
+        assert [nats for own in ours for nats, _ in own] == pytest.approx(
+            [nats for own in theirs for nats, _ in own], rel=1e-5), name
+
+
+def test_mmlu_by_subject(tmp_path):
+    """Folders of .csv files without headers, the examples of each subject in dev/."""
+    for split, n in (("test", 3), ("dev", 6)):
+        (tmp_path / split).mkdir()
+        for subject in ("anatomy", "jurisprudence", "astronomy"):
+            rows = "".join(f'"{subject} {split} {i}?",1,2,3,"4, or 5",{"ABCD"[i % 4]}\n' for i in range(n))
+            (tmp_path / split / f"{subject}_{split}.csv").write_text(rows)
+    for name, subjects in (("mmlu", ["anatomy", "astronomy", "jurisprudence"]), ("mmlu_medicine", ["anatomy"]),
+                           ("mmlu_law", ["jurisprudence"]), ("mmlu_astronomy", ["astronomy"])):
+        [(task, items)] = open_tasks({name: TaskSettings(str(tmp_path), shots=1)}).values()
+        assert [item.part for item in items] == [subject for subject in subjects for _ in range(3)]
+        assert task.capability == "knowledge"
+    assert items[1].context == (
+        "The following are multiple choice questions (with answers) about astronomy.\n\nastronomy dev 0?\nA. 1\nB. 2\n"
+        "C. 3\nD. 4, or 5\nAnswer: A\n\nastronomy test 1?\nA. 1\nB. 2\nC. 3\nD. 4, or 5\nAnswer:")
+    assert items[1].gold == 1
+    with pytest.raises(ValueError, match="holds no items of alchemy"):
+        open_tasks({"mmlu_alchemy": TaskSettings(str(tmp_path))})
+    # One file of one subject, whose examples stand in the folder beside.
+    file = tmp_path / "test/jurisprudence_test.csv"
+    [(_, items)] = open_tasks({"mmlu_law": TaskSettings(str(file), shots=2)}).values()
+    assert items[0].context.count("jurisprudence dev") == 2
+
+
+def test_subjects_are_told_apart(tiny_model):
+    items = [Item(q["query"], tuple(q["choices"]), q["gold"], part="ab"[i % 2])
+             for i, q in enumerate(make_questions(20))]
+    found = score_tasks(tiny_model(vocab_size=259, max_position_embeddings=128), Bytes(), {"own": (OWN, items)})["own"]
+    assert {part: own["n"] for part, own in found["parts"].items()} == {"a": 10, "b": 10}
+    assert found["parts"]["a"]["value"] == found["hits"][::2].count("1") / 10
+
+
+def test_programs_are_judged_by_the_caller(tiny_model):
+    """The seam: without a judge no program of a model's is run."""
+    tok = Bytes()
+    tok.missing_ids = lambda rows: []
+    tok.encode = lambda text, bos: list(text.encode())
+    record = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "", "entry_point": "f"}
+    task = TASKS["humaneval"]
+    items = [replace(task.forms[0].make_item(record | {"task_id": str(i)})) for i in range(3)]
+    model = tiny_model(vocab_size=259, max_position_embeddings=64)
+    with pytest.raises(ValueError, match="runs programs that the model writes"):
+        score_tasks(model, tok, {"humaneval": (task, items)})
+    found = score_tasks(model, tok, {"humaneval": (task, items)},
+                        judge=lambda item, text: item.record["task_id"] == "1")
+    assert (found["humaneval"]["pass_at_1"], found["humaneval"]["hits"]) == (1 / 3, "010")
+
+
+def test_perplexities_have_intervals_over_texts():
+    """Of equal texts none is left; of others it holds the value."""
+    assert tasks.redraw([2.0] * 8, [4] * 8) == [0.5, 0.5]
+    low, high = tasks.redraw([1.0, 2, 3, 4, 5, 6, 7, 8], [4] * 8)
+    assert 0.25 < low < 4.5 / 4 < high < 2
+    assert tasks.redraw([1.0] * 3, [4] * 3) is None
