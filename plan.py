@@ -1,6 +1,7 @@
 """Before a run: is continued pretraining the right thing, what would it take, and with which settings.
 
     python plan.py gap --model BASE --domain law=legal.jsonl --general wiki=wiki.txt --json out/gap.json
+    python plan.py budget --model BASE --domain shards/law --general shards/wiki --gpu H100 --gpus 8 --recipe run.toml
     python plan.py memory recipes/llama2_7b_cpt.toml --gpu H100 --gpus 8 --model.path DIR
 
 How each is found stands in measure/: memory.py, gap.py, budget.py.
@@ -11,8 +12,9 @@ import core.threads
 import functools
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import hf
 import tokenizer as tokenizers
@@ -20,10 +22,15 @@ from core import cli, devices
 from core.cli import Positional
 from core.config import setting
 from core.errors import UserError
-from measure import gap
+from core.files import read_json, write_text
+from lora import LoraConfig
+from measure import budget, gap
 from measure.budget import find_gpu
-from measure.memory import OVERHEAD, estimate
+from measure.calibrate import time_step
+from measure.memory import OVERHEAD, count_elements, estimate
+from text.mixture import SourceConfig
 from text.sample import draw_sample
+from text.shards import Shards
 from train import Config
 
 # Tokens of each side that gap scores by default: so many on a GPU, and on a CPU so many operations' worth.
@@ -93,6 +100,153 @@ def name_sources(words: list[str], side: str) -> dict[str, list[str]]:
     return sources
 
 
+# ---- budget
+
+@dataclass(kw_only=True)
+class Budget:
+    """Say what a continued pretraining takes, in full, by LoRA and by QLoRA, and write its recipe."""
+
+    model: str
+    """The base: a model folder, an hf:// id, or the name of a known size, such as llama-3-8b."""
+    domain: list[str] = field(default_factory=list)
+    """FILE or NAME=FILE ...: domain text, or folders made by data.py pack."""
+    general: list[str] = field(default_factory=list)
+    """The same of general text, for replay."""
+    gap: str | None = None
+    """What plan.py gap --json wrote: its volume, replay share and method."""
+    domain_tokens: float | None = setting(None, above=0)
+    """Tokens of the domain, instead of counting them, such as 5e9."""
+    replay: float | None = setting(None, at_least=0, below=1)
+    """Share of general text in the mix (default: that of --gap, or else 0.3)."""
+    epochs: float = setting(1.0, above=0, at_most=1e3)
+    """How often the domain is read."""
+    context: int | None = setting(None, at_least=1)
+    """Tokens per sequence (default: the model's positions, at most 4096, on a CPU 2048)."""
+    batch_tokens: float = setting(4e6, at_least=1, at_most=2**30)
+    """Tokens per step at most; a small corpus gets fewer, so that it has some hundred steps."""
+    gpu: str = "cpu"
+    """The device: cpu (this machine) or one of B200, H200, H100, A100, A100-40, L40S, RTX4090, RTX3090, A10, T4."""
+    gpus: int = setting(1, at_least=1, at_most=10**5)
+    """How many devices."""
+    memory_gb: float | None = setting(None, above=0, at_most=1e6)
+    """Memory of a device, instead of the table's."""
+    tflops: float | None = setting(None, above=0, at_most=1e6)
+    """Its dense rate in half precision, in 1e12 operations per second, instead of the table's."""
+    watts: float | None = setting(None, above=0, at_most=1e5)
+    """Its power, instead of the table's."""
+    price: float | None = setting(None, at_least=0, at_most=1e5)
+    """Dollars per GPU-hour, instead of the table's."""
+    mfu: float = setting(0.4, above=0, at_most=1)
+    """The share of that rate that a training reaches."""
+    method: Literal["full", "lora", "qlora"] | None = None
+    """The recipe's method (default: that of --gap if it fits, or else the first that fits)."""
+    rank: int | None = setting(None, above=0, at_most=2**14)
+    """Rank of the adapters (default: up to 128, by the model's width)."""
+    calibrate: bool = True
+    """On a CPU, time a few real steps of each method."""
+    recipe: str | None = None
+    """Write the recipe to this file."""
+    reading: cli.Reading = field(default_factory=cli.Reading)
+
+
+def budget_command(options: Budget) -> dict:
+    known, base = budget.known_size(options.model), None
+    if known is None:
+        base = hf.open_base(options.model)
+    found = read_gap(options.gap) if options.gap else None
+    sources = {side: name_sources(words, side) for side, words in (("domain", options.domain),
+                                                                    ("general", options.general))}
+    volumes = {side: count_volume(files, base, options.reading) for side, files in sources.items() if files}
+    domain = options.domain_tokens or volumes.get("domain", (None,))[0] or (found or {}).get("domain", {}).get("tokens")
+    if not domain:
+        raise UserError("how much domain text there is nobody says: give --domain, --domain-tokens or --gap")
+    replay = options.replay if options.replay is not None else found["settings"]["replay"] if found else 0.3
+    given = {"memory": options.memory_gb and options.memory_gb * 1e9, "flops": options.tflops and options.tflops * 1e12,
+             "watts": options.watts, "price": options.price}
+    gpu = replace(budget.find_gpu(options.gpu), **{key: value for key, value in given.items() if value is not None})
+    if gpu.kind == "cpu" and options.gpus > 1:
+        raise UserError(f"--gpus is {options.gpus}, but the device is this machine's CPU; name a --gpu")
+    config = known or base.config
+    longest = min(config.max_position_embeddings, 2048 if gpu.kind == "cpu" else 4096)
+    job = budget.Job(options.model, config, domain, volumes.get("general", (None,))[0], replay, options.epochs,
+                     options.context or longest, gpu, options.gpus, options.batch_tokens, options.mfu)
+    times = None
+    if gpu.kind == "cpu" and options.calibrate:
+        times = functools.partial(time_step, document=round(volumes.get("domain", (0, 300))[1]))
+    methods = budget.plan_methods(job, options.rank, times)
+    fitting = [method for method, plan in methods.items() if plan["fits"]]
+    wanted = options.method or (found["settings"]["method"] if found else None)
+    chosen = wanted if wanted in fitting else next(iter(fitting), None)
+    print(budget.describe(job, methods))
+    warnings = budget.list_warnings(job)
+    if options.method and options.method not in fitting:
+        warnings.append(f"{options.method} does not fit on {options.gpus} x {gpu.name}; the recipe has {chosen}")
+    if options.recipe and chosen is None:
+        raise UserError(f"no method fits on {options.gpus} x {gpu.name}, so that there is no recipe to write; the "
+                        f"table says what would fit")
+    if options.recipe:
+        write_text(options.recipe, make_recipe(job, methods[chosen], sources, chosen))
+        print(f"recipe: {options.recipe} ({chosen}); python train.py {options.recipe} --dry-run tries it")
+    print(*(f"warning: {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
+    for plan in methods.values():
+        plan["settings"] = budget.list_settings(plan.pop("config"))
+    return {"model": options.model, "parameters": count_elements(config, LoraConfig()).base, "gpu": asdict(gpu),
+            "gpus": options.gpus, "tokens": {"domain": job.domain_tokens, "replay": job.replay_tokens,
+                                             "total": job.tokens}, "replay": replay, "epochs": options.epochs,
+            "context": job.context, "methods": methods, "chosen": chosen, "recipe": options.recipe,
+            "warnings": warnings}
+
+
+def read_gap(path: str) -> dict:
+    """What plan.py gap --json wrote."""
+    found = read_json(path, dict)
+    if not isinstance(found.get("settings"), dict) or not isinstance(found.get("domain"), dict):
+        raise UserError(f"--gap {path} is not what plan.py gap --json wrote")
+    return found
+
+
+def is_packed(path: str) -> bool:
+    return Path(path, "manifest.json").is_file()
+
+
+def count_volume(sources: dict[str, list[str]], base, reading: cli.Reading) -> tuple[float, float]:
+    """(tokens, tokens of a document) of the sources of a side: counted in packed folders, else from a sample."""
+    tokens = documents = 0.0
+    for name, paths in sources.items():
+        packed = [Shards(path) for path in paths if is_packed(path)]
+        tokens += sum(shards.tokens for shards in packed)
+        documents += sum(shards.documents for shards in packed)
+        if files := [path for path in paths if not is_packed(path)]:
+            if base is None:
+                raise UserError("--domain and --general are counted with the base's tokenizer, and the name of a size "
+                                "has none; give its folder, or --domain-tokens")
+            sample, tokenizer = draw_sample(files, reading, 1 << 21, 0), tokenizers.load(base.folder)
+            if not sample.texts:
+                raise UserError(f"{name} ({' '.join(files)}) has no text")
+            if sample.corpus_bytes is None:
+                raise UserError(f"{name} is a Hub dataset, whose size nothing says; give --domain-tokens")
+            rate = sum(map(len, tokenizer.encode_batch(sample.texts))) / sample.bytes
+            tokens += sample.corpus_bytes * rate
+            documents += len(sample.texts) * sample.corpus_bytes / sample.bytes
+    return tokens, tokens / max(1, documents)
+
+
+def make_recipe(job, plan: dict, sources: dict, method: str) -> str:
+    """The recipe of a method; text that is not packed yet is to be, into shards/NAME, which its first lines say."""
+    notes, paths = [f"Continued pretraining of {job.model} by plan.py budget: {method}, {job.gpus} x {job.gpu.name}, "
+                    f"{plan['peak_gb']:.1f} GB each" + (f", {plan['hours']:.3g} hours" if plan["hours"] else "")], {}
+    for side in ("domain", "general") if job.replay else ("domain",):
+        for name, files in (sources[side] or {side: ["TEXT"]}).items():
+            packed = len(files) == 1 and is_packed(files[0])
+            if not packed:
+                notes.append(f"first: python data.py pack --tokenizer {job.model} --out shards/{name} "
+                             f"{' '.join(files)}")
+            paths[name] = SourceConfig(path=str(Path(files[0]).absolute()) if packed else f"shards/{name}", role=side)
+    if job.gpus > 1:
+        notes.append(f"torchrun --nproc-per-node {job.gpus} train.py THIS_FILE   (more than one machine: the guide)")
+    return budget.write_recipe(job, plan["config"], paths, notes)
+
+
 # ---- memory
 
 
@@ -126,7 +280,7 @@ def memory_command(options: Memory, settings: list[str] = ()) -> dict:
 def main() -> int:
     words, settings = cli.take_settings(sys.argv[1:])
     return cli.run("plan.py", __doc__, {
-        "gap": (Gap, gap_command),
+        "gap": (Gap, gap_command), "budget": (Budget, budget_command),
         "memory": (Memory, functools.partial(memory_command, settings=settings))}, argv=words)
 
 

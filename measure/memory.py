@@ -29,7 +29,7 @@ FOUR_BITS = {True: 0.5 + 1 / 64 + 4 / (64 * 256), False: 0.5 + 4 / 64}
 # Bytes of AdamW's 8-bit moments and their scales, per parameter (kernels/adamw.py).
 EIGHT_BIT = 2 + 6 / 32
 # What a process takes beside its tensors: the CUDA context with the libraries' workspaces; on a CPU, Python and torch.
-OVERHEAD = {"cuda": 1.0e9, "cpu": 0.35e9}
+OVERHEAD = {"cuda": 1.0e9, "cpu": 0.43e9}
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,19 @@ class Elements:
     low: int                    # the sum of the ranks of one block's adapters
 
 
+# What was counted before: a plan asks for the same sizes again and again.
+COUNTED: dict[str, Elements] = {}
+
+
 def count_elements(config: ModelConfig, adapters: lora.LoraConfig) -> Elements:
     """UserError where the adapters name layers that the model does not have."""
+    key = repr((config, adapters))
+    if key not in COUNTED:
+        COUNTED[key] = count_anew(config, adapters)
+    return COUNTED[key]
+
+
+def count_anew(config: ModelConfig, adapters: lora.LoraConfig) -> Elements:
     with torch.device("meta"):
         model = Model(config)
     own = dict(model.named_parameters())
@@ -74,11 +85,13 @@ class Types:
         return self.matmul != self.stream
 
 
-def find_types(c, kind: str) -> Types:
+def find_types(c, kind: str, sharded: bool = False) -> Types:
     half = c.train.precision != "fp32"
     # As in stages/build.py: bf16 weights where they do not train, or their optimizer keeps what bf16 rounds away.
     plain = 2 if c.train.precision == "bf16" and (c.lora.rank or c.optim.name == "adamw_8bit") else 4
-    return Types(plain, 4 if c.lora.rank else plain, 2 if half else 4, plain, 2 if half and kind == "cuda" else 4)
+    # FSDP gathers weights in the matmuls' type, so that nothing is left for autocast to cast.
+    stream = 2 if half and sharded else plain
+    return Types(plain, 4 if c.lora.rank else plain, 2 if half else 4, stream, 2 if half and kind == "cuda" else 4)
 
 
 def block_bytes(config: ModelConfig, types: Types, low: int, whole_documents: bool = True) -> int:
@@ -99,9 +112,9 @@ def block_bytes(config: ModelConfig, types: Types, low: int, whole_documents: bo
 def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict[str, float]:
     """{part: bytes on each rank}, and the "peak" of them, of a training with the settings `c` (train.Config) of a model
     `config` on `ranks` devices of a kind, cuda or cpu. Parts that are not needed at the same time do not add up."""
-    count, types = count_elements(config, c.lora), find_types(c, kind)
     L, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
     shards = ranks if c.parallel.strategy == "fsdp" else 1
+    count, types = count_elements(config, c.lora), find_types(c, kind, shards > 1)
     M = c.train.micro_batch_size * c.data.context
     accumulates = c.train.batch_size // ranks > c.train.micro_batch_size
     quantised = {"nf4": FOUR_BITS[c.lora.double_quant], "int4": FOUR_BITS[c.lora.double_quant], "int8": 1.0}
@@ -122,19 +135,25 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     if c.lora.rank and c.lora.embeddings == "frozen" and not checkpoints:
         # Nothing that trains stands before the first norm, so that it keeps no input.
         activations -= stream
-    if types.casts and not c.lora.rank and shards == 1:
+    if types.casts and not c.lora.rank:
         # Autocast keeps its copies of the weights from the forward pass to the backward pass.
         activations += types.matmul * count.linear
-    # One block's workspace: recomputed activations, and the gradients of gate, up and their product at once.
-    workspace = (of_block if checkpoints else 0) + M * 4 * (4 * config.intermediate_size + D)
+    # One block's workspace: recomputed activations, and at once the gradients of gate, up and their product, two
+    # tensors on the way to these, and the streams'.
+    workspace = (of_block if checkpoints else 0) + M * max(types.matmul, types.attention) * (
+        5 * config.intermediate_size + 4 * D)
     trains_head = not c.lora.rank or c.lora.embeddings == "full"
     logits = V * (types.matmul if kind == "cuda" else 4 + (types.matmul if types.matmul < 4 else 0))
     chunk = chunk_rows(M, logits, torch.device(kind)) * logits
     head = chunk + M * D * types.matmul + (4 * V * D if trains_head else 0)
-    head_copy = types.matmul * V * D if types.matmul != types.weight else 0
-    # FSDP has two blocks gathered at a time, this one and the next, in the matmuls' type, and one block's gradients.
-    of_params = types.weight if c.lora.rank else types.matmul
-    gathered = (2 * of_params + 4 * (not c.lora.rank)) * count.block + of_params * V * D if shards > 1 else 0
+    head_copy = types.matmul * V * D if types.matmul != types.weight and shards == 1 else 0
+    # FSDP has gathered, in the matmuls' type, two blocks, this one and the next, and what is in no block; of gradients
+    # one such part, and once more in fp32 on its way to the other ranks.
+    of_params, outside = types.weight if c.lora.rank else types.matmul, count.base - L * count.block
+    gathered = 0
+    if shards > 1:
+        of_gradients = 0 if c.lora.rank else (of_params + 4) * max(count.block, outside)
+        gathered = of_params * (2 * count.block + outside) + of_gradients
 
     methods = copies_of_methods(c, count, types) / shards
     kept = weights + state + methods + gathered
@@ -144,9 +163,12 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     backward = max(before + activations + of_head, gradients) + workspace
     if accumulates:
         backward = before + activations + workspace
+    # On a CPU what is freed stays in the heap (core/parallel.py), and some of it is too small, or in the wrong place,
+    # for the tensors of the next step: about so much was measured (docs/RESULTS.md, memory by arithmetic).
+    holes = max(chunk, gradients / 2, activations / 5) if kind == "cpu" else 0
     return {"weights": weights, "optimizer": state, "methods": methods, "gathered": gathered, "gradients": gradients,
             "activations": activations, "head": head + head_copy, "workspace": workspace,
-            "peak": kept + max(forward, backward, gradients)}
+            "holes": holes, "peak": kept + max(forward, backward, gradients) + holes}
 
 
 def copies_of_methods(c, count: Elements, types: Types) -> float:

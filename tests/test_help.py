@@ -37,6 +37,7 @@ COMMANDS = {
     "forget.py replay": "model out",
     "report.py": "out",
     "plan.py gap": "model domain general",
+    "plan.py budget": "model domain general gpu gpus recipe",
     "plan.py memory": "gpu gpus",
     "bench.py data": "",
     "bench.py train": "",

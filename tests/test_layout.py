@@ -24,8 +24,8 @@ FLOORS = [
      "measure.tasks", "measure.probes",
      "measure.retention", "eval", "forget"],
     ["stages"],
-    ["train", "clean", "dedup", "measure.laws", "measure.gap", "measure.memory", "measure.budget", "measure.ladder",
-     "plan", "measure.charts",
+    ["train", "clean", "dedup", "measure.laws", "measure.gap", "measure.memory", "measure.calibrate", "measure.budget",
+     "measure.ladder", "plan", "measure.charts",
      "measure.read_run", "measure.report_tables", "report", "measure", "bench", "experiments"],
 ]
 PLACES = {name: (floor, place) for floor, line in enumerate(FLOORS) for place, name in enumerate(line)}

@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from synthetic import texts
 
 import plan
+import tokenizer as tokenizers
+import train
+from text.shards import Shards, pack
 
 
 @pytest.fixture
@@ -81,3 +85,70 @@ def test_a_chat_model_is_warned_about(plan_py, pair, tmp_path, capsys):
     words = ["gap", "--model", tmp_path, "--general", f"tales={pair[3]}", "--domain", pair[2], "--score-tokens", 100]
     assert plan_py(*words) == 0
     assert "warning: the base carries a chat template" in capsys.readouterr().out
+
+
+def test_budget_writes_a_recipe_that_train_takes_as_it_is(plan_py, pair, lab, tmp_path, capsys, monkeypatch):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in pair[0].iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    for kind in ("legal", "story"):
+        pack(texts(kind), tokenizers.load(base), tmp_path / kind, heldout=0.1)
+    words = ["budget", "--model", base, "--domain", f"law={tmp_path}/legal", "--general", f"tales={tmp_path}/story",
+             "--batch-tokens", 256, "--recipe", tmp_path / "run.toml", "--json", tmp_path / "budget.json"]
+    for method in ("full", "qlora"):
+        assert plan_py(*words, "--method", method) == 0
+        found = json.loads((tmp_path / "budget.json").read_text())
+        assert found["chosen"] == method
+        assert found["methods"].keys() == {"full", "lora", "qlora"}
+        tokens = Shards(tmp_path / "legal").tokens
+        assert found["tokens"]["domain"] == tokens
+        assert found["tokens"]["replay"] == pytest.approx(tokens * 3 / 7)
+        assert found["methods"][method]["hours"] > 0
+        monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "run.toml"), "--dry-run"])
+        assert train.main() == 0
+        said = capsys.readouterr().out
+        assert f"run: {found['methods'][method]['steps']:,} steps" in said
+        assert "dry run: the whole run takes about" in said
+
+
+def test_budget_counts_text_that_is_not_packed_and_says_how_to_pack_it(plan_py, pair, tmp_path):
+    words = ["budget", "--model", pair[0], "--domain", pair[2], "--general", pair[3], "--documents", "line",
+             "--no-calibrate", "--recipe", tmp_path / "run.toml", "--json", tmp_path / "b.json"]
+    assert plan_py(*words) == 0
+    recipe = (tmp_path / "run.toml").read_text()
+    assert f"# first: python data.py pack --tokenizer {pair[0]} --out shards/domain {pair[2]}" in recipe
+    tok = tokenizers.load(pair[0])
+    tokens = sum(len(tok.encode(line)) for line in Path(pair[2]).read_text().split("\n"))
+    assert json.loads((tmp_path / "b.json").read_text())["tokens"]["domain"] == pytest.approx(tokens)
+
+
+def test_budget_goes_on_from_gap(plan_py, tmp_path):
+    (tmp_path / "gap.json").write_text(json.dumps({
+        "domain": {"tokens": 5e9}, "settings": {"replay": 0.25, "method": "lora"}}))
+    words = ["budget", "--model", "llama-3-8b", "--gap", tmp_path / "gap.json", "--gpu", "H100", "--gpus", 8]
+    assert plan_py(*words, "--json", tmp_path / "b.json") == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert (found["chosen"], found["replay"], found["tokens"]["total"]) == ("lora", 0.25, pytest.approx(5e9 / 0.75))
+
+
+BUDGET_MISTAKES = {
+    "no volume": (["--model", "llama-3-8b"], "how much domain text there is nobody says"),
+    "text for the name of a size": (["--model", "llama-3-8b", "--domain", "law.txt"], "the name of a size has none"),
+    "nothing fits": (["--model", "llama-3-70b", "--domain-tokens", "1e9", "--gpu", "T4", "--recipe", "x.toml"],
+                     "no method fits on 1 x T4"),
+    "several CPUs": (["--model", "llama-3-8b", "--domain-tokens", "1e9", "--gpus", "2"], "name a --gpu"),
+    "no gap": (["--model", "llama-3-8b", "--gap", "x.json"], "is not what plan.py gap --json wrote"),
+}
+
+
+@pytest.mark.parametrize("case", BUDGET_MISTAKES)
+def test_a_mistake_in_a_budget_is_one_line(case, plan_py, tmp_path, monkeypatch, capsys):
+    words, message = BUDGET_MISTAKES[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "law.txt").write_text("a law")
+    (tmp_path / "x.json").write_text("{}")
+    assert plan_py("budget", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

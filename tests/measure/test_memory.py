@@ -1,5 +1,11 @@
 """The memory planner. Truth: the tensors that autograd keeps, counted by its own hooks; the peaks of real processes."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import SIZES
@@ -58,3 +64,57 @@ def test_activations_are_the_tensors_that_autograd_keeps(case, checkpointing):
         expected -= 2 * memory.count_elements(config, c.lora).linear
     # Also kept, and not counted: a token's id, its document's start and a norm's root, 16 bytes per token.
     assert sum(kept.values()) == pytest.approx(expected - hidden, rel=0.01, abs=16 * 256)
+
+
+# ---- the peaks of processes
+
+ROOT = Path(__file__).parent.parent.parent
+PEAK = """
+import core.threads
+import json, sys
+import numpy as np
+import torch
+import train
+from core import cli, devices, parallel
+from measure import calibrate
+from model import ModelConfig
+
+def make_steps(sizes, words):
+    V, D, F, L, H, K, T, B = sizes
+    c = cli.parse(train.Config, ["--data.sources.a.path", "x", "--data.context", str(T), "--train.micro-batch-size",
+                                 str(B), "--train.batch-size", str(B), *words], recipe=True)
+    config = ModelConfig(V, D, F, L, H, K, max_position_embeddings=T)
+    run, rng = calibrate.make_run(c, config, torch.device("cpu")), np.random.default_rng(0)
+    batch = run.objective.corrupt(calibrate.random_batch(config, B, T, 100, rng), None)
+    for _ in range(3):
+        train.train_step(run, run.done, [batch])
+
+parallel.start("cpu")
+# What a process takes beside its tensors is loaded by a tiny run, and measured apart.
+make_steps((512, 64, 96, 1, 2, 2, 64, 2), json.loads(sys.argv[2]))
+before = devices.peak_bytes(torch.device("cpu"))
+make_steps(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
+print(json.dumps([before, devices.peak_bytes(torch.device("cpu"))]))
+"""
+# Vocabulary, width, MLP width, blocks, heads, key-value heads, tokens, sequences: activations count for most, then
+# activations and weights, then weights.
+MODELS = {"4M": (2048, 192, 512, 6, 6, 2, 256, 16), "26M": (8192, 512, 1408, 6, 8, 4, 256, 4),
+          "44M": (4096, 768, 2048, 6, 12, 4, 128, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", MODELS)
+@pytest.mark.parametrize("method", [[], ["--lora.rank", "16"]], ids=["full", "lora"])
+def test_the_peak_of_a_process_is_as_planned(size, method):
+    words = ["--train.precision", "fp32", "--device", "cpu", *method]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", PEAK, json.dumps(MODELS[size]), json.dumps(words)], cwd=ROOT, env=env,
+                          capture_output=True, text=True, check=True)
+    before, peak = json.loads(done.stdout)
+    V, D, F, L, H, K, T, B = MODELS[size]
+    c = settings(*words, "--data.context", T, "--train.micro-batch-size", B, "--train.batch-size", B)
+    planned = memory.estimate(c, ModelConfig(V, D, F, L, H, K, max_position_embeddings=T), kind="cpu")["peak"]
+    print(f"{size} {method[:1]}: planned {planned / 1e6:.0f} MB, measured {(peak - before) / 1e6:.0f}, "
+          f"process {before / 1e6:.0f}")
+    assert planned == pytest.approx(peak - before, rel=0.1)
+    assert before == pytest.approx(memory.OVERHEAD["cpu"], rel=0.15)
