@@ -17,12 +17,14 @@ from pathlib import Path
 import jinja2
 
 from core import cli
+from core.config import setting
 from core.errors import UserError
 from core.files import file_holds, write_text
 from core.output import escape
 from measure import charts, report_tables, verdict
 from measure.charts import decimal, percent, short, span
-from measure.read_run import place_of, read_run
+from measure.places import place_of
+from measure.read_run import read_run
 from measure.report_tables import cite, name
 from measure.verdict import finite
 
@@ -62,6 +64,10 @@ class Report:
     """Run folders, such as out/demo."""
     out: str | None = None
     """The file to write (default: report.html in the first run folder)."""
+    watts: float | None = setting(None, above=0, at_most=1e5)
+    """Power of a device: the page then says the energy."""
+    price: float | None = setting(None, at_least=0, at_most=1e5)
+    """Dollars per device-hour: the page then says the price."""
 
 
 def write_report(options: Report) -> dict:
@@ -70,6 +76,8 @@ def write_report(options: Report) -> dict:
     if out.is_file() and out.stat().st_size and not file_holds(out, b"nanoCPT report</title>"):
         raise UserError(f"{out} is no report of ours, so it is not replaced; choose another --out, or move it away")
     runs = [read_run(folder) for folder in options.runs]
+    for run in runs:
+        run.watts, run.price = options.watts, options.price
     page = render(runs)
     write_text(out, page)
     for run in runs:

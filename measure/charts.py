@@ -11,12 +11,13 @@ text)]; or None where the run has nothing to draw.
 import io
 import re
 from functools import partial
+from itertools import cycle
 
 import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedFormatter, MaxNLocator
 
 from measure.verdict import finite
 
@@ -190,7 +191,15 @@ def use_log_if_spiky(axes, y) -> str:
 
 def draw_run(run) -> list:
     """The charts of one run, as `draw_charts` returns them."""
-    charts = [(chart_evaluations,), (chart_loss,), (chart_mix,),
+    groups = {}
+    for row in run.evals:
+        for kind in ("tasks", "probes"):
+            for name, result in row[kind].items():
+                title = result["capability"] if kind == "tasks" else name.partition(".")[0].partition("_")[0]
+                groups.setdefault((kind, title), {}).setdefault(name)
+    charts = [(chart_evaluations,), (chart_front,), *((chart_results, *group, list(names))
+                                                       for group, names in groups.items()),
+              (chart_loss,), (chart_mix,), (chart_distance,), (chart_blocks,),
               (chart_column, "lr", "Learning rate", "Learning rate by step, no unit"),
               (chart_column, "grad_norm", "Gradient norm", "Norm of the gradient before clipping, no unit"),
               (chart_column, "tokens_per_second", "Throughput", "Tokens per second")]
@@ -204,9 +213,94 @@ def chart_evaluations(run, axes) -> tuple | None:
         if (base := finite(run.before.get(name, {}).get(run.metric))) is not None:
             axes.axhline(base, color=HEX[run.colours[name]], linewidth=0.9, linestyle=DASHED, alpha=0.6)
         draw_curve(axes, x, y, run.colours[name])
+    for gap in run.gaps:
+        axes.axvspan(0, gap["step"], color=HEX[run.colours[gap["source"]]], alpha=0.07, linewidth=0)
+        axes.axvline(gap["step"], color=HEX[run.colours[gap["source"]]], linewidth=0.9, linestyle=DOTTED)
     caption = f"{run.unit.capitalize()} by step, lower is better"
-    caption += "; dashed: the base model." if run.before else "."
+    caption += "; dashed: the base model" if run.before else ""
+    caption += "; shaded up to the dotted line: the stability gap, worse first and better again." if run.gaps else "."
     return (f"Held-out {run.unit}", caption, [(run.colours[name], name) for name in curves]) if curves else None
+
+
+def chart_front(run, axes) -> tuple | None:
+    """Domain gain against forgetting at each evaluation of the run: the checkpoints one may choose from."""
+    if len(run.course) < 2:
+        return None
+    xs, ys = ([100 * point[key] for point in run.course] for key in ("forgetting", "domain_gain"))
+    draw_grades(axes, xs, ys)
+    axes.plot(xs, ys, color=HEX["muted"], linewidth=0.9, alpha=0.6)
+    for x, y, point in zip(xs, ys, run.course):
+        axes.plot(x, y, "o", markersize=5, color=HEX["g0" if point["is_best"] else "card"],
+                  markeredgecolor=HEX["g0" if point["is_best"] else "muted"])
+    best = max(run.course, key=lambda point: point["score"])
+    for place in {0, len(xs) - 1, run.course.index(best)}:
+        axes.annotate(f"{run.course[place]['step']}", (xs[place], ys[place]), xytext=(5, 4), textcoords="offset points",
+                      color=HEX["ink"], fontsize=7)
+    return ("Which checkpoint", "Domain gain against forgetting at each evaluation, in per cent, with the step of the "
+            "first, the last and the best overall score; up and to the left is better. Bands: good, warning, bad.",
+            [("g0", "no other gains more at the same or less forgetting (Pareto)"), ("muted", "another does")])
+
+
+def chart_results(run, kind: str, group: str, names: list, axes) -> tuple | None:
+    """The headline of each task of a capability, or of each probe of a kind, by step, with its 95 % interval."""
+    legend = []
+    for name, colour in zip(names, cycle(GENERAL)):
+        rows = [row for row in run.evals if name in row[kind]]
+        steps = [row["step"] for row in rows]
+        results = [row[kind][name] for row in rows]
+        draw_curve(axes, steps, np.array([result["value"] for result in results]), colour)
+        # More bands than these would hide each other.
+        if len(names) <= 3 and all(result["interval"] for result in results):
+            axes.fill_between(steps, *zip(*(result["interval"] for result in results)), color=HEX[colour], alpha=0.09,
+                              linewidth=0)
+        if results[-1]["chance"]:
+            axes.axhline(results[-1]["chance"], color=HEX[colour], linewidth=0.8, linestyle=DOTTED)
+        legend.append((colour, name))
+    titles = {"facts": "Did the facts go in", "in": "Is in-context learning alive"}
+    return (titles.get(group, group.capitalize()) if kind == "probes" else f"Tasks: {group}",
+            "By step" + "; band: 95 % interval" * (len(names) <= 3) + "; dotted: chance.", legend)
+
+
+def chart_distance(run, axes) -> tuple | None:
+    """How far all weights have moved from the base's, by step."""
+    x, y = series(run.train, lambda row: row["distance"].get("all"))
+    if not len(x):
+        return None
+    draw_curve(axes, x, y, "g0")
+    axes.set_ylim(0, y.max() * 1.08 or 1)
+    return ("Distance from the base", "L2 norm of all weights' difference from the base's, by step. Far and fast is "
+            "where forgetting begins.", [])
+
+
+def chart_blocks(run, axes) -> tuple | None:
+    """The same of each block at the last step that has it."""
+    rows = [row for row in run.train if any(name != "all" for name in row["distance"])]
+    held = {name: finite(value) for name, value in rows[-1]["distance"].items()} if rows else {}
+    layers = sorted(int(name[7:]) for name in held if re.fullmatch(r"layers\.\d{1,4}", name))
+    ends = [name for name in ("embed", "norm", "head") if name in held]
+    bars = [(name, held[name]) for name in ends[:1] if name == "embed"] + [
+        (str(i), held[f"layers.{i}"]) for i in layers] + [(name, held[name]) for name in ends if name != "embed"]
+    bars = [(name, value) for name, value in bars if value is not None]
+    if not bars:
+        return None
+    axes.bar(range(len(bars)), [value for _, value in bars], color=HEX["g0"], width=0.7)
+    shown = range(0, len(bars), -(-len(bars) // 10))
+    axes.set_xlim(-0.7, len(bars) - 0.3)
+    axes.set_xticks([*shown], [bars[place][0] for place in shown])
+    axes.xaxis.set_major_formatter(FixedFormatter([bars[place][0] for place in shown]))
+    axes.set_xlabel("block")
+    return ("Distance by block", f"The same of each block (embed: the token embeddings; 0, 1, ...: the layers) at step "
+            f"{rows[-1]['step']:,}.", [])
+
+
+def draw_grades(axes, xs: list, ys: list) -> tuple[float, float]:
+    """Axes of gain over forgetting in per cent, with bands of the grades of forgetting; returns the ends of x."""
+    left, right = min(-1, min(xs) - 1.5), max(12, max(xs) + 1.5)
+    room = max(max(ys) - min(ys), 4) * 0.35
+    axes.set(xlim=(left, right), ylim=(min(ys) - room, max(ys) + room), xlabel="forgetting, %", ylabel="domain gain, %")
+    for start, end, grade in ((left, 5, "good"), (5, 10, "warning"), (10, right, "bad")):
+        axes.axvspan(start, end, color=HEX[grade], alpha=0.08, linewidth=0)
+    return left, right
 
 
 def chart_loss(run, axes) -> tuple | None:
@@ -337,16 +431,14 @@ def chart_gain_against_forgetting(runs: list, ranked: bool, axes) -> tuple | Non
     if not known:
         return None
     xs, ys = [run.forgetting * 100 for run in known], [run.domain_gain * 100 for run in known]
-    left, right = min(-1, min(xs) - 1.5), max(12, max(xs) + 1.5)
-    room = max(max(ys) - min(ys), 4) * 0.35
-    axes.set(xlim=(left, right), ylim=(min(ys) - room, max(ys) + room), xlabel="forgetting, %", ylabel="domain gain, %")
-    for start, end, grade in ((left, 5, "good"), (5, 10, "warning"), (10, right, "bad")):
-        axes.axvspan(start, end, color=HEX[grade], alpha=0.08, linewidth=0)
+    left, right = draw_grades(axes, xs, ys)
     # Runs with the overall score of the best one: a constant gain up to 5 % of forgetting, then one more % a %.
     best = max(run.overall for run in known) * 100
     if ranked:
         axes.plot([left, 5, right], [best, best, best + right - 5], color=HEX["muted"], linewidth=0.9, linestyle=DASHED)
     for run, *place in zip(known, xs, ys):
+        way = [(100 * point["forgetting"], 100 * point["domain_gain"]) for point in run.course] + [place]
+        axes.plot(*zip(*way), color=HEX[run.colour], linewidth=0.8, alpha=0.5, marker=".", markersize=2.5)
         for name, ends in (("forgetting", lambda low, high, at: ([low, high], [at[1]] * 2)),
                            ("domain_gain", lambda low, high, at: ([at[0]] * 2, [low, high]))):
             if interval := run.interval[name]:
@@ -355,5 +447,6 @@ def chart_gain_against_forgetting(runs: list, ranked: bool, axes) -> tuple | Non
         axes.annotate(str(run.number), place, color=HEX["card"], ha="center", va="center_baseline", fontsize=7,
                       weight="bold")
     return ("Domain gain against forgetting", "Per cent; up and to the left is better. Bands: good, warning, bad. "
-            "Lines: 95 % intervals." + " Dashed: as good an overall score as the best run's." * ranked,
+            "Crosses: 95 % intervals; faint: the way there, an evaluation each."
+            + " Dashed: as good an overall score as the best run's." * ranked,
             [(run.colour, f"{run.number} {run.name}") for run in known])

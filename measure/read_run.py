@@ -8,9 +8,8 @@ they are and the advice are those of measure/verdict.py.
 import contextlib
 import json
 import math
-import re
 import tomllib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
@@ -20,74 +19,13 @@ import numpy as np
 from core.errors import UserError
 from measure import charts, verdict
 from measure.charts import DOMAIN, GENERAL, RUNS, percent
+from measure.places import Place, find_lines, find_toml_lines, place_of
 from measure.verdict import UNITS, finite, mean
 
-# A scalar's text may hold any of these signs, so that strings are tokens too.
-JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:\n]')
 # What is measured in items with a right answer: benchmarks, and the questions of measure/probes.py.
 RESULTS = ("tasks", "probes")
 # Lines of metrics.jsonl that say what happened.
-EVENTS = ("event", "resume", "left_out", "rewind", "stop")
-
-
-# ---- where a value stands
-
-@dataclass(frozen=True)
-class Place:
-    """A file of the run folder, a line of it (or "5-64"), and the names that lead to a value there."""
-    file: str
-    line: int | str | None = None
-    names: tuple = ()
-    # {names: line} of a file whose objects stand on many lines.
-    lines: dict = field(default_factory=dict, compare=False, repr=False)
-
-    def at(self, *names) -> "Place":
-        return replace(self, names=self.names + names)
-
-    def __str__(self) -> str:
-        """'eval.json:12 /after/law/bits_per_byte': the names as a JSON pointer (RFC 6901)."""
-        # Names are a stranger's: no line break of theirs ends the place.
-        names = [json.dumps(str(name), ensure_ascii=False)[1:-1].replace("~", "~0").replace("/", "~1")
-                 for name in self.names]
-        line = self.line or next((self.lines[self.names[:n]] for n in range(len(names), 0, -1)
-                                  if self.names[:n] in self.lines), None)
-        return f"{self.file}{f':{line}' if line else ''}{' /' if names else ''}{'/'.join(names)}"
-
-
-def place_of(row: dict) -> Place:
-    """Where a line of metrics.jsonl stands."""
-    return Place("metrics.jsonl", row.get("line"))
-
-
-def find_lines(text: str) -> dict[tuple, int]:
-    """{names: line} of the values of a JSON file that stand in objects alone; those in a list have the list's line."""
-    found, line, names, string = {}, 1, [], ""
-    for match in JSON_TOKEN.finditer(text):
-        token = match[0]
-        if token == "\n":
-            line += 1
-        elif token[0] == '"':
-            string = token
-        elif token == ":":
-            names[-1] = json.loads(string)
-            if None not in names:
-                found[tuple(names)] = line
-        elif token in "{[":
-            names.append(None)
-        else:
-            names.pop()
-    return found
-
-
-def find_toml_lines(text: str) -> dict[tuple, int]:
-    """The same of the plain keys of a TOML file as a run writes it: [section] and key = value."""
-    found, section = {}, ()
-    for number, line in enumerate(text.split("\n"), 1):
-        if match := re.fullmatch(r"\[([\w.-]+)\]\s*", line):
-            section = tuple(match[1].split("."))
-        elif match := re.match(r"([\w-]+) = ", line):
-            found[*section, match[1]] = number
-    return found
+EVENTS = ("event", "resume", "left_out", "rewind", "stop", "ended")
 
 
 # ---- a run
@@ -133,8 +71,10 @@ class Run:
     finished: bool = False
     # What is wrong with the files, in sentences.
     notes: list = field(default_factory=list)
-    # Its place on the page.
+    # Its place on the page; the power [W] and the price [dollars per hour] of a device, where the user said them.
     number: int = 1
+    watts: float | None = None
+    price: float | None = None
 
     name = property(lambda run: str(run.start.get("run") or run.folder.resolve().name))
     step = property(lambda run: run.last_row.get("step", 0))
@@ -219,6 +159,49 @@ class Run:
         return verdict.compare(self.before, self.after, self.names_of("general"), self.names_of("domain"), self.metric)
 
     @cached_property
+    def course(self) -> list[dict]:
+        """What each evaluation after step 0 compares to the one before: [{"step", "at", "domain_gain", "forgetting",
+        "score", "is_best"}] of those where both are known, by step. is_best: no other gains more at the same or less
+        forgetting (Pareto). eval_checkpoints.json, which eval.py --run may have left, counts where it scored the same
+        documents."""
+        held, place = read_json(self, "eval_checkpoints.json")
+        listed = held["checkpoints"] if isinstance(held.get("checkpoints"), list) else []
+        at = place.at("checkpoints")
+        rows = [{"step": int(finite(row["step"])), "at": at, "sources": sources_in(row.get("texts"))}
+                for row in map(dict_or_empty, listed) if finite(row.get("step")) is not None]
+        known, general, domain = {}, self.names_of("general"), self.names_of("domain")
+        for row in [*rows, *self.evals]:
+            scores = {name: fields for name, fields in row["sources"].items()
+                      if fields.get("bytes") == self.before.get(name, {}).get("bytes")}
+            pairs = {name: (finite(scores[name].get(self.metric)), finite(self.before[name].get(self.metric)))
+                     for name in scores if name in self.before}
+            found = verdict.summarise({name: now / was - 1 for name, (now, was) in pairs.items()
+                                       if was and now is not None}, general, domain)
+            if row["step"] > 0 and found["score"] is not None:
+                known[row["step"]] = {"step": row["step"], "at": row.get("at") or place_of(row).at("sources"), **found}
+        course = [known[step] for step in sorted(known)]
+        return [point | {"is_best": not any(
+            other["domain_gain"] >= point["domain_gain"] and other["forgetting"] <= point["forgetting"] and
+            (other["domain_gain"], other["forgetting"]) != (point["domain_gain"], point["forgetting"])
+            for other in course)} for point in course]
+
+    @cached_property
+    def gaps(self) -> list[dict]:
+        """The stability gap (Guo 2024, arXiv 2406.14833): {"source", "step", "worst", "now", "at"} of each source whose
+        held-out score rose by more than verdict.FLAT above the start's and has since come back by as much."""
+        found = []
+        for name in self.sources:
+            steps, values = charts.series_by_source(self, self.evals, self.metric).get(name, ([], []))
+            if len(values) < 3 or steps[0] or not values[0]:
+                continue
+            changes, place = values / values[0] - 1, int(np.argmax(values))
+            if changes[place] > verdict.FLAT and changes[place] - changes[-1] > verdict.FLAT:
+                rows = {row["step"]: place_of(row).at("sources", name, self.metric) for row in self.evals}
+                found.append({"source": name, "step": int(steps[place]), "worst": float(changes[place]),
+                              "now": float(changes[-1]), "at": [rows[steps[each]] for each in (0, place, -1)]})
+        return found
+
+    @cached_property
     def score_draws(self):
         """The draws of the overall score; None where they are unknown."""
         drawn = {name: verdict.draw_changes(name, self.before[name], self.after[name])
@@ -250,6 +233,12 @@ class Run:
             said[f"the run stopped: {self.stopped}"] = self.events_at("stop")
         warned = Place("eval.json", self.files["eval.json"][1].lines.get(("objective", "warnings")))
         return said | {warning: [warned] for warning in self.objective["warnings"]}
+
+    @property
+    def ended(self) -> dict:
+        """The line that says why a rule ended the run before its last step, where it was not resumed since."""
+        last = next((row for row in reversed(self.events) if row["kind"] in ("resume", "ended")), {"kind": "resume"})
+        return last if last["kind"] == "ended" else {}
 
     def events_at(self, kind: str) -> list[Place]:
         return [place_of(row) for row in self.events if row["kind"] == kind]
@@ -332,7 +321,7 @@ def read_metrics(run: Run, path: Path) -> None:
             continue
         row["sources"] = sources_in(row.get("sources"))
         row["objective"] = (sources_in if kind == "eval" else dict_or_empty)(row.get("objective"))
-        row |= {key: results_in(row.get(key)) for key in RESULTS}
+        row |= {key: results_in(row.get(key)) for key in RESULTS} | {"distance": dict_or_empty(row.get("distance"))}
         if kind in kinds:
             kinds[kind][row["step"]] = row
         elif kind == "start":

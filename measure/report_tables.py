@@ -9,6 +9,7 @@ What a file calls something is a <bdi>: text, and of no influence on the directi
 """
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -16,14 +17,16 @@ from markupsafe import Markup
 
 from measure import charts, verdict
 from measure.charts import decimal, percent, short, span
-from measure.read_run import Place, Run, dict_or_empty, place_of
+from measure.places import Place, place_of
+from measure.read_run import Run, dict_or_empty
 from measure.verdict import finite, grade_forgetting, grade_gain
 
 # What was done with the values that a number of the page is made from; without it, nothing but rounding.
 CHANGE, FALL, RISE = "after / before - 1", "mean of 1 - after / before", "mean of after / before - 1"
 SCORE = "domain gain - max(0, forgetting - 0.05), of"
 DRAWN = f"the middle 95 % of {verdict.DRAWS:,} draws of the documents of"
-MEAN, SHARE, SUM = "mean of", "first / second, of", "sum of"
+DEVICE_HOURS = "hours of the steps times devices, of"
+MEAN, SHARE = "mean of", "first / second, of"
 
 
 def cite(text: str, value, places, how: str = "") -> Markup:
@@ -166,7 +169,6 @@ def describe_run(run: Run) -> list[tuple]:
     def stated(value, *names):
         return cite(short(value), finite(value), at(*names))
     size, trainable = finite(start.get("parameters")), finite(start.get("trainable_parameters"))
-    hours = run.seconds / 3600
     facts = [("base", name(run.base.get("name") or ("none: random weights" if "base" in start else "–"))),
              ("licence of the base", name(run.base.get("license") or "–")),
              ("tokenizer", name(tokenizer.get("name") or "–") + (Markup(" ({} ids)").format(stated(
@@ -183,13 +185,32 @@ def describe_run(run: Run) -> list[tuple]:
               ("steps", cite_step(run)), ("tokens per step", stated(start.get("tokens_per_step"), "tokens_per_step")),
               ("device", name(" ".join(str(start[key]) for key in ("device", "precision") if key in start) or "–")),
               ("started", cite(utc(start.get("time")), finite(start.get("time")), at("time"), "seconds since 1970"))]
-    steps, world = run.range_at("step_ms"), finite(start.get("world_size")) or 1
-    facts.append(("time of the steps", cite(
-        f"{hours:.2f} hours" if hours >= 0.1 else f"{run.seconds:.0f} s", run.seconds, steps,
-        "seconds: the sum over all steps of the mean time of")))
-    facts.append(("cost", cite(f"{hours * world:.2g} device-hours", hours * world, [steps, at("world_size")],
-                               "hours of the steps times devices, of")))
+    versions = dict_or_empty(start.get("versions"))
+    for fact, value, place in (
+            ("code (git commit)", start.get("code"), at("code")),
+            ("fingerprint of the base", run.base.get("fingerprint"), at("base", "fingerprint")),
+            ("fingerprint of the tokenizer", tokenizer.get("fingerprint"), at("tokenizer", "fingerprint")),
+            ("versions", ", ".join(f"{key} {value}" for key, value in versions.items()), at("versions"))):
+        facts += [(fact, cite(str(value)[:16] if "fingerprint" in fact else str(value)[:80], str(value),
+                               place))] if value else []
+    facts += [("time and cost", cite_cost(run))]
     return facts
+
+
+def cite_cost(run: Run) -> Markup:
+    """'0.56 hours; 1.1 device-hours': the time of the steps and what they cost, with energy and money where the power
+    and the price of a device were given."""
+    hours, world = run.seconds / 3600, finite(run.start.get("world_size")) or 1
+    steps, devices = run.range_at("step_ms"), run.places["start"].at("world_size")
+    said = [cite(f"{hours:.2f} hours" if hours >= 0.1 else f"{run.seconds:.0f} s", run.seconds, steps,
+                 "seconds: the sum over all steps of the mean time of"),
+            cite(f"{hours * world:.2g} device-hours", hours * world, [steps, devices], DEVICE_HOURS)]
+    for given, rate, show, unit in ((run.watts, "watts", "{:,.3g} kWh", 1000),
+                                    (run.price, "price", "{:,.2f} dollars", 1)):
+        if given is not None:
+            value = hours * world * given / unit
+            said.append(cite(show.format(value), value, [steps, devices], f"--{rate} {given:g} times {DEVICE_HOURS}"))
+    return join(said, "; ")
 
 
 def describe_data(run: Run) -> list[tuple]:
@@ -202,6 +223,9 @@ def describe_data(run: Run) -> list[tuple]:
         at = run.places["start"].at("sources", source)
         said = [cite(f"{start[key]:,} {key}", start[key], at.at(key))
                 for key in ("documents", "bytes", "tokens") if finite(start.get(key))]
+        if start.get("fingerprint"):
+            said.append(Markup("fingerprint {}").format(cite(
+                str(start["fingerprint"])[:80], str(start["fingerprint"]), at.at("fingerprint"))))
         steps = start["cleaning"] if isinstance(start.get("cleaning"), list) else []
         for step in map(dict_or_empty, steps):
             kept, of = (cite(short(step.get(key)), finite(step.get(key)), at.at("cleaning"))
@@ -260,11 +284,105 @@ def source_table(run: Run) -> tuple[list, set]:
                                 for side, scores in sides.items() if finite(scores.get(column)) is not None], " → ")
         trained, at = run.trained.get(source, {}), run.trained_at.get(source)
         tokens, epochs = (finite(trained.get(column)) for column in ("tokens", "epochs"))
+        total = sum(finite(each.get("tokens")) or 0 for each in run.trained.values())
+        row["share"] = "" if tokens is None or not total else cite(
+            percent(tokens / total), tokens / total, [each.at("tokens") for each in (at, *run.trained_at.values())],
+            "first / sum of all, of")
         row["tokens"] = "" if tokens is None else cite(short(tokens), tokens, at.at("tokens"))
         row["epochs"] = "" if epochs is None else cite(
             "< 0.01" if 0 < epochs < 0.01 else decimal(epochs, 2), epochs, at.at("epochs"))
         rows.append(row)
     return rows, {key for row in rows for key, value in row.items() if value not in (None, "")}
+
+
+def describe_score(result: dict | None, place: Place) -> Markup:
+    """'61.0 %' or '12.310', what a task or a probe scored, with its interval below; a dash where it is unknown."""
+    if not result:
+        return Markup("–")
+    show = percent if result["is_up"] and abs(result["value"]) <= 1 else decimal
+    ends = result["interval"] and [show(end).removesuffix(" %") for end in result["interval"]]
+    return cite(show(result["value"]), result["value"], place.at("value")) + (Markup(
+        "<small>{}</small>").format(cite(" to ".join(ends), result["interval"], place.at("interval"))) if ends else "")
+
+
+def result_table(run: Run, kind: str) -> list[dict]:
+    """A row of each task or probe: what it measures, before, after, chance, items lost and won, and where a bar of the
+    change begins and ends, in per cent of its width."""
+    sides, rows = run.sides[kind], []
+    for task in dict.fromkeys([*sides["after"], *sides["before"]]):
+        known = {side: held.get(task) for side, held in sides.items()}
+        result, side = next((known[side], side) for side in ("after", "before") if known[side])
+        at, change = run.at(side, task, kind=kind), run.files["eval.json"][1].at(kind, "change", task)
+        compared = dict_or_empty(run.changes.get(task)) if kind == "tasks" else {}
+        flips = {key: finite(value) for key, value in dict_or_empty(compared.get("flips")).items()}
+        row = {"name": task, **{key: result[key] for key in ("capability", "metric")},
+               "sign": str(compared.get("sign") or ""),
+               **{side: describe_score(held, run.at(side, task, kind=kind)) for side, held in known.items()},
+               "chance": cite(percent(result["chance"]), result["chance"], at.at("chance")) if result["chance"] else "",
+               "n": "" if result["n"] is None else cite(short(result["n"]), result["n"], at.at("n"))}
+        for key, show in (("lost", short), ("won", short), ("p", lambda value: f"{value:.2g}"),
+                          ("lost_above_chance", percent), ("won_above_chance", percent)):
+            value = flips.get(key)
+            row[key] = "" if value is None else cite(show(value), value, change.at("flips", key))
+        values = [result["value"] for result in known.values() if result]
+        if len(values) == 2 and result["is_up"] and all(0 <= value <= 1 for value in values):
+            row["bar"] = [100 * min(values), 100 * max(values), 100 * (result["chance"] or 0), values[1] < values[0]]
+        rows.append(row)
+    return rows
+
+
+def capability_table(run: Run) -> list[dict]:
+    """A row of each capability: its mean score before and after, what was kept, how sure, and the sign of that."""
+    rows = []
+    for capability, held in run.capabilities.items():
+        at, values = run.files["eval.json"][1].at("capabilities", capability), {
+            key: finite(held.get(key)) for key in ("baseline", "current", "retention", "retention_above_chance")}
+        show = percent if held.get("direction") != "down" else decimal
+        ends = held["interval"] if isinstance(held.get("interval"), list) and len(held["interval"]) == 2 else [None]
+        # The interval is the degradation's: of what was kept it is the other way around.
+        ends = [None if finite(end) is None else 1 - finite(end) for end in reversed(ends)]
+        row = {key: "–" if value is None else cite((show if key in ("baseline", "current") else percent)(value), value,
+                                                   at.at(key)) for key, value in values.items()}
+        sign = str(held.get("sign") or ("unknown" if values["retention"] is None else "good"))
+        rows.append(row | {"name": capability, "metric": str(held.get("metric") or ""), "sign": sign, "interval": cite(
+            span(ends), ends, at.at("interval"), "1 - ends of") if None not in ends else ""})
+    return rows
+
+
+def describe_probes(run: Run) -> list[Markup]:
+    """What the probes say, in sentences."""
+    shown, sides = {}, run.sides["probes"]
+    for probe in ("facts_trained", "facts_heldout", "in_context"):
+        both = [cite(percent(held[probe]["value"]), held[probe]["value"], run.at(side, probe, "value", kind="probes"))
+                for side, held in sides.items() if probe in held]
+        if len(both) == 2:
+            shown[probe] = join(both, " → ")
+    facts = [Markup("{} {}").format(shown[probe], words) for probe, words in (
+        ("facts_trained", "about documents that were trained on"), ("facts_heldout", "about held-out ones"))
+             if probe in shown]
+    return [Markup("{} answered rightly, before → after: {}.").format(words, said) for words, said in (
+        ("Questions on facts", join(facts, ", ")),
+        ("Items whose rule stands in the prompt (in-context learning)", shown.get("in_context"))) if said]
+
+
+def describe_gaps(run: Run) -> list[Markup]:
+    """A sentence of each stability gap."""
+    return [Markup("Stability gap: {} was worst at step {}, {}, and has come back to {}.").format(
+        name(gap["source"]), cite(f"{gap['step']:,}", gap["step"], replace(gap["at"][1], names=("step",))),
+        cite(percent(gap["worst"], True), gap["worst"], [gap["at"][0], gap["at"][1]], CHANGE),
+        cite(percent(gap["now"], True), gap["now"], [gap["at"][0], gap["at"][2]], CHANGE)) for gap in run.gaps]
+
+
+def describe_checkpoints(run: Run) -> Markup:
+    """Which evaluation of the run had the best overall score, where that was not the last one."""
+    best = max(run.course, key=lambda point: point["score"], default=None)
+    if best is None or best["step"] == run.course[-1]["step"]:
+        return Markup("")
+    return Markup("The best overall score along the run, {}, was at step {}; the last one is {}.").format(
+        *(cite(*shown) for shown in (
+            (percent(best["score"], True), best["score"], best["at"], SCORE),
+            (f"{best['step']:,}", best["step"], best["at"]),
+            (percent(run.course[-1]["score"], True), run.course[-1]["score"], run.course[-1]["at"], SCORE))))
 
 
 def measure_table(run: Run) -> list[tuple]:

@@ -1,6 +1,6 @@
 """measure/report_tables.py: how a number says where it stands; tests/test_report.py follows each of a page."""
 
-from measure.read_run import Place
+from measure.places import Place
 from measure.report_tables import cite, name, utc
 
 

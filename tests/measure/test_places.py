@@ -1,10 +1,10 @@
-"""measure/read_run.py: where a value stands, judged by hand-written files and by reading the line that is named."""
+"""measure/places.py: where a value stands, judged by hand-written files and by reading the line that is named."""
 
 import json
 
 import pytest
 
-from measure.read_run import Place, find_lines, find_toml_lines
+from measure.places import Place, find_lines, find_toml_lines
 
 
 @pytest.mark.parametrize("indent", [None, 0, 1, 4])
