@@ -205,7 +205,9 @@ class Model(nn.Module):
         if position_ids is None:
             cos, sin = (a[past:past + T].unsqueeze(0) for a in self.angles(past + T, x.device))
         else:
-            cos, sin = (a[position_ids] for a in self.angles(self.table_length(position_ids, past + T), x.device))
+            # Of ranks that share sequences each has some of the tokens, and may have the positions of all.
+            length = self.table_length(position_ids, past + position_ids.shape[1])
+            cos, sin = (a[position_ids] for a in self.angles(length, x.device))
         for block in self.layers:
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, cos, sin, causal, doc_start, cache, use_reentrant=False)
@@ -270,6 +272,16 @@ class Model(nn.Module):
     def attention_plan(self) -> list[nn.Module]:
         """The modules whose `attend` needs all tokens of a sequence; everything else is computed per token."""
         return [block.self_attn for block in self.layers]
+
+    def tensor_plan(self) -> list[tuple[nn.Module, list[str], list[str]]]:
+        """(module, its layers whose outputs ranks may share, those whose inputs they then share) of each module that
+        reads and writes all of the residual stream."""
+        plan = []
+        for block in self.layers:
+            part = "experts." if isinstance(block.mlp, moe.SparseMLP) else ""
+            plan.append((block.self_attn, ["q_proj", "k_proj", "v_proj"], ["o_proj"]))
+            plan.append((block.mlp, [f"{part}gate_proj", f"{part}up_proj"], [f"{part}down_proj"]))
+        return plan
 
 
 def matmul_flops_per_token(config: ModelConfig, context: int) -> float:

@@ -87,8 +87,7 @@ def micro_batches(run: Run, step: int) -> list[Batch]:
     share, size = run.c.train.batch_size // parts, run.c.train.micro_batch_size
     batches = [run.loader.batch(step, begin, min(begin + size, (part + 1) * share))
                for begin in range(part * share, (part + 1) * share, size)]
-    batches = [run.objective.corrupt(batch, batch.rng) for batch in batches]
-    return list(map(run.world.sequences.cut, batches)) if run.world.sequences else batches
+    return [run.world.cut(run.objective.corrupt(batch, batch.rng)) for batch in batches]
 
 
 def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
@@ -101,7 +100,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     c, world, scale = run.c, run.world, run.scale
     targets = max(1.0, world.sum([sum(map(run.objective.count, batches))])[0])
     # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
-    torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.rank)[0] >> 1))
+    torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.share[0])[0] >> 1))
     scored, logged = [], {}
     for i, batch in enumerate(batches):
         with parallel.accumulate(run.model, world, last=i == len(batches) - 1):
@@ -113,8 +112,8 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
             # The hidden states must not live through the next forward pass.
             del metrics["hidden"]
             scored.append((batch.source, metrics))
-            # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by world.size.
-            (loss * (scale.scale * world.size / targets)).backward()
+            # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by their number.
+            (loss * (scale.scale * world.averaged / targets)).backward()
 
     scale.unscale_(run.inner)
     for method in run.methods:

@@ -83,7 +83,7 @@ class Shards:
         items = planner.create_local_plan().items
         # A rank beyond the rows of a small tensor holds none of them.
         own = [item for item in items if item.type == WriteItemType.SHARD and item.tensor_data.chunk.sizes.numel()
-               and is_first_copy(tensors[item.index.fqn])]
+               and is_first_copy(tensors[item.index.fqn], world)]
         shared = sorted((item for item in items if item.type == WriteItemType.TENSOR),
                         key=lambda item: item.tensor_data.size.numel(), reverse=True)
         self.items = own + shared[world.rank::world.size]

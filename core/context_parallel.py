@@ -45,6 +45,9 @@ def exchange(x, group, back: bool):
 class SharedSequences:
     """The group of ranks that this one shares sequences with, as their `rank`-th."""
 
+    # The parts of a batch of which each rank has its tokens alone.
+    parted = ("tokens", "labels", "position_ids", "doc_start")
+
     def __init__(self, group, rank: int, ranks: int):
         self.group, self.rank, self.ranks, self.is_on = group, rank, ranks, False
 
@@ -54,10 +57,12 @@ class SharedSequences:
 
     def cut(self, batch):
         """This rank's tokens of a corrupted batch: positions and the starts of documents stay those of the sequence."""
-        T = batch.tokens.shape[1] // self.ranks
-        own = slice(self.rank * T, (self.rank + 1) * T)
-        return replace(batch, **{name: value[:, own] for name, value in vars(batch).items()
-                                 if isinstance(value, torch.Tensor) and value.ndim == 2})
+        return replace(batch, **{name: self.cut_tokens(getattr(batch, name)) for name in self.parted})
+
+    def cut_tokens(self, x):
+        """[B, T, ...] -> [B, T / C, ...]"""
+        T = x.shape[1] // self.ranks
+        return x[:, self.rank * T:(self.rank + 1) * T]
 
     @contextlib.contextmanager
     def shared(self):

@@ -30,6 +30,7 @@ from core.context_parallel import SharedAttention, SharedSequences
 from core.devices import pick_device
 from core.errors import UserError
 from core.signals import REASONS, closed_output, note_stops, stopped_by
+from core.tensor_parallel import SharedMatmuls, is_shared, measure_norm, split_layers, sum_over_tokens
 from core.watch import Watch
 
 # Seconds in which ranks that have just met connect to a second group. torchrun waits 30 for those that are to end.
@@ -49,6 +50,9 @@ class ParallelConfig:
     context: int = setting(1, at_least=1)
     """C: how many ranks share each sequence (context parallel), data.context / C tokens each: activations of long
     sequences take 1 / C of the memory. C divides the heads, and is within one node"""
+    tensor: int = setting(1, at_least=1)
+    """t: fsdp: how many ranks share each matmul of a block (tensor parallel, with sequence parallel norms and loss);
+    the rest of the ranks shard the weights. Within one node, and only where FSDP alone needs too many ranks"""
     step_timeout: float = setting(120.0, at_least=1, below=math.inf)
     """seconds (or five times the slowest step so far, if longer) that a step may take: then the rank that hangs is
     named, and all end"""
@@ -57,14 +61,22 @@ class ParallelConfig:
 
     def refuse_layout(self, ranks: int):
         """UserError where the ranks cannot be laid out as the settings say."""
-        if ranks % self.context:
-            raise UserError(f"parallel.context {self.context} does not divide the {ranks} ranks")
-        if self.strategy != "fsdp" and (self.replicas > 1 or not self.reshard):
-            raise UserError(f"parallel.{'replicas' if self.replicas > 1 else 'reshard'} is about sharded weights; set "
-                            f"--parallel.strategy fsdp, or leave it out")
+        for name in ("context", "tensor"):
+            if ranks % getattr(self, name):
+                raise UserError(f"parallel.{name} {getattr(self, name)} does not divide the {ranks} ranks")
+        changed = [name for name in ("replicas", "reshard", "tensor") if getattr(self, name) != getattr(ALONE, name)]
+        if self.strategy != "fsdp" and changed:
+            raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
+                            f"it out")
+        if self.tensor > 1 and (self.context > 1 or self.replicas > 1):
+            raise UserError("parallel.tensor goes with neither parallel.context nor parallel.replicas yet; leave one "
+                            "of them out")
         if ranks % self.replicas or (self.replicas > 1 and ranks == self.replicas):
             raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of two or "
                             f"more; take a divisor of {ranks} below it")
+
+
+ALONE = ParallelConfig()
 
 
 @dataclass
@@ -117,11 +129,31 @@ class World:
         self.asked = next((number for number, count in zip(REASONS, requests) if count), 0)
         return values
 
-    def share_sequences(self, C: int):
-        """From now on C neighbours share each sequence. A collective."""
-        if C > 1:
+    def share_sequences(self, config: ParallelConfig):
+        """From now on neighbours share each sequence as the settings say. A collective."""
+        if (C := config.context) > 1:
             groups = [dist.new_group(range(first, first + C)) for first in range(0, self.size, C)]
             self.sequences = SharedSequences(groups[self.rank // C], self.rank % C, C)
+        elif (t := config.tensor) > 1:
+            group = make_mesh(self.device.type, self.size, 1, t)["tensor"].get_group()
+            self.sequences = SharedMatmuls(group, self.rank % t, t)
+
+    @property
+    def averaged(self) -> int:
+        """Over how many ranks DDP or FSDP averages a gradient."""
+        return self.share[1] if isinstance(self.sequences, SharedMatmuls) else self.size
+
+    def sharing(self):
+        """A context in which the ranks that share sequences have their tokens of them."""
+        return self.sequences.shared() if self.sequences else contextlib.nullcontext()
+
+    def cut(self, batch):
+        """This rank's tokens of a corrupted batch."""
+        return self.sequences.cut(batch) if self.sequences else batch
+
+    def cut_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's tokens of x [B, T]."""
+        return self.sequences.cut_tokens(x) if self.sequences else x
 
     @contextlib.contextmanager
     def note_stops(self):
@@ -200,7 +232,7 @@ def count_ranks() -> int:
 def together(device: str, config: ParallelConfig):
     """This process's place among torchrun's ranks. Where one rank fails, that one says why, and all end."""
     world = start(device, config.timeout)
-    world.share_sequences(config.context)
+    world.share_sequences(config)
     if world.size > 1:
         world.watch = Watch(world.rank, world.size, config.step_timeout, config.timeout)
     try:
@@ -256,7 +288,10 @@ def shard(model: nn.Module, world: World, config: ParallelConfig, dtype: torch.d
 
     dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.
     """
-    mesh = make_mesh(world.device.type, world.size, config.replicas)
+    mesh = make_mesh(world.device.type, world.size, config.replicas, config.tensor)
+    if config.tensor > 1:
+        split_layers(model, mesh["tensor"], world.sequences)
+        mesh = mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*model.shard_plan(), model]:
         # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
@@ -265,16 +300,20 @@ def shard(model: nn.Module, world: World, config: ParallelConfig, dtype: torch.d
 
 
 @functools.cache
-def make_mesh(device: str, ranks: int, replicas: int) -> DeviceMesh:
-    """The ranks as a table with a row per group that holds the model. Neighbours, which torchrun puts on one node,
-    stand in one row; one row is a mesh of one dimension. Made once: each mesh starts groups of ranks of its own."""
-    if replicas == 1:
-        return init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
-    return init_device_mesh(device, (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+def make_mesh(device: str, ranks: int, replicas: int, tensor: int) -> DeviceMesh:
+    """The ranks as a table of (groups that hold the model, ranks that shard it, ranks that share matmuls), without the
+    dimensions of size 1. Neighbours, which torchrun puts on one node, stand beside each other in the last dimension.
+    Made once: each mesh starts groups of ranks of its own."""
+    sizes = {"replicate": replicas, "shard": ranks // replicas // tensor, "tensor": tensor}
+    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
 
-def is_first_copy(tensor: torch.Tensor) -> bool:
-    """Whether what this rank holds of a sharded tensor is held by none of the ranks before it (HSDP)."""
+def is_first_copy(tensor: torch.Tensor, world: World) -> bool:
+    """Whether what this rank holds of a sharded tensor is held by none of the ranks before it: HSDP has copies, and
+    ranks that share matmuls hold alike what is not part of one."""
+    if isinstance(world.sequences, SharedMatmuls) and world.sequences.rank and not is_shared(tensor):
+        return False
     return all(place == 0 for place, placement in zip(tensor.device_mesh.get_coordinate(), tensor.placements)
                if placement.is_replicate())
 
@@ -296,14 +335,16 @@ def accumulate(model: nn.Module, world: World, last: bool):
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     waits = isinstance(model, DistributedDataParallel) and not last
-    with (model.no_sync() if waits else contextlib.nullcontext()), \
-            (world.sequences.shared() if world.sequences else contextlib.nullcontext()):
+    with model.no_sync() if waits else contextlib.nullcontext(), world.sharing():
         yield
+    if last and isinstance(world.sequences, SharedMatmuls):
+        sum_over_tokens(model, world.sequences)
 
 
 def share_attention(model: nn.Module, world: World):
     """Let the model's blocks attend over sequences that the ranks of `world` share, where they do."""
-    for attention in model.attention_plan() if world.sequences else ():
+    shares = world.sequences and not isinstance(world.sequences, SharedMatmuls)
+    for attention in model.attention_plan() if shares else ():
         attention.attend = SharedAttention(attention.attend, world.sequences)
 
 
@@ -311,6 +352,13 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     """Scale the gradients so that their global norm is at most `limit`; 0 leaves them. Returns the norm they had, a
     scalar that stays on the device. A collective for sharded parameters."""
     parameters = [p for p in model.parameters() if p.grad is not None]
+    if (shared := next(filter(is_shared, parameters), None)) is not None:
+        gradients = [p.grad for p in parameters]
+        norm = measure_norm(gradients, parameters, shared.device_mesh["tensor"].size())
+        for gradient in gradients if limit else ():
+            # As torch.nn.utils.clip_grad_norm_ does.
+            gradient.to_local().mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 

@@ -86,14 +86,15 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     model.eval()
     passes = [(batch, owner, k) for batch, owner in batches for k in range(objective.passes(batch))]
     # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again, without targets.
-    for own in range(world.rank, world.rank + len(passes), world.size):
+    part, parts = world.share
+    for own in range(part, part + len(passes), parts):
         world.barrier()
         world.check()
         batch, owner, k = passes[min(own, len(passes) - 1)]
-        batch = objective.view(batch, k).to(device)
+        batch, owner = world.cut(objective.view(batch, k)).to(device), world.cut_tokens(owner)
         if own >= len(passes):
             batch.labels = torch.full_like(batch.labels, objectives.IGNORE)
-        with autocast() if autocast else torch.autocast(device.type, enabled=False):
+        with autocast() if autocast else torch.autocast(device.type, enabled=False), world.sharing():
             loss, n_valid, metrics = objective.loss(model, batch, want_hits=objective.unit == "accuracy")
         nats += loss.double().item()
         tokens += n_valid.item()
@@ -125,10 +126,11 @@ def score_objective(model, objective, held: packing.Packing, most_tokens: int, w
     model.eval()
     starts = range(0, n, B)
     # FSDP gathers in each forward pass, so a rank that has no batch left runs the last one again and does not count it.
-    for own in range(world.rank, world.rank + len(starts), world.size):
+    part, parts = world.share
+    for own in range(part, part + len(starts), parts):
         batch = data.read_batch(held, np.arange(starts[min(own, len(starts) - 1)], n)[:B], source)
-        batch = objective.corrupt(batch, batch.rng).to(device)
-        with autocast() if autocast else torch.autocast(device.type, enabled=False):
+        batch = world.cut(objective.corrupt(batch, batch.rng)).to(device)
+        with autocast() if autocast else torch.autocast(device.type, enabled=False), world.sharing():
             loss, count, metrics = objective.loss(model, batch)
         values = [loss, count, *(value for name in objective.measures for value in metrics["measures"][name])]
         if own < len(starts):

@@ -28,8 +28,9 @@ def refuse_combinations(c, ranks: int):
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     c.parallel.refuse_layout(ranks)
     refuse_objective(c, ranks)
-    if c.train.batch_size % (groups := ranks // c.parallel.context):
-        sharers = f"groups of {c.parallel.context} ranks" if c.parallel.context > 1 else "ranks"
+    sharing = max(c.parallel.context, c.parallel.tensor)
+    if c.train.batch_size % (groups := ranks // sharing):
+        sharers = f"groups of {sharing} ranks" if sharing > 1 else "ranks"
         raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {groups} {sharers}")
     if c.train.batch_size * c.data.context > MOST_TOKENS:
         raise UserError(f"train.batch_size {c.train.batch_size} times data.context {c.data.context} are more than "
@@ -61,14 +62,23 @@ def refuse_sizes(c):
 
 
 def refuse_sharing(c, config):
-    """UserError where ranks cannot share the sequences of a model with this ModelConfig, by parallel.context."""
-    C, H, K = c.parallel.context, config.num_attention_heads, config.num_key_value_heads
+    """UserError where ranks cannot share the sequences, or the matmuls, of a model with this ModelConfig."""
+    C, t, H, K = c.parallel.context, c.parallel.tensor, config.num_attention_heads, config.num_key_value_heads
     if C > 1 and (H % C or (K % C and C % K) or c.data.context % C):
         raise UserError(f"parallel.context {C} must divide data.context {c.data.context} and the model's {H} heads, "
                         f"and divide its {K} key-value heads or be a multiple of them")
-    if C > 1 and c.objective.name not in SHARING:
-        raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel.context {C} parts; "
-                        f"leave one of them out")
+    widths = {"heads": H, "key-value heads": K, "MLP width": config.intermediate_size, "data.context": c.data.context,
+              "width of experts": config.moe_intermediate_size}
+    if t > 1 and (odd := [name for name, size in widths.items() if size % t]):
+        raise UserError(f"parallel.tensor {t} does not divide {widths[odd[0]]}, the {odd[0]}")
+    if max(C, t) > 1 and c.objective.name not in SHARING:
+        raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel."
+                        f"{'context' if C > 1 else 'tensor'} parts; leave one of them out")
+    unfit = {"forget.ewc": c.forget.ewc.strength, "optim.name adamw_8bit": c.optim.name == "adamw_8bit",
+             "optim.name muon": c.optim.name == "muon", "lora.dora": c.lora.dora, "router.balance": c.router.balance}
+    if t > 1 and (odd := [name for name, is_set in unfit.items() if is_set]):
+        raise UserError(f"{odd[0]} needs a layer's weights as a whole, which parallel.tensor parts; leave one of them "
+                        f"out")
 
 
 def refuse_memory(parameters: int, c, device: torch.device, remedy: str):

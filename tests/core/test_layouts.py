@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import pass_on, steps_of
-from runs import ENV, make_lab, one, settings
+from runs import ENV, lines, make_lab, one, settings
 
+import hf
 import train
 from core import checkpoint, parallel
 from core.parallel import ParallelConfig
+from stages import evaluate
 
 STEPS = 20
 HSDP = ["--parallel.strategy", "fsdp", "--parallel.replicas", 2]
+MOVED, WHOLE = ("hsdp", "tensor"), ("context", "tensor")
+TENSOR = ["--parallel.strategy", "fsdp", "--parallel.tensor", 2]
 # {case: (words of its layout, its other words)}
 CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings", "False"]),
          "hsdp_lora": (HSDP, ["--lora.rank", 4, "--model.init", "pretrained"]),
@@ -32,6 +36,11 @@ CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings
          "context_fsdp": (["--parallel.context", 4, "--parallel.strategy", "fsdp"],
                           ["--model.activation-checkpointing", "--forget.ewc.strength", 1, "--forget.ewc.samples", 8,
                            "--model.init", "pretrained"]),
+         "tensor": (TENSOR, []), "tensor_clip": (TENSOR, ["--optim.clip", 0.1, "--model.tie-word-embeddings", "False"]),
+         "tensor_checkpointing": (TENSOR, ["--model.activation-checkpointing", "--objective.name", "masked",
+                                           "--objective.mask-token-id", 0]),
+         "tensor_lora": (TENSOR, ["--lora.rank", 4, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
+         "tensor_ema": (TENSOR, ["--forget.ema.decay", 0.9, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
          "gathered": (["--parallel.strategy", "fsdp", "--parallel.reshard", "False"], [])}
 
 
@@ -44,21 +53,33 @@ def case(folder: Path, name: str, is_laid_out: bool, out="unused"):
                     *(layout if is_laid_out else []), steps=STEPS)
 
 
+def lay_out(world, c):
+    """As at the start of a command."""
+    world.sequences = None
+    world.share_sequences(c.parallel)
+
+
 def as_rank(folder: Path):
     torch.set_num_threads(1)
+    evaluate.run_command = lambda *words: ""
     world = parallel.start("cpu")
     results = {}
     for name in CASES:
         c = case(folder, name, True)
-        world.sequences = None
-        world.share_sequences(c.parallel.context)
+        lay_out(world, c)
         found = steps_of(c, world, STEPS)
         results[name] = {key: found[key] for key in ("loss", "norm", "weights")}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
-    world.sequences = None
-    c = case(folder, "hsdp", True, "moved")
-    c.train.branch_from, c.train.steps = str(folder / "alone/checkpoints/step_00000003"), 3
-    pass_on(c, world)
+    for name in MOVED:
+        c = case(folder, name, True, f"moved_{name}")
+        c.train.branch_from, c.train.steps = str(folder / "alone/checkpoints/step_00000003"), 3
+        lay_out(world, c)
+        pass_on(c, world)
+    for name in WHOLE:
+        c = case(folder, name, True, f"whole_{name}")
+        c.train.save_every, c.train.steps, c.eval.sample_tokens = 3, 3, 4
+        lay_out(world, c)
+        train.train(c, world)
     world.barrier()
     parallel.stop()
 
@@ -71,7 +92,7 @@ def ranks(tmp_path_factory):
         patch.setattr("stages.evaluate.run_command", lambda *words: "")
         train.train(settings(folder / "lab", folder / "base", steps=2), one())
         c = case(folder, "hsdp", False, "alone")
-        c.train.save_every, c.train.steps = 3, 3
+        c.train.save_every, c.train.steps, c.eval.sample_tokens = 3, 3, 4
         train.train(c, one())
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
                            __file__, folder], env=ENV, capture_output=True, text=True, timeout=600)
@@ -93,9 +114,10 @@ def test_four_ranks_are_one(ranks, name):
 
 
 @pytest.mark.slow
-def test_each_value_is_written_once(ranks):
-    """The state of one rank, read by two groups of two and written again: the same tensors and no more bytes."""
-    before, after = (checkpoint.path_of(ranks / name / "checkpoints", 3) for name in ("alone", "moved"))
+@pytest.mark.parametrize("name", MOVED)
+def test_each_value_is_written_once(ranks, name):
+    """The state of one rank, read by four and written again: the same tensors and no more bytes."""
+    before, after = (checkpoint.path_of(ranks / out / "checkpoints", 3) for out in ("alone", f"moved_{name}"))
     for mine, theirs in zip(checkpoint.load(after)[:2], checkpoint.load(before)[:2]):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
@@ -103,11 +125,31 @@ def test_each_value_is_written_once(ranks):
     assert sizes[1] < 1.3 * sizes[0]                      # headers of more files; a second copy would be 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_whole_run_scores_samples_and_exports_what_one_rank_does(ranks, name):
+    mine, theirs = (json.loads((ranks / out / "eval.json").read_text()) for out in (f"whole_{name}", "alone"))
+    for side in ("before", "after"):
+        for source, true in theirs[side].items():
+            for key in ("bits_per_byte", "tokens", "bytes", "nats_by_document"):
+                assert mine[side][source][key] == pytest.approx(true[key], rel=1e-4), key
+    texts = [[sample["text"] for line in lines(ranks / out, "samples") for sample in line["samples"]]
+             for out in (f"whole_{name}", "alone")]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) >= 4
+    weights = [dict(hf.load(ranks / out / "final").named_parameters()) for out in (f"whole_{name}", "alone")]
+    for key, value in weights[1].items():
+        torch.testing.assert_close(weights[0][key], value, rtol=1e-3, atol=1e-5, msg=key)
+
+
 def test_layouts_that_cannot_be_are_refused():
     for config, said in ((ParallelConfig("ddp", replicas=2), "set --parallel.strategy fsdp"),
                          (ParallelConfig("ddp", reshard=False), "parallel.reshard is about sharded weights"),
                          (ParallelConfig("fsdp", replicas=3), "does not part 4 ranks"),
-                         (ParallelConfig("fsdp", replicas=4), "a divisor of 4 below it")):
+                         (ParallelConfig("fsdp", replicas=4), "a divisor of 4 below it"),
+                         (ParallelConfig(context=3), "parallel.context 3 does not divide the 4 ranks"),
+                         (ParallelConfig(tensor=2), "parallel.tensor is about sharded weights"),
+                         (ParallelConfig("fsdp", tensor=2, context=2), "neither parallel.context nor")):
         with pytest.raises(ValueError, match=said):
             config.refuse_layout(4)
     ParallelConfig("fsdp", replicas=2, reshard=False).refuse_layout(4)

@@ -1,5 +1,6 @@
 """measure/scoring.py against transformers, document by document and window by window, and cases worked by hand."""
 
+import contextlib
 import math
 import random
 import threading
@@ -35,8 +36,9 @@ class Ranks:
             self.parts[rank] = values
             self.meet.wait()
             return [sum(v) for v in zip(*self.parts)]
-        return types.SimpleNamespace(rank=rank, size=len(self.parts), sum=total, barrier=self.meet.wait,
-                                     check=lambda: None)
+        return types.SimpleNamespace(rank=rank, size=len(self.parts), share=(rank, len(self.parts)), sum=total,
+                                     barrier=self.meet.wait, check=lambda: None, cut=lambda batch: batch,
+                                     cut_tokens=lambda x: x, sharing=contextlib.nullcontext)
 
 
 def random_documents(n: int, longest: int, seed: int = 0) -> list:

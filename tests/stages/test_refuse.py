@@ -5,7 +5,8 @@ import pytest
 from runs import settings
 
 from core.errors import UserError
-from stages.refuse import refuse_combinations
+from model import ModelConfig
+from stages.refuse import refuse_combinations, refuse_sharing
 
 
 @pytest.mark.parametrize(("words", "ranks", "said"), [
@@ -19,3 +20,21 @@ from stages.refuse import refuse_combinations
 def test_what_is_refused(tmp_path, words, ranks, said):
     with pytest.raises(UserError, match=said):
         refuse_combinations(settings(tmp_path, tmp_path / "run", *words), ranks)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--parallel.context", 3], "parallel.context 3 must divide data.context 32"),
+    (["--parallel.context", 4, "--objective.name", "dpo"], "objective dpo needs sequences as a whole"),
+    (["--parallel.tensor", 4], "parallel.tensor 4 does not divide 2, the key-value heads"),
+    (["--parallel.tensor", 2, "--optim.name", "muon"], "optim.name muon needs a layer's weights as a whole"),
+    (["--parallel.tensor", 2, "--forget.ewc.strength", 1], "forget.ewc needs"),
+])
+def test_what_cannot_be_shared(tmp_path, words, said):
+    c = settings(tmp_path, tmp_path / "run", *words)
+    with pytest.raises(UserError, match=said):
+        refuse_sharing(c, ModelConfig(50, 32, 64, 2, 4, 2))
+
+
+def test_what_can_be_shared(tmp_path):
+    for words in (["--parallel.context", 4], ["--parallel.tensor", 2, "--objective.name", "span"]):
+        refuse_sharing(settings(tmp_path, tmp_path / "run", *words), ModelConfig(50, 32, 64, 2, 4, 2))

@@ -1,0 +1,157 @@
+"""Tensor parallel with sequence parallel: the ranks of a group share each matmul of a block (Megatron, arXiv 1909.08053
+and 2205.05198).
+
+    x [B, T / t, D] -- gather --> [B, T, D]   layers of columns, H / t heads or F / t of the width, layers of rows
+                                  -> [B, T, D], a partial sum   -- sum and scatter -->   [B, T / t, D]
+
+A layer of `columns` holds its share of the outputs, a layer of `rows` its share of the inputs. Norms, residual stream,
+embedding, head and loss are computed per token, and so each rank has T / t tokens of the sequence there; their weights
+are the same on all ranks, and their gradients are summed over them. FSDP shards both kinds over the other ranks.
+
+B sequences, T tokens, D model width, H heads, F MLP width, t ranks that share each matmul.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from core.context_parallel import SharedSequences
+from core.errors import UserError
+
+
+class Gather(torch.autograd.Function):
+    """x [B, T / t, D] -> [B, T, D], the tokens of all ranks. Backward: the sum of the ranks' gradients, scattered."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return gather_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return scatter_sum(dy, ctx.group), None
+
+
+class Scatter(torch.autograd.Function):
+    """y [B, T, D], a partial sum on each rank -> [B, T / t, D] of the sum. Backward: the gradients of all tokens."""
+
+    @staticmethod
+    def forward(ctx, y, group):
+        ctx.group = group
+        return scatter_sum(y, group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return gather_tokens(dy, ctx.group), None
+
+
+def gather_tokens(x, group):
+    t = dist.get_world_size(group)
+    parts = x.new_empty(t * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    return parts.unflatten(0, (t, -1)).movedim(0, 1).flatten(1, 2)
+
+
+def scatter_sum(y, group):
+    t = dist.get_world_size(group)
+    # [t, B, T / t, D]: part r goes to rank r.
+    parts = y.unflatten(1, (t, -1)).movedim(1, 0).contiguous()
+    found = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(found, parts.flatten(0, 1), group=group)
+    return found
+
+
+class SharedMatmuls(SharedSequences):
+    """The ranks that share matmuls share the sequences too: between the matmuls each has T / t of the tokens. Positions
+    and the starts of documents are those of all tokens, because attention sees them all."""
+
+    parted = ("tokens", "labels")
+
+    def enter(self, module, args):
+        """Before attention or MLP. While nothing is shared, as when text is generated, x holds all tokens already."""
+        return (Gather.apply(args[0], self.group), *args[1:]) if self.is_on else None
+
+    def leave(self, module, args, y):
+        if self.is_on:
+            return Scatter.apply(y, self.group)
+        assert not torch.is_grad_enabled(), "outside `shared` no gradients are summed"
+        dist.all_reduce(y := y.contiguous(), group=self.group)
+        return y
+
+
+def split_layers(model: nn.Module, mesh, matmuls: SharedMatmuls):
+    """Let the ranks of `mesh` share the matmuls that model.tensor_plan() names. To be called on the meta device, before
+    FSDP: parameters become DTensors of which this rank holds a share."""
+    for module, columns, rows in model.tensor_plan():
+        for names, dims in ((columns, COLUMNS), (rows, ROWS)):
+            for layer in map(module.get_submodule, names):
+                split_layer(layer, dims, mesh)
+        module.register_forward_pre_hook(matmuls.enter)
+        module.register_forward_hook(matmuls.leave)
+        LocalWeights(module)
+
+
+# Which dimension of a parameter is shared, by the end of its name and its number of dimensions: experts have three.
+# What is not named, such as the adapters' A of a layer whose outputs are shared, is the same on all ranks.
+COLUMNS = {("weight", 2): 0, ("weight", 3): 1, ("bias", 1): 0, ("B", 2): 0}
+ROWS = {("weight", 2): 1, ("weight", 3): 2, ("A", 2): 1}
+
+
+def split_layer(layer: nn.Module, dims: dict, mesh):
+    for path, p in list(layer.named_parameters()):
+        owner, _, leaf = path.rpartition(".")
+        if leaf == "bias" and dims is ROWS:
+            raise UserError(f"parallel.tensor: the model adds a bias after {type(layer).__name__} layers whose inputs "
+                            f"are shared, which is not supported; use --parallel.strategy fsdp alone")
+        if (dim := dims.get((leaf, p.ndim))) is None:
+            continue
+        shape = list(p.shape)
+        shape[dim] //= mesh.size()
+        own = DTensor.from_local(p.new_empty(shape), mesh, [Shard(dim)], run_check=False, shape=p.shape,
+                                 stride=p.stride())
+        layer.get_submodule(owner).register_parameter(leaf, nn.Parameter(own, requires_grad=p.requires_grad))
+
+
+class LocalWeights:
+    """While a module computes, its shared parameters are this rank's plain tensors: kernels know no DTensor."""
+
+    def __init__(self, module: nn.Module):
+        self.kept = []
+        # FSDP puts its hook, which gathers, before all others.
+        module.register_forward_pre_hook(self.show)
+        module.register_forward_hook(self.hide, prepend=True)
+
+    def show(self, module, args):
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if isinstance(p, DTensor):
+                    self.kept.append((part, name, p))
+        for part, name, p in self.kept:
+            part._parameters[name] = p.to_local()
+
+    def hide(self, module, args, y):
+        for part, name, p in self.kept:
+            part._parameters[name] = p
+        self.kept.clear()
+
+
+def is_shared(p: torch.Tensor) -> bool:
+    """Whether each rank of a group that shares matmuls has its own part of a parameter."""
+    return isinstance(p, DTensor) and "tensor" in (p.device_mesh.mesh_dim_names or ())
+
+
+def sum_over_tokens(model: nn.Module, matmuls: SharedMatmuls):
+    """Sum the gradients of parameters that are the same on all ranks: each has seen T / t of the tokens."""
+    for p in model.parameters():
+        if p.grad is not None and not is_shared(p):
+            dist.all_reduce(p.grad.to_local(), group=matmuls.group)
+
+
+def measure_norm(gradients: list, parameters: list, t: int) -> torch.Tensor:
+    """The global norm of gradients that are sharded in two ways, 0-d. What t ranks hold alike counts once."""
+    squares = [torch.linalg.vector_norm(g.to_local(), dtype=torch.float32).square() / (1 if is_shared(p) else t)
+               for p, g in zip(parameters, gradients)]
+    total = torch.stack(squares).sum()
+    dist.all_reduce(total)
+    return total.sqrt()
