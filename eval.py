@@ -1,12 +1,13 @@
 """Perplexity, bits per byte and forgetting, by one protocol that stands in every result.
 
     python eval.py --model out/legal/final --baseline DIR --text law=shards/domain tales=tales.txt --general tales
-    python eval.py --run out/legal --text law=shards/domain
+    python eval.py --run out/legal --checkpoints --baseline DIR --text law=shards/domain --tasks arc_easy=arc_easy.jsonl
     python eval.py --model out/spans/final --text law=shards/domain --objective.name span
     python eval.py --model out/masked/final --text law=shards/domain --objective.name masked --pll
     python eval.py --model out/legal/final --baseline DIR --tasks arc_easy=arc_easy.jsonl mine=questions.jsonl
 
-How a document is scored stands in measure/scoring.py, how an item of a benchmark in measure/tasks.py.
+How a document is scored stands in measure/scoring.py, how an item of a benchmark in measure/tasks.py, what was gained
+and lost in measure/verdict.py and measure/retention.py.
 """
 
 import core.threads
@@ -25,10 +26,11 @@ import tokenizer as tokenizers
 from core import checkpoint, cli, devices, parallel
 from core.config import setting
 from core.errors import UserError
+from core.files import read_json, write_json
 from learn import objectives
 from learn.choose_objective import CAUSAL, ObjectiveConfig, check_scoring, make_objective, read_settings
+from measure import retention, run_code, verdict
 from measure import tasks as benchmarks
-from measure import verdict
 from measure.scoring import format_table, heldout_documents, protocol, score, score_objective
 from model import Model, ModelConfig
 from text import corpus, packing, vocabulary
@@ -85,9 +87,11 @@ class Eval:
     model: str | None = None
     """Model folder or hf:// id."""
     baseline: str | None = None
-    """The model before: adds changes, domain gain and forgetting."""
+    """The model before, or what --json wrote of it: adds changes, domain gain, forgetting and what was kept."""
     run: str | None = None
-    """A run folder: score each of its checkpoints instead."""
+    """A run folder: score each of its checkpoints instead, also into its eval_checkpoints.json."""
+    checkpoints: list[int] = field(default_factory=list)
+    """Steps of the checkpoints of --run to score (default: all)."""
     text: list[str] = field(default_factory=list)
     """NAME=FILE ...: texts to score, also a folder, a pattern or @LIST; of a packed folder, its held-out documents."""
     tasks: list[str] = field(default_factory=list)
@@ -97,6 +101,8 @@ class Eval:
     """Items of each task at most, spread evenly over its file."""
     shots: int | None = setting(None, at_least=0, at_most=100)
     """Examples before each item (default: the task's own number)."""
+    run_code: bool = False
+    """Run what a model writes for humaneval and mbpp on this machine: confined, as far as its kernel has no faults."""
     batch_size: int = setting(32, at_least=1)
     """Sequences of a task that go through the model at a time."""
     general: list[str] = field(default_factory=list)
@@ -115,8 +121,8 @@ def run_eval(options: Eval, settings: list[str] = ()) -> dict:
         raise UserError("--pll is for a masked model: set --objective.name masked, or leave it out")
     if bool(options.model) == bool(options.run):
         raise UserError("name one of --model and --run")
-    if options.run and (options.baseline or options.general):
-        raise UserError("--baseline and --general go with --model; --run scores each checkpoint alone")
+    if options.checkpoints and not options.run:
+        raise UserError("--checkpoints are those of a run: name its folder with --run")
     if not options.text and not options.tasks:
         raise UserError("name what to score: --text NAME=FILE, --tasks NAME=FILE, or both")
     if wrong := [text for text in options.text if text.find("=") < 1]:
@@ -129,6 +135,9 @@ def run_eval(options: Eval, settings: list[str] = ()) -> dict:
     if options.tasks and config.name != "causal":
         raise UserError(f"--tasks are for models that continue a text, not for objective {config.name}")
     tasks = benchmarks.open_tasks(read_tasks(options))
+    if confined := run_code.check_permission([name for name, (task, _) in tasks.items() if task.rule == "program"],
+                                             options.run_code):
+        print(confined)
     how = options.reading, options.context, config, options.pll
     return (score_run if options.run else score_model)(options, texts, tasks, how)
 
@@ -142,45 +151,131 @@ def read_tasks(options: Eval) -> dict[str, benchmarks.TaskSettings]:
 
 
 def score_all(options: Eval, model: Model, tokenizer, texts: dict, tasks: dict, how: tuple, reference=None) -> dict:
-    """{"texts", "protocol"} and, where tasks are asked for, "tasks"."""
+    """{"texts", "protocol"} and, where tasks are asked for, "tasks" and the "tokenizer" that read them."""
     found = dict(zip(("texts", "protocol"), score_files(model, tokenizer, texts, *how, reference=reference)))
     if tasks:
         found["tasks"] = benchmarks.score_tasks(model, tokenizer, tasks, options.context,
-                                                batch_size=options.batch_size)
+                                                batch_size=options.batch_size,
+                                                judge=run_code.judge_programs if options.run_code else None)
+        found["tokenizer"] = tokenizer.fingerprint
     return found
 
 
+def compare_sides(options: Eval, before: dict, after: dict, readers=()) -> dict:
+    """What changed, was gained and was lost between two results of `score_all`: of the texts as `verdict.compare` says
+    it; of the tasks "tasks_change" and "capabilities" as `retention.compare` does. readers: the tokenizers of both."""
+    found = verdict.compare(before["texts"], after["texts"], options.general)
+    if "tasks" in after:
+        check_tokenizers(before, after, readers)
+        kept = retention.compare(before["tasks"], after["tasks"])
+        found |= {"tasks_change": kept["change"], "capabilities": kept["capabilities"]} | retention.judge(found, kept)
+    return found
+
+
+def check_tokenizers(before: dict, after: dict, readers) -> None:
+    """UserError where scores of tasks are of two tokenizers, unless one extends the other: the items are then cut into
+    other tokens, and choices that one reads as a piece the other may spell."""
+    tokens = sorted((reader.tokens for reader in readers), key=len)
+    extends = len(tokens) == 2 and tokens[0] == tokens[1][:len(tokens[0])]
+    if not extends and before.get("tokenizer") != after["tokenizer"]:
+        raise UserError(f"--baseline {before['model']} has another tokenizer than the model, so that scores of tasks "
+                        f"do not compare; name the model that this one was made of, or compare --text alone")
+
+
+def read_baseline(options: Eval, texts: dict, tasks: dict) -> dict | None:
+    """What --json wrote of a model, where --baseline is such a file."""
+    file = options.baseline
+    if not file or not Path(file).is_file():
+        return None
+    found = read_json(file, dict)
+    for kind, names in (("texts", texts), ("tasks", tasks)):
+        held = found.get(kind) if isinstance(found.get(kind), dict) else {}
+        if lacking := [name for name in names if not isinstance(held.get(name), dict)]:
+            raise UserError(f"--baseline {file} has no scores of {kind.removesuffix('s')} {lacking[0]}; write it by "
+                            f"eval.py --model DIR --json {file} with the same --text and --tasks")
+        found[kind] = {name: held[name] for name in names}
+    # What cannot compare is refused before anything is scored.
+    retention.check_baseline(found["tasks"], {name: benchmarks.identify(*opened) for name, opened in tasks.items()})
+    return found | {"model": file}
+
+
+def check_saved(before: dict, after: dict) -> None:
+    """UserError where the scores of texts that a file holds are of other texts, or were measured in another way."""
+    for name, scores in after["texts"].items():
+        for key in ("documents", "bytes"):
+            if (was := before["texts"][name].get(key)) != scores[key]:
+                raise UserError(f"text {name} has {scores[key]} {key}, but {was} in --baseline {before['model']}; "
+                                f"score the baseline anew on the same text")
+    was = before.get("protocol") if isinstance(before.get("protocol"), dict) else {}
+    for key, value in after["protocol"].items() if after["texts"] else ():
+        if was.get(key) != value:
+            raise UserError(f"--baseline {before['model']} was scored with {key} {was.get(key)}, and this model with "
+                            f"{value}; score the baseline anew with the same options")
+
+
 def print_tables(before: dict, after: dict):
-    """What `score_all` found of two models, or of one."""
+    """What `score_all` found of two models, or of one; of two, also what `compare_sides` says of them."""
     if after["texts"]:
         print(format_table(before.get("texts"), after["texts"]))
     if "tasks" in after:
         print(benchmarks.format_tasks(before.get("tasks"), after["tasks"]))
+    if "capabilities" in after:
+        print("\n" + retention.format_capabilities(after["capabilities"], after["tasks_change"]))
+
+
+def print_verdict(found: dict):
+    """What `compare_sides` says, in a few lines."""
+    of_tasks = found.get("forgetting_of") == "tasks"
+    if found["texts"]:
+        print(verdict.describe(found | ({"forgetting": None} if of_tasks else {}), found["texts"]))
+    if of_tasks:
+        print(f"forgetting: capabilities {100 * found['forgetting']:+z.1f} % "
+              f"({verdict.grade_forgetting(found['forgetting'])})")
+    if found["score"] is not None:
+        print(f"overall score: {100 * found['score']:+z.1f} % (domain gain less forgetting beyond 5 %)")
 
 
 def score_run(options: Eval, texts: dict, tasks: dict, how: tuple) -> dict:
     folder, device = Path(options.run, "checkpoints"), devices.pick_device(options.device.device)
-    result = {"run": options.run, "checkpoints": []}
-    for step in checkpoint.steps(folder):
+    if not (steps := checkpoint.steps(folder)):
+        raise UserError(f"{options.run} holds no checkpoints")
+    if missing := [step for step in options.checkpoints if step not in steps]:
+        raise UserError(f"{options.run} has no checkpoint of step {missing[0]}, but of {', '.join(map(str, steps))}")
+    result, before, reader = {"run": options.run, "checkpoints": []}, read_baseline(options, texts, tasks), []
+    if options.baseline and not before:
+        base = hf.open_base(options.baseline)
+        reader = [tokenizers.load(base.folder)]
+        model = hf.load(base, device=device)
+        before = {"model": options.baseline} | score_all(options, model, *reader, texts, tasks, how)
+
+    def score_one(model: Model, tokenizer, /, **about) -> dict:
+        row = about | score_all(options, model, tokenizer, texts, tasks, how)
+        if before:
+            if not reader:
+                check_saved(before, row)
+            row |= compare_sides(options, before, row, [*reader, tokenizer])
+        result["protocol"] = row.pop("protocol")
+        print(f"step {row['step']}: {row['model']}" if "step" in row else row["model"])
+        print_tables(before or {}, row)
+        return row
+    for step in steps:
+        if options.checkpoints and step not in options.checkpoints:
+            continue
         checkpoint.verify(path := checkpoint.path_of(folder, step))
         model, state, name = load_checkpoint(path)
         if not result["checkpoints"]:
             check_scoring(options.run, state["identity"], how[2])
         place = state["tokenizer"]
         tokenizer = tokenizers.load(hf.open_base(place).folder if place.startswith("hf://") else place)
-        scores = score_all(options, model.to(device), tokenizer, texts, tasks, how)
-        result["protocol"] = scores.pop("protocol")
-        result["checkpoints"].append({"step": step, "model": name, **scores})
-        print(f"step {step}: {name}")
-        print_tables({}, scores)
-    if not result["checkpoints"]:
-        raise UserError(f"{options.run} holds no checkpoints")
+        result["checkpoints"].append(score_one(model.to(device), tokenizer, step=step, model=name))
     if (final := Path(options.run, "final")).is_dir():
-        scores = score_all(options, hf.load(final, device=device), tokenizers.load(final), texts, tasks, how)
-        del scores["protocol"]
-        result["final"] = {"model": "final/", **scores}
-        print("final/")
-        print_tables({}, scores)
+        result["final"] = score_one(hf.load(final, device=device), tokenizers.load(final), model="final/")
+    if before:
+        result["baseline"] = before
+        print("\n" + retention.format_course(result["checkpoints"]))
+    elif tasks:
+        print("forgetting: unknown (name the model before with --baseline)")
+    write_json(Path(options.run, "eval_checkpoints.json"), result)
     return result
 
 
@@ -222,23 +317,28 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
 
 
 def score_model(options: Eval, texts: dict, tasks: dict, how: tuple) -> dict:
-    device, dtype, found = devices.pick_device(options.device.device), devices.DTYPES[options.device.dtype], []
-    bases = {path: hf.open_base(path) for path in (options.model, options.baseline) if path}
+    device, dtype = devices.pick_device(options.device.device), devices.DTYPES[options.device.dtype]
+    saved = read_baseline(options, texts, tasks)
+    paths = [path for path in (options.model, None if saved else options.baseline) if path]
+    bases = {path: hf.open_base(path) for path in paths}
     models = {path: hf.load(base, dtype, device) for path, base in bases.items()}
-    for path in filter(None, (options.model, options.baseline)):
-        found.append({"model": path} | score_all(options, models[path], tokenizers.load(bases[path].folder), texts,
-                                                 tasks, how, models.get(options.baseline)))
-    result, before = found[0], None
+    readers = {path: tokenizers.load(base.folder) for path, base in bases.items()}
+    result, *other = [{"model": path} | score_all(options, models[path], readers[path], texts, tasks, how,
+                                                  models.get(options.baseline)) for path in paths]
     if options.baseline:
-        result["baseline"], before = found[1], found[1]["texts"]
-        result |= verdict.compare(before, result["texts"], options.general)
+        if saved:
+            check_saved(saved, result)
+        result["baseline"] = saved or other[0]
+        result |= compare_sides(options, result["baseline"], result, readers.values())
     print_tables(result.get("baseline", {}), result)
     for name, scores in result["texts"].items():
         if measured := scores.get("objective"):
             print(f"{name}, objective: {', '.join(f'{key} {value:.4g}' for key, value in measured.items())}")
     print("windows of {context} tokens, prefix token {prefix_token_id}, {dtype}".format(**result["protocol"]))
-    if before:
-        print(verdict.describe(result, result["texts"]))
+    if options.baseline:
+        print_verdict(result)
+    elif tasks:
+        print("forgetting: unknown (name the model before with --baseline)")
     return result
 
 

@@ -74,7 +74,7 @@ def group(results: dict) -> dict[str, dict[str, list[str]]]:
 # ---- one task, one capability
 
 def compare_task(name: str, was: dict, now: dict) -> dict:
-    values = [verdict.finite(side["value"]) for side in (was, now)]
+    values = [verdict.finite(side.get("value")) for side in (was, now)]
     draws = draw_values(name, was, now)
     return {"metric": now["metric"], **relate(values, now["direction"], now["chance"], draws),
             "flips": count_flips(was, now)}
@@ -83,7 +83,7 @@ def compare_task(name: str, was: dict, now: dict) -> dict:
 def compare_group(kind: str, names: list[str], before: dict, after: dict) -> dict:
     """A capability's row, by the means over its tasks of one kind; unknown where one of them has no baseline."""
     results = [[side.get(name) for name in names] for side in (before, after)]
-    values = [verdict.mean([result and verdict.finite(result["value"]) for result in side]) for side in results]
+    values = [verdict.mean([result and verdict.finite(result.get("value")) for result in side]) for side in results]
     known = None not in results[0]
     draws = [draw_values(name, before[name], after[name]) for name in names] if known else [None]
     # [2, DRAWS]: means of what was drawn before and after
@@ -184,15 +184,15 @@ def find_front(points: list[tuple]) -> list[bool]:
 
 # ---- words
 
-def format_capabilities(compared: dict) -> str:
-    """What `compare` returned as two Markdown tables: per capability, and per task the items that were lost and won."""
+def format_capabilities(capabilities: dict, change: dict) -> str:
+    """Two Markdown tables: the rows of capabilities, and of each task's change the items that were lost and won."""
     lines = ["| capability | by | before | after | kept | above chance | change for the worse (95 %) |",
              "|---|---|---|---|---|---|---|"]
-    for name, row in compared["capabilities"].items():
+    for name, row in capabilities.items():
         lines.append("| " + " | ".join([
             name, row["metric"].replace("_", " "), show(row["baseline"], ".4f"), show(row["current"], ".4f"),
             show(row["retention"], ".1%"), show(row["retention_above_chance"], ".1%"), show_loss(row)]) + " |")
-    flips = {name: row["flips"] for name, row in compared["change"].items() if row["flips"]}
+    flips = {name: row["flips"] for name, row in change.items() if row["flips"]}
     if flips:
         lines += ["", "| task | lost (1->0) | won (0->1) | lost above chance | won above chance | McNemar's p |",
                   "|---|---|---|---|---|---|"]
@@ -200,6 +200,17 @@ def format_capabilities(compared: dict) -> str:
         shown = " ".join(name.split()).replace("|", "\\|")
         lines.append(f"| {shown} | {row['lost']} | {row['won']} | {row['lost_above_chance']:.1%} | "
                      f"{row['won_above_chance']:.1%} | {row['p']:.3g} |")
+    return "\n".join(lines)
+
+
+def format_course(checkpoints: list[dict]) -> str:
+    """Markdown table of a run's checkpoints: gain, forgetting, overall score, and whether no other gains more at the
+    same or less forgetting."""
+    front = find_front([(row["domain_gain"], row["forgetting"]) for row in checkpoints])
+    lines = ["| step | domain gain | forgetting | overall score | not beaten in both |", "|---|---|---|---|---|"]
+    for row, is_best in zip(checkpoints, front):
+        shown = [show(row[key], "+z.1%") for key in ("domain_gain", "forgetting", "score")]
+        lines.append(f"| {row['step']} | {' | '.join(shown)} | {'yes' * is_best} |")
     return "\n".join(lines)
 
 

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -84,18 +83,25 @@ def pass_at_k(n: int, passed: int, k: int) -> float:
     return 1 - math.comb(n - passed, k) / math.comb(n, k)
 
 
-def check_permission(tasks: Iterable[str], run_code: bool) -> None:
-    """UserError where tasks would run programs of the model's and the user has not allowed it, or this machine cannot
-    confine them: before anything was generated."""
-    if not (tasks := list(tasks)):
-        return
+def check_permission(tasks: list[str], run_code: bool) -> str:
+    """How programs are confined, "" where no task runs any. UserError where tasks would and the user has not allowed
+    it, or this machine cannot confine them: before anything was generated."""
+    if not tasks:
+        return ""
     if not run_code:
         raise UserError(f"{', '.join(tasks)}: scored by running what the model writes, on this machine, confined; that "
                         f"holds as far as the kernel has no faults. Pass --run-code to allow it, or leave the task out")
-    find_confinement()
+    return find_confinement()
 
 
 # ---- running them
+
+def judge_programs(records: list[dict], completions: list[str]) -> list[bool]:
+    """Whether what a model wrote behind the prompt of each record passes its tests."""
+    programs = [(humaneval_program if "entry_point" in record else mbpp_program)(record, completion)
+                for record, completion in zip(records, completions)]
+    return [outcome.passed for outcome in run_programs(programs)]
+
 
 def run_programs(programs: list[str], workers: int | None = None) -> list[Outcome]:
     """The outcome of each program, some at a time. UserError where this machine cannot confine them."""

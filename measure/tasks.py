@@ -275,7 +275,7 @@ def score_tasks(model, tokenizer, tasks: dict[str, tuple[Task, list[Item]]], con
 
     A result: each metric; "metric", "value", "direction" and "interval" of the headline, at 95 %; "chance", "n",
     "capability", "version", "shots", "hits" (a character an item, of the headline), "items_hash", "cut" and "protocol".
-    judge: (item, completion) -> whether the program that the model wrote is right; eos_ids: what ends a completion.
+    judge: (records, completions) -> whether each program that the model wrote is right. eos_ids: what ends one.
     """
     longest = min(model.config.max_position_embeddings, context or 2**62)
     results = {}
@@ -335,7 +335,7 @@ def score_texts(items: list[Item], answers: list) -> dict[str, list]:
 def score_completions(task: Task, items: list[Item], completions: list[str], judge) -> dict[str, list]:
     """{metric: hit of each item}."""
     if task.rule == "program":
-        return {task.metrics[0]: [int(judge(item, text)) for item, text in zip(items, completions)]}
+        return {task.metrics[0]: [int(passed) for passed in judge([item.record for item in items], completions)]}
     judged = [RULES[task.rule](text, item.choices) for item, text in zip(items, completions)]
     return {metric: [int(each[metric]) for each in judged] for metric in task.metrics}
 
@@ -350,10 +350,9 @@ def summarise(task: Task, items: list[Item], scores: dict) -> dict:
     is_share = headline in scores
     chance = sum(1 / len(item.choices) for item in items) / n if task.kind == "choice" else 0.0
     interval = wilson(sum(scores[headline]), n) if is_share else redraw(scores["nats"], scores["sizes"][headline])
-    result = {**values, "metric": headline, "value": values[headline], "direction": "up" if is_share else "down",
-              "chance": chance, "interval": interval, "n": n, "capability": task.capability,
-              "version": task.version, "shots": task.shots,
-              "hits": "".join(map(str, scores[headline])) if is_share else "", "items_hash": hash_items(items)}
+    result = {**values, "value": values[headline], "direction": "up" if is_share else "down", "chance": chance,
+              "interval": interval, "capability": task.capability, **identify(task, items),
+              "hits": "".join(map(str, scores[headline])) if is_share else ""}
     if "nats" in scores:
         result["nats_by_item"] = [round(nats, 4) for nats in scores["nats"]]
     parts = dict.fromkeys(item.part for item in items)
@@ -380,6 +379,12 @@ def wilson(hits: int, n: int) -> list[float]:
     share, spread = hits / n, Z * Z / n
     middle, half = share + spread / 2, Z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
     return [max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))]
+
+
+def identify(task: Task, items: list[Item]) -> dict:
+    """What has to be the same where two results compare."""
+    return {"metric": task.metrics[0], "n": len(items), "version": task.version, "shots": task.shots,
+            "items_hash": hash_items(items)}
 
 
 def hash_items(items: list[Item]) -> str:

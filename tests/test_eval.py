@@ -1,5 +1,6 @@
 """eval.py against transformers, document by document and window by window, and against numbers worked out by hand."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from runs import make_lab, one, settings
 from synthetic import Bytes, texts
 from truth import same, truth
@@ -19,6 +21,7 @@ from core import checkpoint
 from core.cli import Reading
 from learn import objectives
 from measure import scoring
+from model import Model
 from text.shards import Shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -192,6 +195,135 @@ def test_every_checkpoint_of_a_run_by_number(runs, monkeypatch, capsys, tmp_path
     status, _, errors = command(monkeypatch, capsys, "--run", run, "--text", f"law={runs}/legal.txt")
     assert (status, errors.count("\n")) == (2, 1)
     assert "is damaged" in errors
+
+
+# ---- capabilities, and a baseline that was scored before
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """40 questions in the columns of ARC's files, on which the models of `pair` are of different minds."""
+    rows = [{"query": f"{i}", "choices": [law[:12], story[-12:], law[-9:]], "gold": i % 3}
+            for i, (law, story) in enumerate(zip(texts("legal")[:40], texts("story")[:40]))]
+    file = tmp_path_factory.mktemp("questions") / "arc.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def evaluate(monkeypatch, capsys, folder, *words):
+    """(what --json wrote, what was said) of eval.py on the CPU."""
+    out = command(monkeypatch, capsys, "--device", "cpu", "--documents", "line", *words, "--json", folder / "out.json")
+    assert (out[0], out[2]) == (0, "")
+    return json.loads((folder / "out.json").read_text()), out[1]
+
+
+def test_what_was_kept_of_tasks(pair, questions, monkeypatch, capsys, tmp_path):
+    """Truth: the items' own hits, counted here; and a baseline from a file, which is the one from its folder."""
+    base, model, law, _ = pair
+    words = "--text", f"law={law}", "--tasks", f"arc_easy={questions}", f"mine={questions}", "--model"
+    found, said = evaluate(monkeypatch, capsys, tmp_path, *words, model, "--baseline", base)
+    was, now = (side["tasks"]["arc_easy"] for side in (found["baseline"], found))
+    pairs = list(zip(was["hits"], now["hits"]))
+    flips = found["tasks_change"]["arc_easy"]["flips"]
+    assert (flips["lost"], flips["won"]) == (pairs.count(("1", "0")), pairs.count(("0", "1")))
+    assert flips["lost"] + flips["won"] > 5
+    row = found["capabilities"]["reasoning"]
+    assert (row["baseline"], row["current"]) == (was["value"], now["value"])
+    assert row["degradation"] == pytest.approx((was["value"] - now["value"]) / was["value"])
+    assert found["capabilities"].keys() == {"reasoning", "domain"}
+    assert (found["forgetting"], found["forgetting_of"]) == (pytest.approx(row["degradation"]), "tasks")
+    assert found["score"] == pytest.approx(found["domain_gain"] - max(0, row["degradation"] - 0.05))
+    assert "| reasoning | accuracy |" in said
+    assert "| arc_easy |" in said
+    assert "overall score: " in said
+    alone, said = evaluate(monkeypatch, capsys, tmp_path, *words, base)
+    assert "forgetting: unknown (name the model before with --baseline)" in said
+    assert "capabilities" not in alone
+    saved = (tmp_path / "out.json").rename(tmp_path / "base.json")
+    again, _ = evaluate(monkeypatch, capsys, tmp_path, *words, model, "--baseline", saved)
+    assert again["baseline"]["model"] == str(saved)
+    for key in ("tasks_change", "capabilities", "forgetting", "change", "interval", "score"):
+        assert again[key] == found[key]
+    general, _ = evaluate(monkeypatch, capsys, tmp_path, *words, model, "--baseline", base, "--general", "law")
+    assert (general["forgetting_of"], general["forgetting"]) == ("texts", general["change"]["law"])
+
+
+def test_a_baseline_that_does_not_compare_is_one_line(pair, questions, monkeypatch, capsys, tmp_path):
+    base, model, law, tales = pair
+    words = "--text", f"law={law}", "--tasks", f"arc_easy={questions}"
+    evaluate(monkeypatch, capsys, tmp_path, *words, "--model", base)
+    saved = tmp_path / "out.json"
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "odd.json").write_text(json.dumps(json.loads(saved.read_text()) | {"tasks": 5}))
+    (tmp_path / "other.json").write_text(json.dumps(json.loads(saved.read_text()) | {"tokenizer": "00"}))
+    for more, says in (
+            ((*words, "--baseline", saved, "--limit", 7), "the number of items is 40 in the baseline, but 7 here"),
+            ((*words, "--baseline", saved, "--shots", 2), "in the baseline, but"),
+            (("--text", f"law={tales}", "--baseline", saved), "text law has"),
+            (("--text", f"law={law}", "--context", 8, "--baseline", saved), "context 64, and this model with 8"),
+            (("--text", f"new={law}", "--baseline", saved), "has no scores of text new"),
+            ((*words, "--baseline", tmp_path / "odd.json"), "has no scores of task arc_easy"),
+            ((*words, "--baseline", tmp_path / "other.json"), "has another tokenizer than the model"),
+            ((*words, "--baseline", tmp_path / "list.json"), "holds a list"),
+            ((*words, "--checkpoints", 2), "name its folder with --run")):
+        status, _, errors = command(monkeypatch, capsys, "--device", "cpu", "--documents", "line", "--model", model,
+                                    *more)
+        assert (status, errors.count("error: "), errors.count("\n")) == (2, 1, 1), (more, errors)
+        assert says in errors
+
+
+def test_a_vocabulary_that_was_extended_compares(pair, questions, monkeypatch, capsys, tmp_path):
+    base, model, *_ = pair
+    words = shutil.copytree(model, tmp_path / "words") / "tokenizer.json"
+    held = json.loads(words.read_text())
+    held["added_tokens"].append({"id": tokenizer.load(base).vocab_size, "content": "<new>", "special": True,
+                                 "single_word": False, "lstrip": False, "rstrip": False, "normalized": False})
+    words.write_text(json.dumps(held))
+    small = hf.load(model)
+    large = Model(dataclasses.replace(small.config, vocab_size=small.config.vocab_size + 1))
+    large.load_state_dict({name: torch.cat([weight, weight[:1]]) if len(weight) == small.config.vocab_size else weight
+                           for name, weight in small.state_dict().items()})
+    hf.save(large, tmp_path / "longer", tokenizer=words.parent)
+    found, _ = evaluate(monkeypatch, capsys, tmp_path, "--tasks", f"arc_easy={questions}", "--model",
+                        tmp_path / "longer", "--baseline", base)
+    assert found["tokenizer"] != found["baseline"]["tokenizer"]
+    assert found["capabilities"]["reasoning"]["baseline"] is not None
+
+
+def test_programs_run_where_the_user_allows_it(pair, monkeypatch, capsys, tmp_path):
+    """A problem whose tests ask for nothing, and one that no small model solves; HumanEval's columns."""
+    rows = [{"task_id": f"HumanEval/{i}", "prompt": "def f():\n    return 1\n", "entry_point": "f",
+             "test": f"def check(f):\n    assert f() == {i}\n"} for i in (1, 2)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "--model", pair[0], "--tasks", f"humaneval={tmp_path}/code.jsonl"
+    status, said, errors = command(monkeypatch, capsys, *words)
+    assert (status, said, errors.count("\n")) == (2, "", 1)
+    assert "Pass --run-code to allow it" in errors
+    monkeypatch.setattr("measure.tasks.complete_all", lambda *_: (["\n    pass", "\n    pass"], 0))
+    found, said = evaluate(monkeypatch, capsys, tmp_path, *words, "--run-code")
+    assert said.startswith("programs run with no network")
+    assert {key: found["tasks"]["humaneval"][key] for key in ("pass_at_1", "hits", "capability")} == {
+        "pass_at_1": 0.5, "hits": "10", "capability": "coding"}
+
+
+def test_checkpoints_of_a_run_beside_a_baseline(runs, questions, monkeypatch, capsys, tmp_path):
+    """The run's result is its last checkpoint: as the baseline it is no better than itself."""
+    run = shutil.copytree(runs / "run", tmp_path / "run")
+    words = "--run", run, "--tasks", f"arc_easy={questions}", "--text", f"law={runs}/legal.txt"
+    found, said = evaluate(monkeypatch, capsys, tmp_path, *words, "--checkpoints", "--baseline", run / "final")
+    assert json.loads((run / "eval_checkpoints.json").read_text()) == found
+    rows = {row["step"]: row for row in found["checkpoints"]}
+    assert [*rows] == [2, 4, 5]
+    assert (rows[5]["forgetting"], rows[5]["domain_gain"], rows[5]["score"]) == pytest.approx((0, 0, 0))
+    assert rows[2]["domain_gain"] == pytest.approx(
+        1 - rows[2]["texts"]["law"]["bits_per_byte"] / found["final"]["texts"]["law"]["bits_per_byte"])
+    assert rows[2]["capabilities"]["reasoning"]["current"] == rows[2]["tasks"]["arc_easy"]["value"]
+    assert "| 5 | +0.0% | +0.0% | +0.0% | " in said
+    found, said = evaluate(monkeypatch, capsys, tmp_path, *words, "--checkpoints", 5, 2)
+    assert [row["step"] for row in found["checkpoints"]] == [2, 5]
+    assert "forgetting" not in found["checkpoints"][0]
+    assert "forgetting: unknown" in said
+    status, _, errors = command(monkeypatch, capsys, *words, "--checkpoints", 3, "--device", "cpu")
+    assert (status, errors) == (2, f"error: {run} has no checkpoint of step 3, but of 2, 4, 5\n")
 
 
 def test_mistakes_are_one_line(runs, monkeypatch, capsys, tmp_path):

@@ -18,6 +18,10 @@ def result(hits: str | None = None, capability="reasoning", metric="acc", chance
             **({"hits": hits} if hits else {}), **more}
 
 
+def tables(found: dict) -> str:
+    return retention.format_capabilities(found["capabilities"], found["change"])
+
+
 def pair(both: int, lost: int, won: int, wrong: int, **more) -> tuple[dict, dict]:
     return (result("1" * (both + lost) + "0" * (won + wrong), **more),
             result("1" * both + "0" * lost + "1" * won + "0" * wrong, **more))
@@ -83,7 +87,7 @@ def test_without_a_baseline_nothing_is_known():
     assert (found["change"], found["forgetting"]) == ({}, None)
     assert (row["current"], row["sign"]) == (0.5, "")
     assert {row[key] for key in ("baseline", "degradation", "retention", "retention_above_chance")} == {None}
-    assert "| reasoning | accuracy | unknown | 0.5000 | unknown |" in retention.format_capabilities(found)
+    assert "| reasoning | accuracy | unknown | 0.5000 | unknown |" in tables(found)
     half = retention.compare({"arc": result("0110")}, {"arc": result("0110"), "piqa": result("11")})
     assert half["capabilities"]["reasoning"]["baseline"] is None
     assert half["change"].keys() == {"arc"}
@@ -186,10 +190,15 @@ def test_the_front_holds_what_nothing_beats():
 
 def test_the_tables_say_what_is_known():
     was, now = pair(400, 100, 50, 450, capability="reasoning")
-    said = retention.format_capabilities(retention.compare({"a|b\n": was}, {"a|b\n": now})).splitlines()
+    said = tables(retention.compare({"a|b\n": was}, {"a|b\n": now})).splitlines()
     assert said[2].startswith("| reasoning | accuracy | 0.5000 | 0.4500 | 90.0% | 80.0% | !! +10.0 % (")
     assert said[-1] == "| a\\|b | 100 | 50 | 0.8% | 0.0% | 5.45e-05 |"
     was, now = pair(40, 2, 3, 55)
-    assert "not distinguishable from no change" in retention.format_capabilities(
-        retention.compare({"t": was}, {"t": now}))
+    assert "not distinguishable from no change" in tables(retention.compare({"t": was}, {"t": now}))
     assert verdict.GOOD == 0.05
+    rows = [{"step": 10, "domain_gain": 0.1, "forgetting": 0.02, "score": 0.1},
+            {"step": 20, "domain_gain": 0.05, "forgetting": 0.02, "score": 0.05},
+            {"step": 30, "domain_gain": 0.2, "forgetting": None, "score": None}]
+    assert retention.format_course(rows).splitlines()[2:] == [
+        "| 10 | +10.0% | +2.0% | +10.0% | yes |", "| 20 | +5.0% | +2.0% | +5.0% |  |",
+        "| 30 | +20.0% | unknown | unknown |  |"]

@@ -208,8 +208,8 @@ def test_a_machine_that_cannot_confine_refuses(monkeypatch):
 
 
 def test_nothing_runs_that_was_not_allowed():
-    run_code.check_permission([], run_code=False)
-    run_code.check_permission(["humaneval"], run_code=True)
+    assert run_code.check_permission([], run_code=False) == ""
+    assert "no network" in run_code.check_permission(["humaneval"], run_code=True)
     with pytest.raises(UserError, match=r"^humaneval, mbpp: scored by running what the model writes.*--run-code"):
         run_code.check_permission(["humaneval", "mbpp"], run_code=False)
 
@@ -238,7 +238,8 @@ def test_mbpp_is_code_and_assertions():
     programs = [run_code.mbpp_program(item, f"def double(x):\n    return {code}") for code in ("2 * x", "x")]
     assert [outcome.passed for outcome in run_code.run_programs(programs)] == [True, False]
     old = {"test_list": ["assert f() == 3"], "test_setup_code": "x = 3"}
-    assert run_program(run_code.mbpp_program(old, "def f():\n    return x")).passed
+    assert run_code.judge_programs([old, item, ADD, ADD], ["def f():\n    return x", "double = 2", "    return a + b",
+                                                           "    return b"]) == [True, False, True, False]
 
 
 @pytest.mark.slow

@@ -352,7 +352,7 @@ def test_programs_are_judged_by_the_caller(tiny_model):
     with pytest.raises(ValueError, match="runs programs that the model writes"):
         score_tasks(model, tok, {"humaneval": (task, items)})
     found = score_tasks(model, tok, {"humaneval": (task, items)},
-                        judge=lambda item, text: item.record["task_id"] == "1")
+                        judge=lambda records, texts: [record["task_id"] == "1" for record in records])
     assert (found["humaneval"]["pass_at_1"], found["humaneval"]["hits"]) == (1 / 3, "010")
 
 
