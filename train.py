@@ -150,9 +150,9 @@ def train(c: Config, world) -> int:
         with world.note_stops():
             try:
                 for step in range(start, run.steps):
-                    # once in a while: evaluate (methods may change the plan)
-                    if step % c.eval.every == 0:
-                        evaluate(run, step)
+                    # once in a while: evaluate (methods may change the plan, and rules of eval.stop_* end the run)
+                    if step % c.eval.every == 0 and evaluate(run, step):
+                        break
 
                     # the step; the batches of the next one are read meanwhile
                     clock = time.perf_counter()

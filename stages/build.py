@@ -33,7 +33,8 @@ from learn.objectives import Objective
 from learn.router import Router
 from measure import scoring
 from model import Model, ModelConfig
-from stages.refuse import refuse_combinations, refuse_memory, refuse_sharing
+from stages.questions import Questions, open_questions
+from stages.refuse import refuse_combinations, refuse_memory, refuse_sharing, refuse_stops
 from stages.sources import pack_sources
 from text import mixture, packing
 from text.heldout import find_leaks, judge_leaks
@@ -133,6 +134,10 @@ class Run(contextlib.AbstractContextManager):
     decisions: list = field(default_factory=list)
     # {eval_step_N.json: what it holds}, on rank 0.
     evaluations: dict = field(default_factory=dict)
+    # The tasks and probes of its evaluations
+    questions: Questions = field(default_factory=Questions)
+    # Why it ended before its last step, as stages/stopping.py says it; None: it did not.
+    ended: dict | None = None
     optimizer: torch.optim.Optimizer = None
     scale: optim.LossScale = None
     guard: Guard = field(default_factory=Guard)
@@ -336,6 +341,8 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
     if c.forget.adaptive.policy != "none" and c.eval.every >= run.steps:
         raise UserError(f"forget.adaptive decides at evaluations, and with eval.every {c.eval.every} there is none "
                         f"within {run.steps} steps; set --eval.every {max(1, run.steps // 10)}")
+    refuse_stops(c, {sources[name].role for name in heldout}, run.steps)
+    run.questions = open_questions(run)
     return run
 
 

@@ -25,8 +25,12 @@ from learn import merge as merging
 from learn.choose_objective import describe_both_ways
 from learn.distance import measure_distance
 from measure import scoring, verdict
+from measure.probes import ProbeSettings
+from measure.tasks import TaskSettings
 from model import matmul_flops_per_token
 from stages.build import Run
+from stages.questions import compare_answers
+from stages.stopping import judge_evaluations
 from text import mixture, vocabulary
 
 
@@ -40,6 +44,18 @@ class EvalSection:
     """texts that the model continues before and after; default: the beginnings of held-out documents"""
     sample_tokens: int = setting(64, at_least=0, at_most=10**5)
     """tokens of each continuation; 0: none"""
+    tasks: dict[str, TaskSettings] = field(default_factory=dict)
+    """benchmarks, or multiple-choice and cloze files of your own, scored at each evaluation"""
+    probes: ProbeSettings = field(default_factory=ProbeSettings)
+    stop_gain: float = setting(0.0, at_least=0, below=1)
+    """end the run where the domain's bits per byte fall by less than this share of them for a million further tokens of
+    the run (0.001: 0.1 %); 0: off"""
+    stop_forgetting: float = setting(0.0, at_least=0, at_most=1e3)
+    """end the run where the bits per byte of general text have risen by more than this share of them; 0: off"""
+    stop_patience: int = setting(2, at_least=1, at_most=10**6)
+    """evaluations one after another by which that is judged"""
+    stop_after: int | None = setting(None, at_least=0)
+    """steps of which no evaluation ends the run, because a first rise often passes; default: a fifth of the run"""
 
 
 @dataclass
@@ -68,7 +84,8 @@ def describe(run: Run):
         if c.lora.rank:
             say(f"lora: {lora.trainable_share(run.inner)}")
         say(schedules.hint(parameters, "lora" if c.lora.rank else "full", c.optim))
-    for note in [*run.objective.notes, *(note for method in run.methods for note in method.notes)]:
+    methods = [note for method in run.methods for note in method.notes]
+    for note in [*run.objective.notes, *methods, *run.questions.notes]:
         say(note)
     longest = run.config.max_position_embeddings
     if c.data.context > longest:
@@ -200,8 +217,9 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
 
 # ---- an evaluation
 
-def evaluate(run: Run, step: int):
-    """The evaluation before `step`: scores, the methods' decisions about the plan, before the first step samples."""
+def evaluate(run: Run, step: int) -> bool:
+    """The evaluation before `step`: scores, the methods' decisions about the plan, before the first step samples.
+    Returns whether the run is to end here, the same on every rank."""
     run.world.enter(f"the evaluation before step {step + 1}")
     scores = score_heldout(run, step)
     for method in run.methods:
@@ -220,6 +238,21 @@ def evaluate(run: Run, step: int):
                 write_plan(run)
     if step == 0:
         draw_samples(run, step)
+    return may_end(run, step)
+
+
+def may_end(run: Run, step: int) -> bool:
+    """Whether a rule of eval.stop_* ends the run before `step`; then it is saved there, and finished as at its end."""
+    known = [run.evaluations[name] for name in sorted(run.evaluations, key=lambda name: run.evaluations[name]["step"])]
+    roles = {name: source.role for name, source in run.sources.items()}
+    found = judge_evaluations(run.c.eval, known, roles, run.steps, run.tokens_per_step) if run.world.main else None
+    run.ended = run.world.broadcast(found and found | {"step": step, "steps": run.steps})
+    if run.ended:
+        run.log.record("ended", **run.ended)
+        run.log.say(f"the run ends at step {step} of {run.steps}: {run.ended['reason']}")
+        if run.saved != step:
+            run.saver.save(step)
+    return run.ended is not None
 
 
 def score(run: Run, model, world) -> tuple[dict, dict]:
@@ -249,25 +282,31 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
                                            c.train.micro_batch_size, run.autocast, number)
         # In batch.source they stand behind the sources that are trained on.
         for number, (source, held) in enumerate(run.held.items(), len(run.loader.names))}
-    run.log.record("eval", step, protocol=protocol, model=name, sources={name: {
-        key: value for key, value in found.items() if key != "nats_by_document"} for name, found in scores.items()},
-                   **({"objective": measured} if measured else {}))
+    asked = run.questions.ask(model or run.inner, run.tokenizer, None if alone else run.world, run.autocast)
+    more = ({"objective": measured} if measured else {}) | asked
+    run.log.record("eval", step, protocol=protocol, model=name, sources=without("nats_by_document", scores),
+                   **more | {kind: without("hits", found) for kind, found in asked.items()})
     unit = "bits_per_byte" if run.objective.text_objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
     shown = [f"{shown} ({unit.replace('_', ' ')})"] if scores else []
     shown += [f"{source}: " + ", ".join(f"{measure} {value:.4g}" for measure, value in found.items()
                                         if measure != "sequences") for source, found in measured.items()]
+    shown += [", ".join(f"{name} {result['value']:.4g}" for name, result in found.items()) for found in asked.values()]
     run.log.say(f"eval at step {step}: {'; '.join(shown)}")
     if run.world.main:
         file = f"eval_step_{step}.json"
-        run.evaluations[file] = {"step": step, "texts": scores, "protocol": protocol, "model": name,
-                                 **({"objective": measured} if measured else {})}
+        run.evaluations[file] = {"step": step, "texts": scores, "protocol": protocol, "model": name, **more}
         with run.log.going_on():
             # Those too that a full disk has not taken.
             for each in run.evaluations:
                 if each == file or not (run.folder / each).exists():
                     write_json(run.folder / each, run.evaluations[each])
     return scores
+
+
+def without(key: str, found: dict) -> dict:
+    """{name: scores} without a value that is too long for a line of metrics.jsonl."""
+    return {name: {each: value for each, value in scores.items() if each != key} for name, scores in found.items()}
 
 
 def draw_samples(run: Run, step: int, model=None):
@@ -327,11 +366,11 @@ def finish(run: Run):
         # No rank holds a sharded model, and final/ no modules of an objective: what is scored there is the one in
         # memory, before it is rounded.
         model = None if sharded or hasattr(run.inner, "objective") else load_beside(run, out / "final")
-        after = score_heldout(run, run.steps, model, "final/" if model else "", alone=not sharded)
-        draw_samples(run, run.steps, model)
+        after = score_heldout(run, run.done, model, "final/" if model else "", alone=not sharded)
+        draw_samples(run, run.done, model)
     if not run.world.main:
         return
-    first, last = (run.evaluations[f"eval_step_{step}.json"] for step in (0, run.steps))
+    first, last = (run.evaluations[f"eval_step_{step}.json"] for step in (0, run.done))
     losses = {name: score["nats_per_token"] for name, score in after.items()} | {
         name: found["loss"] for name, found in last.get("objective", {}).items() if "loss" in found}
     if lost := [name for name, loss in losses.items() if not math.isfinite(loss)]:
@@ -339,18 +378,22 @@ def finish(run: Run):
         raise UserError(f"the trained model has no finite loss on the held-out text of {lost[0]}, so this run is not "
                         f"finished; lower --optim.lr and begin again, or export an earlier checkpoint: python hf.py "
                         f"export {out}/checkpoints/step_N --out DIR")
-    before, protocol = first["texts"], first["protocol"]
+    before, protocol, asked = first["texts"], first["protocol"], first
     names = {"before": first.get("model", ""), "after": last["model"]}
     if c.lora.base != "plain" and model and (base := load_beside(run, run.base)):
         # In training the base was in few bits; what it was before is the base itself.
         before, names["before"] = score(run, base, None)[0], "base"
+        asked = run.questions.ask(base, run.tokenizer, None, run.autocast)
+    questions, table = compare_answers(asked, last)
+    table = "\n\n".join([scoring.format_table(before, after), *table])
     held = f"Held-out documents, {names['before']} against {names['after']}; protocol: {json.dumps(protocol)}"
-    write_card(run, out / "final", f"{scoring.format_table(before, after)}\n\n{held}{merged}")
+    write_card(run, out / "final", f"{table}\n\n{held}{merged}")
     comparison = verdict.compare(before, after, run.names_of("general")) if run.objective.text_objective.causal else {}
     objective = judge_objective(run, first, last) if last.get("objective") else {}
     write_json(out / "eval.json",
-               {"protocol": protocol, "model": names, "before": before, "after": after, **comparison, **objective})
-    say(scoring.format_table(before, after))
+               {"protocol": protocol, "model": names, "before": before, "after": after, **comparison, **objective,
+                **questions, **({"ended": run.ended} if run.ended else {})})
+    say(table)
     run.log.close()
     try:
         # The report reads all that the folder holds of the run, so its verdict is the one that is shown.

@@ -88,3 +88,15 @@ def refuse_memory(parameters: int, c, device: torch.device, remedy: str):
     if c.parallel.strategy == "ddp" and c.lora.base == "plain" and least > memory:
         raise UserError(f"a model of {parameters:,} parameters takes at least {least / 1e9:,.0f} GB, and {device} has "
                         f"{memory / 1e9:,.0f}; lower {remedy}")
+
+
+def refuse_stops(c, roles: set[str], steps: int):
+    """UserError for rules that are to end the run early and cannot; roles: of the sources with held-out text."""
+    n, every = c.eval.stop_patience, c.eval.every
+    for name, role in (("stop_gain", "domain"), ("stop_forgetting", "general")):
+        if getattr(c.eval, name) and role not in roles:
+            raise UserError(f"eval.{name} ends the run by held-out {role} text, and no {role} source has any; pack one "
+                            f"with --heldout above 0, or leave it out")
+        if getattr(c.eval, name) and every * n >= steps:
+            raise UserError(f"eval.{name} judges more than {n} evaluations, and with eval.every {every} there are too "
+                            f"few within {steps} steps; set --eval.every {max(1, steps // 10)}")

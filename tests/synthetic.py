@@ -145,3 +145,10 @@ class ByteTokenizer:
 
     def decode(self, ids):
         return b"".join(bytes([i]) for i in ids if i < 256).decode(errors="replace")
+
+
+def make_documents(n: int, seed: int = 0) -> list[str]:
+    """Notices with a number that is the more common the smaller it is, a reference and a name."""
+    draw, names = random.Random(seed), [f"{a} {b}" for a in ("Ada", "Bo", "Cy", "Dee") for b in ("Ash", "Elm", "Oak")]
+    return [f"notice {i} says that the fee which is due by then comes to {10 + int(draw.expovariate(0.15)) % 90} euros "
+            f"by the rule of § 7-{100 + draw.randrange(60)}, as told by {draw.choice(names)}" for i in range(n)]
