@@ -19,6 +19,7 @@ import torch
 
 import lora
 from core.architecture import ModelConfig
+from core.errors import UserError
 from kernels.cross_entropy import chunk_rows
 from learn.adapters import linear_layers
 from model import Model
@@ -112,11 +113,14 @@ def block_bytes(config: ModelConfig, types: Types, low: int, whole_documents: bo
 def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict[str, float]:
     """{part: bytes on each rank}, and the "peak" of them, of a training with the settings `c` (train.Config) of a model
     `config` on `ranks` devices of a kind, cuda or cpu. Parts that are not needed at the same time do not add up."""
+    if config.num_experts or c.parallel.tensor > 1:
+        what = "experts" if config.num_experts else "shared matmuls (parallel.tensor)"
+        raise UserError(f"the memory of {what} is not estimated; train.py RECIPE.toml --dry-run measures it")
     L, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
-    shards = ranks if c.parallel.strategy == "fsdp" else 1
+    shards = ranks // c.parallel.replicas if c.parallel.strategy == "fsdp" else 1
     count, types = count_elements(config, c.lora), find_types(c, kind, shards > 1)
-    M = c.train.micro_batch_size * c.data.context
-    accumulates = c.train.batch_size // ranks > c.train.micro_batch_size
+    M = c.train.micro_batch_size * c.data.context // c.parallel.context
+    accumulates = c.train.batch_size // (ranks // c.parallel.context) > c.train.micro_batch_size
     quantised = {"nf4": FOUR_BITS[c.lora.double_quant], "int4": FOUR_BITS[c.lora.double_quant], "int8": 1.0}
     linear = quantised.get(c.lora.base if c.lora.rank else "plain", types.weight)
     adapters = 4 * count.trained if c.lora.rank else 0
@@ -153,7 +157,8 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     gathered = 0
     if shards > 1:
         of_gradients = 0 if c.lora.rank else (of_params + 4) * max(count.block, outside)
-        gathered = of_params * (2 * count.block + outside) + of_gradients
+        blocks = 2 if c.parallel.reshard else L
+        gathered = of_params * (blocks * count.block + outside) + of_gradients
 
     methods = copies_of_methods(c, count, types) / shards
     kept = weights + state + methods + gathered

@@ -14,7 +14,6 @@ import re
 import shutil
 import signal
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,8 +200,8 @@ def test_gradients_that_ddp_averages_over_ranks_are_of_the_mean_over_all_targets
     found = []
     for size in (1, 2):
         run = build(settings(lab, tmp_path / "run", "--optim.clip", 0), one())
-        run.world = SimpleNamespace(rank=0, size=size, device=torch.device("cpu"),
-                                    sum=lambda values, size=size: [size * value for value in values])
+        run.world = parallel.World(0, size, torch.device("cpu"))
+        run.world.sum = lambda values, size=size: [size * value for value in values]
         batch = run.loader.batch(0)
         kept, real = {}, parallel.clip_gradients
         with pytest.MonkeyPatch.context() as patch:
@@ -226,7 +225,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank(base, tmp_path):
                 p.data.fill_(0.3)                                      # at first 0, which hides what was dropped
             elif name.endswith(".A"):
                 p.data.fill_(0.1)
-        run.world = SimpleNamespace(rank=rank, size=1, device=torch.device("cpu"), sum=list)
+        run.world = parallel.World(rank, 1, torch.device("cpu"))
         return train.train_step(run, step, batches)["loss"]
     plain = build(run_of(base, tmp_path / "run"), one())
     batches = train.micro_batches(plain, 0)

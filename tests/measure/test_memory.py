@@ -118,3 +118,19 @@ def test_the_peak_of_a_process_is_as_planned(size, method):
           f"process {before / 1e6:.0f}")
     assert planned == pytest.approx(peak - before, rel=0.1)
     assert before == pytest.approx(memory.OVERHEAD["cpu"], rel=0.15)
+
+
+def test_layouts_change_what_a_rank_holds():
+    config = ModelConfig(**SIZES)
+    def parts(*words):
+        return memory.estimate(settings("--parallel.strategy", "fsdp", "--train.batch-size", 16, *words), config, 8)
+    plain, groups = parts(), parts("--parallel.replicas", 2)
+    assert groups["weights"] == 2 * plain["weights"]
+    assert groups["optimizer"] == 2 * plain["optimizer"]
+    assert parts("--parallel.context", 2)["activations"] == plain["activations"] / 2
+    kept = parts("--parallel.reshard", "False")["gathered"] - plain["gathered"]
+    # bf16 of the blocks but for the two that are gathered at any time.
+    block = memory.count_elements(config, lora.LoraConfig()).block
+    assert kept == 2 * (config.num_hidden_layers - 2) * block
+    with pytest.raises(ValueError, match="shared matmuls"):
+        parts("--parallel.tensor", 2)
