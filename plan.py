@@ -3,8 +3,10 @@
     python plan.py gap --model BASE --domain law=legal.jsonl --general wiki=wiki.txt --json out/gap.json
     python plan.py budget --model BASE --domain shards/law --general shards/wiki --gpu H100 --gpus 8 --recipe run.toml
     python plan.py memory recipes/llama2_7b_cpt.toml --gpu H100 --gpus 8 --model.path DIR
+    python plan.py ratio RECIPE.toml --model.path DIR --shares 0 0.05 0.15 0.3 0.5 --recipe out/chosen.toml
+    python plan.py rate RECIPE.toml --model.path DIR --recipe out/chosen.toml
 
-How each is found stands in measure/: memory.py, gap.py, budget.py.
+How each is found stands in measure/: memory.py, gap.py, budget.py, ladder.py with ratio.py and rate.py.
 """
 
 import core.threads
@@ -27,7 +29,10 @@ from lora import LoraConfig
 from measure import budget, gap
 from measure.budget import find_gpu
 from measure.calibrate import time_step
+from measure.ladder import climb, leave, read_settings, write_recipe
 from measure.memory import OVERHEAD, count_elements, estimate
+from measure.rate import FACTORS, describe_rate, draw_rate, judge_rate, rate_rungs, rate_settings, recommend_rate
+from measure.ratio import describe_ratio, draw_ratio, judge_ratio, share_rungs
 from text.mixture import SourceConfig
 from text.sample import draw_sample
 from text.shards import Shards
@@ -277,11 +282,88 @@ def memory_command(options: Memory, settings: list[str] = ()) -> dict:
             "fits": peak <= gpu.memory}
 
 
+# ---- ratio, rate
+
+@dataclass(kw_only=True)
+class Ladder:
+    """What a ladder of short runs takes."""
+
+    run: Positional[str]
+    """RECIPE.toml of the run that is planned; settings as in train.py: --section.key value."""
+    steps: int = setting(150, above=0, at_most=10**7)
+    """Steps of each short run."""
+    seeds: list[int] = setting([0], at_least=0)
+    """Each is made once for each seed."""
+    jobs: int = setting(1, above=0, at_most=64)
+    """Runs at a time."""
+    recipe: str | None = None
+    """Write the recipe with what was chosen to this file."""
+    dry_run: bool = False
+    """Say which runs would be made."""
+
+
+@dataclass(kw_only=True)
+class Ratio(Ladder):
+    """Find the share of replay: short runs over shares, laws through them, the least share for a tolerance."""
+
+    shares: list[float] = setting([0.0, 0.05, 0.15, 0.3, 0.5], at_least=0, below=1)
+    """Shares of replay to try, at least four."""
+    tolerance: float = setting(0.05, above=0, at_most=10)
+    """How far general text may rise above the base's bits per byte: 0.05 is 5 %."""
+    out: str = "out/ratio"
+    """The folder of the runs; those that are done already are not made again."""
+
+
+def ratio_command(options: Ratio, settings: list[str] = ()) -> dict:
+    c, rungs = read_settings("plan.py ratio", options.run, settings, general=True), share_rungs(options.shares)
+    rows = climb("plan.py ratio", options.run, settings, rungs, options)
+    if options.dry_run:
+        return {"rows": []}
+    found = judge_ratio(rows, options.tolerance)
+    print(describe_ratio(found))
+    if options.recipe and found["chosen"] is not None:
+        c.data.schedule, c.data.domain_share = "static", round(1 - found["chosen"], 9)
+        low, high = ("beyond" if end is None else f"{end:.1%}" for end in found["interval"])
+        write_recipe(options.recipe, c, [f"{found['chosen']:.0%} of replay: at most {options.tolerance:.0%} of "
+                                         f"forgetting in runs of {options.steps} steps (95 %: {low} to {high})"])
+    return leave(found, Path(options.out), "ratio", draw_ratio)
+
+
+@dataclass(kw_only=True)
+class Rate(Ladder):
+    """Find the learning rate: three short runs around the recommended one, and a parabola through them."""
+
+    rates: list[float] = setting([], above=0, at_most=100)
+    """Peak rates to try (default: a quarter of the recommended one, itself and four times it)."""
+    out: str = "out/rate"
+    """The folder of the runs; those that are done already are not made again."""
+
+
+def rate_command(options: Rate, settings: list[str] = ()) -> dict:
+    c = read_settings("plan.py rate", options.run, settings, general=False)
+    best = recommend_rate(c)
+    rungs = rate_rungs(c, options.rates or [best * factor for factor in FACTORS])
+    print(f"recommended rate: {best:g}")
+    rows = climb("plan.py rate", options.run, settings, rungs, options)
+    if options.dry_run:
+        return {"recommended": best, "rows": []}
+    found = {"recommended": best} | judge_rate(rows)
+    print(describe_rate(found))
+    if options.recipe:
+        for key, value in rate_settings(c, found["chosen"]).items():
+            setattr(c.optim, key, value)
+        write_recipe(options.recipe, c, [f"a peak rate of {found['chosen']:g}, from runs of {options.steps} steps at "
+                                         f"{', '.join(rung.name.partition('_')[2] for rung in rungs)}"])
+    return leave(found, Path(options.out), "rate", draw_rate)
+
+
 def main() -> int:
     words, settings = cli.take_settings(sys.argv[1:])
     return cli.run("plan.py", __doc__, {
         "gap": (Gap, gap_command), "budget": (Budget, budget_command),
-        "memory": (Memory, functools.partial(memory_command, settings=settings))}, argv=words)
+        "memory": (Memory, functools.partial(memory_command, settings=settings)),
+        "ratio": (Ratio, functools.partial(ratio_command, settings=settings)),
+        "rate": (Rate, functools.partial(rate_command, settings=settings))}, argv=words)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ FLOOR = Law("power law with a floor", "L(N) = L_inf + A N^-alpha", ("L_inf", "A"
 
 def name_dcpt(bend, fall, E, fallen):
     eps, gamma = name_fall(bend, fall)
-    return {"E": E, "C": fallen * eps**gamma, "eps": eps, "gamma": gamma}
+    # Of a fall that is nearly exponential the exponent is so large that C has no value.
+    with np.errstate(over="ignore"):
+        return {"E": E, "C": fallen * eps**gamma, "eps": eps, "gamma": gamma}
 
 
 @dataclass
@@ -167,12 +169,14 @@ def refine(law: Law, x, y, scale, start: np.ndarray) -> Fits:
         damped = square + damping * (np.diag(square.diagonal()) + 1e-30 * steps)
         move = np.linalg.lstsq(damped, -slopes.T @ off, None)[0]
         tried = np.clip(at + np.clip(move, -2, 2), 0, ends)
-        (better, residual), before = solve_at(tried), at
-        if better.error[0] < found.error[0]:
-            at, found, off, damping = tried, better, residual, damping / 5
+        better, residual = solve_at(tried)
+        gain = found.error[0] - better.error[0]
+        if gain > 0:
+            at, found, off, damping = tried, better, residual, damping / 10
         else:
-            damping *= 5
-        if damping > 1e12 or abs(tried - before).max() < 1e-11:
+            damping *= 10
+        # Where the points lie off the law, the last digits of its error are worth no more steps.
+        if damping > 1e8 or 0 < gain < 1e-9 * found.error[0]:
             break
     return found
 
@@ -233,13 +237,22 @@ def find_undetermined(drawn: Fits) -> list[str]:
 
 
 def predict_left_out(law: Law, x, y, scale=None) -> list[dict]:
-    """[{"x", "measured", "predicted"}] of each inner point, by the law fitted to all others."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
+    """[{"x", "measured", "predicted"}] of each inner x, by the law fitted to the points at all others."""
+    x, y, found = np.asarray(x, float), np.asarray(y, float), []
     scale = np.ones_like(x) if scale is None else np.asarray(scale, float)
-    inner = [i for i in range(len(x)) if x.min() < x[i] < x.max()]
-    return [{"x": float(x[i]), "measured": float(y[i]),
-             "predicted": float(fit(law, *(np.delete(each, i) for each in (x, y, scale))).predict(x[i])[0, 0])}
-            for i in inner]
+    for value in np.unique(x)[1:-1]:
+        others = x != value
+        one = fit(law, x[others], y[others], scale[others])
+        found.append({"x": float(value), "measured": float(y[~others].mean()),
+                      "predicted": float(one.predict(value)[0, 0])})
+    return found
+
+
+def predict_runs(found: Fits, x, scale, at: float, at_scale: float) -> tuple[float, float]:
+    """(low, high) of what a run at `at` would give, by a law fitted to the points x: the law's own interval and a run's
+    noise around it."""
+    drawn, noise = draw(found, x, scale)
+    return interval(drawn.predict(at)[:, 0] + noise * at_scale * np.random.default_rng(1).standard_normal(len(noise)))
 
 
 def chance_of_ratio(ratio: float, above: int, below: int, seed: int = 0, draws: int = 100_000) -> float:

@@ -39,6 +39,8 @@ COMMANDS = {
     "plan.py gap": "model domain general",
     "plan.py budget": "model domain general gpu gpus recipe",
     "plan.py memory": "gpu gpus",
+    "plan.py ratio": "shares steps seeds jobs tolerance recipe out dry-run",
+    "plan.py rate": "rates steps seeds jobs recipe out dry-run",
     "bench.py data": "",
     "bench.py train": "",
     "bench.py kernels": "",

@@ -25,7 +25,7 @@ FLOORS = [
      "measure.retention", "eval", "forget"],
     ["stages"],
     ["train", "clean", "dedup", "measure.laws", "measure.gap", "measure.memory", "measure.calibrate", "measure.budget",
-     "measure.ladder", "plan", "measure.charts", "measure.places",
+     "measure.ladder", "measure.ratio", "measure.rate", "plan", "measure.charts", "measure.places",
      "measure.read_run", "measure.report_tables", "report", "measure", "bench", "experiments"],
 ]
 PLACES = {name: (floor, place) for floor, line in enumerate(FLOORS) for place, name in enumerate(line)}

@@ -152,3 +152,60 @@ def test_a_mistake_in_a_budget_is_one_line(case, plan_py, tmp_path, monkeypatch,
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_ladder_of_real_runs_ends_in_a_recipe_that_trains(plan_py, base, lab, tmp_path, capsys):
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(f'''[model]
+path = "{base[1]}"
+[data]
+context = 32
+[data.sources.law]
+path = "{lab}/legal"
+[data.sources.tale]
+path = "{lab}/story"
+role = "general"
+[optim]
+lr = 1e-2
+min_lr = 1e-3
+[train]
+batch_size = 4
+precision = "fp32"
+[eval]
+tokens = 400
+''')
+    words = ["--out", tmp_path / "rate", "--recipe", tmp_path / "rate.toml", "--json", tmp_path / "rate.json"]
+    assert plan_py("rate", recipe, "--steps", 8, *words, "--rates", 1e-3, 1e-2, 1e-1) == 0
+    found = json.loads((tmp_path / "rate.json").read_text())
+    assert {row["rate"] for row in found["rows"]} == {1e-3, 1e-2, 1e-1}
+    assert f"take a rate of {found['chosen']:g}" in capsys.readouterr().out
+    assert f"lr = {found['chosen']}" in (tmp_path / "rate.toml").read_text()
+    words = ["ratio", tmp_path / "rate.toml", "--steps", 8, "--out", tmp_path / "ratio", "--shares", 0, 0.1, 0.3, 0.6,
+             "--tolerance", 10, "--json", tmp_path / "ratio.json"]
+    assert plan_py(*words) == 0
+    shown = json.loads((tmp_path / "ratio.json").read_text())
+    assert Path(shown["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert [row["share"] for row in shown["rows"]] == [0, 0.1, 0.3, 0.6]
+    for row in shown["rows"]:
+        kept = json.loads(Path(row["folder"], "eval.json").read_text())
+        assert row["domain"] == kept["after"]["law"]["bits_per_byte"]
+    c = train.cli.parse(train.Config, [str(tmp_path / "rate.toml"), "--dry-run"], recipe=True)
+    assert train.run_command(c) == 0
+
+
+def test_a_ladder_that_cannot_be_judged_is_one_line(plan_py, lab, tmp_path, capsys):
+    recipe = tmp_path / "run.toml"
+    recipe.write_text(f'[model]\ninit = "scratch"\ntokenizer = "{lab}/tok"\n'
+                      f'[data.sources.law]\npath = "{lab}/legal"\n')
+    for words, message in ((["ratio", recipe], "has no general source with a weight"),
+                           (["ratio", recipe, "--data.sources.tale.path", lab / "story", "--data.sources.tale.role",
+                             "general", "--shares", 0.3], "--shares names 1 share of replay"),
+                           (["rate", recipe, "--rates", 1e-3], "--rates names 1 rate, and a parabola needs three"),
+                           (["rate", "nowhere.toml"], "recipe nowhere.toml does not exist")):
+        assert plan_py(*words, "--out", tmp_path / "out") == 2
+        assert message in (said := capsys.readouterr().err)
+        assert said.count("\n") == 1
+    assert plan_py("rate", recipe, "--dry-run", "--steps", 5, "--out", tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("python train.py") == 3
+    assert not (tmp_path / "out").exists()
