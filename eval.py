@@ -155,7 +155,7 @@ def score_all(options: Eval, model: Model, tokenizer, texts: dict, tasks: dict, 
     found = dict(zip(("texts", "protocol"), score_files(model, tokenizer, texts, *how, reference=reference)))
     if tasks:
         found["tasks"] = benchmarks.score_tasks(model, tokenizer, tasks, options.context,
-                                                batch_size=options.batch_size,
+                                                batch_size=options.batch_size, bars=True,
                                                 judge=run_code.judge_programs if options.run_code else None)
         found["tokenizer"] = tokenizer.fingerprint
     return found

@@ -7,6 +7,7 @@ import itertools
 from dataclasses import replace
 
 import torch
+from tqdm import tqdm
 
 from core import parallel
 from generate import Settings, decode
@@ -17,11 +18,12 @@ from text.vocabulary import TextStream, token_before_document
 
 @torch.no_grad()
 def complete_all(model, tokenizer, prompts: list[str], stop, settings: Settings, longest: int, B: int = 32, world=None,
-                 eos_ids=None) -> tuple[list[str], int]:
+                 eos_ids=None, bar: str | None = None) -> tuple[list[str], int]:
     """([the completion of each prompt, which ends before the first of the `stop` strings or an end token], prompts that
     were cut on the left to leave room for them within the `longest` tokens of the context).
 
     With a world, the ranks share the prompts and all return the same; where FSDP shards the model, each does all.
+    bar: the name of a progress bar on a terminal; None: without.
     """
     world = world or parallel.World(0, 1, next(model.parameters()).device)
     eos_ids = ({tokenizer.eos_id} - {None}) if eos_ids is None else eos_ids
@@ -37,6 +39,7 @@ def complete_all(model, tokenizer, prompts: list[str], stop, settings: Settings,
     batches = [some for _, group in itertools.groupby(order, key=lambda i: len(encoded[i])) for some in
                batched(group, B)]
     apart, completions = not parallel.is_sharded(model), {}
+    shown = tqdm(total=len(prompts), desc=bar, disable=None if bar and world.main else True)
     for together in batched(batches, world.size if apart else 1):
         world.barrier()
         world.check()
@@ -44,6 +47,8 @@ def complete_all(model, tokenizer, prompts: list[str], stop, settings: Settings,
             texts = complete(model, tokenizer, [encoded[i] for i in some], stop, settings, eos_ids, head,
                              [torch.Generator().manual_seed(settings.seed + i) for i in some])
             completions.update(zip(some, texts))
+        shown.update(sum(map(len, together)))
+    shown.close()
     if apart:
         completions = {i: text for part in world.gather(completions) for i, text in part.items()}
     return [completions[i] for i in range(len(prompts))], cut

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from core import parallel
 from model import BY_LENGTH, KVCache
@@ -201,12 +202,12 @@ def widen(cache: KVCache, rows: list[int], room: int) -> KVCache:
 
 @torch.no_grad()
 def log_likelihoods(model, questions: list, parts: list | None = None, longest: int | None = None, B: int = 32,
-                    world=None, autocast=None) -> tuple[list[list[tuple[float, bool]]], int]:
+                    world=None, autocast=None, bar: str | None = None) -> tuple[list[list[tuple[float, bool]]], int]:
     """([[(log-likelihood of the continuation in nats, whether greedy decoding gives it)]], requests cut on the left).
 
     questions: [[(ids of the context, ids of the continuation)]], no continuation empty. parts: questions of one part
     share a beginning. longest: tokens that the model sees at most; default its positions. With a world, the ranks
-    share the work and all return the same.
+    share the work and all return the same. bar: the name of a progress bar on a terminal; None: without.
     """
     longest = longest or model.config.max_position_embeddings
     world, mode = world or parallel.World(0, 1, next(model.parameters()).device), model.training
@@ -216,10 +217,11 @@ def log_likelihoods(model, questions: list, parts: list | None = None, longest: 
         # A question that was cut does not begin as the others do.
         is_cut = any(len(row.ids) == longest for row in question)
         groups.setdefault((part, is_cut), []).append(question)
-    scorer = Scorer(model, B, autocast)
+    scorer, by_length = Scorer(model, B, autocast), model.config.rope_scaling.get("rope_type") in BY_LENGTH
+    plans = [plan_jobs(group, B, by_length) for group in groups.values()]
+    shown = tqdm(total=sum(len(jobs) for _, jobs in plans), desc=bar, disable=None if bar and world.main else True)
     model.eval()
-    for group in groups.values():
-        head, jobs = plan_jobs(group, B, model.config.rope_scaling.get("rope_type") in BY_LENGTH)
+    for head, jobs in plans:
         scorer.begin(head)
         for together in batched(jobs, world.size):
             world.barrier()
@@ -228,6 +230,8 @@ def log_likelihoods(model, questions: list, parts: list | None = None, longest: 
                 scorer.run(together[world.rank])
             done = together[world.rank].count_forwards(B) if world.rank < len(together) else 0
             scorer.pad(max(job.count_forwards(B) for job in together) - done)
+            shown.update(len(together))
+    shown.close()
     model.train(mode)
     found = {key: value for part in world.gather(scorer.found) for key, value in part.items()}
     return [[found[q, c] for c in range(len(requests))] for q, requests in enumerate(questions)], cut

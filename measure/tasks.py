@@ -270,12 +270,13 @@ def make_windows(tokenizer, name: str, task: Task, items: list[Item], longest: i
 # ---- scores
 
 def score_tasks(model, tokenizer, tasks: dict[str, tuple[Task, list[Item]]], context: int | None = None, world=None,
-                batch_size: int = 32, autocast=None, judge=None, eos_ids=None) -> dict[str, dict]:
+                batch_size: int = 32, autocast=None, judge=None, eos_ids=None, bars: bool = False) -> dict[str, dict]:
     """{name: result} of {name: (task, items)}; with a world, the ranks share the work and all return the same.
 
     A result: each metric; "metric", "value", "direction" and "interval" of the headline, at 95 %; "chance", "n",
     "capability", "version", "shots", "hits" (a character an item, of the headline), "items_hash", "cut" and "protocol".
     judge: (records, completions) -> whether each program that the model wrote is right. eos_ids: what ends one.
+    bars: show the progress of each task on a terminal.
     """
     longest = min(model.config.max_position_embeddings, context or 2**62)
     results = {}
@@ -285,14 +286,14 @@ def score_tasks(model, tokenizer, tasks: dict[str, tuple[Task, list[Item]]], con
         if task.kind == "generate":
             stop, greedy = task.stop, Settings(max_new_tokens=task.max_new_tokens, temperature=0)
             completions, cut = complete_all(model, tokenizer, [item.context for item in items], stop, greedy, longest,
-                                            batch_size, world, eos_ids)
+                                            batch_size, world, eos_ids, name if bars else None)
             scores, n = score_completions(task, items, completions, judge), len(items)
             first = tokenizer.encode(items[0].context, bos=tokenizer.add_bos)
         else:
             make = make_windows if task.kind == "rolling" else make_requests
             requests = make(tokenizer, name, task, items, longest)
             answers, cut = log_likelihoods(model, requests, [item.part for item in items], longest, batch_size, world,
-                                           autocast)
+                                           autocast, name if bars else None)
             score = {"choice": score_choices, "cloze": score_clozes, "rolling": score_texts}[task.kind]
             scores, n, first = score(items, answers), sum(map(len, requests)), [*requests[0][0][0], *requests[0][0][1]]
         if cut:

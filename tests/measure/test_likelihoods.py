@@ -56,7 +56,12 @@ def assert_same(found, expected):
         assert [is_best for _, is_best in own] == [is_best for _, is_best in others]
 
 
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", {"sliding_window": 9})])
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 30, "factor": 2.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 3.5]}
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", {"sliding_window": 9}),
+                                                 ("llama", {"rope_parameters": LONGROPE})])
 def test_each_batch_size_gives_what_transformers_gives(hf_model, family, changes):
     theirs, folder = hf_model(family, **changes)
     model, (questions, parts) = hf.load(folder), make_questions()
