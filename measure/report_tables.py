@@ -201,15 +201,16 @@ def cite_cost(run: Run) -> Markup:
     """'0.56 hours; 1.1 device-hours': the time of the steps and what they cost, with energy and money where the power
     and the price of a device were given."""
     hours, world = run.seconds / 3600, finite(run.start.get("world_size")) or 1
-    steps, devices = run.range_at("step_ms"), run.places["start"].at("world_size")
+    steps = run.range_at("step_ms")
+    counted = [steps, *([run.places["start"].at("world_size")] if "world_size" in run.start else [])]
     said = [cite(f"{hours:.2f} hours" if hours >= 0.1 else f"{run.seconds:.0f} s", run.seconds, steps,
                  "seconds: the sum over all steps of the mean time of"),
-            cite(f"{hours * world:.2g} device-hours", hours * world, [steps, devices], DEVICE_HOURS)]
+            cite(f"{hours * world:.2g} device-hours", hours * world, counted, DEVICE_HOURS)]
     for given, rate, show, unit in ((run.watts, "watts", "{:,.3g} kWh", 1000),
                                     (run.price, "price", "{:,.2f} dollars", 1)):
         if given is not None:
             value = hours * world * given / unit
-            said.append(cite(show.format(value), value, [steps, devices], f"--{rate} {given:g} times {DEVICE_HOURS}"))
+            said.append(cite(show.format(value), value, counted, f"--{rate} {given:g} times {DEVICE_HOURS}"))
     return join(said, "; ")
 
 

@@ -5,6 +5,7 @@ The page is read back with the standard library's HTML parser, so what is checke
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -722,3 +723,111 @@ def test_on_a_phone_no_column_hides_and_every_value_has_its_label(tmp_path):
         # A picture 328 pixels wide, which is what 390 leave, has text of ten pixels.
         width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
         assert 8 * 328 / width >= 10
+
+
+# --- capabilities, probes, checkpoints ---
+
+def result(value, chance=0.25, capability="reasoning", **more):
+    return {"acc": value, "metric": "acc", "value": value, "direction": "up", "chance": chance, "n": 200, "version": 1,
+            "interval": [value - 0.05, value + 0.05], "capability": capability, "shots": 0, "items_hash": "ab"} | more
+
+
+def judged(folder, name="arc_easy", reason="general text has lost 11 %", **more):
+    """A run of three evaluations with tasks, probes, distances and a rule that ended it; what measure/retention.py says
+    of a loss from 60 to 45 %."""
+    results = [{"tasks": {name: result(value, **more)}, "probes": {
+        "facts_trained": result(fact, **more), "facts_heldout": result(0.3), "in_context": result(alive, 0.5)}}
+        for value, fact, alive in ((0.6, 0.3, 0.9), (0.5, 0.5, 0.8), (0.45, 0.8, 0.6))]
+    scores = [side(), side(1.1, 0.95, 1.0, 1.2), side(**AFTER)]
+    lines = [START | {"code": "0a1b2c-dirty"}, *(
+        {"kind": "eval", "step": step, "sources": texts} | found
+        for step, texts, found in zip((0, 10, 30), scores, results)),
+             *(train(step, distance={"embed": 0.1, "layers.0": 0.2, "layers.1": 0.4, "all": step / 20})
+               for step in (10, 20, 30)),
+             {"kind": "ended", "step": 30, "reason": reason}]
+    row = {"metric": "acc", "baseline": 0.6, "current": 0.45, "direction": "up", "degradation": 0.25, "sign": "bad",
+           "interval": [0.15, 0.35], "retention": 0.75, "retention_above_chance": 0.2 / 0.35}
+    flips = {"lost": 50, "won": 20, "lost_above_chance": 0.17, "won_above_chance": 0.02, "p": 0.0004}
+    sides = {kind: {"before": results[0][kind], "after": results[2][kind]} for kind in ("tasks", "probes")}
+    sides["tasks"]["change"] = {name: row | {"flips": flips}}
+    return write(folder, lines, **sides, capabilities={more.get("capability", "reasoning"): row | {"tasks": [name]}})
+
+
+def test_what_was_kept_and_which_answers_changed(tmp_path):
+    run = judged(tmp_path / "run")
+    text = report.render([report.read_run(run)])
+    shown = Page(text)
+    assert ["reasoning acc", "60.0 %", "45.0 %", "75.0 %", "65.0 to 85.0 %", "57.1 %"] in shown.rows
+    assert shown.row("arc_easy") == ["arc_easy acc", "60.0 % 55.0 to 65.0", "45.0 % 40.0 to 50.0", "25.0 %", "", "200",
+                                     "50 17.0 % above chance", "20 2.0 % above chance", "0.0004"]
+    for said in ("Bad: of reasoning 75.0 % is kept.",
+                 "Ended early, by a rule of the recipe: general text has lost 11 %",
+                 "Questions on facts answered rightly, before → after: 30.0 % → 80.0 % about documents that were "
+                 "trained on, 30.0 % → 30.0 % about held-out ones.", "code (git commit) 0a1b2c-dirty",
+                 # stories rose from 0.8 to 1.0 and ended at 0.84
+                 "Stability gap: stories was worst at step 10, +25.0 %, and has come back to +5.0 %."):
+        assert said in shown.text, said
+    assert Traces(text).untraced == []
+    done = follow(run, text)
+    assert done.count("") > 60
+    titles = re.findall("<h3>(.*?)</h3>", text)
+    assert {"Which checkpoint", "Tasks: reasoning", "Did the facts go in", "Is in-context learning alive",
+            "Distance from the base", "Distance by block"} <= set(titles)
+
+
+def test_checkpoints_that_none_beats(tmp_path):
+    """By hand, of means over two sources each: step 10 gains (0.12 + 0.05) / 2 and loses (0.25 + 0.2) / 2, step 30
+    gains 0.15 and loses 0.04; a checkpoint that eval.py scored at step 20 loses less and gains less."""
+    run = judged(tmp_path / "run")
+    (run / "eval_checkpoints.json").write_text(json.dumps({"checkpoints": [
+        {"step": 20, "texts": side(1.2, 0.98, 0.8, 1.0)}, {"step": 25, "texts": side(bytes=7)}, {"step": "x"}, 3]}))
+    course = report.read_run(run).course
+    assert [(point["step"], point["is_best"]) for point in course] == [(10, False), (20, True), (30, True)]
+    assert course[0]["domain_gain"] == pytest.approx(0.085)
+    assert course[0]["forgetting"] == pytest.approx(0.225)
+    axes = Figure().add_subplot()
+    charts.chart_front(report.read_run(run), axes)
+    dots = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "o"]
+    assert dots == [pytest.approx([22.5, 8.5]), pytest.approx([0, 3]), pytest.approx([4, 15])]
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium is installed: what a browser makes of the page is not looked at")
+def test_a_browser_makes_no_element_of_a_strangers_text(tmp_path):
+    """In every name, text, key and value of the files stands markup that would leave a mark on the page."""
+    evil = NASTY.replace("alert(1)", "document.title='owned'").replace("alert(2)", "document.title='owned'")
+    plain, names = judged(tmp_path / "plain"), judged(
+        tmp_path / "evil", evil, evil, capability=evil, metric=evil)
+    rows = [json.loads(line) for line in (names / "metrics.jsonl").read_text().splitlines()]
+    held = {"role": "domain", "documents": 3, "fingerprint": evil,
+            "cleaning": [{"by": evil, "kept": 1, "documents": 2}]}
+    rows[0] |= {"run": evil, "device": evil, "code": evil, "versions": {evil: evil}, "base": {
+        "name": evil, "license": evil, "fingerprint": evil}, "family": evil, "sources": {evil: held}}
+    rows += [{"kind": "samples", "step": step, "samples": [{"prompt": evil, "text": f"{evil}{step}"}]}
+             for step in (0, 30)]
+    rows += [{"kind": kind, "step": 30, "message": evil, "reason": evil, "source": evil} for kind in (
+        "event", "stop", "left_out", "replay")]
+    rows.append(train(31, sources={evil: {"loss": 2.0, "tokens": 5, "epochs": 1.0}}, distance={evil: 1.0, "all": 1.0}))
+    (names / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (names / "config.toml").write_text(f"[model]\nhidden_size = 64\n# {evil}\n[objective]\nname = {json.dumps(evil)}\n")
+    stated = json.loads((names / "eval.json").read_text()) | {"model": {"before": evil, "after": evil}, "protocol": {
+        evil: {evil: evil}}, "objective": {"name": evil, "before": {evil: {evil: 1.0}}, "warnings": [evil]}}
+    stated["before"][evil], stated["after"][evil] = (side()["legal"] | {"role": evil} for _ in range(2))
+    (names / "eval.json").write_text(json.dumps(stated))
+    for folders in ([names], [names, plain]):
+        (tmp_path / "page.html").write_text(report.render([report.read_run(folder) for folder in folders]))
+        done = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--dump-dom",
+             f"--user-data-dir={tmp_path / 'profile'}", f"file://{tmp_path / 'page.html'}"],
+            capture_output=True, text=True, timeout=120, check=True)
+        seen = Page(done.stdout)
+        assert not {"script", "img", "link", "iframe", "object", "form"} & set(seen.tags)
+        assert not [name for _, name, _ in seen.attributes if name.startswith("on")]
+        assert seen.tags.count("style") == seen.tags.count("title") == seen.tags.count("main") == 1
+        # The browser has read it as text, and no part of it has run.
+        assert "<title>owned" not in done.stdout
+        assert seen.text.count(" ".join(evil.split())) > 30

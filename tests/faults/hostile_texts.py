@@ -235,13 +235,28 @@ ODD = [None, True, -1, 2**70, 1e308, float("nan"), float("inf"), "words", MARKUP
 START = {"kind": "start", "step": 0, "time": 1.7e9, "total_steps": 4, "parameters": 10, "trainable_parameters": 10,
          "run": "name", "family": "llama", "vocab_size": 300, "tokens_per_step": 128, "world_size": 1, "device": "cpu",
          "precision": "fp32", "recommended_lr": 1e-4, "versions": {"python": "3.11"}, "base": {"name": "b", "license":
-         "mit", "fingerprint": "f"}, "tokenizer": {"name": "t", "vocab_size": 300},
+         "mit", "fingerprint": "f"}, "code": "0a1b2c", "tokenizer": {"name": "t", "vocab_size": 300},
          "sources": {"law": {"role": "domain", "tokens": 5, "documents": 2, "bytes": 9, "cleaning": []}}}
 TRAIN = {"kind": "train", "step": 2, "loss": 2.0, "grad_norm": 1.0, "lr": 1e-4, "step_ms": 3.0, "tokens": 256,
-         "tokens_per_second": 1000.0, "replay_share": 0.3, "domain_share": 0.7, "peak_gb": 0.1, "methods": {"ewc": 1.0},
+         "tokens_per_second": 1000.0, "replay_share": 0.3, "domain_share": 0.7, "peak_gb": 0.1,
+         "distance": {"embed": 0.1, "layers.0": 0.2, "head": 0.1, "all": 0.3}, "methods": {"ewc": 1.0},
          "sources": {"law": {"loss": 2.0, "tokens": 5, "epochs": 0.1, "role": "domain"}}}
 SCORES = {"bits_per_byte": 2.0, "nats_per_token": 3.0, "perplexity": 20.0, "accuracy": 0.2, "bytes": 100, "tokens": 50,
           "documents": 7, "nats_by_document": [1.0] * 7, "lost_share": 0.0, "role": "domain"}
+
+# A result of a benchmark or of a probe, and of what became of it.
+RESULT = {"metric": "acc", "value": 0.5, "direction": "up", "chance": 0.25, "interval": [0.4, 0.6], "n": 100,
+          "capability": "reasoning", "version": 1, "shots": 0, "hits": "01", "items_hash": "ab"}
+KEPT = {"metric": "acc", "baseline": 0.5, "current": 0.4, "direction": "up", "degradation": 0.2, "interval": [0.1, 0.3],
+        "retention": 0.8, "retention_above_chance": 0.6, "sign": "bad", "tasks": ["arc"],
+        "flips": {"lost": 9, "won": 3, "lost_above_chance": 0.05, "won_above_chance": 0.0, "p": 0.1}}
+
+
+def odd_results(name: str, number: int, value) -> dict:
+    """What eval.json says of tasks, probes and capabilities, with one field of each that holds the value."""
+    result, kept = ({**fields, [*fields][number % len(fields)]: value} for fields in (RESULT, KEPT))
+    tasks = {"before": {name: RESULT, "odd": value}, "after": {name: result}, "change": {name: kept}}
+    return {"tasks": tasks, "probes": tasks, "capabilities": {name: kept, "odd": value}, "ended": value}
 
 
 def lines_of(start: dict, train: dict, scores: dict, *more: dict) -> str:
@@ -263,11 +278,17 @@ def odd_fields(number: int, value) -> Callable:
         rows += [lines_of(START, TRAIN, SCORES | {name: value}) for name in SCORES]
         rows += [json.dumps({"kind": kind, "step": 3, "source": value, "lost": value, "before": value, "reason": value,
                              "replay_share": value, "samples": value, "message": value, "sources": value}) + "\n"
-                 for kind in ("replay", "samples", "event", "resume", "eval")]
+                 for kind in ("replay", "samples", "event", "resume", "eval", "ended")]
+        rows += [json.dumps({"kind": "eval", "step": 4, "sources": {"law": SCORES}, "tasks": {"arc": RESULT | {
+            name: value}}, "probes": {"facts_trained": RESULT | {name: value}, "in_context": value}}) + "\n"
+                 for name in RESULT]
         for i, row in enumerate(rows[number % 5::5]):
             run_folder(folder / f"r{i}", lines_of(START, TRAIN, SCORES) + row, eval_json=json.dumps(
                 {"before": {"law": SCORES | {"bytes": value}}, "after": {"law": SCORES | {"nats_by_document": value}},
-                 "protocol": value, "model": value, "domain_gain": value}), config_toml=f"seed = 1\nout = {MARKUP!r}\n")
+                 "protocol": value, "model": value, "domain_gain": value, **odd_results("arc", i, value)}),
+                eval_checkpoints_json=json.dumps({"checkpoints": value if i % 2 else [value, {"step": value}, {
+                    "step": 3, "texts": {"law": SCORES | {"bits_per_byte": value}}}]}),
+                config_toml=f"seed = 1\nout = {MARKUP!r}\n")
     return make
 
 
@@ -279,8 +300,11 @@ def named(name: str) -> Callable:
             START | {"run": name, "device": name, "base": {"name": name, "license": name}, "sources": sources},
             TRAIN | {"sources": {name: TRAIN["sources"]["law"]}}, SCORES,
             {"kind": "samples", "step": 0, "samples": [{"prompt": name, "text": name}]},
-            {"kind": "event", "step": 1, "message": name}, {"kind": "eval", "step": 4, "sources": {name: SCORES}}),
-            eval_json=json.dumps({"before": {name: SCORES}, "after": {name: SCORES}, "protocol": {name: name}}),
+            {"kind": "event", "step": 1, "message": name}, {"kind": "ended", "step": 4, "reason": name},
+            {"kind": "eval", "step": 4, "sources": {name: SCORES}, "tasks": {name: RESULT | {"capability": name}},
+             "probes": {name: RESULT | {"metric": name}}}),
+            eval_json=json.dumps({"before": {name: SCORES}, "after": {name: SCORES}, "protocol": {name: name},
+                                  **odd_results(name, 0, name)}),
             config_toml=name)
     return make
 
