@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 import hf
 import tokenizer as tokenizers
 from core import cli, devices
@@ -39,7 +41,7 @@ from text.shards import Shards
 from train import Config
 
 # Tokens of each side that gap scores by default: so many on a GPU, and on a CPU so many operations' worth.
-SCORE_TOKENS, SCORE_OPERATIONS = 100_000, 4e12
+SCORE_TOKENS, SCORE_OPERATIONS = 100_000, 1.5e12
 
 
 # ---- gap
@@ -177,7 +179,8 @@ def budget_command(options: Budget) -> dict:
                      options.context or longest, gpu, options.gpus, options.batch_tokens, options.mfu)
     times = None
     if gpu.kind == "cpu" and options.calibrate:
-        times = functools.partial(time_step, document=round(volumes.get("domain", (0, 300))[1]))
+        _, document, text = volumes.get("domain", (0, 300, None))
+        times = functools.partial(time_step, base=base, document=round(document), text=text)
     methods = budget.plan_methods(job, options.rank, times)
     fitting = [method for method, plan in methods.items() if plan["fits"]]
     wanted = options.method or (found["settings"]["method"] if found else None)
@@ -214,13 +217,15 @@ def is_packed(path: str) -> bool:
     return Path(path, "manifest.json").is_file()
 
 
-def count_volume(sources: dict[str, list[str]], base, reading: cli.Reading) -> tuple[float, float]:
-    """(tokens, tokens of a document) of the sources of a side: counted in packed folders, else from a sample."""
-    tokens = documents = 0.0
+def count_volume(sources: dict[str, list[str]], base, reading: cli.Reading) -> tuple:
+    """(tokens, tokens of a document, some tokens) of the sources of a side: counted in packed folders, else from a
+    sample."""
+    tokens, documents, some = 0.0, 0.0, [np.zeros(0, np.int64)]
     for name, paths in sources.items():
         packed = [Shards(path) for path in paths if is_packed(path)]
         tokens += sum(shards.tokens for shards in packed)
         documents += sum(shards.documents for shards in packed)
+        some += [shards.text_document(i)[0] for shards in packed for i in range(min(shards.documents, 100))]
         if files := [path for path in paths if not is_packed(path)]:
             if base is None:
                 raise UserError("--domain and --general are counted with the base's tokenizer, and the name of a size "
@@ -230,10 +235,11 @@ def count_volume(sources: dict[str, list[str]], base, reading: cli.Reading) -> t
                 raise UserError(f"{name} ({' '.join(files)}) has no text")
             if sample.corpus_bytes is None:
                 raise UserError(f"{name} is a Hub dataset, whose size nothing says; give --domain-tokens")
-            rate = sum(map(len, tokenizer.encode_batch(sample.texts))) / sample.bytes
-            tokens += sample.corpus_bytes * rate
+            ids = tokenizer.encode_batch(sample.texts)
+            some += ids[:100]
+            tokens += sample.corpus_bytes * sum(map(len, ids)) / sample.bytes
             documents += len(sample.texts) * sample.corpus_bytes / sample.bytes
-    return tokens, tokens / max(1, documents)
+    return tokens, tokens / max(1, documents), np.concatenate(some)
 
 
 def make_recipe(job, plan: dict, sources: dict, method: str) -> str:

@@ -1,8 +1,9 @@
-"""Seconds of a training step on this machine, from a few real ones: train.train_step on random tokens.
+"""Seconds of a training step on this machine, from a few real ones: train.train_step on the base's weights and text.
 
 A step of n micro-batches takes fixed + n each: what is done once (clipping, the optimizer), and a forward and backward
-pass. Both are known from steps of one and of two micro-batches, which take turns. The weights are random, of the
-model's own sizes, and documents are as long as those of the corpus, because on a CPU each attends alone.
+pass. Both are known from steps of one and of two micro-batches, which take turns. Values matter: stories260K takes a
+third more time than random weights do, because its small probabilities are denormal numbers, which a CPU is slow with.
+Documents are as long as those of the corpus, because on a CPU each attends alone.
 
 B sequences, T tokens.
 """
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 import data
+import hf
 import lora
 import train
 from core import devices, parallel
@@ -29,23 +31,28 @@ from stages.build import Run
 ROUNDS = 3
 
 
-def random_batch(config: ModelConfig, B: int, T: int, document: int, rng: np.random.Generator) -> data.Batch:
-    """B sequences of random tokens [B, T + 1] in documents of about `document` tokens."""
-    tokens = torch.from_numpy(rng.integers(0, config.vocab_size, (B, T + 1)).astype(np.int32))
+def draw_batch(config: ModelConfig, B: int, T: int, document: int, rng: np.random.Generator, text=None) -> data.Batch:
+    """B sequences of tokens [B, T + 1], parts of `text` [n] or random ones, in documents of about `document` tokens."""
+    if text is None or len(text) <= T + 1:
+        tokens = rng.integers(0, config.vocab_size, (B, T + 1))
+    else:
+        tokens = np.stack([text[start:start + T + 1] for start in rng.integers(0, len(text) - T - 1, B)])
     lengths = rng.geometric(1 / max(1, min(document, T)), (B, T + 1))
     starts = np.array([np.repeat(np.cumsum(own) - own, own)[:T + 1] for own in lengths], np.int32)
-    doc_start = torch.from_numpy(starts)
+    tokens, doc_start = torch.from_numpy(tokens.astype(np.int32)), torch.from_numpy(starts)
     positions = torch.arange(T + 1, dtype=torch.int32) - doc_start
     return data.Batch(tokens, tokens, positions, doc_start, np.zeros(B, np.int64), None)
 
 
-def make_run(c, config: ModelConfig, device: torch.device) -> Run:
-    """A run that has a model, adapters and an optimizer, and no files."""
-    types = find_types(c, device.type)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Model(config).to(torch.bfloat16 if types.weight == 2 else torch.float32)
-        with torch.no_grad():
+def make_run(c, config: ModelConfig, device: torch.device, base: hf.Base | None = None) -> Run:
+    """A run that has a model, the base's or a random one, adapters and an optimizer, and no files."""
+    dtype = torch.bfloat16 if find_types(c, device.type).weight == 2 else torch.float32
+    if base:
+        model = hf.load(base, dtype, device)
+    else:
+        torch.manual_seed(0)
+        with torch.device(device), torch.no_grad():
+            model = Model(config).to(dtype)
             for p in model.parameters():
                 p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02)
     if c.lora.rank:
@@ -60,14 +67,16 @@ def make_run(c, config: ModelConfig, device: torch.device) -> Run:
                scale=LossScale(c.train.precision == "fp16"))
 
 
-def time_step(c, config: ModelConfig, device: str = "cpu", document: int = 300) -> dict[str, float]:
+def time_step(c, config: ModelConfig, base: hf.Base | None = None, document: int = 300, text=None,
+              device: str = "cpu") -> dict[str, float]:
     """{"fixed", "each": seconds of a step, and of each of its micro-batches, "forward": of a forward pass alone} of a
-    training with the settings `c` (train.Config) of a model `config`, whose documents have about `document` tokens."""
+    training with the settings `c` (train.Config) of a `base` (None: random weights of the sizes `config`) on the tokens
+    `text` [n] (None: random ones), whose documents have about `document` tokens."""
     where = devices.pick_device(device)
     parallel.start(device)
-    run, rng = make_run(c, config, where), np.random.default_rng(0)
+    run, rng = make_run(c, config, where, base), np.random.default_rng(0)
     B, T = c.train.micro_batch_size, c.data.context
-    batches = [run.objective.corrupt(random_batch(config, B, T, document, rng), None) for _ in range(2)]
+    batches = [run.objective.corrupt(draw_batch(config, B, T, document, rng, text), None) for _ in range(2)]
 
     def step(n):
         train.train_step(run, run.done, batches[:n])

@@ -13,7 +13,8 @@ figures into an answer with its reasons, by the rules below, the first that hold
 
     and where that says pretrain, but not of another language: skip it below 100M tokens or 100 GPU-hours (use adapters)
 
-overlap = |domain types ∩ general types| / |domain types| over the base's tokens; ratio = perplexity of the base on the
+overlap = |domain types ∩ general types| / |domain types| over the base's tokens, divided by the same of two samples of
+the general text: two samples of one text share few of a large vocabulary's types. ratio = perplexity of the base on the
 domain / on general text. Volume comes after overlap and ratio, because how much text is enough depends on what is to be
 learned: a language takes 5 to 20 billion tokens, terminology 1 to 5. What copies repeat does not count as volume.
 """
@@ -180,14 +181,17 @@ def measure(model, tokenizer, domain: dict[str, Sample], general: dict[str, Samp
              for side, samples in (("domain", domain), ("general", general))}
     if declared:
         sides["domain"] |= {"tokens": round(declared), "counted": False}
-    half, (own, others) = len(ids["general"]) // 2, (texts["domain"], texts["general"])
-    # A domain with much more text has more types by that alone, so that as much of it is compared.
-    equal = ids["domain"][:max(1, len(ids["general"]))]
+    own, others = texts["domain"], texts["general"]
+    # A sample shares few of a large vocabulary's types even with another sample of the same text. So the overlap is
+    # judged by that of general text with itself, in samples of one size.
+    half = ids["general"][len(ids["general"]) // 2:]
+    size = max(1, min(len(ids["domain"]), len(ids["general"]) - len(half)))
+    itself = measure_overlap(ids["general"][:size], half)
+    compared = measure_overlap(ids["domain"][:size], half)
     languages = sides["domain"]["language"], sides["general"]["language"]
     return {**sides, "sources": sources,
             "vocabulary_overlap": measure_overlap(ids["domain"], ids["general"]),
-            "overlap_at_equal_size": measure_overlap(equal, ids["general"]),
-            "overlap_within_general": measure_overlap(ids["general"][:half], ids["general"][half:]),
+            "overlap_within_general": itself, "relative_overlap": min(1.0, compared / itself) if itself else 0.0,
             "perplexity_ratio": sides["domain"]["perplexity"] / sides["general"]["perplexity"],
             "bits_per_byte_ratio": sides["domain"]["bits_per_byte"] / sides["general"]["bits_per_byte"],
             "divergence": {"words": measure_divergence(own, others, 1),
@@ -216,7 +220,7 @@ def judge_extension(path, domain: list[str], general: list[str], corpus_tokens: 
 # ---- the answer
 
 def name_shift(figures: dict) -> str:
-    strong = figures["overlap_at_equal_size"] < OVERLAP or figures["perplexity_ratio"] > RATIO
+    strong = figures["relative_overlap"] < OVERLAP or figures["perplexity_ratio"] > RATIO
     return "another language" if figures["new_language"] else "a strong shift" if strong else "a weak shift"
 
 
@@ -225,7 +229,7 @@ def recommend(figures: dict, fresh_hours: float | None = None, gpu_hours: float 
     """{"recommendation": pretrain, sft, retrieval, prompt or skip, "instead": what to do where it is skip, "reasons"}.
 
     fresh_hours: how old knowledge may be. gpu_hours: what can be spent. accuracy_gap: on tasks, general less domain."""
-    overlap, ratio = figures["overlap_at_equal_size"], figures["perplexity_ratio"]
+    overlap, ratio = figures["relative_overlap"], figures["perplexity_ratio"]
     many, least = describe_tokens(MANY_TOKENS), describe_tokens(LEAST_TOKENS)
     tokens, copies = figures["domain"]["tokens"] or 0, figures["domain"]["copies"]
     distinct, shift = tokens * (1 - copies), name_shift(figures)
@@ -248,8 +252,8 @@ def recommend(figures: dict, fresh_hours: float | None = None, gpu_hours: float 
                            f"{least} collect text, or begin with a base that knows the language")
         return answer("pretrain", *reasons)
     if overlap < OVERLAP:
-        reasons = [f"vocabulary overlap {overlap:.2f} is below {OVERLAP}: the domain is written in tokens that general "
-                   f"text lacks"]
+        reasons = [f"vocabulary overlap, {overlap:.2f} of general text's with itself, is below {OVERLAP}: the domain "
+                   f"is written in tokens that general text lacks"]
     elif ratio > RATIO:
         reasons = [f"perplexity on the domain is {ratio:.3g} times that on general text (above {RATIO:g})"]
         if distinct <= MANY_TOKENS:
@@ -309,9 +313,6 @@ def list_warnings(figures: dict, is_chat: bool) -> list[str]:
         if figures[side]["tokens"] is None:
             warnings.append(f"nothing says how large the {side} text is (a Hub dataset)"
                             + ("; give --domain-tokens" if side == "domain" else ""))
-    if figures["overlap_at_equal_size"] > figures["vocabulary_overlap"] + 0.02:
-        warnings.append("there is less general than domain text, so that overlap is judged on as much of the domain; "
-                        "give more general text")
     if general["perplexity"] > domain["perplexity"]:
         warnings.append("the base reads the domain better than the general text; is that text of the kind that the "
                         "base was trained on?")
@@ -342,8 +343,9 @@ def describe(result: dict) -> str:
                      f"{describe_tokens(row['scored_tokens']):>8}")
     split = result["divergence"]
     lines += ["",
-              f"vocabulary overlap {result['vocabulary_overlap']:.3f} (two halves of the general text: "
-              f"{result['overlap_within_general']:.3f})",
+              f"vocabulary overlap {result['vocabulary_overlap']:.3f}; in samples of one size "
+              f"{result['relative_overlap']:.3f} of what general text has with itself "
+              f"({result['overlap_within_general']:.3f}), by which it is judged",
               f"perplexity {result['perplexity_ratio']:.3g} times that on general text, bits per byte "
               f"{result['bits_per_byte_ratio']:.2f} times",
               f"divergence of words {split['words']:.2f} bits of 1, of pairs of words {split['word_pairs']:.2f} (two "

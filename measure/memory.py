@@ -151,8 +151,8 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     chunk = chunk_rows(M, logits, torch.device(kind)) * logits
     head = chunk + M * D * types.matmul + (4 * V * D if trains_head else 0)
     head_copy = types.matmul * V * D if types.matmul != types.weight and shards == 1 else 0
-    # FSDP has gathered, in the matmuls' type, two blocks, this one and the next, and what is in no block; of gradients
-    # one such part, and once more in fp32 on its way to the other ranks.
+    # FSDP has gathered, in the matmuls' type, two blocks, this one and the next (all, where they stay gathered), and
+    # what is in no block; of gradients one such part, and once more in fp32 on its way to the other ranks.
     of_params, outside = types.weight if c.lora.rank else types.matmul, count.base - L * count.block
     gathered = 0
     if shards > 1:

@@ -22,7 +22,7 @@ def figures(overlap=0.95, ratio=1.0, tokens=5e9, copies=0.0, new_language=False)
     side = {"tokens": tokens, "copies": copies, "language": "zh" if new_language else "en", "unknown": 0.0,
             "perplexity": 10.0 * ratio}
     return {"domain": side, "general": side | {"language": "en", "perplexity": 10.0}, "vocabulary_overlap": overlap,
-            "overlap_at_equal_size": overlap, "perplexity_ratio": ratio, "new_language": new_language}
+            "relative_overlap": overlap, "perplexity_ratio": ratio, "new_language": new_language}
 
 
 # (figures, limits) -> (recommendation, instead, a word of the reason)
@@ -106,6 +106,16 @@ def test_volume_is_counted_or_estimated(tiny_bpe):
     assert (row["tokens"], row["counted"], row["tokens_per_word"]) == (len(ids), True, len(ids) / 5)
     sample = Sample(["the cat sat", "a dog"], 16e9, False, 1)
     assert gap.measure_source(sample, tok, gap.find_byte_ids(tok))[0]["tokens"] == len(ids) * 10**9
+
+
+def test_overlap_is_judged_by_that_of_general_text_with_itself(pair, monkeypatch):
+    """Halves of a general text share 1 of 4 types, and the domain shares 1 of 4 with the second half too."""
+    model, tok = hf.load(pair[0]), tokenizers.load(pair[0])
+    general, domain = [10, 11, 12, 13, 13, 14, 15, 16], [13, 20, 21, 22, 10]
+    monkeypatch.setattr(tok, "encode_batch", lambda texts: [np.array(general if texts[0] == "g" else domain)])
+    found = gap.measure(model, tok, {"d": Sample(["d"], 1, True, 1)}, {"g": Sample(["g"], 1, True, 1)}, 5, 0)
+    assert (found["overlap_within_general"], found["relative_overlap"]) == (0.25, 1.0)
+    assert found["vocabulary_overlap"] == 2 / 5
 
 
 def test_a_source_without_text_is_one_line(pair):

@@ -85,7 +85,7 @@ def make_steps(sizes, words):
                                  str(B), "--train.batch-size", str(B), *words], recipe=True)
     config = ModelConfig(V, D, F, L, H, K, max_position_embeddings=T)
     run, rng = calibrate.make_run(c, config, torch.device("cpu")), np.random.default_rng(0)
-    batch = run.objective.corrupt(calibrate.random_batch(config, B, T, 100, rng), None)
+    batch = run.objective.corrupt(calibrate.draw_batch(config, B, T, 100, rng), None)
     for _ in range(3):
         train.train_step(run, run.done, [batch])
 
