@@ -130,22 +130,7 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     state = {"adamw": 8 * count.trained, "adamw_8bit": (EIGHT_BIT + ecc) * count.trained,
              "muon": 8 * count.trained - 4 * count.matrices}[c.optim.name] / shards
 
-    apart = kind == "cpu" and c.data.mask_documents
-    of_block = M * block_bytes(config, types, count.low, not apart)
-    checkpoints = c.model.activation_checkpointing
-    # The inputs of the blocks and of the last norm, the hidden states, and the angles.
-    stream = M * D * types.stream
-    activations = (L * stream if checkpoints else L * of_block) + 2 * stream + 4 * M * config.head_dim
-    if c.lora.rank and c.lora.embeddings == "frozen" and not checkpoints:
-        # Nothing that trains stands before the first norm, so that it keeps no input.
-        activations -= stream
-    if types.casts and not c.lora.rank:
-        # Autocast keeps its copies of the weights from the forward pass to the backward pass.
-        activations += types.matmul * count.linear
-    # One block's workspace: recomputed activations, and at once the gradients of gate, up and their product, two
-    # tensors on the way to these, and the streams'.
-    workspace = (of_block if checkpoints else 0) + M * max(types.matmul, types.attention) * (
-        5 * config.intermediate_size + 4 * D)
+    activations, workspace = size_activations(c, config, types, count, M, kind)
     trains_head = not c.lora.rank or c.lora.embeddings == "full"
     logits = V * (types.matmul if kind == "cuda" else 4 + (types.matmul if types.matmul < 4 else 0))
     chunk = chunk_rows(M, logits, torch.device(kind)) * logits
@@ -174,6 +159,28 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     return {"weights": weights, "optimizer": state, "methods": methods, "gathered": gathered, "gradients": gradients,
             "activations": activations, "head": head + head_copy, "workspace": workspace,
             "holes": holes, "peak": kept + max(forward, backward, gradients) + holes}
+
+
+def size_activations(c, config: ModelConfig, types: Types, count: Elements, M: int, kind: str) -> tuple[float, float]:
+    """(bytes that are kept for the backward pass of M tokens, one block's workspace in it)."""
+    L, D = config.num_hidden_layers, config.hidden_size
+    apart = kind == "cpu" and c.data.mask_documents
+    of_block = M * block_bytes(config, types, count.low, not apart)
+    checkpoints = c.model.activation_checkpointing
+    # The inputs of the blocks and of the last norm, the hidden states, and the angles.
+    stream = M * D * types.stream
+    activations = (L * stream if checkpoints else L * of_block) + 2 * stream + 4 * M * config.head_dim
+    if c.lora.rank and c.lora.embeddings == "frozen" and not checkpoints:
+        # Nothing that trains stands before the first norm, so that it keeps no input.
+        activations -= stream
+    if types.casts and not c.lora.rank:
+        # Autocast keeps its copies of the weights from the forward pass to the backward pass.
+        activations += types.matmul * count.linear
+    # One block's workspace: recomputed activations, and at once the gradients of gate, up and their product, two
+    # tensors on the way to these, and the streams'.
+    workspace = (of_block if checkpoints else 0) + M * max(types.matmul, types.attention) * (
+        5 * config.intermediate_size + 4 * D)
+    return activations, workspace
 
 
 def copies_of_methods(c, count: Elements, types: Types) -> float:
