@@ -1,8 +1,11 @@
 """The declared benchmarks. Truth: records as they stand in the authors' files, and the prompts written out by hand."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
-from measure.task_list import TASKS
+from measure.task_list import TASKS, cut_pages, detokenise
 
 # {task: (record, context or contexts, choices, the right one)}, from the files' first lines.
 RECORDS = {
@@ -21,6 +24,26 @@ RECORDS = {
              ("a", "b"), 0),
     "boolq": ({"query": "Passage: All {biomass}.\nQuestion: is it?", "choices": ["no", "yes"], "gold": 0},
               "All {biomass}.\nQuestion: is it?\nAnswer:", ("no", "yes"), 0),
+    "mmlu": ({"question": " Which? ", "choices": ["a", "b", "c", "d"], "answer": 2, "subject": "anatomy"},
+             "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer:", ("A", "B", "C", "D"), 2),
+    "triviaqa": ({"question": "Who wrote it?", "answer": {"value": "Lewis", "aliases": ["Lewis", "S. Lewis"]}},
+                 "Question: Who wrote it??\nAnswer:", ("Lewis", "S. Lewis"), 0),
+    "gsm8k": ({"question": "How many?", "answer": "1 + 1\n#### 2"}, "Question: How many?\nAnswer:",
+              ("1 + 1\n#### 2",), 0),
+    "math": ({"problem": "What is $1+1$?", "solution": "$\\boxed{2}$", "type": "Algebra"},
+             "Problem:\nWhat is $1+1$?\n\nSolution:", ("$\\boxed{2}$",), 0),
+    "humaneval": ({"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "", "entry_point": "f"},
+                  "def f():\n", (), 0),
+    "mbpp": ({"task_id": 11, "text": "Write f.", "code": "", "test_list": ["assert 1", "assert 2", "assert 3", "x"]},
+             "You are an expert Python programmer, and here is your task: Write f. Your code should pass these "
+             "tests:\n\nassert 1\nassert 2\nassert 3\n[BEGIN]\n", (), 0),
+    "lambada": ({"text": "He gripped her arm, said Shane"}, "He gripped her arm, said", ("Shane",), 0),
+    "wikitext": ({"page": " = Bo = \n He ( 1 @.@ 5 m ) ran , N .\n"}, "", (" = Bo =\nHe (1.5 m) ran, 1 .\n",), 0),
+    "pubmedqa": ({"CONTEXTS": ["One.", "Two."], "QUESTION": "Does it?", "final_decision": "maybe"},
+                 "Abstract: One.\nTwo.\nQuestion: Does it?\nAnswer:", ("yes", "no", "maybe"), 2),
+    "casehold": ({"citing_prompt": "See A v. B (<HOLDING>); C v. D", "holding_0": "holding that a", "holding_1": "b",
+                  "holding_2": "c", "holding_3": "d", "holding_4": "e", "label": "3"},
+                 "See A v. B (", ("holding that a", "b", "c", "d", "e"), 3),
 }
 
 
@@ -48,3 +71,30 @@ def test_the_hub_and_the_file_make_one_item():
         items = [make_item(name, record) for record in records]
         assert [(item.context, item.contexts, item.choices, item.gold) for item in items[:1]] == \
             [(item.context, item.contexts, item.choices, item.gold) for item in items[1:]]
+
+
+def read_examples(name: str) -> list[dict]:
+    """The examples in a file of lm-evaluation-harness' tasks, which cannot be imported without packages of its own."""
+    lm_eval = pytest.importorskip("lm_eval", reason="the truth is lm-evaluation-harness")
+    tree = ast.parse((Path(lm_eval.__file__).parent / "tasks" / name).read_text())
+    function = next(node for node in tree.body if getattr(node, "name", "") == "list_fewshot_samples")
+    return ast.literal_eval(function.body[-1].value)
+
+
+def test_the_examples_are_those_of_the_papers():
+    """Word for word, with what stands before and behind them in lm-evaluation-harness' tasks."""
+    math = [(f"Problem:\n{r['problem']}\n\nSolution:", r["solution"]) for r in read_examples("minerva_math/utils.py")]
+    assert [(item.context, item.answer) for item in TASKS["math"].fixed] == math
+    mbpp = read_examples("mbpp/utils.py")
+    assert [item.answer for item in TASKS["mbpp"].fixed] == [f"{r['code']}\n[DONE]" for r in mbpp]
+    assert [item.context for item in TASKS["mbpp"].fixed] == [make_item("mbpp", r).context for r in mbpp]
+
+
+@pytest.mark.slow
+def test_wikitext_is_restored_as_in_the_harness(data_dir):
+    pytest.importorskip("lm_eval", reason="the truth is lm-evaluation-harness")
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+    pages = cut_pages((data_dir / "corpora/wikitext2/wiki.test.raw").read_text(encoding="utf-8"))
+    # EleutherAI/wikitext_document_level has so many in its test split of wikitext-2-raw-v1.
+    assert len(pages) == 62
+    assert all(detokenise(page) == wikitext_detokenizer({"page": page}) for page in pages)
