@@ -6,6 +6,10 @@ change here changes every run, and then ORDER_VERSION in data.py must be raised.
 """
 
 import hashlib
+import re
+import shlex
+import subprocess
+from pathlib import Path
 
 import numpy as np
 
@@ -65,3 +69,11 @@ def hash_file(path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_commit() -> str:
+    """The commit of this checkout, "-dirty" behind it where files differ from it; empty without git."""
+    # Without git on the machine the shell says so, and nothing is printed.
+    root = shlex.quote(str(Path(__file__).resolve().parent.parent))
+    found = subprocess.getoutput(f"git -C {root} describe --always --dirty --abbrev=12 --exclude '*' 2>/dev/null")
+    return found if re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", found) else ""

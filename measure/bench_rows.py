@@ -4,7 +4,6 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from functools import partial
 from importlib.metadata import version
@@ -12,16 +11,14 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+from core.hashing import find_commit
 
 
 def describe_machine() -> dict:
     """The processor, the device, the load and the versions that a figure belongs to."""
     name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    # Without git on the machine the shell says so, and nothing is printed.
-    commit = subprocess.getoutput(f"git -C '{ROOT}' rev-parse --short HEAD 2>/dev/null")
     return {"cpu": name[1] if name else platform.processor(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
+            "torch": torch.__version__, "python": platform.python_version(), "commit": find_commit(),
             "load_average": os.getloadavg()[0],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 

@@ -437,8 +437,6 @@ def chart_gain_against_forgetting(runs: list, ranked: bool, axes) -> tuple | Non
     if ranked:
         axes.plot([left, 5, right], [best, best, best + right - 5], color=HEX["muted"], linewidth=0.9, linestyle=DASHED)
     for run, *place in zip(known, xs, ys):
-        way = [(100 * point["forgetting"], 100 * point["domain_gain"]) for point in run.course] + [place]
-        axes.plot(*zip(*way), color=HEX[run.colour], linewidth=0.8, alpha=0.5, marker=".", markersize=2.5)
         for name, ends in (("forgetting", lambda low, high, at: ([low, high], [at[1]] * 2)),
                            ("domain_gain", lambda low, high, at: ([at[0]] * 2, [low, high]))):
             if interval := run.interval[name]:
@@ -447,6 +445,6 @@ def chart_gain_against_forgetting(runs: list, ranked: bool, axes) -> tuple | Non
         axes.annotate(str(run.number), place, color=HEX["card"], ha="center", va="center_baseline", fontsize=7,
                       weight="bold")
     return ("Domain gain against forgetting", "Per cent; up and to the left is better. Bands: good, warning, bad. "
-            "Crosses: 95 % intervals; faint: the way there, an evaluation each."
+            "Crosses: 95 % intervals."
             + " Dashed: as good an overall score as the best run's." * ranked,
             [(run.colour, f"{run.number} {run.name}") for run in known])

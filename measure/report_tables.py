@@ -18,7 +18,7 @@ from markupsafe import Markup
 from measure import charts, verdict
 from measure.charts import decimal, percent, short, span
 from measure.places import Place, place_of
-from measure.read_run import Run, dict_or_empty
+from measure.read_run import RESULTS, Run, dict_or_empty
 from measure.verdict import finite, grade_forgetting, grade_gain
 
 # What was done with the values that a number of the page is made from; without it, nothing but rounding.
@@ -329,6 +329,18 @@ def result_table(run: Run, kind: str) -> list[dict]:
         if len(values) == 2 and result["is_up"] and all(0 <= value <= 1 for value in values):
             row["bar"] = [100 * min(values), 100 * max(values), 100 * (result["chance"] or 0), values[1] < values[0]]
         rows.append(row)
+    return rows
+
+
+def compare_results(runs: list) -> list[tuple]:
+    """[(task or probe, score of the first run that has one before, [score after, of each run])]."""
+    rows = []
+    for kind in RESULTS:
+        for task in dict.fromkeys(task for run in runs for task in run.sides[kind]["after"]):
+            base = next((run for run in runs if task in run.sides[kind]["before"]), runs[0])
+            scores = [describe_score(run.sides[kind][side].get(task), run.at(side, task, kind=kind))
+                      for run, side in ((base, "before"), *((run, "after") for run in runs))]
+            rows.append((task, scores[0], scores[1:]))
     return rows
 
 

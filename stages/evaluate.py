@@ -14,7 +14,7 @@ import torch
 import forget
 import hf
 import lora
-from core import cli, devices, parallel
+from core import cli, devices, hashing, parallel
 from core.cli import run_command
 from core.config import setting, to_toml
 from core.errors import UserError
@@ -159,12 +159,14 @@ def write_first_files(run: Run, trained: int, parameters: int):
                    world_size=run.world.size, precision=c.train.precision, **describe_origin(run),
                    sources={name: describe_source(run.sources[name].role, shards.manifest)
                             for name, shards in run.loader.shards.items()},
-                   versions={"torch": torch.__version__, "python": sys.version.split()[0]})
+                   code=hashing.find_commit(), versions={"torch": torch.__version__, "python": sys.version.split()[0]})
 
 
 def describe_source(role: str, manifest: dict) -> dict:
     """What a source trains on, and the steps of its cleaning that data.py pack knew of."""
     return {"role": role, **{key: manifest["splits"]["train"][key] for key in ("tokens", "documents", "bytes")},
+            "fingerprint": hashing.short_digest("".join(
+                shard["sha256"] for shard in manifest["splits"]["train"]["shards"]).encode()),
             "cleaning": [step for file in manifest["inputs"] for step in file.get("cleaning", [])]}
 
 

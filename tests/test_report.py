@@ -500,6 +500,10 @@ def test_the_same_folder_gives_the_same_page(tmp_path):
     assert str(report.render([report.read_run(run)])) == str(report.render([report.read_run(run)]))
 
 
+# 21 steps of 100 ms: the first line is of one step.
+COST = "2 s; 0.00058 device-hours"
+
+
 def test_several_runs(tmp_path):
     lines = {name: [START | {"run": name}, train(10), train(30)] for name in ("careful", "greedy", "blind")}
     write(tmp_path / "careful", lines["careful"])
@@ -509,9 +513,9 @@ def test_several_runs(tmp_path):
     rows = [row for row in shown.rows if row[0][:1] in "123"]
     assert rows == [
         # 0.15, and 0.40 - (0.25 - 0.05) = 0.20; means of bits per byte over two sources each
-        ["1 careful", "1.125 → 0.950", "0.900 → 0.935", "15.0 %", "4.0 %", "+15.0 %", "3,000"],
-        ["2 greedy", "1.125 → 0.675", "0.900 → 1.125", "40.0 %", "25.0 %", "+20.0 %", "3,000"],
-        ["3 blind", "– → 0.950", "– → 0.935", "–", "unknown: no baseline", "–", "3,000"],
+        ["1 careful", "1.125 → 0.950", "0.900 → 0.935", "15.0 %", "4.0 %", "+15.0 %", "3,000", COST],
+        ["2 greedy", "1.125 → 0.675", "0.900 → 1.125", "40.0 %", "25.0 %", "+20.0 %", "3,000", COST],
+        ["3 blind", "– → 0.950", "– → 0.935", "–", "unknown: no baseline", "–", "3,000", COST],
     ]
     assert "greedy scores best of 3 runs. The domain gained 40.0 % and general text lost 25.0 %" in shown.text
     assert "not evaluated under the same protocol" in shown.text
@@ -773,6 +777,13 @@ def test_what_was_kept_and_which_answers_changed(tmp_path):
     titles = re.findall("<h3>(.*?)</h3>", text)
     assert {"Which checkpoint", "Tasks: reasoning", "Did the facts go in", "Is in-context learning alive",
             "Distance from the base", "Distance by block"} <= set(titles)
+
+
+def test_tasks_of_several_runs_stand_beside_each_other(tmp_path):
+    other = judged(tmp_path / "b", name="piqa", chance=0.5)
+    shown = page(judged(tmp_path / "a"), other)
+    assert shown.row("arc_easy")[:4] == ["arc_easy", "60.0 % 55.0 to 65.0", "45.0 % 40.0 to 50.0", "–"]
+    assert shown.row("piqa")[:4] == ["piqa", "60.0 % 55.0 to 65.0", "–", "45.0 % 40.0 to 50.0"]
 
 
 def test_checkpoints_that_none_beats(tmp_path):

@@ -5,9 +5,12 @@ Truth: hashlib; one pinned key, because every law would allow another constant.
 import hashlib
 import itertools
 import random
+import subprocess
+from pathlib import Path
 
 import numpy as np
 
+from core import hashing
 from core.hashing import fmix64, hash_file, mix_keys, permute, short_digest
 
 
@@ -71,3 +74,11 @@ def test_keys_have_an_order():
     assert len(set(keys)) == 6
     np.testing.assert_array_equal(mix_keys(5, "a", np.arange(3)),
                                   np.concatenate([mix_keys(5, "a", i) for i in range(3)]))
+
+
+def test_the_commit_is_git_s_own():
+    """Truth: git log, where this is a checkout; a change that is not committed shows."""
+    found = hashing.find_commit()
+    head = subprocess.run(["git", "log", "-1", "--format=%H"], cwd=Path(hashing.__file__).parent, capture_output=True,
+                          text=True)
+    assert head.stdout.startswith(found.removesuffix("-dirty")) if head.returncode == 0 else found == ""
