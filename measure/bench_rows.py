@@ -13,6 +13,8 @@ import torch
 
 from core.hashing import find_commit
 
+ROOT = Path(__file__).parent.parent
+
 
 def describe_machine() -> dict:
     """The processor, the device, the load and the versions that a figure belongs to."""
