@@ -97,6 +97,10 @@ def test_what_is_shared_is_computed_once(tiny_model):
     # The head, its last id apart; the contexts, of which the last id goes with each choice; the choices without their
     # last id.
     assert sum(tokens) <= 30 + 10 * 12 + 40 * 3
+    # A question that is cut begins otherwise, and leaves the others what they share.
+    tokens.clear()
+    log_likelihoods(model, [*questions, [([*range(1, 90)], [5])]])
+    assert sum(tokens) <= 30 + 10 * 12 + 40 * 3 + 64
     # Choices of one token are read from one place.
     tokens.clear()
     log_likelihoods(model, [[(context, [choice]) for choice in (5, 6, 7, 8)] for context in contexts])
