@@ -83,6 +83,10 @@ def describe(run: Run):
                 "chat ability: mix in conversations (data.sources.NAME.format chat), or begin with its base model")
         if c.lora.rank:
             say(f"lora: {lora.trainable_share(run.inner)}")
+            if c.lora.embeddings == "frozen" and run.objective.token_ids:
+                say(f"warning: objective {c.objective.name} puts tokens into the text whose embeddings do not train "
+                    f"with lora.embeddings frozen; unless the base knows them, set lora.embeddings full, or rows with "
+                    f"their ids in lora.embedding_rows")
         say(schedules.hint(parameters, "lora" if c.lora.rank else "full", c.optim))
     methods = [note for method in run.methods for note in method.notes]
     for note in [*run.objective.notes, *methods, *run.questions.notes]:
@@ -186,7 +190,8 @@ def describe_origin(run: Run) -> dict:
 
 def log_step(run: Run, step: int, result: dict, seconds: float):
     """The metrics and console line after `step` steps. result: what train_step returned for the last of them; seconds:
-    the mean time of a step since the line before."""
+    the mean time of a step since the line before. Tokens are the positions that the model computes, under every
+    objective: also padding, what is context alone, and what an objective puts in."""
     c, device, tokens = run.c, run.world.device, run.tokens_per_step
     values = {"loss": result["loss"], "lr": result["lr"], "grad_norm": result["grad_norm"], "tokens": step * tokens,
               "tokens_per_second": tokens / seconds, "step_ms": 1000 * seconds,

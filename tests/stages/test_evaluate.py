@@ -47,6 +47,16 @@ def test_a_chat_model_and_a_source_without_held_out_text_are_warned_of(lab, tmp_
             "data.py pack --format text --heldout 0.1") in said
 
 
+def test_tokens_that_are_put_in_and_not_trained_are_warned_of(base, tmp_path, monkeypatch, capsys):
+    lab, folder = base
+    masked = ["--objective.name", "masked", "--objective.mask-token-id", 5]
+    for words, warns in (([*masked, "--lora.rank", 2], True), (["--lora.rank", 2], False), (masked, False),
+                         ([*masked, "--lora.rank", 2, "--lora.embeddings", "full"], False)):
+        said = command(monkeypatch, capsys, arguments(
+            lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", folder, "--dry-run", *words))[1]
+        assert ("warning: objective masked puts tokens into the text whose embeddings do not train" in said) == warns
+
+
 def test_what_is_in_no_token_stands_with_the_scores_of_a_run(lab, tmp_path):
     pack(texts("legal"), tokenizer.load(lab / "tok"), tmp_path / "lossy", heldout=0.1, lost_share=0.25)
     out = tmp_path / "run"
