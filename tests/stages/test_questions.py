@@ -99,11 +99,15 @@ def test_scores_that_one_side_lacks_have_no_change():
 
 @pytest.mark.parametrize(("words", "told"), [
     (("--eval.tasks.mine.file", "nowhere.jsonl"), r"task mine: nowhere\.jsonl does not exist"),
+    (("--eval.tasks.humaneval.file", "PROGRAMS"), r"eval\.tasks\.humaneval runs programs that the model writes"),
     (("--eval.tasks.arc_eazy.limit", 2), r"unknown task arc_eazy; did you mean arc_easy"),
     (("--eval.probes.facts", 5, "--objective.name", "masked"), r"leave them out"),
     (("--eval.tasks.mine.shot", 2), r"unknown key eval\.tasks\.mine\.shot; did you mean eval\.tasks\.mine\.shots"),
 ])
 def test_what_cannot_be_asked_is_one_line(lab, tmp_path, monkeypatch, capsys, words, told):
+    record = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}
+    (tmp_path / "programs.jsonl").write_text(json.dumps(record) + "\n")
+    words = [tmp_path / "programs.jsonl" if word == "PROGRAMS" else word for word in words]
     status, _, errors = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", *words))
     assert (status, errors.count("\n")) == (2, 1)
     assert re.search(told, errors), errors
