@@ -24,11 +24,12 @@ from core.architecture import ModelConfig
 from learn.objectives import Causal
 from learn.optim import LossScale, make_optimizer
 from measure.memory import find_types
-from model import Model
+from model import Model, matmul_flops_per_token
 from stages.build import Run
 
-# Steps of each kind that count, after one that does not.
-ROUNDS = 3
+# Steps of each kind that count, after one that does not; of steps slower than SLOW seconds, one counts. Operations of a
+# micro-batch: a larger one is timed on fewer tokens.
+ROUNDS, SLOW, OPERATIONS = 3, 1.0, 2e11
 
 
 def draw_batch(config: ModelConfig, B: int, T: int, document: int, rng: np.random.Generator, text=None) -> data.Batch:
@@ -76,6 +77,10 @@ def time_step(c, config: ModelConfig, base: hf.Base | None = None, document: int
     parallel.start(device)
     run, rng = make_run(c, config, where, base), np.random.default_rng(0)
     B, T = c.train.micro_batch_size, c.data.context
+    whole = B * T * matmul_flops_per_token(config, T)
+    while B * T > 64 and B * T * matmul_flops_per_token(config, T) > OPERATIONS:
+        B, T = (B // 2, T) if B > 1 else (B, T // 2)
+    scale = whole / (B * T * matmul_flops_per_token(config, T))
     batches = [run.objective.corrupt(draw_batch(config, B, T, document, rng, text), None) for _ in range(2)]
 
     def step(n):
@@ -87,6 +92,8 @@ def time_step(c, config: ModelConfig, base: hf.Base | None = None, document: int
             run.objective.loss(run.model, batches[0].to(where))[0].item()
     seconds = {name: [] for name in (1, 2, "forward")}
     for round in range(ROUNDS + 1):
+        if round > 1 and seconds[1][0] > SLOW:
+            break
         for name, own in seconds.items():
             start = time.perf_counter()
             forward() if name == "forward" else step(name)
@@ -94,4 +101,4 @@ def time_step(c, config: ModelConfig, base: hf.Base | None = None, document: int
                 own.append(time.perf_counter() - start)
     one, two, forward_only = (statistics.median(own) for own in seconds.values())
     each = min(max(two - one, 0.5 * one), one)
-    return {"fixed": one - each, "each": each, "forward": min(forward_only, each)}
+    return {"fixed": one - each, "each": scale * each, "forward": scale * min(forward_only, each)}
