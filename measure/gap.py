@@ -304,8 +304,9 @@ def list_warnings(figures: dict, is_chat: bool) -> list[str]:
                         "afterwards (forget.py graft, or merge), or mix conversations in (data.sources.NAME.format "
                         "chat)")
     if domain["copies"] > 0.1:
-        warnings.append(f"{domain['copies']:.0%} of the domain's sampled documents are copies; run dedup.py first, "
-                        f"copies are learned by heart")
+        more = "" if domain["counted"] else ": a sample finds few of them, and there may be far less text than it seems"
+        warnings.append(f"{domain['copies']:.0%} of the domain's sampled documents are copies, which are learned by "
+                        f"heart; run dedup.py first{more}")
     for side in ("domain", "general"):
         if figures[side]["unknown"] > 0.001:
             warnings.append(f"{figures[side]['unknown']:.1%} of the {side}'s tokens are the unknown token: the base "
