@@ -68,6 +68,7 @@ def test_answers_of_math_are_normalised():
     theirs = read_functions("minerva_math/utils.py")
     rng = random.Random(0)
     mixed = ["".join(rng.choices(LATEX, k=2)) for _ in range(300)]
+    mixed += [f"3{expression}" for expression in theirs["REMOVED_EXPRESSIONS"]]
     for text in LATEX + mixed + [f"{a} {b}" for a, b in itertools.product(LATEX, LATEX)]:
         assert answers.normalise(text) == theirs["normalize_final_answer"](text), text
 
