@@ -29,7 +29,7 @@ from measure.probes import ProbeSettings
 from measure.tasks import TaskSettings
 from model import matmul_flops_per_token
 from stages.build import Run
-from stages.questions import compare_answers
+from stages.questions import compare_answers, without
 from stages.stopping import judge_evaluations
 from text import mixture, vocabulary
 
@@ -309,11 +309,6 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
                 if each == file or not (run.folder / each).exists():
                     write_json(run.folder / each, run.evaluations[each])
     return scores
-
-
-def without(key: str, found: dict) -> dict:
-    """{name: scores} without a value that is too long for a line of metrics.jsonl."""
-    return {name: {each: value for each, value in scores.items() if each != key} for name, scores in found.items()}
 
 
 def draw_samples(run: Run, step: int, model=None):

@@ -91,6 +91,11 @@ def read_trained(run) -> list[str]:
     return [text for text in texts if text]
 
 
+def without(key: str, found: dict) -> dict:
+    """{name: scores} without a value that is too long for a line of metrics.jsonl."""
+    return {name: {each: value for each, value in scores.items() if each != key} for name, scores in found.items()}
+
+
 def compare_answers(before: dict, after: dict) -> tuple[dict, list[str]]:
     """({"tasks", "probes": {"before", "after", "change": {name: difference of the values}}}, a Markdown table of each)
     of what Questions.ask found, or of evaluations that hold it."""
