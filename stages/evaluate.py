@@ -168,9 +168,9 @@ def write_first_files(run: Run, trained: int, parameters: int):
 
 def describe_source(role: str, manifest: dict) -> dict:
     """What a source trains on, and the steps of its cleaning that data.py pack knew of."""
-    return {"role": role, **{key: manifest["splits"]["train"][key] for key in ("tokens", "documents", "bytes")},
-            "fingerprint": hashing.short_digest("".join(
-                shard["sha256"] for shard in manifest["splits"]["train"]["shards"]).encode()),
+    train = manifest["splits"]["train"]
+    return {"role": role, **{key: train[key] for key in ("tokens", "documents", "bytes")},
+            "fingerprint": hashing.short_digest(repr(train["shards"]).encode()),
             "cleaning": [step for file in manifest["inputs"] for step in file.get("cleaning", [])]}
 
 
