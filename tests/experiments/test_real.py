@@ -18,18 +18,18 @@ def test_benchmarks_are_files_of_a_folder_or_left_out_in_words(tmp_path, monkeyp
     (tmp_path / "jsonl").mkdir()
     (tmp_path / "jsonl/piqa.jsonl").write_text("{}\n")
     (tmp_path / "hellaswag_val_1000.jsonl").write_text("{}\n")
-    found = [f"hellaswag={tmp_path}/hellaswag_val_1000.jsonl", f"piqa={tmp_path}/jsonl/piqa.jsonl"]
+    found = {"hellaswag": tmp_path / "hellaswag_val_1000.jsonl", "piqa": tmp_path / "jsonl/piqa.jsonl"}
     assert real.find_benchmarks(str(tmp_path)) == found
     monkeypatch.setenv("NANOCPT_DATA", str(tmp_path / "data"))
     shutil.copytree(tmp_path / "jsonl", tmp_path / "data/bench")
-    assert real.find_benchmarks(None) == [f"piqa={tmp_path}/data/bench/piqa.jsonl"]
-    assert real.find_benchmarks("none") == []
+    assert real.find_benchmarks(None) == {"piqa": tmp_path / "data/bench/piqa.jsonl"}
+    assert real.find_benchmarks("none") == {}
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no benchmark"):
         real.find_benchmarks(str(tmp_path / "empty"))
     # The tests' Hub is switched off.
     monkeypatch.delenv("NANOCPT_DATA")
-    assert real.find_benchmarks(None) == []
+    assert real.find_benchmarks(None) == {}
     assert "benchmarks are left out: the Hub is not in reach" in capsys.readouterr().out
     with pytest.raises(UserError, match="the Hub is not in reach"):
         real.find_benchmarks("hub")
@@ -95,9 +95,8 @@ def test_the_whole_chain_on_a_small_model(hf_model, tiny_bpe, tmp_path):
     cli.run_command("experiments/real.py", *words)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["recommendation"] in ("pretrain", "sft", "retrieval", "prompt", "skip")
-    after = summary["after"]
-    before = after["baseline"]
-    assert after["texts"]["domain"]["bits_per_byte"] < before["texts"]["domain"]["bits_per_byte"]
-    assert after["tasks"]["piqa"]["n"] == before["tasks"]["piqa"]["n"] == 6
+    run = summary["run"]
+    assert run["after"]["domain"]["bits_per_byte"] < run["before"]["domain"]["bits_per_byte"]
+    assert run["tasks"]["before"]["piqa"]["n"] == run["tasks"]["after"]["piqa"]["n"] == 6
     assert "apache-2.0" in (out / "run/final/README.md").read_text()
     assert "<html" in (out / "report.html").read_text()
