@@ -96,7 +96,7 @@ class Eval:
     """NAME=FILE ...: texts to score, also a folder, a pattern or @LIST; of a packed folder, its held-out documents."""
     tasks: list[str] = field(default_factory=list)
     """NAME or NAME=FILE ...: benchmarks to score, their items from the Hub or a file; also multiple-choice or cloze
-    files of your own (.jsonl)."""
+    files of your own (.jsonl), and task files of lm-evaluation-harness (.yaml)."""
     limit: int | None = setting(None, at_least=1)
     """Items of each task at most, spread evenly over its file."""
     shots: int | None = setting(None, at_least=0, at_most=100)

@@ -4,10 +4,15 @@ The rules are lm-evaluation-harness' (0.4.13) for the tasks triviaqa, gsm8k and 
 symbolic comparison: there two answers are equal where they are written alike once both are normalised.
 """
 
+import functools
+import itertools
 import re
 import string
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+NOTHING_OF = {"punctuation": NO_PUNCTUATION, "numbers": str.maketrans("", "", string.digits)}
+# What exact_match of lm-evaluation-harness may ignore.
+IGNORED = ("case", "punctuation", "numbers")
 FINAL_ANSWER = re.compile(r"Final Answer: The final answer is(.*?). I hope it is correct.")
 # Of GSM8K: the number behind ####, and any number.
 STRICT, FLEXIBLE = re.compile(r"#### (\-?[0-9\.\,]+)"), re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -26,6 +31,15 @@ def judge_trivia(completion: str, accepted: tuple[str, ...]) -> dict[str, bool]:
     """Whether it is one of the accepted answers, whatever its case and punctuation."""
     given = completion.lstrip().lower().translate(NO_PUNCTUATION)
     return {"exact_match": any(given == answer.lower().translate(NO_PUNCTUATION) for answer in accepted)}
+
+
+def judge_exact(completion: str, accepted: tuple[str, ...], ignored: tuple[str, ...] = ()) -> dict[str, bool]:
+    """Whether it is one of the accepted answers to the letter, but for what is `ignored`."""
+    def plain(text):
+        for what in ignored:
+            text = text.lower() if what == "case" else text.translate(NOTHING_OF[what])
+        return text
+    return {"exact_match": plain(completion) in map(plain, accepted)}
 
 
 def judge_gsm8k(completion: str, accepted: tuple[str, ...]) -> dict[str, bool]:
@@ -102,4 +116,7 @@ def simplify(answer: str) -> str:
     return "\\frac{1}{2}" if answer == "0.5" else answer
 
 
-RULES = {"trivia": judge_trivia, "gsm8k": judge_gsm8k, "math": judge_math}
+RULES = {"trivia": judge_trivia, "gsm8k": judge_gsm8k, "math": judge_math,
+         # "exact", "exact case", "exact case punctuation", ...
+         **{" ".join(("exact", *some)): functools.partial(judge_exact, ignored=some)
+            for n in range(len(IGNORED) + 1) for some in itertools.combinations(IGNORED, n)}}

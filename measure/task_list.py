@@ -83,6 +83,25 @@ class Task:
     rule: str = ""
 
 
+def check_item(task: Task, item: Item):
+    """ValueError with what is wrong with an item."""
+    texts = (item.context, *item.contexts, *item.choices)
+    if odd := next((text for text in texts if not isinstance(text, str)), None):
+        raise ValueError(f"a text is {odd!r}")
+    if task.kind == "choice" and len(item.choices) < 2:
+        raise ValueError(f"it has {len(item.choices)} choices")
+    if task.rule != "program" and not 0 <= item.gold < len(item.choices):
+        raise ValueError(f"the right choice is number {item.gold}, but its {len(item.choices)} choices are numbered "
+                         f"from 0")
+    if task.kind in ("choice", "cloze") and not all(item.choices):
+        raise ValueError("a choice is empty")
+
+
+def spread(items: list, limit: int | None) -> list:
+    """At most `limit` of them, from all over the list."""
+    return [items[i * len(items) // limit] for i in range(limit)] if limit and limit < len(items) else items
+
+
 def letter(value) -> int:
     """The index of a choice that is given as an index or as one of A to Z."""
     return ord(value.strip()) - ord("A") if isinstance(value, str) and not value.strip().isdigit() else int(value)

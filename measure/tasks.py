@@ -25,11 +25,11 @@ from core.cli import Reading
 from core.config import setting
 from core.errors import UserError, nearest
 from generate import Settings
-from measure import verdict
+from measure import harness_tasks, verdict
 from measure.answers import RULES
 from measure.completions import complete_all
 from measure.likelihoods import log_likelihoods
-from measure.task_list import MMLU, OWN, OWN_TEXT, TASKS, Form, Item, Task, cut_pages
+from measure.task_list import MMLU, OWN, OWN_TEXT, TASKS, Form, Item, Task, check_item, cut_pages, spread
 from text import corpus, kinds, vocabulary
 
 # Of the normal distribution: the middle 95 %.
@@ -42,7 +42,8 @@ CAPABILITIES = Literal["reasoning", "knowledge", "math", "coding", "language", "
 class TaskSettings:
     """One task: a benchmark of the list by its name, or a file of the user's own."""
     file: str | None = None
-    """the items, a file or a folder; default: the Hub's dataset of the benchmark"""
+    """the items, a file or a folder, or a task file of lm-evaluation-harness (.yaml); default: the Hub's dataset of the
+    benchmark"""
     limit: int | None = setting(None, at_least=1)
     """items at most, spread evenly over the file"""
     shots: int | None = setting(None, at_least=0, at_most=100)
@@ -59,12 +60,13 @@ def open_tasks(wanted: dict[str, TaskSettings]) -> dict[str, tuple[Task, list[It
     """{name: (task, its items with their examples)} of {name: settings}; UserError for what is wrong with one."""
     opened = {}
     for name, settings in wanted.items():
-        task = find_task(name, settings.file)
-        if settings.capability:
-            task = replace(task, capability=settings.capability)
-        shots = task.shots if settings.shots is None else settings.shots
-        task = replace(task, shots=shots)
-        opened[name] = task, load_items(name, task, settings.file, settings.limit, settings.seed)
+        if Path(settings.file or "").suffix in harness_tasks.SUFFIXES:
+            task, items = harness_tasks.open_task(name, settings.file, settings.shots, settings.limit, settings.seed)
+        else:
+            task = find_task(name, settings.file)
+            task = replace(task, shots=task.shots if settings.shots is None else settings.shots)
+            items = load_items(name, task, settings.file, settings.limit, settings.seed)
+        opened[name] = replace(task, capability=settings.capability or task.capability), items
     return opened
 
 
@@ -103,9 +105,7 @@ def load_items(name: str, task: Task, file: str | None = None, limit: int | None
             items = [item for item in items if id(item) not in used]
             if not items:
                 raise UserError(f"task {name}: {file or task.hub[0]} has no items beside its {task.shots} examples")
-    if limit and limit < len(items):
-        items = [items[i * len(items) // limit] for i in range(limit)]
-    return [add_examples(task, item, chosen.get(item.part, ())) for item in items]
+    return [add_examples(task, item, chosen.get(item.part, ())) for item in spread(items, limit)]
 
 
 def add_examples(task: Task, item: Item, examples) -> Item:
@@ -156,20 +156,6 @@ def read_items(name: str, task: Task, file: str | None, split: str | None = None
         of = f" of {', '.join(task.parts)}" if task.parts else ""
         raise UserError(f"task {name}: {file or task.hub[0]} holds no items{of}")
     return items
-
-
-def check_item(task: Task, item: Item):
-    """ValueError with what is wrong with an item."""
-    texts = (item.context, *item.contexts, *item.choices)
-    if odd := next((text for text in texts if not isinstance(text, str)), None):
-        raise ValueError(f"a text is {odd!r}")
-    if task.kind == "choice" and len(item.choices) < 2:
-        raise ValueError(f"it has {len(item.choices)} choices")
-    if task.rule != "program" and not 0 <= item.gold < len(item.choices):
-        raise ValueError(f"the right choice is number {item.gold}, but its {len(item.choices)} choices are numbered "
-                         f"from 0")
-    if task.kind in ("choice", "cloze") and not all(item.choices):
-        raise ValueError("a choice is empty")
 
 
 def read_records(name: str, file: str | None, task: Task | None = None, split: str | None = None):
@@ -346,11 +332,12 @@ def summarise(task: Task, items: list[Item], scores: dict) -> dict:
     headline, n = task.metrics[0], len(items)
     values = {metric: sum(scores[metric]) / n for metric in task.metrics if metric in scores}
     for metric, sizes in scores.get("sizes", {}).items():
-        per_unit = math.fsum(scores["nats"]) / sum(sizes)
-        values[metric] = per_unit if metric == "bits_per_byte" else math.exp(min(per_unit, 700))
+        values[metric] = of_nats(metric, math.fsum(scores["nats"]) / sum(sizes))
     is_share = headline in scores
     chance = sum(1 / len(item.choices) for item in items) / n if task.kind == "choice" else 0.0
     interval = wilson(sum(scores[headline]), n) if is_share else redraw(scores["nats"], scores["sizes"][headline])
+    if interval and not is_share:
+        interval = [of_nats(headline, bound) for bound in interval]
     result = {**values, "value": values[headline], "direction": "up" if is_share else "down", "chance": chance,
               "interval": interval, "capability": task.capability, **identify(task, items),
               "hits": "".join(map(str, scores[headline])) if is_share else ""}
@@ -360,6 +347,11 @@ def summarise(task: Task, items: list[Item], scores: dict) -> dict:
     if len(parts) > 1:
         result["parts"] = {part: mean_of_part(part, items, scores[headline]) for part in parts}
     return result
+
+
+def of_nats(metric: str, per_unit: float) -> float:
+    """A metric of log-likelihoods, of what they are on average."""
+    return per_unit if metric == "bits_per_byte" else math.exp(min(per_unit, 700))
 
 
 def redraw(nats: list[float], sizes: list) -> list[float] | None:

@@ -21,7 +21,7 @@ FLOORS = [
     ["learn", "lora"],
     ["generate", "measure.verdict", "measure.scoring", "measure.run_code", "measure.likelihoods", "measure.completions",
      "measure.answers", "measure.task_list",
-     "measure.tasks", "measure.probes",
+     "measure.harness_tasks", "measure.tasks", "measure.probes",
      "measure.retention", "eval", "forget"],
     ["stages"],
     ["train", "clean", "dedup", "measure.laws", "measure.gap", "measure.memory", "measure.calibrate", "measure.budget",

@@ -1,5 +1,6 @@
-"""A model's chat template, run in a process of its own: it is a stranger's program, and may neither do anything but
-compute text nor compute for long. text/template.py starts this process and speaks with it, a line of JSON each way.
+"""A model's chat template, or the prompts of a task file, run in a process of their own: they are a stranger's program,
+and may neither do anything but compute text nor compute for long. text/template.py starts this process and speaks with
+it, a line of JSON each way.
 
 Jinja's sandbox keeps a template from Python's insides, as it does in transformers. What it does not keep it from is
 endless loops and strings that fill the memory, in a single step of C that no other thread could end: so the kernel
@@ -7,6 +8,7 @@ counts this process's time and memory, and ends it. Nothing here is of ours but 
 file can be opened.
 """
 
+import ast
 import contextlib
 import json
 import re
@@ -115,6 +117,10 @@ class Template:
             written.parts.append(part)
         return "".join(written.parts), written.spans
 
+    def reply(self, messages: list[dict], tools) -> dict:
+        text, spans = self.write(messages, tools)
+        return {"text": text, "spans": spans}
+
     def write(self, messages: list[dict], tools) -> tuple[str, list]:
         for number, message in enumerate(messages, 1):
             if not self.marks_answers and (call := next(filter(message.get, CALLS), None)):
@@ -123,8 +129,7 @@ class Template:
                     f"writes of that is learned is not known; put {{% generation %}} around the answer in it, or "
                     f"the call into the content as the model is to write it")
         text, spans = self.render(messages, tools)
-        if len(text) > FREE_LENGTH + MOST_GROWTH * sum(len(message["content"]) for message in messages):
-            raise jinja2.exceptions.TemplateError(f"it makes {len(text):,} characters of one conversation")
+        check_growth(len(text), sum(len(message["content"]) for message in messages), "conversation")
         if not self.marks_answers:
             spans = [self.find_answer(text, messages, tools, i) for i, message in enumerate(messages)
                      if message["role"] == "assistant"]
@@ -157,6 +162,51 @@ class Template:
         return begin, end + (ended.end() if ended else 0)
 
 
+def regex_replace(string, pattern, repl, count=0):
+    return re.sub(pattern, repl, string, count=count)
+
+
+class Prompts:
+    """reply(record) -> {"texts": {name: text}, "lists": {name: list}}: the prompts of a task file of
+    lm-evaluation-harness, filled with a record as it fills them, and those that write a list of texts as Python does.
+    """
+
+    def __init__(self, prompts: dict[str, str]):
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined,
+                                                                   keep_trailing_newline=True)
+        environment.filters["regex_replace"] = regex_replace
+        self.templates = {}
+        for name, source in prompts.items():
+            with name_prompt(name):
+                self.templates[name] = environment.from_string(source)
+
+    def reply(self, record: dict) -> dict:
+        texts, lists = {}, {}
+        for name, template in self.templates.items():
+            with name_prompt(name):
+                texts[name] = template.render(record)
+        check_growth(sum(map(len, texts.values())), len(json.dumps(record)), "record")
+        for name, text in texts.items():
+            with contextlib.suppress(SyntaxError, ValueError):
+                found = ast.literal_eval(text.strip()) if text.lstrip().startswith("[") else None
+                if isinstance(found, list) and all(isinstance(each, str) for each in found):
+                    lists[name] = found
+        return {"texts": texts, "lists": lists}
+
+
+@contextlib.contextmanager
+def name_prompt(name: str):
+    try:
+        yield
+    except (jinja2.exceptions.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise jinja2.exceptions.TemplateError(f"{name}: {error or type(error).__name__}") from None
+
+
+def check_growth(length: int, asked: int, what: str) -> None:
+    if length > FREE_LENGTH + MOST_GROWTH * asked:
+        raise jinja2.exceptions.TemplateError(f"it makes {length:,} characters of one {what}")
+
+
 def answer(function, line: str) -> dict:
     """What function(**the object in a line of JSON) returns, within SECONDS; {"error": why} where it fails."""
     # The signal ends the process, whatever that does: also within one step of Python.
@@ -173,20 +223,19 @@ def answer(function, line: str) -> dict:
 
 
 def serve() -> None:
-    """Make the template of the first line of the input, and write the conversation of each further one by it."""
+    """Make a Template, or Prompts, of the first line of the input, and reply to each further one by it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     templates = []
 
-    def make(**template) -> dict:
-        templates.append(Template(**template))
+    def make(**given) -> dict:
+        templates.append((Prompts if "prompts" in given else Template)(**given))
         return {}
 
-    def write(**conversation) -> dict:
-        text, spans = templates[0].write(**conversation)
-        return {"text": text, "spans": spans}
+    def reply(**question) -> dict:
+        return templates[0].reply(**question)
     # Jinja imports some of its parts where they are first needed, and under the limits no file is opened.
     for source in ("{{ none.name.name }}", "{{ [{}] | tojson }}{{ strftime_now('%d %b %Y') }}"):
         answer(lambda source: Template(source, {}, []).write([], None), json.dumps({"source": source}))
     limit_resources(MEMORY)
     for line in iter(sys.stdin.readline, ""):
-        print(json.dumps(answer(write if templates else make, line)), flush=True)
+        print(json.dumps(answer(reply if templates else make, line)), flush=True)

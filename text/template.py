@@ -1,4 +1,5 @@
-"""The chat template of a model: where it stands, and the process that writes conversations by it (text/sandbox.py)."""
+"""The chat template of a model: where it stands, and the process that writes conversations by it (text/sandbox.py),
+which fills the prompts of others' task files as well."""
 
 import contextlib
 import hashlib
@@ -53,20 +54,18 @@ def read_template(tokenizer_path) -> ChatTemplate | None:
     return None
 
 
-class TemplateProcess(contextlib.AbstractContextManager):
-    """write(where, messages, tools) -> (text, [(begin, end)] of what the assistant is to learn), by a chat template.
+class SandboxProcess(contextlib.AbstractContextManager):
+    """ask(what, question) -> the reply of a process that runs templates of a stranger's, made of `made` (see `serve`).
 
-    UserError, with the place `where`, for a template that fails, loops, or fills the memory.
+    UserError, with `what` went wrong, for a template that fails, loops, or fills the memory.
     """
 
-    def __init__(self, template: ChatTemplate, roles: dict[str, str], ends: list[str]):
-        self.template = template
+    def __init__(self, what: str, made: dict):
         # -P: no module from the working folder.
         self.process = subprocess.Popen([sys.executable, "-P", "-c", START, ROOT], stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
         try:
-            self._ask(f"the chat template in {template.file} is none",
-                      {"source": template.source, "roles": roles, "ends": ends})
+            self.ask(what, made)
         except BaseException:
             self.__exit__()
             raise
@@ -77,12 +76,7 @@ class TemplateProcess(contextlib.AbstractContextManager):
         self.process.stdin.close()
         self.process.stdout.close()
 
-    def write(self, where: str, messages: list[dict], tools: list | None) -> tuple[str, list]:
-        reply = self._ask(f"{where} cannot be written by the chat template in {self.template.file}",
-                          {"messages": messages, "tools": tools})
-        return reply["text"], [(begin, end) for begin, end in reply["spans"]]
-
-    def _ask(self, what: str, question: dict) -> dict:
+    def ask(self, what: str, question: dict) -> dict:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
@@ -94,3 +88,20 @@ class TemplateProcess(contextlib.AbstractContextManager):
         if "error" in reply:
             raise UserError(f"{what}: {reply['error']}")
         return reply
+
+
+class TemplateProcess(SandboxProcess):
+    """write(where, messages, tools) -> (text, [(begin, end)] of what the assistant is to learn), by a chat template.
+
+    UserErrors as in `SandboxProcess`, with the place `where`.
+    """
+
+    def __init__(self, template: ChatTemplate, roles: dict[str, str], ends: list[str]):
+        self.template = template
+        super().__init__(f"the chat template in {template.file} is none",
+                         {"source": template.source, "roles": roles, "ends": ends})
+
+    def write(self, where: str, messages: list[dict], tools: list | None) -> tuple[str, list]:
+        reply = self.ask(f"{where} cannot be written by the chat template in {self.template.file}",
+                         {"messages": messages, "tools": tools})
+        return reply["text"], [(begin, end) for begin, end in reply["spans"]]

@@ -64,6 +64,17 @@ def test_names_of_triviaqa():
         assert answers.judge_trivia(completion, accepted) == {"exact_match": truth["exact_match"] > 0}, completion
 
 
+@pytest.mark.parametrize("ignored", [(), ("case",), ("case", "punctuation"), ("numbers",),
+                                     ("case", "punctuation", "numbers")])
+def test_exact_answers(ignored):
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    accepted = ["The lien, 2", "a story"]
+    for completion in ("The lien, 2", "the lien, 2", "The lien 2", "THE LIEN", "The lien, ", " a story", "A story!"):
+        truth = exact_match_hf_evaluate([completion] * 2, accepted, **{f"ignore_{what}": True for what in ignored})
+        found = answers.RULES[" ".join(("exact", *ignored))](completion, tuple(accepted))
+        assert found == {"exact_match": truth["exact_match"] > 0}, completion
+
+
 def test_answers_of_math_are_normalised():
     theirs = read_functions("minerva_math/utils.py")
     rng = random.Random(0)

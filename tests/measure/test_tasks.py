@@ -362,3 +362,11 @@ def test_perplexities_have_intervals_over_texts():
     low, high = tasks.redraw([1.0, 2, 3, 4, 5, 6, 7, 8], [4] * 8)
     assert 0.25 < low < 4.5 / 4 < high < 2
     assert tasks.redraw([1.0] * 3, [4] * 3) is None
+
+
+def test_the_interval_of_a_perplexity_is_one():
+    """Of equal texts it is the value itself, exp(2) of 2 nats."""
+    items = [Item("a", (" b",)) for _ in range(8)]
+    task = replace(TASKS["lambada"], metrics=("perplexity", "acc"))
+    found = tasks.summarise(task, items, {"acc": [0] * 8, "nats": [2.0] * 8, "sizes": {"perplexity": [1] * 8}})
+    assert (found["value"], found["interval"]) == (pytest.approx(7.38905609893), [pytest.approx(7.38905609893)] * 2)
