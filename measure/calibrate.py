@@ -2,7 +2,7 @@
 
 A step of n micro-batches takes fixed + n each: what is done once (clipping, the optimizer), and a forward and backward
 pass. Both are known from steps of one and of two micro-batches, which take turns. Values matter: stories260K takes a
-third more time than random weights do, because its small probabilities are denormal numbers, which a CPU is slow with.
+third more time than random weights do, perhaps because a CPU is slow with its many denormal numbers.
 Documents are as long as those of the corpus, because on a CPU each attends alone.
 
 B sequences, T tokens.

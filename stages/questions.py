@@ -6,6 +6,7 @@ import numpy as np
 
 import data
 from core.errors import UserError
+from measure import retention
 from measure.probes import FACT_PROBES, open_probes, score_probes
 from measure.tasks import format_tasks, open_tasks, score_tasks
 
@@ -97,8 +98,9 @@ def without(key: str, found: dict) -> dict:
 
 
 def compare_answers(before: dict, after: dict) -> tuple[dict, list[str]]:
-    """({"tasks", "probes": {"before", "after", "change": {name: difference of the values}}}, a Markdown table of each)
-    of what Questions.ask found, or of evaluations that hold it."""
+    """({"tasks", "probes": {"before", "after", "change"}, "capabilities": {name: row}}, Markdown tables) of what
+    Questions.ask found, or of evaluations that hold it. The change of tasks and the rows of capabilities are
+    `retention.compare`'s, that of probes the difference of the values."""
     found, tables = {}, []
     for kind in ("tasks", "probes"):
         if kind in after:
@@ -106,4 +108,8 @@ def compare_answers(before: dict, after: dict) -> tuple[dict, list[str]]:
             found[kind] = {"before": was, "after": now, "change": {
                 name: now[name]["value"] - was[name]["value"] for name in now if name in was}}
             tables.append(format_tasks(was, now))
+    if "tasks" in after:
+        kept = retention.compare(before.get("tasks"), after["tasks"])
+        found["tasks"]["change"], found["capabilities"] = kept["change"], kept["capabilities"]
+        tables.append(retention.format_capabilities(kept["capabilities"], kept["change"]))
     return found, tables

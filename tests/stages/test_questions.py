@@ -91,10 +91,25 @@ def test_without_them_there_is_nothing_of_them(whole):
 
 
 def test_scores_that_one_side_lacks_have_no_change():
-    task = {"value": 0.5, "metric": "acc", "interval": [0, 1], "chance": 0.25, "n": 4}
+    task = {"value": 0.5, "metric": "acc", "interval": [0, 1], "chance": 0.25, "n": 4, "direction": "up",
+            "capability": "reasoning"}
     found, tables = compare_answers({}, {"tasks": {"new": task}})
-    assert found == {"tasks": {"before": {}, "after": {"new": task}, "change": {}}}
+    assert found["tasks"] == {"before": {}, "after": {"new": task}, "change": {}}
+    assert found["capabilities"]["reasoning"]["retention"] is None
     assert "| new | acc |  | 0.5000 |" in tables[0]
+
+
+def test_capabilities_and_lost_items_are_those_of_retention():
+    """Of four items two were right before; one of them is lost, and none is won."""
+    task = {"metric": "acc", "interval": [0, 1], "chance": 0.25, "n": 4, "direction": "up", "capability": "reasoning",
+            "shots": 0, "version": 1, "items_hash": "x"}
+    found, tables = compare_answers({"tasks": {"own": {**task, "value": 0.5, "hits": "1100"}}},
+                                    {"tasks": {"own": {**task, "value": 0.25, "hits": "1000"}}})
+    assert found["capabilities"]["reasoning"] | {"interval": None} == found["capabilities"]["reasoning"]
+    assert (found["capabilities"]["reasoning"]["retention"], found["capabilities"]["reasoning"]["sign"]) == (0.5, "bad")
+    flips = found["tasks"]["change"]["own"]["flips"]
+    assert (flips["lost"], flips["won"], flips["p"]) == (1, 0, 1.0)
+    assert "reasoning" in tables[1]
 
 
 @pytest.mark.parametrize(("words", "told"), [
