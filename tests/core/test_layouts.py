@@ -18,6 +18,7 @@ import hf
 import train
 from core import checkpoint, parallel
 from core.parallel import ParallelConfig
+from model import Model, ModelConfig
 from stages import evaluate
 
 STEPS = 20
@@ -40,13 +41,16 @@ CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings
          "tensor_checkpointing": (TENSOR, ["--model.activation-checkpointing", "--objective.name", "masked",
                                            "--objective.mask-token-id", 0]),
          "tensor_lora": (TENSOR, ["--lora.rank", 4, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
+         "tensor_experts": (TENSOR, ["--model.init", "experts"]),
          "tensor_ema": (TENSOR, ["--forget.ema.decay", 0.9, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
          "gathered": (["--parallel.strategy", "fsdp", "--parallel.reshard", "False"], [])}
 
 
 def case(folder: Path, name: str, is_laid_out: bool, out="unused"):
     layout, words = CASES[name]
-    if "pretrained" in words:
+    if "experts" in words:
+        words = ["--model.init", "pretrained", "--model.path", folder / "experts"]
+    elif "pretrained" in words:
         words = [*words, "--model.path", folder / "base/final"]
     return settings(folder / "lab", folder / out, "--train.batch-size", 8, "--train.micro-batch-size", 1,
                     "--optim.clip", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4, *words,
@@ -91,6 +95,10 @@ def ranks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages.evaluate.run_command", lambda *words: "")
         train.train(settings(folder / "lab", folder / "base", steps=2), one())
+        experts = Model(ModelConfig(300, 32, 64, 2, 4, 2, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
+                                    moe_intermediate_size=24, qk_norm=True, dense_layers=[1], family="qwen3_moe"))
+        experts.initialise(0)
+        hf.save(experts, folder / "experts", tokenizer=folder / "lab/tok")
         c = case(folder, "hsdp", False, "alone")
         c.train.save_every, c.train.steps, c.eval.sample_tokens = 3, 3, 4
         train.train(c, one())
