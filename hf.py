@@ -238,7 +238,9 @@ def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
 
 
 def base_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if ".adapters." not in name}
+    """{name: parameter} of what a folder of the base holds: neither adapters nor modules of an objective."""
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False)
+            if ".adapters." not in name and not name.startswith(OF_OBJECTIVE)}
 
 
 @torch.no_grad()

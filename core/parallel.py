@@ -279,11 +279,12 @@ def stop():
     """Leave the group of ranks, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    make_mesh.cache_clear()
 
 
 # ---- strategies
 
-def shard(model: nn.Module, world: World, config: ParallelConfig, dtype: torch.dtype | None = None) -> nn.Module:
+def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype: torch.dtype | None = None):
     """FSDP2 over each block of model.shard_plan() and over the rest. To be called before the weights are loaded.
 
     dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.

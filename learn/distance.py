@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import hf
 from core import parallel
@@ -33,7 +34,7 @@ def measure_distance(model, base: hf.Base, world) -> dict[str, float]:
     the model is sharded."""
     squares = defaultdict(float)
     adapted = adapters.active_layers(model)
-    for name, square in (square_adapters(adapted) if adapted else square_weights(model, base)):
+    for name, square in (square_adapters(adapted) if adapted else square_weights(model, base, world)):
         squares[block_of(name)] += square
     totals = list(squares.values())
     if parallel.is_sharded(model) and not adapted:
@@ -45,16 +46,18 @@ def square_norm(x: torch.Tensor) -> float:
     return torch.linalg.vector_norm(x, dtype=torch.float64).square().item()
 
 
-def square_weights(model, base: hf.Base):
-    """Yield (name, squared distance) of this rank's share of each parameter that the base has; a tied one once."""
+def square_weights(model, base: hf.Base, world):
+    """Yield (name, squared distance) of this rank's share of each parameter that the base has, 0 where another rank
+    counts the same share; a tied one once."""
     # Also puts back into shards what an evaluation has left gathered.
     weights = parallel.model_state(model, form=torch.Tensor.detach)
     for name, _, full in hf.read_weights(model, base.folder):
         # A tied head may be in the folder beside the embedding that it is.
         if name in weights:
             now, was = weights[name], parallel.distribute_like(full, weights[name])
-            now, was = (each.to_local() if hasattr(each, "to_local") else each for each in (now, was))
-            yield name, square_norm(now.to(upcast_dtype(now)) - was)
+            counts = not isinstance(now, DTensor) or parallel.is_first_copy(now, world)
+            now, was = (each.to_local() if isinstance(each, DTensor) else each for each in (now, was))
+            yield name, square_norm(now.to(upcast_dtype(now)) - was) if counts else 0.0
 
 
 def square_adapters(layers):

@@ -96,11 +96,12 @@ def test_errors_of_the_work_the_input_and_the_workers_come_through():
         deep = deep.pop()
 
 
-PARENT = """
+PARENT = r"""
 import os, sys, time
 from core.pool import WorkerPool
 def sleep(_, seconds):
-    print(os.getpid(), flush=True)
+    # In one piece, because two workers write at a time.
+    os.write(1, f"{os.getpid()}\n".encode())
     time.sleep(seconds)
 if __name__ == "__main__":
     with WorkerPool(2) as pool:

@@ -314,6 +314,7 @@ def test_the_run_folder_says_what_the_run_began_from(base, tmp_path):
     assert start["vocab_size"] == start["tokenizer"]["vocab_size"] == config["vocab_size"]
     assert start["recommended_lr"] == 3e-3                         # of a small model, ten times that of full training
     split = json.loads((lab / "legal/manifest.json").read_text())["splits"]["train"]
+    assert re.fullmatch("[0-9a-f]{16}", start["sources"]["legal"].pop("fingerprint"))
     assert start["sources"]["legal"] == {
         "role": "domain", "cleaning": [], **{key: split[key] for key in ("tokens", "documents", "bytes")}}
 
