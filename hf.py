@@ -236,11 +236,10 @@ def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
     return files
 
 
-
 def base_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
     """{name: parameter} of what a folder of the base holds: neither adapters nor modules of an objective."""
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False)
-            if ".adapters." not in name and not name.startswith(OF_OBJECTIVE)}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in named if ".adapters." not in name and not name.startswith(OF_OBJECTIVE)}
 
 
 @torch.no_grad()
