@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-import harness
+import lm_harness
 import pytest
 
 import eval as evaluation
@@ -28,8 +28,8 @@ ROLLING = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_ta
 
 def write_task(folder: Path, name: str = "mine", records=QUESTIONS, **settings) -> str:
     """A task file and its data beside it; JSON is YAML."""
-    harness.write_lines(folder / "test.jsonl", records)
-    harness.write_lines(folder / "train.jsonl", [q | {"query": q["query"] + "?", "gold": 3 - q["gold"]}
+    lm_harness.write_lines(folder / "test.jsonl", records)
+    lm_harness.write_lines(folder / "train.jsonl", [q | {"query": q["query"] + "?", "gold": 3 - q["gold"]}
                                                  for q in records])
     config = {"task": name, "dataset_path": "json", "test_split": "test",
               "dataset_kwargs": {"data_files": {"test": "test.jsonl", "train": "train.jsonl"}}, **settings}
@@ -183,7 +183,7 @@ FILES = {
 
 @pytest.mark.slow
 def test_scores_are_those_of_the_harness(pair, tmp_path, monkeypatch):
-    lm_eval = harness.need_lm_eval()
+    lm_eval = lm_harness.need_lm_eval()
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -239,7 +239,7 @@ def test_scores_are_those_of_the_harness(pair, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_harness_own_files_are_read_or_refused():
-    harness.need_lm_eval()
+    lm_harness.need_lm_eval()
     import lm_eval.tasks
     files = sorted(Path(lm_eval.tasks.__file__).parent.rglob("*.yaml"))[::150]
     assert len(files) > 50

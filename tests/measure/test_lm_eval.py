@@ -4,7 +4,7 @@
 import json
 import sys
 
-import harness
+import lm_harness
 import pytest
 
 import tokenizer
@@ -18,7 +18,7 @@ QUESTIONS = [{"query": f"The court {i} held", "choices": ["that the lien", "a st
 @pytest.fixture(scope="module")
 def folder_of_tasks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
-    file = harness.write_lines(folder / "questions.jsonl", QUESTIONS)
+    file = lm_harness.write_lines(folder / "questions.jsonl", QUESTIONS)
     source = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test\n"
     for name, lines in {
             "own_choice": "output_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\n"
@@ -34,7 +34,7 @@ def folder_of_tasks(tmp_path_factory):
 
 @pytest.mark.slow
 def test_scores_are_those_of_the_harness_own_class(pair, folder_of_tasks, monkeypatch, capsys, tmp_path):
-    lm_eval = harness.need_lm_eval()
+    lm_eval = lm_harness.need_lm_eval()
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

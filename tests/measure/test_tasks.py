@@ -7,7 +7,7 @@ import random
 from dataclasses import replace
 from statistics import NormalDist
 
-import harness
+import lm_harness
 import pytest
 import torch
 from synthetic import Bytes
@@ -48,7 +48,7 @@ def harness_tasks() -> dict[str, dict]:
     from lm_eval.tasks.hellaswag import utils as hellaswag
     from lm_eval.tasks.wikitext import preprocess_wikitext as wikitext
     acc = {"metric_list": [{"metric": "acc"}]}
-    choice = harness.CHOICE | ASK
+    choice = lm_harness.CHOICE | ASK
     exact = {"output_type": "generate_until", "metric_list": [
         {"metric": "exact_match", "ignore_case": True, "ignore_punctuation": True}]}
     return {
@@ -91,19 +91,19 @@ def test_scores_are_those_of_the_harness(hf_model, tmp_path):
     """A small random Llama: choices, one continuation, whole texts."""
     theirs, folder = hf_model("llama", vocab_size=259, max_position_embeddings=60)
     questions = make_questions(16)
-    files = {name: harness.write_lines(tmp_path / f"{name}.jsonl", records) for name, records in (
+    files = {name: lm_harness.write_lines(tmp_path / f"{name}.jsonl", records) for name, records in (
         ("own", questions),
         ("lambada", [{"context": q["query"], "continuation": q["choices"][0][:3]} for q in questions]),
         ("wikitext", [{"page": f" = {q['query']} = \n A ( {' , '.join(q['choices'])} ) 's @-@ N \n"}
                       for q in questions]))}
     tok = Bytes(add_bos=True)
-    lm = harness.make_lm(theirs, lambda text: list(text.encode()), tok.decode, tok.bos_id, 60)
+    lm = lm_harness.make_lm(theirs, lambda text: list(text.encode()), tok.decode, tok.bos_id, 60)
     wanted = {name: harness_tasks()[name] | {"file": file} for name, file in files.items()}
     # Of a whole text the harness scores BOS too, behind another BOS, where its tokenizer writes one.
     rolling = wanted.pop("wikitext")
-    truth, answers = harness.score(lm, wanted)
+    truth, answers = lm_harness.score(lm, wanted)
     lm.add_bos = False
-    truth |= harness.score(lm, {"wikitext": rolling})[0]
+    truth |= lm_harness.score(lm, {"wikitext": rolling})[0]
     model, opened = hf.load(folder), open_tasks({name: TaskSettings(str(file)) for name, file in files.items()})
     for batch_size in (1, 32):
         found = score_tasks(model, tok, opened, batch_size=batch_size)
@@ -154,7 +154,7 @@ def test_the_interval_is_wilsons():
 
 def test_few_shot_examples_stand_before_each_item(tmp_path):
     records = make_questions(12)
-    file = harness.write_lines(tmp_path / "own_test.jsonl", records)
+    file = lm_harness.write_lines(tmp_path / "own_test.jsonl", records)
     task = replace(OWN, shots=2)
     items = load_items("own", task, str(file))
     # They are of the file itself, which then has two items fewer, and the same before each.
@@ -166,13 +166,13 @@ def test_few_shot_examples_stand_before_each_item(tmp_path):
     assert not {parts[2] for parts in asked} & {part.rpartition(" ")[0] for part in asked[0][:2]}
     assert load_items("own", task, str(file)) == items != load_items("own", task, str(file), seed=1)
     # Or of the file beside it, and then all items are scored.
-    harness.write_lines(tmp_path / "own_train.jsonl", [{"query": "Q", "choices": ["x", "y"], "gold": 1}] * 2)
+    lm_harness.write_lines(tmp_path / "own_train.jsonl", [{"query": "Q", "choices": ["x", "y"], "gold": 1}] * 2)
     items = load_items("own", task, str(file))
     assert (len(items), items[3].context) == (12, f"Q y\n\nQ y\n\n{records[3]['query']}")
 
 
 def test_a_limit_is_spread_over_the_file(tmp_path):
-    file = harness.write_lines(tmp_path / "own.jsonl", [
+    file = lm_harness.write_lines(tmp_path / "own.jsonl", [
         {"query": str(i), "choices": ["x", "y"], "gold": 1} for i in range(10)])
     assert [item.context for item in load_items("own", OWN, str(file), limit=4)] == ["0", "2", "5", "7"]
 
@@ -211,7 +211,7 @@ def test_an_unknown_task_is_one_clear_line():
 
 
 def test_the_command_scores_a_model_and_the_one_before(tmp_path, monkeypatch, capsys, pair):
-    file = harness.write_lines(tmp_path / "own.jsonl", make_questions(9))
+    file = lm_harness.write_lines(tmp_path / "own.jsonl", make_questions(9))
     monkeypatch.setattr("sys.argv", ["eval.py", "--model", str(pair[1]), "--baseline", str(pair[0]), "--tasks",
                                      f"own={file}", "--limit", "8", "--shots", "1", "--device", "cpu", "--json",
                                      str(tmp_path / "e.json")])
@@ -236,7 +236,7 @@ def stories(data_dir):
     import sentencepiece
     folder = data_dir / "models/stories260K"
     sp = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
-    lm = harness.make_lm(transformers.AutoModelForCausalLM.from_pretrained(folder), sp.encode, sp.decode, 1, 512)
+    lm = lm_harness.make_lm(transformers.AutoModelForCausalLM.from_pretrained(folder), sp.encode, sp.decode, 1, 512)
     return hf.load(folder), tokenizers.load(folder), lm
 
 
@@ -256,7 +256,7 @@ def open_bench(data_dir, tmp_path, names, n) -> dict:
             records = [{"subject": "anatomy", **dict(zip(MMLU.cells, row))} for row in rows][:n]
         else:
             records = [json.loads(line) for line in (data_dir / "bench" / FILES[name]).open(encoding="utf-8")][:n]
-        files[name] = harness.write_lines(tmp_path / f"{name}.jsonl", records)
+        files[name] = lm_harness.write_lines(tmp_path / f"{name}.jsonl", records)
     return files
 
 
@@ -267,9 +267,9 @@ def test_each_benchmark_scores_as_in_the_harness(data_dir, tmp_path, stories):
     names = [*BENCH, "lambada", "pubmedqa", "mmlu_anatomy", "triviaqa"]
     files = open_bench(data_dir, tmp_path, [*names, "wikitext"], 10)
     settings = harness_tasks()
-    truth, answers = harness.score(lm, {name: settings[name] | {"file": files[name]} for name in names})
+    truth, answers = lm_harness.score(lm, {name: settings[name] | {"file": files[name]} for name in names})
     lm.add_bos = False
-    truth |= harness.score(lm, {"wikitext": settings["wikitext"] | {"file": files["wikitext"]}})[0]
+    truth |= lm_harness.score(lm, {"wikitext": settings["wikitext"] | {"file": files["wikitext"]}})[0]
     lm.add_bos = True
     opened = open_tasks({name: TaskSettings(str(file)) for name, file in files.items()})
     found = score_tasks(model, tok, opened)
@@ -295,9 +295,9 @@ def test_examples_are_asked_as_in_the_harness(data_dir, tmp_path, stories):
         [(task, items)] = open_tasks({name: TaskSettings(str(file), shots=2)}).values()
         opened[name] = task, items[:6]
         used = [item.record for item in tasks.choose_examples(name, task, tasks.read_items(name, task, str(file)), 0)]
-        rest = harness.write_lines(tmp_path / f"{name}_rest.jsonl", [item.record for item in items[:6]])
+        rest = lm_harness.write_lines(tmp_path / f"{name}_rest.jsonl", [item.record for item in items[:6]])
         wanted[name] = settings[name] | {"file": rest, "fewshot_config": {"sampler": "first_n", "samples": used}}
-    truth, answers = harness.score(lm, wanted, shots=2)
+    truth, answers = lm_harness.score(lm, wanted, shots=2)
     found = score_tasks(model, tok, opened)
     for name in names:
         expected = truth[name] if name != "gsm8k" else {"flexible_match": truth[name]["exact_match"]}
