@@ -66,7 +66,8 @@ class SharedSequences:
 
     @contextlib.contextmanager
     def shared(self):
-        """Inside, each rank has its part of the same sequences; elsewhere, as in evaluations, each has its own."""
+        """Inside, each rank has its tokens of the same sequences; elsewhere, as when text is generated, it has whole
+        ones."""
         self.is_on = True
         try:
             yield

@@ -21,29 +21,17 @@ from core.errors import UserError
 
 
 class Gather(torch.autograd.Function):
-    """x [B, T / t, D] -> [B, T, D], the tokens of all ranks. Backward: the sum of the ranks' gradients, scattered."""
+    """x [B, T / t, D] -> [B, T, D], the tokens of all ranks; with `back`, y [B, T, D], a partial sum on each rank ->
+    [B, T / t, D] of the sum. Each is the gradient of the other."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return gather_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return scatter_sum(dy, ctx.group), None
-
-
-class Scatter(torch.autograd.Function):
-    """y [B, T, D], a partial sum on each rank -> [B, T / t, D] of the sum. Backward: the gradients of all tokens."""
-
-    @staticmethod
-    def forward(ctx, y, group):
-        ctx.group = group
-        return scatter_sum(y, group)
+    def forward(ctx, x, group, back):
+        ctx.group, ctx.back = group, back
+        return scatter_sum(x, group) if back else gather_tokens(x, group)
 
     @staticmethod
     def backward(ctx, dy):
-        return gather_tokens(dy, ctx.group), None
+        return gather_tokens(dy, ctx.group) if ctx.back else scatter_sum(dy, ctx.group), None, None
 
 
 def gather_tokens(x, group):
@@ -70,11 +58,11 @@ class SharedMatmuls(SharedSequences):
 
     def enter(self, module, args):
         """Before attention or MLP. While nothing is shared, as when text is generated, x holds all tokens already."""
-        return (Gather.apply(args[0], self.group), *args[1:]) if self.is_on else None
+        return (Gather.apply(args[0], self.group, False), *args[1:]) if self.is_on else None
 
     def leave(self, module, args, y):
         if self.is_on:
-            return Scatter.apply(y, self.group)
+            return Gather.apply(y, self.group, True)
         assert not torch.is_grad_enabled(), "outside `shared` no gradients are summed"
         dist.all_reduce(y := y.contiguous(), group=self.group)
         return y

@@ -37,10 +37,12 @@ OVERHEAD = {"cuda": 1.0e9, "cpu": 0.43e9}
 class Elements:
     """How many elements a model has, and which of them train."""
     base: int                   # all weights of the base
-    linear: int                 # those of its blocks' linear layers, which may be kept in few bits
+    # Those of its blocks' linear layers, which may be kept in few bits.
+    linear: int
     block: int                  # those of one block
     trained: int                # what has gradients and moments
-    matrices: int               # those of `trained` that are matrices in the blocks, which Muon updates
+    # Those of `trained` that are matrices in the blocks, which Muon updates.
+    matrices: int
     low: int                    # the sum of the ranks of one block's adapters
 
 

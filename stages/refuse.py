@@ -74,6 +74,10 @@ def refuse_sharing(c, config):
     if max(C, t) > 1 and c.objective.name not in SHARING:
         raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel."
                         f"{'context' if C > 1 else 'tensor'} parts; leave one of them out")
+    asks = c.eval.tasks or c.eval.probes.facts or c.eval.probes.in_context
+    if t > 1 and asks:
+        raise UserError("eval.tasks and eval.probes ask each rank other items, and with parallel.tensor ranks compute "
+                        "together; ask after the run, with eval.py")
     unfit = {"forget.ewc": c.forget.ewc.strength, "optim.name adamw_8bit": c.optim.name == "adamw_8bit",
              "optim.name muon": c.optim.name == "muon", "lora.dora": c.lora.dora, "router.balance": c.router.balance}
     if t > 1 and (odd := [name for name, is_set in unfit.items() if is_set]):

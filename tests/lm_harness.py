@@ -16,6 +16,18 @@ def need_lm_eval():
     return lm_eval
 
 
+def open_own_class(folder, own):
+    """The harness' own class over transformers' model of a folder. own: our tokenizer of it."""
+    need_lm_eval()
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = {f"{role}_token": own.tokens[getattr(own, f"{role}_id")] for role in ("bos", "eos")}
+    fast = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token=words["eos_token"], **words)
+    return HFLM(pretrained=AutoModelForCausalLM.from_pretrained(folder), batch_size=4, device="cpu",
+                add_bos_token=own.add_bos, tokenizer=fast)
+
+
 def make_lm(model, encode, decode, bos: int, longest: int, batch_size: int = 8):
     """lm-evaluation-harness' own class for transformers' models, over a tokenizer given by its two functions. `add_bos`
     of it says whether BOS stands before what is encoded."""

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 
 import lora
-from core.tensor_parallel import Gather, Scatter, is_shared, split_layers
+from core.tensor_parallel import Gather, is_shared, split_layers
 from model import Model, ModelConfig
 
 CONFIG = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -23,12 +23,12 @@ def as_rank(rank, port, folder):
     # Two sequences of four tokens, of which each rank has two; the value says sequence, token and rank.
     own = torch.tensor([[[0.0], [1]], [[10], [11]]]) + 2 * rank
     x = own.clone().requires_grad_()
-    y = Gather.apply(x, dist.group.WORLD)
+    y = Gather.apply(x, dist.group.WORLD, False)
     # The two ranks make something else of all tokens: the gradient of a token is the sum of 1 and 2 times its number.
     (y * (rank + 1) * torch.arange(4.0).view(1, 4, 1)).sum().backward()
     z = torch.full((2, 4, 1), float(rank + 1)) * torch.arange(4.0).view(1, 4, 1)
     z.requires_grad_()
-    scattered = Scatter.apply(z, dist.group.WORLD)
+    scattered = Gather.apply(z, dist.group.WORLD, True)
     (scattered * (10 * rank + torch.arange(2.0).view(1, 2, 1))).sum().backward()
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor",))
     shapes = {}

@@ -184,15 +184,10 @@ FILES = {
 @pytest.mark.slow
 def test_scores_are_those_of_the_harness(pair, tmp_path, monkeypatch):
     lm_eval = lm_harness.need_lm_eval()
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     base, own = pair[0], tokenizer.load(pair[0])
-    words = {f"{role}_token": own.tokens[getattr(own, f"{role}_id")] for role in ("bos", "eos")}
-    fast = PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"), pad_token=words["eos_token"], **words)
-    theirs = HFLM(pretrained=AutoModelForCausalLM.from_pretrained(base), batch_size=4, device="cpu",
-                  add_bos_token=own.add_bos, tokenizer=fast)
+    theirs = lm_harness.open_own_class(base, own)
     # The harness looks for data where it runs.
     monkeypatch.chdir(tmp_path)
 
