@@ -1,8 +1,12 @@
 """What one of several ranks does in a test, and one rank alone for the truth."""
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from runs import digest
 
 import train
@@ -39,3 +43,28 @@ def pass_on(c, world):
         step = resume(run)
         run.saver.save(step)
         run.saver.finish()
+
+
+# ---- ranks that part and meet again in other numbers
+
+def fork_ranks(function, ranks: int, *arguments):
+    """Call function(rank, *arguments) in so many forked processes; where one fails, all end and its traceback shows.
+    To be called by a process that imported what they need and has computed nothing: autograd does not survive a fork.
+    """
+    torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="fork")
+
+
+@contextlib.contextmanager
+def meet(folder: Path, name: str, rank: int, ranks: int):
+    """The world of the first `ranks` processes that give this name, over gloo; None in the others."""
+    if rank >= ranks:
+        yield None
+        return
+    os.environ |= {"WORLD_SIZE": str(ranks), "RANK": str(rank)}
+    if ranks > 1:
+        dist.init_process_group("gloo", f"file://{folder}/{name}.meet", rank=rank, world_size=ranks)
+    world = parallel.start("cpu")
+    yield world
+    # None leaves while another still waits for it.
+    world.barrier()
+    parallel.stop()
