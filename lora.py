@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import hf
+import moe
 from core import cli
 from core.config import setting
 from core.devices import DTYPES
@@ -150,6 +151,8 @@ def trainable_share(model: nn.Module) -> str:
     trained, total = adapters.count_elements(model)
     quantised = [layer.quantised for _, layer in adapters.adapted_layers(model) if layer.quantised]
     text = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
+    if any(isinstance(module, moe.Router) for module in model.modules()):
+        text += "; the router of the experts is frozen"
     if quantised:
         size = sum(buffer.nbytes for weight in quantised for buffer in weight.buffers())
         elements = sum(weight.shape.numel() for weight in quantised)

@@ -8,14 +8,14 @@ import torch
 
 # What Mixtral calls the layers of an expert, and what we and Qwen3-MoE do.
 MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-FROM_MIXTRAL = re.compile(r"\.block_sparse_moe(\.experts\.\d+)?\.(\w+)\.")
-TO_MIXTRAL = re.compile(r"\.mlp(\.experts\.\d+)?\.(\w+)\.")
+FROM_MIXTRAL = re.compile(r"\.block_sparse_moe(\.experts\.\d+)?\.(\w+)(?=\.|$)")
+TO_MIXTRAL = re.compile(r"\.mlp(\.experts\.\d+)?\.(\w+)(?=\.|$)")
 
 
 def to_hf_name(name: str, family: str = "llama") -> str:
     if family == "mixtral":
         ours = {ours: theirs for theirs, ours in MIXTRAL.items()}
-        name = TO_MIXTRAL.sub(lambda m: f".block_sparse_moe{m[1] or ''}.{ours.get(m[2], m[2])}.", name)
+        name = TO_MIXTRAL.sub(lambda m: f".block_sparse_moe{m[1] or ''}.{ours.get(m[2], m[2])}", name)
     return "lm_" + name if name.partition(".")[0] == "head" else "model." + name
 
 
@@ -23,7 +23,7 @@ def from_hf_name(name: str) -> str | None:
     """Our name; None for the rotary frequencies and angles that old checkpoints hold, which are computed here."""
     if re.search(r"\brotary_emb\.\w+$", name):
         return None
-    name = FROM_MIXTRAL.sub(lambda m: f".mlp{m[1] or ''}.{MIXTRAL.get(m[2], m[2])}.", name)
+    name = FROM_MIXTRAL.sub(lambda m: f".mlp{m[1] or ''}.{MIXTRAL.get(m[2], m[2])}", name)
     return name.removeprefix("lm_") if name.partition(".")[0] == "lm_head" else name.removeprefix("model.")
 
 
@@ -38,6 +38,12 @@ def list_parts(name: str, E: int) -> list[str]:
     Example: layers.0.mlp.experts.up_proj.weight [E, F, D] is layers.0.mlp.experts.0.up_proj.weight [F, D],
     layers.0.mlp.experts.1.up_proj.weight [F, D] and so on."""
     return [name.replace(".experts.", f".experts.{e}.") for e in range(E)] if is_of_experts(name) else [name]
+
+
+def of_all_experts(part: str) -> str:
+    """The name of the parameter, or layer, that a part belongs to: layers.0.mlp.experts.3.up_proj is in
+    layers.0.mlp.experts.up_proj."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.", part)
 
 
 def split_experts(tensors: dict[str, torch.Tensor], copy: bool = False) -> dict[str, torch.Tensor]:

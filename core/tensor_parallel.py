@@ -82,8 +82,8 @@ def split_layers(model: nn.Module, mesh, matmuls: SharedMatmuls):
 
 # Which dimension of a parameter is shared, by the end of its name and its number of dimensions: experts have three.
 # What is not named, such as the adapters' A of a layer whose outputs are shared, is the same on all ranks.
-COLUMNS = {("weight", 2): 0, ("weight", 3): 1, ("bias", 1): 0, ("B", 2): 0}
-ROWS = {("weight", 2): 1, ("weight", 3): 2, ("A", 2): 1}
+COLUMNS = {("weight", 2): 0, ("weight", 3): 1, ("bias", 1): 0, ("B", 2): 0, ("B", 3): 1}
+ROWS = {("weight", 2): 1, ("weight", 3): 2, ("A", 2): 1, ("A", 3): 2}
 
 
 def split_layer(layer: nn.Module, dims: dict, mesh):

@@ -13,6 +13,7 @@ W may be kept in few bits, and is turned back into floating point whenever the l
     int8   8 bits: integers times one scale per output: LLM.int8() (2208.07339) without its fp16 part for outliers
 
 Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embedding or head) [V, D], n trained rows.
+A layer of E experts has an adapter in each: W [E, out, in], A [E, r, in], B [E, out, r], m [E, out].
 """
 
 import math
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import moe
 from core.errors import UserError
-from kernels import NF4, dequantise, lora_linear, quantise
+from kernels import NF4, dequantise, grouped_mm, lora_linear, quantise
 from kernels.nf4 import BLOCK
 
 # The divisor where all weights of a block, or of a row, are 0.
@@ -42,27 +44,28 @@ def new_parameter(layer: "Adapted", *shape: int) -> nn.Parameter:
 
 
 class LowRank(nn.Module):
-    """s B A of a linear layer, and DoRA's magnitude m."""
+    """s B A of a linear layer, or of that of every expert, and DoRA's magnitude m."""
 
     peft_suffixes = {"A": ".lora_A.weight", "B": ".lora_B.weight", "magnitude": ".lora_magnitude_vector"}  # noqa: RUF012
 
-    def __init__(self, layer: "Linear", rank: int, alpha: float, rslora: bool, dora: bool, dropout: float):
+    def __init__(self, layer: "Linear | ExpertLinear", rank: int, alpha: float, rslora: bool, dora: bool,
+                 dropout: float):
         super().__init__()
-        out, width = layer.kept.shape
+        *experts, out, width = layer.kept.shape
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.A, self.B = new_parameter(layer, rank, width), new_parameter(layer, out, rank)
-        self.magnitude = new_parameter(layer, out) if dora else None
+        self.A, self.B = new_parameter(layer, *experts, rank, width), new_parameter(layer, *experts, out, rank)
+        self.magnitude = new_parameter(layer, *experts, out) if dora else None
 
-    def initialise(self, layer: "Linear", generator: torch.Generator, layout):
+    def initialise(self, layer: "Linear | ExpertLinear", generator: torch.Generator, layout):
         """Draw A as nn.Linear draws its weight (Kaiming-uniform with a = sqrt(5)). B is 0 and m the norms of W's rows,
         so that the layer computes what it did without an adapter."""
-        bound = 1 / math.sqrt(self.A.shape[1])
+        bound = 1 / math.sqrt(self.A.shape[-1])
         drawn = torch.empty(self.A.shape, device="cpu").uniform_(-bound, bound, generator=generator)
         self.A.copy_(layout(drawn, self.A))
         self.B.zero_()
         if self.magnitude is not None:
-            norms = torch.linalg.vector_norm(layer.gather_base(), dim=1, dtype=self.B.dtype)
+            norms = torch.linalg.vector_norm(layer.gather_base(), dim=-1, dtype=self.B.dtype)
             self.magnitude.copy_(layout(norms, self.magnitude))
 
     @torch.no_grad()
@@ -71,15 +74,15 @@ class LowRank(nn.Module):
         of B it is |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b."""
         with torch.autocast(weight.device.type, enabled=False):
             a, b = self.A, self.B
-            norms = torch.linalg.vector_norm(weight, dim=1, dtype=b.dtype)
-            cross = ((weight @ a.to(weight.dtype).T).to(b.dtype) * b).sum(1)
-            square = norms * norms + 2 * self.scale * cross + self.scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+            norms = torch.linalg.vector_norm(weight, dim=-1, dtype=b.dtype)
+            cross = ((weight @ a.to(weight.dtype).mT).to(b.dtype) * b).sum(-1)
+            square = norms * norms + 2 * self.scale * cross + self.scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
             return square.clamp(min=TINY).sqrt()
 
     def merge_into(self, weight: torch.Tensor) -> torch.Tensor:
         merged = weight.to(self.B.dtype) + self.scale * (self.B @ self.A)
         if self.magnitude is not None:
-            merged *= (self.magnitude / merged.norm(dim=1).clamp(min=TINY))[:, None]
+            merged *= (self.magnitude / merged.norm(dim=-1).clamp(min=TINY)).unsqueeze(-1)
         return merged.to(weight.dtype)
 
 
@@ -139,25 +142,25 @@ class FourBit(nn.Module):
     def record(self) -> NF4:
         return NF4(self.packed, self.absmax, self.code, self.absmax2, self.code2, self.offset, self.shape, self.dtype)
 
-    def dequantise(self) -> torch.Tensor:
-        return dequantise(self.record(), torch.float32)
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return dequantise(self.record(), dtype)
 
 
 class EightBit(nn.Module):
-    """codes int8 [out, in] and scale fp32 [out], the largest absolute weight of each output divided by 127."""
+    """codes int8 [..., out, in] and scale fp32 [..., out], the largest absolute weight of an output divided by 127."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
         self.shape, self.dtype = weight.shape, torch.float32
-        scale = weight.abs().amax(1).float() / 127
+        scale = weight.abs().amax(-1).float() / 127
         if not scale.isfinite().all():
             raise UserError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; int8 has none")
-        codes = (weight.float() / scale.clamp(min=TINY)[:, None]).round()
+        codes = (weight.float() / scale.clamp(min=TINY).unsqueeze(-1)).round()
         self.register_buffer("codes", codes.to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def dequantise(self) -> torch.Tensor:
-        return self.codes.float() * self.scale[:, None]
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return (self.codes.float() * self.scale.unsqueeze(-1)).to(dtype)
 
 
 class EightBitMatmul(torch.autograd.Function):
@@ -214,6 +217,15 @@ class Adapted(nn.Module):
     def device(self) -> torch.device:
         return next(self.buffers(), self._parameters["weight"]).device
 
+    def compress(self, kind: str, double_quant: bool, device=None):
+        """Quantise the weight as `kind` (nf4, int4 or int8), on `device` if one is given; UserError on NaN."""
+        weight = self.weight.detach().to(device or self.device)
+        if kind == "int8":
+            self.quantised = EightBit(weight)
+        else:
+            self.quantised = FourBit((quantise_int4 if kind == "int4" else quantise)(weight, double_quant))
+        self.weight = None
+
     def base_weight(self) -> torch.Tensor:
         """W; a quantised one is dequantised to fp32."""
         return self.kept.detach() if self.quantised is None else self.kept.dequantise()
@@ -240,15 +252,6 @@ class Linear(Adapted):
     def __init__(self, old: nn.Linear):
         super().__init__(old)
         self.register_parameter("bias", old.bias)
-
-    def compress(self, kind: str, double_quant: bool, device=None):
-        """Quantise the weight as `kind` (nf4, int4 or int8), on `device` if one is given; UserError on NaN."""
-        weight = self.weight.detach().to(device or self.device)
-        if kind == "int8":
-            self.quantised = EightBit(weight)
-        else:
-            self.quantised = FourBit((quantise_int4 if kind == "int4" else quantise)(weight, double_quant))
-        self.weight = None
 
     def forward(self, x):
         return self.apply_together(x, [self])[0]
@@ -302,6 +305,46 @@ class Linear(Adapted):
         return y
 
 
+class ExpertLinear(Adapted):
+    """The linear layer of every expert (moe.py): x [n, in], sorted by expert, and offsets [E], where the rows of each
+    expert end -> [n, out]. Experts without a row have an adapter all the same, whose gradient is 0."""
+
+    def forward(self, x, offsets):
+        adapter, y = self.adapter, self.apply_base(x, offsets)
+        if adapter is None:
+            return y
+        low = grouped_mm(F.dropout(x, adapter.dropout, self.training), adapter.A.to(x.dtype), offsets)
+        y = y + adapter.scale * grouped_mm(low, adapter.B.to(low.dtype), offsets)
+        if adapter.magnitude is not None:
+            factor = adapter.magnitude / adapter.merged_norms(self.base_weight())               # [E, out]
+            expert = torch.searchsorted(offsets, torch.arange(len(x), device=x.device), right=True)
+            y = (y * factor[expert]).to(y.dtype)
+        return y
+
+    def apply_base(self, x, offsets):
+        if self.quantised is None:
+            return grouped_mm(x, self.weight, offsets)
+        kind = x.device.type
+        x = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        return CompressedMatmul.apply(x, self.quantised, offsets)
+
+
+class CompressedMatmul(torch.autograd.Function):
+    """The experts' matmuls with weights in few bits, with a gradient for x alone. The weights are dequantised in each
+    pass anew, so that none is kept between the passes."""
+
+    @staticmethod
+    def forward(ctx, x, quantised: FourBit | EightBit, offsets):
+        ctx.quantised = quantised
+        ctx.save_for_backward(offsets)
+        return grouped_mm(x, quantised.dequantise(x.dtype), offsets)
+
+    @staticmethod
+    def backward(ctx, dy):
+        weight, (offsets,) = ctx.quantised.dequantise(dy.dtype), ctx.saved_tensors
+        return grouped_mm(dy.contiguous(), weight.mT, offsets), None, None
+
+
 class Embedding(Adapted):
     """tokens [...] -> their rows [..., D]."""
 
@@ -350,7 +393,7 @@ def count_elements(model: nn.Module) -> tuple[int, int]:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of what can have a low-rank adapter: not the head, whose forward is not called in training."""
     return {path: module for path, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Linear)) and path != "head"}
+            if isinstance(module, (nn.Linear, Linear, moe.ExpertLinear, ExpertLinear)) and path != "head"}
 
 
 def is_tied(model: nn.Module) -> bool:
@@ -365,7 +408,8 @@ def replace_layer(model: nn.Module, path: str) -> Adapted:
     if path == "head":
         new = Head(old, replace_layer(model, "embed_tokens") if is_tied(model) else None)
     else:
-        new = (Embedding if isinstance(old, nn.Embedding) else Linear)(old)
+        kinds = {nn.Embedding: Embedding, moe.ExpertLinear: ExpertLinear}
+        new = kinds.get(type(old), Linear)(old)
     model.set_submodule(path, new)
     return new
 
@@ -383,7 +427,7 @@ def add_adapter(model: nn.Module, name: str, settings: dict[str, dict]):
     model.requires_grad_(False)
     for path, own in settings.items():
         layer = replace_layer(model, path)
-        layer.adapters[name] = (LowRank if isinstance(layer, Linear) else TableRows)(layer, **own)
+        layer.adapters[name] = (LowRank if isinstance(layer, (Linear, ExpertLinear)) else TableRows)(layer, **own)
     if "embed_tokens" in settings and is_tied(model):
         replace_layer(model, "head")
     activate(model, name)

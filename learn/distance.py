@@ -70,7 +70,7 @@ def square_adapters(layers):
         if isinstance(adapter, adapters.LowRank) and adapter.magnitude is None:
             # |B A|^2 = sum (B^T B) * (A A^T): no matrix of the weight's size is made.
             a, b = adapter.A.double(), adapter.B.double()
-            yield path, adapter.scale**2 * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).item()
+            yield path, adapter.scale**2 * ((b.mT @ b) * (a @ a.mT)).sum().clamp(min=0).item()
         else:
             weight = layer.gather_base()
             weight = weight.to(upcast_dtype(weight))

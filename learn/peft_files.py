@@ -1,5 +1,10 @@
-"""Adapters as PEFT's files, adapter_config.json and adapter_model.safetensors: ours for PEFT, and PEFT's for us."""
+"""Adapters as PEFT's files, adapter_config.json and adapter_model.safetensors: ours for PEFT, and PEFT's for us.
 
+Adapters on experts are written with the names of the linear layers that each expert has in files of models, as PEFT
+writes them with transformers 4: PEFT reads them with 4 and, which has all experts in two tensors, with 5.
+"""
+
+import math
 import re
 import reprlib
 import time
@@ -13,9 +18,10 @@ import hf
 from core.errors import UserError
 from core.files import FolderKind, new_folder, write_json
 from core.foreign_files import list_tensors, own_file, read_tensor
-from core.parameter_names import from_hf_name, to_hf_name
+from core.parameter_names import from_hf_name, list_parts, of_all_experts, split_experts, to_hf_name
 from core.settings_files import read_settings
 from learn import adapters
+from learn.fused_experts import split_fused
 
 PREFIX = "base_model.model."                 # of every key in PEFT's files
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -29,22 +35,32 @@ UNTIE = "untie the base first (tie_word_embeddings false and an lm_head.weight)"
 HARMLESS = {
     "fan_in_fan_out": (False, None), "lora_bias": (False, None), "use_qalora": (False, None), "bias": ("none", None),
     "layer_replication": (None, []), "alora_invocation_tokens": (None,), "use_bdlora": (None, False),
-    "arrow_config": (None,), "kasa_config": (None,), "target_parameters": (None, []),
+    "arrow_config": (None,), "kasa_config": (None,),
     # PEFT's other initialisations of A and B change the base's weights too, and the file does not hold those.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
+def weight_shape(layer: nn.Module) -> torch.Size:
+    return (layer.kept if isinstance(layer, adapters.Adapted) else layer.weight).shape
+
+
+def list_modules(model: nn.Module, path: str, layer: nn.Module) -> dict[str, str]:
+    """{part: what PEFT calls it} of the layer at `path`: itself, or the layers of its experts."""
+    return {part: to_hf_name(part, model.config.family) for part in list_parts(path, weight_shape(layer)[0])}
+
+
 def peft_names(model: nn.Module) -> dict[str, str]:
-    """{parameter of the active adapter: its key in PEFT's file}"""
-    return {f"{path}.adapters.{layer.active_name}.{leaf}": PREFIX + to_hf_name(path) + suffix
+    """{parameter of the active adapter, or part of one for each expert: its key in PEFT's file}"""
+    return {f"{part}.adapters.{layer.active_name}.{leaf}": PREFIX + module + suffix
             for path, layer in adapters.active_layers(model)
+            for part, module in list_modules(model, path, layer).items()
             for leaf, suffix in layer.adapter.peft_suffixes.items() if getattr(layer.adapter, leaf) is not None}
 
 
 def peft_state(model: nn.Module, weights: dict | None = None) -> dict[str, torch.Tensor]:
     """{PEFT's key: tensor on the CPU} of the active adapter. weights: {our name: full tensor} of a sharded model."""
-    weights = dict(model.named_parameters()) if weights is None else weights
+    weights = split_experts(dict(model.named_parameters()) if weights is None else weights)
     state = {key: weights[name].detach().cpu().clone() for name, key in peft_names(model).items()}
     if EMBEDDING_KEY in state and HEAD_KEY not in state:
         # The head is tied to the embedding. PEFT writes both tensors and expects both.
@@ -63,7 +79,7 @@ def load_peft_state(model: nn.Module, tensors: dict[str, torch.Tensor]):
     if odd := sorted(tensors.keys() ^ keys):
         raise UserError(f"the adapter's tensors are not those the model expects: "
                          f"{'left over' if odd[0] in tensors else 'missing'} is {odd[0]}, and {len(odd) - 1} more")
-    parameters = dict(model.named_parameters())
+    parameters = split_experts(dict(model.named_parameters()))
     for name, key in names.items():
         if tensors[key].shape != parameters[name].shape:
             raise UserError(f"{key} has shape {list(tensors[key].shape)}, but the base makes it "
@@ -87,7 +103,8 @@ def shorten_paths(values: dict[str, object]) -> dict[str, object]:
 def peft_config(model: nn.Module, base) -> dict:
     """adapter_config.json of the active adapter. base: a Base or a name."""
     name, revision = hf.split_name(base)
-    active = {to_hf_name(path): layer.adapter for path, layer in adapters.active_layers(model)}
+    active = {module: layer.adapter for path, layer in adapters.active_layers(model)
+              for module in list_modules(model, path, layer).values()}
     low_rank = {path: adapter for path, adapter in active.items() if isinstance(adapter, adapters.LowRank)}
     rows = {path.rpartition(".")[2]: adapter.token_ids for path, adapter in active.items() if path not in low_rank}
     full = [path for path, token_ids in rows.items() if token_ids is None]
@@ -97,15 +114,20 @@ def peft_config(model: nn.Module, base) -> dict:
         """(the commonest value, which becomes the default, {path: value} of the others, PEFT's pattern)"""
         common = Counter(values.values()).most_common(1)[0][0]
         return common, {path: value for path, value in shorten_paths(values).items() if value != common}
-    rank, rank_pattern = find_common({path: adapter.rank for path, adapter in low_rank.items()})
-    alpha, alpha_pattern = find_common({path: adapter.alpha for path, adapter in low_rank.items()})
-    targets = shorten_paths({path: path in low_rank for path in map(to_hf_name, adapters.linear_layers(model))})
     one = next(iter(low_rank.values()))
+    # Where PEFT puts the adapters of two matrices of an expert into one, it doubles rank and alpha, which is right for
+    # alpha / r alone: rsLoRA's scale is written as an alpha that gives it.
+    is_rescaled = one.rslora and any(adapter.A.ndim == 3 for adapter in low_rank.values())
+    rank, rank_pattern = find_common({path: adapter.rank for path, adapter in low_rank.items()})
+    alpha, alpha_pattern = find_common({path: adapter.alpha * (math.sqrt(adapter.rank) if is_rescaled else 1)
+                                        for path, adapter in low_rank.items()})
+    targets = shorten_paths({module: module in low_rank for path, layer in adapters.linear_layers(model).items()
+                             for module in list_modules(model, path, layer).values()})
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision or None,
         "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": one.dropout,
         "target_modules": sorted(path for path, is_target in targets.items() if is_target),
-        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_rslora": one.rslora,
+        "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "use_rslora": one.rslora and not is_rescaled,
         "use_dora": one.magnitude is not None, "bias": "none", "fan_in_fan_out": False, "modules_to_save": full or None,
         "trainable_token_indices": some or None, "ensure_weight_tying": bool(full) and adapters.is_tied(model),
         "init_lora_weights": True, "inference_mode": True}
@@ -128,7 +150,7 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
     settings, file = read_adapter_settings(folder / CONFIG), folder / TENSORS
     if own_file(file) is None:
         raise UserError(f"{file} does not exist; an adapter_model.bin is not read, save it anew with PEFT")
-    tensors = {key: read_tensor(key, file, None) for key in list_tensors(file)}
+    tensors, fused = split_fused({key: read_tensor(key, file, None) for key in list_tensors(file)}, model, settings)
     if tied and EMBEDDING_KEY in tensors and HEAD_KEY not in tensors and not settings.get("ensure_weight_tying"):
         raise UserError(f"{folder} trains the embedding and leaves the head as it was (no ensure_weight_tying), but "
                         f"the base's head is its embedding; {UNTIE}")
@@ -140,16 +162,22 @@ def load_adapter(model: nn.Module, folder, name: str = "default") -> dict:
         # The end is that of a layer's A, with which B and m come, of a full table, or of some rows of one.
         module, end = re.fullmatch(r"(.*?)(\.lora_A\.weight|\.weight|\.token_adapter\.\w+|)", key.removeprefix(PREFIX),
                                    re.DOTALL).groups()
-        path = from_hf_name(module)
+        part = from_hf_name(module) or module
+        path = of_all_experts(part)
         if end == ".lora_A.weight" and path in known:
             check_pair(key, tensors, known[path], settings, folder)
-            chosen[path], modules[path] = {"rank": len(tensor), **same}, module
+            if chosen.setdefault(path, {"rank": len(tensor), **same})["rank"] != len(tensor):
+                raise UserError(f"{key} has rank {len(tensor)}, and other experts of its layer have "
+                                f"{chosen[path]['rank']}; here they all have the same")
+            modules[part] = fused.get(module, module)
         elif key == EMBEDDING_KEY or (key == HEAD_KEY and not tied):
             chosen[path] = {"token_ids": None}
         elif end.startswith(".token_adapter"):
             chosen[path] = {"token_ids": find_token_ids(key, module, path, tensor, model, settings, folder)}
-    for path, alpha in find_alphas(modules, settings, folder).items():
-        chosen[path]["alpha"] = alpha
+    for part, alpha in find_alphas(modules, settings, folder).items():
+        if chosen[of_all_experts(part)].setdefault("alpha", alpha) != alpha:
+            raise UserError(f"{folder / CONFIG} gives experts of one layer different alphas; here they all have the "
+                            f"same")
     adapters.add_adapter(model, name, chosen)
     load_peft_state(model, tensors)
     return settings
@@ -172,7 +200,7 @@ def check_pair(key: str, tensors: dict, layer: nn.Module, settings: dict, folder
     """UserError where the A at `key` and its B are not of this layer, or of no rank that the settings name: before
     parameters are made for them."""
     ranks = {settings["r"], *(settings.get("rank_pattern") or {}).values()}
-    out, width = (layer.kept if isinstance(layer, adapters.Linear) else layer.weight).shape
+    out, width = weight_shape(layer)[-2:]
     names = key, key.replace(".lora_A.", ".lora_B.")
     shapes = {name: list(tensors[name].shape) for name in names if name in tensors}
     rank = sum(shapes[key][:1])

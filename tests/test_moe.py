@@ -8,9 +8,11 @@ import torch
 from runs import lines, settings
 
 import hf
+import lora
 import moe
 import train
 from core.parallel import World
+from kernels.nf4 import LEVELS
 from model import Model, ModelConfig, matmul_flops_per_token
 
 CASES = {"mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -118,9 +120,9 @@ def test_a_run_trains_it_and_exports_what_transformers_reads(lab, tmp_path, quic
     before, after = hf.load(base), hf.load(tmp_path / "run/final")
     moved = {name for (name, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
     if "--lora.rank" in words:
-        # Adapters stand on nn.Linear alone: the experts and the router stay as they are.
-        assert moved == {name for name in moved if "self_attn" in name}
-        assert moved
+        # Adapters stand on all linear layers, those of the experts among them; the router stays as it is.
+        assert moved == {name for name, _ in before.named_parameters() if name.endswith("_proj.weight")}
+        assert sum(".experts." in name for name in moved) == 2 * 3
     else:
         assert moved == {name for name, _ in before.named_parameters()}
         assert all(line["router_balance"] >= 2 - 1e-3 and line["router_z"] > 0 for line in logged)
@@ -129,3 +131,42 @@ def test_a_run_trains_it_and_exports_what_transformers_reads(lab, tmp_path, quic
     assert type(theirs).__name__ == "MixtralForCausalLM"
     with torch.no_grad():
         assert (theirs(tokens).logits - after.eval().head(after(tokens))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", False), ("nf4", True), ("int4", True), ("int8", True)])
+def test_experts_in_few_bits(lab, tmp_path, kind, double):
+    """Logits and gradients of the adapters against the dequantised weights in float64; NF4's levels by brute force."""
+    folder = make_base(lab, tmp_path / "base")
+    config = lora.LoraConfig(rank=4, base=kind, double_quant=double)
+    ours, truth = hf.load(folder), hf.load(folder, dtype=torch.float64)
+    weight = ours.layers[0].mlp.experts.up_proj.weight.detach().clone()
+    lora.attach(ours, config, seed=0)
+    lora.attach(truth, lora.LoraConfig(rank=4), seed=0)
+    layers = dict(lora.adapters.adapted_layers(truth))
+    kept = dict(ours.named_parameters())
+    with torch.no_grad():
+        for path, layer in lora.adapters.adapted_layers(ours):
+            assert layer.quantised is not None, path
+            layers[path].weight.copy_(layer.quantised.dequantise(torch.float64))
+        for i, (name, p) in enumerate(truth.named_parameters()):
+            if ".adapters." in name:
+                p.copy_(draw(*p.shape, seed=i) * 0.1)
+                kept[name].copy_(p)
+    experts = ours.layers[0].mlp.experts.up_proj
+    assert not any(".experts." in name and name.endswith(".weight") for name in kept)
+    assert sum(buffer.nbytes for buffer in experts.quantised.buffers()) < 1.3 * weight.numel() + 2000
+    if kind == "nf4" and not double:
+        blocks, levels = weight.flatten().view(-1, 64), torch.tensor(LEVELS)
+        largest = blocks.abs().amax(1, keepdim=True)
+        nearest = ((blocks / largest).unsqueeze(-1) - levels).abs().argmin(-1)
+        assert torch.equal(experts.quantised.dequantise(), (levels[nearest] * largest).view_as(weight))
+    tokens = torch.randint(0, 300, (2, 21), generator=torch.Generator().manual_seed(2))
+    for model in (ours, truth):
+        model.scores = model.head(model(tokens))
+        model.scores.square().mean().backward()
+    assert (ours.scores - truth.scores).abs().max() < 1e-5 * truth.scores.abs().max()
+    compared = [(p.grad, kept[name].grad) for name, p in truth.named_parameters() if p.grad is not None]
+    assert len(compared) == 2 * 2 * 7
+    for true, mine in compared:
+        assert 0 < (mine - true).abs().max() + true.abs().max() < 1e9
+        assert (mine - true).abs().max() <= 1e-4 * true.abs().max()
