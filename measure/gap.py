@@ -130,6 +130,12 @@ def measure_overlap(domain: np.ndarray, general: np.ndarray) -> float:
     return float(np.isin(types, general).mean())
 
 
+def take(parts: list[np.ndarray], size: int) -> np.ndarray:
+    """About `size` tokens: the beginning of each part, in proportion to its length."""
+    total = sum(map(len, parts))
+    return np.concatenate([ids[:-(-len(ids) * size // total)] for ids in parts])
+
+
 def measure_divergence(a: list[str], b: list[str], n: int) -> float:
     """The Jensen-Shannon divergence, 0 to 1 bit, of the n-grams of words in two lists of texts."""
     sides = [np.unique(np.concatenate([np.zeros(0, np.uint64), *duplicates.hash_ngrams(
@@ -148,7 +154,9 @@ def measure_divergence(a: list[str], b: list[str], n: int) -> float:
 def combine(sources: dict[str, dict]) -> dict:
     """The figures of a side, its sources weighed by their volume."""
     def mean(key, by):
-        weight = [found[by] or found["sample_tokens"] for found in sources.values()]
+        weight = [found[by] for found in sources.values()]
+        if None in weight:
+            weight = [found[f"sample_{by}"] for found in sources.values()]
         return sum(found[key] * n for found, n in zip(sources.values(), weight)) / sum(weight)
     volumes = [found["tokens"] for found in sources.values()]
     nats, copies = mean("nats_per_token", "tokens"), mean("exact_copies", "tokens") + mean("near_copies", "tokens")
@@ -175,7 +183,7 @@ def measure(model, tokenizer, domain: dict[str, Sample], general: dict[str, Samp
             except UserError as error:
                 raise UserError(f"--{side} {name}: {error}") from None
             own[name] |= score_source(model, tokenizer, sample.texts, tokens // len(samples), seed) | {"side": side}
-            ids[side] = np.concatenate([ids.get(side, np.zeros(0, np.int64)), counted])
+            ids.setdefault(side, []).append(counted)
         sides[side], sources = combine(own), sources | own
     texts = {side: [text for sample in samples.values() for text in sample.texts]
              for side, samples in (("domain", domain), ("general", general))}
@@ -183,14 +191,15 @@ def measure(model, tokenizer, domain: dict[str, Sample], general: dict[str, Samp
         sides["domain"] |= {"tokens": round(declared), "counted": False}
     own, others = texts["domain"], texts["general"]
     # A sample shares few of a large vocabulary's types even with another sample of the same text. So the overlap is
-    # judged by that of general text with itself, in samples of one size.
-    half = ids["general"][len(ids["general"]) // 2:]
-    size = max(1, min(len(ids["domain"]), len(ids["general"]) - len(half)))
-    itself = measure_overlap(ids["general"][:size], half)
-    compared = measure_overlap(ids["domain"][:size], half)
+    # judged by that of general text with itself, in samples of one size: a half of each general source with the other.
+    first, half = [each[:max(1, len(each) // 2)] for each in ids["general"]], np.concatenate(
+        [each[len(each) // 2:] for each in ids["general"]])
+    whole = {side: np.concatenate(parts) for side, parts in ids.items()}
+    size = min(len(whole["domain"]), sum(map(len, first)))
+    itself, compared = (measure_overlap(take(parts, size), half) for parts in (first, ids["domain"]))
     languages = sides["domain"]["language"], sides["general"]["language"]
     return {**sides, "sources": sources,
-            "vocabulary_overlap": measure_overlap(ids["domain"], ids["general"]),
+            "vocabulary_overlap": measure_overlap(whole["domain"], whole["general"]),
             "overlap_within_general": itself, "relative_overlap": min(1.0, compared / itself) if itself else 0.0,
             "perplexity_ratio": sides["domain"]["perplexity"] / sides["general"]["perplexity"],
             "bits_per_byte_ratio": sides["domain"]["bits_per_byte"] / sides["general"]["bits_per_byte"],

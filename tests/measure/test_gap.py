@@ -118,6 +118,32 @@ def test_overlap_is_judged_by_that_of_general_text_with_itself(pair, monkeypatch
     assert found["vocabulary_overlap"] == 2 / 5
 
 
+def test_the_order_of_sources_changes_no_overlap(pair, monkeypatch):
+    """General text is a and b, the domain is text as a is: half of a has the types of the other half, whichever source
+    is named first. Of a long domain of a and c the compared part has as much of each as the whole."""
+    model, tok = hf.load(pair[0]), tokenizers.load(pair[0])
+    ids = {"a": [10, 11] * 20, "b": [20, 21] * 20, "c": [30, 31] * 20}
+    monkeypatch.setattr(tok, "encode_batch", lambda texts: [np.array(ids[text]) for text in texts])
+    samples = {name: Sample([name], 1, True, 1) for name in ids}
+
+    def overlap(domain, general):
+        found = gap.measure(model, tok, *({name + side: samples[name] for name in names} for side, names in (
+            ("d", domain), ("g", general))), 5, 0)
+        return found["overlap_within_general"], found["relative_overlap"]
+    assert overlap("a", "ab") == overlap("a", "ba") == (1, 1)
+    assert overlap("ac", "a") == overlap("ca", "a") == (1, 0.5)
+
+
+def test_a_source_without_a_size_is_weighed_as_the_others_are():
+    """Of a Hub dataset nothing says how large it is: then each source counts by its sample."""
+    row = {"nats_per_token": 1.0, "bits_per_byte": 1.0, "exact_copies": 0.0, "near_copies": 0.0, "tokens_per_byte": 0.5,
+           "tokens_per_word": 2.0, "spelt_in_bytes": 0.0, "unknown": 0.0, "language": "en", "counted": False,
+           "bytes": 8e9, "tokens": 4e9, "sample_bytes": 2000, "sample_tokens": 1000}
+    found = gap.combine({"file": row, "hub": row | {"bytes": None, "tokens": None, "bits_per_byte": 3.0,
+                                                    "nats_per_token": 2.0}})
+    assert (found["tokens"], found["bits_per_byte"], found["perplexity"]) == (None, 2, pytest.approx(math.exp(1.5)))
+
+
 def test_a_source_without_text_is_one_line(pair):
     model, tok = hf.load(pair[0]), tokenizers.load(pair[0])
     with pytest.raises(UserError, match="--domain law: it has no text"):
