@@ -1,7 +1,8 @@
 """Whether an answer that a model wrote is the right one: what of it counts, and what is let pass.
 
 The rules are lm-evaluation-harness' (0.4.13) for the tasks triviaqa, gsm8k and minerva_math, the last without its
-symbolic comparison: there two answers are equal where they are written alike once both are normalised.
+symbolic comparison: there two answers are equal where they are written alike once both are normalised, which also
+makes one of \\frac12, 1/2 and 0.5.
 """
 
 import functools
@@ -54,12 +55,12 @@ def judge_gsm8k(completion: str, accepted: tuple[str, ...]) -> dict[str, bool]:
 
 
 def judge_math(completion: str, accepted: tuple[str, ...]) -> dict[str, bool]:
-    """Whether the final answer is what the solution, which is `accepted`, has in its last box."""
-    found = FINAL_ANSWER.search(completion + "I hope it is correct.")
-    boxed = find_boxed(accepted[0])
-    given = found[1].strip() if found else find_boxed(completion)
-    return {"exact_match": given is not None and boxed is not None and
-            simplify(normalise(given)) == simplify(normalise(boxed))}
+    """exact_match: whether the sentence with the final answer, as the examples have it, says what the solution, which
+    is `accepted`, has in its last box; flexible_match: without such a sentence the completion's last box counts."""
+    sentence, boxed = FINAL_ANSWER.search(completion + "I hope it is correct."), find_boxed(accepted[0])
+    given = sentence[1].strip() if sentence else find_boxed(completion)
+    is_right = None not in (given, boxed) and simplify(normalise(given)) == simplify(normalise(boxed))
+    return {"exact_match": is_right and sentence is not None, "flexible_match": is_right}
 
 
 def find_boxed(text: str) -> str | None:

@@ -287,12 +287,12 @@ TASKS = {
     "math": Task("math", "generate", (
         Form("problem solution", "Problem:\n{problem}\n\nSolution:", lambda r: (r["solution"],),
              part=lambda r: r.get("type") or r.get("subject") or ""),),
-        ("exact_match",), ("EleutherAI/hendrycks_math", "algebra counting_and_probability geometry "
+        ("exact_match", "flexible_match"), ("EleutherAI/hendrycks_math", "algebra counting_and_probability geometry "
                            "intermediate_algebra number_theory prealgebra precalculus", "test"),
-        fixed=MATH_EXAMPLES, shots=4, stop=("Problem:",), max_new_tokens=512, rule="math"),
+        fixed=MATH_EXAMPLES, shots=4, stop=("Problem:",), rule="math", version=2),
     "humaneval": Task("coding", "generate", (Form("task_id prompt test entry_point", "{prompt}"),), ("pass_at_1",),
-                      ("openai/openai_humaneval", None, "test"), delimiter="", max_new_tokens=512, rule="program",
-                      stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint")),
+                      ("openai/openai_humaneval", None, "test"), delimiter="", max_new_tokens=1024, rule="program",
+                      stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), version=2),
     "mbpp": Task("coding", "generate", (Form("task_id text test_list", mbpp_context),), ("pass_at_1",),
                  ("google-research-datasets/mbpp", "full", "test"), fixed=MBPP_EXAMPLES, shots=3, delimiter="",
                  stop=("[DONE]",), rule="program"),

@@ -93,12 +93,15 @@ def test_boxes_of_math():
         assert answers.find_boxed(text) == inside, text
 
 
-@pytest.mark.parametrize(("completion", "is_right"), [
-    (r" It is $\boxed{\frac12}$." "\nFinal Answer: The final answer is $\\frac{1}{2}$. I hope it is correct.", True),
-    ("Final Answer: The final answer is $0.5$. I hope it is correct.", True), (r"So $\boxed{1/2}$", True),
-    ("Final Answer: The final answer is $.5$. I hope it is correct.", True), (r"\boxed{\dfrac{1}{2}}", True),
-    ("0.5", False),
-    ("Final Answer: The final answer is $2$. I hope it is correct.", False), (r"\boxed{-\frac{1}{2}}", False)])
-def test_a_half(completion, is_right):
+FINAL = "Final Answer: The final answer is $%s$. I hope it is correct."
+
+
+@pytest.mark.parametrize(("completion", "strict", "flexible"), [
+    (r" It is $\boxed{\frac12}$." "\n" + FINAL % r"\frac{1}{2}", True, True), (FINAL % "0.5", True, True),
+    (r"So $\boxed{1/2}$", False, True), (FINAL % ".5", True, True), (r"\boxed{\dfrac{1}{2}}", False, True),
+    ("0.5", False, False), (FINAL % "2", False, False), (r"\boxed{-\frac{1}{2}}", False, False),
+    (r"So $\boxed{1/2}$. " + FINAL % "2", False, False)])
+def test_a_half(completion, strict, flexible):
     """Worked by hand: the box of the solution holds a half."""
-    assert answers.judge_math(completion, (r"thus \boxed{\frac{1}{2}}.",)) == {"exact_match": is_right}
+    assert answers.judge_math(completion, (r"thus \boxed{\frac{1}{2}}.",)) == {
+        "exact_match": strict, "flexible_match": flexible}

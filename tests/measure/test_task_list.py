@@ -1,8 +1,11 @@
 """The declared benchmarks. Truth: records as they stand in the authors' files, and the prompts written out by hand."""
 
 import ast
+import re
 from pathlib import Path
 
+import jinja2.meta
+import lm_harness
 import pytest
 
 from measure.task_list import TASKS, cut_pages, detokenise
@@ -88,6 +91,39 @@ def test_the_examples_are_those_of_the_papers():
     mbpp = read_examples("mbpp/utils.py")
     assert [item.answer for item in TASKS["mbpp"].fixed] == [f"{r['code']}\n[DONE]" for r in mbpp]
     assert [item.context for item in TASKS["mbpp"].fixed] == [make_item("mbpp", r).context for r in mbpp]
+
+
+def read_columns(name: str) -> set[str]:
+    """The columns of a dataset that lm-evaluation-harness' own file of a task reads, in its templates or its functions.
+    """
+    settings, found = lm_harness.read_task(name, resolve=False), set()
+    for key in ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results"):
+        value = str(settings.get(key))
+        if (module := Path(value.rpartition(".")[0] + ".py")).is_file():
+            found |= set(re.findall(r"""\bdoc\[["'](\w+)["']\]""", module.read_text()))
+        else:
+            found |= jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(value)) | {value}
+    return found
+
+
+@pytest.mark.parametrize("name", lm_harness.FILES)
+def test_the_source_on_the_hub_is_that_of_the_harness(name):
+    """Dataset, configuration, split, the split of the examples, and the columns that one of the forms asks for."""
+    theirs, task = lm_harness.read_task(name, resolve=False), TASKS[name]
+    dataset, configs, split = task.hub
+    config = theirs.get("dataset_name")
+    assert (dataset, split) == (theirs["dataset_path"], theirs.get("test_split") or theirs["validation_split"])
+    # Its tasks of subjects, which are configurations of one dataset, are one task here.
+    assert configs == "all" if name == "mmlu" else config in (configs or "").split() or config == configs
+    if task.examples:
+        assert task.examples == theirs.get("fewshot_split", theirs.get("training_split"))
+    columns, ours = read_columns(name), [set(form.columns.split()) for form in task.forms]
+    assert any(own - {"task_id", "subject"} <= columns for own in ours), (columns, ours)
+
+
+def test_tasks_of_the_harness_are_checked():
+    """But for CaseHOLD, which it has not."""
+    assert {name for name in TASKS if name not in ("mmlu_medicine", "mmlu_law")} - {*lm_harness.FILES} == {"casehold"}
 
 
 @pytest.mark.slow
