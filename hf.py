@@ -44,14 +44,20 @@ from core.foreign_files import (
     read_tensor,
 )
 from core.output import escape
-from core.parameter_names import from_hf_name, is_of_experts, list_parts, split_experts, to_hf_name
+from core.parameter_names import (
+    OF_OBJECTIVE,
+    base_parameters,
+    from_hf_name,
+    is_of_experts,
+    list_parts,
+    split_experts,
+    to_hf_name,
+)
 from core.settings_files import read_settings
 from model import Model
 
 # The bytes of a file that its fingerprint reads: all of up to 64 MB, else so many pieces of a MB, evenly spaced.
 PIECES, PIECE = 64, 1 << 20
-# How the names of the modules begin that an objective gives a model in training; a model folder holds none of them.
-OF_OBJECTIVE = "objective."
 # The model folder that `save` writes; every card says who made it.
 FOLDER = FolderKind("model folder", (
     "*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "README.md",
@@ -217,7 +223,7 @@ def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
     ask this before memory is taken for what a config.json says and the files do not hold."""
     files, family = {}, model.config.family
     wanted = {part: p.shape[1:] if is_of_experts(name) else p.shape for name, p in base_parameters(model).items()
-              for part in list_parts(name, len(p))}
+              for part in list_parts(name, p.shape[0])}
     for hf_name, file in tensor_files(folder).items():
         if (name := from_hf_name(hf_name)) in files:
             raise UserError(f"{folder} holds one tensor twice, as {name_some([files[name][0], hf_name])}")
@@ -236,19 +242,13 @@ def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
     return files
 
 
-def base_parameters(model: Model) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of what a folder of the base holds: neither adapters nor modules of an objective."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: p for name, p in named if ".adapters." not in name and not name.startswith(OF_OBJECTIVE)}
-
-
 @torch.no_grad()
 def fill(model: Model, folder: Path, layout=lambda full, parameter: full):
     """Copy its tensor in `folder` into every parameter of the base; UserError as in `find_weights`, and where values
     are not finite. layout(full, parameter) gives the part of a full tensor that a shard holds."""
     check_tied_head(model.config, dict(find_weights(model, folder).values()), folder)
-    for _, parameter, full in read_weights(model, folder):
-        parameter.copy_(layout(full, parameter))
+    for _, place, full in read_weights(model, folder):
+        place.fill(full, layout) if isinstance(place, torch.nn.Module) else place.copy_(layout(full, place))
 
 
 def read_weights(model: Model, folder: Path):
@@ -258,7 +258,7 @@ def read_weights(model: Model, folder: Path):
         # A tied head is the embedding, and may be absent.
         if name in files or is_of_experts(name):
             shape = parameter.shape[1:] if is_of_experts(name) else parameter.shape
-            parts = [read_tensor(*files[part], shape, parameter.dtype) for part in list_parts(name, len(parameter))]
+            parts = [read_tensor(*files[part], shape, parameter.dtype) for part in list_parts(name, parameter.shape[0])]
             yield name, parameter, torch.stack(parts) if is_of_experts(name) else parts[0]
     load_pickle.cache_clear()
 

@@ -119,8 +119,6 @@ def attach(model: nn.Module, config: LoraConfig, seed: int, device=None):
         for table in ["embed_tokens"] if adapters.is_tied(model) else ["embed_tokens", "head"]:
             chosen[table] = {"token_ids": token_ids}
     if config.base != "plain":
-        if on_meta:
-            raise UserError(f"lora.base {config.base}: quantised weights are not sharded; use --parallel.strategy ddp")
         for path in adapters.linear_layers(model):
             adapters.replace_layer(model, path).compress(config.base, config.double_quant, device)
     adapters.add_adapter(model, "default", chosen)
@@ -154,7 +152,7 @@ def trainable_share(model: nn.Module) -> str:
     if any(isinstance(module, moe.Router) for module in model.modules()):
         text += "; the router of the experts is frozen"
     if quantised:
-        size = sum(buffer.nbytes for weight in quantised for buffer in weight.buffers())
+        size = sum(tensor.nbytes for weight in quantised for tensor in weight.state_dict().values())
         elements = sum(weight.shape.numel() for weight in quantised)
         text += f"; {size / 1e6:,.1f} MB of quantised weights, {8 * size / elements:.2f} bits each"
     return text

@@ -6,6 +6,8 @@ import re
 
 import torch
 
+# How the names of the modules begin that an objective gives a model in training; a model folder holds none of them.
+OF_OBJECTIVE = "objective."
 # What Mixtral calls the layers of an expert, and what we and Qwen3-MoE do.
 MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 FROM_MIXTRAL = re.compile(r"\.block_sparse_moe(\.experts\.\d+)?\.(\w+)(?=\.|$)")
@@ -56,3 +58,13 @@ def split_experts(tensors: dict[str, torch.Tensor], copy: bool = False) -> dict[
         else:
             parts[name] = tensor
     return parts
+
+
+def base_parameters(model: torch.nn.Module) -> dict:
+    """{name: parameter} of what a folder of the base holds: neither adapters nor modules of an objective. A weight that
+    is kept in few bits (learn/quantised.py) is a module with the shape and dtype of the weight, and fills itself."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in named if ".adapters." not in name and ".quantised." not in name
+            and not name.startswith(OF_OBJECTIVE)} | {
+        name.replace("quantised", "weight"): module for name, module in model.named_modules()
+        if name.endswith(".quantised")}

@@ -69,10 +69,10 @@ def dynamic_levels() -> torch.Tensor:
     """
     levels = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
         fractions = (10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         levels += fractions + [-x for x in fractions]
-    return torch.tensor(sorted(levels), dtype=torch.float32)
+    return torch.tensor(sorted(levels), dtype=torch.float32, device="cpu")
 
 
 def middles(levels: torch.Tensor) -> torch.Tensor:
@@ -206,7 +206,7 @@ def quantise(weight: torch.Tensor, double_quant: bool = True) -> NF4:
     if use_triton(flat):
         launch(quantise_kernel, (-(-len(absmax) // QUANTISE["ROWS"]),), flat, middles(code), packed, absmax, len(flat),
                len(packed), **QUANTISE)
-    else:
+    elif not flat.is_meta:
         reference_quantise(flat, code, packed, absmax)
     if not absmax.is_meta and not absmax.isfinite().all():
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; NF4 cannot keep it")

@@ -6,11 +6,7 @@
 A layer of ours holds the parameters of the one it replaces, under the same names, so that loading, sharding and saving
 a base need not know of adapters. A layer may have several, `adapters.NAME`, in fp32 or wider; at most one is active.
 
-W may be kept in few bits, and is turned back into floating point whenever the layer computes (QLoRA, 2305.14314):
-
-    nf4    4 bits: 16 levels at quantiles of the normal distribution, kernels/nf4.py
-    int4   4 bits: 15 evenly spaced levels in the same record, so that the same kernels read it
-    int8   8 bits: integers times one scale per output: LLM.int8() (2208.07339) without its fp16 part for outliers
+W may be kept in few bits (learn/quantised.py), and is turned back into floating point whenever the layer computes.
 
 Shapes: x [..., in], W [out, in], A [r, in], B [out, r], m [out]; a table (embedding or head) [V, D], n trained rows.
 A layer of E experts has an adapter in each: W [E, out, in], A [E, r, in], B [E, out, r], m [E, out].
@@ -19,7 +15,6 @@ A layer of E experts has an adapter in each: W [E, out, in], A [E, r, in], B [E,
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +22,8 @@ from torch import nn
 
 import moe
 from core.errors import UserError
-from kernels import NF4, dequantise, grouped_mm, lora_linear, quantise
-from kernels.nf4 import BLOCK
-
-# The divisor where all weights of a block, or of a row, are 0.
-TINY = torch.finfo(torch.float32).tiny
+from kernels import grouped_mm, lora_linear
+from learn.quantised import TINY, CompressedMatmul, EightBit, EightBitMatmul, FourBit, full_tensor
 
 # ---- what is trained. Each kind of adapter has three things:
 # peft_suffixes                          {parameter: end of its key in PEFT's file}
@@ -128,71 +120,6 @@ class TableRows(nn.Module):
         return torch.where((slot >= 0).unsqueeze(-1), trained, F.embedding(tokens, weight))
 
 
-# ---- weights in few bits
-
-class FourBit(nn.Module):
-    """The tensors of an NF4 record (kernels/nf4.py) as buffers, so that they move between devices with the model."""
-
-    def __init__(self, record: NF4):
-        super().__init__()
-        self.shape, self.dtype = record.shape, record.dtype
-        for name in ("packed", "absmax", "code", "absmax2", "code2", "offset"):
-            self.register_buffer(name, getattr(record, name))
-
-    def record(self) -> NF4:
-        return NF4(self.packed, self.absmax, self.code, self.absmax2, self.code2, self.offset, self.shape, self.dtype)
-
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return dequantise(self.record(), dtype)
-
-
-class EightBit(nn.Module):
-    """codes int8 [..., out, in] and scale fp32 [..., out], the largest absolute weight of an output divided by 127."""
-
-    def __init__(self, weight: torch.Tensor):
-        super().__init__()
-        self.shape, self.dtype = weight.shape, torch.float32
-        scale = weight.abs().amax(-1).float() / 127
-        if not scale.isfinite().all():
-            raise UserError(f"a weight of shape {tuple(weight.shape)} has NaN or infinite values; int8 has none")
-        codes = (weight.float() / scale.clamp(min=TINY).unsqueeze(-1)).round()
-        self.register_buffer("codes", codes.to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return (self.codes.float() * self.scale.unsqueeze(-1)).to(dtype)
-
-
-class EightBitMatmul(torch.autograd.Function):
-    """x W^T with a gradient for x alone. bf16 and fp16 hold every int8 code exactly, and the scale of an output is
-    applied after the sum, so that no dequantised weight is needed."""
-
-    @staticmethod
-    def forward(ctx, x, codes, scale):
-        ctx.save_for_backward(codes, scale)
-        return F.linear(x, codes.to(x.dtype)) * scale.to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        codes, scale = ctx.saved_tensors
-        return (dy * scale.to(dy.dtype)) @ codes.to(dy.dtype), None, None
-
-
-def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:
-    """NF4's record with the levels -8/7, -1, -6/7, ..., 1 (the first is unused) instead of normal quantiles.
-
-    In a block whose largest absolute weight is 0.7, the weight 0.7 has code 15, 0 has code 8, and 0.23 has code
-    round(0.23 / 0.7 * 7) + 8 = 10, which is read back as (10 - 8) / 7 * 0.7 = 0.2.
-    """
-    # NF4's record keeps the largest absolute weight of each block; only codes and levels are others.
-    record = quantise(weight, double_quant)
-    flat = F.pad(weight.detach().float().flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
-    largest = flat.abs().amax(1, keepdim=True).clamp(min=TINY)
-    codes = ((flat / largest * 7).round() + 8).to(torch.uint8).view(-1, 2)
-    packed = ((codes[:, 0] << 4) | codes[:, 1])[:len(record.packed)].clone()
-    return replace(record, packed=packed, code=torch.arange(-8, 8, device=weight.device) / 7)
-
-
 # ---- the layers
 
 class Adapted(nn.Module):
@@ -215,15 +142,12 @@ class Adapted(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.buffers(), self._parameters["weight"]).device
+        return next(self.parameters()).device
 
     def compress(self, kind: str, double_quant: bool, device=None):
         """Quantise the weight as `kind` (nf4, int4 or int8), on `device` if one is given; UserError on NaN."""
         weight = self.weight.detach().to(device or self.device)
-        if kind == "int8":
-            self.quantised = EightBit(weight)
-        else:
-            self.quantised = FourBit((quantise_int4 if kind == "int4" else quantise)(weight, double_quant))
+        self.quantised = EightBit(weight) if kind == "int8" else FourBit(weight, kind, double_quant)
         self.weight = None
 
     def base_weight(self) -> torch.Tensor:
@@ -232,8 +156,7 @@ class Adapted(nn.Module):
 
     def gather_base(self) -> torch.Tensor:
         """The full W. A collective where it is sharded."""
-        weight = self.base_weight()
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return full_tensor(self.kept.detach()) if self.quantised is None else self.kept.dequantise(form=full_tensor)
 
     @property
     def adapter(self) -> nn.Module | None:
@@ -329,22 +252,6 @@ class ExpertLinear(Adapted):
         return CompressedMatmul.apply(x, self.quantised, offsets)
 
 
-class CompressedMatmul(torch.autograd.Function):
-    """The experts' matmuls with weights in few bits, with a gradient for x alone. The weights are dequantised in each
-    pass anew, so that none is kept between the passes."""
-
-    @staticmethod
-    def forward(ctx, x, quantised: FourBit | EightBit, offsets):
-        ctx.quantised = quantised
-        ctx.save_for_backward(offsets)
-        return grouped_mm(x, quantised.dequantise(x.dtype), offsets)
-
-    @staticmethod
-    def backward(ctx, dy):
-        weight, (offsets,) = ctx.quantised.dequantise(dy.dtype), ctx.saved_tensors
-        return grouped_mm(dy.contiguous(), weight.mT, offsets), None, None
-
-
 class Embedding(Adapted):
     """tokens [...] -> their rows [..., D]."""
 
@@ -386,7 +293,8 @@ def active_layers(model: nn.Module) -> list[tuple[str, Adapted]]:
 def count_elements(model: nn.Module) -> tuple[int, int]:
     """(elements that train, elements of the base). A weight in few bits counts as the elements that it stands for."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    base = sum(p.numel() for name, p in model.named_parameters() if ".adapters." not in name)
+    base = sum(p.numel() for name, p in model.named_parameters()
+               if ".adapters." not in name and ".quantised." not in name)
     return trained, base + sum(layer.kept.shape.numel() for _, layer in adapted_layers(model) if layer.quantised)
 
 

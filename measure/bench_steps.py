@@ -122,7 +122,7 @@ def worker(name: str, side: str, device: str):
     # Bytes of the base's weights, and of those that are kept in 4 bits, with their number of elements.
     result["held"] = {"base_bytes": sum(x.nbytes for name, x in model.state_dict().items() if ".adapters." not in name),
                       "quantised_elements": sum(record.shape.numel() for record in four),
-                      "quantised_bytes": sum(x.nbytes for record in four for x in record.buffers())}
+                      "quantised_bytes": sum(x.nbytes for record in four for x in record.state_dict().values())}
     if kind in PEERS:
         model, result["peer"] = peer_of(model, kind)
         step = peer_step(model.to(device), optim)

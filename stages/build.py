@@ -351,18 +351,16 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
 def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     """The model on its device, with its weights and its adapters, and with FSDP sharded.
 
-    Shapes without memory -> with FSDP adapters and shards -> weights -> without FSDP adapters. No rank ever holds the
-    full weights of a sharded model.
+    Shapes without memory -> adapters -> with FSDP shards -> weights, tensor by tensor. No rank ever holds the full
+    weights of a sharded model, nor the plain ones of a base in few bits.
     """
     sharded = world.size > 1 and c.parallel.strategy == "fsdp"
-    # A base that is to be quantised goes to the device tensor by tensor: its plain weights need not fit there.
-    quantised = c.lora.rank > 0 and c.lora.base != "plain"
     # bf16 halves the memory of weights that do not train (under adapters) and of those whose optimizer keeps what bf16
     # rounds away (adamw_8bit). With any other optimizer bf16 weights would lose small updates.
     bf16 = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or c.lora.rank > 0)
     with torch.device("meta"):
         model = Model(config).to(torch.bfloat16 if bf16 else torch.float32)
-        if c.lora.rank and sharded:
+        if c.lora.rank:
             lora.attach(model, c.lora, c.seed)
     if c.model.init == "pretrained":
         hf.find_weights(model, base.folder)
@@ -370,18 +368,15 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
         # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
         gathered = None if c.lora.rank or c.train.precision == "fp32" else devices.DTYPES[c.train.precision]
         parallel.shard(model, world, c.parallel, gathered)
-    refuse_memory(sum(p.numel() for p in model.parameters()), c, world.device,
+    refuse_memory(adapters.count_elements(model)[1], c, world.device,
                   "its sizes, or use --parallel.strategy fsdp on more devices")
-    model.to_empty(device="cpu" if quantised else world.device).tie()
+    model.to_empty(device=world.device).tie()
     if c.model.init == "scratch":
         model.initialise(c.seed, parallel.distribute_like)
     else:
         hf.fill(model, base.folder, parallel.distribute_like)
-    if c.lora.rank and sharded:
+    if c.lora.rank:
         lora.initialise(model, c.seed, parallel.distribute_like)
-    elif c.lora.rank:
-        lora.attach(model, c.lora, c.seed, device=world.device)
-        model.to(world.device)
     model.checkpoint_blocks = c.model.activation_checkpointing
     parallel.share_attention(model, world)
     model.train()

@@ -449,7 +449,7 @@ def export(run: Run, folder: Path):
 
     A collective, because ranks may hold shares of the weights.
     """
-    c, weights = run.c, parallel.model_state(run.inner)
+    c, weights = run.c, parallel.model_state(run.inner, run.trained)
     if not run.world.main:
         return
     own_tokenizer, scratch, dtype = c.model.tokenizer or None, c.model.init == "scratch", export_dtype(run)

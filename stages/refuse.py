@@ -79,7 +79,8 @@ def refuse_sharing(c, config):
         raise UserError("eval.tasks and eval.probes ask each rank other items, and with parallel.tensor ranks compute "
                         "together; ask after the run, with eval.py")
     unfit = {"forget.ewc": c.forget.ewc.strength, "optim.name adamw_8bit": c.optim.name == "adamw_8bit",
-             "optim.name muon": c.optim.name == "muon", "lora.dora": c.lora.dora, "router.balance": c.router.balance}
+             "optim.name muon": c.optim.name == "muon", "lora.dora": c.lora.dora,
+             "lora.base": c.lora.base != "plain", "router.balance": c.router.balance}
     if t > 1 and (odd := [name for name, is_set in unfit.items() if is_set]):
         raise UserError(f"{odd[0]} needs a layer's weights as a whole, which parallel.tensor parts; leave one of them "
                         f"out")

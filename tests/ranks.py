@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from stages.resume import resume
 
 
 def steps_of(c, world, steps: int) -> dict:
-    """Losses, norms, rows of tokens and the weights' checksum of a short run without files."""
+    """Losses, norms, rows of tokens and the weights' checksum of a short run without files; the trainable tensors that
+    did not move, and the bytes of parameters that this rank holds."""
     run = build(c, world)
+    before = parallel.model_state(run.inner)
+    held = sum(parallel.model_state(run.inner, form=lambda p: getattr(p, "_local_tensor", p).nbytes).values())
     rows = {}
     out = {"loss": [], "norm": [], "sources": []}
     for step in range(steps):
@@ -32,8 +36,17 @@ def steps_of(c, world, steps: int) -> dict:
             out[key].append(value)
     weights = parallel.model_state(run.inner)
     moments = parallel.optimizer_state(run.inner, run.optimizer)
-    return out | {"rows": rows, "weights": {k: v.double().norm().item() for k, v in weights.items()},
+    trained = {name for name, p in run.inner.named_parameters() if p.requires_grad}
+    return out | {"unmoved": [name for name in trained if torch.equal(before[name], weights[name])], "held": held,
+                  "digest": digest_of(weights), "rows": rows,
+                  "weights": {k: v.double().norm().item() for k, v in weights.items()},
                   "moments": {k: v.double().norm().item() for k, v in moments.items()}}
+
+
+def digest_of(weights: dict) -> str:
+    """Of every bit of {name: full tensor}."""
+    return hashlib.sha256(b"".join(weights[name].contiguous().view(torch.uint8).numpy().tobytes()
+                                   for name in sorted(weights))).hexdigest()
 
 
 def pass_on(c, world):

@@ -30,7 +30,6 @@ from core.cli import parse
 from core.config import check_limits
 from learn import adapters
 from lora import LoraConfig, advise_serving
-from model import Model
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*gradient_checkpointing"),
               pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")]
@@ -200,13 +199,6 @@ def test_settings_that_make_no_sense(changes, says):
 def test_names_and_rows_there_are_not(tiny_model, changes, says):
     with pytest.raises(ValueError, match=says):
         lora.attach(tiny_model(), LoraConfig(rank=2, **changes), 0)
-
-
-def test_quantised_weights_are_not_sharded(tiny_config):
-    with torch.device("meta"):
-        model = Model(tiny_config())
-    with pytest.raises(ValueError, match=r"use --parallel\.strategy ddp"):
-        lora.attach(model, LoraConfig(rank=2, base="nf4"), 0)
 
 
 def test_rows_are_written_as_slices():

@@ -28,6 +28,7 @@ def test_what_is_refused(tmp_path, words, ranks, said):
     (["--parallel.tensor", 4], "parallel.tensor 4 does not divide 2, the key-value heads"),
     (["--parallel.tensor", 2, "--optim.name", "muon"], "optim.name muon needs a layer's weights as a whole"),
     (["--parallel.tensor", 2, "--forget.ewc.strength", 1], "forget.ewc needs"),
+    (["--parallel.tensor", 2, "--lora.rank", 4, "--lora.base", "nf4"], "lora.base needs"),
     (["--parallel.tensor", 2, "--eval.probes.in-context", 5], "ask after the run"),
 ])
 def test_what_cannot_be_shared(tmp_path, words, said):
