@@ -18,7 +18,7 @@ import torch
 from core.architecture import ModelConfig, make_config
 from core.errors import UserError
 from core.files import write_json, write_text
-from core.foreign_files import own_file
+from core.foreign_files import find_odd, own_file
 from core.output import escape
 from core.settings_files import FILES, WRONG
 
@@ -34,29 +34,26 @@ SPLITS = {"gpt-2": BYTES, "smollm": {"type": "Sequence", "pretokenizers": [
 # Of the types of tokens that GGUF has: control tokens, and those that a user has added.
 CONTROL, ADDED = 3, 4
 ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+# What values of the header are, beside the sizes. A file may be a stranger's.
+SHAPES = {**dict.fromkeys(("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre",
+                           "tokenizer.chat_template"), str), "tokenizer.ggml.tokens": list,
+          **{f"tokenizer.ggml.{name}_token_id": int for name in ROLES.values()}}
 
 
 def write_folder(path, folder: Path, dtype: torch.dtype) -> None:
     """Write the model in the GGUF file `path` into `folder`: weights in `dtype`, config, tokenizer, chat template and
     card. UserError for a file that is no GGUF or damaged, and for what no Hugging Face Llama can be."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("a GGUF file is read with the package gguf: pip install gguf") from None
     path = Path(path)
-    if own_file(path) is None:
-        raise UserError(f"{path} does not exist")
-    try:
-        reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-    # The package checks little of what it reads, and a damaged file ends in whatever comes of that.
-    except Exception as error:
-        raise UserError(f"{path} is no GGUF file, or damaged ({error or type(error).__name__})") from None
-    config = read_config(fields, {tensor.name: tensor for tensor in reader.tensors}, path)
+    fields, found, dequantize = read_file(path)
+    config = read_config(fields, {tensor.name: tensor for tensor in found}, path)
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in found:
         name, heads = name_tensor(tensor.name, config, path)
-        values = np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        try:
+            values = np.array(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except NotImplementedError:
+            raise UserError(f"{path} holds {name} as {tensor.tensor_type.name}, which is not read: take the Hugging "
+                            f"Face folder that it was made from") from None
         if heads and (values.ndim != 2 or len(values) % (2 * heads)):
             raise UserError(f"{path} holds {name} of shape {values.shape}, which is not rows of {heads} heads")
         tensors[name] = torch.from_numpy(join_pairs(values, heads) if heads else values).to(dtype)
@@ -78,6 +75,35 @@ def write_folder(path, folder: Path, dtype: torch.dtype) -> None:
         write_text(folder / "chat_template.jinja", template)
     write_json(folder / "tokenizer_config.json", settings)
     write_text(folder / "README.md", make_card(fields, path))
+
+
+def read_file(path: Path) -> tuple:
+    """({name: value} of the header, the tensors as the package has them, its function that makes floats of one)."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("a GGUF file is read with the package gguf: pip install gguf") from None
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            # Theirs gives what there is: of a list of 2^60 elements in a small file it would read nothing for ever.
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < count:
+                raise ValueError("it is shorter than it says")
+            return found
+
+    if own_file(path) is None:
+        raise UserError(f"{path} does not exist")
+    try:
+        reader = Reader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    # The package checks little of what it reads, and a damaged file ends in whatever comes of that.
+    except Exception as error:
+        raise UserError(f"{path} is no GGUF file, or damaged ({error or type(error).__name__})") from None
+    known = {name: fields[name] for name in SHAPES if name in fields}
+    if odd := find_odd(known, {name: SHAPES[name] for name in known}):
+        raise UserError(f"{path} holds {odd}, which is of another type than it must be; it is damaged, fetch it again")
+    return fields, reader.tensors, gguf.quants.dequantize
 
 
 def read_config(fields: dict, tensors: dict, path: Path) -> ModelConfig:
@@ -111,7 +137,12 @@ def read_config(fields: dict, tensors: dict, path: Path) -> ModelConfig:
             raise UserError(f"{path} says {name} {reprlib.repr(value)}, but it must be {kind.wanted}") from None
     # The header holds 1e-5 as a float32; the shortest decimal that is the same float32 is what was meant.
     sizes["rms_norm_eps"] = float(str(np.float32(sizes["rms_norm_eps"])))
-    return ModelConfig(**sizes, tie_word_embeddings="output.weight" not in tensors)
+    config = ModelConfig(**sizes, tie_word_embeddings="output.weight" not in tensors)
+    for name in ("rope.dimension_count", "attention.value_length"):
+        if (size := fields.get(f"llama.{name}", config.head_dim)) != config.head_dim:
+            raise UserError(f"{path} says {name} {reprlib.repr(size)} of heads of {config.head_dim}; only heads that "
+                            f"are turned as a whole, and whose values are as wide, are read")
+    return config
 
 
 def name_tensor(name: str, config: ModelConfig, path: Path) -> tuple[str, int]:

@@ -29,10 +29,11 @@ def add_joins(tokenizer: Path) -> dict:
 
 
 def write_gguf(gguf, path: Path, model, known: dict, kind="F32", split="gpt-2", without=(), architecture="llama",
-               more=(), **fields) -> Path:
+               more=(), more_as=np.float32, odd=None, **fields) -> Path:
     """Write transformers' Llama `model` with the BPE of the tokenizer.json `known`; matrices are stored as `kind`.
 
-    without: fields to leave out. more: names of further tensors. fields: other values for the header.
+    without: fields to leave out. more: names of further tensors, of the type more_as. odd: {key: value} of fields as no
+    converter writes them. fields: other values for the header.
     """
     config, writer = model.config, gguf.GGUFWriter(path, architecture)
     tokens = sorted(known["model"]["vocab"], key=known["model"]["vocab"].get)
@@ -48,6 +49,9 @@ def write_gguf(gguf, path: Path, model, known: dict, kind="F32", split="gpt-2", 
     for name, value in filled.items():
         if name not in without:
             getattr(writer, f"add_{name}")(value)
+    for key, value in (odd or {}).items():
+        kinds = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}
+        kinds[type(value)](key, value)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         *place, _ = name.removeprefix("model.").split(".")
@@ -58,7 +62,7 @@ def write_gguf(gguf, path: Path, model, known: dict, kind="F32", split="gpt-2", 
         stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
         writer.add_tensor(f"{layer}{NAMES[place[-1]]}.weight", gguf.quants.quantize(values, stored), raw_dtype=stored)
     for name in more:
-        writer.add_tensor(name, np.ones(16, np.float32))
+        writer.add_tensor(name, np.ones(16, more_as))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

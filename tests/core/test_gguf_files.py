@@ -5,8 +5,10 @@ the `gguf` package. The real one is SmolLM2-135M-Instruct of the package llm-smo
 import importlib.metadata
 import json
 import re
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from gguf_models import add_joins, write_gguf
@@ -112,6 +114,14 @@ REFUSALS = {
     "fewer types than tokens": ({"token_types": [1, 3]}, "damaged tokenizer"),
     "merges of what is no token": ({"token_merges": ["zz yy"]}, "tokenizer.json cannot be read"),
     "no sizes": ({"without": ["block_count"]}, "no llama.block_count"),
+    "heads that are turned in part": ({"rope_dimension_count": 8}, "rope.dimension_count 8 of heads of 16"),
+    "values of another width": ({"value_length": 8}, "attention.value_length 8 of heads of 16"),
+    "integers as weights": ({"more": ["blk.7.attn_q.weight"], "more_as": np.int32}, "as I32, which is not read"),
+    **{f"{name} that is no {kind}": ({"without": [name], "odd": {key: value}}, f"{key} .*of another type")
+       for name, key, value, kind in (("chat_template", "tokenizer.chat_template", 7, "text"),
+                                      ("tokenizer_pre", "tokenizer.ggml.pre", [1], "text"),
+                                      ("token_list", "tokenizer.ggml.tokens", 7, "list"),
+                                      ("bos_token_id", "tokenizer.ggml.bos_token_id", 3.0, "int"))},
 }
 
 
@@ -131,6 +141,10 @@ def test_what_is_no_gguf_file_is_refused(make_file, tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="no GGUF file, or damaged"):
             read(path, tmp_path / "out")
+    # A list of 2^40 bytes in a file of 60.
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 0, 1 << 40))
+    with pytest.raises(UserError, match="it is shorter than it says"):
+        read(path, tmp_path / "out")
     with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "none.gguf", tmp_path / "out")
 
