@@ -37,6 +37,8 @@ FAMILIES = {
 # of which transformers 4 and 5 write one or the other.
 EXPERTS = {"mixtral": 8, "qwen3_moe": 128}
 NUMBER_OF_EXPERTS = ("num_experts", "num_local_experts")
+# In all layers together; the largest that is known has 23,000. The names of all are made before a file is read.
+MOST_EXPERTS = 2**17
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Settings that a config.json and a ModelConfig call the same.
 SHARED = (*SIZES, "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings",
@@ -190,8 +192,11 @@ def parse_experts(family: str, known: dict, folder: Path) -> dict:
     layers, dense = range(known["num_hidden_layers"]), set(known.get("mlp_only_layers") or ())
     if family == "qwen3_moe":
         dense |= {i for i in layers if (i + 1) % known["decoder_sparse_step"]}
+    if (E := min(numbers, default=EXPERTS[family])) * len(layers) > MOST_EXPERTS:
+        raise UserError(f"{folder}/config.json says {E:,} experts in each of {len(layers):,} layers; at most "
+                        f"{MOST_EXPERTS:,} in all are read")
     width = known["intermediate_size" if family == "mixtral" else "moe_intermediate_size"]
-    return {"num_experts": min(numbers, default=EXPERTS[family]), "num_experts_per_tok": known["num_experts_per_tok"],
+    return {"num_experts": E, "num_experts_per_tok": known["num_experts_per_tok"],
             "moe_intermediate_size": width, "norm_topk_prob": known["norm_topk_prob"], "dense_layers": sorted(dense)}
 
 

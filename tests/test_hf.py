@@ -626,6 +626,7 @@ def test_truncated_pickles_are_named(folder, length):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"model_type": "falcon"}, "'falcon', which is not supported; .*Falcon3 are llama"),
     ({"model_type": "bert"}, r"'bert', which is not supported; known are llama, mistral, qwen2, qwen3, mixtral"),
+    ({"model_type": "mixtral", "num_local_experts": 1 << 20}, "1,048,576 experts in each of 3 layers; at most"),
     ({"model_type": None}, "None, which is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'; only silu"),
     ({"hidden_size": None}, "no usable hidden_size"),
