@@ -84,11 +84,17 @@ def read_pieces(path: str, places: list[int], window: int, reading: Reading) -> 
     if is_packed(path):
         with open_bytes(path, reading.max_expansion) as file:
             data = file.read(most)
+            if end := data.rfind(between) + 1:
+                data = data[:end]
+            else:
+                # As in `read_piece`, the first document is longer than that.
+                data += file.readline(reading.max_bytes) if between == b"\n" else b""
+                data = data.decode("utf-8", "ignore").encode()
             # How much it grows is known at its end; the reader of a large one has read ahead by little.
             while os.path.getsize(path) < READ_TO_END and file.read(1 << 20):
                 pass
             grown = file.raw.expansion()
-        pieces = [data[:data.rfind(between) + 1 or None]]
+        pieces = [data]
     else:
         grown = 1.0
         with open(path, "rb") as file:

@@ -72,3 +72,17 @@ def test_a_document_longer_than_a_piece_gives_a_part_of_itself(tmp_path):
     assert found.texts
     assert set("".join(found.texts)) == {"é"}
     assert found.corpus_bytes == pytest.approx(6e6, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "text", "documents"), [
+    # Of three bytes each, of which the last that is read is cut.
+    ("a.txt.gz", "€" * 1_000_000, "part"),
+    ("a.jsonl.gz", '{"text": "' + "€" * 600_000 + '"}\n{"text": "b"}\n', ["€" * 600_000])])
+def test_a_compressed_document_longer_than_the_sample_is_read_too(tmp_path, name, text, documents):
+    with gzip.open(tmp_path / name, "wt", compresslevel=1, encoding="utf-8") as file:
+        file.write(text)
+    found = sample.draw_sample([str(tmp_path / name)], Reading(max_expansion=1e9), 1 << 20, 0)
+    if documents == "part":
+        documents = ["€" * ((1 << 20) // 3)]
+    assert found.texts == documents
+    assert not found.counted
