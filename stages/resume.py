@@ -21,6 +21,8 @@ from text.shards import SPLITS
 
 # Settings of the objective that stand in every checkpoint, whatever their values.
 LONG_KNOWN = ("name", "mask_ratio", "mask_token_id")
+# What only the sizes of a model with experts have in a checkpoint.
+OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "dense_layers")
 
 
 def identity(run: Run, step: int) -> dict:
@@ -43,6 +45,8 @@ def identity(run: Run, step: int) -> dict:
                  if key not in schedules.SCHEDULE_FIELDS}
     # Without what is as it is by default, so that checkpoints from before there was such a setting go on.
     objective = {key: getattr(c.objective, key) for key in LONG_KNOWN} | run.objective_settings
+    model = {key: value for key, value in dataclasses.asdict(run.config).items()
+             if run.config.num_experts or key not in OF_EXPERTS}
     methods = {name: dataclasses.asdict(section) for name, section in vars(c.forget).items() if is_on(section)}
     known = {
         # A masked run's sequences are cut in another way since its second version, and masked by their place in the
@@ -58,7 +62,7 @@ def identity(run: Run, step: int) -> dict:
         "rates": hashing.short_digest(repr(rates).encode()),
         "base": run.base_fingerprint, "lora": dataclasses.asdict(c.lora) if is_on(c.lora) else {}, "forget": methods,
         "tokens": hashing.short_digest(json.dumps(tokens).encode()),
-        "optim": optimizer, "objective": objective, "model": dataclasses.asdict(run.config),
+        "optim": optimizer, "objective": objective, "model": model,
     }
     # As it comes back from a checkpoint: tuples as lists.
     return json.loads(json.dumps(known))

@@ -1,6 +1,7 @@
 """stages/resume.py: a run that was stopped, killed or damaged and resumed equals one that never was, in every loss,
 weight and moment; a branch equals the run that began at step 0."""
 
+import dataclasses
 import json
 import os
 import random
@@ -220,6 +221,19 @@ def test_the_tokens_that_an_objective_found_make_it_another_run(base, tmp_path, 
         assert known(5, *words) == known(5, *words) != known(7, *words)
     # As before there were such tokens: older checkpoints go on.
     assert known(5) == known(7) == {"name": "causal", "mask_ratio": 0.15, "mask_token_id": None}
+
+
+def test_a_checkpoint_from_before_there_were_experts_goes_on(lab, tmp_path):
+    """Truth: the names that its identity has. Those of a model with experts tell runs apart."""
+    run = build(settings(lab, tmp_path / "run"), one())
+    names = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+             "tie_word_embeddings", "qkv_bias", "attention_bias", "mlp_bias", "qk_norm", "windows", "no_rope_layers",
+             "initializer_range", "family"}
+    assert resume.identity(run, 4)["model"].keys() == names
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    run.config = dataclasses.replace(run.config, **sizes)
+    assert sizes.items() <= resume.identity(run, 4)["model"].items()
 
 
 def test_finished_and_locked_folders_are_refused(lab, tmp_path, monkeypatch, capsys, whole):
