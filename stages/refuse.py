@@ -7,6 +7,7 @@ import torch
 from core import devices
 from core.errors import UserError
 from learn.choose_objective import refuse_objective
+from model import BY_LENGTH
 from stages.sources import refuse_sources
 
 # Tokens of all sequences of a step, of which a rank holds its share.
@@ -67,6 +68,12 @@ def refuse_sharing(c, config):
     if C > 1 and (H % C or (K % C and C % K) or c.data.context % C):
         raise UserError(f"parallel.context {C} must divide data.context {c.data.context} and the model's {H} heads, "
                         f"and divide its {K} key-value heads or be a multiple of them")
+    rope = config.rope_scaling
+    longest = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if C > 1 and rope.get("rope_type") in BY_LENGTH and c.data.context > longest:
+        raise UserError(f"parallel.context: the model turns positions beyond {longest} by the length of the sequence "
+                        f"({rope['rope_type']}), of which each rank has a part; leave parallel.context out, or take "
+                        f"another --model.rope-scaling")
     widths = {"heads": H, "key-value heads": K, "MLP width": config.intermediate_size, "data.context": c.data.context,
               "width of experts": config.moe_intermediate_size}
     if t > 1 and (odd := [name for name, size in widths.items() if size % t]):
@@ -98,10 +105,15 @@ def refuse_memory(parameters: int, c, device: torch.device, remedy: str):
 def refuse_stops(c, roles: set[str], steps: int):
     """UserError for rules that are to end the run early and cannot; roles: of the sources with held-out text."""
     n, every = c.eval.stop_patience, c.eval.every
+    after = steps // 5 if c.eval.stop_after is None else c.eval.stop_after
+    # Of those in the run, the evaluations that count; nothing is forgotten at step 0.
+    counted = len(range(0, steps, every)) - len(range(0, after, every))
+    needed = {"stop_gain": n + 1, "stop_forgetting": n + (after == 0)}
     for name, role in (("stop_gain", "domain"), ("stop_forgetting", "general")):
         if getattr(c.eval, name) and role not in roles:
             raise UserError(f"eval.{name} ends the run by held-out {role} text, and no {role} source has any; pack one "
                             f"with --heldout above 0, or leave it out")
-        if getattr(c.eval, name) and every * n >= steps:
-            raise UserError(f"eval.{name} judges more than {n} evaluations, and with eval.every {every} there are too "
-                            f"few within {steps} steps; set --eval.every {max(1, steps // 10)}")
+        if getattr(c.eval, name) and counted < needed[name]:
+            raise UserError(f"eval.{name} judges {needed[name]} evaluations from step {after} on (eval.stop_after), "
+                            f"and with eval.every {every} the run of {steps} steps has {max(0, counted)}; set "
+                            f"--eval.every {max(1, (steps - after) // 10)}, or lower eval.stop_after")

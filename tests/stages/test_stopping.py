@@ -137,7 +137,7 @@ def test_a_run_that_died_on_the_way_ends_at_the_same_step(base, tmp_path, monkey
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("words", "told"), [
     (("--eval.stop-gain", 0.01, "--eval.every", 4),
-     r"eval\.stop_gain judges more than 2 evaluations, .* --eval\.every 1"),
+     r"eval\.stop_gain judges 3 evaluations from step 1 on .* --eval\.every 1,"),
     (("--eval.stop-forgetting", 0.01, "--data.sources.story.path", "PACKED", "--eval.every", 1),
      r"eval\.stop_forgetting ends the run by held-out general text, and no general source has any")])
 def test_a_rule_that_could_never_end_a_run_is_refused(base, tmp_path, monkeypatch, capsys, words, told):
