@@ -13,6 +13,7 @@ import core.threads
 
 import functools
 import re
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,10 +32,11 @@ from lora import LoraConfig
 from measure import budget, gap
 from measure.budget import find_gpu
 from measure.calibrate import time_step
-from measure.ladder import climb, leave, read_settings, write_recipe
+from measure.ladder import changed_settings, climb, leave, read_settings, write_recipe
 from measure.memory import OVERHEAD, count_elements, estimate
 from measure.rate import FACTORS, describe_rate, draw_rate, judge_rate, rate_rungs, rate_settings, recommend_rate
 from measure.ratio import describe_ratio, draw_ratio, judge_ratio, share_rungs
+from measure.verdict import finite
 from text.mixture import SourceConfig
 from text.sample import draw_sample
 from text.shards import Shards
@@ -160,7 +162,7 @@ def budget_command(options: Budget) -> dict:
     known, base = budget.known_size(options.model), None
     if known is None:
         base = hf.open_base(options.model)
-    found = read_gap(options.gap) if options.gap else None
+    found = read_gap(options.gap, options.model) if options.gap else None
     sources = {side: name_sources(words, side) for side, words in (("domain", options.domain),
                                                                     ("general", options.general))}
     volumes = {side: count_volume(files, base, options.reading) for side, files in sources.items() if files}
@@ -173,6 +175,8 @@ def budget_command(options: Budget) -> dict:
     gpu = replace(budget.find_gpu(options.gpu), **{key: value for key, value in given.items() if value is not None})
     if gpu.kind == "cpu" and options.gpus > 1:
         raise UserError(f"--gpus is {options.gpus}, but the device is this machine's CPU; name a --gpu")
+    if gpu.kind == "cpu" and options.tflops:
+        raise UserError("--tflops is a GPU's; the hours of this machine's CPU are from real steps; name a --gpu")
     config = known or base.config
     longest = min(config.max_position_embeddings, 2048 if gpu.kind == "cpu" else 4096)
     job = budget.Job(options.model, config, domain, volumes.get("general", (None,))[0], replay, options.epochs,
@@ -197,7 +201,7 @@ def budget_command(options: Budget) -> dict:
         print(f"recipe: {options.recipe} ({chosen}); python train.py {options.recipe} --dry-run tries it")
     print(*(f"warning: {warning}" for warning in warnings), sep="\n", end="\n" if warnings else "")
     for plan in methods.values():
-        plan["settings"] = budget.list_settings(plan.pop("config"))
+        plan["settings"] = changed_settings(plan.pop("config"), Config())
     return {"model": options.model, "parameters": count_elements(config, LoraConfig()).base, "gpu": asdict(gpu),
             "gpus": options.gpus, "tokens": {"domain": job.domain_tokens, "replay": job.replay_tokens,
                                              "total": job.tokens}, "replay": replay, "epochs": options.epochs,
@@ -205,11 +209,17 @@ def budget_command(options: Budget) -> dict:
             "warnings": warnings}
 
 
-def read_gap(path: str) -> dict:
-    """What plan.py gap --json wrote."""
+def read_gap(path: str, model: str) -> dict:
+    """What plan.py gap --json wrote, of this model."""
     found = read_json(path, dict)
-    if not isinstance(found.get("settings"), dict) or not isinstance(found.get("domain"), dict):
+    domain, settings = ({} if not isinstance(found.get(key), dict) else found[key] for key in ("domain", "settings"))
+    replay, tokens = finite(settings.get("replay")), domain.get("tokens")
+    if (replay is None or not 0 <= replay < 1 or settings.get("method") not in budget.METHODS
+            or (tokens is not None and not (finite(tokens) or -1) > 0)):
         raise UserError(f"--gap {path} is not what plan.py gap --json wrote")
+    if found.get("model", model) != model:
+        print(f"warning: --gap {path} is of {found['model']}: its tokens are that one's, and its method and replay too",
+              file=sys.stderr)
     return found
 
 
@@ -250,8 +260,8 @@ def make_recipe(job, plan: dict, sources: dict, method: str) -> str:
         for name, files in (sources[side] or {side: ["TEXT"]}).items():
             packed = len(files) == 1 and is_packed(files[0])
             if not packed:
-                notes.append(f"first: python data.py pack --tokenizer {job.model} --out shards/{name} "
-                             f"{' '.join(files)}")
+                notes.append("first: python data.py pack " + shlex.join(
+                    ["--tokenizer", job.model, "--out", f"shards/{name}", *files]))
             paths[name] = SourceConfig(path=str(Path(files[0]).absolute()) if packed else f"shards/{name}", role=side)
     if job.gpus > 1:
         notes.append(f"torchrun --nproc-per-node {job.gpus} train.py THIS_FILE   (more than one machine: the guide)")

@@ -22,9 +22,11 @@ from core import devices
 from core.architecture import ModelConfig
 from core.config import to_toml
 from core.errors import UserError, nearest
+from core.output import escape
 from learn.schedules import recommended
 from lora import LoraConfig
 from measure.gap import describe_tokens
+from measure.ladder import changed_settings
 from measure.memory import OVERHEAD, count_elements, estimate
 from model import matmul_flops_per_token
 from text.mixture import SourceConfig
@@ -45,8 +47,8 @@ class Gpu:
     name: str
     memory: float               # bytes
     flops: float                # dense, in bf16 (T4: fp16), per second
-    watts: float                # at most, of the board
-    price: float                # dollars per hour
+    watts: float | None         # at most, of the board
+    price: float | None         # dollars per hour
     kind: str = "cuda"
 
 
@@ -70,7 +72,7 @@ SIZES = {"llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 4096, False),
 def find_gpu(name: str) -> Gpu:
     """The GPU of a name, or this machine's CPU; UserError for an unknown one."""
     if name == "cpu":
-        return Gpu("cpu", devices.memory_bytes(devices.pick_device("cpu")), 0.0, 0.0, 0.0, "cpu")
+        return Gpu("cpu", devices.memory_bytes(devices.pick_device("cpu")), 0.0, None, None, "cpu")
     known = {key.lower(): gpu for key, gpu in GPUS.items()}
     if name.lower() not in known:
         raise UserError(f"--gpu is {name!r}{nearest(name, list(GPUS))}; known are {', '.join(GPUS)} and cpu")
@@ -222,10 +224,9 @@ def price_run(job: Job, c: train.Config, speed: dict | None) -> dict:
         hours = operations / (job.gpus * job.gpu.flops * job.mfu) / 3600
     else:
         return {"hours": None, "gpu_hours": None, "kwh": None, "dollars": None}
-    gpu_hours = hours * job.gpus
-    is_gpu = job.gpu.kind == "cuda"
-    return {"hours": hours, "gpu_hours": gpu_hours, "kwh": gpu_hours * job.gpu.watts / 1000 if is_gpu else None,
-            "dollars": gpu_hours * job.gpu.price if is_gpu else None}
+    gpu_hours, watts, price = hours * job.gpus, job.gpu.watts, job.gpu.price
+    return {"hours": hours, "gpu_hours": gpu_hours, "kwh": None if watts is None else gpu_hours * watts / 1000,
+            "dollars": None if price is None else gpu_hours * price}
 
 
 def plan_methods(job: Job, rank: int | None, calibrate=None) -> dict[str, dict]:
@@ -257,24 +258,9 @@ def plan_methods(job: Job, rank: int | None, calibrate=None) -> dict[str, dict]:
 def write_recipe(job: Job, c: train.Config, sources: dict[str, SourceConfig], notes: list[str]) -> str:
     """A recipe for train.py with the settings that are not its defaults; notes: lines above it, as comments."""
     c = replace(c, out="out/run", model=replace(c.model, path=job.model), data=replace(c.data, sources=sources))
-    return "".join(f"# {note}\n" for note in notes) + "\n" + to_toml(list_settings(c))
-
-
-def list_settings(c: train.Config) -> dict:
-    """The settings that are not train.py's defaults, in nested sections."""
-    def prune(section, default):
-        kept = {}
-        for key, value in vars(section).items():
-            if hasattr(value, "__dataclass_fields__"):
-                value = prune(value, getattr(default, key)) or None
-            elif isinstance(value, dict):
-                value = {name: {"path": each.path, "role": each.role} for name, each in value.items()} or None
-            elif value == getattr(default, key):
-                value = None
-            if value is not None:
-                kept[key] = value
-        return kept
-    return prune(c, train.Config())
+    # A name in a note may hold a line break, and what is behind it would be settings.
+    return "".join(f"# {escape(note, line=True)}\n" for note in notes) + "\n" + to_toml(
+        changed_settings(c, train.Config()))
 
 
 # ---- words for a terminal

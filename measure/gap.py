@@ -259,6 +259,9 @@ def recommend(figures: dict, fresh_hours: float | None = None, gpu_hours: float 
         if distinct < LEAST_TOKENS:
             reasons.append(f"but not with {volume}: a language takes {USUAL[shift]}; until there are more than "
                            f"{least} collect text, or begin with a base that knows the language")
+        if gpu_hours is not None and gpu_hours < LEAST_GPU_HOURS:
+            reasons.append(f"but not in {gpu_hours:g} GPU-hours, which are fewer than {LEAST_GPU_HOURS:g}: begin with "
+                           f"a base that knows the language")
         return answer("pretrain", *reasons)
     if overlap < OVERLAP:
         reasons = [f"vocabulary overlap, {overlap:.2f} of general text's with itself, is below {OVERLAP}: the domain "

@@ -8,6 +8,7 @@ removed. measure/ratio.py and measure/rate.py choose by what the runs gave.
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def climb(program: str, recipe: str, settings: list[str], rungs: list[Rung], opt
     print(f"{len(asked)} runs of {steps:,} steps, {done} of them done already, in {out}", flush=True)
     if options.dry_run:
         for _, _, words, folder in missing:
-            print(f"python train.py {' '.join(words)} --out {folder}")
+            print(f"python train.py {shlex.join([*words, '--out', str(folder)])}")
         return []
     if options.jobs == 1:
         # In this thread, so that a signal reaches the run, which then saves.

@@ -53,8 +53,11 @@ def judge_rate(rows: list[dict]) -> dict:
     Compared is the overall score, domain gain less forgetting beyond 5 %, where general text was scored, else the
     domain's bits per byte.
     """
-    known = [row for row in rows if row["domain"] is not None]
+    # Where one seed diverges, a long run may.
+    spoiled = {row["rate"] for row in rows if row["domain"] is None}
+    known = [row for row in rows if row["rate"] not in spoiled]
     if not known:
+        rows = [row for row in rows if row["domain"] is None]
         raise UserError(f"all runs diverged, {describe_row(rows[0]).partition(':')[0]} first: {rows[0]['trouble'][0]}; "
                         f"name lower --rates")
     by = "score" if all(row["score"] is not None for row in known) else "domain"

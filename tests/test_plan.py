@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -123,13 +124,25 @@ def test_budget_counts_text_that_is_not_packed_and_says_how_to_pack_it(plan_py, 
     assert json.loads((tmp_path / "b.json").read_text())["tokens"]["domain"] == pytest.approx(tokens)
 
 
-def test_budget_goes_on_from_gap(plan_py, tmp_path):
+def test_the_commands_of_a_recipe_stand_names_that_a_shell_would_split(plan_py, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "my law; touch x\n[train]\nsteps = 7.txt"
+    Path(name).write_text(Path(pair[2]).read_text())
+    assert plan_py("budget", "--model", pair[0], "--domain", name, "--replay", 0, "--no-calibrate", "--recipe",
+                   "run.toml") == 0
+    text = Path("run.toml").read_text()
+    assert tomllib.loads(text)["train"]["steps"] != 7
+    assert "'my law; touch x" in text
+
+
+def test_budget_goes_on_from_gap(plan_py, tmp_path, capsys):
     (tmp_path / "gap.json").write_text(json.dumps({
-        "domain": {"tokens": 5e9}, "settings": {"replay": 0.25, "method": "lora"}}))
+        "model": "llama-2-7b", "domain": {"tokens": 5e9}, "settings": {"replay": 0.25, "method": "lora"}}))
     words = ["budget", "--model", "llama-3-8b", "--gap", tmp_path / "gap.json", "--gpu", "H100", "--gpus", 8]
     assert plan_py(*words, "--json", tmp_path / "b.json") == 0
     found = json.loads((tmp_path / "b.json").read_text())
     assert (found["chosen"], found["replay"], found["tokens"]["total"]) == ("lora", 0.25, pytest.approx(5e9 / 0.75))
+    assert "gap.json is of llama-2-7b" in capsys.readouterr().err
 
 
 BUDGET_MISTAKES = {
@@ -139,6 +152,8 @@ BUDGET_MISTAKES = {
                      "no method fits on 1 x T4"),
     "several CPUs": (["--model", "llama-3-8b", "--domain-tokens", "1e9", "--gpus", "2"], "name a --gpu"),
     "no gap": (["--model", "llama-3-8b", "--gap", "x.json"], "is not what plan.py gap --json wrote"),
+    "half a gap": (["--model", "llama-3-8b", "--gap", "y.json"], "is not what plan.py gap --json wrote"),
+    "a rate of this machine": (["--model", "llama-3-8b", "--domain-tokens", "1e9", "--tflops", "3"], "name a --gpu"),
 }
 
 
@@ -148,6 +163,7 @@ def test_a_mistake_in_a_budget_is_one_line(case, plan_py, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "law.txt").write_text("a law")
     (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "y.json").write_text('{"domain": {"tokens": 1e9}, "settings": {"replay": "much", "method": "full"}}')
     assert plan_py("budget", *words) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -208,4 +224,7 @@ def test_a_ladder_that_cannot_be_judged_is_one_line(plan_py, lab, tmp_path, caps
         assert said.count("\n") == 1
     assert plan_py("rate", recipe, "--dry-run", "--steps", 5, "--out", tmp_path / "out") == 0
     assert capsys.readouterr().out.count("python train.py") == 3
+    Path(tmp_path / "my run.toml").write_text(recipe.read_text())
+    assert plan_py("rate", tmp_path / "my run.toml", "--dry-run", "--steps", 5, "--out", tmp_path / "out") == 0
+    assert f"python train.py '{tmp_path}/my run.toml' " in capsys.readouterr().out
     assert not (tmp_path / "out").exists()

@@ -81,7 +81,10 @@ def test_hours_energy_and_price_by_hand():
     here = budget.price_run(replace(job, gpu=budget.find_gpu("cpu"), gpus=1, replay=0.0), c,
                             {"fixed": 1.0, "each": 3.0, "forward": 1.0})
     assert here["hours"] == pytest.approx(70 / 3600)
-    assert here["dollars"] is None
+    assert here["dollars"] is here["kwh"] is None
+    own = replace(budget.find_gpu("cpu"), watts=360.0, price=1.8)
+    here = budget.price_run(replace(job, gpu=own, gpus=1, replay=0.0), c, {"fixed": 1.0, "each": 3.0, "forward": 1.0})
+    assert (here["kwh"], here["dollars"]) == pytest.approx((0.007, 0.035))
 
 
 def test_what_does_not_fit_is_refused_with_what_would():
@@ -108,7 +111,7 @@ def test_the_recipe_is_the_settings():
     plan = budget.plan_methods(job, None)
     for method, found in plan.items():
         sources = {"law": SourceConfig(path="shards/law"), "wiki": SourceConfig(path="shards/wiki", role="general")}
-        text = budget.write_recipe(job, found["config"], sources, ["a note"])
+        text = budget.write_recipe(job, found["config"], sources, ["a note", "of a\n[train]\nsteps = 1"])
         read = merge(train.Config(), tomllib.loads(text))
         check_limits(read)
         assert text.startswith("# a note\n")

@@ -40,6 +40,8 @@ RULES = {
         ({"overlap": 0.1, "ratio": 9.0, "tokens": 6e9, "new_language": True}, {}), ("pretrain", None, "zh")),
     "a language and little text": (({"overlap": 0.1, "tokens": 1e6, "new_language": True}, {}),
                                    ("pretrain", None, "5 to 20 billion")),
+    "a language and few hours": (({"overlap": 0.1, "new_language": True}, {"gpu_hours": 99}),
+                                 ("pretrain", None, "99 GPU-hours")),
     "fresh": (({"overlap": 0.1}, {"fresh_hours": 12}), ("retrieval", None, "24 hours")),
     "not so fresh": (({"overlap": 0.1}, {"fresh_hours": 24}), ("pretrain", None, "0.10")),
     "few hours": (({"overlap": 0.5}, {"gpu_hours": 99}), ("skip", "adapters", "100")),

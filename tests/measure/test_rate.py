@@ -51,6 +51,9 @@ def test_a_run_that_diverged_is_named_and_left_out():
     text = describe_rate(found)
     assert "only 2 of the rates trained" in text
     assert "rate 0.0016, seed 0: diverged: the loss is nan" in text
+    # Of two seeds one came through, and well: the rate is left out all the same.
+    lucky = {**rows[1], "rate": 1.6e-3, "seed": 1, "score": 0.9}
+    assert judge_rate([*rows, lucky])["chosen"] == 4e-4
     for row in rows:
         row |= {"domain": None, "trouble": ["diverged: the loss is inf"]}
     with pytest.raises(UserError, match=r"all runs diverged, rate 0\.0001, seed 0 first: diverged: the loss is inf"):
