@@ -67,10 +67,12 @@ SPECIALS = {
 TURNS = [{"role": "user", "content": "Name a colour of the sky, please."},
          {"role": "assistant", "content": "Blue, or grey."}, {"role": "user", "content": "And of the\ngrass?"},
          {"role": "assistant", "content": "Green.\n\nMostly."}]
-# What the assistant has to write of TURNS: all that follows the prompt that it answers, up to what ends its turn.
-ANSWERS = {name: [f"{before}{turn['content']}{end}" for turn in TURNS[1::2]] for name, (before, end) in {
-    "chatml": ("", "<|im_end|>"), "llama2": (" ", " </s>"), "llama3": ("", "<|eot_id|>"), "mistral": ("", "</s>"),
-    "zephyr": ("", "</s>"), "gemma": ("", "<end_of_turn>"), "generation": ("", "<|im_end|>")}.items()}
+# What the assistant writes around an answer: all that follows the prompt that it answers, up to what ends its turn.
+AROUND = {"chatml": ("", "<|im_end|>"), "llama2": (" ", " </s>"), "llama3": ("", "<|eot_id|>"),
+          "mistral": ("", "</s>"), "zephyr": ("", "</s>"), "gemma": ("", "<end_of_turn>"),
+          "generation": ("", "<|im_end|>")}
+ANSWERS = {name: [f"{before}{turn['content']}{end}" for turn in TURNS[1::2]]
+           for name, (before, end) in AROUND.items()}
 
 
 def make_tokenizer(base: Path, folder: Path, name: str):

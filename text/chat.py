@@ -184,7 +184,7 @@ def pack_conversations(files: list[str], tokenizer, template: ChatTemplate | Non
     read = functools.partial(read_conversations, form=form, plain=template is None, reading=reading)
     found = iter(shards.deal_documents(files, read, *part))
     first = list(itertools.islice(found, 64))
-    said = [turn["content"] for conversations in first for turn in conversations[0].messages]
+    said = [turn["content"] or "" for conversations in first for turn in conversations[0].messages]
     with Renderer(tokenizer, template, learn) as renderer:
         def examples():
             for conversations in itertools.chain(first, found):

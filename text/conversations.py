@@ -40,7 +40,8 @@ ALPACA_INPUT = ("Below is an instruction that describes a task, paired with an i
 class Conversation(NamedTuple):
     # Where its record stands, for messages.
     where: str
-    # [{"role": ..., "content": ...}], one of them the assistant's and with text in it.
+    # [{"role": ..., "content": ...}], one of them the assistant's and with text in it, or a call of a tool; beside a
+    # call the content may be None.
     messages: list[dict]
     # Descriptions of the functions that the assistant may call, as its template takes them.
     tools: list | None = None
@@ -48,7 +49,8 @@ class Conversation(NamedTuple):
     def key(self, last: bool) -> str:
         """What says whether it is held out: the same for every template and on every day; without the last answer of
         several to one prompt."""
-        said = [(turn["role"], "\n\n".join((turn["content"], turn.get("input", ""))).strip()) for turn in self.messages]
+        said = [(turn["role"], "\n\n".join((turn["content"] or "", turn.get("input", ""))).strip())
+                for turn in self.messages]
         return "\n\n".join(f"{role}\n{text}" for role, text in said[:None if last else -1])
 
     def write_alpaca(self) -> tuple[str, str]:
@@ -115,7 +117,8 @@ def _join(where: str, half: str, prompt: list[dict], turns: list[dict]) -> list[
         return prompt + turns
     instructs = [bool(part) and part[0]["role"] in ("system", "developer") for part in (prompt, turns)]
     system = prompt[:1] if instructs == [True, False] else []
-    asked, said = ([(turn["role"], turn["content"].strip()) for turn in part] for part in (prompt[len(system):], turns))
+    asked, said = ([(turn["role"], (turn["content"] or "").strip()) for turn in part]
+                   for part in (prompt[len(system):], turns))
     if not any(said[i:i + len(asked)] == asked for i in range(len(said) - len(asked) + 1)):
         raise _refuse(where, f"has a whole conversation under {half}, and not with the turns of its prompt in it; make "
                              f"{half} the answer alone, or the prompt the one that it has")
@@ -174,7 +177,8 @@ def _read_turns(where: str, name: str, value, role: str = "assistant") -> list[d
         said, content = (message[key] for key in keys)
         if not isinstance(said, str) or said not in ROLES:
             raise _refuse(where, f"{at} the unknown role {reprlib.repr(said)}; known are {', '.join(ROLES)}")
-        if not isinstance(content, str):
+        # What calls a tool needs to say nothing, and is then written with null by those who publish conversations.
+        if not isinstance(content, str) and not (content is None and calls_tool(ROLES[said], message)):
             raise _refuse(where, f"{at} {FOUND.get(type(content), 'something else')} as its content; make it a text "
                                  f"(a call of a tool: as the model is to write it)")
         if ROLES[said] == "assistant" and (message.get("weight") not in (None, 1) or message.get("train") is False):
@@ -189,7 +193,8 @@ def _read_turns(where: str, name: str, value, role: str = "assistant") -> list[d
 
 def _check(conversation: Conversation, plain: bool) -> Conversation:
     where, messages, tools = conversation
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+    if not any(turn["role"] == "assistant" and ((turn["content"] or "").strip() or calls_tool("assistant", turn))
+               for turn in messages):
         raise _refuse(where, "has no answer: no message of the assistant's with text in it")
     if tools is not None and not isinstance(tools, list):
         raise _refuse(where, f"has {FOUND.get(type(tools), 'something else')} under tools; make it a list of objects")
@@ -199,6 +204,10 @@ def _check(conversation: Conversation, plain: bool) -> Conversation:
                              "chat_template.jinja of the model whose form it shall learn beside its tokenizer, or give "
                              "single prompts with their answers, which get Alpaca's form")
     return conversation
+
+
+def calls_tool(role: str, message: dict) -> bool:
+    return role == "assistant" and any(map(message.get, CALLS))
 
 
 def _refuse(where: str, what: str) -> UserError:

@@ -9,7 +9,9 @@ file can be opened.
 """
 
 import ast
+import collections
 import contextlib
+import itertools
 import json
 import re
 import signal
@@ -30,6 +32,8 @@ SECONDS, MEMORY = 5, 1 << 29
 MOST_GROWTH, FREE_LENGTH = 100, 1 << 20
 # Stands in the place of an answer to find where it goes; no character, as Unicode says (23.7).
 PROBE = "\ufdd1"
+# Up to so many answers of a conversation are found one by one, which takes two renderings each.
+FEW_ANSWERS = 6
 # Where a message has the calls of tools that the assistant makes.
 CALLS = ("tool_calls", "function_call")
 
@@ -128,12 +132,44 @@ class Template:
                     f"the assistant calls a tool in message {number} ({call}), and how much of what the template "
                     f"writes of that is learned is not known; put {{% generation %}} around the answer in it, or "
                     f"the call into the content as the model is to write it")
+        self.check_nulls(messages, tools)
         text, spans = self.render(messages, tools)
-        check_growth(len(text), sum(len(message["content"]) for message in messages), "conversation")
+        check_growth(len(text), sum(len(message["content"] or "") for message in messages), "conversation")
         if not self.marks_answers:
-            spans = [self.find_answer(text, messages, tools, i) for i, message in enumerate(messages)
-                     if message["role"] == "assistant"]
+            answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            # The last one is apart: of its thoughts, for example, some templates write more.
+            spans = self.find_together(text, messages, tools, answers[:-1]) if len(answers) > FEW_ANSWERS else []
+            spans += [self.find_answer(text, messages, tools, i) for i in answers[len(spans):]]
         return text, spans
+
+    def check_nulls(self, messages: list[dict], tools) -> None:
+        """TemplateError where a message has null as its content, and the template writes that as None or fails."""
+        number = next((i for i, message in enumerate(messages, 1) if message["content"] is None), None)
+        if number is None:
+            return
+        filled, _ = self.render([{**message, "content": message["content"] or ""} for message in messages], tools)
+        with contextlib.suppress(TypeError, jinja2.exceptions.UndefinedError):
+            if self.render(messages, tools)[0].count("None") <= filled.count("None"):
+                return
+        raise jinja2.exceptions.TemplateError(
+            f"it takes no null for a text, and message {number} has null as its content; make that an empty text")
+
+    def probe(self, messages: list[dict], tools, answers: list[int]) -> list[str]:
+        """The parts of the text around these answers."""
+        probed = list(messages)
+        for i in answers:
+            probed[i] = {**messages[i], "content": PROBE}
+        text, _ = self.render(probed, tools)
+        return text.split(PROBE)
+
+    def write_prompt(self, messages: list[dict], tools) -> str | None:
+        """What the assistant goes on from behind these messages; None where the template writes no such text."""
+        with contextlib.suppress(Exception):
+            return self.render(messages, tools, add_generation_prompt=True)[0] if messages else None
+
+    def end_answer(self, text: str, end: int) -> int:
+        ended = self.end.match(text, end)
+        return ended.end() if ended else end
 
     def find_answer(self, text: str, messages: list[dict], tools, i: int) -> tuple[int, int]:
         """Where in `text` the answer that message i is stands: from behind the prompt for it to the token that ends it.
@@ -142,24 +178,70 @@ class Template:
         begins where the template, asked for a prompt to generate from, ends: a blank before an answer, which Llama 2's
         writes, is the model's to write, as it belongs to the first word's token.
         """
-        other, _ = self.render([*messages[:i], {**messages[i], "content": PROBE}, *messages[i + 1:]], tools)
-        if other.count(PROBE) != 1:
+        parts = self.probe(messages, tools, [i])
+        if len(parts) != 2:
             raise jinja2.exceptions.TemplateError(
-                f"it writes the answer in message {i + 1} {other.count(PROBE)} times, and what of it is learned is not "
+                f"it writes the answer in message {i + 1} {len(parts) - 1} times, and what of it is learned is not "
                 f"known; put {{% generation %}} around the answer in the template")
-        before, after = other.split(PROBE)
-        prompt = None
-        if i:
-            with contextlib.suppress(Exception):
-                prompt, _ = self.render(messages[:i], tools, add_generation_prompt=True)
+        before, after = parts
+        prompt = self.write_prompt(messages[:i], tools)
         begin = next((len(start) for start in (prompt, before) if start is not None and text.startswith(start)), None)
         end = len(text) - len(after)
         if begin is None or not text.endswith(after) or begin > end:
             raise jinja2.exceptions.TemplateError(
                 f"its text around message {i + 1} depends on what that answer says, so where it begins and ends is not "
                 f"known; put {{% generation %}} around the answer in the template")
-        ended = self.end.match(after)
-        return begin, end + (ended.end() if ended else 0)
+        return begin, self.end_answer(text, end)
+
+    def find_together(self, text: str, messages: list[dict], tools, answers: list[int]) -> list[tuple[int, int]]:
+        """What `find_answer` finds of each of these, in time that is linear in the messages; [] where the template is
+        less regular than that takes: where an answer changes what stands elsewhere, or where the first two answers
+        behind a role and the last are not at the same distance from their prompts, which is taken to be that of all.
+
+        With all answers replaced, the template writes what stands around them; with every other one, the rest stand
+        between what is known then. Example, o being a PROBE: "1o2o3", "1o2b3" and "1a2o3", and the text is "1a2b3".
+        """
+        around = self.probe(messages, tools, answers)
+        halves = [self.probe(messages, tools, answers[k::2]) for k in (0, 1)]
+        if any(len(parts) != len(probed) + 1
+               for parts, probed in zip((around, *halves), (answers, answers[::2], answers[1::2]))):
+            return []
+        pieces = around[:1]
+        for k, (before, after) in enumerate(itertools.pairwise(around)):
+            part = halves[1 - k % 2][(k + 1) // 2]
+            answer = part[len(before):len(part) - len(after)]
+            if part != before + answer + after:
+                return []
+            pieces += [answer, after]
+        if "".join(pieces) != text:
+            return []
+        places = list(itertools.accumulate(map(len, pieces)))
+        begins, ends = places[:-1:2], places[1::2]
+        by_role = collections.defaultdict(list)
+        for i, begin, end in zip(answers, begins, ends):
+            by_role[messages[i - 1]["role"] if i else None].append((i, begin, end))
+        spans = []
+        for found in by_role.values():
+            gaps = {self.find_gap(text, begin, messages[:i], tools) for i, begin, _ in {*found[:2], found[-1]}}
+            if len(gaps) > 1:
+                return []
+            (gap, started), = gaps
+            for _, begin, end in found:
+                if not text.endswith(gap, 0, begin):
+                    return []
+                begin += len(started) * text.startswith(started, begin) - len(gap)
+                spans.append((begin, self.end_answer(text, end)))
+        return sorted(spans) if all(begin <= end for begin, end in spans) else []
+
+    def find_gap(self, text: str, begin: int, messages: list[dict], tools) -> tuple[str, str]:
+        """Of the answer that stands at `begin` in the text: what the template writes between the prompt for it and it,
+        and what of an answer, such as <think>, the prompt begins already."""
+        prompt = self.write_prompt(messages, tools)
+        if prompt is None:
+            return "", ""
+        if text.startswith(prompt, 0, begin):
+            return text[len(prompt):begin], ""
+        return "", prompt[begin:] if prompt.startswith(text[:begin]) else ""
 
 
 def regex_replace(string, pattern, repl, count=0):

@@ -385,6 +385,18 @@ def test_sentencepiece_goes_on_behind_a_prompt(tmp_path, monkeypatch, data_dir, 
     assert [i for i, is_learned in zip(ids, learned) if is_learned] == answers
 
 
+def test_a_call_without_a_text_is_packed(tmp_path, monkeypatch, tiny_bpe):
+    truth = make_tokenizer(tiny_bpe, tmp_path / "t", "chatml")
+    (tmp_path / "t/chat_template.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% generation %}{{ m.content or '' }}{% if "
+        "m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<|im_end|>{% endgeneration %}{% endfor %}")
+    call = {"role": "assistant", "content": None, "tool_calls": ["f(<|im_end|>)"]}
+    (ids, learned), = pack_turns(monkeypatch, tmp_path, tmp_path / "t", [[TURNS[0], call]])
+    answer = truth.decode([i for i, is_learned in zip(ids, learned) if is_learned])
+    assert answer.endswith('["f(<|im_end|>)"]<|im_end|>')
+    assert ids.count(truth.eos_token_id) == 2
+
+
 def test_mistakes_of_conversations_end_the_command_with_their_place(tmp_path, monkeypatch, tiny_bpe, capsys):
     make_tokenizer(tiny_bpe, tmp_path / "t", "gemma")
     bad = [{"role": "system", "content": "Be brief."}, *TURNS]

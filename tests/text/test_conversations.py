@@ -52,6 +52,19 @@ CHATS = [
 ]
 
 
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+
+
+def test_a_call_of_a_tool_may_have_no_text(tmp_path):
+    tool = {"role": "tool", "content": "5"}
+    for messages in ([USER, CALL], [USER, CALL, tool, ANSWER]):
+        (conversation,) = read_one(tmp_path, {"messages": messages}, "chat", False)
+        assert conversation.messages == messages
+        assert conversation.key(True).startswith("user\nName a colour.\n\nassistant\n")
+    assert read(tmp_path, {"prompt": [USER, CALL, tool], "chosen": [ANSWER], "rejected": [OTHER]}, "preference") == [
+        [USER, CALL, tool, ANSWER], [USER, CALL, tool, OTHER]]
+
+
 @pytest.mark.parametrize(("record", "messages"), CHATS)
 def test_a_record_of_each_form_is_a_conversation(tmp_path, record, messages):
     assert read(tmp_path, record) == [messages]
@@ -129,6 +142,8 @@ WRONG = [
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "has no answer"),
     ({"messages": [USER, {"role": "assistant"}]}, r"has in message 2 of messages no content \(it has: role\)"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2 of messages null as its content"),
+    ({"messages": [USER, {**CALL, "tool_calls": []}]}, "message 2 of messages null as its content"),
+    ({"messages": [{**CALL, "role": "user"}, ANSWER]}, "message 1 of messages null as its content"),
     ({"messages": [USER, {"role": "assistant", "content": [{"type": "text"}]}]}, "a list as its content"),
     ({"messages": [{"role": "bot", "content": "x"}, ANSWER]}, "in message 1 of messages the unknown role 'bot'; known"),
     ({"messages": [{"role": ["user"], "content": "x"}, ANSWER]}, "unknown role"),

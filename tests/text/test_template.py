@@ -3,13 +3,16 @@ apply_chat_template, and the answers as tests/chat_templates.py spells them out.
 
 import itertools
 import json
+import random
 import time
 import types
 from datetime import datetime
 from pathlib import Path
 
 import pytest
-from chat_templates import ANSWERS, CHATML, TEMPLATES, TURNS, make_tokenizer
+from chat_templates import ANSWERS, AROUND, CHATML, SPECIALS, TEMPLATES, TURNS, make_tokenizer
+from growth import assert_linear
+from jinja2.exceptions import TemplateError
 
 import tokenizer as tokenizers
 from core.errors import UserError
@@ -67,6 +70,77 @@ def test_thoughts_of_an_answer_are_the_assistants(tmp_path, tiny_bpe):
         "Blue, or grey.<|im_end|>", "<think>\nHm.\n</think>\n\nGreen.\n\nMostly.<|im_end|>"]
 
 
+# ---- many answers, which are found together
+
+def make_template(name: str) -> Template:
+    bos, eos, more = SPECIALS[name]
+    return Template(TEMPLATES[name], {"bos_token": bos, "eos_token": eos}, [eos, *more])
+
+
+def make_talk(answers: int) -> list[dict]:
+    rng, texts = random.Random(0), ("Blue.", "No, grey.\n\nOr <b>.", "5", "user", "")
+    return [{"role": role, "content": f"{rng.choice(texts)}{i}"}
+            for i in range(answers) for role in ("user", "assistant")]
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_of_many_answers_each_is_found(name):
+    messages, (before, end) = make_talk(40), AROUND[name]
+    text, spans = make_template(name).write(messages, None)
+    assert [text[slice(*span)] for span in spans] == [f"{before}{turn['content']}{end}" for turn in messages[1::2]]
+
+
+ODD = {
+    # The prompt begins the answer, and the thoughts of all but the last are left out, as DeepSeek R1's template does.
+    "a prompt that begins the answer": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content if loop.last or m.role != 'assistant' "
+        "else m.content.split('</think>')[-1]) + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "<|im_start|>assistant\n<think>{% endif %}"),
+    # Answers to a tool go on without a form of their own, and there is no prompt for them.
+    "a role without a prompt": (
+        "{% for m in messages %}{% if m.role != 'assistant' %}<{{ m.role }}>{{ m.content }}{% else %}{% if messages["
+        "loop.index0 - 1].role == 'user' %}<answer> {% endif %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}{% if "
+        "add_generation_prompt and messages[-1].role == 'user' %}<answer>{% endif %}"),
+    "a prompt that changes": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}"
+        "assistant:{{ ' ' if messages | length % 4 == 3 }}{% endif %}"),
+    "an answer that changes another": (
+        "{% for m in messages %}{{ m.role + ': ' }}{% if not loop.first and loop.previtem.content == 'a' %}!{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"),
+    "no prompt": "{% if add_generation_prompt %}{{ raise_exception('') }}{% endif %}{% for m in messages %}"
+                 "{{ m.role + ':' + m.content }}<|im_end|>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, *ODD])
+@pytest.mark.parametrize("roles", [("user",), ("user", "tool")])
+def test_answers_found_together_are_those_found_one_by_one(monkeypatch, name, roles):
+    """Also where blanks are cut off, answers are empty or alike, or the text around one depends on it."""
+    template = make_template(name) if name in TEMPLATES else Template(ODD[name], {}, ["<|im_end|>"])
+    rng, texts = random.Random(1), ["a", " a b\n", "", "<think>", "<think>x</think>y", "a<answer>"]
+    for _ in range(20):
+        messages = [{"role": role, "content": rng.choice(texts)}
+                    for _ in range(rng.randint(2, 9)) for asked in roles for role in (asked, "assistant")]
+        found = []
+        for few in (1, 99):
+            monkeypatch.setattr("text.sandbox.FEW_ANSWERS", few)
+            found.append(attempt(template, messages))
+        assert found[0] == found[1]
+
+
+def attempt(template: Template, messages: list[dict]) -> dict:
+    try:
+        return template.reply(messages, None)
+    except TemplateError as error:
+        return {"error": f"{error}"}
+
+
+@pytest.mark.parametrize("name", ["llama2", "thinking"])
+def test_the_time_of_a_conversation_is_linear_in_its_turns(name):
+    template = make_template(name)
+    assert_linear(lambda answers: template.write(make_talk(answers), None), 512)
+
+
 def test_roles_and_tools_reach_the_template():
     source = ("{{ bos_token }}{{ unk_token }}{{ tools | tojson(indent=1) }}{% for m in messages %}{{ m.role }}:"
               "{{ m.content }}{{ m.name }}{% if loop.first %}{% continue %}{% endif %};{% endfor %}")
@@ -99,6 +173,30 @@ def test_a_call_of_a_tool_is_learned_whole_or_refused():
             with pytest.raises(UserError, match=rf"^line 3 cannot.* in message 2 \({key}\), .*put {{% generation %}}"):
                 writer.write("line 3", messages, None)
         assert len(writer.write("x", [{**turn, "tool_calls": None} for turn in TURNS], None)[1]) == 2
+
+
+NULL = [TURNS[0], {**CALLS[1], "content": None}, *CALLS[2:]]
+
+
+def test_a_call_without_a_text_is_learned_as_transformers_masks_it(tmp_path, tiny_bpe):
+    truth = make_tokenizer(tiny_bpe, tmp_path / "t", "generation")
+    truth.chat_template = FORM.replace("{{ m.content }}", "{% if m.content %}{{ m.content }}{% endif %}")
+    truth.save_pretrained(tmp_path / "t")
+    found = truth.apply_chat_template(NULL, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    with open_template(tmp_path / "t") as writer:
+        text, spans = writer.write("x", NULL, None)
+    assert text == truth.apply_chat_template(NULL, tokenize=False)
+    offsets = truth(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert found["assistant_masks"] == [int(any(a <= begin and end <= b for a, b in spans)) for begin, end in offsets]
+    assert text[slice(*spans[1])] == "<call>f</call><|im_end|>"
+
+
+@pytest.mark.parametrize("form", ["{{ m.content }}", "{{ m.content + '' }}", "{{ m.content.strip() }}"])
+def test_a_template_that_takes_no_null_is_one_line(form):
+    with process(FORM.replace("{{ m.content }}", form)) as writer:
+        with pytest.raises(UserError, match=r"^line 3 cannot be .*: it takes no null for a text, and message 2 has"):
+            writer.write("line 3", NULL, None)
+        assert "None" in writer.write("x", [{**TURNS[0], "content": "None"}, *CALLS[1:]], None)[0]
 
 
 # ---- templates that fail, or would do what they must not
