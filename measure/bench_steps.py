@@ -39,6 +39,7 @@ from learn.objectives import Causal
 from learn.optim import LossScale, OptimConfig, make_optimizer
 from measure.bench_kernels import device_limits
 from measure.bench_rows import ROOT, rate_row, row, take_turns, time_call
+from measure.bench_saves import save_row
 from measure.kernel_cases import run as run_both_passes
 from model import Model, ModelConfig, matmul_flops_per_token
 from stages.build import Run, TrainSection
@@ -84,8 +85,9 @@ OPENMP_AS_IT_COMES = {"GOMP_SPINCOUNT": "300000"}
 @dataclass
 class TrainOptions:
     """Time training steps beside transformers'."""
-    cases: list[Literal["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "memory_growth", "8b", "1b"]] = field(
-        default_factory=lambda: ["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "memory_growth"])
+    cases: list[Literal["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "memory_growth", "saves", "8b",
+                        "1b"]] = field(
+        default_factory=lambda: ["vocab_8k", "vocab_32k", "packed_2k", "busy_machine", "memory_growth", "saves"])
     """What to time; 8b and 1b are for a GPU."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
@@ -312,6 +314,8 @@ def bench_train(options: TrainOptions) -> list:
             rows += busy_rows(options.steps)
         elif case == "memory_growth":
             rows.append(memory_row(options.device))
+        elif case == "saves":
+            rows.append(save_row())
         else:
             rows += train_rows(case, options)
     return rows

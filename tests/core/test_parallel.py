@@ -295,6 +295,23 @@ def test_the_exported_model_is_the_last_checkpoint_in_full_precision(ranks):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_not_finite_is_named_and_what_is_large_is_not(kind):
+    large = torch.full((7, 5), torch.finfo(kind).max, dtype=kind)
+    tensors = {"codes": torch.zeros(3, dtype=torch.int8), "none": torch.empty(0, dtype=kind), "large": large,
+               "both": torch.tensor(1.0), "last": torch.ones(40, dtype=kind)}
+    assert not large.sum().isfinite()
+    assert parallel.find_not_finite(tensors) is None
+    assert parallel.find_not_finite({}) is None
+    for value in (float("nan"), float("inf"), float("-inf")):
+        for at in (0, 17, 39):
+            spoilt = tensors["last"].clone()
+            spoilt[at] = value
+            assert parallel.find_not_finite(tensors | {"last": spoilt}) == "last"
+    # An infinity and its opposite in one tensor do not cancel.
+    assert parallel.find_not_finite({"a": torch.tensor([float("inf"), 1, float("-inf")], dtype=kind)}) == "a"
+
+
 def flat(value, path="") -> dict:
     """{path: what is there} of dicts and lists in each other."""
     value = dict(enumerate(value)) if isinstance(value, list) else value

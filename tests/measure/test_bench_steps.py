@@ -81,10 +81,11 @@ def fake_sides(monkeypatch, **sides):
 def test_train_rows_carry_the_names_that_others_read(monkeypatch, capsys):
     fake_sides(monkeypatch, ours=[9, 1, 1, 0.5, 1, 0.5, 1, 0.5, 1], transformers=[9, 2, 2],
                transformers_allocator=[9, 4, 4], ours_spinning=[9, 8, 8])
+    monkeypatch.setattr(bench_steps, "save_row", lambda: {"name": "save_stall"})
     rows = {r["name"]: r for r in bench_steps.bench_train(TrainOptions(steps=2))}
     assert list(rows) == ["vocab_8k", "vocab_8k_their_allocator_too", "vocab_32k", "vocab_32k_their_allocator_too",
                           "peak_memory_32k", "matmul_share", "packed_2k", "packed_2k_their_allocator_too",
-                          "busy_machine_quiet", "busy_machine", "busy_machine_crowded", "memory_growth"]
+                          "busy_machine_quiet", "busy_machine", "busy_machine_crowded", "memory_growth", "save_stall"]
     assert rows["vocab_8k"]["ours"] == 8 * 512
     assert (rows["vocab_8k"]["ratio"], rows["vocab_8k_their_allocator_too"]["ratio"]) == (2, 4)
     assert (rows["peak_memory_32k"]["ours"], rows["peak_memory_32k"]["peer"]) == (40, 120)
