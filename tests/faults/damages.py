@@ -12,8 +12,8 @@ from core import checkpoint
 from core.errors import UserError
 from text import shards
 
-from .harness import Lab, Outcome, Row, command, start, timed
-from .kills import ONE, Case, uninterrupted, words_of
+from .harness import Lab, Outcome, Row, Team, start, timed
+from .kills import FEW, LAYOUTS, ONE, Case, uninterrupted, words_of
 from .results import checkpoints, differences, records
 
 # What nobody reads is no damage to a packed source; a checkpoint is exactly its files.
@@ -131,9 +131,9 @@ def broken_off(lab: Lab, case: Case, *more) -> Path:
                     os._exit(9)
                 return real(run, number, batches)
             train.train_step = step
-            return command("train", words_of(lab, case, out, *more))
-        outcome = start(die).wait()
-        assert outcome.status == 9, outcome.err
+        ended = Team(words_of(lab, case, out, *more), case.ranks, die).wait()
+        # Another rank may have seen it die before it died itself.
+        assert 9 in {outcome.status for outcome in ended}, "\n".join(outcome.err for outcome in ended)
         assert len(checkpoints(out)) == 3, checkpoints(out)
         lab.notes[key] = out
     return lab.notes[key]
@@ -180,34 +180,51 @@ def manifest_bits(lab: Lab) -> Row:
 def resumed_from_the_one_before(lab: Lab) -> Row:
     """The same through the command: the result is that of an undisturbed run, or, with nothing left, a refusal."""
     row = Row("damages", "the command resumes from the one before, or refuses")
-    reference, _ = uninterrupted(lab, ONE[0])
     with timed(row):
-        for i in range(lab.count(27, 3)):
-            out = lab.room("run")
-            shutil.copytree(broken_off(lab, ONE[0]), out)
-            found = checkpoints(out)
-            what = None
-            while what is None:
-                what = damage(found[-1], KINDS[i % len(KINDS)], lab.random)
-            outcome = start("train", words_of(lab, ONE[0], out)).wait()
-            wrong = [str(outcome)] if outcome.status else differences(reference, out)
-            row.check(not wrong, f"{what}: {'; '.join(wrong)}")
-            resumed = [record["step"] for record in records(out, "resume")]
-            named = found[-1].name in outcome.out + outcome.err
-            row.check(resumed == [6] and named, f"{what}: resumed at {resumed}, the damaged one is named: {named}")
-            lab.clear(out)
-        for i in range(lab.count(9, 2)):
-            out = lab.room("run")
-            shutil.copytree(broken_off(lab, ONE[0]), out)
-            for path in checkpoints(out):
-                while damage(path, KINDS[i % len(KINDS)], lab.random) is None:
-                    pass
-            names = [path.name for path in checkpoints(out)]
-            outcome = start("train", words_of(lab, ONE[0], out)).wait()
-            kept = [path.name for path in checkpoints(out)] == names
-            row.check(outcome.is_one_line and kept, f"all are damaged ({KINDS[i % len(KINDS)]}): {outcome}")
-            lab.clear(out)
+        resume_damaged(lab, ONE[0], row, lab.count(27, 3), lab.count(9, 2))
     return row
+
+
+def resumed_by_several_ranks(lab: Lab) -> Row:
+    """Each rank hashes some of the files, and all of them take the same checkpoint, or refuse."""
+    row = Row("damages", "the same on layouts of two and four ranks")
+    with timed(row):
+        for case in FEW[:1] if lab.short else LAYOUTS:
+            resume_damaged(lab, case, row, lab.count(len(KINDS), 1), lab.count(3, 1))
+    return row
+
+
+def resume_damaged(lab: Lab, case: Case, row: Row, some: int, all_of_them: int):
+    """Damage the newest checkpoint of a run so many times, and all of its checkpoints so many times."""
+    reference, seconds = uninterrupted(lab, case)
+    for i in range(some):
+        out = lab.room("run")
+        shutil.copytree(broken_off(lab, case), out)
+        found = checkpoints(out)
+        what = None
+        while what is None:
+            what = damage(found[-1], KINDS[i % len(KINDS)], lab.random)
+        ended = Team(words_of(lab, case, out), case.ranks).wait(60 + 20 * seconds)
+        wrong = [str(outcome) for outcome in ended if outcome.status] or differences(reference, out)
+        row.check(not wrong, f"{case.name}, {what}: {'; '.join(wrong)}")
+        resumed = [record["step"] for record in records(out, "resume")]
+        named = found[-1].name in ended[0].out + ended[0].err
+        row.check(resumed == [6] and named, f"{case.name}, {what}: resumed at {resumed}, the damaged one is named: "
+                                            f"{named}")
+        lab.clear(out)
+    for i in range(all_of_them):
+        out = lab.room("run")
+        shutil.copytree(broken_off(lab, case), out)
+        for path in checkpoints(out):
+            while damage(path, KINDS[i % len(KINDS)], lab.random) is None:
+                pass
+        names = [path.name for path in checkpoints(out)]
+        ended = Team(words_of(lab, case, out), case.ranks).wait(60 + 20 * seconds)
+        kept = [path.name for path in checkpoints(out)] == names
+        refused = sum(outcome.is_one_line for outcome in ended) == 1 and {outcome.status for outcome in ended} == {2}
+        row.check(refused and kept, f"{case.name}, all are damaged ({KINDS[i % len(KINDS)]}): "
+                                    f"{' and '.join(map(str, ended))}")
+        lab.clear(out)
 
 
 def damaged_beside(lab: Lab) -> Row:
@@ -285,5 +302,5 @@ def trains_on_no_damaged_shard(lab: Lab) -> Row:
     return row
 
 
-DAMAGES = [random_damages, manifest_bits, resumed_from_the_one_before, damaged_beside, damaged_shards,
-           bits_of_a_shard_manifest, trains_on_no_damaged_shard]
+DAMAGES = [random_damages, manifest_bits, resumed_from_the_one_before, resumed_by_several_ranks, damaged_beside,
+           damaged_shards, bits_of_a_shard_manifest, trains_on_no_damaged_shard]

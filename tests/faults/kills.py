@@ -36,7 +36,14 @@ ONE = [
                              "--data.schedule", "static")),
     Case("8-bit states", ("--optim.name", "adamw_8bit")),
 ]
-TWO = [Case("two ranks, DDP", (), 2), Case("two ranks, FSDP2", ("--parallel.strategy", "fsdp"), 2)]
+FSDP = ("--parallel.strategy", "fsdp")
+# One layout of each kind.
+LAYOUTS = [Case("two ranks, DDP", (), 2), Case("two ranks, FSDP2", FSDP, 2),
+           Case("four ranks, HSDP", (*FSDP, "--parallel.replicas", 2), 4),
+           Case("four ranks, tensor parallel x FSDP2", (*FSDP, "--parallel.tensor", 2), 4),
+           Case("two ranks, context parallel", ("--parallel.context", 2), 2)]
+# Those of continuous integration: with a part of the state on each rank, and with all of it.
+FEW = (LAYOUTS[1], LAYOUTS[4])
 
 
 def words_of(lab: Lab, case: Case, out: Path, *more) -> list[str]:
@@ -105,14 +112,23 @@ def kill_at_random(lab: Lab, what: str, cases: list[Case], total: int) -> Row:
     shares = [total // len(cases) + (i < total % len(cases)) for i in range(len(cases))]
     with timed(row):
         found = [storm(lab, case, share, row) for case, share in zip(cases, shares)]
-    row.notes = (f"{', '.join(f'{case.name} {share}' for case, share in zip(cases, shares))}; "
+    several = ", ".join(f"{case.name} {share}" for case, share in zip(cases, shares)) + "; "
+    row.notes = (f"{several if len(cases) > 1 else ''}"
                  f"{sum(each['runs'] for each in found)} runs{' all equal' if not row.failures else ''}; at most "
                  f"{max(each['lost'] for each in found)} steps lost, saved every {SAVE_EVERY}")
     return row
 
 
+def kill_layout(case: Case):
+    def section(lab: Lab) -> Row:
+        if lab.short and case not in FEW:
+            return Row("kills", f"random SIGKILL, {case.name}", notes="not tried: it takes too long for this")
+        return kill_at_random(lab, case.name, [case], lab.count(25 if case in LAYOUTS[:2] else 20, 1))
+    return section
+
+
 KILLS = [lambda lab: kill_at_random(lab, "one process", ONE[::3] if lab.short else ONE, lab.count(200, 6)),
-         lambda lab: kill_at_random(lab, "two ranks", TWO[1:] if lab.short else TWO, lab.count(50, 2))]
+         *map(kill_layout, LAYOUTS)]
 
 
 # ---- the control: the same harness over a rule that is wrong

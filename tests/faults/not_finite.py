@@ -1,5 +1,5 @@
-"""A NaN or an infinity in a gradient, in a weight, in the optimizer's state, on one rank of two, in a step after which
-the run saves: nothing that is not finite reaches the disk, and what is there resumes."""
+"""A NaN or an infinity in a gradient, in a weight, in the optimizer's state, on one rank of several, in a step after
+which the run saves: nothing that is not finite reaches the disk, and what is there resumes."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import torch
 from core import parallel
 
 from .harness import Lab, Row, Team, timed
-from .kills import ONE, SAVE_EVERY, TWO, Case, uninterrupted, words_of
+from .kills import LAYOUTS, ONE, SAVE_EVERY, Case, uninterrupted, words_of
 from .results import checkpoints, differences, records, snapshot, tensors
 
 # Counted from 0: after one of them the run saves, after the other it does not.
@@ -139,11 +139,11 @@ def not_finite(lab: Lab) -> Row:
                 for value in (float("nan"),) if lab.short else (float("nan"), float("inf")):
                     judge(lab, ONE[0], row, where, value, at, 0)
                     if not lab.short and math.isnan(value):
-                        for case in TWO:
-                            judge(lab, case, row, where, value, at, 1)
+                        for case in LAYOUTS:
+                            judge(lab, case, row, where, value, at, case.ranks - 1)
         if not lab.short:
             judge(lab, ONE[0], row, "gradient", float("nan"), 5, 0, "--guard.nonfinite", "stop")
-        for case in ONE[:1] if lab.short else (ONE[2], *TWO):
+        for case in ONE[:1] if lab.short else (ONE[2], *LAYOUTS):
             for at in STEPS[:1] if lab.short else STEPS:
                 judge_rewind(lab, case, row, at, case.ranks - 1)
     return row

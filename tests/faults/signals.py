@@ -13,7 +13,7 @@ import time
 from runs import ENV, ROOT
 
 from .harness import Lab, Outcome, Row, Team, Worker, command, timed
-from .kills import ONE, TWO, Case, uninterrupted, words_of
+from .kills import FEW, LAYOUTS, ONE, Case, uninterrupted, words_of
 from .results import checkpoints, differences, records
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -79,19 +79,23 @@ def one_process(lab: Lab, row: Row):
                 loses_nothing(lab, case, out, ended, 128 + number, row, where)
 
 
-def two_ranks(lab: Lab, row: Row):
-    """One rank gets the signal, or both do at different times: all leave after the same step."""
-    for case in TWO[1:] if lab.short else TWO:
-        for number in SIGNALS[:1] if lab.short else SIGNALS:
-            for stage in ("step",) if lab.short else ("step", "save", "evaluation"):
-                out = lab.room("run")
+def several_ranks(lab: Lab, row: Row):
+    """One rank gets the signal, or all do at different times: all leave after the same step."""
+    stages = ("step", "save", "evaluation")
+    for case in FEW if lab.short else LAYOUTS:
+        # DDP and FSDP2 get each signal at each stage; the others each stage once, with a signal of its own.
+        all_of_them = [(number, stage) for number in SIGNALS for stage in stages]
+        for number, stage in (all_of_them[:1] if lab.short else all_of_them if case in LAYOUTS[:2] else
+                              [*zip(SIGNALS, stages)]):
+            out = lab.room("run")
 
-                def setup(stage=stage, number=number):
-                    # Rank 0 at the stage, and rank 1 alone or a little later.
-                    if os.environ["RANK"] == "1" or number != signal.SIGTERM:
-                        at_stage(stage, lambda: send_to_self(number, 0.01 * int(os.environ["RANK"])))
-                ended = Team(words_of(lab, case, out), 2, setup).wait(120)
-                loses_nothing(lab, case, out, ended, 128 + number, row, f"{case.name}, {number.name} in {stage}")
+            def setup(stage=stage, number=number):
+                # The last rank alone, or each a little later than the one before.
+                rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+                if rank == last or number != signal.SIGTERM:
+                    at_stage(stage, lambda: send_to_self(number, 0.01 * rank))
+            ended = Team(words_of(lab, case, out), case.ranks, setup).wait(120)
+            loses_nothing(lab, case, out, ended, 128 + number, row, f"{case.name}, {number.name} in {stage}")
 
 
 def second_signal(lab: Lab, row: Row):
@@ -139,7 +143,7 @@ def torchrun(lab: Lab, row: Row):
     if lab.short:
         row.notes = "not tried: it takes ten seconds to start"
         return
-    case, out = TWO[0], lab.room("run")
+    case, out = LAYOUTS[0], lab.room("run")
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
              str(ROOT / "train.py"), *words_of(lab, case, out, "--train.steps", 400, "--eval.every", 1000)]
     log = out.with_suffix(".log")
@@ -170,6 +174,7 @@ def checked(what: str, check):
 
 
 SIGNALS_AND_MORE = [
-    checked("SIGTERM, SIGINT, SIGUSR1, SIGHUP in each stage", one_process), checked("two ranks", two_ranks),
+    checked("SIGTERM, SIGINT, SIGUSR1, SIGHUP in each stage", one_process),
+    checked("layouts of two and four ranks", several_ranks),
     checked("a second signal during a save that hangs", second_signal),
     checked("standard output closed", closed_stdout), checked("SIGTERM to torchrun", torchrun)]
