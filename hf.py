@@ -222,7 +222,7 @@ def find_weights(model: Model, folder: Path) -> dict[str, tuple[str, Path]]:
     there twice, or of another shape or type. Only the files' headers are read, and `model` may be on the meta device:
     ask this before memory is taken for what a config.json says and the files do not hold."""
     files, family = {}, model.config.family
-    wanted = {part: p.shape[1:] if is_of_experts(name) else p.shape for name, p in base_parameters(model).items()
+    wanted = {part: p.shape[1:] if is_of_experts(name) else p.shape for name, p in base_parameters(model.whole).items()
               for part in list_parts(name, p.shape[0])}
     for hf_name, file in tensor_files(folder).items():
         if (name := from_hf_name(hf_name)) in files:

@@ -184,13 +184,21 @@ class Model(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Whether blocks are recomputed in the backward pass.
         self.checkpoint_blocks = False
+        # Of a model of which this process has a part: its stages, and (the whole model, on the meta device), which is
+        # no module of this one.
+        self.stages, self._whole = [], ()
         # (length, cos, sin) of the longest sequence so far.
         self._angles = (0, None, None)
         self.tie()
 
+    @property
+    def whole(self) -> "Model":
+        """The model itself or, on the meta device, the one that it is a part of."""
+        return self._whole[0] if self._whole else self
+
     def tie(self):
         """One parameter for head and embedding where the config says so; call again after replacing parameters."""
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings and self.head is not None:
             self.head.weight = self.embed_tokens.weight
 
     def forward(self, tokens, position_ids=None, doc_start=None, causal: bool = True, cache: KVCache | None = None):
@@ -199,23 +207,27 @@ class Model(nn.Module):
         position_ids [B, T]: None counts from 0, with a cache from its length. doc_start [B, T]: the place at which each
         token's document begins; attention then stays inside documents. causal=False: tokens see later ones too.
         """
-        T = tokens.shape[1]
+        x = self.run_blocks(self.embed_tokens(tokens), self.layers, position_ids, doc_start, causal, cache)
+        if cache is not None:
+            cache.length += tokens.shape[1]
+        return self.norm(x)
+
+    def run_blocks(self, x, blocks, position_ids=None, doc_start=None, causal: bool = True, cache=None):
+        """x [B, T, D] -> [B, T, D] through some of the blocks; the rest as in `forward`."""
+        T = x.shape[1]
         past = cache.length if cache is not None else 0
-        x = self.embed_tokens(tokens)
         if position_ids is None:
             cos, sin = (a[past:past + T].unsqueeze(0) for a in self.angles(past + T, x.device))
         else:
             # Of ranks that share sequences each has some of the tokens, and may have the positions of all.
             length = self.table_length(position_ids, past + position_ids.shape[1])
             cos, sin = (a[position_ids] for a in self.angles(length, x.device))
-        for block in self.layers:
+        for block in blocks:
             if self.checkpoint_blocks and self.training:
                 x = checkpoint(block, x, cos, sin, causal, doc_start, cache, use_reentrant=False)
             else:
                 x = block(x, cos, sin, causal, doc_start, cache)
-        if cache is not None:
-            cache.length += T
-        return self.norm(x)
+        return x
 
     def table_length(self, position_ids, sequence_length: int) -> int:
         """How many positions the table of angles must cover. Only the maximum of position_ids says it exactly, but to
@@ -250,17 +262,20 @@ class Model(nn.Module):
         the matrices that write into the residual stream; norms 1, biases 0. They are drawn on the CPU, the same on
         every rank; layout(full, parameter) gives the part of a full tensor that a shard holds."""
         generator = torch.Generator().manual_seed(seed)
-        std = self.config.initializer_range
-        for name, parameter in self.named_parameters():
-            kind = name.split(".")[-2]
+        std, own = self.config.initializer_range, dict(self.named_parameters())
+        # A part of a model draws what the whole one does, and keeps its own.
+        for name, shape in [(name, p.shape) for name, p in self.whole.named_parameters()]:
+            kind, parameter = name.split(".")[-2], own.get(name)
             if name.endswith(".bias") or kind.endswith("norm"):
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
+                if parameter is not None:
+                    parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             assert kind.endswith("_proj") or kind in ("embed_tokens", "head", "gate"), f"no rule initialises {name}"
             into_residual = kind in ("o_proj", "down_proj")
             scale = std / math.sqrt(2 * self.config.num_hidden_layers) if into_residual else std
-            full = torch.empty(parameter.shape, device="cpu").normal_(0.0, scale, generator=generator)
-            parameter.copy_(layout(full, parameter))
+            full = torch.empty(shape, device="cpu").normal_(0.0, scale, generator=generator)
+            if parameter is not None:
+                parameter.copy_(layout(full, parameter))
 
     def count_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -287,10 +302,15 @@ class Model(nn.Module):
 def matmul_flops_per_token(config: ModelConfig, context: int) -> float:
     """Floating-point operations of a training step's matmuls, per token: three matmuls per weight (output, gradient of
     the input, gradient of the weight), and attention's two, of which a causal mask needs half."""
+    return sum(flops_by_block(config, context)) + 6.0 * config.vocab_size * config.hidden_size
+
+
+def flops_by_block(config: ModelConfig, context: int) -> list[float]:
+    """Those of each block; the others are the head's."""
     D, d, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
-    layers, dense = config.num_hidden_layers, 3 * D * config.intermediate_size
+    dense = 3 * D * config.intermediate_size
     # Of the experts, those that a token goes to.
     sparse = config.num_experts * D + config.num_experts_per_tok * 3 * D * config.moe_intermediate_size
-    with_experts = layers - len(config.dense_layers) if config.num_experts else 0
     attention = D * d * 2 * (H + K) + 2 * H * d * context / 2
-    return 6.0 * (layers * attention + with_experts * sparse + (layers - with_experts) * dense + config.vocab_size * D)
+    return [6.0 * (attention + (sparse if config.num_experts and layer not in config.dense_layers else dense))
+            for layer in range(config.num_hidden_layers)]

@@ -21,6 +21,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from core.errors import Diverged
 from core.guard import GuardConfig
 from core.log import LogConfig
 from core.parallel import ParallelConfig
+from core.passes import both_passes
 from core.run_folder import run_folder
 from core.signals import Stopped, raise_stops
 from data import Batch
@@ -90,6 +92,19 @@ def micro_batches(run: Run, step: int) -> list[Batch]:
     return [run.world.cut(run.objective.corrupt(batch, batch.rng)) for batch in batches]
 
 
+def score(run: Run, batch: Batch, hidden=None) -> tuple[torch.Tensor, dict]:
+    """(loss that the backward pass begins from, metrics) of a micro-batch. hidden: its hidden states, where a pipeline
+    has computed them; None: they are computed."""
+    with run.autocast():
+        loss, _, metrics = run.objective.loss(run.model, batch) if hidden is None else \
+            run.objective.loss_of(hidden, run.inner, batch)
+        for method in run.methods:
+            loss = method.loss_computed(run.inner, batch, loss, metrics)                    # loss computed
+    # The hidden states must not live through the next forward pass.
+    del metrics["hidden"]
+    return loss, metrics
+
+
 def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     """One update; returns {"loss", "grad_norm", "lr", "sources": {name: (nats, targets)}, "measured": {name: mean},
     "methods": {name: value}, "fault": why the update was not made, or None}.
@@ -97,24 +112,12 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     The loss is summed over all targets of the step and divided by their number on all ranks, so that gradient
     accumulation, packing and the number of ranks change nothing.
     """
-    c, world, scale = run.c, run.world, run.scale
+    c, world, scale, logged = run.c, run.world, run.scale, {}
     targets = max(1.0, world.sum([sum(map(run.objective.count, batches))])[0])
     # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
     torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.share[0])[0] >> 1))
-    scored, logged = [], {}
-    for i, batch in enumerate(batches):
-        with parallel.accumulate(run.model, world, last=i == len(batches) - 1):
-            batch = batch.to(world.device)
-            with run.autocast():
-                loss, _, metrics = run.objective.loss(run.model, batch)
-                for method in run.methods:
-                    loss = method.loss_computed(run.inner, batch, loss, metrics)            # loss computed
-            # The hidden states must not live through the next forward pass.
-            del metrics["hidden"]
-            scored.append((batch.source, metrics))
-            # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by their number.
-            (loss * (scale.scale * world.averaged / targets)).backward()
-
+    # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by their number.
+    scored = both_passes(run.model, world, batches, partial(score, run), scale.scale * world.averaged / targets)
     scale.unscale_(run.inner)
     for method in run.methods:
         logged |= method.before_step(step, run.inner)                                       # before the step

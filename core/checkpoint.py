@@ -75,9 +75,12 @@ class OlderFormat(UserError):
 
 class Shards:
     """A copy on the CPU of what this rank writes of `tensors` {name: tensor, sharded or not}, so that they may change
-    meanwhile. A tensor that every rank holds is copied and written by one of them; `bytes`: of this rank's copies."""
+    meanwhile. A tensor that several ranks hold is copied and written by one of them; `bytes`: of this rank's copies."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], world: World = ALONE):
+        if world.pipe:
+            tensors = {name: tensor for name, tensor in tensors.items() if not world.pipe.is_copy(name)}
+        k, n = world.peers
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         planner.set_up_planner(tensors, is_coordinator=world.main)
         items = planner.create_local_plan().items
@@ -86,7 +89,7 @@ class Shards:
                and is_first_copy(tensors[item.index.fqn], world)]
         shared = sorted((item for item in items if item.type == WriteItemType.TENSOR),
                         key=lambda item: item.tensor_data.size.numel(), reverse=True)
-        self.items = own + shared[world.rank::world.size]
+        self.items = own + shared[k::n]
         self.copies = {item.index.fqn: planner.resolve_data(item).detach().to(
             "cpu", copy=True, memory_format=torch.contiguous_format) for item in self.items}
         self.bytes = sum(copy.nbytes for copy in self.copies.values())

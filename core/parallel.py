@@ -29,8 +29,9 @@ from core.config import setting
 from core.context_parallel import SharedAttention, SharedSequences
 from core.devices import pick_device
 from core.errors import UserError
+from core.pipeline import Pipe, open_pipe
 from core.signals import REASONS, closed_output, note_stops, stopped_by
-from core.tensor_parallel import SharedMatmuls, is_shared, measure_norm, split_layers, sum_over_tokens
+from core.tensor_parallel import SharedMatmuls, is_shared, measure_norm, split_layers
 from core.watch import Watch
 
 # Seconds in which ranks that have just met connect to a second group. torchrun waits 30 for those that are to end.
@@ -53,6 +54,12 @@ class ParallelConfig:
     tensor: int = setting(1, at_least=1)
     """t: fsdp: how many ranks share each matmul of a block (tensor parallel, with sequence parallel norms and loss);
     the rest of the ranks shard the weights. Within one node, and only where FSDP alone needs too many ranks"""
+    pipeline: int = setting(1, at_least=1)
+    """P: how many ranks hold the layers one after the other, a part each (pipeline parallel); the rest of the ranks
+    shard each part (fsdp). For models that outgrow a node"""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    """pipeline: in which order micro-batches pass; gpipe keeps the activations of all, 1f1b those of P at most;
+    interleaved has two parts on each rank, which wait half as long for each other and send twice as much"""
     step_timeout: float = setting(120.0, at_least=1, below=math.inf)
     """seconds (or five times the slowest step so far, if longer) that a step may take: then the rank that hangs is
     named, and all end"""
@@ -61,9 +68,15 @@ class ParallelConfig:
 
     def refuse_layout(self, ranks: int):
         """UserError where the ranks cannot be laid out as the settings say."""
-        for name in ("context", "tensor"):
+        for name in ("context", "tensor", "pipeline"):
             if ranks % getattr(self, name):
                 raise UserError(f"parallel.{name} {getattr(self, name)} does not divide the {ranks} ranks")
+        if self.pipeline > 1 and (self.context > 1 or self.replicas > 1):
+            raise UserError("parallel.pipeline goes with neither parallel.context nor parallel.replicas yet; leave one "
+                            "of them out")
+        if self.pipeline > 1 and self.strategy != "fsdp" and self.pipeline < ranks:
+            raise UserError(f"parallel.pipeline {self.pipeline} leaves {ranks // self.pipeline} ranks for each part of "
+                            f"the layers; set --parallel.strategy fsdp, which shards the part over them")
         changed = [name for name in ("replicas", "reshard", "tensor") if getattr(self, name) != getattr(ALONE, name)]
         if self.strategy != "fsdp" and changed:
             raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
@@ -99,6 +112,8 @@ class World:
     watch: Watch | None = None
     # None where each rank has its own sequences.
     sequences: SharedSequences | None = None
+    # None where each rank has all layers.
+    pipe: Pipe | None = None
 
     @property
     def main(self) -> bool:
@@ -109,7 +124,14 @@ class World:
     def share(self) -> tuple[int, int]:
         """(k, n): of a global batch this rank computes, alone or with others, the k-th of n parts."""
         C = self.sequences.ranks if self.sequences else 1
-        return self.rank // C, self.size // C
+        rank, ranks = self.peers
+        return rank // C, ranks // C
+
+    @property
+    def peers(self) -> tuple[int, int]:
+        """(k, n): the k-th of the n ranks that hold the same layers."""
+        ranks = self.size // self.pipe.ranks if self.pipe else self.size
+        return self.rank % ranks, ranks
 
     def sum(self, values) -> list[float]:
         """Each of the values summed over all ranks, in float64. A collective: all ranks call it together.
@@ -130,26 +152,28 @@ class World:
         return values
 
     def share_sequences(self, config: ParallelConfig):
-        """From now on neighbours share each sequence as the settings say. A collective."""
+        """From now on ranks share sequences, matmuls and layers as the settings say. A collective."""
+        mesh = functools.partial(make_mesh, self.device.type, self.size, 1, config.tensor, config.pipeline)
+        self.pipe = open_pipe(mesh()["pipe"], config.schedule) if config.pipeline > 1 else None
         if (C := config.context) > 1:
             groups = [dist.new_group(range(first, first + C)) for first in range(0, self.size, C)]
             self.sequences = SharedSequences(groups[self.rank // C], self.rank % C, C)
         elif (t := config.tensor) > 1:
-            group = make_mesh(self.device.type, self.size, 1, t)["tensor"].get_group()
-            self.sequences = SharedMatmuls(group, self.rank % t, t)
+            self.sequences = SharedMatmuls(mesh()["tensor"].get_group(), self.rank % t, t)
 
     @property
     def averaged(self) -> int:
         """Over how many ranks DDP or FSDP averages a gradient."""
-        return self.share[1] if isinstance(self.sequences, SharedMatmuls) else self.size
+        return self.share[1] if isinstance(self.sequences, SharedMatmuls) else self.peers[1]
 
     def sharing(self):
         """A context in which the ranks that share sequences have their tokens of them."""
         return self.sequences.shared() if self.sequences else contextlib.nullcontext()
 
     def cut(self, batch):
-        """This rank's tokens of a corrupted batch."""
-        return self.sequences.cut(batch) if self.sequences else batch
+        """This rank's tokens of a corrupted batch, with those targets that it scores."""
+        batch = self.sequences.cut(batch) if self.sequences else batch
+        return self.pipe.cut(batch) if self.pipe else batch
 
     def cut_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens of x [B, T]."""
@@ -289,23 +313,26 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
 
     dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.
     """
-    mesh = make_mesh(world.device.type, world.size, config.replicas, config.tensor)
+    mesh = make_mesh(world.device.type, world.size, config.replicas, config.tensor, config.pipeline)
     if config.tensor > 1:
         split_layers(model, mesh["tensor"], world.sequences)
+    if config.tensor > 1 or config.pipeline > 1:
         mesh = mesh["shard"]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in [*model.shard_plan(), model]:
+    for module in [*model.shard_plan(), *outermost(model)]:
         # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard and module is not model)
+        reshard = config.reshard and module not in outermost(model)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model
 
 
 @functools.cache
-def make_mesh(device: str, ranks: int, replicas: int, tensor: int) -> DeviceMesh:
-    """The ranks as a table of (groups that hold the model, ranks that shard it, ranks that share matmuls), without the
-    dimensions of size 1. Neighbours, which torchrun puts on one node, stand beside each other in the last dimension.
-    Made once: each mesh starts groups of ranks of its own."""
-    sizes = {"replicate": replicas, "shard": ranks // replicas // tensor, "tensor": tensor}
+def make_mesh(device: str, ranks: int, replicas: int, tensor: int, pipeline: int = 1) -> DeviceMesh:
+    """The ranks as a table of (parts of the layers, groups that hold one, ranks that shard it, ranks that share
+    matmuls), without the dimensions of size 1. Neighbours, which torchrun puts on one node, stand beside each other in
+    the last dimension. Made once: each mesh starts groups of ranks of its own."""
+    sizes = {"pipe": pipeline, "replicate": replicas, "shard": ranks // pipeline // replicas // tensor,
+             "tensor": tensor}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
@@ -326,20 +353,14 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
+def outermost(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP treats as a model each: the stages of a pipeline, or the model itself."""
+    return getattr(model, "stages", None) or [model]
+
+
 def is_sharded(model: nn.Module) -> bool:
-    return isinstance(model, FSDPModule)
-
-
-@contextlib.contextmanager
-def accumulate(model: nn.Module, world: World, last: bool):
-    """The context of a micro-batch's two passes: gradients go between ranks only for the `last` one of a step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    waits = isinstance(model, DistributedDataParallel) and not last
-    with model.no_sync() if waits else contextlib.nullcontext(), world.sharing():
-        yield
-    if last and isinstance(world.sequences, SharedMatmuls):
-        sum_over_tokens(model, world.sequences)
+    """Whether no rank holds the whole model."""
+    return any(isinstance(module, FSDPModule) for module in outermost(model)) or outermost(model) != [model]
 
 
 def share_attention(model: nn.Module, world: World):
@@ -352,19 +373,26 @@ def share_attention(model: nn.Module, world: World):
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     """Scale the gradients so that their global norm is at most `limit`; 0 leaves them. Returns the norm they had, a
     scalar that stays on the device. A collective for sharded parameters."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    if (shared := next(filter(is_shared, parameters), None)) is not None:
-        gradients = [p.grad for p in parameters]
-        norm = measure_norm(gradients, parameters, shared.device_mesh["tensor"].size())
-        for gradient in gradients if limit else ():
+    named = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    parameters, pipe = list(named.values()), getattr(model, "pipe", None)
+    shared = next(filter(is_shared, parameters), None)
+    if shared is not None or pipe:
+        counted = [p for name, p in named.items() if not pipe or not pipe.is_copy(name)]
+        norm = measure_norm(counted, 1 if shared is None else shared.device_mesh["tensor"].size())
+        for p in parameters if limit else ():
             # As torch.nn.utils.clip_grad_norm_ does.
-            gradient.to_local().mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+            local(p.grad).mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
     norm = torch.nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 # ---- full tensors and sharded ones
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor on the CPU, without a graph. A collective for a sharded one."""
@@ -389,8 +417,7 @@ def make_empty_like(shape, dtype: torch.dtype, pattern: torch.Tensor) -> torch.T
 
 def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
     """The name of the first tensor with a NaN or an infinity in what this rank holds of it."""
-    own = {name: (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-           for name, tensor in tensors.items()}
+    own = {name: local(tensor).detach() for name, tensor in tensors.items()}
     own = {name: tensor for name, tensor in own.items() if tensor.is_floating_point() and tensor.numel()}
     # A sum is finite only where all elements are, and takes half of the time that extremes take: a save holds up the
     # training for as long. Where a sum overflows, or is not finite, the extremes decide. No mask is made.
@@ -405,9 +432,10 @@ def model_state(model: nn.Module, part: str = "", form=full_tensor) -> dict[str,
     """{name: full CPU tensor} of the parameters with `part` in their name, a tied one once. A collective.
 
     form: what is made of a parameter, e.g. torch.Tensor.detach: itself, sharded as it is, and no collective."""
-    if isinstance(model, FSDPModule):
-        # An evaluation leaves FSDP's root module gathered, in the dtype of the matmuls.
-        model.reshard()
+    for module in outermost(model):
+        if isinstance(module, FSDPModule):
+            # An evaluation leaves FSDP's root module gathered, in the dtype of the matmuls.
+            module.reshard()
     return {name: form(p) for name, p in model.named_parameters() if part in name}
 
 

@@ -136,10 +136,11 @@ def sum_over_tokens(model: nn.Module, matmuls: SharedMatmuls):
             dist.all_reduce(p.grad.to_local(), group=matmuls.group)
 
 
-def measure_norm(gradients: list, parameters: list, t: int) -> torch.Tensor:
-    """The global norm of gradients that are sharded in two ways, 0-d. What t ranks hold alike counts once."""
-    squares = [torch.linalg.vector_norm(g.to_local(), dtype=torch.float32).square() / (1 if is_shared(p) else t)
-               for p, g in zip(parameters, gradients)]
-    total = torch.stack(squares).sum()
+def measure_norm(parameters: list, t: int) -> torch.Tensor:
+    """The global norm of the gradients of parameters that are parted over all ranks, 0-d: in stages, in shards, and in
+    t parts. What t ranks hold alike counts once. A rank may have none."""
+    squares = [torch.linalg.vector_norm(p.grad.to_local() if isinstance(p, DTensor) else p.grad,
+                                        dtype=torch.float32).square() / (1 if is_shared(p) else t) for p in parameters]
+    total = torch.stack(squares or [torch.zeros(())]).sum()
     dist.all_reduce(total)
     return total.sqrt()

@@ -36,8 +36,14 @@ def measure_distance(model, base: hf.Base, world) -> dict[str, float]:
     adapted = adapters.active_layers(model)
     for name, square in (square_adapters(adapted) if adapted else square_weights(model, base, world)):
         squares[block_of(name)] += square
+    if world.pipe:
+        # What the peers of a stage each have of an adapter, or their shares of weights.
+        parts, squares = world.gather(dict(squares)), defaultdict(float)
+        for part in parts[::world.peers[1]] if adapted else parts:
+            for block, square in part.items():
+                squares[block] += square
     totals = list(squares.values())
-    if parallel.is_sharded(model) and not adapted:
+    if parallel.is_sharded(model) and not adapted and not world.pipe:
         totals = world.sum(totals)
     return {block: math.sqrt(total) for block, total in zip((*squares, "all"), (*totals, sum(totals)))}
 
@@ -56,6 +62,7 @@ def square_weights(model, base: hf.Base, world):
         if name in weights:
             now, was = weights[name], parallel.distribute_like(full, weights[name])
             counts = not isinstance(now, DTensor) or parallel.is_first_copy(now, world)
+            counts &= not (world.pipe and world.pipe.is_copy(name))
             now, was = (each.to_local() if isinstance(each, DTensor) else each for each in (now, was))
             yield name, square_norm(now.to(upcast_dtype(now)) - was) if counts else 0.0
 

@@ -63,7 +63,9 @@ class Freeze(Method):
                             "put adapters on fewer modules instead")
         self.steps, self.stages = learning.steps, self.config.parse_stages()
         self.replicated = learning.world.size > 1 and not learning.sharded
-        names, parameters = list(trainable_parameters(model)), dict(model.named_parameters())
+        # Of a model in parts the whole is looked at: blocks are counted from its top.
+        whole = getattr(model, "whole", model)
+        names, parameters = list(trainable_parameters(whole)), dict(whole.named_parameters())
         self.blocks = 1 + max(map(block_number, parameters), default=-1)
         if self.config.schedule != "stages" and self.config.blocks > self.blocks:
             raise UserError(f"forget.freeze.blocks is {self.config.blocks}, but the model has {self.blocks} blocks "
@@ -79,10 +81,11 @@ class Freeze(Method):
             raise UserError("forget.freeze leaves nothing to train at some time; name at least one part in each stage, "
                             "or leave out freezing")
         self.ever = set().union(*self.sets.values())
-        for name, p in parameters.items():
+        for name, p in [*parameters.items(), *model.named_parameters()]:
             p.requires_grad_(name in self.ever)
 
-        counts = [sum(parameters[name].numel() for name in names) for names in self.sets.values()]
+        self.counts = {stage: sum(parameters[name].numel() for name in names) for stage, names in self.sets.items()}
+        counts = list(self.counts.values())
         total = sum(p.numel() for p in parameters.values())
         self.notes = [f"freeze ({self.config.schedule}): {counts[0]:,} of {total:,} parameters train at first, "
                       f"{counts[-1]:,} at the end, in {len(counts)} stages"]
@@ -127,8 +130,7 @@ class Freeze(Method):
     def before_step(self, step, model):
         # At the first step, also the first after a resume, parameters of all stages have gradients.
         self.apply(step, model)
-        trained = [p for p in trainable_parameters(model).values() if p.grad is not None]
-        return {"trainable_parameters": sum(p.numel() for p in trained)}
+        return {"trainable_parameters": self.counts[self.stage_at(step)]}
 
     def after_step(self, step, model, optimizer, moved=True):
         self.apply(step + 1, model, optimizer)

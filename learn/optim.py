@@ -57,7 +57,9 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr_scales: dict 
                      "weight_decay": config.weight_decay if decays else 0.0}
             groups.setdefault((muon, decays, scale), group)["params"].append(p)
     kind = {"adamw": partial(torch.optim.AdamW, fused=True), "adamw_8bit": AdamW8bit, "muon": Muon}[config.name]
-    return kind(list(groups.values()), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    # A stage of a pipeline may have nothing that trains.
+    nothing = {"params": [], "lr": config.lr, "lr_scale": 1.0, "muon": False, "weight_decay": 0.0}
+    return kind(list(groups.values()) or [nothing], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
 
 
 class AdamW8bit(torch.optim.Optimizer):

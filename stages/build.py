@@ -20,7 +20,7 @@ import forget
 import hf
 import lora
 import tokenizer as tokenizers
-from core import checkpoint, cli, devices, hashing, parallel
+from core import checkpoint, cli, devices, hashing, parallel, pipeline
 from core.architecture import set_positions
 from core.config import is_on, setting
 from core.errors import Diverged, UserError
@@ -32,9 +32,9 @@ from learn.method import Learning
 from learn.objectives import Objective
 from learn.router import Router
 from measure import scoring
-from model import Model, ModelConfig
+from model import Model, ModelConfig, flops_by_block
 from stages.questions import Questions, open_questions
-from stages.refuse import refuse_combinations, refuse_memory, refuse_sharing, refuse_stops
+from stages.refuse import refuse_combinations, refuse_memory, refuse_pipeline, refuse_sharing, refuse_stops
 from stages.sources import pack_sources
 from text import mixture, packing
 from text.heldout import find_leaks, judge_leaks
@@ -232,6 +232,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     # What the run writes of its settings has the model's own sizes, also where they are the base's.
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, **{name: getattr(config, name) for name in sizes}))
     refuse_sharing(c, config)
+    refuse_pipeline(c, config, world.size)
     run = plan_data(c, world, folder, base, tokenizer, config)
     run.reference = open_reference(c, world, config, tokenizer)
     run.inner = build_model(c, config, base, world)
@@ -240,8 +241,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.objective.model_built(run.inner, learning)
     for method in run.methods:
         method.model_built(run.inner)                                                       # model built
-    ddp = world.size > 1 and c.parallel.strategy == "ddp"
-    run.model = parallel.replicate(run.inner, world) if ddp else run.inner
+    run.model = lay_out(run)
     run.optimizer = optim.make_optimizer(run.inner, c.optim, lora.lr_scales(run.inner, c.lora) if c.lora.rank else None)
     run.scale = optim.LossScale(c.train.precision == "fp16")
     run.guard = Guard(c.guard)
@@ -252,6 +252,17 @@ def build(c, world, folder: Path | None = None) -> Run:
             stale.unlink(missing_ok=True)
     run.log = Logger(folder, c.log, run.steps, main, settings=dataclasses.asdict(c))
     return run
+
+
+def lay_out(run: Run):
+    """What the loop calls: the model itself, DDP around it, or a pipeline of which it is a part."""
+    c, world = run.c, run.world
+    if world.pipe:
+        share, t = c.train.batch_size // world.share[1], world.sequences.ranks if world.sequences else 1
+        B = min(share, c.train.micro_batch_size)
+        return pipeline.Pipeline(run.inner, world.pipe, c.parallel.schedule, (B, c.data.context // t), share // B,
+                                 world.device, run.objective.hidden_states, run.autocast)
+    return parallel.replicate(run.inner, world) if world.size > 1 and c.parallel.strategy == "ddp" else run.inner
 
 
 # ---- base, tokenizer and data
@@ -358,16 +369,21 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     # bf16 halves the memory of weights that do not train (under adapters) and of those whose optimizer keeps what bf16
     # rounds away (adamw_8bit). With any other optimizer bf16 weights would lose small updates.
     bf16 = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or c.lora.rank > 0)
+    computes = torch.bfloat16 if bf16 else torch.float32
     with torch.device("meta"):
-        model = Model(config).to(torch.bfloat16 if bf16 else torch.float32)
+        model = Model(config).to(computes)
         if c.lora.rank:
             lora.attach(model, c.lora, c.seed)
+    if world.pipe:
+        pipeline.split(model, world.pipe, flops_by_block(config, c.data.context),
+                       6.0 * config.vocab_size * config.hidden_size)
     if c.model.init == "pretrained":
         hf.find_weights(model, base.folder)
     if sharded:
         # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
         gathered = None if c.lora.rank or c.train.precision == "fp32" else devices.DTYPES[c.train.precision]
         parallel.shard(model, world, c.parallel, gathered)
+        computes = gathered or computes
     refuse_memory(adapters.count_elements(model)[1], c, world.device,
                   "its sizes, or use --parallel.strategy fsdp on more devices")
     model.to_empty(device=world.device).tie()
@@ -379,6 +395,8 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
         lora.initialise(model, c.seed, parallel.distribute_like)
     model.checkpoint_blocks = c.model.activation_checkpointing
     parallel.share_attention(model, world)
+    if world.pipe:
+        pipeline.connect(model, world.pipe, computes, world.device)
     model.train()
     if c.compile:
         model.compile()
@@ -400,7 +418,7 @@ def draw_general_text(run: Run):
 
 def describe_learning(run: Run) -> Learning:
     c, world, loader, general = run.c, run.world, run.loader, run.names_of("general")
-    base, sharded = None, world.size > 1 and c.parallel.strategy == "fsdp"
+    base, sharded = None, parallel.is_sharded(run.inner)
     if c.lora.rank:
         base = adapters.disabled
     elif sharded and (c.forget.lwf.alpha or (run.objective.uses_reference and not c.objective.reference

@@ -14,7 +14,7 @@ import torch
 import forget
 import hf
 import lora
-from core import cli, devices, hashing, parallel
+from core import cli, devices, hashing, parallel, pipeline
 from core.cli import run_command
 from core.config import setting, to_toml
 from core.errors import UserError
@@ -73,7 +73,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 def describe(run: Run):
     """What is about to be run, in a few lines, with the warnings that a user wants before the run and not after it."""
     c, loader, say = run.c, run.loader, run.log.say
-    parameters, epochs = adapters.count_elements(run.inner)[1], loader.epochs(run.steps)
+    parameters, epochs = adapters.count_elements(run.inner.whole)[1], loader.epochs(run.steps)
     say(f"model: {parameters / 1e6:.1f}M parameters, {run.config.family}, vocabulary {run.config.vocab_size:,}")
     if c.model.init == "pretrained":
         say(f"base: {run.base}, licence: {run.base.facts['license']}")
@@ -82,7 +82,7 @@ def describe(run: Run):
             say("warning: the base carries a chat template; continuing the pretraining of a chat model costs it its "
                 "chat ability: mix in conversations (data.sources.NAME.format chat), or begin with its base model")
         if c.lora.rank:
-            say(f"lora: {lora.trainable_share(run.inner)}")
+            say(f"lora: {lora.trainable_share(run.inner.whole)}")
             if c.lora.embeddings == "frozen" and run.objective.token_ids:
                 say(f"warning: objective {c.objective.name} puts tokens into the text whose embeddings do not train "
                     f"with lora.embeddings frozen; unless the base knows them, set lora.embeddings full, or rows with "
@@ -147,7 +147,7 @@ def begin(run: Run, start: int):
     if run.saved:
         return
     if run.world.main:
-        write_first_files(run, *adapters.count_elements(run.inner))
+        write_first_files(run, *adapters.count_elements(run.inner.whole))
     if run.guard.may_rewind:
         # There must always be a checkpoint to go back to.
         run.saver.save(start)
@@ -177,7 +177,7 @@ def describe_source(role: str, manifest: dict) -> dict:
 def describe_origin(run: Run) -> dict:
     """What the run began from, for a reader who has the run folder alone."""
     c, pretrained, tokenizer = run.c, run.c.model.init == "pretrained", run.tokenizer
-    rate = schedules.recommended(run.inner.count_parameters(), "lora" if c.lora.rank else "full")[0]
+    rate = schedules.recommended(run.inner.whole.count_parameters(), "lora" if c.lora.rank else "full")[0]
     return {"family": run.config.family, "vocab_size": run.config.vocab_size,
             "base": {"name": run.base.name, "license": run.base.facts["license"],
                      "fingerprint": run.base_fingerprint} if pretrained else None,
@@ -357,7 +357,7 @@ def finish(run: Run):
     c, out, say, merges = run.c, run.folder, run.log.say, run.c.forget.merge.method != "none"
     run.world.enter("the export")
     # A merge is found by rank 0, which must hold the whole model for it, and so scores the merged one too.
-    sharded = run.world.size > 1 and c.parallel.strategy == "fsdp" and not merges
+    sharded = parallel.is_sharded(run.inner) and not merges
     with contextlib.ExitStack() as stack:
         for method in run.methods:
             stack.enter_context(method.exported(run.inner))                                 # exported
@@ -450,13 +450,15 @@ def export(run: Run, folder: Path):
     A collective, because ranks may hold shares of the weights.
     """
     c, weights = run.c, parallel.model_state(run.inner, run.trained)
+    if run.world.pipe:
+        weights = pipeline.collect(weights, [name for name, _ in run.inner.whole.named_parameters()], run.world)
     if not run.world.main:
         return
     own_tokenizer, scratch, dtype = c.model.tokenizer or None, c.model.init == "scratch", export_dtype(run)
     if c.lora.rank:
         # Adapters are added to the base as it is on disk, not as it was rounded or quantised for this run.
         adapter = folder.with_name("adapter")
-        peft_files.save_adapter(run.inner, adapter, run.base, weights)
+        peft_files.save_adapter(run.inner.whole, adapter, run.base, weights)
         lora.merge_folders(run.base, adapter, folder, dtype, tokenizer=own_tokenizer)
     else:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}

@@ -29,7 +29,7 @@ def refuse_combinations(c, ranks: int):
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     c.parallel.refuse_layout(ranks)
     refuse_objective(c, ranks)
-    sharing = max(c.parallel.context, c.parallel.tensor)
+    sharing = max(c.parallel.context, c.parallel.tensor) * c.parallel.pipeline
     if c.train.batch_size % (groups := ranks // sharing):
         sharers = f"groups of {sharing} ranks" if sharing > 1 else "ranks"
         raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {groups} {sharers}")
@@ -82,15 +82,45 @@ def refuse_sharing(c, config):
         raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel."
                         f"{'context' if C > 1 else 'tensor'} parts; leave one of them out")
     asks = c.eval.tasks or c.eval.probes.facts or c.eval.probes.in_context
-    if t > 1 and asks:
-        raise UserError("eval.tasks and eval.probes ask each rank other items, and with parallel.tensor ranks compute "
-                        "together; ask after the run, with eval.py")
+    if asks and (t > 1 or c.parallel.pipeline > 1):
+        raise UserError(f"eval.tasks and eval.probes ask each rank other items, and with parallel."
+                        f"{'tensor' if t > 1 else 'pipeline'} ranks compute together; ask after the run, with eval.py")
     unfit = {"forget.ewc": c.forget.ewc.strength, "optim.name adamw_8bit": c.optim.name == "adamw_8bit",
              "optim.name muon": c.optim.name == "muon", "lora.dora": c.lora.dora,
              "lora.base": c.lora.base != "plain", "router.balance": c.router.balance}
     if t > 1 and (odd := [name for name, is_set in unfit.items() if is_set]):
         raise UserError(f"{odd[0]} needs a layer's weights as a whole, which parallel.tensor parts; leave one of them "
                         f"out")
+
+
+def refuse_pipeline(c, config, ranks: int):
+    """UserError where a model with this ModelConfig cannot be trained in the stages of a pipeline."""
+    P, schedule = c.parallel.pipeline, c.parallel.schedule
+    if P == 1:
+        return
+    stages = 2 * P if schedule == "interleaved" else P
+    if config.num_hidden_layers < stages:
+        raise UserError(f"parallel.pipeline {P} with schedule {schedule} makes {stages} parts of the model's "
+                        f"{config.num_hidden_layers} layers; lower it")
+    if c.objective.name not in SHARING:
+        raise UserError(f"objective {c.objective.name} runs the model more than once or on parts of a batch, which the "
+                        f"stages of parallel.pipeline do not; leave one of them out")
+    unfit = {"forget.ewc": c.forget.ewc.strength, "forget.lwf": c.forget.lwf.alpha, "compile": c.compile,
+             "router.balance": c.router.balance, "router.z": c.router.z,
+             "lora.embeddings": c.lora.rank and c.lora.embeddings != "frozen"}
+    if odd := [name for name, is_set in unfit.items() if is_set]:
+        raise UserError(f"{odd[0]} needs the model as a whole, which parallel.pipeline parts; leave one of them out")
+    share, size = c.train.batch_size * P * c.parallel.tensor // ranks, c.train.micro_batch_size
+    if share % min(share, size):
+        raise UserError(f"train.micro_batch_size {size} does not divide the {share} sequences of a step that each "
+                        f"pipeline has; its micro-batches must have one size")
+    count = max(1, share // size)
+    if schedule != "gpipe" and count < stages:
+        raise UserError(f"parallel.schedule {schedule} needs {stages} micro-batches a step, and train.batch_size and "
+                        f"train.micro_batch_size make {count}; raise the first, lower the second, or use gpipe")
+    if schedule == "interleaved" and count % (count // P):
+        raise UserError(f"parallel.schedule interleaved cannot part {count} micro-batches into rounds of about {P}; "
+                        f"make them a multiple of {P}")
 
 
 def refuse_memory(parameters: int, c, device: torch.device, remedy: str):

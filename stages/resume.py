@@ -229,7 +229,9 @@ def restore(run: Run, found: Path) -> dict:
     moments = make_moments(run, stored, found)
     wanted = tensors | {f"state/{name}": tensor for name, tensor in moments.items()}
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in wanted.items()}
-    if odd := sorted(name for name, _ in shapes.items() ^ stored.known.items()):
+    # Of a model in parts each rank holds some.
+    held = dict(pair for part in run.world.gather([*shapes.items()]) for pair in part) if run.world.pipe else shapes
+    if odd := sorted(name for name, _ in held.items() ^ stored.known.items()):
         raise UserError(f"{found} does not hold the tensors of this run, among them {odd[0]}; it was made by another "
                         f"version")
     stored.read_into(wanted)
