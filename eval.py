@@ -5,9 +5,10 @@
     python eval.py --model out/spans/final --text law=shards/domain --objective.name span
     python eval.py --model out/masked/final --text law=shards/domain --objective.name masked --pll
     python eval.py --model out/legal/final --baseline DIR --tasks arc_easy=arc_easy.jsonl mine=questions.jsonl
+    python eval.py --model out/legal/final --baseline DIR --probes facts in_context --trained law.txt --heldout new.txt
 
-How a document is scored stands in measure/scoring.py, how an item of a benchmark in measure/tasks.py, what was gained
-and lost in measure/verdict.py and measure/retention.py.
+How a document is scored stands in measure/scoring.py, how an item of a benchmark in measure/tasks.py, what the probes
+ask in measure/probes.py, what was gained and lost in measure/verdict.py and measure/retention.py.
 """
 
 import core.threads
@@ -29,7 +30,7 @@ from core.errors import UserError
 from core.files import read_json, write_json
 from learn import objectives
 from learn.choose_objective import CAUSAL, ObjectiveConfig, check_scoring, make_objective, read_settings
-from measure import retention, run_code, verdict
+from measure import probes, retention, run_code, verdict
 from measure import tasks as benchmarks
 from measure.scoring import format_table, heldout_documents, protocol, score, score_objective
 from model import Model, ModelConfig
@@ -103,8 +104,10 @@ class Eval:
     """Examples before each item (default: the task's own number)."""
     run_code: bool = False
     """Run what a model writes for humaneval and mbpp on this machine: confined, as far as its kernel has no faults."""
+    sampling: benchmarks.Sampling = field(default_factory=benchmarks.Sampling)
     batch_size: int = setting(32, at_least=1)
     """Sequences of a task that go through the model at a time."""
+    probe: probes.ProbeOptions = field(default_factory=probes.ProbeOptions)
     general: list[str] = field(default_factory=list)
     """Names of the texts that are general: their rise is forgetting, the fall of the others the domain gain."""
     context: int | None = setting(None, at_least=1)
@@ -123,8 +126,8 @@ def run_eval(options: Eval, settings: list[str] = ()) -> dict:
         raise UserError("name one of --model and --run")
     if options.checkpoints and not options.run:
         raise UserError("--checkpoints are those of a run: name its folder with --run")
-    if not options.text and not options.tasks:
-        raise UserError("name what to score: --text NAME=FILE, --tasks NAME=FILE, or both")
+    if not (options.text or options.tasks or options.probe.probes):
+        raise UserError("name what to score: --text NAME=FILE, --tasks NAME=FILE or --probes facts in_context")
     if wrong := [text for text in options.text if text.find("=") < 1]:
         raise UserError(f"--text is {wrong[0]!r}, but must be NAME=FILE")
     texts = dict(text.split("=", 1) for text in options.text)
@@ -132,14 +135,15 @@ def run_eval(options: Eval, settings: list[str] = ()) -> dict:
         raise UserError("--text gives one name to two texts; name each once (a folder, a pattern or @LIST joins files)")
     if unknown := [name for name in options.general if name not in texts]:
         raise UserError(f"--general names {unknown[0]!r}, which no --text has; there are {', '.join(texts)}")
-    if options.tasks and config.name != "causal":
-        raise UserError(f"--tasks are for models that continue a text, not for objective {config.name}")
-    tasks = benchmarks.open_tasks(read_tasks(options))
+    if (options.tasks or options.probe.probes) and config.name != "causal":
+        raise UserError(f"--tasks and --probes are for models that continue a text, not for objective {config.name}")
+    tasks = options.sampling.apply(benchmarks.open_tasks(read_tasks(options)))
     if confined := run_code.check_permission([name for name, (task, _) in tasks.items() if task.rule == "program"],
                                              options.run_code):
         print(confined)
     how = options.reading, options.context, config, options.pll
-    return (score_run if options.run else score_model)(options, texts, tasks, how)
+    probing = probes.Probing(options.probe, options.reading)
+    return (score_run if options.run else score_model)(options, texts, tasks, probing, how)
 
 
 def read_tasks(options: Eval) -> dict[str, benchmarks.TaskSettings]:
@@ -150,23 +154,33 @@ def read_tasks(options: Eval) -> dict[str, benchmarks.TaskSettings]:
     return {name: benchmarks.TaskSettings(file or None, options.limit, options.shots) for name, file in named}
 
 
-def score_all(options: Eval, model: Model, tokenizer, texts: dict, tasks: dict, how: tuple, reference=None) -> dict:
-    """{"texts", "protocol"} and, where tasks are asked for, "tasks" and the "tokenizer" that read them."""
+def score_all(options: Eval, model: Model, tokenizer, texts: dict, tasks: dict, probing: probes.Probing, how: tuple,
+              reference=None) -> dict:
+    """{"texts", "protocol"} and, where they are asked for, "tasks", "probes" and the "tokenizer" that read them."""
     found = dict(zip(("texts", "protocol"), score_files(model, tokenizer, texts, *how, reference=reference)))
     if tasks:
         found["tasks"] = benchmarks.score_tasks(model, tokenizer, tasks, options.context,
                                                 batch_size=options.batch_size, bars=True,
                                                 judge=run_code.judge_programs if options.run_code else None)
+    if answers := probing.score(model, tokenizer, context=options.context, batch_size=options.batch_size, bars=True):
+        found["probes"] = answers
+    if tasks or answers:
         found["tokenizer"] = tokenizer.fingerprint
     return found
 
 
 def compare_sides(options: Eval, before: dict, after: dict, readers=()) -> dict:
     """What changed, was gained and was lost between two results of `score_all`: of the texts as `verdict.compare` says
-    it; of the tasks "tasks_change" and "capabilities" as `retention.compare` does. readers: the tokenizers of both."""
+    it; of the tasks "tasks_change" and "capabilities" as `retention.compare` does; of the probes "probes_change", the
+    differences of their values. readers: the tokenizers of both."""
     found = verdict.compare(before["texts"], after["texts"], options.general)
-    if "tasks" in after:
+    if "tokenizer" in after:
         check_tokenizers(before, after, readers)
+    if "probes" in after:
+        retention.check_baseline(before["probes"], after["probes"])
+        found["probes_change"] = {name: row["value"] - before["probes"][name]["value"]
+                                  for name, row in after["probes"].items() if name in before["probes"]}
+    if "tasks" in after:
         kept = retention.compare(before["tasks"], after["tasks"])
         found |= {"tasks_change": kept["change"], "capabilities": kept["capabilities"]} | retention.judge(found, kept)
     return found
@@ -194,6 +208,9 @@ def read_baseline(options: Eval, texts: dict, tasks: dict) -> dict | None:
             raise UserError(f"--baseline {file} has no scores of {kind.removesuffix('s')} {lacking[0]}; write it by "
                             f"eval.py --model DIR --json {file} with the same --text and --tasks")
         found[kind] = {name: held[name] for name in names}
+    if options.probe.probes and not isinstance(found.get("probes"), dict):
+        raise UserError(f"--baseline {file} has no scores of probes; write it by eval.py --model DIR --json {file} "
+                        f"with the same --probes and documents")
     # What cannot compare is refused before anything is scored.
     retention.check_baseline(found["tasks"], {name: benchmarks.identify(*opened) for name, opened in tasks.items()})
     return found | {"model": file}
@@ -219,6 +236,8 @@ def print_tables(before: dict, after: dict):
         print(format_table(before.get("texts"), after["texts"]))
     if "tasks" in after:
         print(benchmarks.format_tasks(before.get("tasks"), after["tasks"]))
+    if "probes" in after:
+        print("\n" + benchmarks.format_tasks(before.get("probes"), after["probes"]).replace("| task", "| probe", 1))
     if "capabilities" in after:
         print("\n" + retention.format_capabilities(after["capabilities"], after["tasks_change"]))
 
@@ -235,7 +254,7 @@ def print_verdict(found: dict):
         print(f"overall score: {100 * found['score']:+z.1f} % (domain gain less forgetting beyond 5 %)")
 
 
-def score_run(options: Eval, texts: dict, tasks: dict, how: tuple) -> dict:
+def score_run(options: Eval, texts: dict, tasks: dict, probing: probes.Probing, how: tuple) -> dict:
     folder, device = Path(options.run, "checkpoints"), devices.pick_device(options.device.device)
     if not (steps := checkpoint.steps(folder)):
         raise UserError(f"{options.run} holds no checkpoints")
@@ -246,10 +265,10 @@ def score_run(options: Eval, texts: dict, tasks: dict, how: tuple) -> dict:
         base = hf.open_base(options.baseline)
         reader = [tokenizers.load(base.folder)]
         model = hf.load(base, device=device)
-        before = {"model": options.baseline} | score_all(options, model, *reader, texts, tasks, how)
+        before = {"model": options.baseline} | score_all(options, model, *reader, texts, tasks, probing, how)
 
     def score_one(model: Model, tokenizer, /, **about) -> dict:
-        row = about | score_all(options, model, tokenizer, texts, tasks, how)
+        row = about | score_all(options, model, tokenizer, texts, tasks, probing, how)
         if before:
             if not reader:
                 check_saved(before, row)
@@ -316,15 +335,15 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
     return model, state, name + (", before the merge with the base" if merges else "")
 
 
-def score_model(options: Eval, texts: dict, tasks: dict, how: tuple) -> dict:
+def score_model(options: Eval, texts: dict, tasks: dict, probing: probes.Probing, how: tuple) -> dict:
     device, dtype = devices.pick_device(options.device.device), devices.DTYPES[options.device.dtype]
     saved = read_baseline(options, texts, tasks)
     paths = [path for path in (options.model, None if saved else options.baseline) if path]
     bases = {path: hf.open_base(path) for path in paths}
     models = {path: hf.load(base, dtype, device) for path, base in bases.items()}
     readers = {path: tokenizers.load(base.folder) for path, base in bases.items()}
-    result, *other = [{"model": path} | score_all(options, models[path], readers[path], texts, tasks, how,
-                                                  models.get(options.baseline)) for path in paths]
+    result, *other = [{"model": path} | score_all(options, models[path], readers[path], texts, tasks, probing,
+                                                  how, models.get(options.baseline)) for path in paths]
     if options.baseline:
         if saved:
             check_saved(saved, result)

@@ -23,11 +23,17 @@ import random
 import re
 import string
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
+from core.cli import Reading
 from core.config import setting
-from measure.task_list import Item, Task
+from core.errors import UserError
+from measure.task_list import Item, Task, spread
 from measure.tasks import hash_items, score_tasks, wilson
+from text import corpus
+from text.shards import Shards, check_tokenizer
 
 # ---- facts
 
@@ -228,3 +234,70 @@ def score_probes(model, tokenizer, probes: dict, **options) -> dict[str, dict]:
         for metric in ("acc_norm", "acc_bytes"):
             found["in_context"][metric] = sum(result[metric] for result in kinds.values()) / len(kinds)
     return found
+
+
+# ---- of a model outside a run
+
+# Documents that are read for each item of a fact, spread over those that there are.
+DOCUMENTS = 20
+
+
+@dataclass(kw_only=True)
+class ProbeOptions:
+    probes: list[Literal["facts", "in_context"]] = field(default_factory=list)
+    """facts: whether numbers, names and references of documents went in; in_context: whether in-context learning is
+    alive."""
+    trained: list[str] = field(default_factory=list)
+    """Of facts, documents that a model was trained on: files, folders, patterns, @LIST or a packed folder."""
+    heldout: list[str] = field(default_factory=list)
+    """Of facts, documents of the same kind that it was not trained on; of a packed folder, its held-out ones."""
+    probe_items: int = setting(100, at_least=1, at_most=10**5)
+    """Items of each probe, and of each kind in context, at most."""
+
+    def check(self):
+        files = self.trained or self.heldout
+        if "facts" in self.probes and not files:
+            raise UserError("--probes facts asks for facts of documents: name them with --trained, --heldout or both")
+        if files and "facts" not in self.probes:
+            raise UserError("--trained and --heldout are documents of --probes facts, which is not asked for")
+
+
+class Probing:
+    """Probes of several models, which are all asked the items that the tokenizer of the first one makes."""
+
+    def __init__(self, options: ProbeOptions, reading: Reading):
+        options.check()
+        self.options, self.reading, self.probes = options, reading, {}
+
+    def score(self, model, tokenizer, **how) -> dict[str, dict]:
+        """{name: result} as `score_probes` has them; nothing where no probe is asked for."""
+        options, n = self.options, self.options.probe_items
+        if not options.probes:
+            return {}
+        if not self.probes:
+            facts, in_context = (n if name in options.probes else 0 for name in ("facts", "in_context"))
+            V = model.config.vocab_size
+            trained, heldout = (read_texts(getattr(options, split), split, n, tokenizer, V, self.reading)
+                                for split in ("trained", "heldout"))
+            self.probes = open_probes(ProbeSettings(facts, in_context), tokenizer, trained, heldout, seed=0)
+            for name, texts in zip(FACT_PROBES, (trained, heldout)):
+                if texts and name not in self.probes:
+                    raise UserError(f"the documents of --{name.partition('_')[2]} hold no facts that can be told "
+                                    f"apart: numbers, names and references of one form in several of them; name more, "
+                                    f"or leave out --probes facts")
+        return score_probes(model, tokenizer, self.probes, **how)
+
+
+def read_texts(files: list[str], split: str, n: int, tokenizer, V: int, reading: Reading) -> list[str]:
+    """Documents for `n` items out of files, and out of packed folders those of the split."""
+    texts, plain = [], []
+    for file in files:
+        if not (Path(file) / "manifest.json").is_file():
+            plain.append(file)
+            continue
+        shards = Shards(file, "train" if split == "trained" else split)
+        check_tokenizer(file, shards, tokenizer, V)
+        some = spread(range(shards.documents), DOCUMENTS * n)
+        texts += [tokenizer.decode(shards.text_document(i)[0].tolist()) for i in some]
+    texts += spread([text for text in corpus.read_documents(plain, reading) if text], DOCUMENTS * n) if plain else []
+    return texts

@@ -28,7 +28,7 @@ from measure import verdict
 
 # A baseline compares where these are equal: the same questions, asked and judged in the same way.
 SAME = {"n": "number of items", "shots": "number of examples", "version": "version", "metric": "metric",
-        "items_hash": "hash of the items"}
+        "items_hash": "hash of the items", "sampling": "way that programs are drawn"}
 # What a user's own tasks measure, whose loss is no forgetting.
 DOMAIN = "domain"
 

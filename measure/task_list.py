@@ -61,7 +61,8 @@ class Task:
     ones and not drawn. fixed: the examples themselves. shots: how many, by default. delimiter stands before an answer,
     description before everything. parts: the subjects that are scored; none: all. cells: what the columns of a .csv
     without a header are. stop, max_new_tokens: where a generated answer ends. rule: which one of measure/answers.py
-    judges it; "program": it is a program that has to be run.
+    judges it; "program": it is a program that has to be run. sampling: how often and how a program is drawn
+    (measure/tasks.py's Sampling); None: once, greedily.
     """
 
     capability: str
@@ -81,6 +82,7 @@ class Task:
     stop: tuple[str, ...] = ()
     max_new_tokens: int = 256
     rule: str = ""
+    sampling: object = None
 
 
 def check_item(task: Task, item: Item):

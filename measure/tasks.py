@@ -14,7 +14,7 @@ import math
 import random
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ from measure import harness_tasks, verdict
 from measure.answers import RULES
 from measure.completions import complete_all
 from measure.likelihoods import log_likelihoods
+from measure.run_code import pass_at_k
 from measure.task_list import MMLU, OWN, OWN_TEXT, TASKS, Form, Item, Task, check_item, cut_pages, spread
 from text import corpus, kinds, vocabulary
 
@@ -52,6 +53,39 @@ class TaskSettings:
     """draws the examples"""
     capability: CAPABILITIES | None = None
     """what it measures; default: the benchmark's, and of an own file domain"""
+
+
+@dataclass
+class Sampling:
+    """How often a model tries each problem whose answer is a program, and how it draws what it writes."""
+    samples: int = setting(1, at_least=1, at_most=1000)
+    """Programs that a model writes for each problem of humaneval and mbpp."""
+    k: list[int] = field(default_factory=lambda: [1])
+    """pass@k for each of these: the chance that one of k programs passes, estimated from the samples."""
+    temperature: float = setting(0.0, at_least=0, at_most=10)
+    """Draw them at this temperature; 0: the likeliest token, so that all samples are the same."""
+    top_p: float = setting(1.0, above=0, at_most=1)
+    """Draw them from the fewest likeliest tokens that together reach this probability; 1: from all."""
+
+    def __post_init__(self):
+        if odd := [k for k in self.k if not 1 <= k <= self.samples]:
+            raise UserError(f"--k {odd[0]} is not between 1 and the {self.samples} --samples of a problem")
+        if len({*self.k}) < len(self.k) or not self.k:
+            raise UserError("--k has no value, or names one twice")
+        if self.samples > 1 and not self.temperature:
+            raise UserError(f"--samples {self.samples} are all the same at temperature 0; set --temperature 0.8, or "
+                            f"0.2 where --k is 1")
+
+    def apply(self, tasks: dict) -> dict:
+        """The tasks {name: (task, items)} with those of programs asked in this way."""
+        if self == Sampling():
+            return tasks
+        if not any(task.rule == "program" for task, _ in tasks.values()):
+            raise UserError("--samples, --k, --temperature and --top-p are of programs: name humaneval or mbpp among "
+                            "--tasks")
+        metrics = tuple(f"pass_at_{k}" for k in self.k)
+        return {name: (replace(task, metrics=metrics, sampling=self) if task.rule == "program" else task, items)
+                for name, (task, items) in tasks.items()}
 
 
 # ---- items
@@ -270,10 +304,12 @@ def score_tasks(model, tokenizer, tasks: dict[str, tuple[Task, list[Item]]], con
         if task.rule == "program" and judge is None:
             raise UserError(f"task {name} runs programs that the model writes, which is off here; leave it out")
         if task.kind == "generate":
-            stop, greedy = task.stop, Settings(max_new_tokens=task.max_new_tokens, temperature=0)
-            completions, cut = complete_all(model, tokenizer, [item.context for item in items], stop, greedy, longest,
-                                            batch_size, world, eos_ids, name if bars else None)
-            scores, n = score_completions(task, items, completions, judge), len(items)
+            how = task.sampling or Sampling()
+            settings = Settings(max_new_tokens=task.max_new_tokens, temperature=how.temperature, top_p=how.top_p)
+            prompts = [item.context for item in items for _ in range(how.samples)]
+            completions, cut = complete_all(model, tokenizer, prompts, task.stop, settings, longest, batch_size, world,
+                                            eos_ids, name if bars else None)
+            scores, n = score_completions(task, items, completions, judge), len(prompts)
             first = tokenizer.encode(items[0].context, bos=tokenizer.add_bos)
         else:
             make = make_windows if task.kind == "rolling" else make_requests
@@ -320,9 +356,15 @@ def score_texts(items: list[Item], answers: list) -> dict[str, list]:
 
 
 def score_completions(task: Task, items: list[Item], completions: list[str], judge) -> dict[str, list]:
-    """{metric: hit of each item}."""
+    """{metric: hit of each item}; where an item has several samples pass@k of each, and under "passed" how many did."""
     if task.rule == "program":
-        return {task.metrics[0]: [int(passed) for passed in judge([item.record for item in items], completions)]}
+        how = task.sampling or Sampling()
+        passed = judge([item.record for item in items for _ in range(how.samples)], completions)
+        counts = [sum(map(bool, passed[i:i + how.samples])) for i in range(0, len(passed), how.samples)]
+        if how.samples == 1:
+            return {task.metrics[0]: counts}
+        return {"passed": counts} | {metric: [pass_at_k(how.samples, count, k) for count in counts]
+                                     for metric, k in zip(task.metrics, how.k)}
     judged = [RULES[task.rule](text, item.choices) for item, text in zip(items, completions)]
     return {metric: [int(each[metric]) for each in judged] for metric in task.metrics}
 
@@ -333,14 +375,19 @@ def summarise(task: Task, items: list[Item], scores: dict) -> dict:
     values = {metric: sum(scores[metric]) / n for metric in task.metrics if metric in scores}
     for metric, sizes in scores.get("sizes", {}).items():
         values[metric] = of_nats(metric, math.fsum(scores["nats"]) / sum(sizes))
-    is_share = headline in scores
+    is_share, are_hits = headline in scores, headline in scores and "passed" not in scores
     chance = sum(1 / len(item.choices) for item in items) / n if task.kind == "choice" else 0.0
-    interval = wilson(sum(scores[headline]), n) if is_share else redraw(scores["nats"], scores["sizes"][headline])
+    if are_hits:
+        interval = wilson(sum(scores[headline]), n)
+    else:
+        interval = redraw(scores[headline], [1] * n) if is_share else redraw(scores["nats"], scores["sizes"][headline])
     if interval and not is_share:
         interval = [of_nats(headline, bound) for bound in interval]
     result = {**values, "value": values[headline], "direction": "up" if is_share else "down", "chance": chance,
               "interval": interval, "capability": task.capability, **identify(task, items),
-              "hits": "".join(map(str, scores[headline])) if is_share else ""}
+              "hits": "".join(map(str, scores[headline])) if are_hits else ""}
+    if "passed" in scores:
+        result["passed"] = scores["passed"]
     if "nats" in scores:
         result["nats_by_item"] = [round(nats, 4) for nats in scores["nats"]]
     parts = dict.fromkeys(item.part for item in items)
@@ -355,7 +402,7 @@ def of_nats(metric: str, per_unit: float) -> float:
 
 
 def redraw(nats: list[float], sizes: list) -> list[float] | None:
-    """[low, high] at 95 % of sum(nats) / sum(sizes) by drawing the texts anew; None where they are too few."""
+    """[low, high] at 95 % of sum(nats) / sum(sizes) by drawing the items anew; None where they are too few."""
     if len(nats) < verdict.FEWEST:
         return None
     drawn = np.random.default_rng(0).integers(len(nats), size=(verdict.DRAWS, len(nats)))
@@ -376,8 +423,9 @@ def wilson(hits: int, n: int) -> list[float]:
 
 def identify(task: Task, items: list[Item]) -> dict:
     """What has to be the same where two results compare."""
+    sampling = {"sampling": asdict(task.sampling)} if task.sampling else {}
     return {"metric": task.metrics[0], "n": len(items), "version": task.version, "shots": task.shots,
-            "items_hash": hash_items(items)}
+            "items_hash": hash_items(items)} | sampling
 
 
 def hash_items(items: list[Item]) -> str:
@@ -387,12 +435,16 @@ def hash_items(items: list[Item]) -> str:
 
 
 def format_tasks(before: dict | None, after: dict) -> str:
-    """Markdown table of the results {name: result}: the headline before and after with its interval, and chance."""
+    """Markdown table of the results {name: result}: the headline before and after with its interval, and chance; of
+    programs that were drawn several times, each pass@k."""
     lines = ["| task | metric | before | after | 95 % | chance | items |", "|---|---|---|---|---|---|---|"]
     for name, now in after.items():
-        was = f"{before[name]['value']:.4f}" if before and name in before else ""
-        interval = "{:.4f} to {:.4f}".format(*now["interval"]) if now["interval"] else ""
-        shown = " ".join(name.split()).replace("|", "\\|")
-        lines.append(f"| {shown} | {now['metric'].replace('_', ' ')} | {was} | {now['value']:.4f} | "
-                     f"{interval} | {now['chance']:.3g} | {now['n']:,} |")
+        was, shown = (before or {}).get(name, {}), " ".join(name.split()).replace("|", "\\|")
+        for metric in [key for key in now if key.startswith("pass_at_")] if "passed" in now else [now["metric"]]:
+            is_headline = metric == now["metric"]
+            value = was.get("value") if is_headline else was.get(metric)
+            interval = "{:.4f} to {:.4f}".format(*now["interval"]) if is_headline and now["interval"] else ""
+            lines.append(f"| {shown} | {metric.replace('_', ' ')} | {'' if value is None else f'{value:.4f}'} | "
+                         f"{now['value'] if is_headline else now[metric]:.4f} | {interval} | {now['chance']:.3g} | "
+                         f"{now['n']:,} |")
     return "\n".join(lines)

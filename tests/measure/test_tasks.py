@@ -356,6 +356,60 @@ def test_programs_are_judged_by_the_caller(tiny_model):
     assert (found["humaneval"]["pass_at_1"], found["humaneval"]["hits"]) == (1 / 3, "010")
 
 
+def sample_program(n: int, k: list[int], passed: list[str], tiny_model) -> tuple[dict, list]:
+    """(the result of three problems, what was written) where the samples of each problem pass as "0110" says."""
+    tok, written = Bytes(), []
+    tok.missing_ids, tok.encode = lambda rows: [], lambda text, bos: list(text.encode())
+    record = {"prompt": "def f():\n", "test": "", "entry_point": "f"}
+    items = [TASKS["humaneval"].forms[0].make_item(record | {"task_id": str(i)}) for i in range(3)]
+    asked = tasks.Sampling(n, k, temperature=0.8).apply({"humaneval": (replace(TASKS["humaneval"], max_new_tokens=4),
+                                                                       items)})
+
+    def judge(records, texts):
+        written.extend(zip([record["task_id"] for record in records], texts))
+        return [own == "1" for one in passed for own in one]
+    model = tiny_model(vocab_size=259, max_position_embeddings=64)
+    return score_tasks(model, tok, asked, judge=judge)["humaneval"], written
+
+
+def test_several_samples_of_a_program(tiny_model):
+    """By hand: of 4 samples 1, 0 and 3 pass. pass@1 = (1/4 + 0 + 3/4) / 3; pass@2 = 1 - C(4 - c, 2) / C(4, 2), which is
+    1 - 3/6, 0 and 1; pass@4 is whether any does."""
+    found, written = sample_program(4, [2, 1, 4], ["0100", "0000", "1011"], tiny_model)
+    assert {key: found[key] for key in ("pass_at_1", "pass_at_2", "pass_at_4")} == pytest.approx(
+        {"pass_at_1": 1 / 3, "pass_at_2": (0.5 + 0 + 1) / 3, "pass_at_4": 2 / 3})
+    assert (found["metric"], found["value"], found["n"], found["direction"]) == ("pass_at_2", 0.5, 3, "up")
+    assert (found["passed"], found["hits"]) == ([1, 0, 3], "")
+    assert found["sampling"] == {"samples": 4, "k": [2, 1, 4], "temperature": 0.8, "top_p": 1.0}
+    shown = tasks.format_tasks({"humaneval": {"value": 0.25, "pass_at_4": 0.5}}, {"humaneval": found}).splitlines()[2:]
+    assert shown == ["| humaneval | pass at 2 | 0.2500 | 0.5000 |  | 0 | 3 |",
+                     "| humaneval | pass at 1 |  | 0.3333 |  | 0 | 3 |",
+                     "| humaneval | pass at 4 | 0.5000 | 0.6667 |  | 0 | 3 |"]
+    # Four samples of each problem, one behind the other, and not alike; the same ones in another run.
+    assert [task_id for task_id, _ in written] == [*"000011112222"]
+    assert len({text for _, text in written}) > 6
+    assert sample_program(4, [2, 1, 4], ["0100", "0000", "1011"], tiny_model)[1] == written
+    # Drawn once, they are hits as greedy ones are.
+    once, _ = sample_program(1, [1], [*"010"], tiny_model)
+    assert (once["pass_at_1"], once["hits"], once["interval"]) == (1 / 3, "010", tasks.wilson(1, 3))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"samples": 4, "k": [5], "temperature": 1.0}, "--k 5 is not between 1 and the 4 --samples"),
+    ({"samples": 4}, "are all the same at temperature 0"),
+    ({"samples": 4, "k": [1, 1], "temperature": 1.0}, "names one twice")])
+def test_samples_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.Sampling(**options)
+
+
+def test_sampling_is_of_programs(tmp_path):
+    opened = open_tasks({"own": TaskSettings(str(lm_harness.write_lines(tmp_path / "own.jsonl", make_questions(3))))})
+    assert tasks.Sampling().apply(opened) == opened
+    with pytest.raises(ValueError, match="name humaneval or mbpp"):
+        tasks.Sampling(2, temperature=1.0).apply(opened)
+
+
 def test_perplexities_have_intervals_over_texts():
     """Of equal texts none is left; of others it holds the value."""
     assert tasks.redraw([2.0] * 8, [4] * 8) == [0.5, 0.5]
