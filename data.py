@@ -73,6 +73,8 @@ class Batch:
     # int64 [B]: which sequence of its source each is, and which objective of a mixture it has.
     place: np.ndarray | None = None
     task: np.ndarray | None = None
+    # bool [B, T]: which tokens have a target, where another rank has the labels (core/pipeline.py).
+    counted: torch.Tensor | None = None
 
     def to(self, device) -> "Batch":
         """The batch with its tensors on `device`; `source` and `rng` stay on the CPU."""

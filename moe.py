@@ -101,20 +101,29 @@ def balance_loss(logits: list, k: int, counted=None):
 
     logits: of each layer [N, E]. counted: which tokens count, bool [N]; None: all, and 0 where none does.
     """
-    scores = torch.stack(logits).float().softmax(-1)                                        # [layers, N, E]
-    used = torch.zeros_like(scores).scatter_(-1, scores.topk(k).indices, 1.0)
-    weight = weigh_tokens(scores, counted)
-    return scores.shape[-1] * ((used * weight).sum((0, 1)) * (scores * weight).sum((0, 1))).sum()
+    return router_losses(sum_layers(logits, k, counted))[0]
 
 
 def z_loss(logits: list, counted=None):
     """The mean of (log of the sum of exp(logits))^2, which keeps logits small (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    logits = torch.stack(logits).float()
-    return (logits.logsumexp(-1, keepdim=True).square() * weigh_tokens(logits, counted)).sum()
+    return router_losses(sum_layers(logits, 1, counted))[1]
 
 
-def weigh_tokens(x, counted):
-    """[N, 1]: with it, a sum over layers and tokens of x [layers, N, E] is the mean over those that count. Weights,
-    because to pick tokens a GPU's host would have to know how many there are."""
-    counted = torch.ones(x.shape[1:2], device=x.device) if counted is None else counted.float()
-    return (counted / (len(x) * counted.sum().clamp(min=1))).unsqueeze(-1)
+def sum_layers(logits: list, k: int, counted=None, layers: int | None = None):
+    """[2 E + 1]: of each expert its assignments per token and its mean score, and the mean that z_loss is. Those of
+    some of the `layers` that a model has add up to those of all. Other arguments as in `balance_loss`."""
+    logits = torch.stack(logits).float()                                                    # [layers, N, E]
+    scores = logits.softmax(-1)
+    used = torch.zeros_like(scores).scatter_(-1, scores.topk(k).indices, 1.0)
+    counted = torch.ones(logits.shape[1:2], device=logits.device) if counted is None else counted.float()
+    # With it, a sum over layers and tokens is the mean over those that count. Weights, because to pick tokens a GPU's
+    # host would have to know how many there are.
+    weight = (counted / ((layers or len(logits)) * counted.sum().clamp(min=1))).unsqueeze(-1)
+    z = (logits.logsumexp(-1, keepdim=True).square() * weight).sum()
+    return torch.cat([(used * weight).sum((0, 1)), (scores * weight).sum((0, 1)), z.unsqueeze(0)])
+
+
+def router_losses(sums):
+    """(balance loss, z-loss) of what `sum_layers` gave for all layers, [2 E + 1]."""
+    used, scores = sums[:-1].chunk(2)
+    return len(used) * (used * scores).sum(), sums[-1]

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -322,7 +322,9 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
     for module in [*model.shard_plan(), *outermost(model)]:
         # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
         reshard = config.reshard and module not in outermost(model)
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        # What a stage takes is in the right types already.
+        own = replace(policy, cast_forward_inputs=False) if module in model.stages else policy
+        fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=reshard)
     return model
 
 

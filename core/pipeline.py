@@ -74,7 +74,9 @@ class Pipe:
 
     def cut(self, batch):
         """The batch with its targets where they are scored, at the last stage, and elsewhere without."""
-        return batch if self.is_last else replace(batch, labels=torch.full_like(batch.labels, IGNORE))
+        counted = batch.labels != IGNORE
+        labels = batch.labels if self.is_last else torch.full_like(batch.labels, IGNORE)
+        return replace(batch, labels=labels, counted=counted)
 
     def is_copy(self, name: str) -> bool:
         """Whether a tensor of this rank, by its parameter's name, is the first rank's too, which counts and writes."""
@@ -110,14 +112,23 @@ class Stage(nn.Module):
         self.norm, self.head = (model.norm, model.head) if is_last else (None, None)
         self.run_blocks = model.run_blocks
 
-    def forward(self, x, position_ids=None, doc_start=None, causal=True, cache=None, precision=contextlib.nullcontext):
-        """x: tokens [B, T] in the first stage, else [B, T, D] -> [B, T, D]; the rest as in Model.forward."""
+    def forward(self, x, carried=None, position_ids=None, doc_start=None, causal=True, cache=None,
+                precision=contextlib.nullcontext, measure=None, counted=None):
+        """x: tokens [B, T] in the first stage, else [B, T, D] -> [B, T, D]; the rest as in Model.forward.
+        measure(stage, counted) -> what the stage adds to `carried`, which then goes along."""
         with precision():
             x = self.embedding(x) if self.is_first else x
             x = self.run_blocks(x, self.blocks, position_ids, doc_start, causal, cache)
             x = self.norm(x) if self.is_last else x
-        # A stage sends a gradient to the one before, which must take it even if nothing trains there.
-        return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
+        if measure is None:
+            return taking_gradients(x)
+        own = measure(self, counted)
+        return taking_gradients(x), taking_gradients(own if carried is None else carried + own)
+
+
+def taking_gradients(x):
+    """A stage sends a gradient to the one before, which must take it even if nothing trains there."""
+    return x if x.requires_grad or not torch.is_grad_enabled() else x.requires_grad_()
 
 
 def split(model: nn.Module, pipe: Pipe, costs: list[float], head: float):
@@ -177,7 +188,7 @@ def run_stages(model, pipe: Pipe, tokens, position_ids=None, doc_start=None, cau
         if s:
             x = torch.empty(B, T, model.config.hidden_size, dtype=pipe.dtype, device=tokens.device)
             dist.recv(x, group_src=(s - 1) % pipe.ranks, group=pipe.group)
-        x = stage(x, position_ids, doc_start, causal, cache)
+        x = stage(x, None, position_ids, doc_start, causal, cache)
         if s < S - 1:
             assert x.dtype == pipe.dtype, f"stage {s} computes in {x.dtype}, and {pipe.dtype} was expected"
             dist.send(x.contiguous(), group_dst=(s + 1) % pipe.ranks, group=pipe.group)
@@ -190,14 +201,16 @@ class Pipeline:
     """Both passes of all micro-batches of a step, by a schedule."""
 
     def __init__(self, model: nn.Module, pipe: Pipe, schedule: str, shape: tuple, micro_batches: int, device,
-                 hidden_states: Callable, precision: Callable):
-        """shape: (B, T). hidden_states(model, batch), precision(): of the run."""
-        self.model, self.pipe, self.shape = model, pipe, shape
-        self.hidden_states, self.precision = hidden_states, precision
+                 hidden_states: Callable, precision: Callable, measure: Callable | None = None, width: int = 0):
+        """shape: (B, T). hidden_states(model, batch), precision(): of the run. measure(stage, counted [B, T]) -> what
+        adds up over the stages, [width]; the last one has the sum of each micro-batch as model.carried."""
+        self.model, self.pipe, self.shape, self.width = model, pipe, shape, width
+        self.hidden_states, self.precision, self.measure = hidden_states, precision, measure
         tokens = torch.empty(shape, dtype=torch.int32, device="meta")
         x = torch.empty(*shape, model.config.hidden_size, dtype=pipe.dtype, device="meta", requires_grad=True)
+        between = (x, torch.empty(width, device="meta", requires_grad=True)) if measure else (x,)
         stages = [PipelineStage(stage, pipe.rank + turn * pipe.ranks, pipe.ranks * pipe.turns, device,
-                                tokens if stage.is_first else x, x, group=pipe.group)
+                                (tokens,) if stage.is_first else between, between, group=pipe.group)
                   for turn, stage in enumerate(model.stages)]
         # The loss is divided by the targets of the step, so that gradients are not to be scaled.
         self.schedule = SCHEDULES[schedule](stages if pipe.turns > 1 else stages[0], micro_batches, self.find_loss,
@@ -205,6 +218,8 @@ class Pipeline:
 
     def find_loss(self, hidden, number):
         batch = self.batches[int(number)]
+        if self.measure:
+            hidden, self.model.carried = hidden
         loss, metrics = self.score(batch, hidden)
         self.scored.append((batch.source, metrics))
         return loss * self.factor
@@ -216,14 +231,19 @@ class Pipeline:
         # What the objective calls the model with, of all micro-batches one after the other.
         tokens, *places, causal = zip(*(self.hidden_states(lambda *call: call, batch) for batch in batches))
         position_ids, doc_start = (None if parts[0] is None else torch.cat(parts) for parts in places)
+        measured = {"counted": torch.cat([batch.counted for batch in batches]), "measure": self.measure} \
+            if self.measure else {}
         self.schedule.step(*([] if self.pipe.rank else [torch.cat(tokens)]), target=torch.arange(len(batches)),
                            return_outputs=False, position_ids=position_ids, doc_start=doc_start, causal=causal[0],
-                           precision=self.precision)
+                           precision=self.precision, **measured)
         self.pipe.sum_copies(self.model)
         if not self.pipe.is_last:
             with torch.no_grad():
+                self.model.carried = torch.zeros(self.width, device=tokens[0].device)
                 nothing = torch.zeros(*self.shape, self.model.config.hidden_size, device=tokens[0].device)
                 self.scored = [(batch.source, score(batch, nothing)[1]) for batch in batches]
+        # Its graph goes.
+        self.model.carried = None
         return self.scored
 
 

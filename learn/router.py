@@ -27,7 +27,8 @@ class RouterConfig:
 
 class Router(Method):
     def model_built(self, model):
-        self.layers = [module for module in model.modules() if isinstance(module, moe.SparseMLP)]
+        # Of a model in stages the last one has the sums of all.
+        self.layers = find_sparse(getattr(model, "whole", model))
         if not self.layers:
             raise UserError("router.balance and router.z are for models with experts (Mixtral, Qwen3-MoE), and this "
                             "one has none; leave them out")
@@ -36,13 +37,27 @@ class Router(Method):
         self.seen = []
 
     def loss_computed(self, model, batch, loss, metrics):
-        logits, k = [layer.logits for layer in self.layers], self.layers[0].per_token
-        counted = (batch.labels != IGNORE).flatten()
-        balance, z = moe.balance_loss(logits, k, counted), moe.z_loss(logits, counted)
+        counted = batch.labels != IGNORE
+        sums = model.carried if self.learning.world.pipe else self.sum_layers(model, counted)
+        balance, z = moe.router_losses(sums)
         self.seen.append(torch.stack([balance.detach(), z.detach()]))
         return loss + counted.sum() * (self.config.balance * balance + self.config.z * z)
 
     def before_step(self, step, model):
-        balance, z = torch.stack(self.seen).mean(0).tolist()
+        values, world = torch.stack(self.seen).mean(0).tolist(), self.learning.world
         self.seen.clear()
-        return {"router_balance": balance, "router_z": z}
+        # All but the last stages have seen 0.
+        values = [value / world.peers[1] for value in world.sum(values)] if world.pipe else values
+        return dict(zip(("router_balance", "router_z"), values))
+
+    def sum_layers(self, part, counted):
+        """[2 E + 1] of the layers that a part of the model has; they add up over its parts. counted: bool [B, T]."""
+        logits = [layer.logits for layer in find_sparse(part)]
+        first = self.layers[0]
+        if not logits:
+            return torch.zeros(2 * len(first.gate.weight) + 1, device=counted.device)
+        return moe.sum_layers(logits, first.per_token, counted.flatten(), len(self.layers))
+
+
+def find_sparse(model) -> list[moe.SparseMLP]:
+    return [module for module in model.modules() if isinstance(module, moe.SparseMLP)]

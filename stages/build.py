@@ -259,9 +259,10 @@ def lay_out(run: Run):
     c, world = run.c, run.world
     if world.pipe:
         share, t = c.train.batch_size // world.share[1], world.sequences.ranks if world.sequences else 1
-        B = min(share, c.train.micro_batch_size)
+        B, router = min(share, c.train.micro_batch_size), next((m for m in run.methods if isinstance(m, Router)), None)
         return pipeline.Pipeline(run.inner, world.pipe, c.parallel.schedule, (B, c.data.context // t), share // B,
-                                 world.device, run.objective.hidden_states, run.autocast)
+                                 world.device, run.objective.hidden_states, run.autocast,
+                                 router and router.sum_layers, 2 * run.config.num_experts + 1)
     return parallel.replicate(run.inner, world) if world.size > 1 and c.parallel.strategy == "ddp" else run.inner
 
 

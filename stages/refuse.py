@@ -106,7 +106,6 @@ def refuse_pipeline(c, config, ranks: int):
         raise UserError(f"objective {c.objective.name} runs the model more than once or on parts of a batch, which the "
                         f"stages of parallel.pipeline do not; leave one of them out")
     unfit = {"forget.ewc": c.forget.ewc.strength, "forget.lwf": c.forget.lwf.alpha, "compile": c.compile,
-             "router.balance": c.router.balance, "router.z": c.router.z,
              "lora.embeddings": c.lora.rank and c.lora.embeddings != "frozen"}
     if odd := [name for name, is_set in unfit.items() if is_set]:
         raise UserError(f"{odd[0]} needs the model as a whole, which parallel.pipeline parts; leave one of them out")
