@@ -124,6 +124,9 @@ def run_eval(options: Eval, settings: list[str] = ()) -> dict:
         raise UserError("--pll is for a masked model: set --objective.name masked, or leave it out")
     if bool(options.model) == bool(options.run):
         raise UserError("name one of --model and --run")
+    if options.run and devices.DTYPES[options.device.dtype] != torch.float32:
+        raise UserError(f"--dtype {options.device.dtype} is for --model: the checkpoints of a --run are scored as they "
+                        f"would be exported, and computed in float32; leave it out")
     if options.checkpoints and not options.run:
         raise UserError("--checkpoints are those of a run: name its folder with --run")
     if not (options.text or options.tasks or options.probe.probes):
@@ -202,9 +205,10 @@ def read_baseline(options: Eval, texts: dict, tasks: dict) -> dict | None:
     if not file or not Path(file).is_file():
         return None
     found = read_json(file, dict)
-    for kind, names in (("texts", texts), ("tasks", tasks)):
+    for kind, names, keys in (("texts", texts, ("perplexity", ("bits_per_byte", "accuracy"))),
+                              ("tasks", tasks, ("value",))):
         held = found.get(kind) if isinstance(found.get(kind), dict) else {}
-        if lacking := [name for name in names if not isinstance(held.get(name), dict)]:
+        if lacking := [name for name in names if not has_scores(held.get(name), keys)]:
             raise UserError(f"--baseline {file} has no scores of {kind.removesuffix('s')} {lacking[0]}; write it by "
                             f"eval.py --model DIR --json {file} with the same --text and --tasks")
         found[kind] = {name: held[name] for name in names}
@@ -216,6 +220,13 @@ def read_baseline(options: Eval, texts: dict, tasks: dict) -> dict | None:
     return found | {"model": file}
 
 
+def has_scores(result, keys) -> bool:
+    """Whether a value out of a file is the scores of a text or a task, with these numbers, or one of each group."""
+    groups = ([key] if isinstance(key, str) else key for key in keys)
+    return isinstance(result, dict) and all(
+        any(verdict.finite(result.get(key)) is not None for key in group) for group in groups)
+
+
 def check_saved(before: dict, after: dict) -> None:
     """UserError where the scores of texts that a file holds are of other texts, or were measured in another way."""
     for name, scores in after["texts"].items():
@@ -224,8 +235,8 @@ def check_saved(before: dict, after: dict) -> None:
                 raise UserError(f"text {name} has {scores[key]} {key}, but {was} in --baseline {before['model']}; "
                                 f"score the baseline anew on the same text")
     was = before.get("protocol") if isinstance(before.get("protocol"), dict) else {}
-    for key, value in after["protocol"].items() if after["texts"] else ():
-        if was.get(key) != value:
+    for key in {**after["protocol"], **was} if after["texts"] else ():
+        if was.get(key) != (value := after["protocol"].get(key)):
             raise UserError(f"--baseline {before['model']} was scored with {key} {was.get(key)}, and this model with "
                             f"{value}; score the baseline anew with the same options")
 

@@ -255,6 +255,11 @@ def test_a_baseline_that_does_not_compare_is_one_line(pair, questions, monkeypat
     saved = tmp_path / "out.json"
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "odd.json").write_text(json.dumps(json.loads(saved.read_text()) | {"tasks": 5}))
+    masked, half = json.loads(saved.read_text()), json.loads(saved.read_text())
+    masked["protocol"]["mask_ratio"] = 0.15
+    half["texts"]["law"]["bits_per_byte"] = half["tasks"]["arc_easy"]["value"] = "much"
+    (tmp_path / "masked.json").write_text(json.dumps(masked))
+    (tmp_path / "half.json").write_text(json.dumps(half))
     (tmp_path / "other.json").write_text(json.dumps(json.loads(saved.read_text()) | {"tokenizer": "00"}))
     for more, says in (
             ((*words, "--baseline", saved, "--limit", 7), "the number of items is 40 in the baseline, but 7 here"),
@@ -265,6 +270,9 @@ def test_a_baseline_that_does_not_compare_is_one_line(pair, questions, monkeypat
             ((*words, "--baseline", tmp_path / "odd.json"), "has no scores of task arc_easy"),
             ((*words, "--baseline", tmp_path / "other.json"), "has another tokenizer than the model"),
             ((*words, "--baseline", tmp_path / "list.json"), "holds a list"),
+            (("--text", f"law={law}", "--baseline", tmp_path / "masked.json"), "mask_ratio 0.15, and this model with"),
+            (("--text", f"law={law}", "--baseline", tmp_path / "half.json"), "has no scores of text law"),
+            ((*words[2:], "--baseline", tmp_path / "half.json"), "has no scores of task arc_easy"),
             ((*words, "--checkpoints", 2), "name its folder with --run")):
         status, _, errors = command(monkeypatch, capsys, "--device", "cpu", "--documents", "line", "--model", model,
                                     *more)
@@ -380,6 +388,7 @@ def test_mistakes_are_one_line(runs, monkeypatch, capsys, tmp_path):
                         (("--model", "/nowhere", *law), "/nowhere"), (("--run", tmp_path, *law), "no checkpoints"),
                         ((*model, *law, "--context", "0"), "--context is 0"),
                         (("--run", runs / "run", *law, "--objective.name", "dpo"), "name --model and --baseline, not"),
+                        (("--run", runs / "run", *law, "--dtype", "bfloat16"), "--dtype bfloat16 is for --model"),
                         ((*model, *law, *law), "one name to two texts"),
                         ((*model, *law, "--contxt", "9"), "did you mean --context?")):
         status, said, errors = command(monkeypatch, capsys, *words, "--device", "cpu")
