@@ -288,6 +288,10 @@ class Model(nn.Module):
         """The modules whose `attend` needs all tokens of a sequence; everything else is computed per token."""
         return [block.self_attn for block in self.layers]
 
+    def expert_plan(self) -> list[nn.Module]:
+        """The modules that hold experts, of which ranks may have some each."""
+        return [block.mlp.experts for block in self.layers if isinstance(block.mlp, moe.SparseMLP)]
+
     def tensor_plan(self) -> list[tuple[nn.Module, list[str], list[str]]]:
         """(module, its layers whose outputs ranks may share, those whose inputs they then share) of each module that
         reads and writes all of the residual stream."""

@@ -29,6 +29,7 @@ from core.config import setting
 from core.context_parallel import SharedAttention, SharedSequences
 from core.devices import pick_device
 from core.errors import UserError
+from core.expert_parallel import is_of_parted, shard_experts
 from core.pipeline import Pipe, open_pipe
 from core.signals import REASONS, closed_output, note_stops, stopped_by
 from core.tensor_parallel import SharedMatmuls, is_shared, measure_norm, split_layers
@@ -60,6 +61,9 @@ class ParallelConfig:
     schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     """pipeline: in which order micro-batches pass; gpipe keeps the activations of all, 1f1b those of P at most;
     interleaved has two parts on each rank, which wait half as long for each other and send twice as much"""
+    experts: int = setting(1, at_least=1)
+    """N: fsdp: how many ranks share the experts of a mixture of experts, E / N each, to which tokens are sent (expert
+    parallel); the rest is sharded over all ranks. N divides the experts, and is best within one node"""
     step_timeout: float = setting(120.0, at_least=1, below=math.inf)
     """seconds (or five times the slowest step so far, if longer) that a step may take: then the rank that hangs is
     named, and all end"""
@@ -68,7 +72,7 @@ class ParallelConfig:
 
     def refuse_layout(self, ranks: int):
         """UserError where the ranks cannot be laid out as the settings say."""
-        for name in ("context", "tensor", "pipeline"):
+        for name in ("context", "tensor", "pipeline", "experts"):
             if ranks % getattr(self, name):
                 raise UserError(f"parallel.{name} {getattr(self, name)} does not divide the {ranks} ranks")
         if self.pipeline > 1 and (self.context > 1 or self.replicas > 1):
@@ -77,13 +81,17 @@ class ParallelConfig:
         if self.pipeline > 1 and self.strategy != "fsdp" and self.pipeline < ranks:
             raise UserError(f"parallel.pipeline {self.pipeline} leaves {ranks // self.pipeline} ranks for each part of "
                             f"the layers; set --parallel.strategy fsdp, which shards the part over them")
-        changed = [name for name in ("replicas", "reshard", "tensor") if getattr(self, name) != getattr(ALONE, name)]
+        changed = [name for name in ("replicas", "reshard", "tensor", "experts")
+                   if getattr(self, name) != getattr(ALONE, name)]
         if self.strategy != "fsdp" and changed:
             raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
                             f"it out")
         if self.tensor > 1 and (self.context > 1 or self.replicas > 1):
             raise UserError("parallel.tensor goes with neither parallel.context nor parallel.replicas yet; leave one "
                             "of them out")
+        others = [name for name in ("context", "tensor", "replicas", "pipeline") if getattr(self, name) > 1]
+        if self.experts > 1 and others:
+            raise UserError(f"parallel.experts does not go with parallel.{others[0]} yet; leave one of them out")
         if ranks % self.replicas or (self.replicas > 1 and ranks == self.replicas):
             raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of two or "
                             f"more; take a divisor of {ranks} below it")
@@ -313,12 +321,15 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
 
     dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.
     """
-    mesh = make_mesh(world.device.type, world.size, config.replicas, config.tensor, config.pipeline)
+    mesh = make_mesh(world.device.type, world.size, config.replicas, config.tensor, config.pipeline, config.experts)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if config.tensor > 1:
         split_layers(model, mesh["tensor"], world.sequences)
     if config.tensor > 1 or config.pipeline > 1:
         mesh = mesh["shard"]
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    elif config.experts > 1:
+        shard_experts(model, mesh, policy, config.reshard)
+        mesh = make_mesh(world.device.type, world.size, 1, 1)
     for module in [*model.shard_plan(), *outermost(model)]:
         # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
         reshard = config.reshard and module not in outermost(model)
@@ -329,12 +340,12 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
 
 
 @functools.cache
-def make_mesh(device: str, ranks: int, replicas: int, tensor: int, pipeline: int = 1) -> DeviceMesh:
+def make_mesh(device: str, ranks: int, replicas: int, tensor: int, pipeline: int = 1, experts: int = 1) -> DeviceMesh:
     """The ranks as a table of (parts of the layers, groups that hold one, ranks that shard it, ranks that share
-    matmuls), without the dimensions of size 1. Neighbours, which torchrun puts on one node, stand beside each other in
-    the last dimension. Made once: each mesh starts groups of ranks of its own."""
-    sizes = {"pipe": pipeline, "replicate": replicas, "shard": ranks // pipeline // replicas // tensor,
-             "tensor": tensor}
+    matmuls or experts), without the dimensions of size 1. Neighbours, which torchrun puts on one node, stand beside
+    each other in the last dimension. Made once: each mesh starts groups of ranks of its own."""
+    sizes = {"pipe": pipeline, "replicate": replicas, "shard": ranks // pipeline // replicas // tensor // experts,
+             "tensor": tensor, "experts": experts}
     sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
     return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
@@ -378,7 +389,7 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     named = {name: p for name, p in model.named_parameters() if p.grad is not None}
     parameters, pipe = list(named.values()), getattr(model, "pipe", None)
     shared = next(filter(is_shared, parameters), None)
-    if shared is not None or pipe:
+    if shared is not None or pipe or any(map(is_of_parted, parameters)):
         counted = [p for name, p in named.items() if not pipe or not pipe.is_copy(name)]
         norm = measure_norm(counted, 1 if shared is None else shared.device_mesh["tensor"].size())
         for p in parameters if limit else ():

@@ -102,10 +102,11 @@ def split_layer(layer: nn.Module, dims: dict, mesh):
 
 
 class LocalWeights:
-    """While a module computes, its shared parameters are this rank's plain tensors: kernels know no DTensor."""
+    """While a module computes, its shared parameters are this rank's plain tensors: kernels know no DTensor. Their
+    gradients are divided by `averaged_by`."""
 
-    def __init__(self, module: nn.Module):
-        self.kept = []
+    def __init__(self, module: nn.Module, averaged_by: int = 1):
+        self.kept, self.averaged_by = [], averaged_by
         # FSDP puts its hook, which gathers, before all others.
         module.register_forward_pre_hook(self.show)
         module.register_forward_hook(self.hide, prepend=True)
@@ -116,7 +117,9 @@ class LocalWeights:
                 if isinstance(p, DTensor):
                     self.kept.append((part, name, p))
         for part, name, p in self.kept:
-            part._parameters[name] = p.to_local()
+            own = part._parameters[name] = p.to_local()
+            if self.averaged_by > 1 and own.requires_grad:
+                own.register_hook(lambda gradient: gradient / self.averaged_by)
 
     def hide(self, module, args, y):
         for part, name, p in self.kept:

@@ -10,7 +10,7 @@ context (OVERHEAD), and what its allocator cannot use. tests/measure/test_memory
 that autograd keeps and to the peaks of real processes.
 
 Shapes: B sequences and T tokens of a micro-batch, D model width, H heads, K key-value heads, d head size, F MLP width,
-V vocabulary, L blocks.
+V vocabulary, L blocks, E experts, of which a token goes to k.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ import torch
 import lora
 from core.architecture import ModelConfig
 from core.errors import UserError
+from core.parameter_names import is_of_experts
 from kernels.cross_entropy import chunk_rows
 from learn.adapters import linear_layers
 from model import Model
@@ -39,11 +40,17 @@ class Elements:
     base: int                   # all weights of the base
     # Those of its blocks' linear layers, which may be kept in few bits.
     linear: int
-    block: int                  # those of one block
+    block: int                  # those of one block, the largest
+    outside: int                # those in no block
+    experts: int                # those of one block's experts
     trained: int                # what has gradients and moments
     # Those of `trained` that are matrices in the blocks, which Muon updates.
     matrices: int
-    low: int                    # the sum of the ranks of one block's adapters
+    # The sum of the ranks of one block's adapters, but for those on experts, and of those on experts.
+    low: int
+    low_experts: int
+    # The elements of one block's adapters on experts.
+    adapters_on_experts: int
 
 
 # What was counted before: a plan asks for the same sizes again and again.
@@ -62,15 +69,26 @@ def count_anew(config: ModelConfig, adapters: lora.LoraConfig) -> Elements:
     with torch.device("meta"):
         model = Model(config)
     own = dict(model.named_parameters())
-    base, block = sum(p.numel() for p in own.values()), sum(p.numel() for p in model.layers[0].parameters())
+    base, blocks = sum(p.numel() for p in own.values()), [sum(p.numel() for p in layer.parameters())
+                                                          for layer in model.layers]
+    experts = max((sum(p.numel() for p in each.parameters()) for each in model.expert_plan()), default=0)
     linear = sum(layer.weight.numel() for layer in linear_layers(model).values())
     if not adapters.rank:
         matrices = sum(p.numel() for layer in model.layers for p in layer.parameters() if p.ndim == 2)
-        return Elements(base, linear, block, base, matrices, 0)
+        return Elements(base, linear, max(blocks), base - sum(blocks), experts, base, matrices, 0, 0, 0)
     ranks = lora.choose_ranks(model, adapters)
+    of_experts = sum(rank for path, rank in ranks.items() if is_of_experts(path))
     lora.attach(model, replace(adapters, base="plain"), seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Elements(base, linear, block, trained, 0, sum(ranks.values()) // config.num_hidden_layers)
+    on_experts = max((sum(p.numel() for p in each.parameters()) for each in model.expert_plan()), default=0) - experts
+    return Elements(base, linear, max(blocks), base - sum(blocks), experts, trained, 0,
+                    (sum(ranks.values()) - of_experts) // config.num_hidden_layers,
+                    of_experts // max(1, count_sparse(config)), on_experts)
+
+
+def count_sparse(config: ModelConfig) -> int:
+    """How many blocks have experts."""
+    return config.num_hidden_layers - len(config.dense_layers or ()) if config.num_experts else 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,8 @@ def find_types(c, kind: str, sharded: bool = False) -> Types:
     return Types(plain, 4 if c.lora.rank else plain, 2 if half else 4, stream, 2 if half and kind == "cuda" else 4)
 
 
-def block_bytes(config: ModelConfig, types: Types, low: int, whole_documents: bool = True) -> int:
+def block_bytes(config: ModelConfig, types: Types, count: Elements, whole_documents: bool = True,
+                sparse: bool = False) -> int:
     """Bytes per token that autograd keeps of one block for its backward pass.
 
     The inputs of its norms; their outputs, of which autocast makes a copy for each layer that reads them; q, k, v and
@@ -106,18 +125,39 @@ def block_bytes(config: ModelConfig, types: Types, low: int, whole_documents: bo
     """
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    copies = 5 if types.casts and not low else 2
+    copies = (3, 2) if types.casts and not is_adapted(count) else (1, 1)
     apart = 0 if whole_documents and types.attention == types.matmul else H * d
-    return (2 * D * types.stream + (copies * D + 3 * F + low + apart) * types.matmul
-            + (2 * H + 2 * K) * d * types.attention + 4 * (H + 2))
+    mlp = experts_bytes(config, types, count) if sparse else (copies[1] * D + 3 * F) * types.matmul
+    return (2 * D * types.stream + (copies[0] * D + count.low + apart) * types.matmul
+            + (2 * H + 2 * K) * d * types.attention + 4 * (H + 2) + mlp)
+
+
+def is_adapted(count: Elements) -> bool:
+    return count.low + count.low_experts > 0
+
+
+def experts_bytes(config: ModelConfig, types: Types, count: Elements) -> int:
+    """The same of a block's experts and their router.
+
+    What the router reads; k times: the token, of which autocast makes a copy for each layer that reads it, gate, up and
+    their product, what the expert says, and S of the adapters; the scores of all experts, and k times the expert's
+    number, where the token stands among the others and was before, and its weight before and after it is normalised. A
+    frozen layer keeps no input.
+    """
+    k, E, D, F = (config.num_experts_per_tok, config.num_experts, config.hidden_size, config.moe_intermediate_size)
+    frozen = is_adapted(count)
+    copies = (1 if count.low_experts else 0) if frozen else 2 if types.casts else 1
+    of_row = (copies + 1) * D + (3 if copies else 2) * F + count.low_experts
+    weights = 4 * (2 * k + 1 if config.norm_topk_prob else k)
+    return (k * of_row + (0 if frozen else D)) * types.matmul + 4 * E + 24 * k + weights
 
 
 def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict[str, float]:
     """{part: bytes on each rank}, and the "peak" of them, of a training with the settings `c` (train.Config) of a model
     `config` on `ranks` devices of a kind, cuda or cpu. Parts that are not needed at the same time do not add up."""
-    if config.num_experts or c.parallel.tensor > 1:
-        what = "experts" if config.num_experts else "shared matmuls (parallel.tensor)"
-        raise UserError(f"the memory of {what} is not estimated; train.py RECIPE.toml --dry-run measures it")
+    if c.parallel.tensor > 1:
+        raise UserError("the memory of shared matmuls (parallel.tensor) is not estimated; train.py RECIPE.toml "
+                        "--dry-run measures it")
     L, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
     shards = ranks // c.parallel.replicas if c.parallel.strategy == "fsdp" else 1
     count, types = count_elements(config, c.lora), find_types(c, kind, shards > 1)
@@ -140,12 +180,14 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     head_copy = types.matmul * V * D if types.matmul != types.weight and shards == 1 else 0
     # FSDP has gathered, in the matmuls' type, two blocks, this one and the next (all, where they stay gathered), and
     # what is in no block; of gradients one such part, and once more in fp32 on its way to the other ranks.
-    of_params, outside = types.weight if c.lora.rank else types.matmul, count.base - L * count.block
+    of_params = types.weight if c.lora.rank else types.matmul
+    # Of experts that ranks share, a rank gathers its own.
+    block = count.block - count.experts * (1 - 1 / c.parallel.experts)
     gathered = 0
     if shards > 1:
-        of_gradients = 0 if c.lora.rank else (of_params + 4) * max(count.block, outside)
+        of_gradients = 0 if c.lora.rank else (of_params + 4) * max(block, count.outside)
         blocks = 2 if c.parallel.reshard else L
-        gathered = of_params * (blocks * count.block + outside) + of_gradients
+        gathered = of_params * (blocks * block + count.outside) + of_gradients
 
     methods = copies_of_methods(c, count, types) / shards
     kept = weights + state + methods + gathered
@@ -165,23 +207,36 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
 
 def size_activations(c, config: ModelConfig, types: Types, count: Elements, M: int, kind: str) -> tuple[float, float]:
     """(bytes that are kept for the backward pass of M tokens, one block's workspace in it)."""
-    L, D = config.num_hidden_layers, config.hidden_size
+    L, D, F, sparse = config.num_hidden_layers, config.hidden_size, config.intermediate_size, count_sparse(config)
     apart = kind == "cpu" and c.data.mask_documents
-    of_block = M * block_bytes(config, types, count.low, not apart)
+    dense, of_block = M * block_bytes(config, types, count, not apart), 0
+    if sparse:
+        of_block = M * block_bytes(config, types, count, not apart, sparse=True)
+        # Adapters are cast to the matmuls' type for the experts' grouped ones.
+        of_block += types.matmul * count.adapters_on_experts if types.matmul < 4 else 0
+    blocks, of_block = sparse * of_block + (L - sparse) * dense, max(of_block, dense if sparse < L else 0)
     checkpoints = c.model.activation_checkpointing
     # The inputs of the blocks and of the last norm, the hidden states, and the angles.
     stream = M * D * types.stream
-    activations = (L * stream if checkpoints else L * of_block) + 2 * stream + 4 * M * config.head_dim
+    activations = (L * stream if checkpoints else blocks) + 2 * stream + 4 * M * config.head_dim
     if c.lora.rank and c.lora.embeddings == "frozen" and not checkpoints:
         # Nothing that trains stands before the first norm, so that it keeps no input.
         activations -= stream
     if types.casts and not c.lora.rank:
-        # Autocast keeps its copies of the weights from the forward pass to the backward pass.
-        activations += types.matmul * count.linear
+        # Autocast keeps its copies of the weights from the forward pass to the backward pass; experts, whose matmul
+        # makes its own, have none while their block waits to be recomputed.
+        activations += types.matmul * (count.linear - (count.experts * sparse if checkpoints else 0))
+        of_block += types.matmul * count.experts
     # One block's workspace: recomputed activations, and at once the gradients of gate, up and their product, two
     # tensors on the way to these, and the streams'.
-    workspace = (of_block if checkpoints else 0) + M * max(types.matmul, types.attention) * (
-        5 * config.intermediate_size + 4 * D)
+    widths = 5 * F + 4 * D
+    if sparse:
+        of_rows = config.num_experts_per_tok * (5 * config.moe_intermediate_size + 4 * D)
+        widths = max(of_rows, widths if sparse < L else 0)
+    workspace = (of_block if checkpoints else 0) + M * max(types.matmul, types.attention) * widths
+    if sparse and not c.lora.rank and kind == "cpu":
+        # There an expert's matmul is one of its own, and the gradients of all of them are put together.
+        workspace += types.matmul * count.experts / 3
     return activations, workspace
 
 

@@ -81,6 +81,17 @@ def refuse_sharing(c, config):
     if max(C, t) > 1 and c.objective.name not in SHARING:
         raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel."
                         f"{'context' if C > 1 else 'tensor'} parts; leave one of them out")
+    N, E = c.parallel.experts, config.num_experts
+    if N > 1 and (not E or E % N):
+        raise UserError(f"parallel.experts {N} does not divide the {E} experts of the model; take a divisor of them"
+                        if E else "parallel.experts is about a mixture of experts, and this model has none; leave it "
+                                  "out")
+    if N > 1 and c.lora.base != "plain":
+        raise UserError(f"lora.base {c.lora.base} keeps the experts of a layer in one record, which parallel.experts "
+                        f"cannot part; leave one of them out")
+    if N > 1 and c.forget.ewc.strength:
+        raise UserError("forget.ewc sums over all of a model's weights at once, which parallel.experts lays out in two "
+                        "ways; leave one of them out")
     asks = c.eval.tasks or c.eval.probes.facts or c.eval.probes.in_context
     if asks and (t > 1 or c.parallel.pipeline > 1):
         raise UserError(f"eval.tasks and eval.probes ask each rank other items, and with parallel."

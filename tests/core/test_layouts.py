@@ -48,6 +48,7 @@ CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings
                                            "--objective.mask-token-id", 0]),
          "tensor_lora": (TENSOR, ["--lora.rank", 4, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
          "tensor_experts": (TENSOR, ["--model.init", "experts"]),
+         "tensor_experts_lora": (TENSOR, ["--model.init", "experts", "--lora.rank", 4]),
          "tensor_ema": (TENSOR, ["--forget.ema.decay", 0.9, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
          "gathered": (["--parallel.strategy", "fsdp", "--parallel.reshard", "False"], [])}
 
@@ -59,7 +60,7 @@ HELD = {"fsdp_qlora": 0.3, "hsdp": 0.55, "hsdp_int8": 0.55}
 def case(folder: Path, name: str, is_laid_out: bool, out="unused"):
     layout, words = CASES[name]
     if "experts" in words:
-        words = ["--model.init", "pretrained", "--model.path", folder / "experts"]
+        words = ["--model.init", "pretrained", "--model.path", folder / "experts", *words[2:]]
     elif "pretrained" in words:
         words = [*words, "--model.path", folder / "base/final"]
     return settings(folder / "lab", folder / out, "--train.batch-size", 8, "--train.micro-batch-size", 1,

@@ -32,12 +32,18 @@ CASES = {
 }
 
 
+# The second of its blocks is dense.
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "dense_layers": [1]}
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_the_tensors_that_autograd_keeps(case, checkpointing):
+@pytest.mark.parametrize("sizes", [{}, EXPERTS, {**EXPERTS, "dense_layers": [], "norm_topk_prob": True}],
+                         ids=["dense", "experts and dense", "experts"])
+def test_activations_are_the_tensors_that_autograd_keeps(case, checkpointing, sizes):
     c = settings(*CASES[case], "--data.context", 64, "--train.micro-batch-size", 4, "--model.activation-checkpointing",
                  str(checkpointing))
-    config = ModelConfig(**SIZES)
+    config = ModelConfig(**SIZES, **sizes)
     types = memory.find_types(c, "cpu")
     model = Model(config).to(torch.bfloat16 if types.weight == 2 else torch.float32)
     model.initialise(0)
@@ -61,7 +67,8 @@ def test_activations_are_the_tensors_that_autograd_keeps(case, checkpointing):
     # copies that autocast's cache holds.
     hidden = 4 * 64 * config.hidden_size * types.stream
     if checkpointing and types.casts and not c.lora.rank:
-        expected -= 2 * memory.count_elements(config, c.lora).linear
+        count = memory.count_elements(config, c.lora)
+        expected -= 2 * (count.linear - count.experts * memory.count_sparse(config))
     # Also kept, and not counted: a token's id, its document's start and a norm's root, 16 bytes per token.
     assert sum(kept.values()) == pytest.approx(expected - hidden, rel=0.01, abs=16 * 256)
 
@@ -80,10 +87,10 @@ from measure import calibrate
 from model import ModelConfig
 
 def make_steps(sizes, words):
-    V, D, F, L, H, K, T, B = sizes
+    V, D, F, L, H, K, T, B, experts = sizes
     c = cli.parse(train.Config, ["--data.sources.a.path", "x", "--data.context", str(T), "--train.micro-batch-size",
                                  str(B), "--train.batch-size", str(B), *words], recipe=True)
-    config = ModelConfig(V, D, F, L, H, K, max_position_embeddings=T)
+    config = ModelConfig(V, D, F, L, H, K, max_position_embeddings=T, **experts)
     run, rng = calibrate.make_run(c, config, torch.device("cpu")), np.random.default_rng(0)
     batch = run.objective.corrupt(calibrate.draw_batch(config, B, T, 100, rng), None)
     for _ in range(3):
@@ -91,15 +98,19 @@ def make_steps(sizes, words):
 
 parallel.start("cpu")
 # What a process takes beside its tensors is loaded by a tiny run, and measured apart.
-make_steps((512, 64, 96, 1, 2, 2, 64, 2), json.loads(sys.argv[2]))
+make_steps((512, 64, 96, 1, 2, 2, 64, 2, {}), json.loads(sys.argv[2]))
 before = devices.peak_bytes(torch.device("cpu"))
 make_steps(json.loads(sys.argv[1]), json.loads(sys.argv[2]))
 print(json.dumps([before, devices.peak_bytes(torch.device("cpu"))]))
 """
 # Vocabulary, width, MLP width, blocks, heads, key-value heads, tokens, sequences: activations count for most, then
-# activations and weights, then weights.
-MODELS = {"4M": (2048, 192, 512, 6, 6, 2, 256, 16), "26M": (8192, 512, 1408, 6, 8, 4, 256, 4),
-          "44M": (4096, 768, 2048, 6, 12, 4, 128, 2)}
+# activations and weights, then weights. With experts: a small one and one of many small experts.
+MODELS = {"4M": (2048, 192, 512, 6, 6, 2, 256, 16, {}), "26M": (8192, 512, 1408, 6, 8, 4, 256, 4, {}),
+          "44M": (4096, 768, 2048, 6, 12, 4, 128, 2, {}),
+          "8 experts": (4096, 256, 512, 4, 4, 2, 256, 8, {"num_experts": 8, "num_experts_per_tok": 2,
+                                                          "moe_intermediate_size": 512, "norm_topk_prob": True}),
+          "32 experts": (2048, 256, 512, 4, 4, 2, 256, 4, {"num_experts": 32, "num_experts_per_tok": 4,
+                                                           "moe_intermediate_size": 192})}
 
 
 @pytest.mark.slow
@@ -111,9 +122,10 @@ def test_the_peak_of_a_process_is_as_planned(size, method):
     done = subprocess.run([sys.executable, "-c", PEAK, json.dumps(MODELS[size]), json.dumps(words)], cwd=ROOT, env=env,
                           capture_output=True, text=True, check=True)
     before, peak = json.loads(done.stdout)
-    V, D, F, L, H, K, T, B = MODELS[size]
+    V, D, F, L, H, K, T, B, experts = MODELS[size]
     c = settings(*words, "--data.context", T, "--train.micro-batch-size", B, "--train.batch-size", B)
-    planned = memory.estimate(c, ModelConfig(V, D, F, L, H, K, max_position_embeddings=T), kind="cpu")["peak"]
+    config = ModelConfig(V, D, F, L, H, K, max_position_embeddings=T, **experts)
+    planned = memory.estimate(c, config, kind="cpu")["peak"]
     print(f"{size} {method[:1]}: planned {planned / 1e6:.0f} MB, measured {(peak - before) / 1e6:.0f}, "
           f"process {before / 1e6:.0f}")
     assert planned == pytest.approx(peak - before, rel=0.1)
@@ -128,6 +140,17 @@ def test_layouts_change_what_a_rank_holds():
     assert groups["weights"] == 2 * plain["weights"]
     assert groups["optimizer"] == 2 * plain["optimizer"]
     assert parts("--parallel.context", 2)["activations"] == plain["activations"] / 2
+    # Of experts that ranks share, a rank gathers its own: of a block and the next one, in bf16, and of gradients one
+    # block's, in bf16 and fp32.
+    config, gathered = ModelConfig(**SIZES, **{**EXPERTS, "num_experts": 4, "dense_layers": []}), []
+    for words in ([], ["--parallel.experts", 4]):
+        found = parts(*words)
+        assert found["weights"] * 8 == 4 * memory.count_elements(config, lora.LoraConfig()).base
+        gathered.append(found["gathered"])
+    experts = memory.count_elements(config, lora.LoraConfig()).experts
+    assert experts == 4 * 3 * 32 * 40
+    assert gathered[0] - gathered[1] == experts * 3 / 4 * (2 * 2 + 2 + 4)
+    config = ModelConfig(**SIZES)
     kept = parts("--parallel.reshard", "False")["gathered"] - plain["gathered"]
     # bf16 of the blocks but for the two that are gathered at any time.
     block = memory.count_elements(config, lora.LoraConfig()).block
