@@ -33,6 +33,8 @@ ROOT = Path(__file__).parent.parent
 SECONDS, WAIT, MEMORY = 3, 30, 1 << 29
 # Bytes of a file, files that are open, and files and bytes in the folder, where they are looked at every POLL seconds.
 FILE_BYTES, OPEN_FILES, FOLDER_FILES, FOLDER_BYTES, POLL = 1 << 23, 32, 64, 1 << 26, 0.05
+# The folders of installed libraries; PYTHONPATH, or a script's own place, may name one that is the user's.
+LIBRARIES = {"site-packages", "dist-packages"}
 # Bytes that are read of what a process says, and characters of a reason.
 REPLY, REASON = 4096, 200
 START = "import sys; sys.path.append(sys.argv[1]); from measure.run_code import serve; serve()"
@@ -133,7 +135,7 @@ def run_program(program: str) -> Outcome:
         folder = os.path.realpath(folder)
         question = {"program": program, "folder": folder if confine.has_landlock() else None, "mark": mark,
                     "memory": MEMORY, "seconds": SECONDS,
-                    "path": [path for path in sys.path if path and Path(path) != ROOT and os.path.isabs(path)]}
+                    "path": [path for path in sys.path if LIBRARIES & set(Path(path).parts)]}
         environment = ENVIRONMENT | {"TMPDIR": folder, "HOME": folder}
         if libraries := os.environ.get("LD_LIBRARY_PATH"):
             environment["LD_LIBRARY_PATH"] = libraries

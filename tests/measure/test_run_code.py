@@ -101,6 +101,16 @@ def test_files_of_the_user_are_closed_where_there_is_landlock(landlock, tmp_path
         assert run_program(f"open({str(path)!r}).read()").passed != landlock
 
 
+def test_a_folder_of_pythonpath_is_the_users_and_libraries_are_found(monkeypatch, tmp_path):
+    if not confine.has_landlock():
+        pytest.skip("this kernel has no Landlock of Linux 6.2 or later")
+    (tmp_path / "secret").write_text("key")
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = run_program(f"open({str(tmp_path / 'secret')!r}).read()")
+    assert outcome.why.startswith(PERMISSION)
+    assert run_program("import jinja2").passed
+
+
 def test_no_socket_reaches_a_server_that_waits(landlock, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
         local.bind(str(tmp_path / "local"))
