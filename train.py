@@ -213,13 +213,15 @@ def dry_run(c: Config, world) -> int:
                     f"peak memory {devices.peak_bytes(world.device) / 1e9:.2f} GB, a checkpoint {size / 1e6:,.0f} MB")
         run.log.say(f"dry run: the whole run takes about {hours:.2f} hours; nothing was kept")
         if run.tokenizer:
-            show_sequences(run, batches[0])
+            # As they are before ranks share them.
+            batch = run.loader.batch(0, 0, 2)
+            show_sequences(run, run.objective.corrupt(batch, batch.rng))
     return 0
 
 
 def show_sequences(run: Run, batch):
-    """The first two packed sequences of a batch as text, a line per document."""
-    for row, tokens in enumerate(batch.tokens[:2]):
+    """The packed sequences of a batch as text, a line per document."""
+    for row, tokens in enumerate(batch.tokens):
         starts = batch.doc_start[row].unique().tolist()
         run.log.say(f"--- a packed sequence of source {run.loader.names[batch.source[row]]}, {len(starts)} documents")
         for start, end in zip(starts, [*starts[1:], len(tokens)]):

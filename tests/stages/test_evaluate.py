@@ -22,6 +22,8 @@ import lora
 import tokenizer
 import train
 from core import checkpoint
+from core.context_parallel import SharedSequences
+from core.parallel import World
 from learn import peft_files
 from learn.objectives import Causal
 from stages import evaluate
@@ -55,6 +57,18 @@ def test_tokens_that_are_put_in_and_not_trained_are_warned_of(base, tmp_path, mo
         said = command(monkeypatch, capsys, arguments(
             lab, tmp_path / "run", "--model.init", "pretrained", "--model.path", folder, "--dry-run", *words))[1]
         assert ("puts tokens into the text whose embeddings do not train" in said) == warns
+
+
+def test_a_dry_run_shows_sequences_as_they_are_before_ranks_share_them(lab, tmp_path, monkeypatch, capsys):
+    half = SharedSequences(None, 0, 2)
+    monkeypatch.setattr(World, "cut", lambda world, batch: half.cut(batch))
+    monkeypatch.setattr(World, "cut_tokens", lambda world, x: half.cut_tokens(x))
+    status, said, _ = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run"))
+    shown = said.split("--- a packed sequence")[1:]
+    assert (status, len(shown)) == (0, 2)
+    for each in shown:
+        borders = [tuple(map(int, found)) for found in re.findall(r"^\[(\d+):(\d+)\] '.+'$", each, re.MULTILINE)]
+        assert [0, *(end for _, end in borders)] == [*(begin for begin, _ in borders), 32]
 
 
 def test_what_is_in_no_token_stands_with_the_scores_of_a_run(lab, tmp_path):
