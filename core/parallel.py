@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -363,7 +364,10 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
     """DDP around the model, which is then its `.module`."""
     ids = [world.device.index] if world.device.type == "cuda" else None
     # A quantised base is in buffers that never change: to broadcast them at each step would cost as much as DDP itself.
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # What torch 2.13 has in the place of this argument would broadcast them once.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def outermost(model: nn.Module) -> list[nn.Module]:

@@ -11,6 +11,8 @@ are the same on all ranks, and their gradients are summed over them. FSDP shards
 B sequences, T tokens, D model width, H heads, F MLP width, t ranks that share each matmul.
 """
 
+import logging
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -18,6 +20,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.context_parallel import SharedSequences
 from core.errors import UserError
+
+# torch 2.13 has new names for these two, and warns of the old ones.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Gather(torch.autograd.Function):
@@ -37,7 +43,7 @@ class Gather(torch.autograd.Function):
 def gather_tokens(x, group):
     t = dist.get_world_size(group)
     parts = x.new_empty(t * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=group)
+    all_gather(parts, x.contiguous(), group=group)
     return parts.unflatten(0, (t, -1)).movedim(0, 1).flatten(1, 2)
 
 
@@ -46,7 +52,7 @@ def scatter_sum(y, group):
     # [t, B, T / t, D]: part r goes to rank r.
     parts = y.unflatten(1, (t, -1)).movedim(1, 0).contiguous()
     found = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(found, parts.flatten(0, 1), group=group)
+    reduce_scatter(found, parts.flatten(0, 1), group=group)
     return found
 
 
@@ -71,6 +77,8 @@ class SharedMatmuls(SharedSequences):
 def split_layers(model: nn.Module, mesh, matmuls: SharedMatmuls):
     """Let the ranks of `mesh` share the matmuls that model.tensor_plan() names. To be called on the meta device, before
     FSDP: parameters become DTensors of which this rank holds a share."""
+    # Each rank would say that what is sharded twice is gathered by two operations.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     for module, columns, rows in model.tensor_plan():
         for names, dims in ((columns, COLUMNS), (rows, ROWS)):
             for layer in map(module.get_submodule, names):

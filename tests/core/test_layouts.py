@@ -5,6 +5,7 @@ is also what each of them runs. What two ranks do is in test_parallel.py.
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,8 @@ def ranks(tmp_path_factory):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4",
                            __file__, folder], env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
+    # Nothing of torch's that each rank would say to the user.
+    assert not re.search("deprecated|suboptimal", done.stderr), done.stderr[-3000:]
     return folder
 
 
