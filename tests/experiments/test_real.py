@@ -24,11 +24,15 @@ def test_benchmarks_are_files_of_a_folder_or_left_out_in_words(tmp_path, monkeyp
     shutil.copytree(tmp_path / "jsonl", tmp_path / "data/bench")
     assert real.find_benchmarks(None) == {"piqa": tmp_path / "data/bench/piqa.jsonl"}
     assert real.find_benchmarks("none") == {}
+    for name in ("piqa_train.jsonl", "piqa_valid.jsonl"):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / name).write_text("{}\n")
+    assert real.find_benchmarks(str(tmp_path / "files")) == {"piqa": tmp_path / "files/piqa_valid.jsonl"}
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no benchmark"):
         real.find_benchmarks(str(tmp_path / "empty"))
     # The tests' Hub is switched off.
-    monkeypatch.delenv("NANOCPT_DATA")
+    monkeypatch.setenv("NANOCPT_DATA", str(tmp_path / "empty"))
     assert real.find_benchmarks(None) == {}
     assert "benchmarks are left out: the Hub is not in reach" in capsys.readouterr().out
     with pytest.raises(UserError, match="the Hub is not in reach"):
@@ -53,7 +57,37 @@ def test_texts_are_the_users_then_those_of_the_data_folder_then_the_demos(tmp_pa
     found, makes = real.find_texts(real.Real(), out)
     assert not makes
     assert found["domain"] == [str(tmp_path / "corpora/legal_en_dc/dc_code_title16.txt")]
-    assert real.find_texts(options, out)[1]
+    general = [str(tmp_path / "corpora/wikitext2/wiki.valid.raw")]
+    assert real.find_texts(options, out) == ({"domain": [str(mine)], "general": general}, False)
+
+
+def test_the_page_of_results_says_what_the_raw_file_does():
+    raw = json.loads((cli.ROOT / "experiments/results/real.json").read_text())
+    said = (cli.ROOT / "docs/RESULTS.md").read_text(encoding="utf-8").split("\n## A real base\n")[1].split("\n## ")[0]
+    run, gap = raw["run"], raw["gap"]
+    for name, title in (("domain", "domain (law)"), ("general", "general (WikiText-2)")):
+        was, now = run["before"][name], run["after"][name]
+        low, high = (f"{100 * end:+.1f}" for end in run["interval"]["change"][name])
+        assert (f"| {title} | {was['bits_per_byte']:.4f} | {now['bits_per_byte']:.4f} | "
+                f"{100 * run['change'][name]:+.1f} % ({low} to {high}) | {was['perplexity']:.2f} | "
+                f"{now['perplexity']:.2f} |") in said
+    assert (f"| {gap['relative_overlap']:.2f} (of all tokens {gap['vocabulary_overlap']:.2f}) | "
+            f"{gap['perplexity_ratio']:.2f} | ") in said
+    assert f"**{raw['seconds']:.0f} seconds in all**" in said
+    assert f"| {gap['recommendation']}: " in said
+    tasks, one_line = run["tasks"], " ".join(said.split())
+    for name, title in (("arc_easy", "ARC-easy"), ("hellaswag", "HellaSwag"), ("piqa", "PIQA"),
+                        ("winogrande", "WinoGrande"), ("boolq", "BoolQ"), ("lambada", "LAMBADA")):
+        values = [f"{tasks[side][name]['value']:.3f}" for side in ("before", "after")]
+        assert f"{title} {values[0]} and {values[1]}" in one_line
+    flips = tasks["change"]["arc_easy"]["flips"]
+    assert f"({flips['lost']} items lost, {flips['won']} won, p = {flips['p']:.3f})" in one_line
+    probes = run["probes"]
+    shown = {name: [f"{probes[side][name]['value']:.{digits}f}" for side in ("before", "after")]
+             for name, digits in (("in_context", 2), ("facts_trained", 3), ("facts_heldout", 3))}
+    assert "In-context items {} and {} of 100".format(*shown["in_context"]) in one_line
+    assert "facts of trained documents {} and {} of 40, of held-out ones {} and {} of 24".format(
+        *shown["facts_trained"], *shown["facts_heldout"]) in one_line
 
 
 def test_without_the_package_one_line_says_what_to_install(monkeypatch, tmp_path, capsys):
@@ -94,7 +128,7 @@ def test_the_whole_chain_on_a_small_model(hf_model, tiny_bpe, tmp_path):
              tmp_path / "bench", "--steps", 10, "--limit", 6, "--precision", "fp32", "--out", out]
     cli.run_command("experiments/real.py", *words)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["recommendation"] in ("pretrain", "sft", "retrieval", "prompt", "skip")
+    assert summary["gap"]["recommendation"] in ("pretrain", "sft", "retrieval", "prompt", "skip")
     run = summary["run"]
     assert run["after"]["domain"]["bits_per_byte"] < run["before"]["domain"]["bits_per_byte"]
     assert run["tasks"]["before"]["piqa"]["n"] == run["tasks"]["after"]["piqa"]["n"] == 6
