@@ -31,13 +31,11 @@ from core.context_parallel import SharedAttention, SharedSequences
 from core.devices import pick_device
 from core.errors import UserError
 from core.expert_parallel import is_of_parted, shard_experts
+from core.groups import connecting
 from core.pipeline import Pipe, open_pipe
 from core.signals import REASONS, closed_output, note_stops, stopped_by
 from core.tensor_parallel import SharedMatmuls, is_shared, measure_norm, split_layers
 from core.watch import Watch
-
-# Seconds in which ranks that have just met connect to a second group. torchrun waits 30 for those that are to end.
-CONNECT = 20
 
 
 @dataclass
@@ -161,14 +159,17 @@ class World:
         return values
 
     def share_sequences(self, config: ParallelConfig):
-        """From now on ranks share sequences, matmuls and layers as the settings say. A collective."""
-        mesh = functools.partial(make_mesh, self.device.type, self.size, 1, config.tensor, config.pipeline)
-        self.pipe = open_pipe(mesh()["pipe"], config.schedule) if config.pipeline > 1 else None
-        if (C := config.context) > 1:
-            groups = [dist.new_group(range(first, first + C)) for first in range(0, self.size, C)]
-            self.sequences = SharedSequences(groups[self.rank // C], self.rank % C, C)
-        elif (t := config.tensor) > 1:
-            self.sequences = SharedMatmuls(mesh()["tensor"].get_group(), self.rank % t, t)
+        """From now on ranks share sequences, matmuls and layers as the settings say. A collective: all groups of ranks
+        are made here, where they have just met."""
+        with connecting():
+            sizes = config.replicas, config.tensor, config.pipeline, config.experts
+            mesh = make_mesh(self.device.type, self.size, *sizes) if max(sizes) > 1 else None
+            self.pipe = open_pipe(mesh["pipe"], config.schedule) if config.pipeline > 1 else None
+            if (C := config.context) > 1:
+                groups = [dist.new_group(range(first, first + C)) for first in range(0, self.size, C)]
+                self.sequences = SharedSequences(groups[self.rank // C], self.rank % C, C)
+            elif (t := config.tensor) > 1:
+                self.sequences = SharedMatmuls(mesh["tensor"].get_group(), self.rank % t, t)
 
     @property
     def averaged(self) -> int:
@@ -238,8 +239,8 @@ class World:
             return self
         # All ranks are here, so that one which does not connect has died. What a save waits for is other ranks' disks.
         self.barrier()
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=CONNECT))
-        group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(hours=2))
+        with connecting():
+            group = dist.new_group(backend="gloo")
         return World(self.rank, self.size, torch.device("cpu"), group=group)
 
 
@@ -265,10 +266,10 @@ def count_ranks() -> int:
 def together(device: str, config: ParallelConfig):
     """This process's place among torchrun's ranks. Where one rank fails, that one says why, and all end."""
     world = start(device, config.timeout)
-    world.share_sequences(config)
     if world.size > 1:
         world.watch = Watch(world.rank, world.size, config.step_timeout, config.timeout)
     try:
+        world.share_sequences(config)
         yield world
         # No rank leaves while another still waits for it.
         world.barrier()

@@ -31,7 +31,7 @@ QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 def as_rank(fault: str, rank: int, words: list[str]):
     """train.py on one rank of two, on which something goes wrong in the sixth step, in the build or at a save."""
     import train
-    from core import parallel, watch
+    from core import groups, parallel, watch
     from core.log import Logger
     from stages import build, evaluate
     torch.set_num_threads(1)
@@ -72,9 +72,13 @@ def as_rank(fault: str, rank: int, words: list[str]):
         synced, Logger.sync = [], sync
         tell_what_is_known(rank)
     elif where == "meeting":
-        parallel.CONNECT = 3
+        groups.CONNECT = 3
         if rank:
             parallel.dist.new_group = go_wrong
+    elif where == "groups":
+        groups.CONNECT = 3
+        if rank:
+            parallel.World.share_sequences = go_wrong
     elif where.startswith("build"):
         build.verify = go_wrong                   # only rank 0 verifies the shards
     else:
@@ -189,8 +193,9 @@ def test_the_place_of_a_halted_rank_is_not_told(monkeypatch, capsys, spent, plac
     assert capsys.readouterr().err.startswith(f"error: rank 1{place} hangs in the start: no rank went on for 60 sec")
 
 
-def test_a_rank_that_dies_while_the_ranks_connect_is_not_waited_for_long(shared_lab, tmp_path):
-    statuses, _, errors, seconds = ranks("kill@meeting", shared_lab, tmp_path / "run")
+@pytest.mark.parametrize(("where", "words"), [("meeting", []), ("groups", ["--parallel.context", 2])])
+def test_a_rank_that_dies_while_the_ranks_connect_is_not_waited_for_long(shared_lab, tmp_path, where, words):
+    statuses, _, errors, seconds = ranks(f"kill@{where}", shared_lab, tmp_path / "run", *words)
     assert sorted(statuses) == [-9, 1], errors
     assert re.search(r"error: rank 1 died in the (start|build); the same command goes on", errors), errors
     assert seconds < 240

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runs import arguments
 
-from core.parallel import CONNECT
+from core.groups import CONNECT
 
 from .harness import Lab, Row, Team, timed
 from .results import differences, records, snapshot, steps_done
