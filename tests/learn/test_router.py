@@ -17,7 +17,7 @@ from model import Model, ModelConfig
 def make(**changes):
     model = Model(ModelConfig(50, 16, 32, 2, 2, 2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8))
     model.initialise(0)
-    method = Router(RouterConfig(**changes), learning=None)
+    method = Router(RouterConfig(**changes), types.SimpleNamespace(world=World(0, 1, torch.device("cpu"))))
     method.model_built(model)
     return model, method
 
@@ -37,6 +37,18 @@ def test_it_adds_the_weighted_losses_times_the_targets():
     assert all(layer.mlp.gate.weight.grad.abs().max() > 0 for layer in model.layers)
     logged = method.before_step(0, model)
     assert logged == {"router_balance": pytest.approx(balance.item()), "router_z": pytest.approx(z.item())}
+
+
+def test_parts_of_a_model_add_up():
+    model, method = make(balance=0.5)
+    model(torch.arange(14).view(2, 7))
+    counted = torch.arange(14).view(2, 7) % 3 > 0
+    one_by_one = sum(method.sum_layers(layer, counted) for layer in [*model.layers, model.norm])
+    torch.testing.assert_close(one_by_one, method.sum_layers(model, counted))
+    logits = [layer.mlp.logits for layer in model.layers]
+    found = moe.router_losses(one_by_one)
+    torch.testing.assert_close(found[0], moe.balance_loss(logits, 2, counted.flatten()))
+    torch.testing.assert_close(found[1], moe.z_loss(logits, counted.flatten()))
 
 
 def test_what_it_refuses(lab, tmp_path):
