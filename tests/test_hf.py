@@ -19,8 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf
+import lora
 from core.errors import UserError
 from core.parameter_names import from_hf_name, to_hf_name
+from learn.peft_files import save_adapter
 from model import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,35 +188,47 @@ def test_keys_of_the_base_survive(hf_model, tmp_path):
 
 @pytest.mark.slow
 def test_transformers_4_reads_the_old_dialect(hf_model, tmp_path):
-    """A reader that knows neither `rope_parameters` nor `dtype` gets the same logits."""
+    """A reader that knows neither `rope_parameters` nor `dtype`, and has a layer per expert, gets the same logits; and
+    so does PEFT there from our adapters on experts."""
     older = os.environ.get("NANOCPT_TRANSFORMERS4")
     if not older:
         pytest.skip("NANOCPT_TRANSFORMERS4 is not set; see the top of this file")
     expected = {}
-    for name in ("llama3", "yarn", "mistral", "qwen2_windows", "qwen3", "smollm3"):
+    for name in ("llama3", "yarn", "mistral", "qwen2_windows", "qwen3", "smollm3", "mixtral", "qwen3_moe"):
         family, options = CASES[name]
         _, original = hf_model(family, **options)
         model = hf.load(original)
         hf.save(model, tmp_path / f"out_{name}", base=original)
         expected[name] = logits(model, tokens())
+        if model.config.num_experts:
+            lora.attach(model, lora.LoraConfig(rank=3, rslora=True), seed=0)
+            with torch.no_grad():
+                for p in model.parameters():
+                    if p.requires_grad:
+                        p += 0.1
+                expected[f"{name}/adapter"] = logits(model, tokens())
+            save_adapter(model, tmp_path / f"out_{name}/adapter", str(original))
     save_file({"x": tokens(), **expected}, tmp_path / "expected.safetensors")
     code = """if True:
-        import sys, torch, transformers
+        import sys, peft, torch, transformers
         from safetensors.torch import load_file
         assert transformers.__version__.startswith("4."), transformers.__version__
         folder = sys.argv[1]
         truth = load_file(folder + "/expected.safetensors")
         x = truth.pop("x")
         for name, logits in truth.items():
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/out_" + name).eval()
+            base, _, adapter = name.partition("/")
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder + "/out_" + base).eval()
             assert model.dtype == torch.float32, model.dtype
+            if adapter:
+                model = peft.PeftModel.from_pretrained(model, folder + "/out_" + name).eval()
             with torch.no_grad():
                 print(name, (model(x).logits - logits).abs().max().item())
     """
     rows = python(code, tmp_path, environment={"PYTHONPATH": older}, cwd=tmp_path).split("\n")
     errors = dict(row.split() for row in rows if row)
     assert errors.keys() == expected.keys()
-    assert all(float(error) < 1e-4 for error in errors.values()), errors
+    assert all(float(error) < 1e-4 * max(1, expected[name].abs().max()) for name, error in errors.items()), errors
 
 
 @pytest.mark.slow
