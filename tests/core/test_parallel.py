@@ -85,6 +85,16 @@ def unclipped(folder, name, strategy):
                     "--optim.min-lr", 1e-4, *SAME[name], steps=20)
 
 
+# Rules that end a run of 12 steps early: at the one rate general text is lost at once, at the other nothing is gained.
+ENDS = {"stop-forgetting": (0.05, "--optim.lr", 1e-2), "stop-gain": (0.9, "--optim.lr", 1e-8, "--optim.min-lr", 0)}
+
+
+def ended(folder, rule, out, *words):
+    return settings(folder / "lab", out, "--model.init", "pretrained", "--model.path", folder / "tied/final",
+                    f"--eval.{rule}", *ENDS[rule], "--eval.every", 2, "--eval.stop-after", 2, "--data.schedule",
+                    "static", "--data.domain-share", 1, *words, steps=12)
+
+
 def half(folder, strategy):
     return method(folder, "dora", "unused", "--parallel.strategy", strategy, "--train.precision", "bf16",
                   "--lora.embeddings", "full", "--train.steps", STEPS)
@@ -114,6 +124,10 @@ def as_rank(folder: Path):
         train.train(c, world)
     c = settings(lab, folder / "bf16", "--parallel.strategy", "fsdp", "--train.precision", "bf16", steps=6)
     train.train(c, world)
+    for rule, strategy in itertools.product(ENDS, ("ddp", "fsdp")):     # each rank has to leave the loop at one step
+        out = folder / f"ended_{rule}_{strategy}"
+        train.train(ended(folder, rule, out, "--parallel.strategy", strategy), world)
+        Path(f"{out}_rank{world.rank}").write_text(str(world.gather(1)))
     for strategy in ("ddp", "fsdp"):
         c = eight_bit(lab, folder / f"{strategy}_8bit", strategy)
         stop_after(c, world, 3)
@@ -168,6 +182,8 @@ def ranks(tmp_path_factory):
         hf.save(experts, folder / "experts/final", tokenizer=lab / "tok")
         for name in METHODS:
             train.train(method(folder, name, "one"), one())
+        for rule in ENDS:
+            train.train(ended(folder, rule, folder / f"ended_{rule}_one"), one())
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            __file__, folder], env=ENV, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -263,6 +279,24 @@ def test_checkpoints_move_between_one_and_two_ranks(ranks, strategy):
                   {k: v for k, v in true[source].items() if k != "role"})
     with pytest.raises(AssertionError):
         same_checkpoint(reference, ranks / "bf16", 6)                        # the comparison can tell runs apart
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rule", "strategy"), itertools.product(ENDS, ("ddp", "fsdp")))
+def test_a_rule_ends_a_run_on_each_rank_where_it_ends_on_one(ranks, rule, strategy):
+    """Law: the step, the reason and what is left are those of one process; both ranks came out of the run and met."""
+    truth, mine = ranks / f"ended_{rule}_one", ranks / f"ended_{rule}_{strategy}"
+    result, true = (json.loads((out / "eval.json").read_text()) for out in (mine, truth))
+    assert true["ended"]["setting"] == f"eval.{rule.replace('-', '_')}"
+    assert result["ended"]["step"] == true["ended"]["step"] < 12
+    assert result["ended"]["value"] == pytest.approx(true["ended"]["value"], rel=1e-3, abs=0.05)
+    assert len(lines(mine, "ended")) == 1
+    assert list(told(mine)) == list(told(truth))
+    step = true["ended"]["step"]
+    for key, value in checkpoint.load(checkpoint.path_of(truth / "checkpoints", step))[0].items():
+        torch.testing.assert_close(checkpoint.load(checkpoint.path_of(mine / "checkpoints", step))[0][key], value,
+                                   rtol=1e-3, atol=1e-5, msg=key)
+    assert {Path(f"{mine}_rank{rank}").read_text() for rank in (0, 1)} == {"[1, 1]"}
 
 
 @pytest.mark.slow

@@ -258,7 +258,7 @@ def test_stories_score_as_in_the_harness(data_dir, tmp_path, sandbox):
     sp = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     lm = lm_harness.make_lm(transformers.AutoModelForCausalLM.from_pretrained(folder), sp.encode, sp.decode, 1, 512,
                             eos=2)
-    ours, settings = open_both(write_bench(data_dir, tmp_path, 8), new=128)
+    ours, settings = open_both(write_bench(data_dir, tmp_path, 4), new=64)
     judge_whole(hf.load(folder), tokenizers.load(folder), lm, ours, settings)
 
 
