@@ -64,6 +64,10 @@ class SharedSequences:
         T = x.shape[1] // self.ranks
         return x[:, self.rank * T:(self.rank + 1) * T]
 
+    def join_tokens(self, x):
+        """(x [B, T] of the tokens that a block's modules see, how many ranks see these); x: of this rank's tokens."""
+        return x, 1
+
     @contextlib.contextmanager
     def shared(self):
         """Inside, each rank has its tokens of the same sequences; elsewhere, as when text is generated, it has whole

@@ -1,8 +1,10 @@
 """Devices and floating-point types by the names people use for them."""
 
+import ctypes
 import os
 import re
 import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -46,3 +48,14 @@ def peak_bytes(device: torch.device) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # On Linux getrusage starts from the peak of the parent process; VmHWM, in KiB, does not.
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory instead of returning it to the system. On a CPU each operation allocates a large
+    tensor, and faulting its pages in anew would cost more than the arithmetic."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        # M_MMAP_MAX: large blocks get no separate mapping, which would be unmapped when they are freed.
+        libc.mallopt(-4, 0)
+        # M_TRIM_THRESHOLD: the top of the heap is kept.
+        libc.mallopt(-1, 2**31 - 1)

@@ -6,14 +6,12 @@ CPU ranks exchange values over gloo, GPU ranks over NCCL. A single process joins
 """
 
 import contextlib
-import ctypes
 import functools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Literal
 
@@ -28,10 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.config import setting
 from core.context_parallel import SharedAttention, SharedSequences
-from core.devices import pick_device
+from core.devices import keep_freed_memory, pick_device
 from core.errors import UserError
 from core.expert_parallel import is_of_parted, shard_experts
 from core.groups import connecting
+from core.pace import Pace
 from core.pipeline import Pipe, open_pipe
 from core.signals import REASONS, closed_output, note_stops, stopped_by
 from core.tensor_parallel import SharedMatmuls, is_shared, measure_norm, split_layers
@@ -85,15 +84,16 @@ class ParallelConfig:
         if self.strategy != "fsdp" and changed:
             raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
                             f"it out")
-        if self.tensor > 1 and (self.context > 1 or self.replicas > 1):
-            raise UserError("parallel.tensor goes with neither parallel.context nor parallel.replicas yet; leave one "
-                            "of them out")
+        if self.tensor > 1 and self.context > 1:
+            raise UserError("parallel.tensor does not go with parallel.context yet; leave one of them out")
         others = [name for name in ("context", "tensor", "replicas", "pipeline") if getattr(self, name) > 1]
         if self.experts > 1 and others:
             raise UserError(f"parallel.experts does not go with parallel.{others[0]} yet; leave one of them out")
-        if ranks % self.replicas or (self.replicas > 1 and ranks == self.replicas):
+        # Those that share matmuls are within one group.
+        most = ranks // self.tensor
+        if most % self.replicas or (self.replicas > 1 and ranks == self.replicas):
             raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of two or "
-                            f"more; take a divisor of {ranks} below it")
+                            f"more; take a divisor of {most}{' below it' if self.tensor == 1 else ''}")
 
 
 ALONE = ParallelConfig()
@@ -121,6 +121,8 @@ class World:
     sequences: SharedSequences | None = None
     # None where each rank has all layers.
     pipe: Pipe | None = None
+    # What this rank takes by itself.
+    pace: Pace = field(default_factory=Pace)
 
     @property
     def main(self) -> bool:
@@ -153,6 +155,7 @@ class World:
             total = torch.tensor(total, dtype=torch.float64, device=self.device)
             dist.all_reduce(total)
             total = total.tolist()
+            self.pace.leave_exchange()
         *values, failed = total[:-len(REASONS)]
         requests, self.failed = total[-len(REASONS):], failed > 0
         self.asked = next((number for number, count in zip(REASONS, requests) if count), 0)
@@ -163,7 +166,7 @@ class World:
         are made here, where they have just met."""
         with connecting():
             sizes = config.replicas, config.tensor, config.pipeline, config.experts
-            mesh = make_mesh(self.device.type, self.size, *sizes) if max(sizes) > 1 else None
+            mesh = lay_ranks(self, config) if max(sizes) > 1 else None
             self.pipe = open_pipe(mesh["pipe"], config.schedule) if config.pipeline > 1 else None
             if (C := config.context) > 1:
                 groups = [dist.new_group(range(first, first + C)) for first in range(0, self.size, C)]
@@ -211,6 +214,8 @@ class World:
 
     def enter(self, what: str, is_step: bool = False):
         """What this rank is busy with from now on, for the line that names a rank which hangs."""
+        if is_step:
+            self.pace.begin_step()
         if self.watch:
             self.watch.enter(what, is_step)
 
@@ -223,6 +228,7 @@ class World:
         box = [value]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device, group=self.group)
+            self.pace.leave_exchange()
         return box[0]
 
     def gather(self, value) -> list:
@@ -230,6 +236,7 @@ class World:
         box = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(box, value, group=self.group)
+            self.pace.leave_exchange()
         return box
 
     def apart(self) -> "World":
@@ -298,17 +305,6 @@ def start(device: str = "auto", timeout: float = 1800) -> World:
     return World(rank, size, device)
 
 
-def keep_freed_memory():
-    """Let glibc keep freed memory instead of returning it to the system. On a CPU each operation allocates a large
-    tensor, and faulting its pages in anew would cost more than the arithmetic."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        # M_MMAP_MAX: large blocks get no separate mapping, which would be unmapped when they are freed.
-        libc.mallopt(-4, 0)
-        # M_TRIM_THRESHOLD: the top of the heap is kept.
-        libc.mallopt(-1, 2**31 - 1)
-
-
 def stop():
     """Leave the group of ranks, if there is one."""
     if dist.is_initialized():
@@ -323,15 +319,11 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
 
     dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.
     """
-    mesh = make_mesh(world.device.type, world.size, config.replicas, config.tensor, config.pipeline, config.experts)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    if config.tensor > 1:
-        split_layers(model, mesh["tensor"], world.sequences)
-    if config.tensor > 1 or config.pipeline > 1:
-        mesh = mesh["shard"]
-    elif config.experts > 1:
+    mesh, policy = lay_ranks(world, config), MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    if config.experts > 1:
         shard_experts(model, mesh, policy, config.reshard)
         mesh = make_mesh(world.device.type, world.size, 1, 1)
+    mesh = mesh[tuple(name for name in mesh.mesh_dim_names if name in ("replicate", "shard"))]
     for module in [*model.shard_plan(), *outermost(model)]:
         # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
         reshard = config.reshard and module not in outermost(model)
@@ -339,6 +331,10 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
         own = replace(policy, cast_forward_inputs=False) if module in model.stages else policy
         fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=reshard)
     return model
+
+
+def lay_ranks(world: World, config: ParallelConfig) -> DeviceMesh:
+    return make_mesh(world.device.type, world.size, config.replicas, config.tensor, config.pipeline, config.experts)
 
 
 @functools.cache
@@ -364,7 +360,7 @@ def is_first_copy(tensor: torch.Tensor, world: World) -> bool:
 def replicate(model: nn.Module, world: World) -> nn.Module:
     """DDP around the model, which is then its `.module`."""
     ids = [world.device.index] if world.device.type == "cuda" else None
-    # A quantised base is in buffers that never change: to broadcast them at each step would cost as much as DDP itself.
+    # Buffers, such as the levels of a base in few bits, never change: they need not be broadcast at each step.
     with warnings.catch_warnings():
         # What torch 2.13 has in the place of this argument would broadcast them once.
         warnings.simplefilter("ignore", FutureWarning)
@@ -381,10 +377,12 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in outermost(model)) or outermost(model) != [model]
 
 
-def share_attention(model: nn.Module, world: World):
-    """Let the model's blocks attend over sequences that the ranks of `world` share, where they do."""
-    shares = world.sequences and not isinstance(world.sequences, SharedMatmuls)
-    for attention in model.attention_plan() if shares else ():
+def share_blocks(model: nn.Module, world: World, config: ParallelConfig):
+    """Let the model's blocks share matmuls, or attend over sequences that ranks share, where they do. To be called on
+    the meta device, before `shard`."""
+    if config.tensor > 1:
+        split_layers(model, lay_ranks(world, config)["tensor"], world.sequences)
+    for attention in model.attention_plan() if config.context > 1 else ():
         attention.attend = SharedAttention(attention.attend, world.sequences)
 
 

@@ -11,7 +11,9 @@ are the same on all ranks, and their gradients are summed over them. FSDP shards
 B sequences, T tokens, D model width, H heads, F MLP width, t ranks that share each matmul.
 """
 
+import functools
 import logging
+import math
 
 import torch
 import torch.distributed as dist
@@ -62,6 +64,9 @@ class SharedMatmuls(SharedSequences):
 
     parted = ("tokens", "labels")
 
+    def join_tokens(self, x):
+        return gather_tokens(x, self.group), self.ranks
+
     def enter(self, module, args):
         """Before attention or MLP. While nothing is shared, as when text is generated, x holds all tokens already."""
         return (Gather.apply(args[0], self.group, False), *args[1:]) if self.is_on else None
@@ -88,25 +93,35 @@ def split_layers(model: nn.Module, mesh, matmuls: SharedMatmuls):
         LocalWeights(module)
 
 
-# Which dimension of a parameter is shared, by the end of its name and its number of dimensions: experts have three.
-# What is not named, such as the adapters' A of a layer whose outputs are shared, is the same on all ranks.
-COLUMNS = {("weight", 2): 0, ("weight", 3): 1, ("bias", 1): 0, ("B", 2): 0, ("B", 3): 1}
-ROWS = {("weight", 2): 1, ("weight", 3): 2, ("A", 2): 1, ("A", 3): 2}
+# Which dimension of a parameter is shared, counted from its last one (experts have one more in front), by the end of
+# its name. What is not named, such as the adapters' A of a layer whose outputs are shared, is the same on all ranks.
+COLUMNS = {"weight": -2, "B": -2, "bias": -1, "magnitude": -1, "packed": -2, "absmax": -2, "codes": -2, "scale": -1}
+ROWS = {"weight": -1, "A": -1, "packed": -1, "absmax": -1, "codes": -1}
 
 
 def split_layer(layer: nn.Module, dims: dict, mesh):
+    for adapter in layer.adapters.values() if dims is ROWS and hasattr(layer, "adapters") else ():
+        # Each rank has a part of the inputs that DoRA's norms sum over.
+        adapter.sum_inputs = functools.partial(sum_values, group=mesh.get_group())
+    if getattr(layer, "quantised", None) is not None:
+        layer.quantised.keep_rows()
     for path, p in list(layer.named_parameters()):
         owner, _, leaf = path.rpartition(".")
         if leaf == "bias" and dims is ROWS:
             raise UserError(f"parallel.tensor: the model adds a bias after {type(layer).__name__} layers whose inputs "
                             f"are shared, which is not supported; use --parallel.strategy fsdp alone")
-        if (dim := dims.get((leaf, p.ndim))) is None:
+        if leaf not in dims:
             continue
-        shape = list(p.shape)
+        shape, dim = list(p.shape), p.ndim + dims[leaf]
         shape[dim] //= mesh.size()
         own = DTensor.from_local(p.new_empty(shape), mesh, [Shard(dim)], run_check=False, shape=p.shape,
                                  stride=p.stride())
         layer.get_submodule(owner).register_parameter(leaf, nn.Parameter(own, requires_grad=p.requires_grad))
+
+
+def sum_values(x: torch.Tensor, group) -> torch.Tensor:
+    dist.all_reduce(x, group=group)
+    return x
 
 
 class LocalWeights:
@@ -140,6 +155,12 @@ def is_shared(p: torch.Tensor) -> bool:
     return isinstance(p, DTensor) and "tensor" in (p.device_mesh.mesh_dim_names or ())
 
 
+def count_copies(p: torch.Tensor, t: int) -> int:
+    """How many ranks hold the same share of a parameter: HSDP's groups do, and the t ranks that share a matmul."""
+    dims = zip(p.device_mesh.shape, p.placements) if isinstance(p, DTensor) else ()
+    return math.prod(size for size, placement in dims if placement.is_replicate()) * (1 if is_shared(p) else t)
+
+
 def sum_over_tokens(model: nn.Module, matmuls: SharedMatmuls):
     """Sum the gradients of parameters that are the same on all ranks: each has seen T / t of the tokens."""
     for p in model.parameters():
@@ -149,9 +170,9 @@ def sum_over_tokens(model: nn.Module, matmuls: SharedMatmuls):
 
 def measure_norm(parameters: list, t: int) -> torch.Tensor:
     """The global norm of the gradients of parameters that are parted over all ranks, 0-d: in stages, in shards, and in
-    t parts. What t ranks hold alike counts once. A rank may have none."""
+    t parts. What several ranks hold alike counts once. A rank may have none."""
     squares = [torch.linalg.vector_norm(p.grad.to_local() if isinstance(p, DTensor) else p.grad,
-                                        dtype=torch.float32).square() / (1 if is_shared(p) else t) for p in parameters]
+                                        dtype=torch.float32).square() / count_copies(p, t) for p in parameters]
     total = torch.stack(squares or [torch.zeros(())]).sum()
     dist.all_reduce(total)
     return total.sqrt()

@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,12 +30,20 @@ LOOK, GRACE = 1.0, 2.0
 GO_ON = "the same command goes on from the newest checkpoint"
 
 
+def tag_warnings(rank: int):
+    """From now on Python's warnings say on which rank they were raised, where that is not 0."""
+    plain = warnings.formatwarning
+    if rank:
+        warnings.formatwarning = lambda *words, **more: f"rank {rank}: {plain(*words, **more)}"
+
+
 class Watch(threading.Thread):
     """The thread of one rank. `short`: seconds that a step may take, or five times the slowest step so far where that
     is longer; `long`: seconds for anything else, and for the first step."""
 
     def __init__(self, rank: int, size: int, short: float, long: float):
         super().__init__(daemon=True, name="watch")
+        tag_warnings(rank)
         self.rank, self.size, self.short, self.long = rank, size, short, long
         # A connection of its own: what the main thread waits for in the store must not block this one.
         self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())

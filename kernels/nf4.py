@@ -117,8 +117,7 @@ def reference_dequantise(packed, absmax, code, absmax2, code2, offset, out):
     compute = torch.promote_types(out.dtype, torch.float32)
     code = code.to(compute)
     if absmax2 is not None:
-        scale = absmax2.to(compute).repeat_interleave(BLOCK2)[:len(absmax)]
-        absmax = code2.to(compute).index_select(0, absmax.int()).mul_(scale).add_(offset)
+        absmax = read_absmax(absmax, absmax2, code2, offset, compute)
     # The two levels of each of the 256 bytes, as one element of twice the size, so that a byte costs one load.
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)
     pairs = pairs.view(torch.complex128 if compute == torch.float64 else torch.int64).flatten()
@@ -127,6 +126,12 @@ def reference_dequantise(packed, absmax, code, absmax2, code2, offset, out):
         w = pairs.index_select(0, bytes_).view(compute).view(-1, BLOCK)
         w *= largest[:, None].to(compute)
         part.copy_(w.flatten()[:len(part)])
+
+
+def read_absmax(absmax, absmax2, code2, offset, dtype=torch.float32):
+    """Double quantisation undone: absmax [ceil(N / 64)] in `dtype`."""
+    scale = absmax2.to(dtype).repeat_interleave(BLOCK2)[:len(absmax)]
+    return code2.to(dtype).index_select(0, absmax.int()).mul_(scale).add_(offset)
 
 
 def split(weight, absmax, packed):

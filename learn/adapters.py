@@ -48,6 +48,8 @@ class LowRank(nn.Module):
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.A, self.B = new_parameter(layer, *experts, rank, width), new_parameter(layer, *experts, out, rank)
         self.magnitude = new_parameter(layer, *experts, out) if dora else None
+        # Sums over the ranks that have parts of the inputs; core/tensor_parallel.py sets it.
+        self.sum_inputs = lambda x: x
 
     def initialise(self, layer: "Linear | ExpertLinear", generator: torch.Generator, layout):
         """Draw A as nn.Linear draws its weight (Kaiming-uniform with a = sqrt(5)). B is 0 and m the norms of W's rows,
@@ -69,7 +71,7 @@ class LowRank(nn.Module):
             norms = torch.linalg.vector_norm(weight, dim=-1, dtype=b.dtype)
             cross = ((weight @ a.to(weight.dtype).mT).to(b.dtype) * b).sum(-1)
             square = norms * norms + 2 * self.scale * cross + self.scale**2 * ((b @ (a @ a.mT)) * b).sum(-1)
-            return square.clamp(min=TINY).sqrt()
+            return self.sum_inputs(square).clamp(min=TINY).sqrt()
 
     def merge_into(self, weight: torch.Tensor) -> torch.Tensor:
         merged = weight.to(self.B.dtype) + self.scale * (self.B @ self.A)

@@ -81,8 +81,9 @@ class AdamW8bit(torch.optim.Optimizer):
         state = {"step": torch.tensor(0.0)}
         for name, x in init_state(local(p), self.kind(p)).items():
             if isinstance(p, DTensor):
-                # A scale stands for 32 columns, so scales have fewer columns, and rows sharded like the parameter's.
-                shape = p.shape if p.ndim == 1 else torch.Size((*p.shape[:-1], x.shape[-1]))
+                # A scale stands for 32 columns, so scales have fewer columns, and are sharded like the parameter.
+                shape = p.shape if p.ndim == 1 else torch.Size(
+                    (*p.shape[:-1], x.shape[-1] * p.shape[-1] // local(p).shape[-1]))
                 stride = torch.empty(shape, device="meta").stride()
                 x = DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
             state[name] = x

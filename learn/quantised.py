@@ -15,7 +15,7 @@ from torch import nn
 
 from core.errors import UserError
 from kernels import NF4, dequantise, grouped_mm, quantise
-from kernels.nf4 import BLOCK
+from kernels.nf4 import BLOCK, read_absmax
 
 # The divisor where all weights of a block, or of a row, are 0.
 TINY = torch.finfo(torch.float32).tiny
@@ -31,12 +31,24 @@ class FewBits(nn.Module):
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.shape, self.dtype = weight.shape, weight.dtype
+        self.full_shape, self.dtype = weight.shape, weight.dtype
+        self.register(weight)
+
+    def register(self, weight: torch.Tensor):
         for name, tensor in self.quantise(weight).items():
             if name in self.sharded:
                 self.register_parameter(name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight; while ranks share its matmul and compute, of this rank's part."""
+        return self.full_shape
+
+    def keep_rows(self):
+        """To be called on the meta device: from now on the tensors have the weight's rows and columns, so that ranks
+        can each have some of them."""
 
     def quantise(self, weight: torch.Tensor) -> dict[str, torch.Tensor | None]:
         """The tensors of a weight; UserError where it has a NaN or an infinity."""
@@ -59,17 +71,37 @@ class FourBit(FewBits):
     sharded = "packed", "absmax", "absmax2"
 
     def __init__(self, weight: torch.Tensor, kind: str, double_quant: bool):
-        self.how, self.double_quant = quantise_int4 if kind == "int4" else quantise, double_quant
+        self.how, self.double_quant, self.has_rows = quantise_int4 if kind == "int4" else quantise, double_quant, False
         super().__init__(weight)
 
+    @property
+    def shape(self):
+        return shape_of(self.packed) if self.has_rows else self.full_shape
+
+    def keep_rows(self):
+        """packed [..., out, in / 2] and absmax [..., out, in / 64] in fp32. Blocks of a part have the same scales, but
+        not the same neighbours to be quantised with once more: the same values in 4.5 bits per weight."""
+        self.has_rows = True
+        for name in ("packed", "absmax", "code", "absmax2", "code2", "offset"):
+            delattr(self, name)
+        self.register(torch.empty(self.full_shape, dtype=self.dtype, device="meta"))
+
     def quantise(self, weight):
-        return {name: value for name, value in vars(self.how(weight, self.double_quant)).items()
-                if name not in ("shape", "dtype")}
+        record = self.how(weight, self.double_quant)
+        if self.has_rows:
+            absmax = record.absmax if record.absmax2 is None else read_absmax(
+                record.absmax, record.absmax2, record.code2, record.offset)
+            rows = self.full_shape[:-1]
+            record = replace(record, packed=record.packed.view(*rows, -1), absmax=absmax.view(*rows, -1), absmax2=None,
+                             code2=None, offset=None)
+        return {name: value for name, value in vars(record).items() if name not in ("shape", "dtype")}
 
     def record(self, form=lambda tensor: tensor) -> NF4:
         """form: what is made of a tensor."""
-        tensors = (self.packed, self.absmax, self.code, self.absmax2, self.code2, self.offset)
-        return NF4(*(None if tensor is None else form(tensor) for tensor in tensors), self.shape, self.dtype)
+        packed, absmax, *others = (None if tensor is None else form(tensor) for tensor in (
+            self.packed, self.absmax, self.code, self.absmax2, self.code2, self.offset))
+        shape = shape_of(packed) if self.has_rows else self.full_shape
+        return NF4(packed.flatten(), absmax.flatten(), *others, shape, self.dtype)
 
     def dequantise(self, dtype: torch.dtype = torch.float32, form=lambda tensor: tensor) -> torch.Tensor:
         """form: as in `record`."""
@@ -80,6 +112,10 @@ class EightBit(FewBits):
     """codes int8 [..., out, in] and scale fp32 [..., out], the largest absolute weight of an output divided by 127."""
 
     sharded = "codes", "scale"
+
+    @property
+    def shape(self):
+        return self.codes.shape
 
     def quantise(self, weight):
         scale = weight.abs().amax(-1).float() / 127
@@ -121,6 +157,11 @@ class CompressedMatmul(torch.autograd.Function):
     def backward(ctx, dy):
         weight, (offsets,) = ctx.quantised.dequantise(dy.dtype), ctx.saved_tensors
         return grouped_mm(dy.contiguous(), weight.mT, offsets), None, None
+
+
+def shape_of(packed: torch.Tensor) -> torch.Size:
+    """Of the weight whose rows are packed [..., out, in / 2]."""
+    return torch.Size((*packed.shape[:-1], 2 * packed.shape[-1]))
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -37,11 +37,13 @@ class Router(Method):
         self.seen = []
 
     def loss_computed(self, model, batch, loss, metrics):
-        counted = batch.labels != IGNORE
+        sequences = self.learning.world.sequences
+        labels, ranks = sequences.join_tokens(batch.labels) if sequences else (batch.labels, 1)
+        counted = labels != IGNORE
         sums = model.carried if self.learning.world.pipe else self.sum_layers(model, counted)
         balance, z = moe.router_losses(sums)
         self.seen.append(torch.stack([balance.detach(), z.detach()]))
-        return loss + counted.sum() * (self.config.balance * balance + self.config.z * z)
+        return loss + counted.sum() / ranks * (self.config.balance * balance + self.config.z * z)
 
     def before_step(self, step, model):
         values, world = torch.stack(self.seen).mean(0).tolist(), self.learning.world

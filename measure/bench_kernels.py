@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 from torch.utils._pytree import tree_map_only
 
-from core import parallel
+from core import devices
 from core.errors import UserError
 from kernels import backend
 from measure.bench_rows import ROOT, make_row, row, spread, take_turns, time_call
@@ -64,7 +64,7 @@ def bench_kernels(options: KernelOptions) -> list:
     rows = static_rows(options.only or tuple(CASES))
     if not options.only:
         # For both sides: else the page faults of each new tensor would be timed.
-        parallel.keep_freed_memory()
+        devices.keep_freed_memory()
         rows += cpu_rows(options.rounds)
     return rows
 

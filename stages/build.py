@@ -241,6 +241,8 @@ def build(c, world, folder: Path | None = None) -> Run:
     run.objective.model_built(run.inner, learning)
     for method in run.methods:
         method.model_built(run.inner)                                                       # model built
+    if world.size > 1 and not c.compile:
+        world.pace.time_blocks(run.inner.shard_plan())
     run.model = lay_out(run)
     run.optimizer = optim.make_optimizer(run.inner, c.optim, lora.lr_scales(run.inner, c.lora) if c.lora.rank else None)
     run.scale = optim.LossScale(c.train.precision == "fp16")
@@ -363,8 +365,9 @@ def plan_data(c, world, folder, base, tokenizer, config) -> Run:
 def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     """The model on its device, with its weights and its adapters, and with FSDP sharded.
 
-    Shapes without memory -> adapters -> with FSDP shards -> weights, tensor by tensor. No rank ever holds the full
-    weights of a sharded model, nor the plain ones of a base in few bits.
+    Shapes without memory -> what a block computes, from the inside out: adapters, shared attention and matmuls, one
+    graph where it is compiled, shards -> weights, tensor by tensor. No rank ever holds the full weights of a sharded
+    model, nor the plain ones of a base in few bits. Recomputation (model.checkpoint_blocks) stands around all of it.
     """
     sharded = world.size > 1 and c.parallel.strategy == "fsdp"
     # bf16 halves the memory of weights that do not train (under adapters) and of those whose optimizer keeps what bf16
@@ -380,6 +383,11 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
                        6.0 * config.vocab_size * config.hidden_size)
     if c.model.init == "pretrained":
         hf.find_weights(model, base.folder)
+    parallel.share_blocks(model, world, c.parallel)
+    if c.compile:
+        # Block by block: FSDP's gathering stays between the graphs, and blocks of one kind have one.
+        for block in model.shard_plan():
+            block.compile()
     if sharded:
         # FSDP gathers weights in the dtype of the matmuls; adapters stay in fp32, because their updates are small.
         gathered = None if c.lora.rank or c.train.precision == "fp32" else devices.DTYPES[c.train.precision]
@@ -395,13 +403,9 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     if c.lora.rank:
         lora.initialise(model, c.seed, parallel.distribute_like)
     model.checkpoint_blocks = c.model.activation_checkpointing
-    parallel.share_attention(model, world)
     if world.pipe:
         pipeline.connect(model, world.pipe, computes, world.device)
-    model.train()
-    if c.compile:
-        model.compile()
-    return model
+    return model.train()
 
 
 # ---- methods

@@ -211,10 +211,11 @@ def log_step(run: Run, step: int, result: dict, seconds: float):
     # In the first line at or behind a multiple, where log.every is none.
     if every and c.model.init == "pretrained" and (step % every < c.log.every or step == run.steps):
         values["distance"] = measure_distance(run.inner, run.base, run.world)
-    if result["measured"]:
-        values["objective"] = result["measured"]
+    values |= {"objective": result["measured"]} if result["measured"] else {}
     values["sources"] = {name: {"loss": nats / n, "tokens": drawn[name] * c.data.context, "epochs": epochs[name]}
                          for name, (nats, n) in result["sources"].items()}
+    if run.world.size > 1:
+        values["ranks"] = run.world.pace.compare(run.world.gather, seconds, run.log.say)
     if result["fault"]:
         run.log.record("left_out", step, message=result["fault"])
         run.log.say(f"warning: {result['fault']}: the update was left out, {run.guard.left_out} by now")

@@ -96,12 +96,27 @@ def refuse_sharing(c, config):
     if asks and (t > 1 or c.parallel.pipeline > 1):
         raise UserError(f"eval.tasks and eval.probes ask each rank other items, and with parallel."
                         f"{'tensor' if t > 1 else 'pipeline'} ranks compute together; ask after the run, with eval.py")
-    unfit = {"forget.ewc": c.forget.ewc.strength, "optim.name adamw_8bit": c.optim.name == "adamw_8bit",
-             "optim.name muon": c.optim.name == "muon", "lora.dora": c.lora.dora,
-             "lora.base": c.lora.base != "plain", "router.balance": c.router.balance}
-    if t > 1 and (odd := [name for name, is_set in unfit.items() if is_set]):
-        raise UserError(f"{odd[0]} needs a layer's weights as a whole, which parallel.tensor parts; leave one of them "
-                        f"out")
+    if t > 1:
+        refuse_parting(c, config)
+
+
+def refuse_parting(c, config):
+    """UserError where a setting needs of a layer's weights what ranks that share its matmul do not have."""
+    t = c.parallel.tensor
+    if c.forget.ewc.strength:
+        raise UserError("forget.ewc takes the gradients of one sequence after the other, which ranks that share "
+                        "matmuls (parallel.tensor) do not sum; leave one of them out")
+    if c.parallel.pipeline > 1 and (c.router.balance or c.router.z):
+        raise UserError("router.balance and router.z do not go with both parallel.tensor and parallel.pipeline; leave "
+                        "one of them out")
+    # The inputs of o_proj and down_proj, of which each rank has a part; those of the others, which all have.
+    parted = [config.num_attention_heads * config.head_dim, config.intermediate_size, config.moe_intermediate_size]
+    shown = f"parallel.tensor {t} parts layers of {' and '.join(map(str, filter(None, parted)))} inputs within them"
+    if c.optim.name == "adamw_8bit" and any(width % 32 == 0 and width // t % 32 for width in parted):
+        raise UserError(f"optim.name adamw_8bit has a scale for every 32 columns, and {shown}; leave one of them out")
+    if c.lora.base in ("nf4", "int4") and (config.hidden_size % 64 or any(width // t % 64 for width in parted)):
+        raise UserError(f"lora.base {c.lora.base} has blocks of 64, and {shown}, or a row of {config.hidden_size} is "
+                        f"none of them; take --lora.base int8, or leave one of them out")
 
 
 def refuse_pipeline(c, config, ranks: int):

@@ -20,7 +20,8 @@ def steps_of(c, world, steps: int) -> dict:
     """Losses, norms, rows of tokens and the weights' checksum of a short run without files; the trainable tensors that
     did not move, and the bytes of parameters that this rank holds."""
     run = build(c, world)
-    before = parallel.model_state(run.inner)
+    # Copies, as one rank's full tensors are the parameters themselves.
+    before = {name: tensor.clone() for name, tensor in parallel.model_state(run.inner).items()}
     held = sum(parallel.model_state(run.inner, form=lambda p: getattr(p, "_local_tensor", p).nbytes).values())
     rows = {}
     out = {"loss": [], "norm": [], "sources": []}
@@ -36,7 +37,7 @@ def steps_of(c, world, steps: int) -> dict:
             out[key].append(value)
     weights = parallel.model_state(run.inner)
     moments = parallel.optimizer_state(run.inner, run.optimizer)
-    trained = {name for name, p in run.inner.named_parameters() if p.requires_grad}
+    trained = [name for name, p in run.inner.named_parameters() if p.requires_grad]
     return out | {"unmoved": [name for name in trained if torch.equal(before[name], weights[name])], "held": held,
                   "digest": digest_of(weights), "rows": rows,
                   "weights": {k: v.double().norm().item() for k, v in weights.items()},

@@ -95,6 +95,18 @@ def ended(folder, rule, out, *words):
                     "static", "--data.domain-share", 1, *words, steps=12)
 
 
+def compiled_steps(folder, world):
+    """Three steps under FSDP with compiled blocks, by a backend that compiles in seconds; and the number of graphs."""
+    c = unclipped(folder, "full", "fsdp")
+    c.compile, plain = True, torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: plain(module, backend="aot_eager")
+    try:
+        found = steps_of(c, world, 3)
+    finally:
+        torch.nn.Module.compile = plain
+    return found | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
 def half(folder, strategy):
     return method(folder, "dora", "unused", "--parallel.strategy", strategy, "--train.precision", "bf16",
                   "--lora.embeddings", "full", "--train.steps", STEPS)
@@ -113,6 +125,7 @@ def as_rank(folder: Path):
     results |= {strategy: steps_of(half(folder, strategy), world, STEPS) for strategy in ("ddp", "fsdp")}
     results |= {f"{name}_{strategy}": steps_of(unclipped(folder, name, strategy), world, 20)
                 for name in SAME for strategy in ("ddp", "fsdp")}
+    results["compiled"] = compiled_steps(folder, world)
     (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
 
     for strategy in ("ddp", "fsdp"):                   # whole runs: uninterrupted here, and begun or ended on one rank
@@ -242,6 +255,17 @@ def test_two_ranks_of_fsdp_and_ddp_are_the_same_bits(ranks, name):
         # Of rank 4 the rows part evenly, and so does every other tensor but the scales of scales, one value a weight.
         assert fsdp["held"] <= 0.52 * ddp["held"]
     assert len({*one_rank["loss"]}) == 20
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_under_fsdp(ranks):
+    """Losses and norms of blocks that are not. (Here attention looks at where documents begin, which parts graphs.)"""
+    truth = steps_of(unclipped(ranks, "full", "ddp"), one(), 3)
+    for rank in range(2):
+        found = json.loads((ranks / f"rank{rank}.json").read_text())["compiled"]
+        assert found["loss"] == pytest.approx(truth["loss"], rel=5e-6)
+        assert found["norm"] == pytest.approx(truth["norm"], rel=5e-6)
+        assert found["graphs"] > 0
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
