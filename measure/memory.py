@@ -155,9 +155,10 @@ def experts_bytes(config: ModelConfig, types: Types, count: Elements) -> int:
 def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict[str, float]:
     """{part: bytes on each rank}, and the "peak" of them, of a training with the settings `c` (train.Config) of a model
     `config` on `ranks` devices of a kind, cuda or cpu. Parts that are not needed at the same time do not add up."""
-    if c.parallel.tensor > 1:
-        raise UserError("the memory of shared matmuls (parallel.tensor) is not estimated; train.py RECIPE.toml "
-                        "--dry-run measures it")
+    for name in ("tensor", "pipeline"):
+        if getattr(c.parallel, name) > 1:
+            raise UserError(f"the memory of layers that ranks share (parallel.{name}) is not estimated; train.py "
+                            f"RECIPE.toml --dry-run measures it")
     L, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
     shards = ranks // c.parallel.replicas if c.parallel.strategy == "fsdp" else 1
     count, types = count_elements(config, c.lora), find_types(c, kind, shards > 1)
