@@ -30,7 +30,7 @@ ALONE = ["--data.sources.legal.weight", 0, "--data.sources.prefs.weight", 1]
 OBJECTIVES = {
     "masked": [], "span": [], "ul2": [], "fim": ["--objective.fim-rate", 0.5], "selective": ["--objective.keep", 0.4],
     "mixture": ["--objective.weights.causal", 1, "--objective.weights.span", 1, "--objective.weights.masked", 1],
-    "dpo": ALONE, "orpo": ALONE}
+    "electra": [], "dpo": ALONE, "orpo": ALONE}
 CASES = [(name, "ddp") for name in OBJECTIVES] + [(name, "fsdp") for name in ("selective", "dpo", "orpo")]
 
 

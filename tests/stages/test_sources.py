@@ -12,9 +12,11 @@ from chat_templates import TEMPLATES
 from runs import ENV, ROOT, arguments, crash_at, lines, one, same_checkpoint, settings, trace
 from synthetic import KINDS, run
 
+import hf
 import tokenizer as tokenizers
 import train
 from core.errors import UserError
+from generate import Settings, generate
 from stages.build import build
 from text.shards import Shards
 
@@ -39,6 +41,28 @@ def chats(lab, tmp_path):
 def mixed(home, out, path, *more, **options):
     return settings(home, out, "--data.sources.chat.path", path, "--data.sources.chat.role", "general",
                     "--data.sources.chat.format", "chat", *more, **options)
+
+
+def test_a_model_follows_a_form_that_its_base_did_not_know(lab, whole, tmp_path):
+    """Every answer begins with two words and ends; so do those to prompts that no record has."""
+    base, draw, words = shutil.copytree(whole[0] / "final", tmp_path / "base"), random.Random(0), KINDS["legal"].split()
+    (base / "chat_template.jinja").write_text(FORM)
+    asked = [" ".join(draw.choices(words, k=3)) for _ in range(90)]
+    (tmp_path / "chats.jsonl").write_text("".join(
+        json.dumps({"prompt": ask, "response": f"so then {ask.split()[-1]}"}) + "\n" for ask in asked[:80]))
+    assert train.train(mixed(
+        lab, tmp_path / "run", tmp_path / "chats.jsonl", "--model.init", "pretrained", "--model.path", base,
+        "--data.schedule", "static", "--data.domain-share", 0, "--data.sources.story.weight", 0,
+        "--data.sources.chat.weight", 1, "--data.context", 64, steps=60), one()) == 0
+    tok, said = tokenizers.load(base), []
+    for folder in (base, tmp_path / "run/final"):
+        model = hf.load(folder)
+        for ask in asked[80:]:
+            prompt = [tok.bos_id, *tok.encode(f"user\n{ask}"), tok.eos_id, tok.bos_id, *tok.encode("assistant\n")]
+            new = generate(model, prompt, Settings(max_new_tokens=24, temperature=0), {tok.eos_id})
+            said.append((tok.decode(new).startswith("so then "), new[-1] == tok.eos_id))
+    assert not any(begins for begins, _ in said[:10])
+    assert said[10:] == 10 * [(True, True)]
 
 
 def test_a_run_that_packs_is_the_run_on_what_data_py_packs(chats, tmp_path, monkeypatch):
