@@ -41,7 +41,8 @@ FSDP = ("--parallel.strategy", "fsdp")
 LAYOUTS = [Case("two ranks, DDP", (), 2), Case("two ranks, FSDP2", FSDP, 2),
            Case("four ranks, HSDP", (*FSDP, "--parallel.replicas", 2), 4),
            Case("four ranks, tensor parallel x FSDP2", (*FSDP, "--parallel.tensor", 2), 4),
-           Case("two ranks, context parallel", ("--parallel.context", 2), 2)]
+           Case("two ranks, context parallel", ("--parallel.context", 2), 2),
+           Case("two ranks, pipeline", ("--parallel.pipeline", 2), 2)]
 # Those of continuous integration: with a part of the state on each rank, and with all of it.
 FEW = (LAYOUTS[1], LAYOUTS[4])
 
