@@ -1,10 +1,9 @@
 """Perplexity, bits per byte and forgetting, by one protocol that stands in every result.
 
     python eval.py --model out/legal/final --baseline DIR --text law=shards/domain tales=tales.txt --general tales
-    python eval.py --run out/legal --checkpoints --baseline DIR --text law=shards/domain --tasks arc_easy=arc_easy.jsonl
+    python eval.py --run out/legal --checkpoints --baseline DIR --tasks arc_easy=arc_easy.jsonl mine=questions.jsonl
     python eval.py --model out/spans/final --text law=shards/domain --objective.name span
     python eval.py --model out/masked/final --text law=shards/domain --objective.name masked --pll
-    python eval.py --model out/legal/final --baseline DIR --tasks arc_easy=arc_easy.jsonl mine=questions.jsonl
     python eval.py --model out/legal/final --baseline DIR --probes facts in_context --trained law.txt --heldout new.txt
 
 How a document is scored stands in measure/scoring.py, how an item of a benchmark in measure/tasks.py, what the probes
