@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.tensor_parallel import LocalWeights, split_layer
 
-# The dimension of the experts in each parameter of theirs: weights, and adapters' A, B and magnitude.
-EXPERTS = {("weight", 3): 0, ("A", 3): 0, ("B", 3): 0, ("magnitude", 2): 0}
+# The dimension of the experts in each parameter of theirs, counted from its last one: weights, and adapters' A, B and
+# magnitude.
+EXPERTS = {"weight": -3, "A": -3, "B": -3, "magnitude": -2}
 
 
 class Send(torch.autograd.Function):

@@ -97,6 +97,13 @@ class TableRows(nn.Module):
                 self.register_buffer(name, torch.empty(length, dtype=torch.int64, device=layer.device))
             self.fill_buffers()
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.token_ids is not None:
+            # After to_empty(), through which a model from the meta device goes, buffers hold anything.
+            self.fill_buffers()
+        return self
+
     def fill_buffers(self):
         self.ids.copy_(torch.tensor(self.token_ids))
         self.slots.fill_(-1)[self.ids] = torch.arange(len(self.token_ids), device=self.ids.device)
@@ -104,8 +111,6 @@ class TableRows(nn.Module):
     def initialise(self, layer: "Embedding | Head", generator: torch.Generator, layout):
         base = layer.gather_base()
         if self.token_ids is not None:
-            # A model from the meta device went through to_empty(), after which buffers hold anything.
-            self.fill_buffers()
             base = base[self.ids]
         self.rows.copy_(layout(base, self.rows))
 
