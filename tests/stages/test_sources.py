@@ -53,7 +53,7 @@ def test_a_model_follows_a_form_that_its_base_did_not_know(lab, whole, tmp_path)
     assert train.train(mixed(
         lab, tmp_path / "run", tmp_path / "chats.jsonl", "--model.init", "pretrained", "--model.path", base,
         "--data.schedule", "static", "--data.domain-share", 0, "--data.sources.story.weight", 0,
-        "--data.sources.chat.weight", 1, "--data.context", 64, steps=60), one()) == 0
+        "--data.sources.chat.weight", 1, "--data.context", 64, steps=160), one()) == 0
     tok, said = tokenizers.load(base), []
     for folder in (base, tmp_path / "run/final"):
         model = hf.load(folder)
