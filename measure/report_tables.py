@@ -353,12 +353,15 @@ def capability_table(run: Run) -> list[dict]:
         show = percent if held.get("direction") != "down" else decimal
         ends = held["interval"] if isinstance(held.get("interval"), list) and len(held["interval"]) == 2 else [None]
         # The interval is the degradation's: of what was kept it is the other way around.
-        ends = [None if finite(end) is None else 1 - finite(end) for end in reversed(ends)]
+        lost, is_up = [finite(end) for end in reversed(ends)], show is percent
+        ends = [None if end is None or (not is_up and end <= -1) else 1 - end if is_up else 1 / (1 + end)
+                for end in lost]
         row = {key: "–" if value is None else cite((show if key in ("baseline", "current") else percent)(value), value,
                                                    at.at(key)) for key, value in values.items()}
         sign = str(held.get("sign") or ("unknown" if values["retention"] is None else "good"))
+        how = "1 - ends of" if is_up else "1 / (1 + ends) of"
         rows.append(row | {"name": capability, "metric": str(held.get("metric") or ""), "sign": sign, "interval": cite(
-            span(ends), ends, at.at("interval"), "1 - ends of") if None not in ends else ""})
+            span(ends), ends, at.at("interval"), how) if None not in ends else ""})
     return rows
 
 

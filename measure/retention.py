@@ -131,14 +131,32 @@ def count_pairs(was: dict, now: dict) -> list[int] | None:
 
 
 def draw_values(name: str, was: dict, now: dict) -> np.ndarray | None:
-    """[2, DRAWS] shares of right items before and after, the items drawn anew with replacement, the same ones on both
-    sides; None where their hits are not known or too few. The draws are a function of the task's name alone."""
+    """[2, DRAWS] shares of right items before and after, or perplexities, the items drawn anew with replacement, the
+    same ones on both sides; None where what each item scored is not known, or they are too few. The draws are a
+    function of the task's name and the number of its items alone."""
+    if now["direction"] == "down":
+        return draw_perplexities(name, was, now)
     counts = count_pairs(was, now)
     if counts is None or sum(counts) < verdict.FEWEST:
         return None
     generator = np.random.default_rng(zlib.crc32(name.encode()))
     both, lost, won, _ = generator.multinomial(sum(counts), np.array(counts) / sum(counts), verdict.DRAWS).T
     return np.stack([both + lost, both + won]) / sum(counts)
+
+
+def draw_perplexities(name: str, was: dict, now: dict) -> np.ndarray | None:
+    """The same of a metric of log-likelihoods, of the nats of each item and of what they are divided by."""
+    sides = [side.get(key) for side in (was, now) for key in ("nats_by_item", "sizes_by_item")]
+    if not all(isinstance(side, list) and all(verdict.finite(value) is not None for value in side) for side in sides):
+        return None
+    n = len(sides[0])
+    if any(len(side) != n for side in sides) or n < verdict.FEWEST or sides[1] != sides[3] or min(sides[1]) <= 0:
+        return None
+    values, generator = np.array(sides[:3], float), np.random.default_rng(zlib.crc32(name.encode()))
+    # [DRAWS, 3] sums over the items that were drawn: nats before, sizes, nats after.
+    sums = np.array([values[:, generator.integers(n, size=n)].sum(1) for _ in range(verdict.DRAWS)])
+    per_unit = (sums[:, [0, 2]] / sums[:, [1]]).T
+    return per_unit if now["metric"] == "bits_per_byte" else np.exp(np.minimum(per_unit, 700))
 
 
 def count_flips(was: dict, now: dict) -> dict | None:

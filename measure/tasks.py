@@ -294,7 +294,8 @@ def score_tasks(model, tokenizer, tasks: dict[str, tuple[Task, list[Item]]], con
     """{name: result} of {name: (task, items)}; with a world, the ranks share the work and all return the same.
 
     A result: each metric; "metric", "value", "direction" and "interval" of the headline, at 95 %; "chance", "n",
-    "capability", "version", "shots", "hits" (a character an item, of the headline), "items_hash", "cut" and "protocol".
+    "capability", "version", "shots", "hits" (a character an item, of the headline), "items_hash", "cut" and "protocol";
+    where log-likelihoods are the headline "nats_by_item", and "sizes_by_item", by which their sum is divided.
     judge: (records, completions) -> whether each program that the model wrote is right. eos_ids: what ends one.
     bars: show the progress of each task on a terminal.
     """
@@ -390,6 +391,9 @@ def summarise(task: Task, items: list[Item], scores: dict) -> dict:
         result["passed"] = scores["passed"]
     if "nats" in scores:
         result["nats_by_item"] = [round(nats, 4) for nats in scores["nats"]]
+        if not is_share:
+            # What they are divided by for the headline, so that its change can be drawn anew too.
+            result["sizes_by_item"] = [round(size, 4) for size in scores["sizes"][headline]]
     parts = dict.fromkeys(item.part for item in items)
     if len(parts) > 1:
         result["parts"] = {part: mean_of_part(part, items, scores[headline]) for part in parts}

@@ -29,7 +29,7 @@ from measure.probes import ProbeSettings
 from measure.tasks import TaskSettings
 from model import matmul_flops_per_token
 from stages.build import Run
-from stages.questions import compare_answers, without
+from stages.questions import compare_answers, without_items
 from stages.stopping import judge_evaluations
 from text import mixture, vocabulary
 
@@ -292,8 +292,8 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
         for number, (source, held) in enumerate(run.held.items(), len(run.loader.names))}
     asked = run.questions.ask(model or run.inner, run.tokenizer, None if alone else run.world, run.autocast)
     more = ({"objective": measured} if measured else {}) | asked
-    run.log.record("eval", step, protocol=protocol, model=name, sources=without("nats_by_document", scores),
-                   **more | {kind: without("hits", found) for kind, found in asked.items()})
+    run.log.record("eval", step, protocol=protocol, model=name, sources=without_items(scores),
+                   **more | {kind: without_items(found) for kind, found in asked.items()})
     unit = "bits_per_byte" if run.objective.text_objective.causal else "accuracy"
     shown = ", ".join(f"{name} {score[unit]:.4f}" for name, score in scores.items())
     shown = [f"{shown} ({unit.replace('_', ' ')})"] if scores else []

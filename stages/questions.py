@@ -12,6 +12,8 @@ from measure.tasks import format_tasks, open_tasks, score_tasks
 
 # Steps of the run from whose batches documents are taken for the fact probe.
 STEPS = 64
+# What scores say of each document or item.
+ITEMS = ("nats_by_document", "hits", "nats_by_item", "sizes_by_item")
 
 
 @dataclass
@@ -92,9 +94,9 @@ def read_trained(run) -> list[str]:
     return [text for text in texts if text]
 
 
-def without(key: str, found: dict) -> dict:
-    """{name: scores} without a value that is too long for a line of metrics.jsonl."""
-    return {name: {each: value for each, value in scores.items() if each != key} for name, scores in found.items()}
+def without_items(found: dict) -> dict:
+    """{name: scores} without the values of each document or item, which are too long for a line of metrics.jsonl."""
+    return {name: {key: value for key, value in scores.items() if key not in ITEMS} for name, scores in found.items()}
 
 
 def compare_answers(before: dict, after: dict) -> tuple[dict, list[str]]:

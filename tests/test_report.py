@@ -779,6 +779,17 @@ def test_what_was_kept_and_which_answers_changed(tmp_path):
             "Distance from the base", "Distance by block"} <= set(titles)
 
 
+def test_the_interval_of_what_was_kept_of_a_perplexity(tmp_path):
+    """From 10 to 11, or to 10.5 to 12.5: 10 / 11 are kept, or 10 / 12.5 to 10 / 10.5."""
+    row = {"metric": "perplexity", "baseline": 10.0, "current": 11.0, "direction": "down", "degradation": 0.1,
+           "interval": [0.05, 0.25], "sign": "bad", "retention": 10 / 11, "retention_above_chance": None}
+    run = write(tmp_path / "run", capabilities={"language": row, "odd": row | {"interval": [-1, 0.25]}})
+    text = report.render([report.read_run(run)])
+    assert [row[-2] for row in Page(text).rows if row[0] in ("language perplexity", "odd perplexity")] == [
+        "80.0 to 95.2 %", "–"]
+    assert "1 / (1 + ends) of" in follow(run, text)
+
+
 def test_tasks_of_several_runs_stand_beside_each_other(tmp_path):
     other = judged(tmp_path / "b", name="piqa", chance=0.5)
     shown = page(judged(tmp_path / "a"), other)

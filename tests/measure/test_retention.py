@@ -163,6 +163,64 @@ def test_the_interval_is_that_of_a_paired_difference():
     assert retention.compare_task("arc", *pair(2, 1, 1, 1))["interval"] is None
 
 
+def of_nats(nats, sizes=None, metric="perplexity", **more) -> dict:
+    """The result of a task of log-likelihoods of items, in the shape of measure/tasks.py."""
+    sizes, nats = [1] * len(nats) if sizes is None else list(sizes), list(map(float, nats))
+    value = sum(nats) / sum(sizes)
+    return result(value=value if metric == "bits_per_byte" else math.exp(value), metric=metric, direction="down",
+                  chance=0.0, capability="language", hits=None, nats_by_item=nats, sizes_by_item=sizes, **more)
+
+
+def test_the_interval_of_a_perplexity_is_that_of_a_paired_difference_of_its_logarithm():
+    """Of 1,000 items that differ from each other by far more, each took 0.1 nats more, give or take 0.2: the logarithm
+    of the ratio of perplexities is normal, with a deviation of 0.2 / sqrt(1,000)."""
+    generator = np.random.default_rng(0)
+    was = generator.normal(5, 2, 1000)
+    more = generator.normal(0, 1, 1000)
+    more = 0.1 + 0.2 * (more - more.mean()) / more.std()
+    row = retention.compare_task("lambada", of_nats(was), of_nats(was + more))
+    assert row["degradation"] == pytest.approx(math.exp(0.1) - 1)
+    half = 1.96 * 0.2 / math.sqrt(1000)
+    low, high = np.log1p(row["interval"])
+    assert (high - low) / 2 == pytest.approx(half, rel=0.1)
+    assert (low + high) / 2 == pytest.approx(0.1, abs=0.2 * half)
+    assert row == retention.compare_task("lambada", of_nats(was), of_nats(was + more))
+    assert row["flips"] is None
+    # Alone in its capability it has the same interval there, and the table says it.
+    found = retention.compare({"lambada": of_nats(was)}, {"lambada": of_nats(was + more)})
+    assert found["capabilities"]["language"]["interval"] == row["interval"]
+    assert "| !! +10.5 % (+{:.1f} to +{:.1f} %) |".format(*(100 * end for end in row["interval"])) in tables(found)
+
+
+def test_the_interval_of_items_of_several_sizes_is_exact_where_each_lost_as_much():
+    """Each word took 2 nats and takes 2.5: whatever is drawn, the perplexity rises by exp(0.5), the bits by 25 %."""
+    sizes = np.arange(1, 9)
+    for metric, rise in (("word_perplexity", math.exp(0.5) - 1), ("bits_per_byte", 0.25)):
+        sides = [of_nats(sizes * nats, sizes.tolist(), metric) for nats in (2, 2.5)]
+        row = retention.compare_task("wikitext", *sides)
+        assert [row["degradation"], *row["interval"]] == pytest.approx([rise] * 3)
+    # An item that weighs three quarters of all words is the change: without it there is none.
+    heavy, light = [90, 5, 5, 5, 5, 5, 5], [1.0, 0, 0, 0, 0, 0, 0]
+    sides = [of_nats(np.array(heavy) * (2 + more * np.array(light)), heavy, "word_perplexity") for more in (0, 1)]
+    row = retention.compare_task("wikitext", *sides)
+    assert row["degradation"] == pytest.approx(math.exp(0.75) - 1)
+    assert row["interval"][0] == 0
+    # Seven times this one: exp(1) - 1 is the most that there is, and three of it are drawn often enough.
+    assert row["interval"][1] == pytest.approx(math.exp(270 / 290) - 1, rel=0.02)
+
+
+@pytest.mark.parametrize("odd", [
+    {"nats_by_item": None}, {"sizes_by_item": None}, {"nats_by_item": [1.0] * 7}, {"nats_by_item": [1.0] * 7 + ["x"]},
+    {"sizes_by_item": [1] * 7 + [2]}, {"sizes_by_item": [0] * 8}, {"nats_by_item": [math.nan] * 8}])
+def test_nats_that_do_not_match_have_no_interval(odd):
+    was, now = of_nats([1.0] * 8), of_nats([2.0] * 8)
+    assert retention.compare_task("t", was, now)["interval"] == pytest.approx([math.e - 1] * 2)
+    for sides in ((was, now | odd), (was | odd, now)):
+        assert retention.compare_task("t", *sides)["interval"] is None
+    few = [of_nats([nats] * 5) for nats in (1.0, 2.0)]
+    assert retention.compare_task("t", *few)["interval"] is None
+
+
 def test_hits_that_do_not_match_are_not_counted():
     was = result("0110")
     for hits in ("011", "", "01x0", None):

@@ -3,6 +3,7 @@ chance; intervals of published tables."""
 
 import csv
 import json
+import math
 import random
 from dataclasses import replace
 from statistics import NormalDist
@@ -15,7 +16,7 @@ from synthetic import Bytes
 import eval as evaluation
 import hf
 import tokenizer as tokenizers
-from measure import tasks
+from measure import retention, tasks
 from measure.task_list import MMLU, OWN, TASKS, Item, cut_pages
 from measure.tasks import TaskSettings, load_items, open_tasks, score_tasks
 
@@ -424,3 +425,10 @@ def test_the_interval_of_a_perplexity_is_one():
     task = replace(TASKS["lambada"], metrics=("perplexity", "acc"))
     found = tasks.summarise(task, items, {"acc": [0] * 8, "nats": [2.0] * 8, "sizes": {"perplexity": [1] * 8}})
     assert (found["value"], found["interval"]) == (pytest.approx(7.38905609893), [pytest.approx(7.38905609893)] * 2)
+    assert (found["nats_by_item"], found["sizes_by_item"], found["hits"]) == ([2.0] * 8, [1] * 8, "")
+    # From 2 nats to 3 each item is worse by a factor of e. Where hits are the headline, the change is drawn of them.
+    worse = tasks.summarise(task, items, {"acc": [0] * 8, "nats": [3.0] * 8, "sizes": {"perplexity": [1] * 8}})
+    assert retention.compare_task("own", found, worse)["interval"] == pytest.approx([math.e - 1] * 2)
+    found = tasks.summarise(TASKS["lambada"], items, {"acc": [1] * 8, "nats": [2.0] * 8,
+                                                      "sizes": {"perplexity": [1] * 8}})
+    assert "sizes_by_item" not in found

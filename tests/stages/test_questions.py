@@ -54,8 +54,9 @@ def test_a_run_scores_its_tasks_and_probes_at_each_evaluation(asked, tmp_path, c
     for line in lines(out, "eval"):
         file = json.loads((out / f"eval_step_{line['step']}.json").read_text())
         for kind in ("tasks", "probes"):
-            # A line has all but the hits of each item.
-            assert line[kind] == {name: {key: value for key, value in each.items() if key != "hits"}
+            # A line has all but the hits of each item, and what it took of nats.
+            assert line[kind] == {name: {key: value for key, value in each.items()
+                                         if key != "hits" and not key.endswith("_by_item")}
                                   for name, each in file[kind].items()}
             assert all(len(each["hits"]) == each["n"] for each in file[kind].values())
     assert result["probes"]["before"]["facts_trained"]["n"] == 10
