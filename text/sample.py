@@ -8,6 +8,7 @@ Of a file that can only be read from its beginning (compressed, parquet, the Hub
 """
 
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from text.kinds import find_compression, identify, list_files, open_bytes
 
 # Pieces of a corpus; bytes of a compressed file up to which it is read to its end.
 WINDOWS, READ_TO_END = 64, 1 << 24
+# Blank lines, in files from Windows too.
+BLANK = re.compile(rb"\r?\n(?:[ \t\r]*\n)+")
 
 
 @dataclass
@@ -81,11 +84,13 @@ def read_pieces(path: str, places: list[int], window: int, reading: Reading) -> 
         return read_rows(path, most, reading)
     between = (reading.separator or {"blank": "\n\n"}.get(reading.documents, "\n")).encode()
     between = b"\n" if kind == "lines" else between
+    is_blank = kind == "text" and not reading.separator and reading.documents == "blank"
+    gap = BLANK if is_blank else re.compile(re.escape(between))
     if is_packed(path):
         with open_bytes(path, reading.max_expansion) as file:
             data = file.read(most)
-            if end := data.rfind(between) + 1:
-                data = data[:end]
+            if gaps := [found.start() for found in gap.finditer(data)]:
+                data = data[:gaps[-1] + 1]
             else:
                 # As in `read_piece`, the first document is longer than that.
                 data += file.readline(reading.max_bytes) if between == b"\n" else b""
@@ -98,7 +103,7 @@ def read_pieces(path: str, places: list[int], window: int, reading: Reading) -> 
     else:
         grown = 1.0
         with open(path, "rb") as file:
-            pieces = [read_piece(file, place, window, between, reading.max_bytes) for place in places]
+            pieces = [read_piece(file, place, window, gap, reading.max_bytes, between == b"\n") for place in places]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "sample.jsonl" if kind == "lines" else "sample.txt")
         copy.write_bytes(between.join(pieces))
@@ -111,22 +116,25 @@ def read_pieces(path: str, places: list[int], window: int, reading: Reading) -> 
     return texts, documents.documents - len(texts), grown * size / max(1, sum(map(len, pieces)))
 
 
-def read_piece(file, place: int, window: int, between: bytes, most: int) -> bytes:
+def read_piece(file, place: int, window: int, gap: re.Pattern, most: int, is_lines: bool) -> bytes:
     """About `window` bytes of whole documents, from the first that begins at or behind `place`; where none begins
-    within so many bytes, a part of one (of lines, whole lines of at most `most` bytes)."""
-    file.seek(max(0, place - len(between)))
-    data = file.read(window + len(between))
-    found = 0 if place == 0 else data.find(between) + len(between)
-    start = found if place == 0 or found >= len(between) else 0
-    if between == b"\n" and place and not start:
+    within so many bytes, a part of one (of lines, whole lines of at most `most` bytes). gap: stands between two."""
+    # As far back as what stands before a document at `place` may begin.
+    begin = max(0, place - max(4, len(gap.pattern)))
+    file.seek(begin)
+    data = file.read(window + place - begin)
+    gaps = [found.span() for found in gap.finditer(data)]
+    start = 0 if place == 0 else next((end for _, end in gaps if begin + end >= place), None)
+    if start is None and is_lines:
         # One line is longer than the window: the next one is read.
         file.readline(most)
         return file.readline(most)
-    end = data.rfind(between)
+    start = place - begin if start is None else start
+    end = gaps[-1][0] if gaps else 0
     if end > start:
         return data[start:end]
     # The first document is longer than what was read. A piece begins and ends with a character.
-    data = data[start:] + (file.readline(most) if between == b"\n" else b"")
+    data = data[start:] + (file.readline(most) if is_lines else b"")
     return data.decode("utf-8", "ignore").encode()
 
 

@@ -41,6 +41,20 @@ def test_a_large_corpus_is_sampled_across_all_of_it(corpus):
     assert other.texts != found.texts
 
 
+@pytest.mark.parametrize(("between", "packed"), [
+    ("\r\n\r\n", False), ("\r\n\r\n", True), ("\n \t\n", False), ("\r\n\r\n\r\n", False)])
+def test_documents_part_at_blank_lines_of_other_systems_too(corpus, tmp_path, between, packed):
+    """As the reader parts them, so no piece begins or ends within a document."""
+    documents = [text.replace("wörd " * 20, "wörd " * 20 + "\r\n" * ("\r" in between), 1) for text in corpus[1][:4000]]
+    file = tmp_path / ("a.txt.gz" if packed else "a.txt")
+    with (gzip.open(file, "wb", compresslevel=1) if packed else file.open("wb")) as out:
+        out.write(between.join(documents).encode())
+    found = sample.draw_sample([str(file)], Reading(), 1 << 20, 0)
+    assert set(found.texts) <= set(documents)
+    truth = sum(len(text.encode()) for text in documents)
+    assert found.corpus_bytes == pytest.approx(truth, rel=0.05 if packed else 0.015)
+
+
 def test_lines_of_json_and_compressed_files_are_sampled_too(corpus, tmp_path):
     documents = corpus[1]
     lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents))
