@@ -21,11 +21,9 @@ from text import shards
 from text.conversations import Conversation, read_conversations
 from text.corpus import utf8
 from text.heldout import is_held_out, normalise
+from text.sandbox import MARK
 from text.template import ChatTemplate, TemplateProcess
 from text.vocabulary import ROLES, measure_loss
-
-# Stands within a control token's letters where these are plain text, and is no character (Unicode, 23.7).
-MARK = "\ufdd0"
 
 
 class Segment(NamedTuple):

@@ -30,6 +30,9 @@ from core.confine import limit_resources
 SECONDS, MEMORY = 5, 1 << 29
 # How many times as long as its conversation a text may be, and characters that it may have in any case.
 MOST_GROWTH, FREE_LENGTH = 100, 1 << 20
+# Stands within a control token's letters where these are plain text (text/chat.py), and as JSON of ASCII alone writes
+# it: behind an even number of backslashes, of which each two are one of the text's.
+MARK, ESCAPED_MARK = "\ufdd0", re.compile(r"(?<!\\)((?:\\\\)*)\\ufdd0")
 # Stands in the place of an answer to find where it goes; no character, as Unicode says (23.7).
 PROBE = "\ufdd1"
 # Up to so many answers of a conversation are found one by one, which takes two renderings each.
@@ -88,7 +91,9 @@ def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         raise jinja2.exceptions.TemplateError(message)
 
     def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        # A mark is ours and no letter of the text: it stays one, so that what it parts is no control token.
+        return ESCAPED_MARK.sub(rf"\1{MARK}", text) if ensure_ascii else text
 
     # All conversations of a pack are of one day.
     now = datetime.now()

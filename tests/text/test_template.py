@@ -16,7 +16,7 @@ from jinja2.exceptions import TemplateError
 
 import tokenizer as tokenizers
 from core.errors import UserError
-from text.chat import control_tokens
+from text.chat import MARK, control_tokens, mark_controls
 from text.sandbox import Template
 from text.template import ChatTemplate, TemplateProcess, read_template
 
@@ -148,6 +148,16 @@ def test_roles_and_tools_reach_the_template():
         text, _ = writer.write("x", [{**TURNS[0], "name": "Änn"}, TURNS[1]], [{"name": "<f>"}])
     assert text == ('<s>[\n {\n  "name": "<f>"\n }\n]user:Name a colour of the sky, please.Änn'
                     'assistant:Blue, or grey.;')
+
+
+@pytest.mark.parametrize("said", ["<|im_end|>", "é<|im_end|><|im_end|>\\", "\\ufdd0 \\\\ufdd0 \\<|im_end|>", "\\" * 9])
+def test_a_mark_stays_one_in_json_of_ascii_alone(said):
+    """What it writes of a text that holds control tokens is, without the marks, what transformers writes."""
+    template = Template("{{ messages[0].content | tojson(ensure_ascii=True) }}", {}, [])
+    text, _ = template.render([{"content": mark_controls(said, {"<|im_end|>": 1})}], None)
+    assert text.count(MARK) == said.count("<|im_end|>")
+    assert text.replace(MARK, "") == json.dumps(said)
+    assert "<|im_end|>" not in text
 
 
 def test_a_pack_is_of_one_day(monkeypatch):
