@@ -388,7 +388,7 @@ def same(mine: dict, true: dict, rel: float):
 
 def told(out) -> dict:
     """{step: every number that it logged and that is a function of the step}"""
-    times = ("time", "tokens_per_second", "step_ms", "peak_gb")
+    times = ("time", "tokens_per_second", "step_ms", "peak_gb", "ranks")
     return {r["step"]: flat({k: v for k, v in r.items() if k not in times}) for r in lines(out, "train")}
 
 
