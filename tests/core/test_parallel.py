@@ -461,13 +461,6 @@ def test_what_is_scored_after_a_merge_is_the_merged_model(ranks, strategy):
 
 
 @pytest.mark.slow
-def test_a_quantised_base_is_not_sharded(ranks):
-    c = method(ranks, "qlora", "refused", "--parallel.strategy", "fsdp")
-    with pytest.raises(ValueError, match=r"lora\.base nf4: .* use --parallel\.strategy ddp"):
-        build(c, parallel.World(0, 2, torch.device("cpu")))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_8_bit_states_are_sharded_and_go_on_elsewhere(ranks, strategy):
     """Three steps on two ranks, three on one: what one rank alone does, within what bf16 gradients allow."""
