@@ -166,9 +166,9 @@ class Run:
         documents."""
         held, place = read_json(self, "eval_checkpoints.json")
         listed = held["checkpoints"] if isinstance(held.get("checkpoints"), list) else []
-        at = place.at("checkpoints")
-        rows = [{"step": int(finite(row["step"])), "at": at, "sources": sources_in(row.get("texts"))}
-                for row in map(dict_or_empty, listed) if finite(row.get("step")) is not None]
+        rows = [{"step": int(finite(row["step"])), "at": place.at("checkpoints", number, "texts"),
+                 "sources": sources_in(row.get("texts"))}
+                for number, row in enumerate(map(dict_or_empty, listed)) if finite(row.get("step")) is not None]
         known, general, domain = {}, self.names_of("general"), self.names_of("domain")
         for row in [*rows, *self.evals]:
             scores = {name: fields for name, fields in row["sources"].items()

@@ -24,7 +24,7 @@ from measure.verdict import finite, grade_forgetting, grade_gain
 # What was done with the values that a number of the page is made from; without it, nothing but rounding.
 CHANGE, FALL, RISE = "after / before - 1", "mean of 1 - after / before", "mean of after / before - 1"
 SCORE = "domain gain - max(0, forgetting - 0.05), of"
-DRAWN = f"the middle 95 % of {verdict.DRAWS:,} draws of the documents of"
+DRAWN = f"the middle 95 % of {verdict.DRAWS:,} draws of the documents, of each"
 DEVICE_HOURS = "hours of the steps times devices, of"
 MEAN, SHARE = "mean of", "first / second, of"
 
@@ -74,10 +74,10 @@ def cite_score(run: Run, text: str) -> Markup:
     return cite(text, run.overall, run.pairs_at([*run.names_of("domain"), *run.names_of("general")]), SCORE)
 
 
-def cite_interval(run: Run, interval, names) -> Markup:
-    """'95 %: +1.0 to +2.0 %' of a change, or nothing; `names` are the texts whose documents were drawn."""
+def cite_interval(run: Run, interval, names, how: str) -> Markup:
+    """'95 %: +1.0 to +2.0 %', or nothing; `names` are the texts whose documents were drawn; how: what they make."""
     return Markup("95 %: {}").format(cite(span(interval, True), interval, run.pairs_at(names, "nats_by_document"),
-                                          DRAWN)) if interval else Markup("")
+                                          f"{DRAWN} {how}")) if interval else Markup("")
 
 
 def cite_change(run: Run, source: str, text: str) -> Markup:
@@ -394,11 +394,12 @@ def describe_checkpoints(run: Run) -> Markup:
     best = max(run.course, key=lambda point: point["score"], default=None)
     if best is None or best["step"] == run.course[-1]["step"]:
         return Markup("")
+    at, last = best["at"], run.course[-1]
+    scores = [cite(percent(point["score"], True), point["score"], [run.places["texts", "before"], point["at"]], SCORE)
+              for point in (best, last)]
+    step = cite(f"{best['step']:,}", best["step"], replace(at, names=(*at.names[:-1], "step")))
     return Markup("The best overall score along the run, {}, was at step {}; the last one is {}.").format(
-        *(cite(*shown) for shown in (
-            (percent(best["score"], True), best["score"], best["at"], SCORE),
-            (f"{best['step']:,}", best["step"], best["at"]),
-            (percent(run.course[-1]["score"], True), run.course[-1]["score"], run.course[-1]["at"], SCORE))))
+        scores[0], step, scores[1])
 
 
 def measure_table(run: Run) -> list[tuple]:

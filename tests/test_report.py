@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zlib
 from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
@@ -230,9 +231,10 @@ def look_up(folder, place):
     else:
         rows = [tomllib.loads(text) if file.endswith("toml") else json.loads(text)]
     for name in names:
-        rows = [row[name] for row in rows]
+        rows = [row[int(name) if isinstance(row, list) else name] for row in rows]
     value = rows if "-" in lines else rows[0]
-    if names and isinstance(value, int | float | str):
+    # What stands in a list has the list's line.
+    if names and not any(name.isdigit() for name in names[:-1]) and isinstance(value, int | float | str):
         assert json.dumps(value) in text.split("\n")[int(lines) - 1], place
         assert names[-1] in text.split("\n")[int(lines) - 1], place
     return value
@@ -243,7 +245,7 @@ def pairs(values):
 
 
 HOW = {
-    "": lambda x: x, "after / before - 1": lambda was, now: now / was - 1,
+    "": lambda x: x, "after / before - 1": lambda was, now: now / was - 1, "after - before": lambda was, now: now - was,
     "mean of 1 - after / before": lambda *v: sum(1 - now / was for was, now in pairs(v)) / len(v) * 2,
     "mean of after / before - 1": lambda *v: sum(now / was - 1 for was, now in pairs(v)) / len(v) * 2,
     "mean of": lambda *v: sum(v) / len(v), "median of": lambda v: float(np.median(v)),
@@ -251,7 +253,45 @@ HOW = {
     "first / sum of all, of": lambda *v: v[0] / sum(v),
     "number of lines, of": lambda *v: len(v), "number of lines whose value is not finite, of":
         lambda v: sum(value is None or not math.isfinite(value) for value in v),
-    "seconds since 1970": lambda x: x}
+    "1 - ends of": lambda ends: [1 - end for end in reversed(ends)],
+    "1 / (1 + ends) of": lambda ends: [1 / (1 + end) for end in reversed(ends)],
+    "seconds since 1970": lambda x: x, "by measure/verdict.py, from": lambda *_: None}
+DRAWN = "the middle 95 % of 1,000 draws of the documents, of each "
+
+
+def work_out(folder, how, places, values):
+    """What a number of a page has to be, by what it says was done with the values at its places."""
+    if how.startswith(DRAWN):
+        # [draws, places]: the documents of a text are the same ones before and after.
+        sums = []
+        for place, nats in zip(places, values):
+            generator = np.random.default_rng(zlib.crc32(place.split("/")[-2].encode()))
+            sums.append([sum(nats[i] for i in generator.integers(len(nats), size=len(nats))) for _ in range(1000)])
+        drawn = [work_out(folder, how.removeprefix(DRAWN), places, each) for each in zip(*sums)]
+        return np.quantile(drawn, (0.025, 0.975)).tolist()
+    if how == "domain gain - max(0, forgetting - 0.05), of":
+        if isinstance(values[0], dict):
+            # Of all sources of two evaluations.
+            places = [f"{places[0]}/{source}/" for source in values[0] for _ in range(2)]
+            values = [side[source]["bits_per_byte"] for source in values[0] for side in values]
+        found = {"domain": [], "general": []}
+        for place, (was, now) in zip(places[::2], pairs(values)):
+            found[look_up(folder, place.rpartition("/")[0])["role"]].append(now / was - 1)
+        gain, lost = (sum(found[role]) / len(found[role]) for role in found)
+        return -gain - max(0, lost - 0.05)
+    if "steps" in how:
+        first, _, last = places[0].partition(":")[2].partition(" ")[0].partition("-")
+        lines = (folder / "metrics.jsonl").read_text().split("\n")[int(first) - 1:int(last) or None]
+        rows = [row for row in map(json.loads, lines) if "step_ms" in row]
+        # A line has the mean since the line before it, the first one that of its own step.
+        before = [rows[0]["step"] - 1, *(row["step"] for row in rows)]
+        seconds = sum((row["step"] - since) * row["step_ms"] for row, since in zip(rows, before)) / 1000
+        if how == "seconds: the sum over all steps of the mean time of":
+            return seconds
+        rate = re.fullmatch(r"(--watts|--price)? ?([\d.]*)( times )?hours of the steps times devices, of", how)
+        device_hours = seconds / 3600 * (values[1] if len(values) > 1 else 1)
+        return device_hours * float(rate[2] or 1) / (1000 if rate[1] == "--watts" else 1)
+    return HOW[how](*values)
 
 
 def follow(folder, shown) -> list:
@@ -259,21 +299,27 @@ def follow(folder, shown) -> list:
     what was done with the values, of each."""
     done = []
     for text, value, how, places in Traces(shown).found:
-        values = [look_up(folder, place) for place in places]
+        want = work_out(folder, how, places, [look_up(folder, place) for place in places])
         done.append(how)
-        if how not in HOW:
+        if isinstance(want, list) and want and isinstance(want[0], int | float):
+            assert json.loads(value) == pytest.approx(want, rel=1e-9, abs=1e-12), (text, how, places)
+        elif isinstance(want, int | float):
+            assert json.loads(value) == pytest.approx(want, rel=1e-9), (text, how, places)
+        else:
             continue
-        want = HOW[how](*values)
-        if not isinstance(want, int | float):
-            continue
-        assert json.loads(value) == pytest.approx(want, rel=1e-9), (text, how, places)
-        # What is shown is the value, rounded.
-        number = re.search(r"[+−-]?[\d,]*\d(\.\d+)?", text)[0]
-        digits = len(number.partition(".")[2])
+        # What is shown is the value, rounded. The interval of a share has no sign of per cent where that stands above.
+        numbers = re.findall(r"[+−-]?[\d,]*\d(?:\.\d+)?", text)
         scale = 1e-2 if "%" in text else {"k": 1e3, "M": 1e6, "B": 1e9}.get(text[-1], 1)
-        shown_value = float(number.replace(",", "").replace("−", "-")) * scale
-        if "UTC" not in text and "<" not in text:
-            assert abs(shown_value) == pytest.approx(abs(want), abs=0.5001 * scale * 10**-digits), (text, want)
+        scale = 3600 if how.startswith("seconds: ") and "hours" in text else scale
+        if "UTC" in text or "<" in text:
+            continue
+        assert numbers, text
+        wants = want if isinstance(want, list) else [want]
+        scale = 1e-2 if isinstance(want, list) and max(map(abs, wants)) <= 1 else scale
+        for number, one in zip(numbers, wants, strict=isinstance(want, list)):
+            digits = len(number.partition(".")[2])
+            shown_value = float(number.replace(",", "").replace("−", "-")) * scale
+            assert abs(shown_value) == pytest.approx(abs(one), abs=0.5001 * scale * 10**-digits), (text, one)
     return done
 
 
@@ -287,17 +333,22 @@ def test_every_number_of_the_page_stands_where_it_says(tmp_path):
              "message": "7 odd"}, train(20, math.nan), train(30),
              {"kind": "samples", "step": 30, "samples": [{"prompt": "1 The", "text": "court 2"}]},
              {"kind": "eval", "step": 30, "sources": side(**AFTER)}, {"kind": "replay", "step": 30, "policy": "budget"}]
-    run = write(tmp_path / "run", lines, spread(side(lost_share=0.1), 0), spread(side(**AFTER, accuracy=0.5), 0))
+    run = write(tmp_path / "run", lines, spread(side(lost_share=0.1), 0), spread(side(**AFTER, accuracy=0.5), 0.3))
     (run / "config.toml").write_text("[model]\nhidden_size = 64\nintermediate_size = 172\nnum_hidden_layers = 5\n"
                                      "num_attention_heads = 8\nnum_key_value_heads = 4\n[optim]\nlr = 0.3\n"
                                      '[forget.adaptive]\npolicy = "budget"\nepsilon = 0.02\n')
     for stated in (True, False):
-        text = report.render([report.read_run(run)])
+        found = report.read_run(run)
+        found.watts, found.price = 700, 2.5
+        text = report.render([found])
         assert Traces(text).untraced == []
         done = follow(run, text)
         assert len(done) > 60
         assert done.count("") > 40
-        assert {"after / before - 1", "mean of 1 - after / before", "median of"} <= set(done)
+        assert {"after / before - 1", "mean of 1 - after / before", "median of", "after - before",
+                "domain gain - max(0, forgetting - 0.05), of", "hours of the steps times devices, of",
+                "seconds: the sum over all steps of the mean time of",
+                "--watts 700 times hours of the steps times devices, of"} <= set(done)
         if stated:
             assert sum("draws" in how for how in done) >= 7
             assert {"64", "torch 2.13.0"} <= {text for text, *_ in Traces(text).found}
@@ -807,6 +858,16 @@ def test_checkpoints_that_none_beats(tmp_path):
     assert [(point["step"], point["is_best"]) for point in course] == [(10, False), (20, True), (30, True)]
     assert course[0]["domain_gain"] == pytest.approx(0.085)
     assert course[0]["forgetting"] == pytest.approx(0.225)
+    # Where another than the last is best, the page says which one, and where that stands.
+    best = tmp_path / "best"
+    shutil.copytree(run, best)
+    listed = [{"step": "x"}, {"step": 20, "texts": side(0.9, 0.8, 0.8, 1.0)}]
+    (best / "eval_checkpoints.json").write_text(json.dumps({"checkpoints": listed}, indent=1))
+    text = report.render([report.read_run(best)])
+    # 0.28 and 0.2 on the domain, nothing lost; at the end 0.15.
+    assert "The best overall score along the run, +24.0 %, was at step 20; the last one is +15.0 %." in Page(text).text
+    assert any(place.endswith("/checkpoints/1/step") for *_, places in Traces(text).found for place in places)
+    follow(best, text)
     axes = Figure().add_subplot()
     charts.chart_front(report.read_run(run), axes)
     dots = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_marker() == "o"]
