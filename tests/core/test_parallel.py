@@ -429,8 +429,7 @@ def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
         assert scored == "final/" or strategy == "fsdp" or name == "electra"
         expected = {key: value for key, value in rest.items() if key != "/model/after"}
         if (name, strategy) == ("qlora", "fsdp"):
-            # What is scored is then the base in few bits with the adapter, and not the base and final/: other scores.
-            assert my_rest["/model/before"] == "nf4 base with the adapter"
+            # Two ranks score the base in few bits with the adapter, and one the base and final/: other scores.
             my_rest, expected = ({key: value for key, value in each.items() if not key.startswith("/")}
                                  for each in (my_rest, expected))
         same(my_rest, expected, rel)
