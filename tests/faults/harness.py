@@ -26,6 +26,9 @@ from pathlib import Path
 import torch
 from runs import arguments, make_lab
 
+import hf
+from model import Model, ModelConfig
+
 PR_SET_PDEATHSIG = 1
 COMMANDS = ("data", "clean", "dedup", "tokenizer", "lora", "forget", "hf", "eval", "generate", "report")
 MARK = "MODULES"
@@ -203,7 +206,7 @@ def free_port() -> int:
 
 @dataclass
 class Lab:
-    """A scratch folder with a tokenizer, two packed sources and a small base, and what the sections ask for."""
+    """A scratch folder with a tokenizer, two packed sources and small bases, and what the sections ask for."""
 
     folder: Path
     short: bool = False                     # the small numbers of continuous integration
@@ -227,7 +230,9 @@ class Lab:
             return status
         outcome = run(work)
         assert outcome.status == 0, outcome.err
-        self.base = self.folder / "base" / "final"
+        self.base, self.experts = self.folder / "base" / "final", self.folder / "experts"
+        made = run(lambda: make_experts(self.experts, self.sources / "tok"))
+        assert made.status == 0, made.err
         # What a run imports late, torch._dynamo above all, costs each worker more than the run itself.
         for name in outcome.out.rpartition(MARK)[2].split():
             with contextlib.suppress(Exception):
@@ -244,6 +249,14 @@ class Lab:
     def clear(self, path: Path):
         # shutil.rmtree has its own limit for folders in folders.
         subprocess.run(["rm", "-rf", path], check=False)
+
+
+def make_experts(folder: Path, tok: Path):
+    """Two blocks of four experts, of which two see each token."""
+    model = Model(ModelConfig(300, 32, 64, 2, 4, 2, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
+                              moe_intermediate_size=24, qk_norm=True, family="qwen3_moe"))
+    model.initialise(0)
+    hf.save(model, folder, tokenizer=tok)
 
 
 @dataclass

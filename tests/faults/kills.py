@@ -42,13 +42,14 @@ LAYOUTS = [Case("two ranks, DDP", (), 2), Case("two ranks, FSDP2", FSDP, 2),
            Case("four ranks, HSDP", (*FSDP, "--parallel.replicas", 2), 4),
            Case("four ranks, tensor parallel x FSDP2", (*FSDP, "--parallel.tensor", 2), 4),
            Case("two ranks, context parallel", ("--parallel.context", 2), 2),
-           Case("two ranks, pipeline", ("--parallel.pipeline", 2), 2)]
+           Case("two ranks, pipeline", ("--parallel.pipeline", 2), 2),
+           Case("four ranks, expert parallel", (*FSDP, *BASE[:3], "{experts}", "--parallel.experts", 2), 4)]
 # Those of continuous integration: with a part of the state on each rank, and with all of it.
 FEW = (LAYOUTS[1], LAYOUTS[4])
 
 
 def words_of(lab: Lab, case: Case, out: Path, *more) -> list[str]:
-    own = [str(word).format(base=lab.base) for word in case.words]
+    own = [str(word).format(base=lab.base, experts=lab.experts) for word in case.words]
     return arguments(lab.sources, out, "--train.save-every", SAVE_EVERY, "--eval.every", 8, "--eval.tokens", 120,
                      *own, *more, steps=STEPS)
 
