@@ -328,7 +328,8 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
         # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
         reshard = config.reshard and module not in outermost(model)
         # What a stage takes is in the right types already.
-        own = replace(policy, cast_forward_inputs=False) if module in model.stages else policy
+        own = policy if module is model or module not in outermost(model) else \
+            replace(policy, cast_forward_inputs=False)
         fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=reshard)
     return model
 
