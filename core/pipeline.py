@@ -29,7 +29,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.distributed.tensor import DTensor
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
-# Of a batch: no target (kernels/cross_entropy.py).
+# The label of a token without a target, as in kernels/cross_entropy.py, which stands on a later floor.
 IGNORE = -100
 
 
@@ -61,11 +61,11 @@ class Pipe:
     ranks: int
     # How many stages each of them has.
     turns: int
-    # Of this rank's place in the first stage and in the last.
+    # The ranks at both ends of this rank's pipeline: the one with the first stage and the one with the last.
     ends: dist.ProcessGroup
     # Whether the last rank holds the embedding too, as its head.
     is_tied: bool = False
-    # Of what the stages send.
+    # The type of the hidden states that the stages send.
     dtype: torch.dtype = torch.float32
 
     @property
@@ -242,7 +242,7 @@ class Pipeline:
                 self.model.carried = torch.zeros(self.width, device=tokens[0].device)
                 nothing = torch.zeros(*self.shape, self.model.config.hidden_size, device=tokens[0].device)
                 self.scored = [(batch.source, score(batch, nothing)[1]) for batch in batches]
-        # Its graph goes.
+        # It holds the step's graph, which is not needed any more.
         self.model.carried = None
         return self.scored
 
