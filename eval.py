@@ -23,7 +23,7 @@ import torch
 import hf
 import lora
 import tokenizer as tokenizers
-from core import checkpoint, cli, devices, parallel
+from core import checkpoint, cli, devices, sharding
 from core.config import setting
 from core.errors import UserError
 from core.files import read_json, write_json
@@ -332,11 +332,11 @@ def load_checkpoint(path) -> tuple[Model, dict, str]:
         model = Model(config)
     part = ".adapters." if adapters.rank else ""
     shapes = [{name: tensor.shape for name, tensor in each.items()}
-              for each in (parallel.model_state(model, part, torch.Tensor.detach), tensors)]
+              for each in (sharding.model_state(model, part, torch.Tensor.detach), tensors)]
     if odd := sorted(name for name, _ in shapes[0].items() ^ shapes[1].items()):
         raise UserError(f"{path} does not hold the tensors of its model, among them {odd[0]}; it was made by another "
                         f"version")
-    parallel.load_model_state(model, tensors, part)
+    sharding.load_model_state(model, tensors, part)
     if adapters.rank:
         lora.merge(model)
     for weight in model.parameters():

@@ -22,7 +22,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 
-from core import cli, parallel
+from core import cli, sharding
 from core.architecture import ModelConfig, make_config, parse_config
 from core.devices import DTYPES
 from core.errors import UserError
@@ -303,7 +303,7 @@ def save(model: Model, path, base=None, state: dict | None = None, card: str = "
                for name, tensor in split_experts(state or model.state_dict(), copy=True).items()
                if not (config.tie_word_embeddings and name == "head.weight") and not name.startswith(OF_OBJECTIVE)}
     dtype = next(iter(tensors.values())).dtype
-    if name := parallel.find_not_finite(tensors):
+    if name := sharding.find_not_finite(tensors):
         raise UserError(f"{path} was not written: {name} holds NaN or infinity in {str(dtype).removeprefix('torch.')}; "
                         f"export in float32 or bfloat16 if the weights are too large for float16, else train again")
     pad = {} if pad_id is None else {"pad_token_id": pad_id}

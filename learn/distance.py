@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import hf
-from core import parallel
+from core import parallel, sharding
 from learn import adapters
 from learn.method import upcast_dtype
 
@@ -43,7 +43,7 @@ def measure_distance(model, base: hf.Base, world) -> dict[str, float]:
             for block, square in part.items():
                 squares[block] += square
     totals = list(squares.values())
-    if parallel.is_sharded(model) and not adapted and not world.pipe:
+    if sharding.is_sharded(model) and not adapted and not world.pipe:
         totals = world.sum(totals)
     return {block: math.sqrt(total) for block, total in zip((*squares, "all"), (*totals, sum(totals)))}
 
@@ -56,11 +56,11 @@ def square_weights(model, base: hf.Base, world):
     """Yield (name, squared distance) of this rank's share of each parameter that the base has, 0 where another rank
     counts the same share; a tied one once."""
     # Also puts back into shards what an evaluation has left gathered.
-    weights = parallel.model_state(model, form=torch.Tensor.detach)
+    weights = sharding.model_state(model, form=torch.Tensor.detach)
     for name, _, full in hf.read_weights(model, base.folder):
         # A tied head may be in the folder beside the embedding that it is.
         if name in weights:
-            now, was = weights[name], parallel.distribute_like(full, weights[name])
+            now, was = weights[name], sharding.distribute_like(full, weights[name])
             counts = not isinstance(now, DTensor) or parallel.is_first_copy(now, world)
             counts &= not (world.pipe and world.pipe.is_copy(name))
             now, was = (each.to_local() if isinstance(each, DTensor) else each for each in (now, was))
@@ -72,7 +72,7 @@ def square_adapters(layers):
     for path, layer in layers:
         # The same adapter with its full tensors: each rank computes all of it.
         adapter = copy.copy(layer.adapter)
-        adapter._parameters = {name: p if p is None else parallel.full_tensor(p).to(layer.device)
+        adapter._parameters = {name: p if p is None else sharding.full_tensor(p).to(layer.device)
                                for name, p in layer.adapter._parameters.items()}
         if isinstance(adapter, adapters.LowRank) and adapter.magnitude is None:
             # |B A|^2 = sum (B^T B) * (A A^T): no matrix of the weight's size is made.

@@ -25,7 +25,7 @@ from core.config import setting
 from core.errors import UserError
 from core.files import read_json
 from core.hashing import short_digest
-from core.parallel import full_tensor
+from core.sharding import full_tensor
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from learn.method import Learning, Method, take_sequences, trainable_parameters, upcast_dtype
 

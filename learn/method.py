@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from core.parallel import World, distribute_like
+from core.parallel import World
+from core.sharding import distribute_like
 
 
 @dataclass

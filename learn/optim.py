@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from core.config import setting
-from core.parallel import distribute_like
+from core.sharding import distribute_like
 from kernels.adamw import adamw_, init_state
 from learn.schedules import ScheduleConfig
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tokenizer
 import train
-from core import checkpoint, cli, parallel
+from core import checkpoint, cli, parallel, sharding
 from measure.bench_rows import row, spread
 from stages.build import build
 from stages.resume import Saver, describe_state, state_tensors
@@ -64,8 +64,8 @@ def time_save(run, step: int) -> tuple[float, float]:
 def time_parts(run, rounds: int = 5) -> dict[str, float]:
     """What the stall consists of, each part alone: {"state_bytes", "seconds_of_...": median}."""
     tensors = state_tensors(run) | {f"state/{name}": tensor.detach() for name, tensor in
-                                    parallel.optimizer_state(run.inner, run.optimizer, lambda x: x.detach()).items()}
-    calls = {"check": lambda: parallel.find_not_finite(tensors), "copy": lambda: checkpoint.Shards(tensors, run.world),
+                                    sharding.optimizer_state(run.inner, run.optimizer, lambda x: x.detach()).items()}
+    calls = {"check": lambda: sharding.find_not_finite(tensors), "copy": lambda: checkpoint.Shards(tensors, run.world),
              "state_json": lambda: describe_state(run, run.done)}
     seconds = {f"seconds_of_{name}": [] for name in calls}
     for _ in range(rounds):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from core import parallel
+from core import parallel, sharding
 from generate import Settings, decode
 from measure.likelihoods import FEWEST_SHARED, batched, shared_length, widen
 from model import BY_LENGTH, KVCache
@@ -38,7 +38,7 @@ def complete_all(model, tokenizer, prompts: list[str], stop, settings: Settings,
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
     batches = [some for _, group in itertools.groupby(order, key=lambda i: len(encoded[i])) for some in
                batched(group, B)]
-    apart, completions = not parallel.is_sharded(model), {}
+    apart, completions = not sharding.is_sharded(model), {}
     shown = tqdm(total=len(prompts), desc=bar, disable=None if bar and world.main else True)
     for together in batched(batches, world.size if apart else 1):
         world.barrier()

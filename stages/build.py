@@ -20,7 +20,7 @@ import forget
 import hf
 import lora
 import tokenizer as tokenizers
-from core import checkpoint, cli, devices, hashing, parallel, pipeline
+from core import checkpoint, cli, devices, hashing, parallel, pipeline, sharding
 from core.architecture import set_positions
 from core.config import is_on, setting
 from core.errors import Diverged, UserError
@@ -397,11 +397,11 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
                   "its sizes, or use --parallel.strategy fsdp on more devices")
     model.to_empty(device=world.device).tie()
     if c.model.init == "scratch":
-        model.initialise(c.seed, parallel.distribute_like)
+        model.initialise(c.seed, sharding.distribute_like)
     else:
-        hf.fill(model, base.folder, parallel.distribute_like)
+        hf.fill(model, base.folder, sharding.distribute_like)
     if c.lora.rank:
-        lora.initialise(model, c.seed, parallel.distribute_like)
+        lora.initialise(model, c.seed, sharding.distribute_like)
     model.checkpoint_blocks = c.model.activation_checkpointing
     if world.pipe:
         pipeline.connect(model, world.pipe, computes, world.device)
@@ -423,7 +423,7 @@ def draw_general_text(run: Run):
 
 def describe_learning(run: Run) -> Learning:
     c, world, loader, general = run.c, run.world, run.loader, run.names_of("general")
-    base, sharded = None, parallel.is_sharded(run.inner)
+    base, sharded = None, sharding.is_sharded(run.inner)
     if c.lora.rank:
         base = adapters.disabled
     elif sharded and (c.forget.lwf.alpha or (run.objective.uses_reference and not c.objective.reference

@@ -14,7 +14,7 @@ import torch
 import forget
 import hf
 import lora
-from core import cli, devices, hashing, parallel, pipeline
+from core import cli, devices, hashing, pipeline, sharding
 from core.cli import run_command
 from core.config import setting, to_toml
 from core.errors import UserError
@@ -285,7 +285,7 @@ def score_heldout(run: Run, step: int, model=None, name: str = "", alone: bool =
     name = name or (adapted if c.lora.rank else "weights in training")
     scores, protocol = score(run, model or run.inner, None if alone else run.world)
     # Of the weights in training, because a reference model or further modules may belong to the objective.
-    measured = {} if alone and parallel.is_sharded(run.inner) else {
+    measured = {} if alone and sharding.is_sharded(run.inner) else {
         source: scoring.score_objective(run.inner, run.objective, held, c.eval.tokens, None if alone else run.world,
                                            c.train.micro_batch_size, run.autocast, number)
         # In batch.source they stand behind the sources that are trained on.
@@ -358,7 +358,7 @@ def finish(run: Run):
     c, out, say, merges = run.c, run.folder, run.log.say, run.c.forget.merge.method != "none"
     run.world.enter("the export")
     # A merge is found by rank 0, which must hold the whole model for it, and so scores the merged one too.
-    sharded = parallel.is_sharded(run.inner) and not merges
+    sharded = sharding.is_sharded(run.inner) and not merges
     with contextlib.ExitStack() as stack:
         for method in run.methods:
             stack.enter_context(method.exported(run.inner))                                 # exported
@@ -425,7 +425,7 @@ def load_beside(run: Run, folder):
     try:
         return hf.load(folder, dtype, run.world.device)
     except torch.OutOfMemoryError:
-        if parallel.is_sharded(run.inner):
+        if sharding.is_sharded(run.inner):
             # Rank 0 alone cannot compute with its share of the model in training.
             run.log.say(f"warning: {folder} does not fit beside the model in training, and is scored on the CPU")
             return hf.load(folder, dtype)
@@ -450,7 +450,7 @@ def export(run: Run, folder: Path):
 
     A collective, because ranks may hold shares of the weights.
     """
-    c, weights = run.c, parallel.model_state(run.inner, run.trained)
+    c, weights = run.c, sharding.model_state(run.inner, run.trained)
     if run.world.pipe:
         weights = pipeline.collect(weights, [name for name, _ in run.inner.whole.named_parameters()], run.world)
     if not run.world.main:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import data
-from core import checkpoint, hashing, parallel
+from core import checkpoint, hashing, sharding
 from core.config import is_on
 from core.errors import Diverged, UserError
 from core.files import write_json
@@ -87,7 +87,7 @@ class Saver:
         self.wait()
         tensors = state_tensors(run)
         tensors |= {f"state/{name}": tensor.detach() for name, tensor in
-                    parallel.optimizer_state(run.inner, run.optimizer, torch.Tensor.detach).items()}
+                    sharding.optimizer_state(run.inner, run.optimizer, torch.Tensor.detach).items()}
         refuse_not_finite(run, tensors, f"the weights or the optimizer's state after step {step} were not saved, they "
                           f"hold", "lower --optim.lr; the same command goes on from the newest checkpoint")
         state = describe_state(run, step) if run.world.main else {}
@@ -136,14 +136,14 @@ class Saver:
 
 def state_tensors(run: Run) -> dict[str, torch.Tensor]:
     """{name in a checkpoint: tensor} of the weights and of the methods' states, as they are laid out now."""
-    weights = parallel.model_state(run.inner, run.trained, torch.Tensor.detach)
+    weights = sharding.model_state(run.inner, run.trained, torch.Tensor.detach)
     return {f"model/{name}": tensor for name, tensor in weights.items()} | {
         f"state/{method.name}:{name}": tensor for method in run.methods for name, tensor in method.state()[0].items()}
 
 
 def refuse_not_finite(run: Run, tensors: dict, what: str, remedy: str):
     """Diverged on every rank where any rank's share of a tensor holds a NaN or an infinity. A collective."""
-    if name := next(filter(None, run.world.gather(parallel.find_not_finite(tensors))), None):
+    if name := next(filter(None, run.world.gather(sharding.find_not_finite(tensors))), None):
         raise Diverged(f"{what} NaN or infinity (first in {name}); {remedy}")
 
 
@@ -236,7 +236,7 @@ def restore(run: Run, found: Path) -> dict:
                         f"version")
     stored.read_into(wanted)
     refuse_not_finite(run, wanted, f"{found} holds", "remove it, and the run goes on from the one before")
-    parallel.load_optimizer_state(run.inner, run.optimizer, moments)
+    sharding.load_optimizer_state(run.inner, run.optimizer, moments)
     run.scale.scale, run.scale.good_steps = (state["loss_scale"][name] for name in ("scale", "good_steps"))
     return state
 
@@ -247,7 +247,7 @@ def make_moments(run: Run, stored: checkpoint.Stored, found: Path) -> dict[str, 
     for name, (shape, dtype) in stored.known.items():
         part, _, key = name.partition("/")
         if part == "state" and (p := parameters.get(key.rpartition("/")[0])) is not None:
-            moments[key] = parallel.make_empty_like(shape, dtype, p)
+            moments[key] = sharding.make_empty_like(shape, dtype, p)
     return moments
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from runs import digest
 
 import train
-from core import parallel
+from core import parallel, sharding
 from stages.build import build
 from stages.resume import resume
 
@@ -21,8 +21,8 @@ def steps_of(c, world, steps: int) -> dict:
     did not move, and the bytes of parameters that this rank holds."""
     run = build(c, world)
     # Copies, as one rank's full tensors are the parameters themselves.
-    before = {name: tensor.clone() for name, tensor in parallel.model_state(run.inner).items()}
-    held = sum(parallel.model_state(run.inner, form=lambda p: getattr(p, "_local_tensor", p).nbytes).values())
+    before = {name: tensor.clone() for name, tensor in sharding.model_state(run.inner).items()}
+    held = sum(sharding.model_state(run.inner, form=lambda p: getattr(p, "_local_tensor", p).nbytes).values())
     rows = {}
     out = {"loss": [], "norm": [], "sources": []}
     for step in range(steps):
@@ -35,8 +35,8 @@ def steps_of(c, world, steps: int) -> dict:
         done = train.train_step(run, step, batches)
         for key, value in (("loss", done["loss"]), ("norm", done["grad_norm"]), ("sources", done["sources"])):
             out[key].append(value)
-    weights = parallel.model_state(run.inner)
-    moments = parallel.optimizer_state(run.inner, run.optimizer)
+    weights = sharding.model_state(run.inner)
+    moments = sharding.optimizer_state(run.inner, run.optimizer)
     trained = [name for name, p in run.inner.named_parameters() if p.requires_grad]
     return out | {"unmoved": [name for name in trained if torch.equal(before[name], weights[name])], "held": held,
                   "digest": digest_of(weights), "rows": rows,

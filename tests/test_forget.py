@@ -14,7 +14,7 @@ from conftest import SIZES, large_weights
 from retention import ONE, UnreadText, forward, methods, some_batch, toy
 from runs import ENV
 
-from core import cli, config, parallel
+from core import cli, config, parallel, sharding
 from core.errors import UserError
 from forget import AdaptiveConfig, EMAConfig, EWCConfig, ForgetConfig, FreezeConfig, LwFConfig, MergeConfig
 from learn.method import take_sequences
@@ -132,10 +132,10 @@ def two_rank_run(world, sharded: bool, folder: Path) -> dict:
     _, again = methods(steps=3, built=build(), world=world, sharded=sharded, freeze=made[0].config, ewc=ewc.config,
                        folder=folder, general_text=UnreadText())
     for name, value in again.fisher.items():
-        assert torch.equal(parallel.full_tensor(value), parallel.full_tensor(ewc.fisher[name]))
+        assert torch.equal(sharding.full_tensor(value), sharding.full_tensor(ewc.fisher[name]))
     def full(tensors):
-        return {name: parallel.full_tensor(value).clone() for name, value in tensors.items()}
-    tensors = {"weights": parallel.model_state(model), "ema": full(ema.state()[0]), "fisher": full(ewc.fisher)}
+        return {name: sharding.full_tensor(value).clone() for name, value in tensors.items()}
+    tensors = {"weights": sharding.model_state(model), "ema": full(ema.state()[0]), "fisher": full(ewc.fisher)}
     ema.load_state(tensors["ema"], {})
     assert all(torch.equal(value, tensors["ema"][name]) for name, value in full(ema.state()[0]).items())
     held = sorted(name for name, p in model.named_parameters() if p in optimizer.state)

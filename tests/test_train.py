@@ -25,7 +25,7 @@ import hf
 import report
 import tokenizer
 import train
-from core import checkpoint, cli, parallel
+from core import checkpoint, cli, parallel, sharding
 from core.errors import UserError
 from core.parameter_names import from_hf_name
 from core.signals import STOPS
@@ -135,7 +135,7 @@ def gradients(run, step: int = 0) -> tuple[dict, dict]:
     kept = {}
 
     def keep(*_, **__):
-        kept.update({n: parallel.full_tensor(p.grad).clone() for n, p in run.inner.named_parameters()})
+        kept.update({n: sharding.full_tensor(p.grad).clone() for n, p in run.inner.named_parameters()})
     hook = run.optimizer.register_step_pre_hook(keep)
     done = train.train_step(run, step, train.micro_batches(run, step))
     hook.remove()
@@ -370,16 +370,16 @@ def test_overflow_in_fp16_leaves_the_step_out_and_the_scale_is_kept(lab, tmp_pat
     c = settings(lab, tmp_path / "run", "--train.precision", "fp16", "--train.save-every", 2)
     run = build(c, one())
     run.scale.scale = 2.0**60
-    before = parallel.model_state(run.inner)
+    before = sharding.model_state(run.inner)
     before = {k: v.clone() for k, v in before.items()}
     done = train.train_step(run, 0, train.micro_batches(run, 0))
     assert not done["grad_norm"] < float("inf")
-    assert all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
+    assert all(torch.equal(v, before[k]) for k, v in sharding.model_state(run.inner).items())
     assert not run.optimizer.state
     assert (run.scale.scale, run.scale.good_steps) == (2.0**59, 0)
     run.scale.scale = 1024.0
     assert train.train_step(run, 1, train.micro_batches(run, 1))["grad_norm"] < 1e4
-    assert not all(torch.equal(v, before[k]) for k, v in parallel.model_state(run.inner).items())
+    assert not all(torch.equal(v, before[k]) for k, v in sharding.model_state(run.inner).items())
     run.folder = tmp_path / "run"
     run.folder.mkdir()
     # A run scores the held-out text before its first step, and a state without that score is refused.
@@ -420,7 +420,7 @@ def spoil_gradient(monkeypatch, *steps):
 
 def everything(run) -> dict:
     """Copies of all that a step may move."""
-    tensors = {**parallel.model_state(run.inner), **parallel.optimizer_state(run.inner, run.optimizer)}
+    tensors = {**sharding.model_state(run.inner), **sharding.optimizer_state(run.inner, run.optimizer)}
     for method in run.methods:
         tensors |= method.state()[0]
     return {name: tensor.clone() for name, tensor in tensors.items()}

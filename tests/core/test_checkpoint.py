@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from core import checkpoint, parallel, run_folder
+from core import checkpoint, parallel, run_folder, sharding
 from core.checkpoint import Shards
 
 MODEL = {"a.weight": torch.arange(12.0).view(3, 4), "b": torch.tensor([1.5], dtype=torch.bfloat16)}
@@ -409,7 +409,7 @@ def as_rank(folder):
 
     def same(tensors):
         for name, value in full_values().items():
-            assert torch.equal(parallel.full_tensor(tensors[name]), value), name
+            assert torch.equal(sharding.full_tensor(tensors[name]), value), name
     checkpoint.write(folder / "sharded", Shards(sharded(full_values()), world), {"step": 1}, apart)
     checkpoint.write(folder / "copies", Shards(full_values(), world), {"step": 1}, apart)
     for name in ("sharded", "copies", "alone"):

@@ -17,7 +17,7 @@ from runs import ENV, lines, make_lab, one, settings
 
 import hf
 import train
-from core import checkpoint, parallel
+from core import checkpoint, parallel, sharding
 from core.parallel import ParallelConfig
 from core.pipeline import cut_layers
 from model import Model, ModelConfig
@@ -81,9 +81,9 @@ def whole_case(folder: Path, layout: list, words: list, out: str):
 def steps_of(c, world) -> dict:
     """{"loss", "norm": of each step, "moved": {parameter: how far}, "kept": {parameter: its norm}}"""
     run = build(c, world)
-    before = parallel.model_state(run.inner, form=lambda p: parallel.full_tensor(p).clone())
+    before = sharding.model_state(run.inner, form=lambda p: sharding.full_tensor(p).clone())
     done = [train.train_step(run, step, train.micro_batches(run, step)) for step in range(run.steps)]
-    after = parallel.model_state(run.inner)
+    after = sharding.model_state(run.inner)
     return {"loss": [step["loss"] for step in done], "norm": [step["grad_norm"] for step in done],
             "logged": [step["methods"] for step in done],
             "moved": {key: (after[key].double() - before[key].double()).norm().item() for key in after},

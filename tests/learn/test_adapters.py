@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import hf
 import kernels
 import lora
-from core import parallel
+from core import parallel, sharding
 from data import Batch
 from learn import adapters, objectives
 from learn.adapters import activate
@@ -198,10 +198,10 @@ def as_rank(folder: Path):
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if name in full:
-                        p.copy_(parallel.distribute_like(full[name], p))
-            lora.initialise(model, 4, parallel.distribute_like)
+                        p.copy_(sharding.distribute_like(full[name], p))
+            lora.initialise(model, 4, sharding.distribute_like)
             train_some(model, tokens(), 2)
-            gathered = parallel.model_state(model)
+            gathered = sharding.model_state(model)
             if world.main:
                 save_adapter(model, folder / f"{base}_{kind}", "base", gathered)
             world.barrier()

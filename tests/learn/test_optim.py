@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core import parallel
+from core import parallel, sharding
 from learn.optim import LossScale, OptimConfig, make_optimizer, orthogonalise
 from learn.schedules import learning_rate
 
@@ -211,7 +211,7 @@ def test_a_frozen_parameter_does_not_move_and_holds_nothing(name):
     train(net, optimizer, range(3))
     assert all(torch.equal(p, old) for p, old in zip(frozen, before))
     assert not any(p in optimizer.state for p in frozen)
-    assert not any(name.startswith(("embed", "blocks.0")) for name in parallel.optimizer_state(net, optimizer))
+    assert not any(name.startswith(("embed", "blocks.0")) for name in sharding.optimizer_state(net, optimizer))
     assert all(optimizer.state[p] for p in net.parameters() if p.requires_grad)
 
     for p in frozen:
@@ -310,12 +310,12 @@ def test_an_optimizer_goes_on_from_its_state_bit_for_bit(name):
     nets = [make_net().float() for _ in range(2)]
     first, second = (make_optimizer(net, OptimConfig(name=name)) for net in nets)
     train(nets[0], first, range(3))
-    parallel.load_model_state(nets[1], copy.deepcopy(parallel.model_state(nets[0])))
-    parallel.load_optimizer_state(nets[1], second, copy.deepcopy(parallel.optimizer_state(nets[0], first)))
+    sharding.load_model_state(nets[1], copy.deepcopy(sharding.model_state(nets[0])))
+    sharding.load_optimizer_state(nets[1], second, copy.deepcopy(sharding.optimizer_state(nets[0], first)))
     for net, optimizer in zip(nets, (first, second)):
         train(net, optimizer, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(nets[0].parameters(), nets[1].parameters()))
-    states = [parallel.optimizer_state(net, optimizer) for net, optimizer in zip(nets, (first, second))]
+    states = [sharding.optimizer_state(net, optimizer) for net, optimizer in zip(nets, (first, second))]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
@@ -328,7 +328,7 @@ def as_rank(folder: Path):
     optimizer = make_optimizer(net, OptimConfig(name="muon"))
     for part, steps in (("three", range(3)), ("five", range(3, 5))):
         train(net, optimizer, steps)
-        weights, moments = parallel.model_state(net), parallel.optimizer_state(net, optimizer)
+        weights, moments = sharding.model_state(net), sharding.optimizer_state(net, optimizer)
         if world.main:
             save_file({**weights, **{f"state/{key}": x for key, x in moments.items()}}, folder / f"{part}.safetensors")
     world.barrier()
@@ -346,14 +346,14 @@ def test_muon_on_two_ranks_is_muon_on_one(tmp_path):
     for part, steps in (("three", range(3)), ("five", range(3, 5))):
         train(net, optimizer, steps)
         found = load_file(tmp_path / f"{part}.safetensors")
-        state = parallel.optimizer_state(net, optimizer)
-        truth = {**parallel.model_state(net), **{f"state/{key}": x for key, x in state.items()}}
+        state = sharding.optimizer_state(net, optimizer)
+        truth = {**sharding.model_state(net), **{f"state/{key}": x for key, x in state.items()}}
         assert found.keys() == truth.keys()
         for key in truth:
             torch.testing.assert_close(found[key], truth[key], rtol=1e-5, atol=1e-6, msg=f"{part}: {key} differs")
         if part == "three":                                          # from here on from the two ranks' files
-            parallel.load_model_state(net, {key: x for key, x in found.items() if not key.startswith("state/")})
-            parallel.load_optimizer_state(net, optimizer, {key.removeprefix("state/"): x for key, x in found.items()
+            sharding.load_model_state(net, {key: x for key, x in found.items() if not key.startswith("state/")})
+            sharding.load_optimizer_state(net, optimizer, {key.removeprefix("state/"): x for key, x in found.items()
                                                            if key.startswith("state/")})
 
 
@@ -417,8 +417,8 @@ def test_8_bit_adamw_goes_on_from_its_codes():
     for t in range(4):
         p.grad = torch.randn(8, 32, generator=torch.Generator().manual_seed(t)).bfloat16()
         if t == 2:
-            state = copy.deepcopy(parallel.optimizer_state(torch.nn.ParameterList([p]), optimizer))
-            parallel.load_optimizer_state(torch.nn.ParameterList([q]), other, state)
+            state = copy.deepcopy(sharding.optimizer_state(torch.nn.ParameterList([p]), optimizer))
+            sharding.load_optimizer_state(torch.nn.ParameterList([q]), other, state)
             q.data.copy_(p)
         optimizer.step()
         if t >= 2:
