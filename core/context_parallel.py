@@ -51,6 +51,11 @@ class SharedSequences:
     def __init__(self, group, rank: int, ranks: int):
         self.group, self.rank, self.ranks, self.is_on = group, rank, ranks, False
 
+    @classmethod
+    def of(cls, mesh):
+        """The group of a mesh of one dimension."""
+        return cls(mesh.get_group(), mesh.get_local_rank(), mesh.size())
+
     def __deepcopy__(self, memo):
         # A frozen copy of the model (teacher) shares sequences with the same ranks.
         return self
@@ -63,10 +68,6 @@ class SharedSequences:
         """[B, T, ...] -> [B, T / C, ...]"""
         T = x.shape[1] // self.ranks
         return x[:, self.rank * T:(self.rank + 1) * T]
-
-    def join_tokens(self, x):
-        """(x [B, T] of the tokens that a block's modules see, how many ranks see these); x: of this rank's tokens."""
-        return x, 1
 
     @contextlib.contextmanager
     def shared(self):

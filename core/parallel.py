@@ -6,7 +6,6 @@ CPU ranks exchange values over gloo, GPU ranks over NCCL. A single process joins
 """
 
 import contextlib
-import functools
 import math
 import os
 import warnings
@@ -18,7 +17,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,6 +27,7 @@ from core.devices import keep_freed_memory, pick_device
 from core.errors import UserError
 from core.expert_parallel import is_of_parted, shard_experts
 from core.groups import connecting
+from core.mesh import find_sharers, forget_ranks, lay_ranks, make_mesh
 from core.pace import Pace
 from core.pipeline import Pipe, open_pipe
 from core.sharding import local, outermost
@@ -84,8 +83,6 @@ class ParallelConfig:
         if self.strategy != "fsdp" and changed:
             raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
                             f"it out")
-        if self.tensor > 1 and self.context > 1:
-            raise UserError("parallel.tensor does not go with parallel.context yet; leave one of them out")
         others = [name for name in ("context", "tensor", "replicas", "pipeline") if getattr(self, name) > 1]
         if self.experts > 1 and others:
             raise UserError(f"parallel.experts does not go with parallel.{others[0]} yet; leave one of them out")
@@ -119,6 +116,8 @@ class World:
     watch: Watch | None = None
     # None where each rank has its own sequences.
     sequences: SharedSequences | None = None
+    # None where each rank computes whole matmuls.
+    matmuls: SharedMatmuls | None = None
     # None where each rank has all layers.
     pipe: Pipe | None = None
     # What this rank takes by itself.
@@ -132,9 +131,18 @@ class World:
     @property
     def share(self) -> tuple[int, int]:
         """(k, n): of a global batch this rank computes, alone or with others, the k-th of n parts."""
-        C = self.sequences.ranks if self.sequences else 1
         rank, ranks = self.peers
-        return rank // C, ranks // C
+        return rank // self.sharing_ranks, ranks // self.sharing_ranks
+
+    @property
+    def sharers(self) -> list[SharedSequences]:
+        """The groups in which ranks have parts of the same sequences, the outer one first."""
+        return [group for group in (self.sequences, self.matmuls) if group]
+
+    @property
+    def sharing_ranks(self) -> int:
+        """How many ranks have a part of each sequence."""
+        return math.prod(group.ranks for group in self.sharers)
 
     @property
     def peers(self) -> tuple[int, int]:
@@ -165,32 +173,37 @@ class World:
         """From now on ranks share sequences, matmuls and layers as the settings say. A collective: all groups of ranks
         are made here, where they have just met."""
         with connecting():
-            sizes = config.replicas, config.tensor, config.pipeline, config.experts
-            mesh = lay_ranks(self, config) if max(sizes) > 1 else None
+            sizes = config.replicas, config.context, config.tensor, config.pipeline, config.experts
+            mesh = lay_ranks(self.device.type, self.size, config) if max(sizes) > 1 else None
             self.pipe = open_pipe(mesh["pipe"], config.schedule) if config.pipeline > 1 else None
-            if (C := config.context) > 1:
-                groups = [dist.new_group(range(first, first + C)) for first in range(0, self.size, C)]
-                self.sequences = SharedSequences(groups[self.rank // C], self.rank % C, C)
-            elif (t := config.tensor) > 1:
-                self.sequences = SharedMatmuls(mesh["tensor"].get_group(), self.rank % t, t)
+            C, t = config.context, config.tensor
+            self.sequences = SharedSequences.of(find_sharers(mesh, C)) if C > 1 else None
+            self.matmuls = SharedMatmuls.of(mesh["tensor"]) if t > 1 else None
 
     @property
     def averaged(self) -> int:
         """Over how many ranks DDP or FSDP averages a gradient."""
-        return self.share[1] if isinstance(self.sequences, SharedMatmuls) else self.peers[1]
+        return self.peers[1] // (self.matmuls.ranks if self.matmuls else 1)
 
+    @contextlib.contextmanager
     def sharing(self):
         """A context in which the ranks that share sequences have their tokens of them."""
-        return self.sequences.shared() if self.sequences else contextlib.nullcontext()
+        with contextlib.ExitStack() as stack:
+            for group in self.sharers:
+                stack.enter_context(group.shared())
+            yield
 
     def cut(self, batch):
         """This rank's tokens of a corrupted batch, with those targets that it scores."""
-        batch = self.sequences.cut(batch) if self.sequences else batch
+        for group in self.sharers:
+            batch = group.cut(batch)
         return self.pipe.cut(batch) if self.pipe else batch
 
     def cut_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's tokens of x [B, T]."""
-        return self.sequences.cut_tokens(x) if self.sequences else x
+        for group in self.sharers:
+            x = group.cut_tokens(x)
+        return x
 
     @contextlib.contextmanager
     def note_stops(self):
@@ -309,7 +322,7 @@ def stop():
     """Leave the group of ranks, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    make_mesh.cache_clear()
+    forget_ranks()
 
 
 # ---- strategies
@@ -319,10 +332,11 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
 
     dtype: of the weights gathered for the matmuls; None: fp32. Stored weights, gradients and reduction stay fp32.
     """
-    mesh, policy = lay_ranks(world, config), MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    mesh = lay_ranks(world.device.type, world.size, config)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if config.experts > 1:
         shard_experts(model, mesh, policy, config.reshard)
-        mesh = make_mesh(world.device.type, world.size, 1, 1)
+        mesh = make_mesh(world.device.type, world.size)
     mesh = mesh[tuple(name for name in mesh.mesh_dim_names if name in ("replicate", "shard"))]
     for module in [*model.shard_plan(), *outermost(model)]:
         # The outermost module's own weights, embeddings and head, are needed until the backward pass begins.
@@ -334,25 +348,10 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
     return model
 
 
-def lay_ranks(world: World, config: ParallelConfig) -> DeviceMesh:
-    return make_mesh(world.device.type, world.size, config.replicas, config.tensor, config.pipeline, config.experts)
-
-
-@functools.cache
-def make_mesh(device: str, ranks: int, replicas: int, tensor: int, pipeline: int = 1, experts: int = 1) -> DeviceMesh:
-    """The ranks as a table of (parts of the layers, groups that hold one, ranks that shard it, ranks that share
-    matmuls or experts), without the dimensions of size 1. Neighbours, which torchrun puts on one node, stand beside
-    each other in the last dimension. Made once: each mesh starts groups of ranks of its own."""
-    sizes = {"pipe": pipeline, "replicate": replicas, "shard": ranks // pipeline // replicas // tensor // experts,
-             "tensor": tensor, "experts": experts}
-    sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
-    return init_device_mesh(device, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
-
 def is_first_copy(tensor: torch.Tensor, world: World) -> bool:
     """Whether what this rank holds of a sharded tensor is held by none of the ranks before it: HSDP has copies, and
     ranks that share matmuls hold alike what is not part of one."""
-    if isinstance(world.sequences, SharedMatmuls) and world.sequences.rank and not is_shared(tensor):
+    if world.matmuls and world.matmuls.rank and not is_shared(tensor):
         return False
     return all(place == 0 for place, placement in zip(tensor.device_mesh.get_coordinate(), tensor.placements)
                if placement.is_replicate())
@@ -372,7 +371,7 @@ def share_blocks(model: nn.Module, world: World, config: ParallelConfig):
     """Let the model's blocks share matmuls, or attend over sequences that ranks share, where they do. To be called on
     the meta device, before `shard`."""
     if config.tensor > 1:
-        split_layers(model, lay_ranks(world, config)["tensor"], world.sequences)
+        split_layers(model, lay_ranks(world.device.type, world.size, config)["tensor"], world.matmuls)
     for attention in model.attention_plan() if config.context > 1 else ():
         attention.attend = SharedAttention(attention.attend, world.sequences)
 

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.parallel import World
 from core.pipeline import Pipeline
-from core.tensor_parallel import SharedMatmuls, sum_over_tokens
+from core.tensor_parallel import sum_over_tokens
 
 
 def both_passes(model, world: World, batches: list, score: Callable, factor: float) -> list[tuple]:
@@ -45,5 +45,5 @@ def accumulate(model, world: World, last: bool):
 
 def sum_shared(model, world: World):
     """Complete the gradients of which ranks that share matmuls have a part each."""
-    if isinstance(world.sequences, SharedMatmuls):
-        sum_over_tokens(model, world.sequences)
+    if world.matmuls:
+        sum_over_tokens(model, world.matmuls)

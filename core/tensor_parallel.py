@@ -65,7 +65,8 @@ class SharedMatmuls(SharedSequences):
     parted = ("tokens", "labels")
 
     def join_tokens(self, x):
-        return gather_tokens(x, self.group), self.ranks
+        """x [B, T / t] -> [B, T], the tokens that a block's modules see"""
+        return gather_tokens(x, self.group)
 
     def enter(self, module, args):
         """Before attention or MLP. While nothing is shared, as when text is generated, x holds all tokens already."""

@@ -37,8 +37,9 @@ class Router(Method):
         self.seen = []
 
     def loss_computed(self, model, batch, loss, metrics):
-        sequences = self.learning.world.sequences
-        labels, ranks = sequences.join_tokens(batch.labels) if sequences else (batch.labels, 1)
+        matmuls = self.learning.world.matmuls
+        # The router sees the tokens of all ranks that share its matmul.
+        labels, ranks = (matmuls.join_tokens(batch.labels), matmuls.ranks) if matmuls else (batch.labels, 1)
         counted = labels != IGNORE
         sums = model.carried if self.learning.world.pipe else self.sum_layers(model, counted)
         balance, z = moe.router_losses(sums)

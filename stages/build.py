@@ -260,11 +260,11 @@ def lay_out(run: Run):
     """What the loop calls: the model itself, DDP around it, or a pipeline of which it is a part."""
     c, world = run.c, run.world
     if world.pipe:
-        share, t = c.train.batch_size // world.share[1], world.sequences.ranks if world.sequences else 1
+        share, T = c.train.batch_size // world.share[1], c.data.context // world.sharing_ranks
         B, router = min(share, c.train.micro_batch_size), next((m for m in run.methods if isinstance(m, Router)), None)
-        return pipeline.Pipeline(run.inner, world.pipe, c.parallel.schedule, (B, c.data.context // t), share // B,
-                                 world.device, run.objective.hidden_states, run.autocast,
-                                 router and router.sum_layers, 2 * run.config.num_experts + 1)
+        return pipeline.Pipeline(run.inner, world.pipe, c.parallel.schedule, (B, T), share // B, world.device,
+                                 run.objective.hidden_states, run.autocast, router and router.sum_layers,
+                                 2 * run.config.num_experts + 1)
     return parallel.replicate(run.inner, world) if world.size > 1 and c.parallel.strategy == "ddp" else run.inner
 
 

@@ -29,7 +29,7 @@ def refuse_combinations(c, ranks: int):
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     c.parallel.refuse_layout(ranks)
     refuse_objective(c, ranks)
-    sharing = max(c.parallel.context, c.parallel.tensor) * c.parallel.pipeline
+    sharing = c.parallel.context * c.parallel.tensor * c.parallel.pipeline
     if c.train.batch_size % (groups := ranks // sharing):
         sharers = f"groups of {sharing} ranks" if sharing > 1 else "ranks"
         raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {groups} {sharers}")
@@ -65,9 +65,6 @@ def refuse_sizes(c):
 def refuse_sharing(c, config):
     """UserError where ranks cannot share the sequences, or the matmuls, of a model with this ModelConfig."""
     C, t, H, K = c.parallel.context, c.parallel.tensor, config.num_attention_heads, config.num_key_value_heads
-    if C > 1 and (H % C or (K % C and C % K) or c.data.context % C):
-        raise UserError(f"parallel.context {C} must divide data.context {c.data.context} and the model's {H} heads, "
-                        f"and divide its {K} key-value heads or be a multiple of them")
     rope = config.rope_scaling
     longest = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     if C > 1 and rope.get("rope_type") in BY_LENGTH and c.data.context > longest:
@@ -78,6 +75,11 @@ def refuse_sharing(c, config):
               "width of experts": config.moe_intermediate_size}
     if t > 1 and (odd := [name for name, size in widths.items() if size % t]):
         raise UserError(f"parallel.tensor {t} does not divide {widths[odd[0]]}, the {odd[0]}")
+    # Those of a rank.
+    H, K, shown = H // t, K // t, f" of parallel.tensor {t}'s ranks" if t > 1 else ""
+    if C > 1 and (H % C or (K % C and C % K) or c.data.context % (C * t)):
+        raise UserError(f"parallel.context {C} must divide data.context {c.data.context} and the model's {H} heads"
+                        f"{shown}, and divide its {K} key-value heads or be a multiple of them")
     if max(C, t) > 1 and c.objective.name not in SHARING:
         raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel."
                         f"{'context' if C > 1 else 'tensor'} parts; leave one of them out")

@@ -62,6 +62,7 @@ CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings
          # Each group that holds the model is a group that shares its matmuls.
          "hsdp_tensor": ([*TENSOR, "--parallel.replicas", 2], ["--optim.clip", 0.1]),
          "tensor_ema": (TENSOR, ["--forget.ema.decay", 0.9, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
+         "tensor_context": ([*TENSOR, "--parallel.context", 2], []),
          "gathered": (["--parallel.strategy", "fsdp", "--parallel.reshard", "False"], [])}
 
 
@@ -231,7 +232,6 @@ def test_layouts_that_cannot_be_are_refused():
                          (ParallelConfig("fsdp", replicas=4), "a divisor of 4 below it"),
                          (ParallelConfig(context=3), "parallel.context 3 does not divide the 4 ranks"),
                          (ParallelConfig(tensor=2), "parallel.tensor is about sharded weights"),
-                         (ParallelConfig("fsdp", tensor=2, context=2), "does not go with parallel.context"),
                          (ParallelConfig("fsdp", tensor=2, replicas=4), "take a divisor of 2$")):
         with pytest.raises(ValueError, match=said):
             config.refuse_layout(4)
