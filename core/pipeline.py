@@ -25,7 +25,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleLoopedBFS,
+)
 from torch.distributed.tensor import DTensor
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B}
@@ -212,9 +218,11 @@ class Pipeline:
         stages = [PipelineStage(stage, pipe.rank + turn * pipe.ranks, pipe.ranks * pipe.turns, device,
                                 (tokens,) if stage.is_first else between, between, group=pipe.group)
                   for turn, stage in enumerate(model.stages)]
+        # Fewer micro-batches than stages leave no order to choose.
+        in_order = ScheduleLoopedBFS if pipe.turns > 1 else ScheduleGPipe
+        kind = SCHEDULES[schedule] if micro_batches >= pipe.ranks * pipe.turns else in_order
         # The loss is divided by the targets of the step, so that gradients are not to be scaled.
-        self.schedule = SCHEDULES[schedule](stages if pipe.turns > 1 else stages[0], micro_batches, self.find_loss,
-                                            scale_grads=False)
+        self.schedule = kind(stages if pipe.turns > 1 else stages[0], micro_batches, self.find_loss, scale_grads=False)
 
     def find_loss(self, hidden, number):
         batch = self.batches[int(number)]

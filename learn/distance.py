@@ -14,12 +14,11 @@ import math
 from collections import defaultdict
 
 import torch
-from torch.distributed.tensor import DTensor
 
 import hf
-from core import parallel, sharding
+from core import sharding
 from learn import adapters
-from learn.method import upcast_dtype
+from learn.method import counts_here, upcast_dtype
 
 
 def block_of(name: str) -> str:
@@ -61,9 +60,7 @@ def square_weights(model, base: hf.Base, world):
         # A tied head may be in the folder beside the embedding that it is.
         if name in weights:
             now, was = weights[name], sharding.distribute_like(full, weights[name])
-            counts = not isinstance(now, DTensor) or parallel.is_first_copy(now, world)
-            counts &= not (world.pipe and world.pipe.is_copy(name))
-            now, was = (each.to_local() if isinstance(each, DTensor) else each for each in (now, was))
+            counts, now, was = counts_here(name, now, world), sharding.local(now), sharding.local(was)
             yield name, square_norm(now.to(upcast_dtype(now)) - was) if counts else 0.0
 
 

@@ -11,6 +11,7 @@ F = (4 + 0.25) / 4 = 1.0625. Moved by 0.1 with strength 0.4, the penalty is 0.4 
 gradient 2 * 0.4 * 1.0625 * 0.1 = 0.085.
 """
 
+import functools
 import itertools
 import json
 import typing
@@ -25,9 +26,10 @@ from core.config import setting
 from core.errors import UserError
 from core.files import read_json
 from core.hashing import short_digest
-from core.sharding import full_tensor
+from core.passes import both_passes
+from core.sharding import local
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
-from learn.method import Learning, Method, take_sequences, trainable_parameters, upcast_dtype
+from learn.method import Learning, Method, counts_here, take_sequences, trainable_parameters, upcast_dtype
 
 
 @dataclass
@@ -54,7 +56,9 @@ class EWC(Method):
             raise UserError("forget.ewc ties the base's weights down, and with adapters these do not move, so it "
                             "protects nothing; use --forget.lwf.alpha 0.5, whose base is the same network with its "
                             "adapters off")
-        if not parameters:
+        # Of a model in stages, what all of them train.
+        trained = trainable_parameters(getattr(model, "whole", model))
+        if not trained:
             raise UserError("forget.ewc ties down weights that train, and none does; leave it out, or freeze less")
         self.fisher = {}
         # Base and F do not change during a run, so a checkpoint only says what they were made from.
@@ -62,15 +66,17 @@ class EWC(Method):
         self.anchor = {name: p.detach().clone() for name, p in parameters.items()}
         text = "no text"
         if config.fisher != "l2sp":
-            found = self.load_or_estimate(model, parameters)
+            found = self.load_or_estimate(model, parameters, list(trained))
             text = f"{found['sequences']:,} of {config.samples:,} sequences, {found['tokens']:,} tokens of general text"
-        gigabytes = sum(x.nbytes for x in [*self.anchor.values(), *self.fisher.values()]) / 1e9
+        sizes = [p.nbytes + (config.fisher != "l2sp") * p.numel() * upcast_dtype(p).itemsize for p in trained.values()]
+        gigabytes = sum(sizes) / 1e9
         self.notes = [f"ewc: {config.fisher} from {text}; its copies take {gigabytes:.2f} GB over all ranks"]
 
-    def load_or_estimate(self, model, parameters: dict) -> dict:
-        """Sets self.fisher, and returns {"sequences", "tokens"} of the text that it was estimated on."""
+    def load_or_estimate(self, model, parameters: dict, names: list[str]) -> dict:
+        """Sets self.fisher of this rank's `parameters`, and returns {"sequences", "tokens"} of the text that it was
+        estimated on. names: of all that trains."""
         world, folder = self.learning.world, self.learning.folder
-        digest = short_digest(json.dumps([self.values["fingerprint"], *sorted(parameters)]).encode())
+        digest = short_digest(json.dumps([self.values["fingerprint"], *sorted(names)]).encode())
         folder = folder and folder / f"fisher_{digest}"
         if folder and world.broadcast(folder.exists()) and not checkpoint.find_damage(folder, world):
             self.fisher = {name: torch.empty_like(p, dtype=upcast_dtype(p)) for name, p in parameters.items()}
@@ -83,16 +89,18 @@ class EWC(Method):
 
     @torch.no_grad()
     def before_step(self, step, model):
-        total = 0.0
+        total, world = 0.0, self.learning.world
         for name, p in model.named_parameters():
             if name in self.anchor:
                 moved = p.to(upcast_dtype(p)) - self.anchor[name].to(upcast_dtype(p))
                 pull = moved * self.fisher[name] if self.fisher else moved
-                total = total + (pull * moved).sum()
+                if counts_here(name, p, world):
+                    total = total + (local(pull) * local(moved)).sum()
                 # A parameter without a gradient does not move in this step.
                 if p.grad is not None:
                     p.grad.add_(pull, alpha=2 * self.config.strength)
-        return {"ewc_penalty": self.config.strength * full_tensor(total).item()}
+        total = world.sum([total])[0] if self.learning.sharded else total.item()
+        return {"ewc_penalty": self.config.strength * total}
 
 
 def estimate_fisher(model, learning: Learning, samples: int, true: bool = False) -> tuple[dict, dict]:
@@ -103,27 +111,30 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
     With labels drawn from the model (`true`) the gradients of different tokens are uncorrelated given the text, so F
     does not depend on where sequences are cut; with the text's own labels that is only nearly so (Kunstner 2019, arXiv
     1905.12558). Ranks that each hold the model (DDP) share the sequences out and add up. Ranks that share one model
-    (FSDP) all take every sequence: a gradient is averaged over the ranks, and equal ones average to themselves.
+    (FSDP) all take every sequence: a gradient is averaged over the ranks, and equal ones average to themselves. Of a
+    sequence that ranks share, a gradient is the sum over them before it is squared.
     """
     world, tokens, number = learning.world, 0, -1
     parameters = trainable_parameters(model)
     total = {name: torch.zeros_like(p, dtype=upcast_dtype(p)) for name, p in parameters.items()}
     share_out = world.size > 1 and not learning.sharded
+    k, groups = world.share if share_out else (0, 1)
+    # Of n ranks over which FSDP averages, those that share a sequence have a part of its gradient each.
+    factor = world.averaged / world.share[1] if learning.sharded else 1.0
+    runner = learning.pipeline() if learning.pipeline else model
     one_by_one = (take_sequences(batch, [i]) for batch in learning.general_text or () for i in range(len(batch.tokens)))
     chosen = itertools.islice((sequence for sequence in one_by_one if (sequence.labels != IGNORE).any()), samples)
     model.zero_grad(set_to_none=True)
     for number, sequence in enumerate(tqdm(chosen, "Fisher", samples, disable=None if world.main else True)):
         tokens += int((sequence.labels != IGNORE).sum())
-        if share_out and number % world.size != world.rank:
+        if number % groups != k:
             continue
-        hidden = learning.forward(model, sequence)
-        labels = sequence.labels.to(hidden.device)
-        if true:
-            generator = torch.Generator().manual_seed((learning.seed * 1_000_003 + number) % 2**63)
-            labels = draw_labels(hidden, model.head.weight, labels, generator)
-        linear_cross_entropy(hidden, model.head.weight, labels)[0].backward()
+        draws = world.cut_tokens(draw_uniform(sequence.labels, learning.seed, number)) if true else None
+        both_passes(runner, world, [world.cut(sequence)], functools.partial(score, model, learning, draws), factor)
         for name, p in parameters.items():
             if p.grad is not None:
+                if share_out and world.sequences:
+                    torch.distributed.all_reduce(p.grad, group=world.sequences.group)
                 total[name] += p.grad.to(total[name].dtype).square()
         model.zero_grad(set_to_none=True)
     if not tokens:
@@ -132,19 +143,34 @@ def estimate_fisher(model, learning: Learning, samples: int, true: bool = False)
     if share_out:
         for value in total.values():
             torch.distributed.all_reduce(value)
+            # Each rank of a group has added the same squares.
+            value.div_(world.size // groups)
     return {name: value / tokens for name, value in total.items()}, {"sequences": number + 1, "tokens": tokens}
 
 
+def score(model, learning: Learning, draws, batch, hidden=None):
+    """(summed nats of a batch, None), as core/passes.py asks for it; draws: None, or as in `draw_labels`."""
+    hidden = learning.forward(model, batch) if hidden is None else hidden
+    labels = batch.labels if draws is None else draw_labels(hidden, model.head.weight, batch.labels, draws)
+    return linear_cross_entropy(hidden, model.head.weight, labels)[0], None
+
+
+def draw_uniform(labels, seed: int, number: int) -> torch.Tensor:
+    """A random value of [0, 1) for each target of labels [B, T], in float64, the same on every rank and device."""
+    generator, draws = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63), labels != IGNORE
+    values = torch.rand(int(draws.sum()), generator=generator, dtype=torch.float64)
+    return torch.zeros(labels.shape, dtype=torch.float64).masked_scatter_(draws, values)
+
+
 @torch.no_grad()
-def draw_labels(hidden, weight, labels, generator):
-    """labels [B, T] with each target replaced by a token drawn from softmax(hidden weight^T); a seed draws the same on
-    every device. hidden [B, T, D], weight [V, D]."""
+def draw_labels(hidden, weight, labels, draws):
+    """labels [B, T] with each target replaced by a token drawn from softmax(hidden weight^T), by its value of
+    draws [B, T] in [0, 1). hidden [B, T, D], weight [V, D]."""
     drawn_labels, targets = labels.clone(), (labels != IGNORE).nonzero(as_tuple=True)
-    draw = torch.rand(len(targets[0]), generator=generator, dtype=torch.float64).to(hidden.device)
-    x, drawn = hidden[targets], []
+    x, values, drawn = hidden[targets], draws.to(hidden.device)[targets], []
     # 256 targets at a time: all logits [T, V] of a long sequence would be gigabytes.
-    for i in range(0, len(x), 256):
-        cumulative = (x[i:i + 256] @ weight.to(x.dtype).T).double().softmax(-1).cumsum(-1)
-        drawn.append(torch.searchsorted(cumulative, draw[i:i + 256, None] * cumulative[:, -1:], right=True)[:, 0])
+    for part, value in zip(x.split(256), values.split(256)):
+        cumulative = (part @ weight.to(x.dtype).T).double().softmax(-1).cumsum(-1)
+        drawn.append(torch.searchsorted(cumulative, value[:, None] * cumulative[:, -1:], right=True)[:, 0])
     drawn_labels[targets] = torch.cat(drawn).to(drawn_labels.dtype)
     return drawn_labels

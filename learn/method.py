@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from core.parallel import World
+from core.parallel import World, is_first_copy
 from core.sharding import distribute_like
 
 
@@ -48,6 +49,9 @@ class Learning:
     micro_batch_size: int = 1
     autocast: Callable = contextlib.nullcontext
     """() -> the context of a forward pass in the run's precision"""
+    pipeline: Callable | None = None
+    """pipeline() -> what takes both passes of one sequence at a time through the stages (core/passes.py); None: this
+    rank has all layers"""
     pretrained: bool = True
     """False: there is no base, the weights begin at random"""
     adapters: bool = False
@@ -141,6 +145,12 @@ class Method:
 
 def trainable_parameters(model) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def counts_here(name: str, tensor: torch.Tensor, world: World) -> bool:
+    """Whether, where ranks share a model, this one counts what it holds of a tensor: none before it holds the same."""
+    first = not isinstance(tensor, DTensor) or is_first_copy(tensor, world)
+    return first and not (world.pipe and world.pipe.is_copy(name))
 
 
 def upcast_dtype(x: torch.Tensor) -> torch.dtype:

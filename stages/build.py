@@ -260,12 +260,17 @@ def lay_out(run: Run):
     """What the loop calls: the model itself, DDP around it, or a pipeline of which it is a part."""
     c, world = run.c, run.world
     if world.pipe:
-        share, T = c.train.batch_size // world.share[1], c.data.context // world.sharing_ranks
+        share = c.train.batch_size // world.share[1]
         B, router = min(share, c.train.micro_batch_size), next((m for m in run.methods if isinstance(m, Router)), None)
-        return pipeline.Pipeline(run.inner, world.pipe, c.parallel.schedule, (B, T), share // B, world.device,
-                                 run.objective.hidden_states, run.autocast, router and router.sum_layers,
-                                 2 * run.config.num_experts + 1)
+        return make_pipeline(run, B, share // B, router and router.sum_layers)
     return parallel.replicate(run.inner, world) if world.size > 1 and c.parallel.strategy == "ddp" else run.inner
+
+
+def make_pipeline(run: Run, B: int, micro_batches: int, measure=None) -> pipeline.Pipeline:
+    """Of so many micro-batches of B sequences; measure: as in Pipeline."""
+    c, world, T = run.c, run.world, run.c.data.context // run.world.sharing_ranks
+    return pipeline.Pipeline(run.inner, world.pipe, c.parallel.schedule, (B, T), micro_batches, world.device,
+                             run.objective.hidden_states, run.autocast, measure, 2 * run.config.num_experts + 1)
 
 
 # ---- base, tokenizer and data
@@ -448,6 +453,7 @@ def describe_learning(run: Run) -> Learning:
         general_text=draw_general_text(run) if general else None,
         general_sources=frozenset(i for i, name in enumerate(loader.names) if name in general and loader.plan[-1][i]),
         replay_share=lambda step: round(1 - run.domain_share_at(step), 9), base=base, reference=reference,
+        pipeline=functools.partial(make_pipeline, run, 1, 1) if world.pipe else None,
         pretrained=c.model.init == "pretrained", adapters=c.lora.rank > 0,
         precision=None if c.train.precision == "fp32" else devices.DTYPES[c.train.precision],
         folder=run.folder, fingerprint=hashing.short_digest(json.dumps(made_of).encode()),

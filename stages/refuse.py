@@ -91,9 +91,6 @@ def refuse_sharing(c, config):
     if N > 1 and c.lora.base != "plain":
         raise UserError(f"lora.base {c.lora.base} keeps the experts of a layer in one record, which parallel.experts "
                         f"cannot part; leave one of them out")
-    if N > 1 and c.forget.ewc.strength:
-        raise UserError("forget.ewc sums over all of a model's weights at once, which parallel.experts lays out in two "
-                        "ways; leave one of them out")
     asks = c.eval.tasks or c.eval.probes.facts or c.eval.probes.in_context
     if asks and (t > 1 or c.parallel.pipeline > 1):
         raise UserError(f"eval.tasks and eval.probes ask each rank other items, and with parallel."
@@ -105,9 +102,6 @@ def refuse_sharing(c, config):
 def refuse_parting(c, config):
     """UserError where a setting needs of a layer's weights what ranks that share its matmul do not have."""
     t = c.parallel.tensor
-    if c.forget.ewc.strength:
-        raise UserError("forget.ewc takes the gradients of one sequence after the other, which ranks that share "
-                        "matmuls (parallel.tensor) do not sum; leave one of them out")
     if c.parallel.pipeline > 1 and (c.router.balance or c.router.z):
         raise UserError("router.balance and router.z do not go with both parallel.tensor and parallel.pipeline; leave "
                         "one of them out")
@@ -133,7 +127,7 @@ def refuse_pipeline(c, config, ranks: int):
     if c.objective.name not in SHARING:
         raise UserError(f"objective {c.objective.name} runs the model more than once or on parts of a batch, which the "
                         f"stages of parallel.pipeline do not; leave one of them out")
-    unfit = {"forget.ewc": c.forget.ewc.strength, "forget.lwf": c.forget.lwf.alpha, "compile": c.compile,
+    unfit = {"forget.lwf": c.forget.lwf.alpha, "compile": c.compile,
              "lora.embeddings": c.lora.rank and c.lora.embeddings != "frozen"}
     if odd := [name for name, is_set in unfit.items() if is_set]:
         raise UserError(f"{odd[0]} needs the model as a whole, which parallel.pipeline parts; leave one of them out")

@@ -40,8 +40,15 @@ def steps_of(c, world, steps: int) -> dict:
     trained = [name for name, p in run.inner.named_parameters() if p.requires_grad]
     return out | {"unmoved": [name for name in trained if torch.equal(before[name], weights[name])], "held": held,
                   "digest": digest_of(weights), "rows": rows,
+                  "fisher": {name: value.double().norm().item() for name, value in fisher_of(run).items()},
                   "weights": {k: v.double().norm().item() for k, v in weights.items()},
                   "moments": {k: v.double().norm().item() for k, v in moments.items()}}
+
+
+def fisher_of(run) -> dict:
+    """{name: full tensor} of what EWC has estimated of this rank's parameters."""
+    return {name: sharding.full_tensor(value) for method in run.methods if method.name == "ewc"
+            for name, value in method.fisher.items()}
 
 
 def digest_of(weights: dict) -> str:

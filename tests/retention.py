@@ -22,6 +22,9 @@ class Batch:
     labels: torch.Tensor
     source: np.ndarray
 
+    def to(self, device):
+        return self
+
 
 class Toy(nn.Module):
     """Twelve blocks, so that layers.1 has a layers.10 beside it."""

@@ -32,6 +32,7 @@ LORA = ["--lora.rank", 4]
 # {case: (words of its layout, its base, its other words)}
 CASES = {"two": ([*TWO, "--parallel.reshard", "False"], "even", ["--router.balance", 0.01, "--forget.ema.decay", 0.9]),
          "four": (FOUR, "even", ["--optim.clip", 0.1, "--model.activation-checkpointing"]),
+         "two_ewc": (TWO, "even", ["--forget.ewc.strength", 100, "--forget.ewc.samples", 8]),
          "two_lora": (TWO, "even", [*LORA, "--lora.dora", "--forget.lwf.alpha", 0.5]),
          # The router sends every token to the same two experts: two of the ranks never get one.
          "four_uneven": (FOUR, "uneven", LORA)}
@@ -54,7 +55,7 @@ def whole(folder: Path, layout: list, out: str):
 
 def measures(c, world) -> dict:
     found = steps_of(c, world, STEPS)
-    return {key: found[key] for key in ("loss", "norm", "weights")}
+    return {key: found[key] for key in ("loss", "norm", "weights", "fisher")}
 
 
 def as_rank(rank: int, folder: Path):
@@ -103,6 +104,7 @@ def test_four_ranks_are_one(ranks, name):
     for key in ("loss", "norm"):
         assert found[0][key] == pytest.approx(truth[key], rel=5e-6), key
     assert truth["norm"][0] > 0.01
+    assert found[0]["fisher"] == pytest.approx(truth["fisher"], rel=1e-5)
     assert found[0]["weights"] == pytest.approx(truth["weights"], rel=1e-4)
 
 
@@ -151,8 +153,7 @@ def test_layouts_that_cannot_be_are_refused(lab, tmp_path):
     six = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     eight = {**six, "num_experts": 8}
     for words, experts, said in (([], {}, "this model has none"), ([], six, "does not divide the 6 experts"),
-                                 (["--lora.rank", 4, "--lora.base", "nf4"], eight, "in one record"),
-                                 (["--forget.ewc.strength", 1], eight, "forget.ewc sums")):
+                                 (["--lora.rank", 4, "--lora.base", "nf4"], eight, "in one record")):
         c = settings(lab, tmp_path / "run", *FOUR, *words)
         with pytest.raises(ValueError, match=said):
             refuse_sharing(c, ModelConfig(97, 32, 64, 2, 4, 2, **experts))

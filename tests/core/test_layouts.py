@@ -34,6 +34,9 @@ MOVED = {"hsdp": "alone", "tensor": "alone", "fsdp_qlora": "alone_qlora"}
 WHOLE = {"context": "alone", "tensor": "alone", "fsdp_qlora": "alone_qlora"}
 # A rank that is slow in one of these runs.
 SLOW = 2, "fsdp_qlora"
+# F from labels that are drawn, and a pull that weighs as much as the loss.
+EWC = ["--forget.ewc.strength", 100, "--forget.ewc.samples", 8, "--forget.ewc.fisher", "true",
+       "--model.init", "pretrained"]
 TENSOR = ["--parallel.strategy", "fsdp", "--parallel.tensor", 2]
 # {case: (words of its layout, its other words)}
 CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings", "False"]),
@@ -54,6 +57,7 @@ CASES = {"hsdp": (HSDP, []), "hsdp_untied": (HSDP, ["--model.tie-word-embeddings
          "tensor_lora": (TENSOR, ["--lora.rank", 4, "--model.init", "pretrained", "--forget.lwf.alpha", 0.5]),
          "tensor_experts": (TENSOR, ["--router.balance", 0.01, "--router.z", 1e-3, "--model.init", "experts"]),
          "tensor_experts_lora": (TENSOR, ["--model.init", "experts", "--lora.rank", 4]),
+         "tensor_ewc": (TENSOR, EWC),
          "tensor_muon": (TENSOR, ["--optim.name", "muon"]),
          "tensor_8bit": (TENSOR, ["--optim.name", "adamw_8bit", "--model.hidden-size", 64]),
          "tensor_dora": (TENSOR, [*QLORA, "--lora.base", "int8", "--lora.dora"]),
@@ -112,7 +116,7 @@ def as_rank(folder: Path):
         c = case(folder, name, True)
         lay_out(world, c)
         found = steps_of(c, world, STEPS)
-        results[name] = {key: found[key] for key in ("loss", "norm", "weights", "unmoved", "held")}
+        results[name] = {key: found[key] for key in ("loss", "norm", "weights", "unmoved", "held", "fisher")}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
     for name in MOVED:
         c = case(folder, name, True, f"moved_{name}")
@@ -172,6 +176,7 @@ def test_four_ranks_are_one(ranks, name):
         rel = next((rel for part, rel in (("8bit", 1e-3), ("muon", 1e-3)) if part in name), 5e-6)
         assert found[0][key] == pytest.approx(truth[key], rel=rel), key
     assert truth["norm"][0] > 0.01
+    assert found[0]["fisher"] == pytest.approx(truth["fisher"], rel=1e-5)
     # The same values in 4 bits stand in other tensors where each rank has blocks of its own.
     mine, theirs = ({key: value for key, value in each["weights"].items()
                      if name != "tensor_qlora" or ".quantised." not in key} for each in (found[0], truth))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import pass_on
+from ranks import fisher_of, pass_on
 from runs import ENV, lines, make_lab, one, settings
 
 import hf
@@ -30,6 +30,8 @@ FSDP = ["--parallel.strategy", "fsdp", "--parallel.pipeline", 2]
 ALL = [*FSDP, "--parallel.tensor", 2]
 BASE = ["--model.init", "pretrained"]
 UNTIED = ["--model.tie-word-embeddings", "False"]
+# F from labels that are drawn, and a pull that weighs as much as the loss.
+EWC = ["--forget.ewc.strength", 100, "--forget.ewc.samples", 8, "--forget.ewc.fisher", "true", *BASE]
 # {case: (words of its layout, its other words)}
 CASES = {
     "gpipe": ([*FOUR, "--parallel.schedule", "gpipe"], []),
@@ -50,6 +52,7 @@ CASES = {
     "interleaved": ([*FSDP, "--parallel.schedule", "interleaved"], []),
     "interleaved_muon": ([*FSDP, "--parallel.schedule", "interleaved"], ["--optim.name", "muon", *UNTIED]),
     "tensor": (ALL, ["--optim.clip", 0.1]),
+    "tensor_ewc": (ALL, EWC),
     "tensor_lora": (ALL, ["--lora.rank", 4, *BASE]),
     "bf16": (FOUR, ["--train.precision", "bf16"]),
     "fsdp_bf16": (FSDP, ["--train.precision", "bf16"]),
@@ -58,6 +61,8 @@ CASES = {
 ROUGH = {"fsdp_8bit": 1e-3, "interleaved_muon": 1e-3, "bf16": 2e-2, "fsdp_bf16": 2e-2}
 MOVED = {"four": (FOUR, "alone"), "interleaved": ([*FSDP, "--parallel.schedule", "interleaved"], "moved_four"),
          "sharded": (["--parallel.strategy", "fsdp"], "moved_interleaved"), "back": (ALL, "moved_sharded")}
+# The first writes a Fisher, which the second reads.
+FISHER = [ALL, [*FSDP, "--parallel.schedule", "interleaved"]]
 WHOLE = {"whole_four": (FOUR, []), "whole_interleaved": ([*FSDP, "--parallel.schedule", "interleaved"], []),
          "whole_lora": (FSDP, ["--lora.rank", 4, *BASE])}
 
@@ -109,6 +114,10 @@ def as_rank(folder: Path):
         c = start(world, case(folder, layout, [], f"moved_{name}", steps=3))
         c.train.branch_from = str(folder / source / "checkpoints/step_00000003")
         pass_on(c, world)
+    for number, layout in enumerate(FISHER if world.size == 4 else ()):
+        (folder / "ewc").mkdir(exist_ok=True)
+        with build(start(world, case(folder, layout, EWC)), world, folder / "ewc") as run:
+            torch.save(fisher_of(run), folder / f"fisher_{number}_{world.rank}.pt")
     for out, (layout, words) in WHOLE.items() if world.size == 4 else ():
         train.train(start(world, whole_case(folder, layout, words, out)), world)
     world.barrier()
@@ -150,7 +159,8 @@ def compare(folder: Path, ranks: int, name: str, words: list):
     for each in found:
         assert each["loss"] == pytest.approx(truth["loss"], rel=rough or 5e-6)
         assert each["norm"] == pytest.approx(truth["norm"], rel=5 * rough or 5e-6)
-        assert all(mine == pytest.approx(true) for mine, true in zip(each["logged"], truth["logged"], strict=True))
+        assert all(mine == pytest.approx(true, rel=1e-5)
+                   for mine, true in zip(each["logged"], truth["logged"], strict=True))
         # A copy of the embedding is the embedding.
         for key in each["moved"]:
             assert each["moved"][key] == pytest.approx(truth["moved"][key], rel=rough or 1e-3, abs=rough * 10), key
@@ -213,6 +223,20 @@ def test_a_whole_run_scores_samples_and_exports_what_one_rank_does(four, out):
         torch.testing.assert_close(weights[0][key], value, rtol=1e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.slow
+def test_a_fisher_of_stages_is_that_of_one_rank_and_is_read_in_another_layout(four):
+    truth, read = (fisher_of(build(case(four, [], EWC), one(), folder)) for folder in (None, four / "ewc"))
+    for number, rank in itertools.product(range(2), range(4)):
+        found = torch.load(four / f"fisher_{number}_{rank}.pt", weights_only=True)
+        assert found
+        # An estimate of its own would differ in its last bits.
+        assert all(torch.equal(value, read[name]) for name, value in found.items())
+    assert read.keys() == truth.keys()
+    for name, value in truth.items():
+        torch.testing.assert_close(read[name], value, rtol=1e-5, atol=1e-6 * value.max().item(), msg=name)
+    assert any(not torch.equal(read[name], value) for name, value in truth.items())
+
+
 def test_stages_are_cut_by_cost():
     assert cut_layers([1, 1, 1, 1], 2, 2) == [range(0, 3), range(3, 4)]
     assert cut_layers([1] * 8, 0, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
@@ -239,7 +263,7 @@ def test_what_cannot_be_in_stages_is_refused(lab, tmp_path):
                         (["--train.micro-batch-size", 3], "3 does not divide the 8 sequences"),
                         (["--train.micro-batch-size", 4], "needs 4 micro-batches"),
                         ([*halves, "--train.batch-size", 10], "cannot part 5"),
-                        (["--forget.ewc.strength", 1], "forget.ewc needs the model as a whole"),
+                        (["--forget.lwf.alpha", 0.5], "forget.lwf needs the model as a whole"),
                         (["--eval.probes.facts", 5], "with parallel.pipeline ranks compute together"),
                         (["--objective.name", "electra"], "objective electra")):
         sources = ["--model.tokenizer", lab / "tok", "--data.sources.legal.path", lab / "legal",

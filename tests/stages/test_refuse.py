@@ -26,7 +26,6 @@ def test_what_is_refused(tmp_path, words, ranks, said):
     (["--parallel.context", 3], "parallel.context 3 must divide data.context 32"),
     (["--parallel.context", 4, "--objective.name", "dpo"], "objective dpo needs sequences as a whole"),
     (["--parallel.tensor", 4], "parallel.tensor 4 does not divide 2, the key-value heads"),
-    (["--parallel.tensor", 2, "--forget.ewc.strength", 1], "forget.ewc takes the gradients"),
     (["--parallel.tensor", 2, "--lora.rank", 4, "--lora.base", "nf4"], "lora.base nf4 has blocks of 64, and"),
     (["--parallel.tensor", 2, "--optim.name", "adamw_8bit"], "parts layers of 32 and 64 inputs within them"),
     (["--parallel.tensor", 2, "--eval.probes.in-context", 5], "ask after the run"),
