@@ -72,9 +72,8 @@ class ParallelConfig:
         for name in ("context", "tensor", "pipeline", "experts"):
             if ranks % getattr(self, name):
                 raise UserError(f"parallel.{name} {getattr(self, name)} does not divide the {ranks} ranks")
-        if self.pipeline > 1 and (self.context > 1 or self.replicas > 1):
-            raise UserError("parallel.pipeline goes with neither parallel.context nor parallel.replicas yet; leave one "
-                            "of them out")
+        if self.pipeline > 1 and self.context > 1:
+            raise UserError("parallel.pipeline does not go with parallel.context yet; leave one of them out")
         if self.pipeline > 1 and self.strategy != "fsdp" and self.pipeline < ranks:
             raise UserError(f"parallel.pipeline {self.pipeline} leaves {ranks // self.pipeline} ranks for each part of "
                             f"the layers; set --parallel.strategy fsdp, which shards the part over them")
@@ -86,11 +85,11 @@ class ParallelConfig:
         others = [name for name in ("context", "tensor", "replicas", "pipeline") if getattr(self, name) > 1]
         if self.experts > 1 and others:
             raise UserError(f"parallel.experts does not go with parallel.{others[0]} yet; leave one of them out")
-        # Those that share matmuls are within one group.
-        most = ranks // self.tensor
+        # Those that share matmuls are within one group, and a group's stages are one model.
+        most = ranks // self.tensor // self.pipeline
         if most % self.replicas or (self.replicas > 1 and ranks == self.replicas):
             raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of two or "
-                            f"more; take a divisor of {most}{' below it' if self.tensor == 1 else ''}")
+                            f"more; take a divisor of {most}{' below it' if most == ranks else ''}")
 
 
 ALONE = ParallelConfig()

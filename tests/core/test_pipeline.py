@@ -27,6 +27,7 @@ from stages.build import build
 STEPS = 20
 FOUR = ["--parallel.pipeline", 4]
 FSDP = ["--parallel.strategy", "fsdp", "--parallel.pipeline", 2]
+REPLICAS = [*FSDP, "--parallel.replicas", 2]
 ALL = [*FSDP, "--parallel.tensor", 2]
 BASE = ["--model.init", "pretrained"]
 UNTIED = ["--model.tie-word-embeddings", "False"]
@@ -49,6 +50,7 @@ CASES = {
     "fsdp_balance": (FSDP, ["--model.init", "experts", "--router.balance", 0.05, "--router.z", 0.01,
                             "--train.micro-batch-size", 2]),
     "fsdp_8bit": (FSDP, ["--optim.name", "adamw_8bit", "--model.activation-checkpointing"]),
+    "replicas": (REPLICAS, ["--optim.clip", 0.1]),
     "interleaved": ([*FSDP, "--parallel.schedule", "interleaved"], []),
     "interleaved_muon": ([*FSDP, "--parallel.schedule", "interleaved"], ["--optim.name", "muon", *UNTIED]),
     "tensor": (ALL, ["--optim.clip", 0.1]),
@@ -60,7 +62,8 @@ CASES = {
 # Where roundings, of 8 bits or of bf16, turn on the last bit of a sum.
 ROUGH = {"fsdp_8bit": 1e-3, "interleaved_muon": 1e-3, "bf16": 2e-2, "fsdp_bf16": 2e-2}
 MOVED = {"four": (FOUR, "alone"), "interleaved": ([*FSDP, "--parallel.schedule", "interleaved"], "moved_four"),
-         "sharded": (["--parallel.strategy", "fsdp"], "moved_interleaved"), "back": (ALL, "moved_sharded")}
+         "sharded": (["--parallel.strategy", "fsdp"], "moved_interleaved"), "back": (ALL, "moved_sharded"),
+         "replicas": (REPLICAS, "moved_back")}
 # The first writes a Fisher, which the second reads.
 FISHER = [ALL, [*FSDP, "--parallel.schedule", "interleaved"]]
 WHOLE = {"whole_four": (FOUR, []), "whole_interleaved": ([*FSDP, "--parallel.schedule", "interleaved"], []),
@@ -254,8 +257,8 @@ def test_stages_are_cut_by_cost():
 def test_what_cannot_be_in_stages_is_refused(lab, tmp_path):
     for config, said in ((ParallelConfig(pipeline=3), "parallel.pipeline 3 does not divide the 4 ranks"),
                          (ParallelConfig(pipeline=2), "leaves 2 ranks for each part"),
-                         (ParallelConfig("fsdp", pipeline=2, context=2), "neither parallel.context nor"),
-                         (ParallelConfig("fsdp", pipeline=2, replicas=2), "neither parallel.context nor")):
+                         (ParallelConfig("fsdp", pipeline=2, context=2), "does not go with parallel.context"),
+                         (ParallelConfig("fsdp", pipeline=2, replicas=4), "take a divisor of 2$")):
         with pytest.raises(ValueError, match=said):
             config.refuse_layout(4)
     halves = [*FSDP, "--parallel.schedule", "interleaved"]
