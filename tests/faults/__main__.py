@@ -21,18 +21,20 @@ import torch
 
 from .damages import DAMAGES
 from .full_disks import DISKS
+from .hangs import HANGS_OF_ALL
 from .harness import Lab, Row, Worker
 from .kills import KILLS, highest_number_wins
-from .not_finite import not_finite
+from .not_finite import NOT_FINITE
 from .points import POINTS, manifest_not_synced
 from .races import RACES
+from .shared_damages import SHARED_DAMAGES
 from .signals import SIGNALS_AND_MORE
 from .strangers import STRANGERS
 
 # Each section is some functions of the lab, each of which gives one row.
-SECTIONS = {"kills": KILLS, "points": POINTS, "signals": SIGNALS_AND_MORE, "not_finite": [not_finite],
-            "damages": DAMAGES, "disks": DISKS, "races": RACES, "strangers": STRANGERS,
-            "control": [highest_number_wins, manifest_not_synced]}
+SECTIONS = {"kills": KILLS, "points": POINTS, "signals": SIGNALS_AND_MORE, "not_finite": NOT_FINITE,
+            "damages": DAMAGES + SHARED_DAMAGES, "hangs": HANGS_OF_ALL, "disks": DISKS, "races": RACES,
+            "strangers": STRANGERS, "control": [highest_number_wins, manifest_not_synced]}
 # Of the failures of a row.
 SHOWN = 12
 

@@ -13,7 +13,7 @@ from core.errors import UserError
 from text import shards
 
 from .harness import Lab, Outcome, Row, Team, start, timed
-from .kills import FEW, LAYOUTS, ONE, Case, uninterrupted, words_of
+from .kills import ONE, Case, uninterrupted, words_of
 from .results import checkpoints, differences, records
 
 # What nobody reads is no damage to a packed source; a checkpoint is exactly its files.
@@ -21,10 +21,11 @@ SHARD_KINDS = ("flip", "truncate", "zero", "delete", "grow", "empty", "swap")
 KINDS = ("flip", "truncate", "zero", "delete", "extra file", "grow", "empty", "swap", "link")
 
 
-def damage(folder: Path, kind: str, draw: random.Random) -> str | None:
-    """Change something under a folder; returns what, or None where there was nothing to change."""
+def damage(folder: Path, kind: str, draw: random.Random, name: str = "") -> str | None:
+    """Change something under a folder, in the file of this name; returns what, or None where there was nothing to
+    change."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    file = draw.choice(files)
+    file = folder / name if name else draw.choice(files)
     data = bytearray(file.read_bytes())
     what = f"{kind} {file.relative_to(folder)}"
     if kind == "extra file":
@@ -185,15 +186,6 @@ def resumed_from_the_one_before(lab: Lab) -> Row:
     return row
 
 
-def resumed_by_several_ranks(lab: Lab) -> Row:
-    """Each rank hashes some of the files, and all of them take the same checkpoint, or refuse."""
-    row = Row("damages", "the same on layouts of two and four ranks")
-    with timed(row):
-        for case in FEW[:1] if lab.short else LAYOUTS:
-            resume_damaged(lab, case, row, lab.count(len(KINDS), 1), lab.count(3, 1))
-    return row
-
-
 def resume_damaged(lab: Lab, case: Case, row: Row, some: int, all_of_them: int):
     """Damage the newest checkpoint of a run so many times, and all of its checkpoints so many times."""
     reference, seconds = uninterrupted(lab, case)
@@ -302,5 +294,5 @@ def trains_on_no_damaged_shard(lab: Lab) -> Row:
     return row
 
 
-DAMAGES = [random_damages, manifest_bits, resumed_from_the_one_before, resumed_by_several_ranks, damaged_beside,
+DAMAGES = [random_damages, manifest_bits, resumed_from_the_one_before, damaged_beside,
            damaged_shards, bits_of_a_shard_manifest, trains_on_no_damaged_shard]

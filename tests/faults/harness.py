@@ -164,11 +164,15 @@ def resident_bytes(pid: int) -> int:
 # ---- the ranks of a run
 
 class Team:
-    """The processes of one run: one, or several ranks over gloo, as torchrun would start them."""
+    """The processes of one run: one, or several ranks over gloo, as torchrun would start them. agent: their store is in
+    a process of its own, which torchrun's agent is; otherwise rank 0 holds it, and takes it along where it ends."""
 
-    def __init__(self, words, ranks: int = 1, setup=None):
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks),
+    def __init__(self, words, ranks: int = 1, setup=None, agent: bool = False):
+        port = free_port()
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks),
                   "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+        self.agent = Worker(lambda: keep_store(port)) if agent else None
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True"} if agent else {}
 
         def work():
             if setup:
@@ -193,7 +197,18 @@ class Team:
 
     def wait(self, seconds: float = 120.0) -> list[Outcome]:
         end = time.monotonic() + seconds
-        return [worker.wait(max(0.1, end - time.monotonic())) for worker in self.workers]
+        outcomes = [worker.wait(max(0.1, end - time.monotonic())) for worker in self.workers]
+        if self.agent:
+            self.agent.kill()
+            self.agent.wait(5)
+        return outcomes
+
+
+def keep_store(port: int):
+    """In a worker: what the ranks look up and count in."""
+    store = torch.distributed.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+    time.sleep(3600)
+    del store
 
 
 def free_port() -> int:

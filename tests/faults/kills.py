@@ -43,7 +43,8 @@ LAYOUTS = [Case("two ranks, DDP", (), 2), Case("two ranks, FSDP2", FSDP, 2),
            Case("four ranks, tensor parallel x FSDP2", (*FSDP, "--parallel.tensor", 2), 4),
            Case("two ranks, context parallel", ("--parallel.context", 2), 2),
            Case("two ranks, pipeline", ("--parallel.pipeline", 2), 2),
-           Case("four ranks, expert parallel", (*FSDP, *BASE[:3], "{experts}", "--parallel.experts", 2), 4)]
+           Case("four ranks, expert parallel", (*FSDP, *BASE[:3], "{experts}", "--parallel.experts", 2), 4),
+           Case("four ranks, pipeline x FSDP2", (*FSDP, "--parallel.pipeline", 2, "--train.micro-batch-size", 1), 4)]
 # Those of continuous integration: with a part of the state on each rank, and with all of it.
 FEW = (LAYOUTS[1], LAYOUTS[4])
 
@@ -70,10 +71,11 @@ def storm(lab: Lab, case: Case, kills: int, row: Row, setup=None, after_kill=Non
     """Kill runs of a case until so many kills are done, each until it is finished, and compare what they leave.
 
     setup: called in each process before the command. after_kill: called with the run folder after each kill. give_up:
-    stop at the first failure. Returns {"runs", "lost": the most steps that one kill cost}.
+    stop at the first failure. Returns {"runs", "kills", "lost": the most steps that one kill cost, "late": kills after
+    the first step of a run, however often it was started}.
     """
     reference, seconds = uninterrupted(lab, case)
-    done, runs, lost = 0, 0, 0
+    done, runs, lost, late = 0, 0, 0, 0
     while done < kills and not (give_up and row.failures):
         out, runs = lab.room("run"), runs + 1
         for attempt in itertools.count():
@@ -88,6 +90,7 @@ def storm(lab: Lab, case: Case, kills: int, row: Row, setup=None, after_kill=Non
                 row.check(not team.is_alive(GRACE), f"{case.name}: a rank waits for a dead one for {GRACE:.0f} s")
                 team.kill()
                 team.wait(1)
+                late += steps_done(out) > 0
                 if after_kill:
                     after_kill(out)
             else:
@@ -105,7 +108,7 @@ def storm(lab: Lab, case: Case, kills: int, row: Row, setup=None, after_kill=Non
                 row.failures.append(f"{case.name}: not done after 200 starts")
                 break
         lab.clear(out)
-    return {"runs": runs, "lost": lost, "kills": done}
+    return {"runs": runs, "lost": lost, "kills": done, "late": late}
 
 
 def kill_at_random(lab: Lab, what: str, cases: list[Case], total: int) -> Row:
@@ -116,7 +119,8 @@ def kill_at_random(lab: Lab, what: str, cases: list[Case], total: int) -> Row:
         found = [storm(lab, case, share, row) for case, share in zip(cases, shares)]
     several = ", ".join(f"{case.name} {share}" for case, share in zip(cases, shares)) + "; "
     row.notes = (f"{several if len(cases) > 1 else ''}"
-                 f"{sum(each['runs'] for each in found)} runs{' all equal' if not row.failures else ''}; at most "
+                 f"{sum(each['runs'] for each in found)} runs{' all equal' if not row.failures else ''}; "
+                 f"{sum(each['late'] for each in found)} kills after a run's first step; at most "
                  f"{max(each['lost'] for each in found)} steps lost, saved every {SAVE_EVERY}")
     return row
 

@@ -24,8 +24,9 @@ def spoil_gradient(value: float):
     clip = parallel.clip_gradients
 
     def clip_spoilt(model, limit):
-        gradient = next(p.grad for p in model.parameters() if p.grad is not None)
-        (gradient.to_local() if hasattr(gradient, "to_local") else gradient).view(-1)[0] = value
+        parts = (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad for p in model.parameters()
+                 if p.grad is not None)
+        next(part for part in parts if part.numel()).view(-1)[0] = value
         parallel.clip_gradients = clip
         return clip(model, limit)
     parallel.clip_gradients = clip_spoilt
@@ -38,8 +39,9 @@ def plant(where: str, value: float, at: int, rank: int = 0):
 
     def step(run, number, batches):
         if number == at and run.world.rank == rank:
-            parameter = next(p for p in run.inner.parameters() if p.requires_grad)
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            # Of some a rank holds no rows.
+            parameter, local = next((p, part) for p in run.inner.parameters() if p.requires_grad
+                                    and (part := p.to_local() if hasattr(p, "to_local") else p).numel())
             with torch.no_grad():
                 if where == "gradient":
                     spoil_gradient(value)
@@ -91,31 +93,71 @@ def judge(lab: Lab, case: Case, row: Row, where: str, value: float, at: int, ran
     lab.clear(out)
 
 
-def judge_rewind(lab: Lab, case: Case, row: Row, at: int, rank: int):
-    """The state after the fault is that of the save before it, on all ranks; and the run that is killed behind it, and
-    started again, is the one that was not."""
-    outs, named = [lab.room("run"), lab.room("run")], f"{case.name}: a gradient rewinds, step {at + 1}, rank {rank}"
-    more, last = ("--guard.nonfinite", "rewind", "--train.keep", 99), SAVE_EVERY * (at // SAVE_EVERY)
+def judge_rewind(lab: Lab, case: Case, row: Row, faults: list[tuple]):
+    """faults: [(step counted from 0, rank)]. The state after each is that of the save before it, on all ranks; and the
+    run that is killed behind the last, and started again, is the one that was not."""
+    outs, named = [lab.room("run"), lab.room("run")], f"{case.name}: gradients rewind, {faults}"
+    more, wanted = ("--guard.nonfinite", "rewind", "--train.keep", 99), []
 
     def again(out, setup=lambda: None):
         def prepare():
-            plant("gradient", float("nan"), at, rank)
+            for at, rank in faults:
+                plant("gradient", float("nan"), at, rank)
             setup()
         return Team(words_of(lab, case, out, *more), case.ranks, prepare).wait(300)
     ended = again(outs[0])
     row.check(all(outcome.status == 0 for outcome in ended), f"{named}: {' and '.join(map(str, ended))}")
+    for at, _ in faults:
+        wanted.append((at + 1, last := SAVE_EVERY * (at // SAVE_EVERY)))
+        if (at + 1) % SAVE_EVERY == 0:
+            before, after = (tensors(outs[0] / f"checkpoints/step_{step:08d}") for step in (last, at + 1))
+            row.check(bool(before) and before == after, f"{named}: what was saved is not the state of step {last}")
     found = [(record["step"], record["to"]) for record in records(outs[0], "rewind")]
-    row.check(found == [(at + 1, last)], f"{named}: rewinds {found}")
+    row.check(found == wanted, f"{named}: rewinds {found}")
     row.check(not not_finite_on_disk(outs[0]), f"{named}: not finite on the disk")
-    if (at + 1) % SAVE_EVERY == 0:
-        before, after = (tensors(outs[0] / f"checkpoints/step_{step:08d}") for step in (last, at + 1))
-        row.check(bool(before) and before == after, f"{named}: what was saved is not the state of step {last}")
-    again(outs[1], lambda: die_before(at + 3))
+    again(outs[1], lambda: die_before(faults[-1][0] + 3))
     resumed = again(outs[1])
     wrong = [str(outcome) for outcome in resumed if outcome.status != 0] or differences(snapshot(outs[0]), outs[1])
     row.check(not wrong, f"{named}: killed and started again: {'; '.join(wrong)}")
     for out in outs:
         lab.clear(out)
+
+
+def judge_skip(lab: Lab, case: Case, row: Row):
+    """Two updates are left out because of one rank's gradient: the run ends as one whose fault is on another rank."""
+    outs = lab.room("run"), lab.room("run")
+    for rank, out in zip((case.ranks - 1, 0), outs):
+        def prepare(rank=rank):
+            for at, value in zip(STEPS, (math.nan, math.inf)):
+                plant("gradient", value, at, rank)
+        ended, named = Team(words_of(lab, case, out), case.ranks, prepare).wait(300), f"{case.name}: skip, rank {rank}"
+        row.check(all(outcome.status == 0 for outcome in ended), f"{named}: {' and '.join(map(str, ended))}")
+        said = "".join(outcome.out + outcome.err for outcome in ended)
+        for at in STEPS:
+            row.check(f"in step {at + 1} the " in said, f"{named}: ended as if nothing had been in step {at + 1}")
+        row.check(not not_finite_on_disk(out), f"{named}: not finite on the disk: {not_finite_on_disk(out)[:3]}")
+    wrong = differences(snapshot(outs[0]), outs[1])
+    row.check(not wrong, f"{case.name}: skip on the last rank and on the first: {'; '.join(wrong)}")
+    for out in outs:
+        lab.clear(out)
+
+
+def judge_chain(lab: Lab, case: Case, row: Row):
+    """One run that is broken off by a weight or a state of one rank four times, each time behind the last save, and
+    then goes on to the end that it would have had."""
+    reference, seconds = uninterrupted(lab, case)
+    out, last = lab.room("run"), case.ranks - 1
+    for where, at, rank in (("weight", 5, last), ("state", 7, last), ("weight", 10, 0), ("state", 14, 0)):
+        named = f"{case.name}: NaN in a {where}, step {at + 1}, rank {rank}"
+        ended = Team(words_of(lab, case, out), case.ranks,
+                     lambda where=where, at=at, rank=rank: plant(where, math.nan, at, rank)).wait(60 + 20 * seconds)
+        row.check({outcome.status for outcome in ended} == {2} and sum(o.is_one_line for o in ended) == 1,
+                  f"{named}: {' and '.join(map(str, ended))}")
+        row.check(not not_finite_on_disk(out), f"{named}: not finite on the disk: {not_finite_on_disk(out)[:3]}")
+    ended = Team(words_of(lab, case, out), case.ranks).wait(60 + 20 * seconds)
+    wrong = [str(outcome) for outcome in ended if outcome.status != 0] or differences(reference, out)
+    row.check(not wrong, f"{case.name}: the same command without it: {'; '.join(wrong)}")
+    lab.clear(out)
 
 
 def die_before(at: int):
@@ -136,15 +178,29 @@ def not_finite(lab: Lab) -> Row:
     with timed(row):
         for where in ("gradient", "weight", "state"):
             for at in STEPS[:1] if lab.short else STEPS:
-                for value in (float("nan"),) if lab.short else (float("nan"), float("inf")):
+                for value in (math.nan,) if lab.short else (math.nan, math.inf):
                     judge(lab, ONE[0], row, where, value, at, 0)
-                    if not lab.short and math.isnan(value):
-                        for case in LAYOUTS:
-                            judge(lab, case, row, where, value, at, case.ranks - 1)
         if not lab.short:
-            judge(lab, ONE[0], row, "gradient", float("nan"), 5, 0, "--guard.nonfinite", "stop")
-        for case in ONE[:1] if lab.short else (ONE[2], *LAYOUTS):
-            for at in STEPS[:1] if lab.short else STEPS:
-                judge_rewind(lab, case, row, at, case.ranks - 1)
+            judge(lab, ONE[0], row, "gradient", math.nan, 5, 0, "--guard.nonfinite", "stop")
+        for case in ONE[:1] if lab.short else (ONE[0], ONE[2]):
+            judge_rewind(lab, case, row, [(5, 0)] if lab.short else [(5, 0), (13, 0)])
     return row
 
+
+def on_layout(case: Case):
+    """The same on one rank of several."""
+    def section(lab: Lab) -> Row:
+        row = Row("not finite", case.name)
+        if lab.short:
+            row.notes = "not tried: it takes too long for this"
+            return row
+        with timed(row):
+            judge_skip(lab, case, row)
+            judge_chain(lab, case, row)
+            judge_rewind(lab, case, row, [(5, case.ranks - 1), (13, 0)])
+        row.notes = "a NaN or an infinity on the last rank alone, and on the first"
+        return row
+    return section
+
+
+NOT_FINITE = [not_finite, *map(on_layout, LAYOUTS)]
