@@ -4,8 +4,10 @@ A rank that raises, dies or hangs leaves the others waiting in a collective, whi
 rank has a thread that looks at the store of the process group once a second, which needs no collective:
 
 * `fail`, for a rank that raises: the first is told so and speaks. The others end quietly.
-* `enter` names what a rank is doing, and how long that may take. Once it takes longer, the ranks compare how many
-  collectives each has begun. The one with the fewest is the one that the others wait for, and is named.
+* `enter` names what a rank is doing, and how long that may take. Once it takes longer, the rank that the others wait
+  for is named: one that shows no sign of life, or else one whose main thread is not in a collective itself. Of several
+  it is the one that has begun the fewest collectives of all ranks; some ranks' are not compared, as those at the ends
+  of a pipeline have fewer.
 * a rank whose connection breaks looks for one that shows no more sign of life, and names it.
 """
 
@@ -19,12 +21,16 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from core.errors import UserError
 from core.signals import STOPS
 
 ROOT = f"{Path(__file__).resolve().parent.parent}/"
+# In which of PyTorch's code a main thread is, from the least to the most likely to wait for other ranks there: in other
+# code; in a backward pass, which may wait in C++; in collectives.
+AUTOGRAD, DISTRIBUTED = f"{Path(torch.__file__).parent}/autograd/", f"{Path(dist.__file__).parent}/"
 # Seconds between two looks at the store, and those that a main thread has to end by itself.
 LOOK, GRACE = 1.0, 2.0
 GO_ON = "the same command goes on from the newest checkpoint"
@@ -47,7 +53,7 @@ class Watch(threading.Thread):
         self.rank, self.size, self.short, self.long = rank, size, short, long
         # A connection of its own: what the main thread waits for in the store must not block this one.
         self.store = dist.PrefixStore("watch", dist.distributed_c10d._get_default_store().clone())
-        self.group, self.main = dist.distributed_c10d._get_default_group(), threading.main_thread().ident
+        self.main = threading.main_thread().ident
         self.what, self.since, self.limit = "the start", time.monotonic(), long
         # Seconds of the slowest step, and whether this is a step.
         self.slowest, self.is_step = 0.0, False
@@ -104,14 +110,21 @@ class Watch(threading.Thread):
 
     def show_life(self):
         self.looks += 1
-        where, frame = "", sys._current_frames().get(self.main)
+        where, waits, frame = "", 0, sys._current_frames().get(self.main)
         while frame and not where:
-            if frame.f_code.co_filename.startswith(ROOT):
-                where = f" (at {frame.f_code.co_filename.removeprefix(ROOT)}:{frame.f_lineno})"
+            file = frame.f_code.co_filename
+            if file.startswith(ROOT) and "site-packages" not in file:
+                where = f" (at {file.removeprefix(ROOT)}:{frame.f_lineno})"
+            waits = max(waits, file.startswith(AUTOGRAD), 2 * file.startswith(DISTRIBUTED))
             frame = frame.f_back
         self.store.set(f"rank {self.rank}", json.dumps({
-            "looks": self.looks, "begun": self.group._get_sequence_number_for_group(), "what": self.what,
-            "where": where, "seconds": time.monotonic() - self.since}))
+            "looks": self.looks, "begun": self.count_begun(), "waits": waits, "where": where}))
+
+    def count_begun(self) -> list[int]:
+        """Of each group with all ranks, in the order in which they were made, how many collectives this rank began."""
+        groups = sorted((int(name), group) for group, name in [*dist.distributed_c10d._world.pg_names.items()]
+                        if name.isdecimal() and group.size() == self.size)
+        return [group._get_sequence_number_for_group() for _, group in groups]
 
     def read_all(self) -> list[dict]:
         return [json.loads(self.store.get(f"rank {rank}")) for rank in range(self.size)]
@@ -120,10 +133,13 @@ class Watch(threading.Thread):
         """What to say of ranks that died. The ranks are busy with the same at the same time."""
         return f"rank {' and rank '.join(map(str, ranks))} died in {self.what}; {GO_ON}"
 
-    def find_dead(self) -> list[int]:
-        """The other ranks that show no sign of life for three looks and did not say that they end."""
+    def find_dead(self, looks: int = 3) -> list[int]:
+        """The other ranks that show no sign of life for so many looks and did not say that they end."""
         before = self.read_all()
-        time.sleep(3 * LOOK)
+        for _ in range(looks):
+            # The thread that does this elsewhere may be the one that is here.
+            self.show_life()
+            time.sleep(LOOK)
         return [rank for rank, now in enumerate(self.read_all())
                 if rank != self.rank and now["looks"] == before[rank]["looks"] and not self.count(f"end {rank}")]
 
@@ -151,6 +167,9 @@ class Watch(threading.Thread):
             sys.stdout.flush()
         self.count(f"end {self.rank}", 1)
         self.count("ends", 1)
+        if not self.rank:
+            # It may hold the store. A rank that finds it gone knows of no other that has said why, and says it too.
+            self.wait_for("ends", self.size - 1)
         os._exit(status)
 
     # ---- the thread
@@ -174,15 +193,20 @@ class Watch(threading.Thread):
                 os._exit(1)
 
     def name_the_last(self):
-        """What takes too long: say which ranks have begun the fewest collectives, and end."""
-        seconds, known = time.monotonic() - self.since, self.read_all()
-        least = min(row["begun"] for row in known)
-        # A process that was halted said for the last time where it was when it was busy with this for a moment.
-        last = [f"rank {rank}{row['where'] if row['seconds'] > seconds / 2 else ''}" for rank, row in enumerate(known)
-                if row["begun"] == least]
+        """What takes too long: say which ranks the others wait for, and end."""
+        seconds = time.monotonic() - self.since
+        # On a busy machine a thread may look late.
+        halted = self.find_dead(2) and self.find_dead(8)
+        known = self.read_all()
+        least = min(row["waits"] for row in known)
+        last = halted or [rank for rank, row in enumerate(known) if row["waits"] == least]
+        for begun in zip(*(row["begun"] for row in known)):
+            last = [rank for rank in last if begun[rank] == min(begun[each] for each in last)]
         if not self.claim(1):
             self.end()
-        who = f"{' and '.join(last)} hangs" if len(last) < self.size else "all ranks wait"
+        # Where a process that was halted is, is not known.
+        names = [f"rank {rank}{'' if rank in halted else known[rank]['where']}" for rank in last]
+        who = f"{' and '.join(names)} hangs" if len(last) < self.size else "all ranks wait"
         print(f"error: {who} in {self.what}: no rank went on for {seconds:.0f} seconds (--parallel.step-timeout, "
               f"--parallel.timeout); {GO_ON}", file=sys.stderr, flush=True)
         self.wait_for("ends", self.size - 1)

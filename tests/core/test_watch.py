@@ -178,19 +178,28 @@ def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault,
         checkpoint.verify(checkpoint.path_of(out / "checkpoints", step))
 
 
-@pytest.mark.parametrize(("spent", "place"), [(58.0, " (at data.py:7)"), (0.4, "")])
-def test_the_place_of_a_halted_rank_is_not_told(monkeypatch, capsys, spent, place):
-    """Rank 1 was last heard of two seconds ago, or when it had just begun."""
+@pytest.mark.parametrize(("halted", "rows", "who"), [
+    # It waited in a collective when it was halted; where it was then is not told.
+    ([1], [(2, [5, 7]), (2, [5, 7])], "rank 1 hangs"),
+    # Both wait, or both compute: the fewest collectives of all ranks, those of saves last.
+    ([], [(2, [5, 7]), (2, [4, 9])], "rank 1 (at data.py:1) hangs"),
+    ([], [(0, [5, 6]), (0, [5, 7])], "rank 0 (at data.py:0) hangs"),
+    # Rank 0 waits for rank 1, in groups of some ranks, or at the end of a pipeline with fewer of them.
+    ([], [(2, [5, 7]), (0, [5, 7]), (1, [5, 7])], "rank 1 (at data.py:1) hangs"),
+    ([], [(2, [4, 7]), (1, [6, 7])], "rank 1 (at data.py:1) hangs"),
+    ([], [(2, [5, 7]), (0, [5, 7]), (0, [5, 7])], "rank 1 (at data.py:1) and rank 2 (at data.py:2) hangs"),
+    ([], [(2, [5, 7]), (2, [5, 7])], "all ranks wait"),
+])
+def test_the_rank_that_the_others_wait_for_is_named(monkeypatch, capsys, halted, rows, who):
+    """rows: whether each rank is in a collective (2), in a backward pass (1) or not, and what it has begun."""
     seen = Watch.__new__(Watch)
-    vars(seen).update(rank=0, size=2, since=time.monotonic() - 60, what="the start")
-    rows = [{"seconds": 59.0, "begun": 5, "what": "the start", "where": " (at eval.py:3)"},
-            {"seconds": spent, "begun": 4, "what": "the start", "where": " (at data.py:7)"}]
-    monkeypatch.setattr(Watch, "read_all", lambda self: rows)
-    monkeypatch.setattr(Watch, "claim", lambda self, status: True)
-    monkeypatch.setattr(Watch, "wait_for", lambda self, *what: None)
+    vars(seen).update(rank=0, size=len(rows), since=time.monotonic() - 60, what="the start")
+    known = [{"waits": waits, "begun": begun, "where": f" (at data.py:{i})"} for i, (waits, begun) in enumerate(rows)]
+    for name, answer in (("find_dead", halted), ("read_all", known), ("claim", True), ("wait_for", None)):
+        monkeypatch.setattr(Watch, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(os, "_exit", lambda status: None)
     seen.name_the_last()
-    assert capsys.readouterr().err.startswith(f"error: rank 1{place} hangs in the start: no rank went on for 60 sec")
+    assert capsys.readouterr().err.startswith(f"error: {who} in the start: no rank went on for 60 sec")
 
 
 @pytest.mark.parametrize(("where", "words"), [("meeting", []), ("groups", ["--parallel.context", 2])])

@@ -6,8 +6,10 @@ import re
 import signal
 import time
 
+from core import checkpoint
+
 from .harness import Lab, Row, Team, timed
-from .kills import FEW, LAYOUTS, Case, uninterrupted, words_of
+from .kills import FEW, LAYOUTS, SAVE_EVERY, Case, uninterrupted, words_of
 from .results import differences
 
 # Seconds that a step may take here, and anything else.
@@ -15,9 +17,10 @@ STEP, OTHER = 3, 8
 # Those in which all must have ended: a step may take five times what the slowest one has taken.
 MOST = 60
 AT = 5
-# (what the rank does, where)
+# (what the rank does, where): at the beginning of a step, in the passes through its last block, in the save after the
+# step, and while the next steps are done and its part of the save is written.
 HANGS = (("sleeps", "before"), ("sleeps", "forward"), ("sleeps", "backward"), ("halts", "before"),
-         ("halts", "forward"))
+         ("halts", "forward"), ("sleeps", "save"), ("sleeps", "write"))
 
 
 def stay():
@@ -29,18 +32,29 @@ def halt():
 
 
 def hang_at(rank: int, act, where: str):
-    """In a worker: call act() in a step on one rank, before it does anything or in a pass through its last block."""
+    """In a worker: call act() on one rank."""
     import train
     real = train.train_step
 
+    def acting(function):
+        def call(*arguments):
+            act()
+            return function(*arguments)
+        return call
+
     def step(run, number, batches):
         if number == AT and run.world.rank == rank:
+            block = [*run.inner.layers.children()][-1]
             if where == "before":
                 act()
+            elif where == "forward":
+                block.register_forward_pre_hook(lambda *_: act())
+            elif where == "backward":
+                block.mlp.register_full_backward_hook(lambda *_: act())
+            elif where == "save":
+                run.saver.save = acting(run.saver.save)
             else:
-                block = [*run.inner.layers.children()][-1]
-                block.register_forward_pre_hook(lambda *_: act()) if where == "forward" else \
-                    block.mlp.register_full_backward_hook(lambda *_: act())
+                checkpoint.Shards.write = acting(checkpoint.Shards.write)
         return real(run, number, batches)
     train.train_step = step
 
@@ -59,7 +73,10 @@ def judge(lab: Lab, case: Case, row: Row, does: str, where: str, rank: int):
     team.kill()
     ended = team.wait(1)
     errors = [line for outcome in ended for line in outcome.err.splitlines() if line.startswith("error:")]
-    is_named = len(errors) == 1 and re.match(rf"error: rank {rank}( \(at \S+\))? hangs in step {AT + 1}: ", errors[0])
+    # A save begins after step 6 and is waited for after step 9.
+    doing = {"save": f"(step {AT + 1}|the save at step {AT + 1})", "write": f"the save at step {AT + 1 + SAVE_EVERY}"}
+    says = rf"error: rank {rank}( \(at \S+\))? hangs in {doing.get(where, f'step {AT + 1}')}: "
+    is_named = len(errors) == 1 and re.match(says, errors[0])
     row.check(is_named, f"{named}: {errors or [str(outcome) for outcome in ended]}")
     row.check({outcome.status for outcome in ended} == {1}, f"{named}: {[str(outcome) for outcome in ended]}")
     again = Team(words_of(lab, case, out), case.ranks).wait(60 + 20 * seconds)
@@ -77,7 +94,7 @@ def on_layout(case: Case):
         with timed(row):
             for i, (does, where) in enumerate(HANGS[1:2] if lab.short else HANGS):
                 judge(lab, case, row, does, where, i % case.ranks)
-        row.notes = "a rank sleeps or is halted before, in the forward and in the backward pass of a step"
+        row.notes = "a rank sleeps or is halted before a step, in its passes, before a save, in the writing of it"
         return row
     return section
 
