@@ -384,6 +384,10 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     if shared is not None or pipe or any(map(is_of_parted, parameters)):
         counted = [p for name, p in named.items() if not pipe or not pipe.is_copy(name)]
         norm = measure_norm(counted, 1 if shared is None else shared.device_mesh["tensor"].size())
+        for name, p in named.items():
+            if pipe and pipe.is_copy(name):
+                # It counts for nothing, unless this rank has broken it.
+                norm = norm + 0 * local(p.grad).sum()
         for p in parameters if limit else ():
             # As torch.nn.utils.clip_grad_norm_ does.
             local(p.grad).mul_((limit / (norm + 1e-6)).clamp(max=1.0))

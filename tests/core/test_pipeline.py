@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -252,6 +253,19 @@ def test_stages_are_cut_by_cost():
         assert [i for cut in cuts for i in cut] == list(range(len(costs)))
         assert all(cuts)
         assert dearest([0, *(cut.stop for cut in cuts)]) == min(map(dearest, ways))
+
+
+def test_the_copy_of_an_embedding_counts_in_the_norm_only_where_it_is_broken(monkeypatch):
+    """By hand: gradients of 3 and 4 have the norm 5, with whatever the copy has."""
+    monkeypatch.setattr(parallel, "measure_norm", lambda counted, t: torch.stack([p.grad for p in counted]).norm())
+    model = torch.nn.Module()
+    model.pipe = SimpleNamespace(is_copy=lambda name: name == "copy")
+    for copied, norm in ((12.0, 5.0), (float("nan"), None), (float("inf"), None)):
+        for name, gradient in (("a", 3.0), ("b", 4.0), ("copy", copied)):
+            setattr(model, name, torch.nn.Parameter(torch.zeros(())))
+            getattr(model, name).grad = torch.tensor(gradient)
+        found = parallel.clip_gradients(model, 1.0)
+        assert found == norm if norm else not torch.isfinite(found)
 
 
 def test_what_cannot_be_in_stages_is_refused(lab, tmp_path):
