@@ -1,17 +1,26 @@
-"""What one of several ranks does in a test, and one rank alone for the truth."""
+"""What one of several ranks does in a test, and one rank alone for the truth.
+
+A test file of ranks is also the program that they run: it forks them once, and they go through all of its cases.
+"""
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
+import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runs import digest
+from runs import ENV, digest, make_lab, one
 
 import train
 from core import parallel, sharding
+from stages import evaluate
 from stages.build import build
 from stages.resume import resume
 
@@ -38,7 +47,8 @@ def steps_of(c, world, steps: int) -> dict:
     weights = sharding.model_state(run.inner)
     moments = sharding.optimizer_state(run.inner, run.optimizer)
     trained = [name for name, p in run.inner.named_parameters() if p.requires_grad]
-    return out | {"unmoved": [name for name in trained if torch.equal(before[name], weights[name])], "held": held,
+    return out | {"unmoved": [name for name in trained if torch.equal(before[name], weights[name])],
+                  "moved": [name for name in before if not torch.equal(before[name], weights[name])], "held": held,
                   "digest": digest_of(weights), "rows": rows,
                   "fisher": {name: value.double().norm().item() for name, value in fisher_of(run).items()},
                   "weights": {k: v.double().norm().item() for k, v in weights.items()},
@@ -66,13 +76,38 @@ def pass_on(c, world):
         run.saver.finish()
 
 
-# ---- ranks that part and meet again in other numbers
+# ---- a program of ranks, which part and meet again in other numbers
+
+def run_once(tmp_path_factory, file: str, seconds: int = 900) -> Path:
+    """The folder that the program `file` has filled, and what it said in folder/"said". It runs once, whichever of
+    pytest-xdist's workers asks first; the others wait for it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder = shared / Path(file).stem
+    with open(shared / f"{folder.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "said").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            done = subprocess.run([sys.executable, file, folder], env=ENV, capture_output=True, text=True,
+                                  timeout=seconds)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (folder / "said").write_text(done.stdout + done.stderr)
+    return folder
+
 
 def fork_ranks(function, ranks: int, *arguments):
     """Call function(rank, *arguments) in so many forked processes; where one fails, all end and its traceback shows.
     To be called by a process that imported what they need and has computed nothing: autograd does not survive a fork.
     """
+    # A report of each run would cost more than the run.
+    evaluate.run_command = lambda *words: ""
+    torch.set_num_threads(1)
     torch.multiprocessing.start_processes(function, arguments, nprocs=ranks, start_method="fork")
+
+
+def make_lab_in(rank: int, folder: Path):
+    make_lab(folder / "lab")
 
 
 @contextlib.contextmanager
@@ -89,3 +124,39 @@ def meet(folder: Path, name: str, rank: int, ranks: int):
     # None leaves while another still waits for it.
     world.barrier()
     parallel.stop()
+
+
+def lay_out(world, c):
+    """As at the start of a command."""
+    c.parallel.refuse_layout(world.size)
+    world.share_sequences(c.parallel)
+
+
+def go_through(folder: Path, cases: dict, measure, after=None):
+    """Of cases, {name: (how many ranks take part, its settings)}, what measure(settings, world) finds is written to
+    `folder`, for `found_by`. Those of one rank are dealt out to two processes. The largest world then does
+    after(folder, world). Each world is forked anew, as PyTorch takes a group of ranks for one that bore its name."""
+    sizes = sorted({size for size, _ in cases.values()})
+    for size in sizes:
+        own = {name: c for name, (ranks, c) in cases.items() if ranks == size}
+        fork_ranks(as_one_of, max(size, 2), size, folder, own, measure, after if size == sizes[-1] else None)
+
+
+def as_one_of(rank: int, ranks: int, folder: Path, cases: dict, measure, after):
+    found = {}
+    with meet(folder, f"of_{ranks}", rank, ranks) if ranks > 1 else contextlib.nullcontext(one()) as world:
+        for name in cases if ranks > 1 else list(cases)[rank::2]:
+            lay_out(world, cases[name])
+            found[name] = measure(cases[name], world)
+        (folder / f"found_{ranks}_{rank}.json").write_text(json.dumps(found))
+        if after:
+            after(folder, world)
+
+
+def found_by(folder: Path) -> dict[str, list]:
+    """{case: what each of its ranks found}"""
+    found = {}
+    for file in sorted(folder.glob("found_*.json")):
+        for name, value in json.loads(file.read_text()).items():
+            found.setdefault(name, []).append(value)
+    return found

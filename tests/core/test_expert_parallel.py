@@ -5,14 +5,13 @@ each of them runs.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import fork_ranks, meet, pass_on, steps_of
-from runs import ENV, make_lab, one, settings
+from ranks import fork_ranks, found_by, go_through, lay_out, pass_on, run_once, steps_of
+from runs import make_lab, one, settings
 
 import hf
 import moe
@@ -21,7 +20,6 @@ from core import checkpoint
 from core.expert_parallel import choose_dim
 from core.parallel import ParallelConfig
 from model import Model, ModelConfig
-from stages import evaluate
 from stages.refuse import refuse_sharing
 
 STEPS = 20
@@ -34,17 +32,19 @@ CASES = {"two": ([*TWO, "--parallel.reshard", "False"], "even", ["--router.balan
          "four": (FOUR, "even", ["--optim.clip", 0.1, "--model.activation-checkpointing"]),
          "two_ewc": (TWO, "even", ["--forget.ewc.strength", 100, "--forget.ewc.samples", 8]),
          "two_lora": (TWO, "even", [*LORA, "--lora.dora", "--forget.lwf.alpha", 0.5]),
+         "four_frozen": (FOUR, "even", ["--forget.freeze.schedule", "stages", "--forget.freeze.stages",
+                                         "0 layers.0.mlp norm"]),
          # The router sends every token to the same two experts: two of the ranks never get one.
          "four_uneven": (FOUR, "uneven", LORA)}
 # A checkpoint's way: from one rank, by the layouts, and to one rank again, which reads it here.
 WAY = {"fsdp": FSDP, "two": TWO, "four": FOUR, "again": FSDP}
 
 
-def case(folder: Path, name: str, is_laid_out: bool, out="unused"):
+def case(folder: Path, name: str, is_laid_out: bool):
     layout, base, words = CASES[name]
-    return settings(folder / "lab", folder / out, "--train.batch-size", 8, "--train.micro-batch-size", 1,
-                    "--optim.clip", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4, "--model.init", "pretrained",
-                    "--model.path", folder / base, *words, *(layout if is_laid_out else []), steps=STEPS)
+    return settings(folder / "lab", "unused", "--train.batch-size", 4, "--train.micro-batch-size", 1, "--optim.clip", 0,
+                    "--optim.lr", 1e-3, "--optim.min-lr", 1e-4, "--model.init", "pretrained", "--model.path",
+                    folder / base, *words, *(layout if is_laid_out else []), steps=STEPS)
 
 
 def whole(folder: Path, layout: list, out: str):
@@ -53,27 +53,26 @@ def whole(folder: Path, layout: list, out: str):
                     "--optim.lr", 1e-3, "--eval.sample-tokens", 4, *layout, steps=3)
 
 
-def measures(c, world) -> dict:
-    found = steps_of(c, world, STEPS)
-    return {key: found[key] for key in ("loss", "norm", "weights", "fisher")}
+def measure(c, world) -> dict:
+    found = steps_of(c, world, c.train.steps)
+    return {key: found[key] for key in ("loss", "norm", "weights", "unmoved", "moved", "fisher")}
 
 
-def as_rank(rank: int, folder: Path):
-    torch.set_num_threads(1)
-    if rank == 0:
-        results = {name: measures(case(folder, name, False), one()) for name in CASES}
-        (folder / "truth.json").write_text(json.dumps(results))
-        train.train(whole(folder, [], "alone"), one())
-    with meet(folder, "experts", rank, 4) as world:
-        results = {name: measures(case(folder, name, True), world) for name in CASES}
-        (folder / f"rank{rank}.json").write_text(json.dumps(results))
-        before = "alone"
-        for name, layout in WAY.items():
-            c = whole(folder, layout, f"moved_{name}")
-            c.train.branch_from = str(folder / before / "checkpoints/step_00000003")
-            pass_on(c, world)
-            before = f"moved_{name}"
-        train.train(whole(folder, TWO, "whole"), world)
+def whole_runs(folder: Path, world):
+    before = "alone"
+    for name, layout in WAY.items():
+        c = whole(folder, layout, f"moved_{name}")
+        c.train.branch_from = str(folder / before / "checkpoints/step_00000003")
+        lay_out(world, c)
+        pass_on(c, world)
+        before = f"moved_{name}"
+    c = whole(folder, TWO, "whole")
+    lay_out(world, c)
+    train.train(c, world)
+
+
+def alone(rank: int, folder: Path):
+    train.train(whole(folder, [], "alone"), one())
 
 
 def make_bases(rank: int, folder: Path):
@@ -89,23 +88,25 @@ def make_bases(rank: int, folder: Path):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("experts")
-    done = subprocess.run([sys.executable, __file__, folder], env=ENV, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return run_once(tmp_path_factory, __file__)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_four_ranks_are_one(ranks, name):
-    found = [json.loads((ranks / f"rank{rank}.json").read_text())[name] for rank in range(4)]
-    truth = json.loads((ranks / "truth.json").read_text())[name]
-    assert all(found[0] == other for other in found[1:])
+    found = found_by(ranks)
+    mine, (truth,) = found[name], found[f"truth of {name}"]
+    assert len(mine) == 4
+    assert all(mine[0] == other for other in mine[1:])
     for key in ("loss", "norm"):
-        assert found[0][key] == pytest.approx(truth[key], rel=5e-6), key
+        assert mine[0][key] == pytest.approx(truth[key], rel=5e-6), key
     assert truth["norm"][0] > 0.01
-    assert found[0]["fisher"] == pytest.approx(truth["fisher"], rel=1e-5)
-    assert found[0]["weights"] == pytest.approx(truth["weights"], rel=1e-4)
+    assert mine[0]["fisher"] == pytest.approx(truth["fisher"], rel=1e-5)
+    assert mine[0]["weights"] == pytest.approx(truth["weights"], rel=1e-4)
+    # All that trains moves, and nothing else.
+    assert mine[0]["unmoved"] == truth["unmoved"] == []
+    assert mine[0]["moved"] == truth["moved"]
+    assert (len(truth["moved"]) < len(truth["weights"])) == ("frozen" in name or "--lora.rank" in CASES[name][2])
 
 
 @pytest.mark.slow
@@ -160,6 +161,10 @@ def test_layouts_that_cannot_be_are_refused(lab, tmp_path):
 
 
 if __name__ == "__main__":
-    evaluate.run_command = lambda *words: ""
-    for function, ranks_of_it in ((make_bases, 1), (as_rank, 4)):
-        fork_ranks(function, ranks_of_it, Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    # Read once, for all ranks.
+    parsed = {name: (4, case(folder, name, True)) for name in CASES}
+    parsed |= {f"truth of {name}": (1, case(folder, name, False)) for name in CASES}
+    fork_ranks(make_bases, 1, folder)
+    fork_ranks(alone, 1, folder)
+    go_through(folder, parsed, measure, whole_runs)
