@@ -24,6 +24,7 @@ from core import cli, devices
 from core.config import setting
 from core.errors import UserError
 from core.settings_files import read_settings
+from core.sharding import device_of
 from model import KVCache
 from text.vocabulary import TextStream, token_before_document
 
@@ -116,7 +117,7 @@ def decode(model, tok, prompts, settings: Settings, generators, eos_ids=(), on_t
     sequence. start: a cache of what the prompts begin with. The model is in eval mode meanwhile. With FSDP every rank
     must call this with the same arguments.
     """
-    device, ids = next(model.parameters()).device, [list(prompt) for prompt in prompts]
+    device, ids = device_of(model), [list(prompt) for prompt in prompts]
     capacity = len(ids[0]) + settings.max_new_tokens
     new, running = [[] for _ in ids], set(range(len(ids)))
     cache = start or (KVCache(capacity) if settings.cache else None)

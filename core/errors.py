@@ -32,6 +32,7 @@ model.path|model model_name_or_path base_model
 model.tokenizer|tokenizer tokenizer_name tokenizer_name_or_path
 model.activation_checkpointing gradient_checkpointing
 parallel.strategy deepspeed fsdp
+parallel.offload offload_param offload_optimizer fsdp_offload_params cpu_offload
 out output_dir out_dir
 lora.rank r lora_r lora_rank finetuning_type adapter
 lora.alpha lora_alpha

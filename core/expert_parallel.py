@@ -76,9 +76,10 @@ class Exchange:
         return Send.apply(y[order.argsort()], received, sent, self.group)
 
 
-def shard_experts(model: nn.Module, mesh, policy, reshard: bool):
+def shard_experts(model: nn.Module, mesh, **options):
     """Part the experts of model.expert_plan() over the dimension `experts` of the mesh, and shard what a rank then has
-    over the dimension `shard`. To be called on the meta device, before the rest is sharded."""
+    over the dimension `shard`, with the options of fully_shard. To be called on the meta device, before the rest is
+    sharded."""
     for experts in model.expert_plan():
         for layer in experts.children():
             split_layer(layer, EXPERTS, mesh["experts"])
@@ -87,8 +88,8 @@ def shard_experts(model: nn.Module, mesh, policy, reshard: bool):
         experts.register_forward_hook(exchange.leave)
         # FSDP averages over the ranks that hold the same experts, and over all ranks elsewhere.
         LocalWeights(experts, averaged_by=exchange.ranks)
-        fully_shard(experts, mesh=mesh["shard"], mp_policy=policy, reshard_after_forward=reshard,
-                    shard_placement_fn=lambda p: choose_dim(p, mesh["shard"].size()))
+        fully_shard(experts, mesh=mesh["shard"], shard_placement_fn=lambda p: choose_dim(p, mesh["shard"].size()),
+                    **options)
 
 
 def choose_dim(p: torch.Tensor, ranks: int) -> Shard:

@@ -28,6 +28,7 @@ from core.errors import UserError
 from core.expert_parallel import is_of_parted, shard_experts
 from core.groups import connecting
 from core.mesh import find_sharers, forget_ranks, lay_ranks, make_mesh
+from core.offload import choose_backend, choose_policy
 from core.pace import Pace
 from core.pipeline import Pipe, open_pipe
 from core.sharding import local, outermost
@@ -46,6 +47,9 @@ class ParallelConfig:
     reshard: bool = True
     """fsdp: free a block's gathered weights after its forward pass; False: keep them until its backward pass (as
     ZeRO-2), which saves gathering them again and takes the memory of the gathered model"""
+    offload: bool = False
+    """fsdp, also of one GPU: keep weights, gradients and optimizer state in the host's memory, whose processor then
+    does the optimizer's step: a GPU holds activations and two blocks, and each pass waits for the weights"""
     context: int = setting(1, at_least=1)
     """C: how many ranks share each sequence (context parallel), data.context / C tokens each: activations of long
     sequences take 1 / C of the memory. C divides the heads, and is within one node"""
@@ -67,6 +71,10 @@ class ParallelConfig:
     timeout: float = setting(7200.0, at_least=1, at_most=10**6)
     """the same for the build, the first step, evaluations, saves and the export"""
 
+    def shards(self, ranks: int) -> bool:
+        """Whether FSDP lays the model out over so many ranks."""
+        return self.strategy == "fsdp" and (ranks > 1 or self.offload)
+
     def refuse_layout(self, ranks: int):
         """UserError where the ranks cannot be laid out as the settings say."""
         for name in ("context", "tensor", "pipeline", "experts"):
@@ -77,7 +85,7 @@ class ParallelConfig:
         if self.pipeline > 1 and self.strategy != "fsdp" and self.pipeline < ranks:
             raise UserError(f"parallel.pipeline {self.pipeline} leaves {ranks // self.pipeline} ranks for each part of "
                             f"the layers; set --parallel.strategy fsdp, which shards the part over them")
-        changed = [name for name in ("replicas", "reshard", "tensor", "experts")
+        changed = [name for name in ("replicas", "reshard", "offload", "tensor", "experts")
                    if getattr(self, name) != getattr(ALONE, name)]
         if self.strategy != "fsdp" and changed:
             raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
@@ -113,6 +121,8 @@ class World:
     group: dist.ProcessGroup | None = None
     # None where there is one rank.
     watch: Watch | None = None
+    # Whether gradients are kept in the host's memory.
+    offload: bool = False
     # None where each rank has its own sequences.
     sequences: SharedSequences | None = None
     # None where each rank computes whole matmuls.
@@ -171,6 +181,7 @@ class World:
     def share_sequences(self, config: ParallelConfig):
         """From now on ranks share sequences, matmuls and layers as the settings say. A collective: all groups of ranks
         are made here, where they have just met."""
+        self.offload = config.offload
         with connecting():
             sizes = config.replicas, config.context, config.tensor, config.pipeline, config.experts
             mesh = lay_ranks(self.device.type, self.size, config) if max(sizes) > 1 else None
@@ -284,7 +295,7 @@ def count_ranks() -> int:
 @contextlib.contextmanager
 def together(device: str, config: ParallelConfig):
     """This process's place among torchrun's ranks. Where one rank fails, that one says why, and all end."""
-    world = start(device, config.timeout)
+    world = start(device, config.timeout, config.offload)
     if world.size > 1:
         world.watch = Watch(world.rank, world.size, config.step_timeout, config.timeout)
     try:
@@ -301,8 +312,9 @@ def together(device: str, config: ParallelConfig):
     stop()
 
 
-def start(device: str = "auto", timeout: float = 1800) -> World:
-    """This process's place among torchrun's ranks, or a world of one. timeout: seconds that a collective may take."""
+def start(device: str = "auto", timeout: float = 1800, offload: bool = False) -> World:
+    """This process's place among torchrun's ranks, or a world of one. timeout: seconds that a collective may take.
+    offload: as in the settings; then one rank has a group too."""
     device = pick_device(device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -311,9 +323,10 @@ def start(device: str = "auto", timeout: float = 1800) -> World:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     rank, size = int(os.environ.get("RANK", 0)), count_ranks()
-    if size > 1 and not dist.is_initialized():
+    if (size > 1 or offload) and not dist.is_initialized():
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
         # Longer than the watch waits, which can say what happened.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout + 60))
+        dist.init_process_group(choose_backend(offload, device), timeout=timedelta(seconds=timeout + 60), **alone)
     return World(rank, size, device)
 
 
@@ -333,8 +346,9 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
     """
     mesh = lay_ranks(world.device.type, world.size, config)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = choose_policy(config.offload, world.device)
     if config.experts > 1:
-        shard_experts(model, mesh, policy, config.reshard)
+        shard_experts(model, mesh, mp_policy=policy, reshard_after_forward=config.reshard, offload_policy=offload)
         mesh = make_mesh(world.device.type, world.size)
     mesh = mesh[tuple(name for name in mesh.mesh_dim_names if name in ("replicate", "shard"))]
     for module in [*model.shard_plan(), *outermost(model)]:
@@ -343,7 +357,7 @@ def shard(model: nn.Module, world: World, config: ParallelConfig = ALONE, dtype:
         # What a stage takes is in the right types already.
         own = policy if module is model or module not in outermost(model) else \
             replace(policy, cast_forward_inputs=False)
-        fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=reshard)
+        fully_shard(module, mesh=mesh, mp_policy=own, reshard_after_forward=reshard, offload_policy=offload)
     return model
 
 

@@ -1,6 +1,8 @@
 """What the ranks hold of a model's tensors: full tensors and sharded ones, the one made of the other.
 
-A tensor is sharded where it is a DTensor, of which each rank holds a part.
+A tensor is sharded where it is a DTensor, of which each rank holds a part. With parallel.offload that part lies in the
+host's memory, and FSDP brings it to the GPU that computes: there the device of a parameter says where it is kept, and
+`device_of` where it is used.
 """
 
 import torch
@@ -20,6 +22,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in outermost(model)) or outermost(model) != [model]
 
 
+def device_of(held: nn.Module | torch.Tensor) -> torch.device:
+    """Where a module, or what a tensor belongs to, computes."""
+    tensor = next(held.parameters()) if isinstance(held, nn.Module) else held
+    kind = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else tensor.device.type
+    if kind == tensor.device.type:
+        return tensor.device
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -27,22 +38,28 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor on the CPU, without a graph. A collective for a sharded one."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return gather(tensor.detach()).cpu()
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor, where its model computes. A collective for a sharded one."""
+    return tensor.to(device_of(tensor)).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def distribute_like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`full`, which every rank has, with the device and sharding of `pattern`, and its dtype unless one is given."""
     full = full.to(pattern.device, dtype or pattern.dtype)
     if isinstance(pattern, DTensor):
-        return distribute_tensor(full, pattern.device_mesh, pattern.placements, src_data_rank=None)
+        # What is made of a mesh lies on the mesh's devices.
+        return distribute_tensor(full, pattern.device_mesh, pattern.placements, src_data_rank=None).to(pattern.device)
     return full
 
 
 def make_empty_like(shape, dtype: torch.dtype, pattern: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor with the device of `pattern` and, unless it is a scalar, its sharding."""
     if isinstance(pattern, DTensor) and shape:
-        return empty_distributed(shape, dtype=dtype, device_mesh=pattern.device_mesh, placements=pattern.placements)
+        return empty_distributed(shape, dtype=dtype, device_mesh=pattern.device_mesh,
+                                 placements=pattern.placements).to(pattern.device)
     return torch.empty(shape, dtype=dtype, device=pattern.device)
 
 

@@ -22,8 +22,9 @@ from torch import nn
 
 import moe
 from core.errors import UserError
+from core.sharding import gather
 from kernels import grouped_mm, lora_linear
-from learn.quantised import TINY, CompressedMatmul, EightBit, EightBitMatmul, FourBit, full_tensor
+from learn.quantised import TINY, CompressedMatmul, EightBit, EightBitMatmul, FourBit
 
 # ---- what is trained. Each kind of adapter has three things:
 # peft_suffixes                          {parameter: end of its key in PEFT's file}
@@ -163,7 +164,7 @@ class Adapted(nn.Module):
 
     def gather_base(self) -> torch.Tensor:
         """The full W. A collective where it is sharded."""
-        return full_tensor(self.kept.detach()) if self.quantised is None else self.kept.dequantise(form=full_tensor)
+        return gather(self.kept.detach()) if self.quantised is None else self.kept.dequantise(form=gather)
 
     @property
     def adapter(self) -> nn.Module | None:

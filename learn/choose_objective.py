@@ -115,7 +115,7 @@ def refuse_objective(c, ranks: int):
     if c.lora.rank and name == "electra":
         raise UserError("objective electra trains a generator and a head of its own beside all of the model, and with "
                         "adapters the base does not train; leave out lora.rank")
-    if ranks > 1 and c.parallel.strategy == "fsdp" and name == "electra":
+    if c.parallel.shards(ranks) and name == "electra":
         raise UserError("objective electra shares the embeddings between two models, which FSDP would gather for one "
                         "of them alone; use --parallel.strategy ddp")
     if lwf and name == "selective":

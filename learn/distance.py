@@ -69,7 +69,7 @@ def square_adapters(layers):
     for path, layer in layers:
         # The same adapter with its full tensors: each rank computes all of it.
         adapter = copy.copy(layer.adapter)
-        adapter._parameters = {name: p if p is None else sharding.full_tensor(p).to(layer.device)
+        adapter._parameters = {name: p if p is None else sharding.gather(p.detach())
                                for name, p in layer.adapter._parameters.items()}
         if isinstance(adapter, adapters.LowRank) and adapter.magnitude is None:
             # |B A|^2 = sum (B^T B) * (A A^T): no matrix of the weight's size is made.

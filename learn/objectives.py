@@ -235,8 +235,9 @@ def sum_step(objective: Objective, names: list[str], scored: list[tuple], norm: 
     sources, metrics = zip(*scored)
     losses, targets = ([m[key] for m in metrics] for key in ("sequence_loss", "sequence_targets"))
     measured = [value for m in metrics for name in objective.measures for value in m["measures"][name]]
-    values = torch.cat([*losses, *targets, *(value.reshape(1) for value in measured), norm.flatten()])
-    values = values.float().cpu().double()
+    # The norm of gradients in the host's memory is there too.
+    norm = norm.reshape(1).to(losses[0].device)
+    values = torch.cat([*losses, *targets, *(value.reshape(1) for value in measured), norm]).float().cpu().double()
     n = sum(map(len, losses))
     *parts, measured, norm = values.split([n, n, len(measured), 1])
     sums = torch.zeros(2, len(names), dtype=torch.float64)

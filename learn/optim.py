@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from core.config import setting
-from core.sharding import distribute_like
+from core.sharding import distribute_like, gather
 from kernels.adamw import adamw_, init_state
 from learn.schedules import ScheduleConfig
 
@@ -86,7 +86,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     (*p.shape[:-1], x.shape[-1] * p.shape[-1] // local(p).shape[-1]))
                 stride = torch.empty(shape, device="meta").stride()
                 x = DTensor.from_local(x, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
-            state[name] = x
+            state[name] = x.to(p.device)
         return state
 
     @torch.no_grad()
@@ -140,9 +140,8 @@ class Muon(torch.optim.Optimizer):
         momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - self.MOMENTUM)
         # Nesterov's look ahead.
         step = p.grad.lerp(momentum, self.MOMENTUM)
-        step = step.full_tensor() if isinstance(step, DTensor) else step
         # Every rank has the full matrix, so taking this rank's rows of it sends nothing.
-        step = distribute_like(orthogonalise(step), p, step.dtype)
+        step = distribute_like(orthogonalise(gather(step)), p, step.dtype)
         p.mul_(1 - lr * decay).add_(step, alpha=-lr * 0.2 * math.sqrt(max(p.shape)))
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.errors import UserError
+from core.sharding import device_of
 from kernels import NF4, dequantise, grouped_mm, quantise
 from kernels.nf4 import BLOCK, read_absmax
 
@@ -58,7 +59,7 @@ class FewBits(nn.Module):
     def fill(self, weight: torch.Tensor, layout):
         """Take the place of another weight of this shape. Each rank quantises all of it and keeps its share, so that
         blocks and scales are those of one rank. layout: as in `initialise`."""
-        device = next(self.parameters()).device
+        device = device_of(self)
         for name, full in self.quantise(weight.to(device, self.dtype)).items():
             if full is not None:
                 own = getattr(self, name)
@@ -162,11 +163,6 @@ class CompressedMatmul(torch.autograd.Function):
 def shape_of(packed: torch.Tensor) -> torch.Size:
     """Of the weight whose rows are packed [..., out, in / 2]."""
     return torch.Size((*packed.shape[:-1], 2 * packed.shape[-1]))
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, gathered where it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def quantise_int4(weight: torch.Tensor, double_quant: bool) -> NF4:

@@ -25,7 +25,7 @@ def complete_all(model, tokenizer, prompts: list[str], stop, settings: Settings,
     With a world, the ranks share the prompts and all return the same; where FSDP shards the model, each does all.
     bar: the name of a progress bar on a terminal; None: without.
     """
-    world = world or parallel.World(0, 1, next(model.parameters()).device)
+    world = world or parallel.World(0, 1, sharding.device_of(model))
     eos_ids = ({tokenizer.eos_id} - {None}) if eos_ids is None else eos_ids
     bos = [tokenizer.bos_id] * tokenizer.add_bos
     encoded = [[*bos, *ids.tolist()] or [token_before_document(tokenizer)] for ids in tokenizer.encode_batch(prompts)]
@@ -62,7 +62,7 @@ def begin(model, prompts: list[list[int]]) -> KVCache | None:
         return None
     cache, mode = KVCache(length), model.training
     model.eval()
-    model(torch.tensor([prompts[0][:length]], device=next(model.parameters()).device), cache=cache)
+    model(torch.tensor([prompts[0][:length]], device=sharding.device_of(model)), cache=cache)
     model.train(mode)
     return cache
 

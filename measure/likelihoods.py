@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from core import parallel
+from core.sharding import device_of
 from model import BY_LENGTH, KVCache
 
 # A beginning of fewer tokens than so costs less to compute again than to copy.
@@ -122,7 +123,7 @@ class Scorer:
 
     def __init__(self, model, B: int, autocast=None):
         self.model, self.B, self.autocast = model, B, autocast
-        self.device, self.forwards = next(model.parameters()).device, 0
+        self.device, self.forwards = device_of(model), 0
         self.head, self.found = None, {}
 
     def compute(self, tokens, cache: KVCache | None = None):
@@ -210,7 +211,7 @@ def log_likelihoods(model, questions: list, parts: list | None = None, longest: 
     share the work and all return the same. bar: the name of a progress bar on a terminal; None: without.
     """
     longest = longest or model.config.max_position_embeddings
-    world, mode = world or parallel.World(0, 1, next(model.parameters()).device), model.training
+    world, mode = world or parallel.World(0, 1, device_of(model)), model.training
     rows, cut = make_rows(questions, longest)
     groups: dict = {}
     for question, part in zip(rows, parts or itertools.repeat("")):

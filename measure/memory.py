@@ -161,7 +161,8 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
                             f"RECIPE.toml --dry-run measures it")
     L, V, D = config.num_hidden_layers, config.vocab_size, config.hidden_size
     shards = ranks // c.parallel.replicas if c.parallel.strategy == "fsdp" else 1
-    count, types = count_elements(config, c.lora), find_types(c, kind, shards > 1)
+    sharded = c.parallel.shards(ranks)
+    count, types = count_elements(config, c.lora), find_types(c, kind, sharded)
     M = c.train.micro_batch_size * c.data.context // c.parallel.context
     accumulates = c.train.batch_size // (ranks // c.parallel.context) > c.train.micro_batch_size
     quantised = {"nf4": FOUR_BITS[c.lora.double_quant], "int4": FOUR_BITS[c.lora.double_quant], "int8": 1.0}
@@ -178,19 +179,23 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     logits = V * (types.matmul if kind == "cuda" else 4 + (types.matmul if types.matmul < 4 else 0))
     chunk = chunk_rows(M, logits, torch.device(kind)) * logits
     head = chunk + M * D * types.matmul + (4 * V * D if trains_head else 0)
-    head_copy = types.matmul * V * D if types.matmul != types.weight and shards == 1 else 0
+    head_copy = types.matmul * V * D if types.matmul != types.weight and not sharded else 0
     # FSDP has gathered, in the matmuls' type, two blocks, this one and the next (all, where they stay gathered), and
     # what is in no block; of gradients one such part, and once more in fp32 on its way to the other ranks.
     of_params = types.weight if c.lora.rank else types.matmul
     # Of experts that ranks share, a rank gathers its own.
     block = count.block - count.experts * (1 - 1 / c.parallel.experts)
     gathered = 0
-    if shards > 1:
+    if sharded:
         of_gradients = 0 if c.lora.rank else (of_params + 4) * max(block, count.outside)
         blocks = 2 if c.parallel.reshard else L
         gathered = of_params * (blocks * block + count.outside) + of_gradients
 
     methods = copies_of_methods(c, count, types) / shards
+    host = 0.0
+    if c.parallel.offload and kind == "cuda":
+        # core/offload.py keeps them there.
+        host, weights, state, methods, gradients = weights + state + methods + gradients, 0.0, 0.0, 0.0, 0.0
     kept = weights + state + methods + gathered
     before = gradients if accumulates else 0
     of_head = 4 * V * D / shards if trains_head else 0
@@ -203,7 +208,7 @@ def estimate(c, config: ModelConfig, ranks: int = 1, kind: str = "cuda") -> dict
     holes = max(chunk, gradients / 2, activations / 5) if kind == "cpu" else 0
     return {"weights": weights, "optimizer": state, "methods": methods, "gathered": gathered, "gradients": gradients,
             "activations": activations, "head": head + head_copy, "workspace": workspace,
-            "holes": holes, "peak": kept + max(forward, backward, gradients) + holes}
+            "host": host, "holes": holes, "peak": kept + max(forward, backward, gradients) + holes}
 
 
 def size_activations(c, config: ModelConfig, types: Types, count: Elements, M: int, kind: str) -> tuple[float, float]:

@@ -16,6 +16,7 @@ import torch
 
 import data
 from core import hashing, parallel
+from core.sharding import device_of
 from learn import objectives
 from measure import verdict
 from text import packing
@@ -77,7 +78,7 @@ def score(model, objective, documents: list, prefix: int, context: int, world=No
     Documents of one sequence do not see each other, whatever they do in training.
     """
     objective = objective.part_documents()
-    device, mode = next(model.parameters()).device, model.training
+    device, mode = device_of(model), model.training
     world = world or parallel.World(0, 1, device)
     masks = [learned[0] if learned else None for _, _, *learned in documents]
     batches = make_batches(objective, [ids for ids, *_ in documents], prefix, context, B, masks)
@@ -119,7 +120,7 @@ def score_objective(model, objective, held: packing.Packing, most_tokens: int, w
     curves of a run are of one thing. source: what batch.source is to say. Other arguments as in `score`.
     """
     objective, mode = objective.part_documents(), model.training
-    device = next(model.parameters()).device
+    device = device_of(model)
     world = world or parallel.World(0, 1, device)
     n = min(held.sequences, max(1, most_tokens // held.context))
     totals = torch.zeros(2 + 2 * len(objective.measures), dtype=torch.float64, device=device)

@@ -20,7 +20,7 @@ import forget
 import hf
 import lora
 import tokenizer as tokenizers
-from core import checkpoint, cli, devices, hashing, parallel, pipeline, sharding
+from core import checkpoint, cli, devices, hashing, offload, parallel, pipeline, sharding
 from core.architecture import set_positions
 from core.config import is_on, setting
 from core.errors import Diverged, UserError
@@ -374,7 +374,7 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
     graph where it is compiled, shards -> weights, tensor by tensor. No rank ever holds the full weights of a sharded
     model, nor the plain ones of a base in few bits. Recomputation (model.checkpoint_blocks) stands around all of it.
     """
-    sharded = world.size > 1 and c.parallel.strategy == "fsdp"
+    sharded = c.parallel.shards(world.size)
     # bf16 halves the memory of weights that do not train (under adapters) and of those whose optimizer keeps what bf16
     # rounds away (adamw_8bit). With any other optimizer bf16 weights would lose small updates.
     bf16 = c.train.precision == "bf16" and (c.optim.name == "adamw_8bit" or c.lora.rank > 0)
@@ -400,7 +400,7 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
         computes = gathered or computes
     refuse_memory(adapters.count_elements(model)[1], c, world.device,
                   "its sizes, or use --parallel.strategy fsdp on more devices")
-    model.to_empty(device=world.device).tie()
+    offload.make_empty(model, world.device, c.parallel.offload).tie()
     if c.model.init == "scratch":
         model.initialise(c.seed, sharding.distribute_like)
     else:
