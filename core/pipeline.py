@@ -207,10 +207,12 @@ class Pipeline:
     """Both passes of all micro-batches of a step, by a schedule."""
 
     def __init__(self, model: nn.Module, pipe: Pipe, schedule: str, shape: tuple, micro_batches: int, device,
-                 hidden_states: Callable, precision: Callable, measure: Callable | None = None, width: int = 0):
+                 hidden_states: Callable, precision: Callable, measure: Callable | None = None, width: int = 0,
+                 begin: Callable | None = None):
         """shape: (B, T). hidden_states(model, batch), precision(): of the run. measure(stage, counted [B, T]) -> what
-        adds up over the stages, [width]; the last one has the sum of each micro-batch as model.carried."""
-        self.model, self.pipe, self.shape, self.width = model, pipe, shape, width
+        adds up over the stages, [width]; the last one has the sum of each micro-batch as model.carried. begin(model,
+        batches): what all stages compute together before the passes."""
+        self.model, self.pipe, self.shape, self.width, self.begin = model, pipe, shape, width, begin
         self.hidden_states, self.precision, self.measure = hidden_states, precision, measure
         tokens = torch.empty(shape, dtype=torch.int32, device="meta")
         x = torch.empty(*shape, model.config.hidden_size, dtype=pipe.dtype, device="meta", requires_grad=True)
@@ -236,6 +238,8 @@ class Pipeline:
         """[(batch.source, metrics)] of the batches on this rank; those without targets where the last stage is not.
         score(batch, hidden) -> (loss, metrics); gradients are of the losses times `factor`."""
         self.batches, self.score, self.factor, self.scored = batches, score, factor, []
+        if self.begin:
+            self.begin(self.model, batches)
         # What the objective calls the model with, of all micro-batches one after the other.
         tokens, *places, causal = zip(*(self.hidden_states(lambda *call: call, batch) for batch in batches))
         position_ids, doc_start = (None if parts[0] is None else torch.cat(parts) for parts in places)

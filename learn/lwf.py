@@ -35,27 +35,36 @@ class LwF(Method):
             raise UserError("forget.lwf.tokens replay takes the KL on general text, and the run draws none; add a "
                             "source with the role general, take it everywhere with --forget.lwf.tokens all, or leave "
                             "LwF out with --forget.lwf.alpha 0")
-        self.divergence, self.targets = 0.0, 0
+        self.divergence, self.targets, self.taught = 0.0, 0, {}
         self.notes = [f"lwf: {note}" for note in self.learning.keep_base(model)]
 
-    def loss_computed(self, model, batch, loss, metrics):
-        hidden, sequences, general = metrics["hidden"], range(len(batch.tokens)), self.learning.general_sources
+    def teach(self, model, batch):
+        """(the sequences that the KL is taken on, the teacher's hidden states of them, the weight of its head)"""
+        sequences, general = range(len(batch.tokens)), self.learning.general_sources
         chosen = [i for i in sequences if self.config.tokens == "all" or int(batch.source[i]) in general]
         if not chosen and not self.learning.sharded:
-            return loss
+            return chosen, None, None
         # All ranks must gather a sharded teacher together, so a rank without such sequences runs one for nothing.
         part = batch if len(chosen) == len(sequences) else take_sequences(batch, chosen or [0])
-        labels = part.labels.to(hidden.device)
         with self.learning.base(model) as teacher, evaluating(teacher):
-            base_hidden, base_weight = self.learning.forward(teacher, part), teacher.head.weight.detach()
+            return chosen, self.learning.forward(teacher, part), teacher.head.weight.detach()
+
+    def teach_ahead(self, model, batches):
+        """For a pipeline, whose stages run the teacher together: before the first pass, as the last stage alone has
+        losses in between."""
+        self.taught = {id(batch): self.teach(model, batch) for batch in batches}
+
+    def loss_computed(self, model, batch, loss, metrics):
+        chosen, base_hidden, base_weight = self.taught.pop(id(batch), None) or self.teach(model, batch)
         if not chosen:
             return loss
-        x = hidden if part is batch else hidden[chosen]
-        weight, alpha = model.head.weight, self.config.alpha
+        is_whole = len(chosen) == len(batch.tokens)
+        x, labels = (each if is_whole else each[chosen] for each in (metrics["hidden"], batch.labels))
+        weight, alpha, labels = model.head.weight, self.config.alpha, labels.to(x.device)
         divergence, _ = linear_kl(x, weight, base_hidden, base_weight, labels, self.config.temperature)
         self.divergence = self.divergence + divergence.detach()
         self.targets = self.targets + (labels != IGNORE).sum()
-        if part is batch:
+        if is_whole:
             return (1 - alpha) * loss + alpha * divergence
         # The chosen sequences keep (1 - alpha) of their cross-entropy, the others all of theirs.
         return loss + alpha * (divergence - linear_cross_entropy(x, weight, labels)[0])

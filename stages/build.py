@@ -28,6 +28,7 @@ from core.guard import Guard
 from core.log import Logger
 from learn import adapters, optim, peft_files, schedules
 from learn.choose_objective import ObjectiveConfig, make_objective
+from learn.lwf import LwF
 from learn.method import Learning
 from learn.objectives import Objective
 from learn.router import Router
@@ -261,16 +262,17 @@ def lay_out(run: Run):
     c, world = run.c, run.world
     if world.pipe:
         share = c.train.batch_size // world.share[1]
-        B, router = min(share, c.train.micro_batch_size), next((m for m in run.methods if isinstance(m, Router)), None)
-        return make_pipeline(run, B, share // B, router and router.sum_layers)
+        B = min(share, c.train.micro_batch_size)
+        router, lwf = (next((m for m in run.methods if isinstance(m, kind)), None) for kind in (Router, LwF))
+        return make_pipeline(run, B, share // B, router and router.sum_layers, lwf and lwf.teach_ahead)
     return parallel.replicate(run.inner, world) if world.size > 1 and c.parallel.strategy == "ddp" else run.inner
 
 
-def make_pipeline(run: Run, B: int, micro_batches: int, measure=None) -> pipeline.Pipeline:
-    """Of so many micro-batches of B sequences; measure: as in Pipeline."""
+def make_pipeline(run: Run, B: int, micro_batches: int, measure=None, begin=None) -> pipeline.Pipeline:
+    """Of so many micro-batches of B sequences; measure and begin: as in Pipeline."""
     c, world, T = run.c, run.world, run.c.data.context // run.world.sharing_ranks
     return pipeline.Pipeline(run.inner, world.pipe, c.parallel.schedule, (B, T), micro_batches, world.device,
-                             run.objective.hidden_states, run.autocast, measure, 2 * run.config.num_experts + 1)
+                             run.objective.hidden_states, run.autocast, measure, 2 * run.config.num_experts + 1, begin)
 
 
 # ---- base, tokenizer and data

@@ -127,8 +127,7 @@ def refuse_pipeline(c, config, ranks: int):
     if c.objective.name not in SHARING:
         raise UserError(f"objective {c.objective.name} runs the model more than once or on parts of a batch, which the "
                         f"stages of parallel.pipeline do not; leave one of them out")
-    unfit = {"forget.lwf": c.forget.lwf.alpha, "compile": c.compile,
-             "lora.embeddings": c.lora.rank and c.lora.embeddings != "frozen"}
+    unfit = {"compile": c.compile, "lora.embeddings": c.lora.rank and c.lora.embeddings != "frozen"}
     if odd := [name for name, is_set in unfit.items() if is_set]:
         raise UserError(f"{odd[0]} needs the model as a whole, which parallel.pipeline parts; leave one of them out")
     share, size = c.train.batch_size * P * c.parallel.tensor // ranks, c.train.micro_batch_size

@@ -41,6 +41,7 @@ CASES = {
     "frozen": (FOUR, ["--forget.freeze.schedule", "top", "--forget.freeze.blocks", 2, *UNTIED, *BASE]),
     "thawing": (FSDP, ["--forget.freeze.schedule", "progressive", "--forget.freeze.embeddings", "--forget.ema.decay",
                        0.9, *BASE]),
+    "lwf": (FOUR, ["--forget.lwf.alpha", 0.5, "--train.micro-batch-size", 2, *BASE]),
     "qlora": (FOUR, ["--lora.rank", 4, "--lora.base", "nf4", "--lora.ranks", "layers.0.*=2", *BASE]),
     "fsdp": (FSDP, ["--optim.clip", 0.1]),
     "fsdp_sparse": ([*FSDP, "--parallel.schedule", "gpipe"],
@@ -56,7 +57,7 @@ CASES = {
     "interleaved_muon": ([*FSDP, "--parallel.schedule", "interleaved"], ["--optim.name", "muon", *UNTIED]),
     "tensor": (ALL, ["--optim.clip", 0.1]),
     "tensor_ewc": (ALL, EWC),
-    "tensor_lora": (ALL, ["--lora.rank", 4, *BASE]),
+    "tensor_lora": (ALL, ["--lora.rank", 4, "--forget.lwf.alpha", 0.5, *BASE]),
     "bf16": (FOUR, ["--train.precision", "bf16"]),
     "fsdp_bf16": (FSDP, ["--train.precision", "bf16"]),
 }
@@ -163,7 +164,8 @@ def compare(folder: Path, ranks: int, name: str, words: list):
     for each in found:
         assert each["loss"] == pytest.approx(truth["loss"], rel=rough or 5e-6)
         assert each["norm"] == pytest.approx(truth["norm"], rel=5 * rough or 5e-6)
-        assert all(mine == pytest.approx(true, rel=1e-5)
+        # A KL near 0 is the difference of larger values.
+        assert all(mine == pytest.approx(true, rel=1e-5, abs=1e-6)
                    for mine, true in zip(each["logged"], truth["logged"], strict=True))
         # A copy of the embedding is the embedding.
         for key in each["moved"]:
@@ -280,7 +282,7 @@ def test_what_cannot_be_in_stages_is_refused(lab, tmp_path):
                         (["--train.micro-batch-size", 3], "3 does not divide the 8 sequences"),
                         (["--train.micro-batch-size", 4], "needs 4 micro-batches"),
                         ([*halves, "--train.batch-size", 10], "cannot part 5"),
-                        (["--forget.lwf.alpha", 0.5], "forget.lwf needs the model as a whole"),
+                        (["--compile"], "compile needs the model as a whole"),
                         (["--eval.probes.facts", 5], "with parallel.pipeline ranks compute together"),
                         (["--objective.name", "electra"], "objective electra")):
         sources = ["--model.tokenizer", lab / "tok", "--data.sources.legal.path", lab / "legal",
