@@ -1,10 +1,11 @@
 """A rank that sleeps, and one that is halted (SIGSTOP): it is named in one line, all the others end in bounded time, it
-ends too once it may, and the same command finishes the run."""
+ends too once it may, and the same command finishes the run, which is then the one in which nothing hung."""
 
 import os
 import re
 import signal
 import time
+from pathlib import Path
 
 from core import checkpoint
 
@@ -59,9 +60,9 @@ def hang_at(rank: int, act, where: str):
     train.train_step = step
 
 
-def judge(lab: Lab, case: Case, row: Row, does: str, where: str, rank: int):
-    reference, seconds = uninterrupted(lab, case)
-    out, named = lab.room("run"), f"{case.name}: rank {rank} {does} ({where})"
+def judge(lab: Lab, case: Case, row: Row, out: Path, does: str, where: str, rank: int):
+    """Start the run in `out`, which goes on from its save before the step, with a rank that hangs."""
+    seconds, named = uninterrupted(lab, case)[1], f"{case.name}: rank {rank} {does} ({where})"
     words = words_of(lab, case, out, "--parallel.step-timeout", STEP, "--parallel.timeout", OTHER)
     team = Team(words, case.ranks, lambda: hang_at(rank, stay if does == "sleeps" else halt, where), agent=True)
     others = [worker for worker in team.workers if worker is not team.workers[rank]]
@@ -79,10 +80,6 @@ def judge(lab: Lab, case: Case, row: Row, does: str, where: str, rank: int):
     is_named = len(errors) == 1 and re.match(says, errors[0])
     row.check(is_named, f"{named}: {errors or [str(outcome) for outcome in ended]}")
     row.check({outcome.status for outcome in ended} == {1}, f"{named}: {[str(outcome) for outcome in ended]}")
-    again = Team(words_of(lab, case, out), case.ranks).wait(60 + 20 * seconds)
-    wrong = [str(outcome) for outcome in again if outcome.status != 0] or differences(reference, out)
-    row.check(not wrong, f"{named}: the same command again: {'; '.join(wrong)}")
-    lab.clear(out)
 
 
 def on_layout(case: Case):
@@ -92,8 +89,13 @@ def on_layout(case: Case):
             row.notes = "not tried: it takes too long for this"
             return row
         with timed(row):
+            out, (reference, seconds) = lab.room("run"), uninterrupted(lab, case)
             for i, (does, where) in enumerate(HANGS[1:2] if lab.short else HANGS):
-                judge(lab, case, row, does, where, i % case.ranks)
+                judge(lab, case, row, out, does, where, i % case.ranks)
+            again = Team(words_of(lab, case, out), case.ranks).wait(60 + 20 * seconds)
+            wrong = [str(outcome) for outcome in again if outcome.status != 0] or differences(reference, out)
+            row.check(not wrong, f"{case.name}: the same command again: {'; '.join(wrong)}")
+            lab.clear(out)
         row.notes = "a rank sleeps or is halted before a step, in its passes, before a save, in the writing of it"
         return row
     return section
