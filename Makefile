@@ -60,7 +60,7 @@ test-all: .venv/test .venv/transformers4
 coverage: .venv/test .venv/transformers4
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered
 
-# kills, signals, damages, full disks, files of strangers: at most half an hour, as a table
+# kills, signals, damages, full disks, files of strangers: an hour or two, as a table
 faults: .venv/test
 	$(BIN)/python -m tests.faults --json out/faults.json
 

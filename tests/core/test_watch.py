@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,6 +201,20 @@ def test_the_rank_that_the_others_wait_for_is_named(monkeypatch, capsys, halted,
     monkeypatch.setattr(os, "_exit", lambda status: None)
     seen.name_the_last()
     assert capsys.readouterr().err.startswith(f"error: {who} in the start: no rank went on for 60 sec")
+
+
+@pytest.mark.parametrize(("rank", "events"), [(0, ["failed 1", "count end 0", "count ends", "ends 3", "exit 2"]),
+                                              (2, ["failed 1", "count end 2", "count ends", "exit 2"])])
+def test_the_rank_that_may_hold_the_store_ends_last(monkeypatch, rank, events):
+    """Of four ranks that all fail alike, as by weights that are not finite, one speaks: those that come late still find
+    that it has."""
+    seen, found = Watch.__new__(Watch), []
+    vars(seen).update(rank=rank, size=4, store=SimpleNamespace(get=lambda name: b"2"))
+    monkeypatch.setattr(Watch, "wait_for", lambda self, name, number: found.append(f"{name} {number}"))
+    monkeypatch.setattr(Watch, "count", lambda self, name, more=0: found.append(f"count {name}"))
+    monkeypatch.setattr(os, "_exit", lambda status: found.append(f"exit {status}"))
+    seen.end()
+    assert found == events
 
 
 @pytest.mark.parametrize(("where", "words"), [("meeting", []), ("groups", ["--parallel.context", 2])])

@@ -1,6 +1,6 @@
 """What machines and people do to a run, done on purpose, as one table.
 
-    python -m tests.faults                          all of it: at most 30 minutes on two cores
+    python -m tests.faults                          all of it: an hour or two on two cores
     python -m tests.faults --short                  small numbers, under two minutes
     python -m tests.faults kills signals --json out/faults.json
 """
