@@ -28,12 +28,14 @@ from core.cli import Positional
 from core.config import setting
 from core.errors import UserError
 from core.files import read_json, write_text
+from core.parallel import ParallelConfig
 from lora import LoraConfig
 from measure import budget, gap
 from measure.budget import find_gpu
 from measure.calibrate import time_step
+from measure.choose_layout import advise, describe_layouts, try_layouts
 from measure.ladder import changed_settings, climb, leave, read_settings, write_recipe
-from measure.memory import OVERHEAD, count_elements, estimate
+from measure.memory import OVERHEAD, PARTS, count_elements, find_fullest
 from measure.rate import FACTORS, describe_rate, draw_rate, judge_rate, rate_rungs, rate_settings, recommend_rate
 from measure.ratio import describe_ratio, draw_ratio, judge_ratio, share_rungs
 from measure.verdict import finite
@@ -285,17 +287,23 @@ class Memory:
 
 def memory_command(options: Memory, settings: list[str] = ()) -> dict:
     c, gpu = cli.parse(Config, [options.recipe, *settings], "plan.py memory", recipe=True), find_gpu(options.gpu)
-    if c.train.batch_size % options.gpus:
-        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {options.gpus} --gpus")
     if not c.model.path:
-        raise UserError("model.path is not set; name a Hugging Face folder, whose config.json is read")
-    parts = estimate(c, hf.open_base(c.model.path).config, options.gpus, gpu.kind)
-    peak = parts["peak"] + OVERHEAD[gpu.kind]
-    for name, size in parts.items():
-        print(f"{name:12} {size / 1e9:9.2f} GB")
-    print(f"{peak / 1e9:.1f} GB of {gpu.memory / 1e9:.0f} on each {gpu.name}, the process itself included")
-    return {"parts": parts, "process": OVERHEAD[gpu.kind], "peak": peak, "memory": gpu.memory,
-            "fits": peak <= gpu.memory}
+        raise UserError("model.path is not set; name a Hugging Face folder, whose config.json is read, or a known "
+                        "size, such as llama-3-70b")
+    config, overhead = budget.known_size(c.model.path) or hf.open_base(c.model.path).config, OVERHEAD[gpu.kind]
+    layouts = try_layouts(c, config, options.gpus, gpu.memory, overhead, gpu.kind)
+    parts, best, peak = layouts[0].parts, advise(layouts), layouts[0].parts["peak"] + overhead
+    for name, what in PARTS.items():
+        if parts[name]:
+            print(f"{name:12} {parts[name] / 1e9:9.2f} GB  {what}")
+    fullest, places = find_fullest(c, config, options.gpus, gpu.kind)
+    where = f" that holds the {fullest + 1}. of {places} parts of the layers, the fullest" if places > 1 else ""
+    print(f"{peak / 1e9:.1f} GB of {gpu.memory / 1e9:.0f} on each {gpu.name}{where}, the process itself included\n")
+    print(describe_layouts(layouts, overhead))
+    return {"parts": parts, "process": overhead, "peak": peak, "memory": gpu.memory, "fits": layouts[0].fits,
+            "fullest": fullest, "advised": best and best.name, "layouts": [
+                {"name": each.name, "parallel": changed_settings(each.parallel, ParallelConfig()), "fits": each.fits,
+                 "peak": each.parts["peak"] + overhead, "parts": each.parts} for each in layouts]}
 
 
 # ---- ratio, rate

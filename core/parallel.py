@@ -50,6 +50,10 @@ class ParallelConfig:
     offload: bool = False
     """fsdp, also of one GPU: keep weights, gradients and optimizer state in the host's memory, whose processor then
     does the optimizer's step: a GPU holds activations and two blocks, and each pass waits for the weights"""
+    reduce_each: bool = False
+    """fsdp: sum gradients over the ranks after each micro-batch, so that a rank keeps its share of them, in the type of
+    the weights; False: after the last one, which sends less, and until then a rank keeps those of all weights that it
+    computes, in fp32"""
     context: int = setting(1, at_least=1)
     """C: how many ranks share each sequence (context parallel), data.context / C tokens each: activations of long
     sequences take 1 / C of the memory. C divides the heads, and is within one node"""
@@ -80,12 +84,18 @@ class ParallelConfig:
         for name in ("context", "tensor", "pipeline", "experts"):
             if ranks % getattr(self, name):
                 raise UserError(f"parallel.{name} {getattr(self, name)} does not divide the {ranks} ranks")
+        if ranks % (self.context * self.tensor * self.pipeline):
+            raise UserError(f"parallel.context {self.context} times parallel.tensor {self.tensor} times "
+                            f"parallel.pipeline {self.pipeline} does not divide the {ranks} ranks")
         if self.pipeline > 1 and self.context > 1:
             raise UserError("parallel.pipeline does not go with parallel.context yet; leave one of them out")
+        if self.pipeline > 1 and self.reduce_each:
+            raise UserError("parallel.pipeline sums gradients after its last micro-batch; leave parallel.reduce_each "
+                            "out")
         if self.pipeline > 1 and self.strategy != "fsdp" and self.pipeline < ranks:
             raise UserError(f"parallel.pipeline {self.pipeline} leaves {ranks // self.pipeline} ranks for each part of "
                             f"the layers; set --parallel.strategy fsdp, which shards the part over them")
-        changed = [name for name in ("replicas", "reshard", "offload", "tensor", "experts")
+        changed = [name for name in ("replicas", "reshard", "offload", "reduce_each", "tensor", "experts")
                    if getattr(self, name) != getattr(ALONE, name)]
         if self.strategy != "fsdp" and changed:
             raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
@@ -129,6 +139,8 @@ class World:
     matmuls: SharedMatmuls | None = None
     # None where each rank has all layers.
     pipe: Pipe | None = None
+    # Whether FSDP sums gradients over the ranks after each micro-batch of a step.
+    reduces_each: bool = False
     # What this rank takes by itself.
     pace: Pace = field(default_factory=Pace)
 
@@ -182,6 +194,7 @@ class World:
         """From now on ranks share sequences, matmuls and layers as the settings say. A collective: all groups of ranks
         are made here, where they have just met."""
         self.offload = config.offload
+        self.reduces_each = config.reduce_each
         with connecting():
             sizes = config.replicas, config.context, config.tensor, config.pipeline, config.experts
             mesh = lay_ranks(self.device.type, self.size, config) if max(sizes) > 1 else None

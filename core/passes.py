@@ -33,10 +33,11 @@ def both_passes(model, world: World, batches: list, score: Callable, factor: flo
 
 @contextlib.contextmanager
 def accumulate(model, world: World, last: bool):
-    """The context of a micro-batch's two passes: gradients go between ranks only for the `last` one of a step. Until
-    they do, FSDP has those of all weights on the device, which has no room for them where they are to be offloaded."""
+    """The context of a micro-batch's two passes: gradients go between ranks only for the `last` one of a step, unless
+    world.reduces_each. Until they do, FSDP has those of all weights on the device, which has no room for them where
+    they are to be offloaded."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last or world.offload)
+        model.set_requires_gradient_sync(last or world.reduces_each or world.offload)
     waits = isinstance(model, DistributedDataParallel) and not last
     with model.no_sync() if waits else contextlib.nullcontext(), world.sharing():
         yield

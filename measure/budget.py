@@ -25,6 +25,7 @@ from core.errors import UserError, nearest
 from core.output import escape
 from learn.schedules import recommended
 from lora import LoraConfig
+from measure.choose_layout import USABLE, name_layout
 from measure.gap import describe_tokens
 from measure.ladder import changed_settings
 from measure.memory import OVERHEAD, count_elements, estimate
@@ -32,8 +33,6 @@ from model import matmul_flops_per_token
 from text.mixture import SourceConfig
 
 METHODS = ("full", "lora", "qlora")
-# What of a device's memory may be planned with: an allocator cannot use all of it.
-USABLE = 0.95
 # Tokens of a micro-batch beyond which a device gets no faster.
 MICRO_TOKENS = {"cuda": 16384, "cpu": 4096}
 # Tokens of a step: at most these, so many steps at least where the corpus allows it, and no fewer than a few thousand.
@@ -153,17 +152,18 @@ def make_settings(job: Job, method: str, rank: int | None = None) -> train.Confi
 def choose_settings(job: Job, method: str, rank: int | None = None) -> tuple[train.Config, dict, bool]:
     """(settings, their memory by measure.memory.estimate, whether it fits): the first that fit, else the smallest."""
     start = make_settings(job, method, rank)
-    strategies = ["ddp"] if job.gpus == 1 or method == "qlora" else ["ddp", "fsdp"]
+    fsdp = replace(start.parallel, strategy="fsdp")
+    layouts = [start.parallel, *([fsdp, replace(fsdp, reduce_each=True)] if job.gpus > 1 else [])]
     optimizers = ["adamw", "adamw_8bit"] if method == "full" and start.train.precision != "fp16" else ["adamw"]
     share = start.train.batch_size // job.gpus
     most = max(1, min(share, MICRO_TOKENS[job.gpu.kind] // job.context))
     room, smallest = USABLE * job.gpu.memory - OVERHEAD[job.gpu.kind], None
-    for optimizer, checkpointing, strategy in itertools.product(optimizers, (False, True), strategies):
+    for optimizer, checkpointing, parallel in itertools.product(optimizers, (False, True), layouts):
         micro = 1 << (most.bit_length() - 1)
         while micro:
             c = replace(start, optim=replace(start.optim, name=optimizer),
                         model=replace(start.model, activation_checkpointing=checkpointing),
-                        parallel=replace(start.parallel, strategy=strategy),
+                        parallel=parallel,
                         train=replace(start.train, micro_batch_size=micro))
             parts = estimate(c, job.config, job.gpus, job.gpu.kind)
             if parts["peak"] <= room:
@@ -178,7 +178,7 @@ def find_remedies(job: Job, method: str, rank: int | None = None) -> list[str]:
     """What would fit where a method does not: more devices of the kind, or one of another kind."""
     found = []
     for gpus in (1 << k for k in range(11)):
-        more = gpus > job.gpus and method != "qlora" and job.gpu.kind == "cuda"
+        more = gpus > job.gpus and job.gpu.kind == "cuda"
         if more and choose_settings(replace(job, gpus=gpus), method, rank)[2]:
             found.append(f"{gpus} x {job.gpu.name}")
             break
@@ -242,7 +242,8 @@ def plan_methods(job: Job, rank: int | None, calibrate=None) -> dict[str, dict]:
         found[method] = {
             "fits": fits, "peak_gb": (parts["peak"] + OVERHEAD[job.gpu.kind]) / 1e9,
             "memory_gb": {name: size / 1e9 for name, size in parts.items()}, "trained_parameters": count.trained,
-            "optimizer": c.optim.name, "strategy": c.parallel.strategy, "lr": c.optim.lr, "rank": c.lora.rank or None,
+            "optimizer": c.optim.name, "strategy": c.parallel.strategy,
+            "layout": name_layout(c.parallel), "lr": c.optim.lr, "rank": c.lora.rank or None,
             "activation_checkpointing": c.model.activation_checkpointing, "steps": c.train.steps,
             "batch_size": c.train.batch_size, "micro_batch_size": c.train.micro_batch_size,
             "accumulation": accumulation, "batch_tokens": c.train.batch_size * job.context,
@@ -273,7 +274,7 @@ def describe(job: Job, methods: dict[str, dict]) -> str:
     lines = [f"{describe_tokens(job.domain_tokens)} domain tokens ({job.epochs:g} epochs) + "
              f"{describe_tokens(job.replay_tokens)} of replay ({job.replay:.0%}) = {describe_tokens(job.tokens)}, in "
              f"sequences of {job.context:,}, on {devices_of}", "",
-             f"{'':26} " + " ".join(f"{method:>12}" for method in methods)]
+             f"{'':26} " + " ".join(f"{method:>17}" for method in methods)]
     rows = [("fits", lambda m: "yes" if m["fits"] else "no"),
             ("memory per device, GB", lambda m: f"{m['peak_gb']:.1f}"),
             ("  weights", lambda m: f"{m['memory_gb']['weights']:.1f}"),
@@ -282,7 +283,7 @@ def describe(job: Job, methods: dict[str, dict]) -> str:
             ("  activations", lambda m: f"{m['memory_gb']['activations']:.1f}"),
             ("parameters that train", lambda m: describe_tokens(m["trained_parameters"])),
             ("adapter rank", lambda m: cell(m["rank"])), ("optimizer", lambda m: m["optimizer"]),
-            ("over devices", lambda m: m["strategy"]),
+            ("over devices", lambda m: m["layout"]),
             ("activation checkpointing", lambda m: "yes" if m["activation_checkpointing"] else "no"),
             ("micro-batch x accumulation", lambda m: f"{m['micro_batch_size']} x {m['accumulation']}"),
             ("tokens per step", lambda m: cell(m["batch_tokens"])), ("steps", lambda m: cell(m["steps"])),
@@ -290,7 +291,7 @@ def describe(job: Job, methods: dict[str, dict]) -> str:
             ("GPU-hours", lambda m: cell(m["gpu_hours"] if job.gpu.kind == "cuda" else None, "{:,.3g}")),
             ("energy, kWh", lambda m: cell(m["kwh"], "{:,.3g}")), ("price, $", lambda m: cell(m["dollars"], "{:,.3g}")),
             ("a checkpoint, GB", lambda m: f"{m['checkpoint_gb']:.2g}")]
-    lines += [f"{name:26} " + " ".join(f"{form(found):>12}" for found in methods.values()) for name, form in rows]
+    lines += [f"{name:26} " + " ".join(f"{form(found):>17}" for found in methods.values()) for name, form in rows]
     for method, found in methods.items():
         if not found["fits"]:
             would = ", ".join(found["would_fit"]) or "nothing known here; try lora or qlora, or a shorter --context"

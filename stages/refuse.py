@@ -29,13 +29,7 @@ def refuse_combinations(c, ranks: int):
         raise UserError("optim.embedding_lr_scale does nothing with adapters; set lora.embedding_lr_ratio")
     c.parallel.refuse_layout(ranks)
     refuse_objective(c, ranks)
-    sharing = c.parallel.context * c.parallel.tensor * c.parallel.pipeline
-    if c.train.batch_size % (groups := ranks // sharing):
-        sharers = f"groups of {sharing} ranks" if sharing > 1 else "ranks"
-        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {groups} {sharers}")
-    if c.train.batch_size * c.data.context > MOST_TOKENS:
-        raise UserError(f"train.batch_size {c.train.batch_size} times data.context {c.data.context} are more than "
-                        f"{MOST_TOKENS:,} tokens a step; lower one of them")
+    refuse_batch(c, ranks)
     if c.train.branch_from and not Path(c.train.branch_from).is_dir():
         raise UserError(f"train.branch_from {c.train.branch_from} does not exist; name a checkpoint, "
                         f"out/RUN/checkpoints/step_N")
@@ -48,6 +42,17 @@ def refuse_combinations(c, ranks: int):
     if not c.data.sources:
         raise UserError("no data: name at least one source, e.g. --data.sources.domain.path shards/legal")
     refuse_sources(c.data.sources)
+
+
+def refuse_batch(c, ranks: int):
+    """UserError where the sequences of a step cannot be shared out to the ranks, or are too many."""
+    sharing = c.parallel.context * c.parallel.tensor * c.parallel.pipeline
+    if c.train.batch_size % (groups := ranks // sharing):
+        sharers = f"groups of {sharing} ranks" if sharing > 1 else "ranks"
+        raise UserError(f"train.batch_size {c.train.batch_size} is not a multiple of the {groups} {sharers}")
+    if c.train.batch_size * c.data.context > MOST_TOKENS:
+        raise UserError(f"train.batch_size {c.train.batch_size} times data.context {c.data.context} are more than "
+                        f"{MOST_TOKENS:,} tokens a step; lower one of them")
 
 
 def refuse_sizes(c):

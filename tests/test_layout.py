@@ -24,9 +24,10 @@ FLOORS = [
      "measure.harness_tasks", "measure.tasks", "measure.probes",
      "measure.retention", "eval", "forget"],
     ["stages"],
-    ["train", "clean", "dedup", "measure.laws", "measure.gap", "measure.memory", "measure.calibrate", "measure.ladder",
-     "measure.budget", "measure.ratio", "measure.rate", "plan", "measure.charts", "measure.places",
-     "measure.read_run", "measure.report_tables", "report", "measure", "bench", "experiments"],
+    ["train", "clean", "dedup", "measure.laws", "measure.gap", "measure.elements", "measure.memory",
+     "measure.calibrate", "measure.ladder", "measure.choose_layout", "measure.budget", "measure.ratio", "measure.rate",
+     "plan", "measure.charts", "measure.places", "measure.read_run", "measure.report_tables", "report", "measure",
+     "bench", "experiments"],
 ]
 PLACES = {name: (floor, place) for floor, line in enumerate(FLOORS) for place, name in enumerate(line)}
 

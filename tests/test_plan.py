@@ -28,11 +28,21 @@ def test_memory_takes_the_settings_of_a_recipe(plan_py, pair, tmp_path, capsys):
     recipe.write_text('[data]\ncontext = 64\n[data.sources.domain]\npath = "shards"\n')
     words = ["memory", recipe, "--model.path", pair[0], "--gpu", "H100"]
     assert plan_py(*words) == 0
-    assert "GB of 80 on each H100" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "GB of 80 on each H100" in out
+    assert "advised: ddp" in out
+    # A pipeline of two: the second part has the head. A known size needs no folder.
+    assert plan_py("memory", recipe, "--model.path", "llama-2-7b", "--gpus", 2, "--parallel.pipeline", 2,
+                   "--json", tmp_path / "plan.json") == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert "that holds the 1. of 2 parts of the layers, the fullest" in capsys.readouterr().out
+    assert [each["name"] for each in found["layouts"]][:3] == ["ddp, pipeline 2, 1f1b", "ddp", "fsdp"]
+    assert found["layouts"][2]["parallel"] == {"strategy": "fsdp"}
+    assert found["fits"] == found["layouts"][0]["fits"] is True
     assert plan_py("memory", recipe, "--model.path", pair[0], "--gpu", "H10") == 2
     assert "known are B200" in capsys.readouterr().err
     assert plan_py("memory", recipe, "--model.path", pair[0], "--gpus", 3) == 2
-    assert "not a multiple of the 3 --gpus" in capsys.readouterr().err
+    assert "not a multiple of the 3 ranks" in capsys.readouterr().err
 
 
 def test_gap_says_what_to_do_and_why(plan_py, pair, tmp_path, capsys):

@@ -66,7 +66,8 @@ CASES = {"hsdp_int8": (HSDP, [*INT8, "--train.batch-size", 8]),
          "context_few": ([*FSDP, "--parallel.context", 4],
                          [*BASE, "few", "--model.activation-checkpointing", "--forget.ewc.strength", 1,
                           "--forget.ewc.samples", 8]),
-         "tensor_clip": (TENSOR, ["--optim.clip", 0.1, "--model.tie-word-embeddings", "False"]),
+         "tensor_clip": ([*TENSOR, "--parallel.reduce-each"],
+                         ["--optim.clip", 0.1, "--model.tie-word-embeddings", "False", "--train.batch-size", 8]),
          "tensor_checkpointing": (TENSOR, ["--model.activation-checkpointing", *MASKED]),
          "tensor_balance": (TENSOR, [*BASE, "experts", "--router.balance", 0.01, "--router.z", 1e-3]),
          "tensor_experts_lora": (TENSOR, [*LORA, "--model.path", "experts"]),
@@ -271,6 +272,8 @@ def test_layouts_that_cannot_be_are_refused():
                          (ParallelConfig("fsdp", replicas=4), "a divisor of 4 below it"),
                          (ParallelConfig(context=3), "parallel.context 3 does not divide the 4 ranks"),
                          (ParallelConfig(tensor=2), "parallel.tensor is about sharded weights"),
+                         (ParallelConfig("fsdp", tensor=2, pipeline=4), "times parallel.pipeline 4 does not divide"),
+                         (ParallelConfig("fsdp", reduce_each=True, pipeline=2), "leave parallel.reduce_each out"),
                          (ParallelConfig("fsdp", tensor=2, replicas=4), "take a divisor of 2$")):
         with pytest.raises(ValueError, match=said):
             config.refuse_layout(4)
