@@ -17,6 +17,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # read when a kernel is defined: the tests run kernels in numpy
 
+import forked as fork_server
 import torch.nn.functional as F
 from runs import base, lab, quick, whole
 from synthetic import some_texts, texts
@@ -93,6 +94,19 @@ def pair(tmp_path_factory):
     for kind in ("legal", "story"):
         (folder / f"{kind}.txt").write_text("\n".join(texts(kind, 255)[240:]))
     return folder / "base", folder / "result", folder / "legal.txt", folder / "story.txt"
+
+
+@pytest.fixture(scope="session")
+def forked_python():
+    """In the place of sys.executable: processes that have imported already (forked.py)."""
+    with fork_server.python() as program:
+        yield program
+
+
+@pytest.fixture
+def forked(forked_python, monkeypatch):
+    """The commands that a test starts, and those that they start, have imported already."""
+    monkeypatch.setattr(sys, "executable", forked_python)
 
 
 @pytest.fixture

@@ -148,6 +148,7 @@ def as_rank(folder: Path):
     parallel.stop()
 
 
+@pytest.mark.usefixtures("forked")
 def test_two_ranks_that_share_a_model_are_one(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            __file__, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=120)

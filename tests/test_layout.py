@@ -52,15 +52,21 @@ HOUSE = read_house()
 parse = functools.cache(ast.parse)
 
 
-def imports_of(module: str, tree: ast.AST, house: dict) -> set[str]:
-    """The modules of ours that are imported anywhere in `tree`: `from core import files` is core.files."""
+@functools.cache
+def names_imported(tree: ast.AST) -> set[tuple[str, str]]:
+    """(module, the same with the name that is taken from it) of each import anywhere in `tree`."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {(alias.name, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in house else node.module for name in inside}
+            found |= {(node.module, f"{node.module}.{alias.name}") for alias in node.names}
+    return found
+
+
+def imports_of(module: str, tree: ast.AST, house: dict) -> set[str]:
+    """The modules of ours that are imported anywhere in `tree`: `from core import files` is core.files."""
+    found = {inside if inside in house else outer for outer, inside in names_imported(tree)}
     return {name for name in found if name in house and name != module}
 
 
@@ -112,8 +118,14 @@ def find_circle(arrows: dict[str, set[str]]) -> list[list[str]]:
     return [circle for module in sorted(arrows) if (circle := visit(module))][:1]
 
 
+@functools.cache
 def functions_of(tree: ast.AST):
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+@functools.cache
+def is_kernel(function: ast.AST) -> bool:
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
 def find_long(house: dict[str, str], trees: dict[str, ast.AST]) -> list[str]:
@@ -126,10 +138,9 @@ def find_long(house: dict[str, str], trees: dict[str, ast.AST]) -> list[str]:
         if limit and lines > limit:
             faults.append(f"{module} has {lines} lines, and may have {limit}: part it, it holds two concepts")
         for function in functions_of(trees[module]):
-            is_kernel = any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
             limit = LINES_OF_A_LOOP.get((module, function.name), LINES_OF_A_FUNCTION)
             length = function.end_lineno - function.lineno + 1
-            if length > limit and not is_kernel:
+            if length > limit and not is_kernel(function):
                 faults.append(f"{module}.{function.name} has {length} lines, and may have {limit}")
     if total > LINES_OF_THE_PRODUCT:
         faults.append(f"the product has {total} lines, and may have {LINES_OF_THE_PRODUCT}")
@@ -190,7 +201,7 @@ def test_nothing_happens_at_import(module):
     if module == "core.threads":
         return                              # it must act before torch is imported, and says so
     plain = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If, ast.Try)
-    for node in ast.parse(HOUSE[module]).body:
+    for node in parse(HOUSE[module]).body:
         text = ast.unparse(node)
         assert isinstance(node, plain) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)) or \
             text.startswith(("matplotlib.use", "sys.path")), f"{module}:{node.lineno} runs at import: {text[:80]}"

@@ -181,6 +181,7 @@ def test_a_mistake_in_a_budget_is_one_line(case, plan_py, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_ladder_of_real_runs_ends_in_a_recipe_that_trains(plan_py, base, lab, tmp_path, capsys):
     recipe = tmp_path / "run.toml"
     recipe.write_text(f'''[model]

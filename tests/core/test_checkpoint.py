@@ -438,6 +438,7 @@ def as_rank(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_ranks_write_a_share_each_and_read_what_any_number_wrote(tmp_path):
     checkpoint.write(tmp_path / "alone", Shards(full_values()), {"step": 1})
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -23,7 +23,7 @@ from core import checkpoint
 from core.errors import UserError
 from core.watch import Watch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked")]
 STEPS = 12
 # What PyTorch says by itself of a store that is gone, and of DDP's options.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}

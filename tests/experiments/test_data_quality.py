@@ -183,6 +183,7 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tiny_bpe, tmp_path, monkeypatch):
     stories = scratch.read_text([str(data_dir / "corpora/tinystories/tinystories_sample_2MiB.txt")], "<|endoftext|>")
     c = quality.Quality(text=[], size="25K")

@@ -75,6 +75,7 @@ def study(data_dir, out, stories) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
     out, results = tmp_path / "out", ROOT / "experiments/results/forgetting.json"
     before = results.read_bytes()
@@ -89,6 +90,7 @@ def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_too_little_text_is_one_line(data_dir, tmp_path, capsys):
     assert study(data_dir, tmp_path / "few", "tinystories_sample_cs336.txt") == 2
     error = capsys.readouterr().err

@@ -52,6 +52,7 @@ def test_a_part_of_a_change_is_a_share_or_the_nearest_matrix_of_a_rank():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_way_back_ends_at_the_base_and_begins_at_the_run(data_dir, tmp_path, monkeypatch):
     """A study of two steps: with a share of 0 there is the base, with 1 or all ranks what the run itself found."""
     corpora, shares = data_dir / "corpora", [(lora_rates.take_share, 0.0), (lora_rates.take_share, 1.0)]

@@ -147,6 +147,7 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_run_of_the_study_is_a_run_of_the_project(data_dir, tmp_path):
     stories = (data_dir / "corpora/tinystories/tinystories_sample_2MiB.txt").read_text()[:150_000]
     (tmp_path / "text.txt").write_text(stories)

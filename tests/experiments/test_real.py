@@ -112,6 +112,7 @@ def test_the_precision_is_the_faster_one_unless_it_is_named(monkeypatch, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_the_whole_chain_on_a_small_model(hf_model, tiny_bpe, tmp_path):
     gguf = pytest.importorskip("gguf", reason="GGUF files are read and written with the package gguf")
     sizes = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

@@ -127,6 +127,7 @@ def test_what_a_study_leaves(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_run_of_the_study_is_a_run_of_the_project(tiny_bpe, tmp_path, data_dir):
     stories = scratch.read_text([str(data_dir / "corpora/tinystories/tinystories_sample_2MiB.txt")], "<|endoftext|>")
     scratch.pack_text(stories[:150], tmp_path / "shards", tiny_bpe)

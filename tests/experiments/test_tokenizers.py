@@ -27,6 +27,7 @@ def study(*words):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_rows_from_their_parts_beat_random_ones(data_dir, tmp_path):
     """After the same bytes of text the extended stories260K is better with subtoken rows, as it is before."""
     out = tmp_path / "study"

@@ -100,11 +100,11 @@ def test_a_whole_model_in_one_graph():
         assert (a - b).abs().max() <= 1e-6 * a.abs().max(), name
 
 
-def run_train(folder, lab, name, kernel, *more, ranks=1):
+def run_train(folder, lab, name, kernel, *more, ranks=1, python=sys.executable):
     """-> [(loss, gradient norm)] of three steps of train.py itself."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, *launcher, ROOT / "train.py",
+        [python, *launcher, ROOT / "train.py",
          *arguments(lab, folder / name, "--device", DEVICE, "--eval.tokens", 50, "--train.batch-size", 2,
                     "--train.micro-batch-size", 1, *more, steps=3)],
         capture_output=True, text=True, cwd=folder,
@@ -114,11 +114,11 @@ def run_train(folder, lab, name, kernel, *more, ranks=1):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, forked_python):
     """The corpora, and the run on the references."""
     folder = tmp_path_factory.mktemp("runs")
     lab = make_lab(folder / "lab")
-    return folder, lab, run_train(folder, lab, "reference", "reference")
+    return folder, lab, run_train(folder, lab, "reference", "reference", python=forked_python)
 
 
 @pytest.mark.slow
@@ -132,11 +132,12 @@ def test_train_py_on_triton_kernels(runs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_train_py_on_two_ranks(runs, strategy):
+def test_train_py_on_two_ranks(runs, strategy, forked_python):
     folder, lab, truth = runs
     if DEVICE == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("two ranks on CUDA need two GPUs")
-    found = run_train(folder, lab, strategy, "triton", "--parallel.strategy", strategy, ranks=2)
+    found = run_train(folder, lab, strategy, "triton", "--parallel.strategy", strategy, ranks=2,
+                      python=forked_python)
     assert np.allclose(found, truth, rtol=1e-4)
 
 

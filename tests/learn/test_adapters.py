@@ -209,6 +209,7 @@ def as_rank(folder: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_shards_are_one_model(tiny_model, tmp_path):
     for base in ("tied", "untied"):
         hf.save(tiny_model(tie_word_embeddings=base == "tied"), tmp_path / base)

@@ -335,6 +335,7 @@ def as_rank(folder: Path):
     parallel.stop()
 
 
+@pytest.mark.usefixtures("forked")
 def test_muon_on_two_ranks_is_muon_on_one(tmp_path):
     """FSDP2 over uneven rows, in float64 but for the reduction of gradients (fp32); and one rank continues two."""
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",

@@ -13,7 +13,7 @@ import hf
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_command_writes_a_folder_with_the_licence_beside_the_file(hf_model, tiny_bpe, tmp_path):
+def test_the_command_writes_a_folder_with_the_licence_beside_the_file(hf_model, tiny_bpe, tmp_path, request):
     gguf = pytest.importorskip("gguf", reason="GGUF files are read and written with the package gguf")
     sizes = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 96}
     model, known = hf_model("llama", **sizes)[0], add_joins(tiny_bpe)
@@ -26,6 +26,8 @@ def test_the_command_writes_a_folder_with_the_licence_beside_the_file(hf_model, 
         return ended.returncode, ended.stdout, ended.stderr
     weights = sum(p.numel() for p in model.parameters())
     assert run(file) == (0, f"{out}: {weights / 1e6:.1f}M parameters, bfloat16\n", "")
+    # What follows shows rules, which need no process that imports all again.
+    request.getfixturevalue("forked")
     assert (out / "LICENSE").read_text() == "Do what is right."
     assert hf.open_base(out).facts["license"] == "apache-2.0"
     assert str(hf.open_base(out).dtype) == "torch.bfloat16"

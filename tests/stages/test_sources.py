@@ -158,6 +158,7 @@ def test_a_run_on_conversations_longer_than_its_context_says_so_and_learns_in_ea
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_ranks_are_one(chats, tmp_path):
     home, file = chats
     for n in (1, 2):

@@ -117,6 +117,7 @@ def test_no_model_is_trained_before_every_tokenizer(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_small_model_is_trained_and_scored(small_bases):
     """By the commands themselves, for three steps: fewer bits than the 8 of a byte, and not none."""
     texts = [f"{n}. {LATIN}" for n in range(100)]
