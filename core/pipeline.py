@@ -12,7 +12,7 @@ Every rank reads the batches; the last one alone has their targets. Parameters h
 the head is the embedding, both ends hold it: the gradients are summed, so that the copies stay equal, and the last
 one's counts neither in the norm nor in a checkpoint.
 
-B sequences of a micro-batch, T tokens that a rank has of each, D model width, P ranks, S stages.
+B sequences of a micro-batch, T tokens that a rank has of each, D model width, P ranks.
 """
 
 import contextlib
@@ -39,18 +39,18 @@ SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B, "interleaved": Schedu
 IGNORE = -100
 
 
-def cut_layers(costs: list[float], head: float, S: int) -> list[range]:
-    """The blocks of each of S stages, so that the dearest stage is as cheap as can be, and the others about equal.
-    costs: the operations of each block. head: those of the last stage beside its blocks; the embedding has none, it
-    reads rows. Four blocks of 1 and a head of 2 make the stages 3 and 1 + head."""
+def cut_layers(costs: list[float], head: float, stages: int) -> list[range]:
+    """The blocks of each of so many stages, so that the dearest stage is as cheap as can be, and the others about
+    equal. costs: the operations of each block. head: those of the last stage beside its blocks; the embedding has none,
+    it reads rows. Four blocks of 1 and a head of 2 make the stages 3 and 1 + head."""
     L, sums = len(costs), [0.0]
     for cost in costs:
         sums.append(sums[-1] + cost)
     # best[n]: (dearest stage, sum of squares, ends) of the first n blocks in the stages so far.
     best = {0: (0.0, 0.0, [0])}
-    for s in range(S):
-        extra, found = head if s == S - 1 else 0.0, {}
-        for end in range(s + 1, L - (S - 1 - s) + 1):
+    for s in range(stages):
+        extra, found = head if s == stages - 1 else 0.0, {}
+        for end in range(s + 1, L - (stages - 1 - s) + 1):
             found[end] = min((max(most, own := sums[end] - sums[begin] + extra), squares + own**2, [*ends, end])
                              for begin, (most, squares, ends) in best.items() if begin < end)
         best = found
@@ -73,6 +73,16 @@ class Pipe:
     is_tied: bool = False
     # The type of the hidden states that the stages send.
     dtype: torch.dtype = torch.float32
+
+    @property
+    def stages(self) -> int:
+        """How many stages all ranks have."""
+        return self.ranks * self.turns
+
+    @property
+    def own(self) -> range:
+        """The numbers of this rank's stages."""
+        return range(self.rank, self.stages, self.ranks)
 
     @property
     def is_last(self) -> bool:
@@ -140,19 +150,17 @@ def taking_gradients(x):
 def split(model: nn.Module, pipe: Pipe, costs: list[float], head: float):
     """Leave of a model on the meta device what this rank holds, as model.stages. Costs as in `cut_layers`."""
     model._whole, model.pipe = (copy.deepcopy(model),), pipe
-    blocks, S = list(model.layers), pipe.ranks * pipe.turns
-    cuts = cut_layers(costs, head, S)
+    blocks, cuts = list(model.layers), cut_layers(costs, head, pipe.stages)
     pipe.is_tied = model.config.tie_word_embeddings
     # Removed and not renumbered, so that the others keep their names.
-    own = {i for cut in cuts[pipe.rank::pipe.ranks] for i in cut}
+    own = {i for s in pipe.own for i in cuts[s]}
     for i in set(range(len(blocks))) - own:
         del model.layers._modules[str(i)]
     if pipe.rank and not (pipe.is_last and pipe.is_tied):
         model.embed_tokens = None
     if not pipe.is_last:
         model.norm = model.head = None
-    model.stages = [Stage(model, [blocks[i] for i in cuts[s]], s == 0, s == S - 1)
-                    for s in range(pipe.rank, S, pipe.ranks)]
+    model.stages = [Stage(model, [blocks[i] for i in cuts[s]], s == 0, s == pipe.stages - 1) for s in pipe.own]
 
 
 class RemoteHead(nn.Module):
@@ -188,14 +196,14 @@ def connect(model: nn.Module, pipe: Pipe, dtype: torch.dtype, device):
 def run_stages(model, pipe: Pipe, tokens, position_ids=None, doc_start=None, causal=True, cache=None):
     """Model.forward by all ranks of the pipeline, one after the other: hidden states at the last one, elsewhere 0."""
     assert not torch.is_grad_enabled(), "gradients go through a schedule"
-    S, B, T = pipe.ranks * pipe.turns, *tokens.shape
-    for s, stage in zip(range(pipe.rank, S, pipe.ranks), model.stages):
+    B, T = tokens.shape
+    for s, stage in zip(pipe.own, model.stages):
         x = tokens
         if s:
             x = torch.empty(B, T, model.config.hidden_size, dtype=pipe.dtype, device=tokens.device)
             dist.recv(x, group_src=(s - 1) % pipe.ranks, group=pipe.group)
         x = stage(x, None, position_ids, doc_start, causal, cache)
-        if s < S - 1:
+        if s < pipe.stages - 1:
             assert x.dtype == pipe.dtype, f"stage {s} computes in {x.dtype}, and {pipe.dtype} was expected"
             dist.send(x.contiguous(), group_dst=(s + 1) % pipe.ranks, group=pipe.group)
     if cache is not None:
@@ -217,12 +225,11 @@ class Pipeline:
         tokens = torch.empty(shape, dtype=torch.int32, device="meta")
         x = torch.empty(*shape, model.config.hidden_size, dtype=pipe.dtype, device="meta", requires_grad=True)
         between = (x, torch.empty(width, device="meta", requires_grad=True)) if measure else (x,)
-        stages = [PipelineStage(stage, pipe.rank + turn * pipe.ranks, pipe.ranks * pipe.turns, device,
-                                (tokens,) if stage.is_first else between, between, group=pipe.group)
-                  for turn, stage in enumerate(model.stages)]
+        stages = [PipelineStage(stage, s, pipe.stages, device, (tokens,) if stage.is_first else between, between,
+                                group=pipe.group) for s, stage in zip(pipe.own, model.stages)]
         # Fewer micro-batches than stages leave no order to choose.
         in_order = ScheduleLoopedBFS if pipe.turns > 1 else ScheduleGPipe
-        kind = SCHEDULES[schedule] if micro_batches >= pipe.ranks * pipe.turns else in_order
+        kind = SCHEDULES[schedule] if micro_batches >= pipe.stages else in_order
         # The loss is divided by the targets of the step, so that gradients are not to be scaled.
         self.schedule = kind(stages if pipe.turns > 1 else stages[0], micro_batches, self.find_loss, scale_grads=False)
 
