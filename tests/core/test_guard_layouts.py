@@ -6,20 +6,18 @@ Truth: the checkpoints before a fault. Two forked ranks go through every case; t
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import fork_ranks, meet
-from runs import ENV, lines, make_lab, settings
+from ranks import fork_ranks, lay_out, make_lab_in, meet, run_once
+from runs import lines, settings
 
 import train
 from core import checkpoint, parallel
 from core.errors import Diverged
-from stages import evaluate
 
 pytestmark = pytest.mark.slow
 LAYOUTS = {"tensor": ["--parallel.strategy", "fsdp", "--parallel.tensor", 2], "context": ["--parallel.context", 2]}
@@ -67,15 +65,13 @@ def watch_steps(name: str, rank: int) -> list:
 
 
 def as_rank(rank: int, folder: Path):
-    torch.set_num_threads(1)
     real = train.train_step, dist.all_reduce
     found = {}
     for layout in LAYOUTS:
         with meet(folder, layout, rank, 2) as world:
             for name in CASES:
                 c = case(folder, layout, name)
-                world.sequences = None
-                world.share_sequences(c.parallel)
+                lay_out(world, c)
                 counts, said = watch_steps(name, rank), ""
                 try:
                     train.train(c, world)
@@ -90,10 +86,7 @@ def as_rank(rank: int, folder: Path):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("guard")
-    make_lab(folder / "lab")
-    done = subprocess.run([sys.executable, __file__, folder], env=ENV, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = run_once(tmp_path_factory, __file__)
     return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
@@ -152,5 +145,5 @@ def test_the_guard_takes_no_collective_of_its_own(ranks, layout):
 
 
 if __name__ == "__main__":
-    evaluate.run_command = lambda *words: ""
+    fork_ranks(make_lab_in, 1, Path(sys.argv[1]))
     fork_ranks(as_rank, 2, Path(sys.argv[1]))

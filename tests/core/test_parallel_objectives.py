@@ -1,25 +1,22 @@
 """Every objective on four ranks is the objective on one: the same corrupted rows, losses, measures and gradient norms.
 
-The truth is one process with the whole batch in one piece. Four real ranks (torchrun, gloo) go through every case in
-one start; this file is also what each runs. Rows are equal in every bit, as corruption is a function of the seed
+The truth is one process with the whole batch in one piece. Four forked ranks (gloo) go through every case; this file is
+also what each runs. Rows are equal in every bit, as corruption is a function of the seed
 and the place in the data. Losses and norms differ by the order of sums: 1e-5 relative, as in test_parallel.py.
 """
 
 import dataclasses
 import functools
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from runs import ENV, digest, one, settings
+from ranks import fork_ranks, found_by, go_through, run_once
+from runs import digest, one, settings
 from synthetic import KINDS, texts
 
 import tokenizer
 import train
-from core import parallel
 from stages.build import build
 from text.chat import Example, Segment, encode_examples
 from text.extend_vocabulary import add
@@ -34,16 +31,20 @@ OBJECTIVES = {
 CASES = [(name, "ddp") for name in OBJECTIVES] + [(name, "fsdp") for name in ("selective", "dpo", "orpo")]
 
 
-def steps_of(folder: Path, name: str, strategy: str, world) -> dict:
-    """{"rows": {"step/row": hash of the corrupted row}, "told": of each step what was found} of a run without files.
-    DPO's reference is the base. Selective learning has another one, since against the base all excesses are 0."""
+def case(folder: Path, name: str, strategy: str, ranks: int):
+    """DPO's reference is the base. Selective learning has another one, since against the base all excesses are 0."""
     words = ["--model.init", "pretrained", "--model.path", folder / "base/final", "--data.schedule", "static",
              "--data.domain-share", 1, "--data.sources.prefs.path", folder / "prefs", "--data.sources.prefs.weight", 0,
-             "--train.batch-size", BATCH, "--train.micro-batch-size", BATCH if world.size == 1 else 1,
+             "--train.batch-size", BATCH, "--train.micro-batch-size", BATCH if ranks == 1 else 1,
              "--parallel.strategy", strategy, "--objective.name", name, *OBJECTIVES[name]]
     if name == "selective":
         words += ["--objective.reference", folder / "reference/final"]
-    run, found = build(settings(folder, "unused", *words, steps=STEPS), world), {"rows": {}, "told": []}
+    return settings(folder, "unused", *words, steps=STEPS)
+
+
+def steps_of(c, world) -> dict:
+    """{"rows": {"step/row": hash of the corrupted row}, "told": of each step what was found} of a run without files."""
+    run, found = build(c, world), {"rows": {}, "told": []}
     share = BATCH // world.size
     for step in range(STEPS):
         batches = train.micro_batches(run, step)
@@ -56,19 +57,7 @@ def steps_of(folder: Path, name: str, strategy: str, world) -> dict:
     return found
 
 
-def as_rank(folder: Path):
-    torch.set_num_threads(1)
-    world = parallel.start("cpu")
-    found = {str(case): steps_of(folder, *case, world) for case in CASES}
-    (folder / f"rank{world.rank}.json").write_text(json.dumps(found))
-    world.barrier()                                    # as train.main: none leaves while another still waits for it
-    parallel.stop()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """[what each of the four ranks found], and the folder that they read."""
-    folder = tmp_path_factory.mktemp("ranks")
+def make_bases(rank: int, folder: Path):
     tokenizer.train(texts("legal") + texts("story"), "bpe", 300, folder / "words")
     (folder / "tok").mkdir()
     add(folder / "words", [], folder / "tok", objectives=["masked", "span", "ul2", "fim"], sentinels=10)
@@ -79,26 +68,20 @@ def ranks(tmp_path_factory):
              for i, answers in enumerate(zip(texts("legal", 60), texts("story", 60)))]
     pack(pairs, tok, folder / "prefs", encode=functools.partial(encode_examples, {}, None), heldout=0,
          records={"format": "preference", "learn": "responses", "template": "none"})
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.evaluate.run_command", lambda *words: "")
-        for name, share in (("base", 0), ("reference", 1)):
-            train.train(settings(folder, folder / name, "--data.domain-share", share, "--data.schedule", "static"),
-                        one())
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                           str(RANKS), __file__, folder], env=ENV, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)], folder
-    torch.set_num_threads(before)
+    for name, share in (("base", 0), ("reference", 1)):
+        train.train(settings(folder, folder / name, "--data.domain-share", share, "--data.schedule", "static"), one())
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    return found_by(run_once(tmp_path_factory, __file__))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_an_objective_on_four_ranks_is_that_on_one(ranks, case):
-    every, folder = ranks
-    every = [found[str(case)] for found in every]
-    true = json.loads(json.dumps(steps_of(folder, case[0], "ddp", one())))
+    every, (true,) = ranks[str(case)], ranks[case[0]]
+    assert len(every) == RANKS
     rows = [row for found in every for row in found["rows"]]
     assert len(rows) == len(set(rows)) == STEPS * BATCH
     assert {key: row for found in every for key, row in found["rows"].items()} == true["rows"]
@@ -116,4 +99,9 @@ def test_an_objective_on_four_ranks_is_that_on_one(ranks, case):
 
 
 if __name__ == "__main__":
-    as_rank(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    # Read once, for all ranks.
+    parsed = {str(key): (RANKS, case(folder, *key, RANKS)) for key in CASES}
+    parsed |= {name: (1, case(folder, name, "ddp", 1)) for name in OBJECTIVES}
+    fork_ranks(make_bases, 1, folder)
+    go_through(folder, parsed, steps_of)

@@ -7,18 +7,16 @@ meet again as one, two or four ranks; this file is also what each of them runs.
 
 import contextlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import fork_ranks, meet
-from runs import ENV, lines, make_lab, same_checkpoint, settings, trace
+from ranks import fork_ranks, meet, run_once
+from runs import lines, make_lab, same_checkpoint, settings, trace
 
 import train
 from core import checkpoint
-from stages import evaluate
 from stages.resume import Saver
 
 FSDP = ["--parallel.strategy", "fsdp"]
@@ -76,7 +74,6 @@ def watched(folder: Path, number: int):
 
 
 def as_rank(rank: int, folder: Path):
-    torch.set_num_threads(1)
     for name, (_, order) in CASES.items():
         for number, layout in enumerate(order):
             with meet(folder, f"{name}_{number}", rank, LAYOUTS[layout][0]) as world:
@@ -101,10 +98,7 @@ def make_base(rank: int, folder: Path):
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("moved")
-    done = subprocess.run([sys.executable, __file__, folder], env=ENV, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+    return run_once(tmp_path_factory, __file__)
 
 
 @pytest.mark.slow
@@ -162,6 +156,5 @@ def test_the_run_is_the_one_that_nothing_stopped(moved, name):
 
 
 if __name__ == "__main__":
-    evaluate.run_command = lambda *words: ""
     for function, ranks in ((make_base, 1), (as_rank, 4)):
         fork_ranks(function, ranks, Path(sys.argv[1]))
