@@ -1,23 +1,25 @@
 """parallel.py: ranks, strategies and micro-batches change nothing but the order of sums.
 
-The truth is one process with the whole batch in one piece. Two real ranks (torchrun, gloo) go through every case in one
-start; this file is also what each of them runs. Tolerance: in fp32 only the order in which gradients and losses are
-added differs, a few units of 2^-24 = 6e-8, which steps of AdamW magnify; 1e-5 relative leaves room for five steps and
-none for a factor. AdamW does not see the scale of gradients, so that their norms are compared too. Adapters and what
-keeps the base's knowledge go through the same: every number they log, what they leave, and checkpoints that move.
+The truth is one process with the whole batch in one piece. Two forked ranks (gloo) go through every case; this file is
+also what each of them runs. What all layouts do for 20 steps is in test_layouts.py. Tolerance: in fp32 only the order
+in which gradients and losses are added differs, a few units of 2^-24 = 6e-8, which steps of AdamW magnify; 1e-5
+relative leaves room for five steps and none for a factor. AdamW does not see the scale of gradients, so that their
+norms are compared too. Adapters and what keeps the base's knowledge go through the same: every number they log, what
+they leave, and checkpoints that move.
 """
 
+import copy
+import functools
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import pass_on, steps_of
-from runs import ENV, lines, make_lab, one, same_checkpoint, settings, trace
+from ranks import fork_ranks, found_by, go_through, make_lab_in, pass_on, run_once, steps_of
+from runs import lines, one, same_checkpoint, settings, trace
 from safetensors.torch import load_file
 
 import hf
@@ -57,106 +59,145 @@ METHODS = {
                    "--eval.every", 1],
 }
 PAIRS = [pair for pair in itertools.product(METHODS, ("ddp", "fsdp")) if pair != ("electra", "fsdp")]
-# What two ranks do for 20 steps in the same bits under DDP and FSDP: no gradient is clipped.
-SAME = {"full": ["--train.precision", "fp32"], "lora": ["--lora.rank", 4],
-        "qlora": ["--lora.rank", 4, "--lora.base", "nf4", "--lora.targets", "q_proj", "up_proj", "down_proj"]}
+# What two ranks have written is compared with what one rank wrote, and of these one rank goes on from it too.
+BACK = ["lora_lwf", "qlora", "replay", "everything"]
+
+
+@functools.cache
+def parse(lab, steps, *words):
+    """Of a command line, which takes as long to read as ten steps of these models."""
+    return settings(lab, "unused", *words, steps=steps)
+
+
+def laid_out(lab, out, strategy, *words, steps):
+    c = copy.deepcopy(parse(lab, steps, *words))
+    c.out, c.parallel.strategy = str(out), strategy
+    return c
 
 
 def case(lab, strategy, tied, micro):
-    return settings(lab, "unused", "--parallel.strategy", strategy, "--model.tie-word-embeddings", str(tied),
-                    "--train.batch-size", BATCH, "--train.micro-batch-size", micro, "--optim.clip", 0, steps=STEPS)
+    return laid_out(lab, "unused", strategy, "--model.tie-word-embeddings", str(tied), "--train.batch-size", BATCH,
+                    "--train.micro-batch-size", micro, "--optim.clip", 0, steps=STEPS)
+
+
+def plain(lab, out, strategy):
+    return laid_out(lab, out, strategy, steps=6)
 
 
 def eight_bit(lab, out, strategy):
-    return settings(lab, out, "--parallel.strategy", strategy, "--optim.name", "adamw_8bit", "--train.precision",
-                    "bf16", steps=6)
+    return laid_out(lab, out, strategy, "--optim.name", "adamw_8bit", "--train.precision", "bf16", steps=6)
 
 
-def method(folder, name, out, *words):
-    """Four steps on a base that knows the general source, with a checkpoint half-way."""
+def method(folder, name, out, strategy="ddp", after=None):
+    """Four steps on a base that knows the general source, with a checkpoint half-way; or those after the half of the
+    run `after`."""
     base = folder / {"lora_rows": "untied", "experts": "experts"}.get(name, "tied") / "final"
-    return settings(folder / "lab", folder / "methods" / f"{name}_{out}", "--model.init", "pretrained", "--model.path",
-                    base, "--train.save-every", 2, *METHODS[name], *words, steps=4)
+    c = laid_out(folder / "lab", folder / "methods" / f"{name}_{out}", strategy, "--model.init", "pretrained",
+                 "--model.path", base, "--train.save-every", 2, *METHODS[name], steps=4)
+    c.train.branch_from = after and str(folder / "methods" / f"{name}_{after}" / "checkpoints/step_00000002")
+    return c
 
 
-def unclipped(folder, name, strategy):
-    return settings(folder / "lab", "unused", "--parallel.strategy", strategy, "--model.init", "pretrained",
-                    "--model.path", folder / "tied/final", "--optim.clip", 0, "--optim.lr", 1e-3,
-                    "--optim.min-lr", 1e-4, *SAME[name], steps=20)
+def half(folder, strategy):
+    """Of bf16."""
+    c = method(folder, "dora", "unused", strategy)
+    c.train.precision, c.lora.embeddings, c.train.steps = "bf16", "full", STEPS
+    return c
+
+
+def compiled(folder, is_compiled):
+    c = laid_out(folder / "lab", "unused", "fsdp" if is_compiled else "ddp", "--optim.clip", 0, "--optim.lr", 1e-3,
+                 steps=3)
+    c.compile = is_compiled
+    return c
 
 
 # Rules that end a run of 12 steps early: at the one rate general text is lost at once, at the other nothing is gained.
 ENDS = {"stop-forgetting": (0.05, "--optim.lr", 1e-2), "stop-gain": (0.9, "--optim.lr", 1e-8, "--optim.min-lr", 0)}
 
 
-def ended(folder, rule, out, *words):
-    return settings(folder / "lab", out, "--model.init", "pretrained", "--model.path", folder / "tied/final",
+def ended(folder, rule, out, strategy="ddp"):
+    return laid_out(folder / "lab", out, strategy, "--model.init", "pretrained", "--model.path", folder / "tied/final",
                     f"--eval.{rule}", *ENDS[rule], "--eval.every", 2, "--eval.stop-after", 2, "--data.schedule",
-                    "static", "--data.domain-share", 1, *words, steps=12)
+                    "static", "--data.domain-share", 1, steps=12)
 
 
-def compiled_steps(folder, world):
-    """Three steps under FSDP with compiled blocks, by a backend that compiles in seconds; and the number of graphs."""
-    c = unclipped(folder, "full", "fsdp")
-    c.compile, plain = True, torch.nn.Module.compile
-    torch.nn.Module.compile = lambda module: plain(module, backend="aot_eager")
+def measure(c, world):
+    """Compiled blocks are compiled by a backend that does so in seconds; and the number of graphs."""
+    compile_block, graphs = torch.nn.Module.compile, torch._dynamo.utils.counters["stats"]
+    torch.nn.Module.compile = lambda module: compile_block(module, backend="aot_eager")
     try:
-        found = steps_of(c, world, 3)
+        return steps_of(c, world, c.train.steps) | {"graphs": graphs["unique_graphs"]}
     finally:
-        torch.nn.Module.compile = plain
-    return found | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+        torch.nn.Module.compile = compile_block
 
 
-def half(folder, strategy):
-    return method(folder, "dora", "unused", "--parallel.strategy", strategy, "--train.precision", "bf16",
-                  "--lora.embeddings", "full", "--train.steps", STEPS)
+# ---- what the processes do, in this order
+
+def make_bases(rank: int, folder: Path):
+    """Two processes."""
+    tied, lab = rank == 0, folder / "lab"
+    train.train(laid_out(lab, folder / ("tied" if tied else "untied"), "ddp", "--model.tie-word-embeddings", str(tied),
+                         "--data.domain-share", 0, "--data.schedule", "static", steps=20), one())
+    # Fewer tokens than a step has for each of these experts: some get none on a rank.
+    config = ModelConfig(300, 32, 64, 2, 4, 2, num_experts=12, num_experts_per_tok=2, moe_intermediate_size=24,
+                         norm_topk_prob=True, dense_layers=[1], qk_norm=True, family="qwen3_moe")
+    experts = Model(config)
+    experts.initialise(0)
+    if rank == 0:
+        hf.save(experts, folder / "experts/final", tokenizer=lab / "tok")
 
 
-def half_way(folder, name, out) -> list:
-    return ["--train.branch-from", folder / "methods" / f"{name}_{out}" / "checkpoints/step_00000002"]
+def go_alone(rank: int, folder: Path):
+    """Two processes, which share what one rank does before two go on from it."""
+    lab = folder / "lab"
+    if rank == 0:
+        for strategy in ("ddp", "fsdp"):
+            stop_after(plain(lab, folder / f"{strategy}_one_two", strategy), one(), 3)
+    else:
+        train.train(plain(lab, folder / "reference", "ddp"), one())
+        train.train(eight_bit(lab, folder / "8bit", "ddp"), one())
+    for name in list(METHODS)[rank::2]:
+        train.train(method(folder, name, "one"), one())
+    rule = list(ENDS)[rank]
+    train.train(ended(folder, rule, folder / f"ended_{rule}_one"), one())
 
 
-def as_rank(folder: Path):
-    """What each of the two ranks does."""
-    torch.set_num_threads(1)
-    evaluate.run_command = lambda *words: ""
-    lab, world = folder / "lab", parallel.start("cpu")
-    results = {str(k): steps_of(case(lab, *k), world, STEPS) for k in CASES}
-    results |= {strategy: steps_of(half(folder, strategy), world, STEPS) for strategy in ("ddp", "fsdp")}
-    results |= {f"{name}_{strategy}": steps_of(unclipped(folder, name, strategy), world, 20)
-                for name in SAME for strategy in ("ddp", "fsdp")}
-    results["compiled"] = compiled_steps(folder, world)
-    (folder / f"rank{world.rank}.json").write_text(json.dumps(results))
-
-    for strategy in ("ddp", "fsdp"):                   # whole runs: uninterrupted here, and begun or ended on one rank
-        c = settings(lab, folder / f"{strategy}_two", "--parallel.strategy", strategy, steps=6)
-        train.train(c, world)
-        c.out = str(folder / f"{strategy}_two_one")
-        stop_after(c, world, 3)
-        c.out = str(folder / f"{strategy}_one_two")
-        train.train(c, world)
-    c = settings(lab, folder / "bf16", "--parallel.strategy", "fsdp", "--train.precision", "bf16", steps=6)
-    train.train(c, world)
+def go_on(folder: Path, world):
+    """Two ranks: whole runs, uninterrupted, and begun or ended on one rank."""
+    lab = folder / "lab"
+    for strategy in ("ddp", "fsdp"):
+        train.train(plain(lab, folder / f"{strategy}_two", strategy), world)
+        stop_after(plain(lab, folder / f"{strategy}_two_one", strategy), world, 3)
+        train.train(plain(lab, folder / f"{strategy}_one_two", strategy), world)
+    train.train(laid_out(lab, folder / "bf16", "fsdp", "--train.precision", "bf16", steps=6), world)
     for rule, strategy in itertools.product(ENDS, ("ddp", "fsdp")):     # each rank has to leave the loop at one step
         out = folder / f"ended_{rule}_{strategy}"
-        train.train(ended(folder, rule, out, "--parallel.strategy", strategy), world)
+        train.train(ended(folder, rule, out, strategy), world)
         Path(f"{out}_rank{world.rank}").write_text(str(world.gather(1)))
     for strategy in ("ddp", "fsdp"):
-        c = eight_bit(lab, folder / f"{strategy}_8bit", strategy)
-        stop_after(c, world, 3)
+        stop_after(eight_bit(lab, folder / f"{strategy}_8bit", strategy), world, 3)
     for strategy in ("ddp", "fsdp"):                   # a state from one rank, or from the other strategy
-        pass_on(method(folder, "muon", f"{strategy}_passed", "--parallel.strategy", strategy,
-                       *half_way(folder, "muon", "one")), world)
+        pass_on(method(folder, "muon", f"{strategy}_passed", strategy, "one"), world)
         other = eight_bit(lab, folder / f"{strategy}_8bit_passed", strategy)
         there = {"ddp": "fsdp", "fsdp": "ddp"}[strategy]
         other.train.branch_from = str(folder / f"{there}_8bit/checkpoints/step_00000003")
         pass_on(other, world)
     for name, strategy in PAIRS:
-        words = ["--parallel.strategy", strategy]
-        train.train(method(folder, name, f"{strategy}_two", *words), world)
-        train.train(method(folder, name, f"{strategy}_one_two", *words, *half_way(folder, name, "one")), world)
-    world.barrier()                                    # as train.main: none leaves while another still waits for it
-    parallel.stop()
+        train.train(method(folder, name, f"{strategy}_two", strategy), world)
+        train.train(method(folder, name, f"{strategy}_one_two", strategy, "one"), world)
+
+
+def go_back(rank: int, folder: Path):
+    """Two processes, which share what one rank does from where two ranks came to."""
+    lab, strategy = folder / "lab", ("ddp", "fsdp")[rank]
+    train.train(plain(lab, folder / f"{strategy}_two_one", "ddp"), one())
+    for name in BACK:
+        train.train(method(folder, name, f"{strategy}_two_one", after=f"{strategy}_two"), one())
+    c = eight_bit(lab, folder / f"{strategy}_8bit_alone", "ddp")
+    c.train.branch_from = str(folder / f"{strategy}_8bit/checkpoints/step_00000003")
+    pass_on(c, one())
+    train.train(eight_bit(lab, folder / f"{strategy}_8bit", "ddp"), one())
 
 
 def stop_after(c, world, steps: int):
@@ -176,32 +217,12 @@ def stop_after(c, world, steps: int):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    lab = make_lab(folder / "lab")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages.evaluate.run_command", lambda *words: "")
-        for strategy in ("ddp", "fsdp"):
-            stop_after(settings(lab, folder / f"{strategy}_one_two", steps=6), one(), 3)
-        for tied in (True, False):
-            train.train(settings(lab, folder / ("tied" if tied else "untied"), "--model.tie-word-embeddings", tied,
-                                 "--data.domain-share", 0, "--data.schedule", "static", steps=20), one())
-        # Fewer tokens than a step has for each of these experts: some get none on a rank.
-        config = ModelConfig(300, 32, 64, 2, 4, 2, num_experts=12, num_experts_per_tok=2, moe_intermediate_size=24,
-                             norm_topk_prob=True, dense_layers=[1], qk_norm=True, family="qwen3_moe")
-        experts = Model(config)
-        experts.initialise(0)
-        hf.save(experts, folder / "experts/final", tokenizer=lab / "tok")
-        for name in METHODS:
-            train.train(method(folder, name, "one"), one())
-        for rule in ENDS:
-            train.train(ended(folder, rule, folder / f"ended_{rule}_one"), one())
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                           __file__, folder], env=ENV, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield folder
-    torch.set_num_threads(before)
+    return run_once(tmp_path_factory, __file__)
+
+
+@pytest.fixture(scope="module")
+def found(ranks):
+    return found_by(ranks)
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +240,9 @@ def close(mine, theirs, rel=1e-5):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", CASES, ids=str)
-def test_two_ranks_are_one(ranks, truth, key):
+def test_two_ranks_are_one(found, truth, key):
     one = truth[key[1]]
-    first, second = (json.loads((ranks / f"rank{r}.json").read_text())[str(key)] for r in (0, 1))
+    first, second = found[str(key)]
     assert first["rows"] | second["rows"] == one["rows"]                   # exactly the same tokens, each row once
     assert len(first["rows"]) == len(second["rows"]) == STEPS * BATCH // 2
     assert not first["rows"].keys() & second["rows"].keys()
@@ -238,34 +259,12 @@ def test_two_ranks_are_one(ranks, truth, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAME)
-def test_two_ranks_of_fsdp_and_ddp_are_the_same_bits(ranks, name):
-    """Every loss and every weight after 20 steps. Norms are summed in another order, and clip nothing here. Losses and
-    norms are one process's, every trainable tensor moves, and a shard has half of the bytes, base included."""
-    one_rank = steps_of(unclipped(ranks, name, "ddp"), one(), 20)
-    for rank in range(2):
-        found = json.loads((ranks / f"rank{rank}.json").read_text())
-        ddp, fsdp = (found[f"{name}_{strategy}"] for strategy in ("ddp", "fsdp"))
-        assert (fsdp["loss"], fsdp["digest"]) == (ddp["loss"], ddp["digest"])
-        for each in (ddp, fsdp):
-            assert each["loss"] == pytest.approx(one_rank["loss"], rel=5e-6)
-            assert each["norm"] == pytest.approx(one_rank["norm"], rel=5e-6)
-            assert each["unmoved"] == []
-        assert ddp["held"] == one_rank["held"]
-        # Of rank 4 the rows part evenly, and so does every other tensor but the scales of scales, one value a weight.
-        assert fsdp["held"] <= 0.52 * ddp["held"]
-    assert len({*one_rank["loss"]}) == 20
-
-
-@pytest.mark.slow
-def test_blocks_are_compiled_under_fsdp(ranks):
+def test_blocks_are_compiled_under_fsdp(found):
     """Losses and norms of blocks that are not. (Here attention looks at where documents begin, which parts graphs.)"""
-    truth = steps_of(unclipped(ranks, "full", "ddp"), one(), 3)
-    for rank in range(2):
-        found = json.loads((ranks / f"rank{rank}.json").read_text())["compiled"]
-        assert found["loss"] == pytest.approx(truth["loss"], rel=5e-6)
-        assert found["norm"] == pytest.approx(truth["norm"], rel=5e-6)
-        assert found["graphs"] > 0
+    for each in found["compiled"]:
+        assert each["loss"] == pytest.approx(found["plain"][0]["loss"], rel=5e-6)
+        assert each["norm"] == pytest.approx(found["plain"][0]["norm"], rel=5e-6)
+        assert each["graphs"] > found["plain"][0]["graphs"] == 0
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
@@ -279,11 +278,7 @@ def test_accumulation_on_one_rank_changes_nothing(lab, truth, micro):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_checkpoints_move_between_one_and_two_ranks(ranks, strategy):
-    world, lab = parallel.World(0, 1, torch.device("cpu")), ranks / "lab"
     reference = ranks / "reference"
-    if not reference.exists():
-        train.train(settings(lab, reference, steps=6), world)
-    train.train(settings(lab, ranks / f"{strategy}_two_one", steps=6), world)
     whole = checkpoint.load(checkpoint.path_of(reference / "checkpoints", 6))
     for name in ("two", "two_one", "one_two"):
         out = ranks / f"{strategy}_{name}"
@@ -329,12 +324,9 @@ def test_a_state_is_the_same_in_every_bit_on_other_ranks(ranks, strategy):
     """Weights, moments (8 bits too) and the average of the weights: written on one rank and read on two, written by DDP
     and read by FSDP, and the other way round."""
     there = {"ddp": "fsdp", "fsdp": "ddp"}[strategy]
-    methods, lab = ranks / "methods", ranks / "lab"
+    methods = ranks / "methods"
     same_checkpoint(methods / f"muon_{strategy}_passed", methods / "muon_one", 2)
     same_checkpoint(ranks / f"{strategy}_8bit_passed", ranks / f"{there}_8bit", 3)
-    c = eight_bit(lab, ranks / f"{strategy}_8bit_alone", "ddp")
-    c.train.branch_from = str(ranks / f"{strategy}_8bit/checkpoints/step_00000003")
-    pass_on(c, one())
     same_checkpoint(ranks / f"{strategy}_8bit_alone", ranks / f"{strategy}_8bit", 3)
     shards = {name: len(list((ranks / name / "checkpoints/step_00000003").glob("*.safetensors")))
               for name in (f"{strategy}_8bit", f"{strategy}_8bit_alone")}
@@ -392,13 +384,12 @@ def left(out) -> tuple[dict, dict, list]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "strategy"), PAIRS)
 def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
-    """Four steps on two ranks; two steps there and two on one; and the other way round. Muon makes its matrices
-    orthogonal in bf16, where the last bit of a gradient can decide on 2^-8 of an element."""
+    """Four steps on two ranks; two steps on one rank and two there; and, of some methods, the other way round. Muon
+    makes its matrices orthogonal in bf16, where the last bit of a gradient can decide on 2^-8 of an element."""
     out = ranks / "methods"
-    train.train(method(ranks, name, f"{strategy}_two_one", *half_way(ranks, name, f"{strategy}_two")), one())
     truth, (tensors, rest, decisions) = told(out / f"{name}_one"), left(out / f"{name}_one")
     rel = 5e-3 if name == "muon" else 1e-5
-    for way, steps in (("two", [1, 2, 3, 4]), ("two_one", [3, 4]), ("one_two", [3, 4])):
+    for way, steps in {"two": [1, 2, 3, 4], "one_two": [3, 4], **({"two_one": [3, 4]} if name in BACK else {})}.items():
         mine = out / f"{name}_{strategy}_{way}"
         assert list(told(mine)) == steps
         for step, numbers in told(mine).items():
@@ -426,12 +417,11 @@ def test_a_method_on_two_ranks_is_the_method_on_one(ranks, name, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_adapters_on_a_base_in_bf16_are_one_ranks(ranks, strategy):
+def test_adapters_on_a_base_in_bf16_are_one_ranks(found, strategy):
     """The base in bf16, the adapters in fp32, sharded or not: where FSDP gathered adapters in bf16, the first loss
     would be off by 1e-4 already. A matmul of other rows may be rounded to bf16 the other way, so that later steps
     differ by more."""
-    mine = json.loads((ranks / "rank0.json").read_text())[strategy]
-    true = steps_of(half(ranks, "ddp"), one(), STEPS)
+    mine, true = found[f"half_{strategy}"][0], found["half"][0]
     for name in ("loss", "norm"):
         assert mine[name][0] == pytest.approx(true[name][0], rel=1e-5)
         assert mine[name][:3] == pytest.approx(true[name][:3], rel=1e-3)
@@ -452,12 +442,8 @@ def test_what_is_scored_after_a_merge_is_the_merged_model(ranks, strategy):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_8_bit_states_are_sharded_and_go_on_elsewhere(ranks, strategy):
     """Three steps on two ranks, three on one: what one rank alone does, within what bf16 gradients allow."""
-    world, lab = parallel.World(0, 1, torch.device("cpu")), ranks / "lab"
     alone, moved = ranks / "8bit", ranks / f"{strategy}_8bit"
-    if not alone.exists():
-        train.train(eight_bit(lab, alone, "ddp"), world)
     half = checkpoint.load(checkpoint.path_of(moved / "checkpoints", 3))[1]
-    train.train(eight_bit(lab, moved, "ddp"), world)
     states = [checkpoint.load(checkpoint.path_of(folder / "checkpoints", 6))[1] for folder in (alone, moved)]
     shapes = [{k: (v.shape, v.dtype) for k, v in state.items()} for state in states]
     assert shapes[0] == shapes[1]
@@ -481,4 +467,15 @@ def test_sums_are_exact_in_float64():
 
 
 if __name__ == "__main__":
-    as_rank(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    # Read once, for all processes.
+    parsed = {str(key): (2, case(folder / "lab", *key)) for key in CASES} | {"compiled": (2, compiled(folder, True))}
+    parsed |= {f"half_{strategy}": (2, half(folder, strategy)) for strategy in ("ddp", "fsdp")}
+    parsed |= {"half": (1, half(folder, "ddp")), "plain": (1, compiled(folder, False))}
+    for name in METHODS:
+        method(folder, name, "one")
+    fork_ranks(make_lab_in, 1, folder)
+    for function in (make_bases, go_alone):
+        fork_ranks(function, 2, folder)
+    go_through(folder, parsed, measure, go_on)
+    fork_ranks(go_back, 2, folder)
