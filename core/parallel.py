@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from core.config import setting
-from core.context_parallel import SharedAttention, SharedSequences
+from core.context_parallel import SharedAttention, SharedSequences, exchanges_keys
 from core.devices import keep_freed_memory, pick_device
 from core.errors import UserError
 from core.expert_parallel import is_of_parted, shard_experts
@@ -56,7 +56,10 @@ class ParallelConfig:
     computes, in fp32"""
     context: int = setting(1, at_least=1)
     """C: how many ranks share each sequence (context parallel), data.context / C tokens each: activations of long
-    sequences take 1 / C of the memory. C divides the heads, and is within one node"""
+    sequences take 1 / C of the memory. Best within one node"""
+    exchange: Literal["auto", "heads", "keys"] = "auto"
+    """context: what the ranks exchange for attention: tokens for heads, which C must divide; or all keys and values,
+    which is less where key-value heads are few; auto: what is less to send and fits"""
     tensor: int = setting(1, at_least=1)
     """t: fsdp: how many ranks share each matmul of a block (tensor parallel, with sequence parallel norms and loss);
     the rest of the ranks shard the weights. Within one node, and only where FSDP alone needs too many ranks"""
@@ -84,11 +87,9 @@ class ParallelConfig:
         for name in ("context", "tensor", "pipeline", "experts"):
             if ranks % getattr(self, name):
                 raise UserError(f"parallel.{name} {getattr(self, name)} does not divide the {ranks} ranks")
-        if ranks % (self.context * self.tensor * self.pipeline):
+        if ranks % (sharing := self.context * self.tensor * self.pipeline):
             raise UserError(f"parallel.context {self.context} times parallel.tensor {self.tensor} times "
                             f"parallel.pipeline {self.pipeline} does not divide the {ranks} ranks")
-        if self.pipeline > 1 and self.context > 1:
-            raise UserError("parallel.pipeline does not go with parallel.context yet; leave one of them out")
         if self.pipeline > 1 and self.reduce_each:
             raise UserError("parallel.pipeline sums gradients after its last micro-batch; leave parallel.reduce_each "
                             "out")
@@ -103,8 +104,8 @@ class ParallelConfig:
         others = [name for name in ("context", "tensor", "replicas", "pipeline") if getattr(self, name) > 1]
         if self.experts > 1 and others:
             raise UserError(f"parallel.experts does not go with parallel.{others[0]} yet; leave one of them out")
-        # Those that share matmuls are within one group, and a group's stages are one model.
-        most = ranks // self.tensor // self.pipeline
+        # Those that share matmuls or sequences are within one group, and a group's stages are one model.
+        most = ranks // sharing
         if most % self.replicas or (self.replicas > 1 and ranks == self.replicas):
             raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of two or "
                             f"more; take a divisor of {most}{' below it' if most == ranks else ''}")
@@ -398,8 +399,10 @@ def share_blocks(model: nn.Module, world: World, config: ParallelConfig):
     the meta device, before `shard`."""
     if config.tensor > 1:
         split_layers(model, lay_ranks(world.device.type, world.size, config)["tensor"], world.matmuls)
+    H, K = (heads // config.tensor for heads in (model.config.num_attention_heads, model.config.num_key_value_heads))
     for attention in model.attention_plan() if config.context > 1 else ():
-        attention.attend = SharedAttention(attention.attend, world.sequences)
+        attention.attend = SharedAttention(attention.attend, world.sequences,
+                                           exchanges_keys(config.exchange, config.context, H, K))
 
 
 def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:

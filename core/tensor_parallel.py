@@ -22,10 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from core.context_parallel import SharedSequences
 from core.errors import UserError
-
-# torch 2.13 has new names for these two, and warns of the old ones.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+from core.groups import all_gather, reduce_scatter
 
 
 class Gather(torch.autograd.Function):
@@ -63,6 +60,10 @@ class SharedMatmuls(SharedSequences):
     and the starts of documents are those of all tokens, because attention sees them all."""
 
     parted = ("tokens", "labels")
+
+    def cut_tokens(self, x):
+        """[B, T, ...] -> [B, T / t, ...], neighbouring tokens"""
+        return x.chunk(self.ranks, dim=1)[self.rank]
 
     def join_tokens(self, x):
         """x [B, T / t] -> [B, T], the tokens that a block's modules see"""

@@ -27,6 +27,7 @@ B sequences, T queries, S keys, H query heads, K key-value heads, GROUP = H / K,
     Q, DO, O, DQ        [B, T, H, d]            q_b, q_h, q_t: elements between sequences, heads and positions of Q
     K, V, DK, DV        [B, S, K, d]            k_b, k_h, k_t and v_b, v_h, v_t: the same of K and V; do_... of DO
     START, END          [B, S] int32            where each position's document starts and ends; unused without DOCS
+    past                                        query i is at position past + i
     LSE, DELTA          [B, H, T] fp32
     SCALE               log2(e) / sqrt(d)
     WINDOW              in tokens, 0 for none
@@ -88,7 +89,7 @@ def load_tile(P, stride, start, limit, SIZE: tl.constexpr, d: tl.constexpr, BLOC
 
 
 @jit
-def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v_h, q_t: tl.constexpr,
+def forward_kernel(Q, K, V, START, END, O, LSE, T, S, past, q_b, q_h, k_b, k_h, v_b, v_h, q_t: tl.constexpr,
                    k_t: tl.constexpr, v_t: tl.constexpr, GROUP: tl.constexpr, d: tl.constexpr, SCALE: tl.constexpr,
                    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr, PRECISION: tl.constexpr,
                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -103,9 +104,9 @@ def forward_kernel(Q, K, V, START, END, O, LSE, T, S, q_b, q_h, k_b, k_h, v_b, v
     END += b * S
 
     i = start + tl.arange(0, BLOCK_M)
-    first, last = interval(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
-    lo, full_hi = interval(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
-    full_lo, hi = interval(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    first, last = interval(tl.minimum(i, T - 1) + past, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    lo, full_hi = interval(start + past, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    full_lo, hi = interval(tl.minimum(start + BLOCK_M, T) - 1 + past, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
 
     q = load_tile(Q, q_t, start, T, BLOCK_M, d, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -145,7 +146,7 @@ def delta_kernel(O, DO, DELTA, T, do_b, do_h, do_t: tl.constexpr, d: tl.constexp
 
 
 @jit
-def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
+def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, past, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
                 q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
                 d: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -158,7 +159,6 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
     END += b * S
 
     j = start + tl.arange(0, BLOCK_N)
-    past = S - T                               # query i is at position past + i
     first, last = interval(tl.minimum(j, S - 1), START, END, S, CAUSAL, DOCS, WINDOW, KEYS=False)
     first -= past
     last -= past
@@ -170,7 +170,7 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
     v = load_tile(V, v_t, start, S, BLOCK_N, d, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    hi = hi - past + 1
+    hi = tl.minimum(hi - past + 1, T)
     m = lo
     head = kv * GROUP
     # The query heads of the group one after the other, each from lo to hi.
@@ -199,7 +199,7 @@ def dkdv_kernel(Q, K, V, START, END, DO, LSE, DELTA, DK, DV, T, S, q_b, q_h, k_b
 
 
 @jit
-def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
+def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, past, q_b, q_h, k_b, k_h, v_b, v_h, do_b, do_h,
               q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, do_t: tl.constexpr, GROUP: tl.constexpr,
               d: tl.constexpr, SCALE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, DOCS: tl.constexpr,
               PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -213,9 +213,9 @@ def dq_kernel(Q, K, V, START, END, DO, LSE, DELTA, DQ, T, S, q_b, q_h, k_b, k_h,
     END += b * S
 
     i = start + tl.arange(0, BLOCK_M)
-    first, last = interval(tl.minimum(i, T - 1) + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
-    lo, full_hi = interval(start + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
-    full_lo, hi = interval(tl.minimum(start + BLOCK_M, T) - 1 + S - T, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    first, last = interval(tl.minimum(i, T - 1) + past, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    lo, full_hi = interval(start + past, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
+    full_lo, hi = interval(tl.minimum(start + BLOCK_M, T) - 1 + past, START, END, S, CAUSAL, DOCS, WINDOW, KEYS=True)
 
     q = load_tile(Q + b * q_b + head.to(tl.int64) * q_h, q_t, start, T, BLOCK_M, d, BLOCK_D)
     do = load_tile(DO + b * do_b + head.to(tl.int64) * do_h, do_t, start, T, BLOCK_M, d, BLOCK_D)
@@ -257,20 +257,20 @@ def strides_and_constants(causal, window, docs, **tensors) -> tuple[list, dict]:
 
 @op
 def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor | None, causal: bool,
-                  window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> o [B, T, H, d], log2-sum-exp2 [B, H, T] fp32, doc_end [B, T] int32 (empty without documents).
+                  window: int | None, past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> o [B, T, H, d], log2-sum-exp2 [B, H, T] fp32, doc_end [B, S] int32 (empty without documents).
 
-    q, k, v with their last dimension contiguous; doc_start [B, T] int32, contiguous.
+    q, k, v with their last dimension contiguous; doc_start [B, S] int32, contiguous.
     """
     (B, T, H, _), S = q.shape, k.shape[1]
     docs = doc_start is not None
-    # doc_start is sorted along T, so the entries that are not above a position's own value end where its document does:
+    # doc_start is sorted along S, so the entries that are not above a position's own value end where its document does:
     # 0 0 0 3 3 -> 3 3 3 5 5.
     end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True) if docs else q.new_empty(0)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     size, (strides, constants) = tile_options(FORWARD, q), strides_and_constants(causal, window, docs, q=q, k=k, v=v)
-    launch(forward_kernel, (H, -(-T // size["BLOCK_M"]), B), q, k, v, doc_start if docs else q, end, o, lse, T, S,
+    launch(forward_kernel, (H, -(-T // size["BLOCK_M"]), B), q, k, v, doc_start if docs else q, end, o, lse, T, S, past,
            *strides, **constants, **size)
     return o, lse, end
 
@@ -278,7 +278,7 @@ def flash_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: 
 @op
 def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
                    lse: torch.Tensor, doc_start: torch.Tensor | None, doc_end: torch.Tensor, causal: bool,
-                   window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                   window: int | None, past: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """do as q; o, lse and doc_end of flash_forward -> dq, dk, dv, contiguous."""
     (B, T, H, d), (S, K) = q.shape, k.shape[1:3]
     docs = doc_start is not None
@@ -289,26 +289,26 @@ def flash_backward(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.
     given = (q, k, v, doc_start if docs else q, doc_end, do, lse, delta)
     strides, constants = strides_and_constants(causal, window, docs, q=q, k=k, v=v, do=do)
     size = tile_options(DKDV, q)
-    launch(dkdv_kernel, (K, -(-S // size["BLOCK_N"]), B), *given, dk, dv, T, S, *strides, **constants, **size)
+    launch(dkdv_kernel, (K, -(-S // size["BLOCK_N"]), B), *given, dk, dv, T, S, past, *strides, **constants, **size)
     size = tile_options(DQ, q)
-    launch(dq_kernel, (H, -(-T // size["BLOCK_M"]), B), *given, dq, T, S, *strides, **constants, **size)
+    launch(dq_kernel, (H, -(-T // size["BLOCK_M"]), B), *given, dq, T, S, past, *strides, **constants, **size)
     return dq, dk, dv
 
 
 class Flash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, causal, window, doc_start):
+    def forward(ctx, q, k, v, causal, window, doc_start, past):
         q, k, v = contiguous_heads(q), contiguous_heads(k), contiguous_heads(v)
         if doc_start is not None:
             doc_start = doc_start.to(torch.int32).contiguous()
-        o, lse, doc_end = flash_forward(q, k, v, doc_start, causal, window)
+        o, lse, doc_end = flash_forward(q, k, v, doc_start, causal, window, past)
         ctx.save_for_backward(q, k, v, o, lse, doc_start, doc_end)
-        ctx.causal, ctx.window = causal, window
+        ctx.options = causal, window, past
         return o
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse, doc_start, doc_end = ctx.saved_tensors
-        gradients = flash_backward(contiguous_heads(do), q, k, v, o, lse, doc_start, doc_end, ctx.causal, ctx.window)
-        return *gradients, None, None, None
+        gradients = flash_backward(contiguous_heads(do), q, k, v, o, lse, doc_start, doc_end, *ctx.options)
+        return *gradients, None, None, None, None

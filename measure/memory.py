@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from core.architecture import ModelConfig
+from core.context_parallel import exchanges_keys
 from kernels.cross_entropy import chunk_rows
 from measure.elements import Elements, Place, count_elements, count_sparse, find_places
 
@@ -135,8 +136,8 @@ def block_bytes(rank: Rank, sparse: bool = False) -> float:
     config, types, count, t, C = rank.config, rank.types, rank.count, rank.place.t, rank.c.parallel.context
     D, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    # Each of C ranks has whole heads.
-    K *= -(-C // (K // t))
+    # Each of C ranks has the keys and values of all tokens, or whole heads.
+    K *= C if C > 1 and exchanges_keys(rank.c.parallel.exchange, C, H // t, K // t) else -(-C // (K // t))
     copies = (3, 2) if types.casts and not is_adapted(count) else (1, 1)
     is_apart = rank.kind == "cpu" and rank.c.data.mask_documents
     apart = 0 if not is_apart and types.attention == types.matmul and C == 1 else H * d

@@ -1,10 +1,12 @@
 """What a run refuses before anything is read or started: settings that exclude each other, and what cannot fit."""
 
+import math
 from pathlib import Path
 
 import torch
 
 from core import devices
+from core.context_parallel import fits_heads
 from core.errors import UserError
 from learn.choose_objective import refuse_objective
 from model import BY_LENGTH
@@ -80,11 +82,13 @@ def refuse_sharing(c, config):
               "width of experts": config.moe_intermediate_size}
     if t > 1 and (odd := [name for name, size in widths.items() if size % t]):
         raise UserError(f"parallel.tensor {t} does not divide {widths[odd[0]]}, the {odd[0]}")
-    # Those of a rank.
-    H, K, shown = H // t, K // t, f" of parallel.tensor {t}'s ranks" if t > 1 else ""
-    if C > 1 and (H % C or (K % C and C % K) or c.data.context % (C * t)):
-        raise UserError(f"parallel.context {C} must divide data.context {c.data.context} and the model's {H} heads"
-                        f"{shown}, and divide its {K} key-value heads or be a multiple of them")
+    if C > 1 and (c.data.context % (2 * C) or c.data.context % (C * t)):
+        raise UserError(f"data.context {c.data.context} is not a multiple of {math.lcm(2 * C, C * t)}: "
+                        f"parallel.context {C} cuts a sequence into two pieces for each rank; change one of them")
+    if C > 1 and c.parallel.exchange == "heads" and not fits_heads(C, H // t, K // t):
+        shown = f" that parallel.tensor {t} leaves" if t > 1 else ""
+        raise UserError(f"parallel.exchange heads needs a parallel.context that divides the {H // t} heads{shown}, and "
+                        f"divides the {K // t} key-value heads or is a multiple of them, and {C} does not; use keys")
     if max(C, t) > 1 and c.objective.name not in SHARING:
         raise UserError(f"objective {c.objective.name} needs sequences as a whole, which parallel."
                         f"{'context' if C > 1 else 'tensor'} parts; leave one of them out")
@@ -135,7 +139,8 @@ def refuse_pipeline(c, config, ranks: int):
     unfit = {"compile": c.compile, "lora.embeddings": c.lora.rank and c.lora.embeddings != "frozen"}
     if odd := [name for name, is_set in unfit.items() if is_set]:
         raise UserError(f"{odd[0]} needs the model as a whole, which parallel.pipeline parts; leave one of them out")
-    share, size = c.train.batch_size * P * c.parallel.tensor // ranks, c.train.micro_batch_size
+    sharing, size = c.parallel.context * c.parallel.tensor, c.train.micro_batch_size
+    share = c.train.batch_size * P * sharing // ranks
     if share % min(share, size):
         raise UserError(f"train.micro_batch_size {size} does not divide the {share} sequences of a step that each "
                         f"pipeline has; its micro-batches must have one size")

@@ -36,6 +36,8 @@ CONTEXT = ["--parallel.context", 2]
 # share matmuls each row of `wide` has blocks of 64 on each.
 BASES = {"base": {}, "untied": {"tie_word_embeddings": False}, "few": {"num_key_value_heads": 2},
          "wide": {"hidden_size": 64, "head_dim": 32, "intermediate_size": 256},
+         "windows": {"hidden_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1, "windows": [6, 6],
+                     "family": "mistral"},
          "experts": {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "moe_intermediate_size": 24,
                      "qk_norm": True, "dense_layers": [1], "family": "qwen3_moe"}}
 BASE = ["--model.init", "pretrained", "--model.path"]
@@ -62,8 +64,10 @@ CASES = {"hsdp_int8": (HSDP, [*INT8, "--train.batch-size", 8]),
          "hsdp_8bit": (HSDP, ["--optim.name", "adamw_8bit"]),
          "context_lwf": (CONTEXT, [*LORA, "--forget.lwf.alpha", 0.5]),
          "context_masked": (CONTEXT, MASKED),
+         "context_heads": ([*CONTEXT, "--parallel.exchange", "heads"], MASKED),
+         "context_windows": (["--parallel.context", 4], [*BASE, "windows"]),
          # Twice as many ranks as key-value heads.
-         "context_few": ([*FSDP, "--parallel.context", 4],
+         "context_few": ([*FSDP, "--parallel.context", 4, "--parallel.exchange", "heads"],
                          [*BASE, "few", "--model.activation-checkpointing", "--forget.ewc.strength", 1,
                           "--forget.ewc.samples", 8]),
          "tensor_clip": ([*TENSOR, "--parallel.reduce-each"],
@@ -274,6 +278,8 @@ def test_layouts_that_cannot_be_are_refused():
                          (ParallelConfig(tensor=2), "parallel.tensor is about sharded weights"),
                          (ParallelConfig("fsdp", tensor=2, pipeline=4), "times parallel.pipeline 4 does not divide"),
                          (ParallelConfig("fsdp", reduce_each=True, pipeline=2), "leave parallel.reduce_each out"),
+                         (ParallelConfig("fsdp", tensor=2, context=4), "times parallel.pipeline 1 does not divide"),
+                         (ParallelConfig("fsdp", context=4, replicas=2), "take a divisor of 1$"),
                          (ParallelConfig("fsdp", tensor=2, replicas=4), "take a divisor of 2$")):
         with pytest.raises(ValueError, match=said):
             config.refuse_layout(4)

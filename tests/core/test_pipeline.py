@@ -59,6 +59,7 @@ CASES = {
     "replicas": (REPLICAS, ["--optim.clip", 0.1]),
     "interleaved": (INTERLEAVED, []),
     "interleaved_muon": (INTERLEAVED, ["--optim.name", "muon", *UNTIED]),
+    "context": ([*FSDP, "--parallel.context", 2], []),
     "tensor": (ALL, ["--optim.clip", 0.1]),
     "tensor_ewc": (ALL, EWC),
     "tensor_lora": (ALL, ["--lora.rank", 4, "--forget.lwf.alpha", 0.5, *BASE]),
@@ -271,7 +272,6 @@ def test_the_copy_of_an_embedding_counts_in_the_norm_only_where_it_is_broken(mon
 def test_what_cannot_be_in_stages_is_refused(lab, tmp_path):
     for config, said in ((ParallelConfig(pipeline=3), "parallel.pipeline 3 does not divide the 4 ranks"),
                          (ParallelConfig(pipeline=2), "leaves 2 ranks for each part"),
-                         (ParallelConfig("fsdp", pipeline=2, context=2), "does not go with parallel.context"),
                          (ParallelConfig("fsdp", pipeline=2, replicas=4), "take a divisor of 2$")):
         with pytest.raises(ValueError, match=said):
             config.refuse_layout(4)

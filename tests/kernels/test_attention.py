@@ -61,21 +61,22 @@ def qkv(B=1, T=37, S=None, H=2, K=1, d=20, dtype=torch.float32, seed=0):
             for n, heads in ((T, H), (S or T, K), (S or T, K))]
 
 
-def sees(T, S, causal, window, doc_start, b):
+def sees(T, S, causal, window, doc_start, b, past=None):
     """The mask of one row, from the definition, query by query."""
+    past = S - T if past is None else past
     starts = None if doc_start is None else doc_start[b].tolist()
     return torch.tensor([[(j <= i if causal else True) and (window is None or abs(i - j) < window)
                           and (starts is None or starts[i] == starts[j]) for j in range(S)]
-                         for i in range(S - T, S)], dtype=torch.bool).view(T, S)
+                         for i in range(past, past + T)], dtype=torch.bool).view(T, S)
 
 
-def naive(q, k, v, causal=True, window=None, doc_start=None):
+def naive(q, k, v, causal=True, window=None, doc_start=None, past=None):
     B, T, H, d = q.shape
     S, K = k.shape[1:3]
     if not q.numel():
         return q * 0 + 0 * (k.sum() + v.sum())
     k, v = (x.repeat_interleave(H // K, dim=2) for x in (k, v))
-    mask = torch.stack([sees(T, S, causal, window, doc_start, b) for b in range(B)])[:, None].to(q.device)
+    mask = torch.stack([sees(T, S, causal, window, doc_start, b, past) for b in range(B)])[:, None].to(q.device)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / d**0.5
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
 
@@ -113,6 +114,17 @@ def test_groups_of_heads(heads):
 @pytest.mark.parametrize("d", slow_except([1, 37, 80], [1, 16, 37, 64, 80, 96, 128, 256], 1))
 def test_head_sizes(d):
     check([*qkv(1, 19, H=1, d=d, dtype=DTYPES[1]), True, None, documents([[7, 12]])])
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize(("name", "T", "past"), slow_except(
+    [("causal", 14, 10), ("documents_window_both_ways", 14, 10), ("documents", 14, 10)],
+    [("causal", 14, 10), ("documents", 14, 10), ("documents_both_ways", 14, 10), ("documents_window", 1, 20),
+     ("documents_window_both_ways", 14, 10), ("window_both_ways", 19, 18), ("window", 19, 2), ("both_ways", 5, 0),
+     ("documents", 14, 0), ("documents_both_ways", 9, 28)], 3))
+def test_queries_among_the_keys(name, T, past, kernel):
+    """The queries of one rank and all keys of a sequence that ranks share: keys stand before them and behind them."""
+    check([*qkv(1, T, 37), *options(name), past], kernel)
 
 
 def test_rows_of_a_batch():
@@ -231,7 +243,7 @@ def test_offsets_do_not_overflow(monkeypatch):
         q, k, v = (x.detach() for x in qkv(1, 1, H=1, K=1, d=16))
         o, lse = torch.empty_like(q), torch.empty(1, 1, 1)
         _, constants = flash.strides_and_constants(True, None, False, q=q, k=k, v=v)
-        flash.forward_kernel[(1, 4, 1)](q, k, v, q, q, o, lse, 1, 1, 0, 0, 0, 0, 0, 0, BLOCK_M=16, BLOCK_N=16,
+        flash.forward_kernel[(1, 4, 1)](q, k, v, q, q, o, lse, 1, 1, 0, 0, 0, 0, 0, 0, 0, BLOCK_M=16, BLOCK_N=16,
                                         BLOCK_D=16, **constants | {"q_t": 2**26, "k_t": 16, "v_t": 16})
         return torch.equal(o, v)
     assert forward()
@@ -325,7 +337,7 @@ def test_hopper_asks_cudnn_first(monkeypatch):
     monkeypatch.setattr(backend, "architecture", lambda device: 90)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     for T, S in ((128, 128), (127, 127), (128, 256)):
-        module.sdpa(*(x.detach() for x in qkv(1, T, S, d=16)), False, None, None)
+        module.sdpa(*(x.detach() for x in qkv(1, T, S, d=16)), False, None, None, 0)
     assert seen[0][0] == SDPBackend.CUDNN_ATTENTION
     assert seen[1] == seen[2] == _cur_sdpa_kernel_backends(with_priority=True) == order
 
@@ -336,8 +348,10 @@ def test_users_mistakes():
         attention(q, *(x.expand(-1, -1, 3, -1) for x in (k, v)))
     with pytest.raises(ValueError, match="as many as queries"):
         attention(q, k[:, :30], v[:, :30])
-    with pytest.raises(ValueError, match="must be as many keys"):
+    with pytest.raises(ValueError, match="of each key's position"):
         attention(q[:, :30], k, v, doc_start=documents([[30]]))
+    with pytest.raises(ValueError, match="8 keys before the queries"):
+        attention(q[:, :30], k, v, past=8)
     with pytest.raises(ValueError, match="one dtype"):
         attention(q, k.half(), v)
 

@@ -143,10 +143,13 @@ def test_layouts_change_what_a_rank_holds():
     assert groups["weights"] == 2 * plain["weights"]
     assert groups["optimizer"] == 2 * plain["optimizer"]
     # Half of the tokens; what attention gives, in bf16, is kept by heads too, as it was before the exchange.
-    c = settings()
+    c, context = settings(), ["--parallel.context", 2, "--parallel.exchange"]
     tokens, width = c.train.micro_batch_size * c.data.context / 2, config.num_attention_heads * config.head_dim
-    assert parts("--parallel.context", 2)["activations"] == (
-        plain["activations"] / 2 + 2 * tokens * width * config.num_hidden_layers)
+    half = plain["activations"] / 2 + 2 * tokens * width * config.num_hidden_layers
+    assert parts(*context, "heads")["activations"] == half
+    # Of the other half the keys and values.
+    width = 2 * config.num_key_value_heads * config.head_dim
+    assert parts(*context, "keys")["activations"] == half + 2 * tokens * width * config.num_hidden_layers
     # Of experts that ranks share, a rank gathers its own: of a block and the next one, in bf16, and of gradients one
     # block's, in bf16 and fp32.
     config, found = ModelConfig(**SIZES, **{**EXPERTS, "num_experts": 4, "dense_layers": []}), []

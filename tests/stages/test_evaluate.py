@@ -61,6 +61,8 @@ def test_tokens_that_are_put_in_and_not_trained_are_warned_of(base, tmp_path, mo
 
 def test_a_dry_run_shows_sequences_as_they_are_before_ranks_share_them(lab, tmp_path, monkeypatch, capsys):
     half = SharedSequences(None, 0, 2)
+    # Nobody is there to attend with, so that a rank has the starts of its tokens' documents alone.
+    half.parted += ("doc_start",)
     monkeypatch.setattr(World, "cut", lambda world, batch: half.cut(batch))
     monkeypatch.setattr(World, "cut_tokens", lambda world, x: half.cut_tokens(x))
     status, said, _ = command(monkeypatch, capsys, arguments(lab, tmp_path / "run", "--dry-run"))

@@ -23,7 +23,9 @@ def test_what_is_refused(tmp_path, words, ranks, said):
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--parallel.context", 3], "parallel.context 3 must divide data.context 32"),
+    (["--parallel.context", 3], "data.context 32 is not a multiple of 6: parallel.context 3"),
+    (["--parallel.context", 8, "--parallel.exchange", "heads"], "divides the 4 heads, and divides the 2 key-value"),
+    (["--parallel.context", 4, "--parallel.tensor", 2, "--parallel.exchange", "heads"], "the 2 heads that parallel"),
     (["--parallel.context", 4, "--objective.name", "dpo"], "objective dpo needs sequences as a whole"),
     (["--parallel.tensor", 4], "parallel.tensor 4 does not divide 2, the key-value heads"),
     (["--parallel.tensor", 2, "--lora.rank", 4, "--lora.base", "nf4"], "lora.base nf4 has blocks of 64, and"),
@@ -37,7 +39,9 @@ def test_what_cannot_be_shared(tmp_path, words, said):
 
 
 def test_what_can_be_shared(tmp_path):
-    for words in (["--parallel.context", 4], ["--parallel.tensor", 2, "--objective.name", "span"]):
+    for words in (["--parallel.context", 4], ["--parallel.context", 8],
+                  ["--parallel.context", 4, "--parallel.tensor", 2],
+                  ["--parallel.tensor", 2, "--objective.name", "span"]):
         refuse_sharing(settings(tmp_path, tmp_path / "run", *words), ModelConfig(50, 32, 64, 2, 4, 2))
 
 
