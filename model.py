@@ -182,8 +182,8 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        # Whether blocks are recomputed in the backward pass.
-        self.checkpoint_blocks = False
+        # Every n-th block is recomputed in the backward pass; 0: none.
+        self.checkpoint_blocks = 0
         # Of a model of which this process has a part: its stages, and (the whole model, on the meta device), which is
         # no module of this one.
         self.stages, self._whole = [], ()
@@ -222,8 +222,8 @@ class Model(nn.Module):
             # Of ranks that share sequences each has some of the tokens, and may have the positions of all.
             length = self.table_length(position_ids, past + position_ids.shape[1])
             cos, sin = (a[position_ids] for a in self.angles(length, x.device))
-        for block in blocks:
-            if self.checkpoint_blocks and self.training:
+        for place, block in enumerate(blocks):
+            if self.checkpoint_blocks and self.training and place % self.checkpoint_blocks == 0:
                 x = checkpoint(block, x, cos, sin, causal, doc_start, cache, use_reentrant=False)
             else:
                 x = block(x, cos, sin, causal, doc_start, cache)

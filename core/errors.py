@@ -30,7 +30,8 @@ log.every logging_steps log_interval
 log.wandb report_to wandb_project
 model.path|model model_name_or_path base_model
 model.tokenizer|tokenizer tokenizer_name tokenizer_name_or_path
-model.activation_checkpointing gradient_checkpointing
+model.activation_checkpointing gradient_checkpointing recompute_granularity activation_checkpoint
+model.recompute_every selective_ac_option recompute_num_layers
 parallel.strategy deepspeed fsdp
 parallel.offload offload_param offload_optimizer fsdp_offload_params cpu_offload
 out output_dir out_dir

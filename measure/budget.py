@@ -28,7 +28,7 @@ from lora import LoraConfig
 from measure.choose_layout import USABLE, name_layout
 from measure.gap import describe_tokens
 from measure.ladder import changed_settings
-from measure.memory import OVERHEAD, count_elements, estimate
+from measure.memory import OVERHEAD, count_elements, estimate, recomputed_blocks
 from model import matmul_flops_per_token
 from text.mixture import SourceConfig
 
@@ -198,7 +198,8 @@ def count_operations(job: Job, c: train.Config) -> float:
     per_token = matmul_flops_per_token(job.config, job.context)
     factor = 4 / 6 if c.lora.rank else 1.0
     if c.model.activation_checkpointing:
-        factor += 2 / 6
+        layers = job.config.num_hidden_layers
+        factor += 2 / 6 * len(recomputed_blocks(c, range(layers))) / layers
     if c.lora.base != "plain":
         factor *= QLORA_SLOWER
     return per_token * factor * job.tokens

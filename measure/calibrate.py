@@ -58,7 +58,7 @@ def make_run(c, config: ModelConfig, device: torch.device, base: hf.Base | None 
                 p.fill_(1.0) if p.ndim == 1 else p.normal_(0, 0.02)
     if c.lora.rank:
         lora.attach(model, c.lora, seed=0)
-    model.checkpoint_blocks = c.model.activation_checkpointing
+    model.checkpoint_blocks = c.model.checkpoint_blocks
     plan = np.zeros((1000, 1), np.int64)
     rates = lora.lr_scales(model, c.lora) if c.lora.rank else None
     return Run(c, parallel.World(0, 1, device), folder=None, base=None, tokenizer=None, config=config, sources={},

@@ -167,28 +167,36 @@ def experts_bytes(rank: Rank) -> float:
     return (k * of_row + (0 if frozen else D)) * types.matmul + 4 * E + 24 * k + weights
 
 
+def recomputed_blocks(c, blocks):
+    """Those of the blocks of a stage that are recomputed in the backward pass (model.run_blocks)."""
+    return blocks[::c.model.recompute_every] if c.model.activation_checkpointing else blocks[:0]
+
+
 def stage_bytes(rank: Rank, s: int) -> float:
     """What autograd keeps of one micro-batch in the s-th stage of a rank."""
     c, types, count, blocks = rank.c, rank.types, rank.count, rank.place.stages[s]
-    sparse, checkpoints = count_sparse(rank.config, blocks), c.model.activation_checkpointing
+    again = recomputed_blocks(c, blocks)
+    plain = [block for block in blocks if block not in again]
+    sparse = count_sparse(rank.config, plain)
     is_first = rank.number == s == 0
     is_last = rank.is_last and s == len(rank.place.stages) - 1
-    # The inputs of the blocks; the output of the last one, which the last norm reads; the hidden states; the angles.
+    # The inputs of recomputed blocks; the output of the last one, which the last norm reads; the hidden states; the
+    # angles.
     stream = rank.own * rank.config.hidden_size * types.stream
-    of_blocks = len(blocks) * stream if checkpoints else rank.M * (
-        (sparse and sparse * block_bytes(rank, True)) + (len(blocks) - sparse) * block_bytes(rank))
-    if sparse and not checkpoints and types.matmul < 4:
+    of_blocks = len(again) * stream + rank.M * (
+        (sparse and sparse * block_bytes(rank, True)) + (len(plain) - sparse) * block_bytes(rank))
+    if sparse and types.matmul < 4:
         # Adapters are cast to the matmuls' type for the experts' grouped ones.
         of_blocks += sparse * types.matmul * count.adapters_on_experts
     kept = of_blocks + (2 if is_last else 1) * stream + 4 * rank.M * rank.config.head_dim
-    if not is_first or (c.lora.rank and c.lora.embeddings == "frozen" and not checkpoints):
+    if not is_first or (c.lora.rank and c.lora.embeddings == "frozen" and not again):
         # The input of the first block is what the rank has received, or nothing that trains stands before its norm.
         kept -= stream
     if types.casts and not c.lora.rank:
         # Autocast keeps its copies of the weights from the forward pass to the backward pass; experts, whose matmul
         # makes its own, have none while their block waits to be recomputed.
         share = len(blocks) / len(rank.place.blocks)
-        kept += types.matmul * (count.linear * share - (count.experts * sparse if checkpoints else 0))
+        kept += types.matmul * (count.linear * share - count.experts * count_sparse(rank.config, again))
     return kept
 
 

@@ -71,6 +71,14 @@ class ModelSection:
     """base of the rotary frequencies; default: the base's (scratch: 10000)"""
     activation_checkpointing: bool = False
     """recompute each block in the backward pass: less memory, a third more work"""
+    recompute_every: int = setting(1, at_least=1, at_most=1024)
+    """activation_checkpointing: recompute the first of every so many blocks and keep what the others made (selective);
+    2 saves half as much, for half of the work"""
+
+    @property
+    def checkpoint_blocks(self) -> int:
+        """Of every so many blocks one is recomputed; 0: none."""
+        return self.recompute_every if self.activation_checkpointing else 0
 
 
 @dataclass
@@ -409,7 +417,7 @@ def build_model(c, config: ModelConfig, base: hf.Base | None, world) -> Model:
         hf.fill(model, base.folder, sharding.distribute_like)
     if c.lora.rank:
         lora.initialise(model, c.seed, sharding.distribute_like)
-    model.checkpoint_blocks = c.model.activation_checkpointing
+    model.checkpoint_blocks = c.model.checkpoint_blocks
     if world.pipe:
         pipeline.connect(model, world.pipe, computes, world.device)
     return model.train()

@@ -35,6 +35,9 @@ def refuse_combinations(c, ranks: int):
     if c.train.branch_from and not Path(c.train.branch_from).is_dir():
         raise UserError(f"train.branch_from {c.train.branch_from} does not exist; name a checkpoint, "
                         f"out/RUN/checkpoints/step_N")
+    if c.model.recompute_every > 1 and not c.model.activation_checkpointing:
+        raise UserError(f"model.recompute_every is {c.model.recompute_every}, but nothing is recomputed, so it would "
+                        f"do nothing; set model.activation_checkpointing, or leave it out")
     c.log.refuse_missing()
     if not c.model.path and not (c.model.init == "scratch" and c.model.tokenizer):
         raise UserError("model.path is not set; name a Hugging Face folder, or --model.init scratch with "

@@ -16,6 +16,8 @@ from stages.refuse import refuse_combinations, refuse_sharing, refuse_stops
     (["--lora.rank", 4], 1, "model.init scratch has none"),
     (["--model.num-key-value-heads", 3], 1, "is not a multiple of the model.num_key_value_heads 3"),
     (["--train.branch-from", "nowhere"], 1, "nowhere does not exist"),
+    (["--model.recompute-every", 2], 1, "nothing is recomputed, so it would do nothing"),
+    (["--parallel.offload"], 1, "set --parallel.strategy fsdp"),
 ])
 def test_what_is_refused(tmp_path, words, ranks, said):
     with pytest.raises(UserError, match=said):
