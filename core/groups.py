@@ -1,18 +1,18 @@
 """Groups of some of the ranks, such as those that share matmuls or hold a copy of the model.
 
-Ranks of a gloo group connect when it is made, and wait for one that has died meanwhile as long as for a collective:
-half an hour. Groups are therefore made where all ranks have just met, and within CONNECT seconds.
+Ranks of a gloo group connect when it is made, and wait for one that has died meanwhile as long as for a message later:
+gloo has one limit for both. It is long, because what a rank waits for, as in the first step of a pipeline, may take
+long. Groups are therefore made where all ranks have just met, and core/watch.py looks after CONNECT seconds.
 """
 
 import contextlib
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 # torchrun gives ranks that are to end 30 seconds.
-CONNECT = 20
+CONNECT = 15
 
 # torch 2.13 has new names for these two, and warns of the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -20,15 +20,12 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 @contextlib.contextmanager
-def connecting():
-    """A context in which groups are made: RuntimeError where a rank does not connect in time. What their ranks wait for
-    later, as in the first step, may take longer than PyTorch's own default, and core/watch.py looks after that."""
-    kept, known = distributed_c10d.default_pg_timeout, set(distributed_c10d._world.pg_map)
-    distributed_c10d.default_pg_timeout = timedelta(seconds=CONNECT)
+def connecting(watch=None):
+    """A context in which groups are made. Where a rank does not connect in time, its `watch` ends this process."""
+    kept = distributed_c10d.default_pg_timeout
+    distributed_c10d.default_pg_timeout = timedelta(hours=2)
     try:
-        yield
+        with watch.within(CONNECT) if watch else contextlib.nullcontext():
+            yield
     finally:
         distributed_c10d.default_pg_timeout = kept
-    for group in distributed_c10d._world.pg_map.keys() - known:
-        if "gloo" in distributed_c10d.get_backend(group):
-            group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(hours=2))

@@ -196,7 +196,7 @@ class World:
         are made here, where they have just met."""
         self.offload = config.offload
         self.reduces_each = config.reduce_each
-        with connecting():
+        with connecting(self.watch):
             sizes = config.replicas, config.context, config.tensor, config.pipeline, config.experts
             mesh = lay_ranks(self.device.type, self.size, config) if max(sizes) > 1 else None
             self.pipe = open_pipe(mesh["pipe"], config.schedule) if config.pipeline > 1 else None
@@ -283,7 +283,7 @@ class World:
             return self
         # All ranks are here, so that one which does not connect has died. What a save waits for is other ranks' disks.
         self.barrier()
-        with connecting():
+        with connecting(self.watch):
             group = dist.new_group(backend="gloo")
         return World(self.rank, self.size, torch.device("cpu"), group=group)
 

@@ -57,6 +57,8 @@ class Watch(threading.Thread):
         self.what, self.since, self.limit = "the start", time.monotonic(), long
         # Seconds of the slowest step, and whether this is a step.
         self.slowest, self.is_step = 0.0, False
+        # Whether this rank is the first that failed.
+        self.speaks = False
         # Set: the main thread ends by itself; the thread ends.
         self.looks, self.ends, self.closed = 0, threading.Event(), threading.Event()
         self.show_life()
@@ -71,6 +73,15 @@ class Watch(threading.Thread):
             self.slowest = max(self.slowest, now - self.since)
         self.limit = max(self.short, 5 * self.slowest) if is_step and self.slowest else self.long
         self.what, self.since, self.is_step = what, now, is_step
+
+    @contextlib.contextmanager
+    def within(self, seconds: float):
+        """A context that may take so long and no longer."""
+        kept, self.limit = self.limit, time.monotonic() - self.since + seconds
+        try:
+            yield
+        finally:
+            self.limit = kept
 
     def close(self):
         """Every rank has done its work."""
@@ -147,6 +158,7 @@ class Watch(threading.Thread):
         """Whether this rank is the first that fails; the others end with its status."""
         if self.count("claims", 1) > 1:
             return False
+        self.speaks = True
         self.store.set("status", str(status or 1))
         self.count("failed", 1)
         return True
@@ -161,6 +173,9 @@ class Watch(threading.Thread):
 
     def end(self):
         """End this process with the status of the first that failed, which waits for that: it may hold the store."""
+        if self.speaks:
+            # It is this process's other thread, which has not yet said why.
+            time.sleep(5 * GRACE)
         self.wait_for("failed", 1)
         status = int(self.store.get("status"))
         with contextlib.suppress(OSError):
@@ -196,17 +211,18 @@ class Watch(threading.Thread):
         """What takes too long: say which ranks the others wait for, and end."""
         seconds = time.monotonic() - self.since
         # On a busy machine a thread may look late.
-        halted = self.find_dead(2) and self.find_dead(8)
+        halted = self.find_dead(2) and self.find_dead(4)
         known = self.read_all()
         least = min(row["waits"] for row in known)
         last = halted or [rank for rank, row in enumerate(known) if row["waits"] == least]
-        for begun in zip(*(row["begun"] for row in known)):
+        for begun in zip(*(row["begun"] for row in known if not halted)):
             last = [rank for rank in last if begun[rank] == min(begun[each] for each in last)]
         if not self.claim(1):
             self.end()
-        # Where a process that was halted is, is not known.
-        names = [f"rank {rank}{'' if rank in halted else known[rank]['where']}" for rank in last]
-        who = f"{' and '.join(names)} hangs" if len(last) < self.size else "all ranks wait"
+        # Where a process that was halted or has died was then is not known.
+        names = [f"rank {rank}{'' if halted else known[rank]['where']}" for rank in last]
+        does = "shows no sign of life" if halted else "hangs"
+        who = f"{' and '.join(names)} {does}" if len(last) < self.size else "all ranks wait"
         print(f"error: {who} in {self.what}: no rank went on for {seconds:.0f} seconds (--parallel.step-timeout, "
               f"--parallel.timeout); {GO_ON}", file=sys.stderr, flush=True)
         self.wait_for("ends", self.size - 1)

@@ -76,7 +76,8 @@ def judge(lab: Lab, case: Case, row: Row, out: Path, does: str, where: str, rank
     errors = [line for outcome in ended for line in outcome.err.splitlines() if line.startswith("error:")]
     # A save begins after step 6 and is waited for after step 9.
     doing = {"save": f"(step {AT + 1}|the save at step {AT + 1})", "write": f"the save at step {AT + 1 + SAVE_EVERY}"}
-    says = rf"error: rank {rank}( \(at \S+\))? hangs in {doing.get(where, f'step {AT + 1}')}: "
+    sign = r"( \(at \S+\))? hangs" if does == "sleeps" else " shows no sign of life"
+    says = rf"error: rank {rank}{sign} in {doing.get(where, f'step {AT + 1}')}: "
     is_named = len(errors) == 1 and re.match(says, errors[0])
     row.check(is_named, f"{named}: {errors or [str(outcome) for outcome in ended]}")
     row.check({outcome.status for outcome in ended} == {1}, f"{named}: {[str(outcome) for outcome in ended]}")
