@@ -96,14 +96,14 @@ def naive_rope(x, angle):
     return torch.cat([turned.real, turned.imag], dim=-1)
 
 
-def naive_attention(q, k, v, causal=True, window=None, doc_start=None):
+def naive_attention(q, k, v, causal=True, window=None, doc_start=None, past=None):
     """One query at a time: the keys it may see are listed in plain Python."""
     B, T, H, d = q.shape
     S, K = k.shape[1:3]
     rows = []
     for b in range(B):
         for i in range(T):
-            at = S - T + i
+            at = (S - T if past is None else past) + i
             seen = [j for j in range(S) if (j <= at if causal else True)
                     and (window is None or abs(at - j) < window)
                     and (doc_start is None or doc_start[b, j] == doc_start[b, at])]
@@ -275,6 +275,15 @@ def test_attention_heads(heads):
 def test_attention_with_a_cache_aligns_at_the_end(queries, window):
     against(lambda *x: kernels.attention(*x, window=window), lambda *x: naive_attention(*x, window=window),
             qkv(2, queries, 11), 2.0**-19, 64)
+
+
+@pytest.mark.parametrize("past", [0, 3, 7])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_of_queries_among_the_keys(name, past):
+    """As of a rank that has all keys of a sequence and some of its queries."""
+    options = ATTENTION[name] | {"past": past}
+    against(lambda *x: kernels.attention(*x, **options), lambda *x: naive_attention(*x, **options), qkv(T=4),
+            2.0**-19, 64)
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "documents", "documents_window"])

@@ -116,15 +116,14 @@ def test_head_sizes(d):
     check([*qkv(1, 19, H=1, d=d, dtype=DTYPES[1]), True, None, documents([[7, 12]])])
 
 
-@pytest.mark.parametrize("kernel", ["triton", "reference"])
 @pytest.mark.parametrize(("name", "T", "past"), slow_except(
     [("causal", 14, 10), ("documents_window_both_ways", 14, 10), ("documents", 14, 10)],
     [("causal", 14, 10), ("documents", 14, 10), ("documents_both_ways", 14, 10), ("documents_window", 1, 20),
      ("documents_window_both_ways", 14, 10), ("window_both_ways", 19, 18), ("window", 19, 2), ("both_ways", 5, 0),
      ("documents", 14, 0), ("documents_both_ways", 9, 28)], 3))
-def test_queries_among_the_keys(name, T, past, kernel):
+def test_queries_among_the_keys(name, T, past):
     """The queries of one rank and all keys of a sequence that ranks share: keys stand before them and behind them."""
-    check([*qkv(1, T, 37), *options(name), past], kernel)
+    check([*qkv(1, T, 37), *options(name), past])
 
 
 def test_rows_of_a_batch():
