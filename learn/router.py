@@ -53,6 +53,11 @@ class Router(Method):
         values = [value / world.peers[1] for value in world.sum(values)] if world.pipe else values
         return dict(zip(("router_balance", "router_z"), values))
 
+    def measure_stage(self, stage, counted):
+        """`sum_layers` of a stage of a pipeline; counted: of this rank's tokens."""
+        matmuls = self.learning.world.matmuls
+        return self.sum_layers(stage, matmuls.join_tokens(counted.int()).bool() if matmuls else counted)
+
     def sum_layers(self, part, counted):
         """[2 E + 1] of the layers that a part of the model has; they add up over its parts. counted: bool [B, T]."""
         logits = [layer.logits for layer in find_sparse(part)]

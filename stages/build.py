@@ -272,7 +272,7 @@ def lay_out(run: Run):
         share = c.train.batch_size // world.share[1]
         B = min(share, c.train.micro_batch_size)
         router, lwf = (next((m for m in run.methods if isinstance(m, kind)), None) for kind in (Router, LwF))
-        return make_pipeline(run, B, share // B, router and router.sum_layers, lwf and lwf.teach_ahead)
+        return make_pipeline(run, B, share // B, router and router.measure_stage, lwf and lwf.teach_ahead)
     return parallel.replicate(run.inner, world) if world.size > 1 and c.parallel.strategy == "ddp" else run.inner
 
 

@@ -114,9 +114,6 @@ def refuse_sharing(c, config):
 def refuse_parting(c, config):
     """UserError where a setting needs of a layer's weights what ranks that share its matmul do not have."""
     t = c.parallel.tensor
-    if c.parallel.pipeline > 1 and (c.router.balance or c.router.z):
-        raise UserError("router.balance and router.z do not go with both parallel.tensor and parallel.pipeline; leave "
-                        "one of them out")
     # The inputs of o_proj and down_proj, of which each rank has a part; those of the others, which all have.
     parted = [config.num_attention_heads * config.head_dim, config.intermediate_size, config.moe_intermediate_size]
     shown = f"parallel.tensor {t} parts layers of {' and '.join(map(str, filter(None, parted)))} inputs within them"
