@@ -207,7 +207,14 @@ class World:
     @property
     def averaged(self) -> int:
         """Over how many ranks DDP or FSDP averages a gradient."""
-        return self.peers[1] // (self.matmuls.ranks if self.matmuls else 1)
+        return self.team[1]
+
+    @property
+    def team(self) -> tuple[int, int]:
+        """(k, n): this rank computes a pass of full sequences in the k-th of n groups, with those ranks that have the
+        other stages and the other parts of its matmuls."""
+        (rank, ranks), t = self.peers, self.matmuls.ranks if self.matmuls else 1
+        return rank // t, ranks // t
 
     @contextlib.contextmanager
     def sharing(self):

@@ -212,6 +212,7 @@ def log_likelihoods(model, questions: list, parts: list | None = None, longest: 
     """
     longest = longest or model.config.max_position_embeddings
     world, mode = world or parallel.World(0, 1, device_of(model)), model.training
+    team, teams = world.team
     rows, cut = make_rows(questions, longest)
     groups: dict = {}
     for question, part in zip(rows, parts or itertools.repeat("")):
@@ -224,12 +225,12 @@ def log_likelihoods(model, questions: list, parts: list | None = None, longest: 
     model.eval()
     for head, jobs in plans:
         scorer.begin(head)
-        for together in batched(jobs, world.size):
+        for together in batched(jobs, teams):
             world.barrier()
             world.check()
-            if world.rank < len(together):
-                scorer.run(together[world.rank])
-            done = together[world.rank].count_forwards(B) if world.rank < len(together) else 0
+            if team < len(together):
+                scorer.run(together[team])
+            done = together[team].count_forwards(B) if team < len(together) else 0
             scorer.pad(max(job.count_forwards(B) for job in together) - done)
             shown.update(len(together))
     shown.close()

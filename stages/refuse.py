@@ -103,10 +103,6 @@ def refuse_sharing(c, config):
     if N > 1 and c.lora.base != "plain":
         raise UserError(f"lora.base {c.lora.base} keeps the experts of a layer in one record, which parallel.experts "
                         f"cannot part; leave one of them out")
-    asks = c.eval.tasks or c.eval.probes.facts or c.eval.probes.in_context
-    if asks and (t > 1 or c.parallel.pipeline > 1):
-        raise UserError(f"eval.tasks and eval.probes ask each rank other items, and with parallel."
-                        f"{'tensor' if t > 1 else 'pipeline'} ranks compute together; ask after the run, with eval.py")
     if t > 1:
         refuse_parting(c, config)
 

@@ -62,6 +62,7 @@ CASES = {
     "context": ([*FSDP, "--parallel.context", 2], []),
     "tensor": (ALL, ["--optim.clip", 0.1]),
     "tensor_ewc": (ALL, EWC),
+    "tensor_balance": (ALL, [*EXPERTS, "--router.balance", 0.05, "--router.z", 0.01]),
     "tensor_lora": (ALL, ["--lora.rank", 4, "--forget.lwf.alpha", 0.5, *BASE]),
     "bf16": (FOUR, ["--train.precision", "bf16"]),
     "fsdp_bf16": (FSDP, ["--train.precision", "bf16"]),
@@ -81,7 +82,9 @@ MOVED = {"four": (FOUR, "alone"), "interleaved": (INTERLEAVED, "moved_four"),
 # The first writes a Fisher, which the second reads.
 FISHER = [ALL, INTERLEAVED]
 WHOLE = {"whole_four": (FOUR, []), "whole_interleaved": (INTERLEAVED, []),
-         "whole_lora": (FSDP, ["--lora.rank", 4, *BASE])}
+         "whole_lora": (ALL, ["--lora.rank", 4, *BASE])}
+# An odd number of items, which the groups of ranks share out.
+ITEMS = [{"query": query, "choices": ["red", "a green one"], "gold": n % 2} for n, query in enumerate("ABCDE")]
 
 
 def case(folder: Path, layout: list, words: list, out="unused", *, steps=STEPS):
@@ -96,7 +99,8 @@ def truth_of(steps: int, words: list) -> str:
 
 
 def whole_case(folder: Path, layout: list, words: list, out: str):
-    c = case(folder, layout, words, out, steps=3)
+    c = case(folder, layout, [*words, "--eval.tasks.mine.file", folder / "mine.jsonl", "--eval.probes.in-context", 2],
+             out, steps=3)
     c.train.save_every, c.eval.sample_tokens = 3, 4
     return c
 
@@ -139,6 +143,7 @@ def whole_runs(rank: int, folder: Path):
 
 def make_bases(rank: int, folder: Path):
     make_lab(folder / "lab")
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     train.train(case(folder, [], [], "base", steps=2), one())
     experts = Model(ModelConfig(300, 32, 64, 4, 4, 2, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True,
                                 moe_intermediate_size=24, qk_norm=True, dense_layers=[1], family="qwen3_moe"))
@@ -213,6 +218,8 @@ def test_a_whole_run_scores_samples_and_exports_what_one_rank_does(folder, out):
         for source, true in theirs[side].items():
             for key in ("bits_per_byte", "tokens", "bytes", "nats_by_document"):
                 assert mine[side][source][key] == pytest.approx(true[key], rel=1e-4), key
+        # How many are right, and which.
+        assert all(mine[kind][side] == theirs[kind][side] for kind in ("tasks", "probes"))
     texts = [[sample["text"] for line in lines(folder / each, "samples") for sample in line["samples"]]
              for each in (out, alone)]
     assert texts[0] == texts[1]
@@ -281,7 +288,6 @@ def test_what_cannot_be_in_stages_is_refused(lab, tmp_path):
                         (["--train.micro-batch-size", 4], "needs 4 micro-batches"),
                         ([*halves, "--train.batch-size", 10], "cannot part 5"),
                         (["--compile"], "compile needs the model as a whole"),
-                        (["--eval.probes.facts", 5], "with parallel.pipeline ranks compute together"),
                         (["--objective.name", "electra"], "objective electra")):
         sources = ["--model.tokenizer", lab / "tok", "--data.sources.legal.path", lab / "legal",
                    "--data.sources.story.path", lab / "story"]

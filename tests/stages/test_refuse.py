@@ -32,7 +32,6 @@ def test_what_is_refused(tmp_path, words, ranks, said):
     (["--parallel.tensor", 4], "parallel.tensor 4 does not divide 2, the key-value heads"),
     (["--parallel.tensor", 2, "--lora.rank", 4, "--lora.base", "nf4"], "lora.base nf4 has blocks of 64, and"),
     (["--parallel.tensor", 2, "--optim.name", "adamw_8bit"], "parts layers of 32 and 64 inputs within them"),
-    (["--parallel.tensor", 2, "--eval.probes.in-context", 5], "ask after the run"),
 ])
 def test_what_cannot_be_shared(tmp_path, words, said):
     c = settings(tmp_path, tmp_path / "run", *words)
