@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 # torchrun gives ranks that are to end 30 seconds.
-CONNECT = 15
+CONNECT = 20
 
 # torch 2.13 has new names for these two, and warns of the old ones.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
