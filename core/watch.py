@@ -212,6 +212,9 @@ class Watch(threading.Thread):
         seconds = time.monotonic() - self.since
         # On a busy machine a thread may look late.
         halted = self.find_dead(2) and self.find_dead(4)
+        if time.monotonic() - self.since <= self.limit:
+            # It has ended meanwhile.
+            return
         known = self.read_all()
         least = min(row["waits"] for row in known)
         last = halted or [rank for rank, row in enumerate(known) if row["waits"] == least]

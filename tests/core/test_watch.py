@@ -194,13 +194,23 @@ def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault,
 def test_the_rank_that_the_others_wait_for_is_named(monkeypatch, capsys, halted, rows, who):
     """rows: whether each rank is in a collective (2), in a backward pass (1) or not, and what it has begun."""
     seen = Watch.__new__(Watch)
-    vars(seen).update(rank=0, size=len(rows), since=time.monotonic() - 60, what="the start")
+    vars(seen).update(rank=0, size=len(rows), since=time.monotonic() - 60, limit=50, what="the start")
     known = [{"waits": waits, "begun": begun, "where": f" (at data.py:{i})"} for i, (waits, begun) in enumerate(rows)]
     for name, answer in (("find_dead", halted), ("read_all", known), ("claim", True), ("wait_for", None)):
         monkeypatch.setattr(Watch, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(os, "_exit", lambda status: None)
     seen.name_the_last()
     assert capsys.readouterr().err.startswith(f"error: {who} in the start: no rank went on for 60 sec")
+
+
+def test_what_ends_while_the_ranks_are_looked_at_was_slow_and_does_not_hang(monkeypatch):
+    seen = Watch.__new__(Watch)
+    vars(seen).update(since=time.monotonic() - 60)
+    monkeypatch.setattr(Watch, "find_dead", lambda self, looks: self.enter("step 7", is_step=True))
+    monkeypatch.setattr(Watch, "claim", lambda self, status: pytest.fail("it is ended"))
+    vars(seen).update(is_step=True, slowest=0.0, short=3.0, long=9.0)
+    seen.name_the_last()
+    assert seen.what == "step 7"
 
 
 @pytest.mark.parametrize(("rank", "events"), [(0, ["failed 1", "count end 0", "count ends", "ends 3", "exit 2"]),
