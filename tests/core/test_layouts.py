@@ -60,7 +60,7 @@ LAYOUTS = {"ddp_2": (2, [], ALL), "fsdp_2": (2, FSDP, ALL), "tensor_2": (2, TENS
            "context_fsdp": (4, [*FSDP, *CONTEXT], "full qlora"),
            "tensor_context": (4, [*TENSOR, *CONTEXT], "full")}
 # {case of four ranks: (words of its layout, its other words)}
-CASES = {"hsdp_int8": (HSDP, [*INT8, "--train.batch-size", 8]),
+CASES = {"hsdp_int8": (HSDP, [*INT8, "--train.batch-size", 8, "--train.micro-batch-size", 1]),
          "hsdp_8bit": (HSDP, ["--optim.name", "adamw_8bit"]),
          "context_lwf": (CONTEXT, [*LORA, "--forget.lwf.alpha", 0.5]),
          "context_masked": (CONTEXT, MASKED),
@@ -73,7 +73,8 @@ CASES = {"hsdp_int8": (HSDP, [*INT8, "--train.batch-size", 8]),
          "tensor_clip": ([*TENSOR, "--parallel.reduce-each"],
                          ["--optim.clip", 0.1, "--model.tie-word-embeddings", "False", "--train.batch-size", 8]),
          "tensor_checkpointing": (TENSOR, ["--model.activation-checkpointing", *MASKED]),
-         "tensor_balance": (TENSOR, [*BASE, "experts", "--router.balance", 0.01, "--router.z", 1e-3]),
+         "tensor_balance": (TENSOR, [*BASE, "experts", "--router.balance", 0.01, "--router.z", 1e-3,
+                                      "--train.micro-batch-size", 1]),
          "tensor_experts_lora": (TENSOR, [*LORA, "--model.path", "experts"]),
          "tensor_ewc": (TENSOR, EWC),
          "tensor_muon": (TENSOR, ["--optim.name", "muon"]),
@@ -84,7 +85,7 @@ CASES = {"hsdp_int8": (HSDP, [*INT8, "--train.batch-size", 8]),
          "hsdp_tensor": ([*TENSOR, "--parallel.replicas", 2], ["--optim.clip", 0.1]),
          "tensor_lwf": (TENSOR, [*LORA, "--forget.lwf.alpha", 0.5]),
          "tensor_ema": (TENSOR, [*BASE, "base", "--forget.ema.decay", 0.9, "--forget.lwf.alpha", 0.5]),
-         "gathered": ([*FSDP, "--parallel.reshard", "False"], ["--train.batch-size", 8])}
+         "gathered": ([*FSDP, "--parallel.reshard", "False"], ["--train.batch-size", 8, "--train.micro-batch-size", 1])}
 CASES = {name: (4, FEW, layout, words) for name, (layout, words) in CASES.items()}
 CASES |= {f"{layout}_{method}": (ranks, STEPS, words, METHODS[method])
           for layout, (ranks, words, methods) in LAYOUTS.items() for method in methods.split()}
@@ -108,7 +109,7 @@ def parse(folder: Path, *words):
     """Of a command line, which takes as long to read as ten steps of these models."""
     words = [folder / word if word in BASES else word for word in words]
     return settings(folder / "lab", "unused", "--model.num-attention-heads", 8, "--model.num-key-value-heads", 4,
-                    "--train.micro-batch-size", 1, "--optim.clip", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4,
+                    "--train.micro-batch-size", 2, "--optim.clip", 0, "--optim.lr", 1e-3, "--optim.min-lr", 1e-4,
                     *words)
 
 
@@ -125,7 +126,8 @@ def truth_of(steps: int, words: list) -> str:
 def short(folder: Path, layout: list, source: str, out: str):
     """A run of three steps, with all that comes before and after."""
     c = case(folder, 3, layout, ALONE[source])
-    c.out, c.train.batch_size, c.train.save_every, c.eval.sample_tokens = str(folder / out), 8, 3, 4
+    c.out, c.train.batch_size, c.train.micro_batch_size = str(folder / out), 8, 1
+    c.train.save_every, c.eval.sample_tokens = 3, 4
     return c
 
 
