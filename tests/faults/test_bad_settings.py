@@ -19,6 +19,14 @@ SECTIONS = {"fields": lambda folder: bad_settings.of_recipes(), "combinations": 
             bad_settings.of_commands()}
 
 
+def one_of_each(cases: list) -> list:
+    """Of each setting one wrong value, another one in turn."""
+    settings = {}
+    for case in cases:
+        settings.setdefault(case.names, []).append(case)
+    return [wrong[i % len(wrong)] for i, wrong in enumerate(settings.values())]
+
+
 def run(case, here, tools, monkeypatch, capsys) -> tuple[int, str, float]:
     """(exit status, what was printed, seconds)"""
     monkeypatch.setattr(sys, "argv", [f"{case.module}.py", *case.line(here, tools)])
@@ -37,8 +45,9 @@ def test_a_bad_setting_is_one_line(section, tools, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     here, faults, before = tmp_path / "here", [], devices.peak_bytes(torch.device("cpu"))
     here.mkdir()
-    # One in four; `make faults` has them all.
-    for case in SECTIONS[section](tmp_path / "recipes")[::4]:
+    # One wrong value of each setting, and one in four of the rest; `make faults` has them all.
+    cases = SECTIONS[section](tmp_path / "recipes")
+    for case in one_of_each(cases) if section == "fields" else cases[::4]:
         try:
             status, said, seconds = run(case, here, tools, monkeypatch, capsys)
         except (Exception, SystemExit) as error:
