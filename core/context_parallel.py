@@ -31,7 +31,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from core.groups import all_gather, reduce_scatter
+from core.groups import all_gather, all_to_all, reduce_scatter
 
 
 def fits_heads(C: int, H: int, K: int) -> bool:
@@ -76,7 +76,7 @@ def exchange(x, group, back: bool):
     parts = part_pieces(x, C) if back else \
         x.unflatten(2, (C, -1)).unflatten(1, (2, -1)).permute(3, 1, 0, 2, 4, 5).flatten(0, 1)
     found = torch.empty_like(parts := parts.contiguous())
-    dist.all_to_all_single(found, parts, group=group)
+    all_to_all(found, parts, group=group)
     # [C, 2, B, n, h, d] -> [B, 2, n, C, h, d]
     return found.unflatten(0, (C, 2)).permute(2, 1, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2) if back else \
         join_pieces(found)

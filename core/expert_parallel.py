@@ -19,6 +19,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from core.groups import all_to_all
 from core.tensor_parallel import LocalWeights, split_layer
 
 # The dimension of the experts in each parameter of theirs, counted from its last one: weights, and adapters' A, B and
@@ -43,7 +44,7 @@ class Send(torch.autograd.Function):
 
 def send(x, sent, received, group):
     found = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(found, x.contiguous(), received, sent, group=group)
+    all_to_all(found, x.contiguous(), received, sent, group=group)
     return found
 
 
@@ -60,7 +61,7 @@ class Exchange:
         counts = torch.diff(ends, prepend=ends.new_zeros(1))
         # [N, E / N]: how many tokens each rank has for each expert of this one.
         incoming = torch.empty_like(counts)
-        dist.all_to_all_single(incoming, counts, group=self.group)
+        all_to_all(incoming, counts, group=self.group)
         counts, incoming = counts.view(self.ranks, -1), incoming.view(self.ranks, -1)
         # The host must know them: here it waits for the device.
         sent, received = torch.stack([counts.sum(1), incoming.sum(1)]).tolist()

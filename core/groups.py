@@ -11,12 +11,15 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from core.pace import waiting
+
 # torchrun gives ranks that are to end 30 seconds.
 CONNECT = 20
 
-# torch 2.13 has new names for these two, and warns of the old ones.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# What blocks exchange. torch 2.13 has new names for the first two, and warns of the old ones.
+all_gather = waiting(getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
+reduce_scatter = waiting(getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)
+all_to_all = waiting(dist.all_to_all_single)
 
 
 @contextlib.contextmanager

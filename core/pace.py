@@ -5,19 +5,42 @@ measured where nobody is waited for: from the last exchange before a step until 
 the host), and within the forward passes of the blocks, behind FSDP's gathering of their weights. A rank whose disk,
 processor or neighbours are slow has more of it than the median rank.
 
+Ranks that share a block's matmuls, sequences or experts exchange tensors within it, and what they wait for each other
+there is nobody's own (`waiting`): else all ranks of a group would be as slow as its slowest. The ranks of a pipeline
+may have different numbers of blocks, so that a rank's are counted as if it had as many as the mean rank.
+
 Example: of four ranks one takes 90 ms and the others 30 ms: it is named, with a ratio of 3.
 
 It is the host's time: a GPU computes behind its host, and a slow one shows in the common time of a step alone. So do
 blocks that are compiled.
 """
 
+import functools
 import statistics
 import time
 
+import torch
 from torch import nn
 
 # From which ratio on a rank is worth a warning, if it also takes this share of the step longer than the median rank.
 RATIO, SHARE = 1.5, 0.2
+
+
+# The seconds that this process has waited in exchanges within blocks.
+WAITED = [0.0]
+
+
+def waiting(function):
+    """A collective that blocks call among ranks that share them. A graph that is compiled has it as it is."""
+    @functools.wraps(function)
+    def call(*args, **options):
+        if torch.compiler.is_compiling():
+            return function(*args, **options)
+        began = time.perf_counter()
+        result = function(*args, **options)
+        WAITED[0] += time.perf_counter() - began
+        return result
+    return call
 
 
 class Pace:
@@ -26,22 +49,23 @@ class Pace:
     def __init__(self, clock=time.perf_counter):
         self.clock = clock
         # When the last exchange with other ranks ended, and when the block that is computing began.
-        self.left, self.began = None, 0.0
+        self.left, self.began, self.waited, self.scale = None, 0.0, 0.0, 1.0
         self.seconds, self.steps, self.named = 0.0, 0, set()
 
-    def time_blocks(self, blocks: list[nn.Module]):
+    def time_blocks(self, blocks: list[nn.Module], usual: float):
         """Count the blocks' forward passes in training too. To be called once they are sharded: FSDP's hooks, which
-        wait for the weights, then stand around these."""
+        wait for the weights, then stand around these. usual: how many blocks the mean rank has."""
+        self.scale = usual / max(1, len(blocks))
         for block in blocks:
             block.register_forward_pre_hook(self.enter_block)
             block.register_forward_hook(self.leave_block, prepend=True)
 
     def enter_block(self, block, args):
-        self.began = self.clock()
+        self.began, self.waited = self.clock(), WAITED[0]
 
     def leave_block(self, block, args, output):
         if block.training:
-            self.seconds += self.clock() - self.began
+            self.seconds += self.scale * (self.clock() - self.began - (WAITED[0] - self.waited))
 
     def leave_exchange(self):
         self.left = self.clock()

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -43,6 +44,13 @@ def tag_warnings(rank: int):
         warnings.formatwarning = lambda *words, **more: f"rank {rank}: {plain(*words, **more)}"
 
 
+def own_node() -> str:
+    """Which of several nodes this rank is on, by torchrun's count and the host's name; "" where there is one."""
+    if os.environ.get("LOCAL_WORLD_SIZE") in (None, os.environ.get("WORLD_SIZE")):
+        return ""
+    return f"node {os.environ.get('GROUP_RANK', '?')}, {socket.gethostname()}"
+
+
 class Watch(threading.Thread):
     """The thread of one rank. `short`: seconds that a step may take, or five times the slowest step so far where that
     is longer; `long`: seconds for anything else, and for the first step."""
@@ -59,6 +67,8 @@ class Watch(threading.Thread):
         self.slowest, self.is_step = 0.0, False
         # Whether this rank is the first that failed.
         self.speaks = False
+        # {rank: its node}, of the last look at all.
+        self.node, self.nodes = own_node(), {}
         # Set: the main thread ends by itself; the thread ends.
         self.looks, self.ends, self.closed = 0, threading.Event(), threading.Event()
         self.show_life()
@@ -129,7 +139,8 @@ class Watch(threading.Thread):
             waits = max(waits, file.startswith(AUTOGRAD), 2 * file.startswith(DISTRIBUTED))
             frame = frame.f_back
         self.store.set(f"rank {self.rank}", json.dumps({
-            "looks": self.looks, "begun": self.count_begun(), "waits": waits, "where": where}))
+            "looks": self.looks, "begun": self.count_begun(), "waits": waits, "where": where,
+            "node": self.node}))
 
     def count_begun(self) -> list[int]:
         """Of each group with all ranks, in the order in which they were made, how many collectives this rank began."""
@@ -138,11 +149,17 @@ class Watch(threading.Thread):
         return [group._get_sequence_number_for_group() for _, group in groups]
 
     def read_all(self) -> list[dict]:
-        return [json.loads(self.store.get(f"rank {rank}")) for rank in range(self.size)]
+        known = [json.loads(self.store.get(f"rank {rank}")) for rank in range(self.size)]
+        self.nodes = {rank: row["node"] for rank, row in enumerate(known)}
+        return known
+
+    def name(self, rank: int) -> str:
+        node = self.nodes.get(rank)
+        return f"rank {rank} ({node})" if node else f"rank {rank}"
 
     def died(self, ranks: list[int]) -> str:
         """What to say of ranks that died. The ranks are busy with the same at the same time."""
-        return f"rank {' and rank '.join(map(str, ranks))} died in {self.what}; {GO_ON}"
+        return f"{' and '.join(map(self.name, ranks))} died in {self.what}; {GO_ON}"
 
     def find_dead(self, looks: int = 3) -> list[int]:
         """The other ranks that show no sign of life for so many looks and did not say that they end."""
@@ -223,7 +240,7 @@ class Watch(threading.Thread):
         if not self.claim(1):
             self.end()
         # Where a process that was halted or has died was then is not known.
-        names = [f"rank {rank}{'' if halted else known[rank]['where']}" for rank in last]
+        names = [self.name(rank) + ("" if halted else known[rank]["where"]) for rank in last]
         does = "shows no sign of life" if halted else "hangs"
         who = f"{' and '.join(names)} {does}" if len(last) < self.size else "all ranks wait"
         print(f"error: {who} in {self.what}: no rank went on for {seconds:.0f} seconds (--parallel.step-timeout, "

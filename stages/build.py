@@ -251,7 +251,7 @@ def build(c, world, folder: Path | None = None) -> Run:
     for method in run.methods:
         method.model_built(run.inner)                                                       # model built
     if world.size > 1 and not c.compile:
-        world.pace.time_blocks(run.inner.shard_plan())
+        world.pace.time_blocks(run.inner.shard_plan(), config.num_hidden_layers / c.parallel.pipeline)
     run.model = lay_out(run)
     run.optimizer = optim.make_optimizer(run.inner, c.optim, lora.lr_scales(run.inner, c.lora) if c.lora.rank else None)
     run.scale = optim.LossScale(c.train.precision == "fp16")

@@ -194,12 +194,14 @@ def test_a_dead_or_hung_rank_is_named_with_its_step(shared_lab, tmp_path, fault,
 def test_the_rank_that_the_others_wait_for_is_named(monkeypatch, capsys, halted, rows, who):
     """rows: whether each rank is in a collective (2), in a backward pass (1) or not, and what it has begun."""
     seen = Watch.__new__(Watch)
-    vars(seen).update(rank=0, size=len(rows), since=time.monotonic() - 60, limit=50, what="the start")
+    vars(seen).update(rank=0, size=len(rows), since=time.monotonic() - 60, limit=50, what="the start",
+                      nodes={1: "node 1, b"})
     known = [{"waits": waits, "begun": begun, "where": f" (at data.py:{i})"} for i, (waits, begun) in enumerate(rows)]
     for name, answer in (("find_dead", halted), ("read_all", known), ("claim", True), ("wait_for", None)):
         monkeypatch.setattr(Watch, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(os, "_exit", lambda status: None)
     seen.name_the_last()
+    who = who.replace("rank 1", "rank 1 (node 1, b)")
     assert capsys.readouterr().err.startswith(f"error: {who} in the start: no rank went on for 60 sec")
 
 

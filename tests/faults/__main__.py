@@ -24,6 +24,7 @@ from .full_disks import DISKS
 from .hangs import HANGS_OF_ALL
 from .harness import Lab, Row, Worker
 from .kills import KILLS, highest_number_wins
+from .nodes import NODES
 from .not_finite import NOT_FINITE
 from .points import POINTS, manifest_not_synced
 from .races import RACES
@@ -33,7 +34,7 @@ from .strangers import STRANGERS
 
 # Each section is some functions of the lab, each of which gives one row.
 SECTIONS = {"kills": KILLS, "points": POINTS, "signals": SIGNALS_AND_MORE, "not_finite": NOT_FINITE,
-            "damages": DAMAGES + SHARED_DAMAGES, "hangs": HANGS_OF_ALL, "disks": DISKS, "races": RACES,
+            "damages": DAMAGES + SHARED_DAMAGES, "hangs": HANGS_OF_ALL, "disks": DISKS, "races": RACES, "nodes": NODES,
             "strangers": STRANGERS, "control": [highest_number_wins, manifest_not_synced]}
 # Of the failures of a row.
 SHOWN = 12

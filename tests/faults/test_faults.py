@@ -12,7 +12,8 @@ from .__main__ import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 # About the same time each: what the sections share, as the undisturbed runs, is made once a process.
-HALVES = [("kills", "points", "signals", "hangs"), ("not_finite", "damages", "disks", "races", "strangers", "control")]
+HALVES = [("kills", "points", "signals", "hangs"), ("not_finite", "damages", "disks", "races", "strangers", "nodes",
+                                                             "control")]
 
 
 def test_every_section_is_in_one_of_them():
