@@ -284,11 +284,13 @@ def estimate_rank(rank: Rank) -> dict[str, float]:
         """before: bytes of gradients that are there. is_forward: whether the last of the forward passes runs too."""
         # FSDP has the head's gradient until the end; else it is, or is added to, the parameter's.
         of_head = fsdp["head"] if rank.is_sharded else 0 if before else head["gradient"]
-        moments = [under_way(passes) - head["hidden"] - head["gradient"] + of_head + workspace + fsdp["blocks"]]
+        # A pipeline frees no block after a backward pass, until the step ends.
+        blocks = fsdp["stages" if before and rank.is_pipelined else "blocks"]
+        moments = [under_way(passes) - head["hidden"] - head["gradient"] + of_head + workspace + blocks]
         if is_forward:
-            moments.append(under_way(passes) + head["chunk"] + (0 if rank.c.parallel.reshard else fsdp["blocks"]))
+            moments.append(under_way(passes) + head["chunk"] + (0 if rank.c.parallel.reshard else blocks))
         if rank.is_sharded:
-            moments += [under_way(passes) - of_stages[-1] / len(rank.place.stages[-1]) + fsdp["blocks"] + fsdp["block"],
+            moments += [under_way(passes) - of_stages[-1] / len(rank.place.stages[-1]) + blocks + fsdp["block"],
                         under_way(passes - 1) + of_head + fsdp["outside"] + (0 if before else parts["gradients"])]
         else:
             moments.append(under_way(passes - 1) + (head["embedding"] if before else parts["gradients"] + workspace))
@@ -301,11 +303,14 @@ def estimate_rank(rank: Rank) -> dict[str, float]:
     activations = sum(n * size for n, size in zip(split_passes(rank, passes), of_stages))
     # On a CPU what is freed stays in the heap (core/parallel.py), and some of it is too small, or in the wrong place,
     # for the tensors of the next step: about so much was measured (docs/RESULTS.md, memory by arithmetic).
-    holes = max(head["chunk"], parts["gradients"] / 2, activations / 5) if rank.kind == "cpu" else 0
+    # How many rows an expert has changes with each step, and with it the sizes of what is freed.
+    sparse = count_sparse(rank.config, rank.place.blocks) > 0
+    holes = max(head["chunk"], parts["gradients"] / 2, activations * (0.6 if sparse else 0.2))
+    holes = holes if rank.kind == "cpu" else 0
     peak = sum(parts[name] for name in KEPT) + fsdp["gathered"] + max(peaks) + holes
     found = parts | {
         "gradients": max(waiting if rank.has_buckets or total > 1 else 0, parts["gradients"]),
-        "gathered": fsdp["gathered"] + fsdp["blocks"], "activations": activations,
+        "gathered": fsdp["gathered"] + fsdp["stages" if rank.is_pipelined else "blocks"], "activations": activations,
         "head": head["chunk"] + head["hidden"] + head["gradient"], "workspace": workspace,
         "exchange": parts["exchange"] + max(fsdp["block"], fsdp["outside"]), "holes": holes}
     return {name: found[name] for name in PARTS} | {"peak": peak}
@@ -355,13 +360,13 @@ def size_head(rank: Rank) -> dict[str, float]:
 
 
 def size_fsdp(rank: Rank) -> dict[str, float]:
-    """What FSDP adds to a rank's shards, in bytes: "gathered", what is in no block, and "blocks", this one and the next
-    (all, where they stay gathered), in the type of the matmuls; "head", the head's gradient in that type; gradients on
-    their way to the other ranks, there and once more in fp32, of a "block" and of what is "outside" of them; "waiting",
-    all of a rank's gradients, which are not reduced before the step's last micro-batch."""
+    """What FSDP adds to a rank's shards, in bytes: "gathered", what is in no block; "blocks", this one and the next
+    (all, where they stay gathered), and "stages", all, in the type of the matmuls; "head", the head's gradient in that
+    type; gradients on their way to the other ranks, there and once more in fp32, of a "block" and of what is "outside"
+    of them; "waiting", all of a rank's gradients, which are not reduced before the step's last micro-batch."""
     c, types, count = rank.c, rank.types, rank.count
     if not rank.is_sharded:
-        return dict.fromkeys(("gathered", "blocks", "head", "block", "outside", "waiting"), 0)
+        return dict.fromkeys(("gathered", "blocks", "stages", "head", "block", "outside", "waiting"), 0)
     blocks, adapted = len(rank.place.blocks), c.lora.rank > 0
     of_params = types.weight if adapted else types.matmul
     # Of experts that ranks share, a rank gathers its own.
@@ -371,9 +376,9 @@ def size_fsdp(rank: Rank) -> dict[str, float]:
     if adapted:
         trained = count.trained / blocks - count.adapters_on_experts * others
         block += (linear_bytes(rank) - of_params) * count.linear / blocks + 4 * trained
-    keeps = 2 if c.parallel.reshard and not rank.is_pipelined else blocks
+    keeps = min(2, blocks) if c.parallel.reshard else blocks
     outside = 0 if adapted else count.outside
-    return {"gathered": of_params * count.outside, "blocks": keeps * block,
+    return {"gathered": of_params * count.outside, "blocks": keeps * block, "stages": blocks * block,
             "head": of_params * rank.config.vocab_size * rank.config.hidden_size if outside and rank.is_last else 0,
             "block": (of_params + 4) * trained, "outside": (of_params + 4) * outside,
             "waiting": 0 if rank.is_offloaded else types.gradient * count.trained / rank.shards
