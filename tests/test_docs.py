@@ -134,7 +134,7 @@ def test_the_walks_name_what_the_files_define():
 
 
 def test_the_front_page_is_short():
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 260
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_the_file_map_has_every_product_file_once():

@@ -72,7 +72,7 @@ CASES = {"hsdp_int8": (HSDP, [*INT8, "--train.batch-size", 8, "--train.micro-bat
                           "--forget.ewc.samples", 8]),
          "tensor_clip": ([*TENSOR, "--parallel.reduce-each"],
                          ["--optim.clip", 0.1, "--model.tie-word-embeddings", "False", "--train.batch-size", 8]),
-         "tensor_checkpointing": (TENSOR, ["--model.activation-checkpointing", *MASKED]),
+         "tensor_checkpointing": ([*TENSOR, "--parallel.offload"], ["--model.activation-checkpointing", *MASKED]),
          "tensor_balance": (TENSOR, [*BASE, "experts", "--router.balance", 0.01, "--router.z", 1e-3,
                                       "--train.micro-batch-size", 1]),
          "tensor_experts_lora": (TENSOR, [*LORA, "--model.path", "experts"]),
