@@ -115,7 +115,7 @@ def train_step(run: Run, step: int, batches: list[Batch]) -> dict:
     c, world, scale, logged = run.c, run.world, run.scale, {}
     targets = max(1.0, world.sum([sum(map(run.objective.count, batches))])[0])
     # Dropout in adapters is a function of the step and the rank, so that a resumed run draws the same.
-    torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.share[0])[0] >> 1))
+    torch.manual_seed(int(hashing.mix_keys(c.seed, "dropout", step, world.dropout_key)[0] >> 1))
     # DDP and FSDP average gradients over ranks. We want their sum, so the loss is scaled by their number.
     scored = both_passes(run.model, world, batches, partial(score, run), scale.scale * world.averaged / targets)
     scale.unscale_(run.inner)

@@ -216,6 +216,12 @@ class World:
         (rank, ranks), t = self.peers, self.matmuls.ranks if self.matmuls else 1
         return rank // t, ranks // t
 
+    @property
+    def dropout_key(self) -> int:
+        """Ranks that share matmuls drop alike, as their inputs are alike; all others by themselves. Of a layer whose
+        inputs are parted, such as o_proj, each of them drops in its own part what the others drop in theirs."""
+        return self.rank // (self.matmuls.ranks if self.matmuls else 1)
+
     @contextlib.contextmanager
     def sharing(self):
         """A context in which the ranks that share sequences have their tokens of them."""

@@ -226,7 +226,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank(base, tmp_path):
             elif name.endswith(".A"):
                 p.data.fill_(0.1)
         # One process that takes itself for one of two.
-        run.world = type("Place", (parallel.World,), {"share": (rank, 2)})(0, 1, torch.device("cpu"))
+        run.world = type("Place", (parallel.World,), {"dropout_key": rank})(0, 1, torch.device("cpu"))
         return train.train_step(run, step, batches)["loss"]
     plain = build(run_of(base, tmp_path / "run"), one())
     batches = train.micro_batches(plain, 0)
