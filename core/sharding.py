@@ -48,9 +48,9 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
 def distribute_like(full: torch.Tensor, pattern: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """`full`, which every rank has, with the device and sharding of `pattern`, and its dtype unless one is given."""
-    full = full.to(pattern.device, dtype or pattern.dtype)
+    full = full.to(device_of(pattern), dtype or pattern.dtype)
     if isinstance(pattern, DTensor):
-        # What is made of a mesh lies on the mesh's devices.
+        # What is made of a mesh lies on the mesh's devices; the shard alone goes to where it is kept.
         return distribute_tensor(full, pattern.device_mesh, pattern.placements, src_data_rank=None).to(pattern.device)
     return full
 

@@ -65,7 +65,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimConfig, lr_scales: dict 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments are 8-bit codes; bf16 weights keep the next 8 bits of their value beside them
     (kernels/adamw.py). Only matrices of 32 n columns have codes; norms, biases and the like have moments in fp32.
-    core/parallel.py saves and loads its state: torch's load_state_dict would cast codes to the parameter's dtype."""
+    core/sharding.py saves and loads its state: torch's load_state_dict would cast codes to the parameter's dtype."""
 
     def __init__(self, groups, lr: float, betas: tuple, eps: float):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})

@@ -301,7 +301,7 @@ def estimate_rank(rank: Rank) -> dict[str, float]:
     if total > 1:
         peaks.append(find_peak(waiting, min(passes, total - 1), total > passes))
     activations = sum(n * size for n, size in zip(split_passes(rank, passes), of_stages))
-    # On a CPU what is freed stays in the heap (core/parallel.py), and some of it is too small, or in the wrong place,
+    # On a CPU what is freed stays in the heap (core/devices.py), and some of it is too small, or in the wrong place,
     # for the tensors of the next step: about so much was measured (docs/RESULTS.md, memory by arithmetic).
     # How many rows an expert has changes with each step, and with it the sizes of what is freed.
     sparse = count_sparse(rank.config, rank.place.blocks) > 0

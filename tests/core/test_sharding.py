@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core import sharding
 
@@ -37,3 +42,30 @@ def test_state_survives_a_round_trip_tied_and_untied(tiny_model):
         for p, q in zip(a.parameters(), b.parameters()):
             assert torch.equal(p, q)
             assert all(torch.equal(v, optimizers[1].state[q][k]) for k, v in optimizers[0].state[p].items())
+
+
+class Copies(TorchDispatchMode):
+    """How many elements this rank has copied to another device, each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) != args[0].device:
+            self.counts.append(sharding.local(args[0]).numel())
+        return function(*args, **kwargs or {})
+
+
+def test_a_full_tensor_sends_its_shard_alone_to_where_shards_are_kept():
+    """The CPU computes, and the meta device stands for the host's memory, in which shards are kept."""
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    mesh, full = init_device_mesh("cpu", (4,)), torch.arange(24.0).view(8, 3)
+    kept = distribute_tensor(full, mesh, [Shard(0)], src_data_rank=None)
+    assert torch.equal(sharding.distribute_like(full, kept).to_local(), full[2:4])
+    kept = kept.to("meta")
+    with Copies() as copies:
+        found = sharding.distribute_like(full, kept)
+    dist.destroy_process_group()
+    assert found.device.type == "meta"
+    assert copies.counts == [6]
