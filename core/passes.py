@@ -35,7 +35,7 @@ def both_passes(model, world: World, batches: list, score: Callable, factor: flo
 def accumulate(model, world: World, last: bool):
     """The context of a micro-batch's two passes: gradients go between ranks only for the `last` one of a step, unless
     world.reduces_each. Until they do, FSDP has those of all weights on the device, which has no room for them where
-    they are to be offloaded."""
+    they are to be offloaded. (The schedules of a pipeline always wait for the last one.)"""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or world.reduces_each or world.offload)
     waits = isinstance(model, DistributedDataParallel) and not last

@@ -1,7 +1,8 @@
 """Which layouts of ranks a recipe's training fits in, and which of these to take, by the arithmetic of memory.py.
 
 Layouts are listed from the one whose ranks send least to the one whose ranks send most, as a rule: the first that fits
-is advised. Which is fastest depends on the network, and only a run says it (bench.py, metrics.jsonl).
+is advised, and one that offloads where no other does. Which is fastest depends on the network, and only a run says it
+(bench.py, metrics.jsonl). How much memory the hosts have nobody asks: what they must hold is said.
 """
 
 from dataclasses import dataclass, replace
@@ -23,10 +24,18 @@ class Layout:
     parallel: ParallelConfig
     parts: dict[str, float]
     fits: bool
+    gpus: int
 
     @property
     def name(self) -> str:
         return name_layout(self.parallel)
+
+    @property
+    def host(self) -> str:
+        """What the hosts must hold, where anything is offloaded."""
+        size, n = self.parts["host"] / 1e9, min(self.gpus, NODE)
+        more = f", {size * n:,.1f} GB for the {n} of a node" if n > 1 else ""
+        return f"{size:,.1f} GB of the host's memory for each GPU{more}" if size else ""
 
 
 def name_layout(parallel: ParallelConfig) -> str:
@@ -74,22 +83,25 @@ def try_layouts(c, config: ModelConfig, gpus: int, memory: float, overhead: floa
                 raise
             continue
         parts = estimate(tried, config, gpus, kind)
-        found.setdefault(name_layout(parallel), Layout(parallel, parts, parts["peak"] + overhead <= USABLE * memory))
+        found.setdefault(name_layout(parallel), Layout(parallel, parts, parts["peak"] + overhead <= USABLE * memory,
+                                                       gpus))
     return list(found.values())
 
 
 def describe_layouts(layouts: list[Layout], overhead: float) -> str:
-    """A table, and which one is advised: the first that fits, the recipe's own if it does."""
+    """A table, and which one is advised."""
     width = max(len(layout.name) for layout in layouts)
     columns = ("weights", "gradients", "optimizer", "gathered", "activations", "peak")
     lines = [" ".join([f"{'GB on each device':{width}}", *(f"{name:>11}" for name in columns), "  fits"])]
     for layout in layouts:
         sizes = [layout.parts[name] + (overhead if name == "peak" else 0) for name in columns]
         lines.append(" ".join([f"{layout.name:{width}}", *(f"{size / 1e9:11.1f}" for size in sizes),
-                               "  yes" if layout.fits else "  no"]))
+                               ("  yes" if layout.fits else "  no") + (layout.host and f", with {layout.host}")]))
     best = advise(layouts)
-    return "\n".join([*lines, f"advised: {best.name}" if best else "none of them fits"])
+    condition = f", if there are {best.host}" if best and best.host else ""
+    return "\n".join([*lines, f"advised: {best.name}{condition}" if best else "none of them fits"])
 
 
 def advise(layouts: list[Layout]) -> Layout | None:
-    return next((layout for layout in layouts if layout.fits), None)
+    """The first that fits, the recipe's own if it does; one that offloads only where all that fit do."""
+    return min((layout for layout in layouts if layout.fits), key=lambda layout: bool(layout.host), default=None)

@@ -13,7 +13,7 @@ and test_memory_layouts.py to those of ranks.
 
 A pipeline's rank keeps the activations of several micro-batches: gpipe those of all N, 1f1b on rank r those of P - r.
 FSDP shards gradients after a step's last micro-batch: until then, if there are several, each rank keeps those of all
-weights that it computes, in fp32, unless parallel.reduce_each.
+weights that it computes, in fp32, unless parallel.reduce_each. With parallel.offload it does so in a pipeline alone.
 
 Shapes: B sequences and T tokens of a micro-batch, D model width, H heads, K key-value heads, d head size, F MLP width,
 V vocabulary, L blocks, E experts, of which a token goes to k; t ranks share matmuls, C a sequence, P the blocks.
@@ -40,7 +40,7 @@ PARTS = {"weights": "of the base and of adapters", "gradients": "those that are 
          "head": "a chunk of logits, gradients of the head and of the hidden states",
          "workspace": "one block's gradients, and what is recomputed",
          "exchange": "buffers of a pipeline, gradients on their way between ranks",
-         "host": "in the host's memory, which is no part of the peak (core/offload.py)",
+         "host": "in the host's memory, with what a save copies, and no part of the peak (core/offload.py)",
          "holes": "what a CPU's heap cannot reuse"}
 KEPT = ("weights", "optimizer", "methods", "exchange")
 # What a process takes beside its tensors: the CUDA context with the libraries' workspaces; on a CPU, Python and torch.
@@ -318,7 +318,8 @@ def estimate_rank(rank: Rank) -> dict[str, float]:
 
 def keep_state(rank: Rank) -> dict[str, float]:
     """The bytes of what is there from step to step, and of the gradients that the optimizer reads; "host": in the
-    host's memory, where it is offloaded."""
+    host's memory, where it is offloaded, with the copy that a save writes while the training goes on (of methods at
+    most so much)."""
     c, types, count = rank.c, rank.types, rank.count
     adapters = 4 * count.trained if c.lora.rank else 0
     weights = linear_bytes(rank) * count.linear + types.weight * (count.base - count.linear) + adapters
@@ -332,7 +333,8 @@ def keep_state(rank: Rank) -> dict[str, float]:
                "gradients": types.gradient * count.trained}
     sharded = {name: size / rank.shards for name, size in sharded.items()}
     if rank.is_offloaded:
-        return dict.fromkeys(sharded, 0.0) | {"host": sum(sharded.values()), "exchange": received}
+        copy = sharded["optimizer"] + sharded["methods"] + (adapters or weights) / rank.shards
+        return dict.fromkeys(sharded, 0.0) | {"host": sum(sharded.values()) + copy, "exchange": received}
     return sharded | {"host": 0.0, "exchange": received}
 
 
@@ -365,6 +367,7 @@ def size_fsdp(rank: Rank) -> dict[str, float]:
     type; gradients on their way to the other ranks, there and once more in fp32, of a "block" and of what is "outside"
     of them; "waiting", all of a rank's gradients, which are not reduced before the step's last micro-batch."""
     c, types, count = rank.c, rank.types, rank.count
+    waits = rank.is_pipelined or not (c.parallel.reduce_each or c.parallel.offload)
     if not rank.is_sharded:
         return dict.fromkeys(("gathered", "blocks", "stages", "head", "block", "outside", "waiting"), 0)
     blocks, adapted = len(rank.place.blocks), c.lora.rank > 0
@@ -381,8 +384,8 @@ def size_fsdp(rank: Rank) -> dict[str, float]:
     return {"gathered": of_params * count.outside, "blocks": keeps * block, "stages": blocks * block,
             "head": of_params * rank.config.vocab_size * rank.config.hidden_size if outside and rank.is_last else 0,
             "block": (of_params + 4) * trained, "outside": (of_params + 4) * outside,
-            "waiting": 0 if rank.is_offloaded else types.gradient * count.trained / rank.shards
-                       if c.parallel.reduce_each or c.parallel.offload else 4 * (trained * blocks + outside)}
+            "waiting": 4 * (trained * blocks + outside) if waits else
+                       0 if rank.is_offloaded else types.gradient * count.trained / rank.shards}
 
 
 def copies_of_methods(c, count: Elements, types: Types) -> float:

@@ -69,6 +69,37 @@ def test_the_first_that_fits_is_advised_the_own_first():
     assert describe_layouts(found[:1], 1e9).splitlines()[-1] == "none of them fits"
 
 
+def test_what_the_hosts_must_hold_is_said_and_a_layout_that_needs_it_is_advised_last():
+    # 16 bytes a parameter of weights, gradients and moments, and 12 more while a save writes, on each of 8.
+    c = settings("--train.batch-size", 32, "--train.micro-batch-size", 1, "--model.activation-checkpointing")
+    found = try_layouts(c, LLAMA, 8, 14e9, 1e9, "cuda")
+    host = (16 + 12) * 6_738_415_616 / 8
+    assert [each.parts["host"] for each in found] == [0.0] * (len(found) - 1) + [pytest.approx(host)]
+    *_, row, advice = describe_layouts(found, 1e9).splitlines()
+    assert row.endswith("  yes, with 23.6 GB of the host's memory for each GPU, 188.7 GB for the 8 of a node")
+    assert advice == ("advised: fsdp, offload, if there are 23.6 GB of the host's memory for each GPU, 188.7 GB for "
+                      "the 8 of a node")
+    assert describe_layouts(try_layouts(c, LLAMA, 1, 40e9, 1e9, "cuda"), 1e9).endswith(
+        "advised: fsdp, offload, if there are 188.7 GB of the host's memory for each GPU")
+    own = replace(c, parallel=ParallelConfig("fsdp", offload=True))
+    assert advise(try_layouts(own, LLAMA, 8, 80e9, 1e9, "cuda")).name == "fsdp"
+    # A save writes adapters and their moments; the base is kept in bf16 beside them.
+    adapters = replace(settings("--train.batch-size", 32, "--lora.rank", 8, "--train.precision", "bf16",
+                                "--lora.targets", "q_proj"), parallel=own.parallel)
+    trained = 32 * 8 * (4096 + 4096)
+    assert try_layouts(adapters, LLAMA, 8, 80e9, 1e9, "cuda")[0].parts["host"] == pytest.approx(
+        (2 * 6_738_415_616 + (16 + 12) * trained) / 8)
+
+
+def test_a_pipeline_that_offloads_keeps_gradients_on_the_gpu_between_micro_batches():
+    """Its schedule sums them after the last one."""
+    c = settings("--train.batch-size", 32, "--train.micro-batch-size", 1)
+    gradients = [try_layouts(replace(c, parallel=ParallelConfig("fsdp", pipeline=2, offload=offload)), LLAMA, 8, 80e9,
+                             1e9, "cuda")[0].parts["gradients"] for offload in (False, True)]
+    # 4 bytes each of half of the model, the embedding or the head among them.
+    assert gradients == pytest.approx([4 * 6_738_415_616 / 2] * 2, rel=0.05)
+
+
 def test_experts_are_shared_where_there_are_some():
     config = ModelConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40)
     shared = [each.experts for each in list_layouts(ParallelConfig(), config, 8) if each.experts > 1]
