@@ -2,7 +2,8 @@
 
 Ranks of a gloo group connect when it is made, and wait for one that has died meanwhile as long as for a message later:
 gloo has one limit for both. It is long, because what a rank waits for, as in the first step of a pipeline, may take
-long. Groups are therefore made where all ranks have just met, and core/watch.py looks after CONNECT seconds.
+long. Groups are therefore made where all ranks have just met, and core/watch.py looks after CONNECT seconds and some
+more for each rank.
 """
 
 import contextlib
@@ -13,8 +14,10 @@ from torch.distributed import distributed_c10d
 
 from core.pace import waiting
 
-# torchrun gives ranks that are to end 30 seconds.
-CONNECT = 20
+# torchrun gives ranks that are to end 30 seconds. Many ranks make many groups, each by some calls of one store.
+CONNECT, CONNECT_A_RANK = 20, 0.25
+# What torch calls its limits for groups; NCCL's is 10 minutes, and None where torch was built without it.
+LIMITS = "default_pg_timeout", "default_pg_nccl_timeout"
 
 # What blocks exchange. torch 2.13 has new names for the first two, and warns of the old ones.
 all_gather = waiting(getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
@@ -25,10 +28,12 @@ all_to_all = waiting(dist.all_to_all_single)
 @contextlib.contextmanager
 def connecting(watch=None):
     """A context in which groups are made. Where a rank does not connect in time, its `watch` ends this process."""
-    kept = distributed_c10d.default_pg_timeout
-    distributed_c10d.default_pg_timeout = timedelta(hours=2)
+    kept = {name: getattr(distributed_c10d, name) for name in LIMITS}
+    # Longer than the watch waits, which can say what happened.
+    limit = timedelta(seconds=(watch.long if watch else 7200) + 60)
+    vars(distributed_c10d).update({name: limit for name, known in kept.items() if known})
     try:
-        with watch.within(CONNECT) if watch else contextlib.nullcontext():
+        with watch.within(CONNECT + CONNECT_A_RANK * watch.size) if watch else contextlib.nullcontext():
             yield
     finally:
-        distributed_c10d.default_pg_timeout = kept
+        vars(distributed_c10d).update(kept)

@@ -31,7 +31,7 @@ from core.mesh import find_sharers, forget_ranks, lay_ranks, make_mesh
 from core.offload import choose_backend, choose_policy
 from core.pace import Pace
 from core.pipeline import Pipe, open_pipe
-from core.sharding import local, outermost
+from core.sharding import is_sharded, local, outermost
 from core.signals import REASONS, closed_output, note_stops, stopped_by
 from core.tensor_parallel import SharedMatmuls, is_shared, measure_norm, split_layers
 from core.watch import Watch
@@ -88,8 +88,9 @@ class ParallelConfig:
             if ranks % getattr(self, name):
                 raise UserError(f"parallel.{name} {getattr(self, name)} does not divide the {ranks} ranks")
         if ranks % (sharing := self.context * self.tensor * self.pipeline):
-            raise UserError(f"parallel.context {self.context} times parallel.tensor {self.tensor} times "
-                            f"parallel.pipeline {self.pipeline} does not divide the {ranks} ranks")
+            factors = [f"parallel.{name} {size}" for name in ("context", "tensor", "pipeline")
+                       if (size := getattr(self, name)) > 1]
+            raise UserError(f"{' times '.join(factors)} does not divide the {ranks} ranks")
         if self.pipeline > 1 and self.reduce_each:
             raise UserError("parallel.pipeline sums gradients after its last micro-batch; leave parallel.reduce_each "
                             "out")
@@ -101,14 +102,19 @@ class ParallelConfig:
         if self.strategy != "fsdp" and changed:
             raise UserError(f"parallel.{changed[0]} is about sharded weights; set --parallel.strategy fsdp, or leave "
                             f"it out")
+        for name, other in (("exchange", "context"), ("schedule", "pipeline")):
+            if getattr(self, name) != getattr(ALONE, name) and getattr(self, other) == 1:
+                raise UserError(f"parallel.{name} does nothing without parallel.{other}; leave it out")
         others = [name for name in ("context", "tensor", "replicas", "pipeline") if getattr(self, name) > 1]
         if self.experts > 1 and others:
             raise UserError(f"parallel.experts does not go with parallel.{others[0]} yet; leave one of them out")
         # Those that share matmuls or sequences are within one group, and a group's stages are one model.
         most = ranks // sharing
         if most % self.replicas or (self.replicas > 1 and ranks == self.replicas):
-            raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of two or "
-                            f"more; take a divisor of {most}{' below it' if most == ranks else ''}")
+            remedy = f"take a divisor of {most}{' below it' if most == ranks else ''}" if most > 1 else \
+                "leave it out, or lower what the ranks of a group share"
+            raise UserError(f"parallel.replicas {self.replicas} does not part {ranks} ranks into groups of "
+                            f"{f'{sharing} ranks each' if sharing > 1 else 'two or more'}; {remedy}")
 
 
 ALONE = ParallelConfig()
@@ -424,9 +430,12 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     named = {name: p for name, p in model.named_parameters() if p.grad is not None}
     parameters, pipe = list(named.values()), getattr(model, "pipe", None)
     shared = next(filter(is_shared, parameters), None)
-    if shared is not None or pipe or any(map(is_of_parted, parameters)):
+    # torch sums the squares of gradients in their own type.
+    is_rough = any(p.grad.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+    if shared is not None or pipe or is_rough or any(map(is_of_parted, parameters)):
         counted = [p for name, p in named.items() if not pipe or not pipe.is_copy(name)]
-        norm = measure_norm(counted, 1 if shared is None else shared.device_mesh["tensor"].size())
+        t = 1 if shared is None else shared.device_mesh["tensor"].size()
+        norm = measure_norm(counted, t, is_sharded(model), next(local(p).device for p in model.parameters()))
         for name, p in named.items():
             if pipe and pipe.is_copy(name):
                 # It counts for nothing, unless this rank has broken it.

@@ -170,11 +170,13 @@ def sum_over_tokens(model: nn.Module, matmuls: SharedMatmuls):
             dist.all_reduce(p.grad.to_local(), group=matmuls.group)
 
 
-def measure_norm(parameters: list, t: int) -> torch.Tensor:
-    """The global norm of the gradients of parameters that are parted over all ranks, 0-d: in stages, in shards, and in
-    t parts. What several ranks hold alike counts once. A rank may have none."""
+def measure_norm(parameters: list, t: int, is_parted: bool, device: torch.device) -> torch.Tensor:
+    """The global norm of the gradients of parameters, 0-d, in fp32 whatever the gradients are. is_parted: over all
+    ranks, in stages, in shards, and in t parts; what several ranks hold alike counts once. A rank may have none.
+    device: where the parameters are kept."""
     squares = [torch.linalg.vector_norm(p.grad.to_local() if isinstance(p, DTensor) else p.grad,
                                         dtype=torch.float32).square() / count_copies(p, t) for p in parameters]
-    total = torch.stack(squares or [torch.zeros(())]).sum()
-    dist.all_reduce(total)
+    total = torch.stack(squares or [torch.zeros((), device=device)]).sum()
+    if is_parted:
+        dist.all_reduce(total)
     return total.sqrt()

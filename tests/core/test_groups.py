@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -40,13 +41,19 @@ def test_a_message_may_take_longer_than_to_connect(tmp_path):
 
 
 def test_ranks_that_connect_are_watched(monkeypatch):
-    """By the clock: 60 s after something began that may take 120 s, they have one second more."""
+    """By the clock: 60 s after something began that may take 120 s, eight ranks have three seconds more. What torch
+    would give a group, on a CPU or a GPU, is longer than what the watch waits."""
     watch = Watch.__new__(Watch)
-    watch.since, watch.limit = time.monotonic() - 60, 120.0
+    watch.since, watch.limit, watch.long, watch.size = time.monotonic() - 60, 120.0, 9000.0, 8
     monkeypatch.setattr(groups, "CONNECT", 1)
+    monkeypatch.setattr(distributed_c10d, "default_pg_nccl_timeout", timedelta(minutes=10))
+    known = [distributed_c10d._get_default_timeout(backend) for backend in ("gloo", "nccl")]
     with connecting(watch):
-        assert 61 <= watch.limit < 70
+        assert 63 <= watch.limit < 72
+        for backend in ("gloo", "nccl"):
+            assert distributed_c10d._get_default_timeout(backend).total_seconds() == 9060
     assert watch.limit == 120
+    assert [distributed_c10d._get_default_timeout(backend) for backend in ("gloo", "nccl")] == known
 
 
 if __name__ == "__main__":

@@ -280,8 +280,10 @@ def test_layouts_that_cannot_be_are_refused():
                          (ParallelConfig(tensor=2), "parallel.tensor is about sharded weights"),
                          (ParallelConfig("fsdp", tensor=2, pipeline=4), "times parallel.pipeline 4 does not divide"),
                          (ParallelConfig("fsdp", reduce_each=True, pipeline=2), "leave parallel.reduce_each out"),
-                         (ParallelConfig("fsdp", tensor=2, context=4), "times parallel.pipeline 1 does not divide"),
-                         (ParallelConfig("fsdp", context=4, replicas=2), "take a divisor of 1$"),
+                         (ParallelConfig("fsdp", tensor=2, context=4), "^parallel.context 4 times parallel.tensor 2 d"),
+                         (ParallelConfig("fsdp", context=4, replicas=2), "groups of 4 ranks each; leave it out, or"),
+                         (ParallelConfig(exchange="keys"), "parallel.exchange does nothing without parallel.context"),
+                         (ParallelConfig(schedule="gpipe"), "parallel.schedule does nothing without parallel.pipel"),
                          (ParallelConfig("fsdp", tensor=2, replicas=4), "take a divisor of 2$")):
         with pytest.raises(ValueError, match=said):
             config.refuse_layout(4)

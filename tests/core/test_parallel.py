@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import hf
 import train
 from core import checkpoint, parallel
+from core.tensor_parallel import measure_norm
 from model import Model, ModelConfig
 from stages import evaluate
 from stages.build import build
@@ -460,6 +461,24 @@ def test_one_process_needs_no_group():
     world.barrier()
     parallel.stop()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_norm_of_gradients_is_not_rounded_to_their_type(kind):
+    """Truth: float64."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(50, dtype=kind)) for _ in range(20)])
+    for seed, p in enumerate(model):
+        p.grad = (1e4 * torch.randn(50, generator=torch.Generator().manual_seed(seed))).to(kind)
+    true = torch.cat([p.grad.double() for p in model]).norm().item()
+    assert parallel.clip_gradients(model, 100.0).item() == pytest.approx(true, rel=1e-6)
+    clipped = torch.cat([p.grad.double() for p in model]).norm().item()
+    assert clipped == pytest.approx(100, rel=1e-5 if kind == torch.float32 else 2e-3)
+
+
+def test_a_rank_without_gradients_sums_where_its_parameters_are():
+    norm = measure_norm([], 1, False, torch.device("meta"))
+    assert norm.device.type == "meta"
+    assert norm.shape == ()
 
 
 def test_sums_are_exact_in_float64():

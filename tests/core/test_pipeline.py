@@ -265,7 +265,7 @@ def test_stages_are_cut_by_cost():
 
 def test_the_copy_of_an_embedding_counts_in_the_norm_only_where_it_is_broken(monkeypatch):
     """By hand: gradients of 3 and 4 have the norm 5, with whatever the copy has."""
-    monkeypatch.setattr(parallel, "measure_norm", lambda counted, t: torch.stack([p.grad for p in counted]).norm())
+    monkeypatch.setattr(parallel, "measure_norm", lambda counted, *_: torch.stack([p.grad for p in counted]).norm())
     model = torch.nn.Module()
     model.pipe = SimpleNamespace(is_copy=lambda name: name == "copy")
     for copied, norm in ((12.0, 5.0), (float("nan"), None), (float("inf"), None)):
