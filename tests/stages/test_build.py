@@ -19,7 +19,7 @@ import forget
 import hf
 import lora
 import train
-from core import checkpoint, cli, hashing, parallel
+from core import checkpoint, cli, hashing, mesh, parallel
 from learn.choose_objective import ObjectiveConfig
 from stages import build as stage
 
@@ -153,7 +153,7 @@ def test_a_tied_model_with_another_head_is_refused_in_every_layout(tiny_model, t
             stage.build_model(c, base.config, base, world)
     # A group of one rank, which takes all shards.
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(parallel, "init_device_mesh", lambda kind, _, mesh_dim_names: init_device_mesh(
+    monkeypatch.setattr(mesh, "init_device_mesh", lambda kind, _, mesh_dim_names: init_device_mesh(
         kind, (1,), mesh_dim_names=mesh_dim_names))
     try:
         with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
