@@ -53,6 +53,10 @@ def within(kind: type, low: float, high: float):
 STEP, COUNT, SHARE = within(int, 0, 10**7), within(int, 0, 2**62), within(float, 0, 1)
 FINITE = within(float, -1e99, 1e99)
 PLAIN = (str, float, bool, None)
+# What an evaluation says of a task or a probe, whose interval may be unknown.
+ANSWERS = {"value": float, "metric": str, "direction": str, "chance": float, "capability": str, "n": COUNT,
+           "interval": lambda value: not value or (find_odd(value, [float]) is None and len(value) == 2),
+           str: lambda _: True}
 # What a run's state.json holds, as a shape for `find_odd`.
 FIELDS = {
     "step": STEP, "base": str, "tokenizer": str, "dtype": str, "methods": {str: dict},
@@ -63,7 +67,7 @@ FIELDS = {
               "left_out": COUNT, "in_a_row": COUNT},
     "decisions": [{"step": STEP, "replay_share": (SHARE, None), str: PLAIN}],
     "evaluations": {str: {"step": STEP, "protocol": {str: PLAIN}, "texts": {str: {"perplexity": float, str: (
-        *PLAIN, [float])}}, str: (*PLAIN, {str: {str: float}})}}, str: PLAIN}
+        *PLAIN, [float])}}, str: (*PLAIN, {str: {str: float}}, {str: ANSWERS})}}, str: PLAIN}
 ALONE = World(0, 1, torch.device("cpu"))
 
 

@@ -119,6 +119,15 @@ def test_what_is_read_is_what_was_written(moved, name):
         assert len(shards) == LAYOUTS[order[number - 1]][0], f"{order[number - 1]} wrote {shards}"
 
 
+def join_parts(parts: list, in_pairs: bool) -> torch.Tensor:
+    """What the ranks of a group hold of the same sequences, in their order: a part each, or, in pairs, rank r the r-th
+    from the beginning and the r-th from the end."""
+    if not in_pairs:
+        return torch.cat(parts, 1)
+    pairs = [part.chunk(2, 1) for part in parts]
+    return torch.cat([pair[0] for pair in pairs] + [pair[1] for pair in pairs[::-1]], 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_each_step_reads_its_sequences_once(moved, name):
@@ -130,10 +139,9 @@ def test_each_step_reads_its_sequences_once(moved, name):
         for step in range(number * EACH, (number + 1) * EACH):
             found = [own[step] for own in ranks]
             for key in ("tokens", "labels"):
-                # The ranks of a group hold the parts of the same sequences, in their order.
-                groups = [torch.cat([own[key] for own in found if own["share"][0] == k], 1)
-                          for k in range(found[0]["share"][1])]
-                assert torch.equal(torch.cat(groups), truth[step][key]), (layout, step, key)
+                groups = [[own[key] for own in found if own["share"][0] == k] for k in range(found[0]["share"][1])]
+                joined = torch.cat([join_parts(parts, "context" in layout) for parts in groups])
+                assert torch.equal(joined, truth[step][key]), (layout, step, key)
 
 
 @pytest.mark.slow

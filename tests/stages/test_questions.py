@@ -3,6 +3,7 @@ were packed. Laws: the same items on every rank and in a resumed run; switched o
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,8 @@ from synthetic import make_documents
 import hf
 import tokenizer
 import train
-from core import parallel
+from core import checkpoint, parallel
+from core.foreign_files import find_odd
 from measure.probes import score_probes
 from measure.tasks import score_tasks
 from stages.build import build
@@ -128,6 +130,28 @@ def test_what_cannot_be_asked_is_one_line(lab, tmp_path, monkeypatch, capsys, wo
     assert (status, errors.count("\n")) == (2, 1)
     assert re.search(told, errors), errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_tasks_and_probes_goes_on(asked, tmp_path):
+    """Truth: the same run without a break. A checkpoint whose answers are odd is refused by name."""
+    base, words = asked
+    train.train(run_of(base, tmp_path / "whole", *words, "--train.save-every", 2), one())
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for name in ("checkpoints/step_00000004", "final"):
+        shutil.rmtree(tmp_path / "parts" / name)
+    (tmp_path / "parts/eval.json").unlink()
+    train.train(run_of(base, tmp_path / "parts", *words, "--train.save-every", 2), one())
+    assert [line["step"] for line in lines(tmp_path / "parts", "resume")] == [2]
+    whole, parts = (json.loads((tmp_path / out / "eval.json").read_text()) for out in ("whole", "parts"))
+    assert parts["tasks"] == whole["tasks"]
+    assert parts["probes"] == whole["probes"]
+    state = checkpoint.read_state(tmp_path / "parts/checkpoints/step_00000004")
+    assert find_odd(state, checkpoint.FIELDS) is None
+    answers = state["evaluations"]["eval_step_0.json"]["tasks"]["mine"]
+    for name, value in (("value", "1"), ("interval", [0.5]), ("n", -1), ("capability", None)):
+        kept, answers[name] = answers[name], value
+        assert "tasks" in find_odd(state, checkpoint.FIELDS), name
+        answers[name] = kept
 
 
 def test_few_facts_are_warned_of(base, tmp_path):
