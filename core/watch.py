@@ -65,8 +65,8 @@ class Watch(threading.Thread):
         self.what, self.since, self.limit = "the start", time.monotonic(), long
         # Seconds of the slowest step, and whether this is a step.
         self.slowest, self.is_step = 0.0, False
-        # Whether this rank is the first that failed.
-        self.speaks = False
+        # Whether this rank is the first that failed; whether one of its threads is ending it without a word.
+        self.speaks = self.is_ending = False
         # {rank: its node}, of the last look at all.
         self.node, self.nodes = own_node(), {}
         # Set: the main thread ends by itself; the thread ends.
@@ -120,6 +120,9 @@ class Watch(threading.Thread):
             # The store is gone, and with it the rank that held it.
             dead = [] if is_mistake else [0]
         self.closed.set()
+        if self.is_ending:
+            # The other thread has told the rank that speaks, which may be gone for that reason.
+            time.sleep(5 * GRACE)
         if dead:
             raise UserError(self.died(dead), 1) from None
 
@@ -181,8 +184,9 @@ class Watch(threading.Thread):
         return True
 
     def wait_for(self, name: str, number: int):
-        """Until a counter is at `number`, and for 2 GRACE at most."""
-        end = time.monotonic() + 2 * GRACE
+        """Until a counter is at `number`, and for 2 GRACE at most, or more where this rank may hold the store: one that
+        finds it gone says that rank 0 died."""
+        end = time.monotonic() + (2 if self.rank else 5) * GRACE
         # Where the rank that holds the store has ended, nothing more can be waited for.
         with contextlib.suppress(RuntimeError):
             while self.count(name) < number and time.monotonic() < end:
@@ -190,6 +194,7 @@ class Watch(threading.Thread):
 
     def end(self):
         """End this process with the status of the first that failed, which waits for that: it may hold the store."""
+        self.is_ending = not self.speaks
         if self.speaks:
             # It is this process's other thread, which has not yet said why.
             time.sleep(5 * GRACE)
@@ -245,5 +250,5 @@ class Watch(threading.Thread):
         who = f"{' and '.join(names)} {does}" if len(last) < self.size else "all ranks wait"
         print(f"error: {who} in {self.what}: no rank went on for {seconds:.0f} seconds (--parallel.step-timeout, "
               f"--parallel.timeout); {GO_ON}", file=sys.stderr, flush=True)
-        self.wait_for("ends", self.size - 1)
+        self.wait_for("ends", self.size - 1 - len(halted))
         os._exit(1)

@@ -132,7 +132,7 @@ def test_the_peak_of_a_process_is_as_planned(size, method):
     print(f"{size} {method[:1]}: planned {planned / 1e6:.0f} MB, measured {(peak - before) / 1e6:.0f}, "
           f"process {before / 1e6:.0f}")
     # How many tokens an expert has changes with each step, and so do the sizes of what is freed and taken again.
-    assert planned == pytest.approx(peak - before, rel=0.15 if experts else 0.1)
+    assert planned == pytest.approx(peak - before, rel=0.2 if experts else 0.1)
     assert before == pytest.approx(memory.OVERHEAD["cpu"], rel=0.15)
 
 
