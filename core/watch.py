@@ -65,7 +65,7 @@ class Watch(threading.Thread):
         self.what, self.since, self.limit = "the start", time.monotonic(), long
         # Seconds of the slowest step, and whether this is a step.
         self.slowest, self.is_step = 0.0, False
-        # Whether this rank is the first that failed; whether one of its threads is ending it without a word.
+        # Whether this rank is the first that failed; whether its watch ends it, having said what there is to say.
         self.speaks = self.is_ending = False
         # {rank: its node}, of the last look at all.
         self.node, self.nodes = own_node(), {}
@@ -121,7 +121,7 @@ class Watch(threading.Thread):
             dead = [] if is_mistake else [0]
         self.closed.set()
         if self.is_ending:
-            # The other thread has told the rank that speaks, which may be gone for that reason.
+            # Rank 0 may be gone because it was told so, which is nothing to speak of.
             time.sleep(5 * GRACE)
         if dead:
             raise UserError(self.died(dead), 1) from None
@@ -194,7 +194,7 @@ class Watch(threading.Thread):
 
     def end(self):
         """End this process with the status of the first that failed, which waits for that: it may hold the store."""
-        self.is_ending = not self.speaks
+        self.is_ending |= not self.speaks
         if self.speaks:
             # It is this process's other thread, which has not yet said why.
             time.sleep(5 * GRACE)
@@ -244,6 +244,7 @@ class Watch(threading.Thread):
             last = [rank for rank in last if begun[rank] == min(begun[each] for each in last)]
         if not self.claim(1):
             self.end()
+        self.is_ending = True
         # Where a process that was halted or has died was then is not known.
         names = [self.name(rank) + ("" if halted else known[rank]["where"]) for rank in last]
         does = "shows no sign of life" if halted else "hangs"

@@ -221,7 +221,7 @@ def test_the_rank_that_may_hold_the_store_ends_last(monkeypatch, rank, events):
     """Of four ranks that all fail alike, as by weights that are not finite, one speaks: those that come late still find
     that it has."""
     seen, found = Watch.__new__(Watch), []
-    vars(seen).update(rank=rank, size=4, speaks=False, store=SimpleNamespace(get=lambda name: b"2"))
+    vars(seen).update(rank=rank, size=4, speaks=False, is_ending=False, store=SimpleNamespace(get=lambda name: b"2"))
     monkeypatch.setattr(Watch, "wait_for", lambda self, name, number: found.append(f"{name} {number}"))
     monkeypatch.setattr(Watch, "count", lambda self, name, more=0: found.append(f"count {name}"))
     monkeypatch.setattr(os, "_exit", lambda status: found.append(f"exit {status}"))
@@ -294,6 +294,28 @@ def test_what_fails_on_one_rank_before_a_save_is_a_warning_and_holds_up_nobody(s
     assert knew[0] == knew[1]
     assert knew[0][1] == "[3]"
     assert checkpoint.steps(tmp_path / "run/checkpoints") == [8, 12]
+
+
+def test_a_thread_says_nothing_once_the_other_has_spoken(monkeypatch):
+    """A hanging rank was named and has ended, with the store and the connection that the main thread waited for."""
+    def gone(*_):
+        raise RuntimeError("the store is gone")
+    seen = Watch.__new__(Watch)
+    vars(seen).update(rank=1, size=2, speaks=True, is_ending=False, since=time.monotonic() - 60, limit=50.0, nodes={},
+                      what="step 6", ends=threading.Event(), closed=threading.Event())
+    known = [{"waits": waits, "begun": [5], "where": ""} for waits in (0, 2)]
+    for name, answer in (("find_dead", []), ("read_all", known), ("claim", True), ("wait_for", None)):
+        monkeypatch.setattr(Watch, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    seen.name_the_last()
+    monkeypatch.setattr(Watch, "count", gone)
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    with pytest.raises(UserError, match="rank 0 died"):
+        seen.fail(RuntimeError("connection closed by peer"))
+    # Long before it speaks after all, the other thread has ended the process.
+    assert waited == [10.0]
 
 
 if __name__ == "__main__":
