@@ -430,7 +430,7 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     named = {name: p for name, p in model.named_parameters() if p.grad is not None}
     parameters, pipe = list(named.values()), getattr(model, "pipe", None)
     shared = next(filter(is_shared, parameters), None)
-    # torch sums the squares of gradients in their own type.
+    # torch.nn.utils.clip_grad_norm_ would sum the squares of these in their own type.
     is_rough = any(p.grad.dtype in (torch.bfloat16, torch.float16) for p in parameters)
     if shared is not None or pipe or is_rough or any(map(is_of_parted, parameters)):
         counted = [p for name, p in named.items() if not pipe or not pipe.is_copy(name)]
@@ -438,7 +438,7 @@ def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
         norm = measure_norm(counted, t, is_sharded(model), next(local(p).device for p in model.parameters()))
         for name, p in named.items():
             if pipe and pipe.is_copy(name):
-                # It counts for nothing, unless this rank has broken it.
+                # The copy adds nothing to the norm, but a NaN or an infinity in it must show.
                 norm = norm + 0 * local(p.grad).sum()
         for p in parameters if limit else ():
             # As torch.nn.utils.clip_grad_norm_ does.

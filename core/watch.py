@@ -121,7 +121,7 @@ class Watch(threading.Thread):
             dead = [] if is_mistake else [0]
         self.closed.set()
         if self.is_ending:
-            # Rank 0 may be gone because it was told so, which is nothing to speak of.
+            # The watch has said why all ranks end, or has left that to another rank. So rank 0 may have ended rightly.
             time.sleep(5 * GRACE)
         if dead:
             raise UserError(self.died(dead), 1) from None
@@ -232,7 +232,7 @@ class Watch(threading.Thread):
     def name_the_last(self):
         """What takes too long: say which ranks the others wait for, and end."""
         seconds = time.monotonic() - self.since
-        # On a busy machine a thread may look late.
+        # On a busy machine a thread may show life late, and so what looks halted is looked at for longer.
         halted = self.find_dead(2) and self.find_dead(4)
         if time.monotonic() - self.since <= self.limit:
             # It has ended meanwhile.

@@ -38,13 +38,16 @@ class Place:
 @dataclass(frozen=True)
 class Elements:
     """How many elements a rank has, and which of them train."""
-    base: int                   # all weights of the base
+    # All weights of the base.
+    base: int
     # Those of its blocks' linear layers, which may be kept in few bits.
     linear: int
-    block: int                  # those of one block, the largest
-    outside: int                # those in no block
-    experts: int                # those of one block's experts
-    trained: int                # what has gradients and moments
+    # Those of the largest block; those in no block; those of one block's experts.
+    block: int
+    outside: int
+    experts: int
+    # Those that have gradients and moments.
+    trained: int
     # Those of `trained` that are matrices in the blocks, which Muon updates.
     matrices: int
     # The sum of the ranks of one block's adapters, but for those on experts, and of those on experts.
@@ -58,11 +61,14 @@ class Elements:
 class Parameter:
     name: str
     shape: torch.Size
-    block: int | None           # which it is in
+    # The number of the block that it is in.
+    block: int | None
     trains: bool
     is_adapter: bool
-    is_linear: bool             # the weight of a linear layer in a block
-    is_shared: bool             # ranks that share matmuls have a part of it each
+    # Whether it is the weight of a linear layer in a block.
+    is_linear: bool
+    # Whether each of the ranks that share matmuls has a part of it.
+    is_shared: bool
 
 
 # What was counted before: a plan asks for the same sizes again and again.

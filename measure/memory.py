@@ -318,8 +318,8 @@ def estimate_rank(rank: Rank) -> dict[str, float]:
 
 def keep_state(rank: Rank) -> dict[str, float]:
     """The bytes of what is there from step to step, and of the gradients that the optimizer reads; "host": in the
-    host's memory, where it is offloaded, with the copy that a save writes while the training goes on (of methods at
-    most so much)."""
+    host's memory, where it is offloaded, with the copy that a save writes while the training goes on. A save may copy
+    less of the methods' tensors than is counted here."""
     c, types, count = rank.c, rank.types, rank.count
     adapters = 4 * count.trained if c.lora.rank else 0
     weights = linear_bytes(rank) * count.linear + types.weight * (count.base - count.linear) + adapters

@@ -37,7 +37,7 @@ LINES_OF_ANY_FILE = 480                     # outside kernels/
 LINES_OF_A_FUNCTION = 60                    # but the body of a Triton kernel
 LINES_OF_A_LOOP = {("train", "train"): 45, ("train", "train_step"): 45}
 # Where the house stands. What it could do before it was right for others' text, models and machines took 15,734 lines.
-LINES_OF_THE_PRODUCT = 34_111
+LINES_OF_THE_PRODUCT = 34_117
 LINES_OF_THE_README = 250
 
 
